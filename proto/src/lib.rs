@@ -17,4 +17,5 @@
 #![forbid(unsafe_code)]
 
 pub mod close;
+pub mod preface;
 pub mod varint;

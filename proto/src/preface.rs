@@ -1,0 +1,82 @@
+//! What stands at the head of each tunnelled stream.
+//!
+//! The server opens the stream and writes a [`DialRequest`]; the client's bytes follow at once.
+//! The agent answers with a [`DialResponse`], then the target's bytes follow.
+//!
+//! ```text
+//! request:   kind (varint)   length (varint, at most 512)   body
+//! body:      connection id (16 bytes)   attempt (1 byte)   deadline (varint, milliseconds)
+//!            port (2 bytes)   host type (1 byte)   host
+//! host:      1: IPv4 address (4 bytes)   2: IPv6 address (16 bytes)   3: length (1 byte), DNS name
+//! response:  code (varint; 0: connected)   length (varint, at most 256)   detail (UTF-8)
+//! ```
+//!
+//! Integers of fixed size are in network byte order. What follows the last known field of a
+//! request's body is ignored: a later release may add fields there. The kind comes first and its
+//! body carries its own length, so that an agent can name a kind that it does not know.
+//!
+//! Both decoders take the bytes read so far from the head of the stream and can be called again
+//! with more; every limit is checked before the bytes that it speaks of have arrived.
+
+mod destination;
+mod request;
+mod response;
+
+use bytes::TryGetError;
+use thiserror::Error;
+
+pub use self::destination::{Destination, DestinationError, Host, Name, NameError};
+pub use self::request::{ConnectionId, DialRequest, MAX_DEADLINE, StreamKind};
+pub use self::response::{DialResponse, MAX_DETAIL};
+use crate::close::CloseReason;
+
+/// Why a request or a response could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum PrefaceError {
+    /// The stream is of a kind that this release does not know.
+    #[error("stream kind {0} is unknown here; is the other side a newer release?")]
+    UnsupportedKind(u64),
+    /// The request's body is longer than allowed.
+    #[error("a dial request of {0} bytes is over the limit of {limit}", limit = request::MAX_BODY)]
+    RequestTooLong(u64),
+    /// The request's body ends before its last field does.
+    #[error("the dial request ends within a field")]
+    Truncated,
+    /// The host is of a type that this release does not know.
+    #[error("host type {0} is unknown here; is the other side a newer release?")]
+    UnknownHostType(u8),
+    /// The host's name can't be one.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// There is no port 0 to dial.
+    #[error("port 0 can't be dialled")]
+    PortZero,
+    /// The deadline is further away than allowed; in milliseconds.
+    #[error("a dial deadline of {0} ms is over the limit of {limit} ms", limit = MAX_DEADLINE.as_millis())]
+    DeadlineTooLong(u64),
+    /// The response's detail is longer than allowed.
+    #[error("a dial response with {0} bytes of detail is over the limit of {MAX_DETAIL}")]
+    DetailTooLong(u64),
+}
+
+impl PrefaceError {
+    /// What to close the stream with. A bad request was not dialled, so it may be sent elsewhere;
+    /// behind a bad response there may be a connection.
+    #[must_use]
+    pub fn reason(&self) -> CloseReason {
+        match self {
+            Self::UnsupportedKind(_) => CloseReason::UnsupportedKind,
+            Self::DetailTooLong(_) => CloseReason::ProtocolError,
+            _ => CloseReason::MalformedDial,
+        }
+    }
+}
+
+impl From<TryGetError> for PrefaceError {
+    fn from(_: TryGetError) -> Self {
+        Self::Truncated
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,128 @@
+//! The dial request: what the server asks of an agent.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::{Destination, Host, PrefaceError};
+use crate::varint::VarInt;
+
+/// The longest body of a request, in bytes.
+pub(super) const MAX_BODY: u64 = 512;
+
+/// The longest deadline of a dial.
+pub const MAX_DEADLINE: Duration = Duration::from_secs(600);
+
+/// What a stream carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StreamKind {
+    /// The bytes of one TCP connection.
+    Tcp,
+}
+
+impl StreamKind {
+    fn code(self) -> u8 {
+        match self {
+            Self::Tcp => 1,
+        }
+    }
+
+    fn from_code(code: u64) -> Result<Self, PrefaceError> {
+        match code {
+            1 => Ok(Self::Tcp),
+            unknown => Err(PrefaceError::UnsupportedKind(unknown)),
+        }
+    }
+}
+
+/// Names one connection in the logs of both sides. Chosen at random by the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(pub [u8; 16]);
+
+impl fmt::Display for ConnectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+/// The head of a stream that the server opened: connect me to this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DialRequest {
+    /// What the stream carries.
+    pub kind: StreamKind,
+    /// The connection's name in logs.
+    pub id: ConnectionId,
+    /// Where to.
+    pub destination: Destination,
+    /// How long the dial may take from now on. Sent in whole milliseconds, [`MAX_DEADLINE`] at most.
+    pub deadline: Duration,
+    /// How many agents were asked before this one.
+    pub attempt: u8,
+}
+
+impl DialRequest {
+    /// Appends the request.
+    pub fn encode(&self, out: &mut BytesMut) {
+        let mut body = BytesMut::new();
+        body.put_slice(&self.id.0);
+        body.put_u8(self.attempt);
+        // MAX_DEADLINE in milliseconds fits in 32 bits.
+        VarInt::from(self.deadline.min(MAX_DEADLINE).as_millis() as u32).encode(&mut body);
+        body.put_u16(self.destination.port);
+        self.destination.host.encode(&mut body);
+
+        VarInt::from(self.kind.code()).encode(out);
+        // The longest body, with a name of 253 bytes, has 278.
+        VarInt::from(body.len() as u16).encode(out);
+        out.put_slice(&body);
+    }
+
+    /// Reads a request from the head of `buf`, and tells how many bytes it took. `None`: more bytes
+    /// are needed.
+    ///
+    /// # Errors
+    /// [`PrefaceError`], as soon as the bytes at hand can't become a valid request.
+    pub fn decode(buf: &[u8]) -> Result<Option<(Self, usize)>, PrefaceError> {
+        let Some((kind, kind_size)) = VarInt::decode(buf) else {
+            return Ok(None);
+        };
+        let kind = StreamKind::from_code(kind.into_inner())?;
+        let Some((length, length_size)) = VarInt::decode(&buf[kind_size..]) else {
+            return Ok(None);
+        };
+        let length = length.into_inner();
+        if length > MAX_BODY {
+            return Err(PrefaceError::RequestTooLong(length));
+        }
+        let start = kind_size + length_size;
+        let end = start + length as usize;
+        let Some(body) = buf.get(start..end) else {
+            return Ok(None);
+        };
+        Ok(Some((Self::decode_body(kind, body)?, end)))
+    }
+
+    fn decode_body(kind: StreamKind, mut body: &[u8]) -> Result<Self, PrefaceError> {
+        let id = ConnectionId(body.try_get_u128()?.to_be_bytes());
+        let attempt = body.try_get_u8()?;
+        let (deadline, size) = VarInt::decode(body).ok_or(PrefaceError::Truncated)?;
+        body.advance(size);
+        let deadline = Duration::from_millis(deadline.into_inner());
+        if deadline > MAX_DEADLINE {
+            return Err(PrefaceError::DeadlineTooLong(deadline.as_millis() as u64));
+        }
+        let port = body.try_get_u16()?;
+        if port == 0 {
+            return Err(PrefaceError::PortZero);
+        }
+        let host = Host::decode(&mut body)?;
+        Ok(Self {
+            kind,
+            id,
+            destination: Destination { host, port },
+            deadline,
+            attempt,
+        })
+    }
+}
