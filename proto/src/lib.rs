@@ -17,5 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod close;
+pub mod control;
 pub mod preface;
+pub mod route;
 pub mod varint;

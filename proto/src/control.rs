@@ -1,0 +1,18 @@
+//! The messages of the control stream (`tunnel.proto`, package `cpc.v1`) and their framing.
+//!
+//! The types here are what is on the wire, unchecked: strings of any length, absent fields, text
+//! that names no address. [`crate::session`] checks them and hands out its own types; nothing else
+//! should need these.
+
+mod frame;
+
+pub use self::frame::{FrameDecoder, FrameError, MAX_FRAME, encode};
+pub use self::generated::*;
+
+/// The version of the protocol that this release speaks.
+pub const VERSION: Version = Version { major: 1, minor: 0 };
+
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/cpc.v1.rs"));
+}
