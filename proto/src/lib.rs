@@ -20,4 +20,5 @@ pub mod close;
 pub mod control;
 pub mod preface;
 pub mod route;
+pub mod session;
 pub mod varint;

@@ -1,0 +1,211 @@
+//! The agent's end of a session.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::SessionError;
+use super::line::{Line, from_drain};
+use super::liveness::Timers;
+use super::message::{Hello, Refusal, Welcome, from_verdict, message_name};
+use crate::close::CloseReason;
+use crate::control::envelope::Message;
+use crate::control::{Routes, Statistics};
+use crate::route::{Claim, to_offer};
+
+/// What an agent's driver is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentEvent {
+    /// The server took the agent in. Once, before any other event.
+    Welcomed(Welcome),
+    /// The answer to an [`offer`](AgentSession::offer); answers come in the order of the offers.
+    Verdict {
+        /// The part of the offer that connections will be sent for.
+        accepted: Vec<Claim>,
+        /// Why the rest is not; see [`Welcome::refused`].
+        refused: Vec<Refusal>,
+    },
+    /// Nothing was heard of the server for too long.
+    Silent,
+    /// The silent server was heard again.
+    Alive,
+    /// The server is about to leave and opens no more streams.
+    Draining {
+        /// When it will close what is left.
+        deadline: Instant,
+        /// Why.
+        reason: CloseReason,
+    },
+}
+
+/// The agent's end of a session; see the [module](super) for how to drive it.
+#[derive(Debug)]
+pub struct AgentSession {
+    phase: Phase,
+    line: Line,
+    events: VecDeque<AgentEvent>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    AwaitingWelcome { until: Instant },
+    Established,
+    Closed,
+}
+
+impl AgentSession {
+    /// A session that begins by sending `hello`.
+    ///
+    /// # Errors
+    /// [`SessionError::Unsendable`] if the offer does not fit into a message.
+    pub fn new(hello: Hello, timers: Timers, now: Instant) -> Result<Self, SessionError> {
+        let mut line = Line::new(timers, now);
+        line.introduce(Message::Hello((&hello).into()))?;
+        let phase = Phase::AwaitingWelcome {
+            until: now + timers.hello_timeout,
+        };
+        Ok(Self {
+            phase,
+            line,
+            events: VecDeque::new(),
+        })
+    }
+
+    /// Takes bytes off the control stream.
+    ///
+    /// # Errors
+    /// [`SessionError`]: the session is over, further bytes are ignored.
+    pub fn handle_bytes(&mut self, bytes: &[u8], now: Instant) -> Result<(), SessionError> {
+        let result = self.read(bytes, now);
+        self.close_on_error(result)
+    }
+
+    /// Does what is due by `now`; nothing if nothing is.
+    ///
+    /// # Errors
+    /// [`SessionError`]: the session is over.
+    pub fn handle_timeout(&mut self, now: Instant) -> Result<(), SessionError> {
+        let result = match self.phase {
+            Phase::AwaitingWelcome { until } if now >= until => Err(SessionError::HandshakeTimeout),
+            Phase::AwaitingWelcome { .. } | Phase::Closed => Ok(()),
+            Phase::Established => self.line.handle_timeout(now).map(|silent| {
+                if silent {
+                    self.events.push_back(AgentEvent::Silent);
+                }
+            }),
+        };
+        self.close_on_error(result)
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::AwaitingWelcome { until } => Some(until),
+            Phase::Established => Some(self.line.liveness().timeout()),
+            Phase::Closed => None,
+        }
+    }
+
+    /// The next bytes for the control stream.
+    pub fn poll_transmit(&mut self) -> Option<Bytes> {
+        self.line.poll_transmit()
+    }
+
+    /// The next thing to know.
+    pub fn poll_event(&mut self) -> Option<AgentEvent> {
+        self.events.pop_front()
+    }
+
+    /// Offers to serve these, in place of what was offered before. Before the Welcome it waits for
+    /// that.
+    ///
+    /// # Errors
+    /// [`SessionError::Unsendable`] if the offer does not fit into a message; the session goes on.
+    /// [`SessionError::Backlog`].
+    pub fn offer(&mut self, claims: Vec<Claim>) -> Result<(), SessionError> {
+        self.line.send(Message::Routes(Routes {
+            offer: Some(to_offer(&claims)),
+        }))
+    }
+
+    /// Tells the server that the agent is about to leave: no new streams, and what lives may go on
+    /// for `deadline`.
+    ///
+    /// # Errors
+    /// [`SessionError::Backlog`].
+    pub fn drain(&mut self, deadline: Duration, reason: CloseReason) -> Result<(), SessionError> {
+        self.line.drain(deadline, reason)
+    }
+
+    /// Tells the server how the agent does.
+    ///
+    /// # Errors
+    /// [`SessionError::Backlog`].
+    pub fn statistics(&mut self, statistics: Statistics) -> Result<(), SessionError> {
+        self.line.send(Message::Statistics(statistics))
+    }
+
+    /// A stream was opened or bytes moved: for a while, silence is noticed sooner.
+    pub fn note_traffic(&mut self, now: Instant) {
+        self.line.note_traffic(now);
+    }
+
+    /// The smoothed round-trip time of Pings; `None` before the first answer.
+    #[must_use]
+    pub fn rtt(&self) -> Option<Duration> {
+        self.line.liveness().rtt()
+    }
+
+    /// When something was last heard of the server.
+    #[must_use]
+    pub fn last_heard(&self) -> Instant {
+        self.line.liveness().last_heard()
+    }
+
+    fn read(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), SessionError> {
+        if bytes.is_empty() || matches!(self.phase, Phase::Closed) {
+            return Ok(());
+        }
+        if self.line.heard(now) {
+            self.events.push_back(AgentEvent::Alive);
+        }
+        while let Some(message) = self.line.receive(&mut bytes)? {
+            self.handle_message(message, now)?;
+        }
+        Ok(())
+    }
+
+    fn handle_message(&mut self, message: Message, now: Instant) -> Result<(), SessionError> {
+        match (&self.phase, message) {
+            (Phase::AwaitingWelcome { .. }, Message::Welcome(welcome)) => {
+                let welcome = Welcome::try_from(welcome)?;
+                self.line.establish(welcome.heartbeat, now);
+                self.phase = Phase::Established;
+                self.events.push_back(AgentEvent::Welcomed(welcome));
+            }
+            (Phase::Established, Message::RoutesVerdict(verdict)) => {
+                let (accepted, refused) = from_verdict(verdict)?;
+                self.events
+                    .push_back(AgentEvent::Verdict { accepted, refused });
+            }
+            (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
+            (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),
+            (Phase::Established, Message::Drain(drain)) => {
+                let (deadline, reason) = from_drain(drain, now);
+                self.events
+                    .push_back(AgentEvent::Draining { deadline, reason });
+            }
+            (_, message) => return Err(SessionError::OutOfTurn(message_name(&message))),
+        }
+        Ok(())
+    }
+
+    fn close_on_error(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
+        if result.is_err() {
+            self.phase = Phase::Closed;
+        }
+        result
+    }
+}

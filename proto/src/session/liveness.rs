@@ -1,0 +1,151 @@
+//! Life signs: when to ask, and when to call the peer silent. The same on both ends.
+//!
+//! Whatever is heard is a life sign and puts off the next Ping; when nothing was heard for the
+//! heartbeat interval, a Ping goes out, and another after each further interval. Two ends with one
+//! interval so ask by turns, and each measures the round trip. The peer is silent when nothing was
+//! heard for a while, a shorter one where connections are in use, and alive again at the next byte.
+//!
+//! Silence is a reason to choose another agent, not to close: the transport's idle timeout does that.
+
+use std::time::{Duration, Instant};
+
+/// For how long after [`note_traffic`](super::ServerSession::note_traffic) a link counts as in use.
+pub const BUSY_WINDOW: Duration = Duration::from_secs(10);
+
+/// The shortest heartbeat interval: a peer can't ask for more.
+pub const MIN_HEARTBEAT: Duration = Duration::from_millis(100);
+
+/// How long a session waits for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timers {
+    /// For the peer's first message.
+    pub hello_timeout: Duration,
+    /// For any life sign before a Ping is sent; at least [`MIN_HEARTBEAT`].
+    pub heartbeat: Duration,
+    /// For any life sign before the peer is silent, with traffic in the last [`BUSY_WINDOW`].
+    pub silent_busy: Duration,
+    /// The same without traffic.
+    pub silent_idle: Duration,
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Self {
+            hello_timeout: Duration::from_secs(5),
+            heartbeat: Duration::from_secs(2),
+            silent_busy: Duration::from_secs(5),
+            silent_idle: Duration::from_secs(10),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Liveness {
+    timers: Timers,
+    last_heard: Instant,
+    last_traffic: Option<Instant>,
+    next_ping: Instant,
+    /// The last Ping's number; 0 before the first.
+    seq: u64,
+    /// When the last Ping was sent, until it is answered.
+    asked: Option<Instant>,
+    rtt: Option<Duration>,
+    silent: bool,
+}
+
+/// What is to be done at a timeout.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Due {
+    /// Send a Ping with this number.
+    pub(super) ping: Option<u64>,
+    /// The peer has just become silent.
+    pub(super) silent: bool,
+}
+
+impl Liveness {
+    pub(super) fn new(mut timers: Timers, now: Instant) -> Self {
+        timers.heartbeat = timers.heartbeat.max(MIN_HEARTBEAT);
+        Self {
+            timers,
+            last_heard: now,
+            last_traffic: None,
+            next_ping: now + timers.heartbeat,
+            seq: 0,
+            asked: None,
+            rtt: None,
+            silent: false,
+        }
+    }
+
+    /// The peer wishes for this interval. It is met where it is shorter than ours: a longer one
+    /// could make us call a living peer silent.
+    pub(super) fn wish(&mut self, heartbeat: Duration) {
+        if !heartbeat.is_zero() {
+            let heartbeat = heartbeat.max(MIN_HEARTBEAT);
+            self.timers.heartbeat = self.timers.heartbeat.min(heartbeat);
+            self.next_ping = self.last_heard + self.timers.heartbeat;
+        }
+    }
+
+    /// Bytes arrived. Whether the peer was silent until now.
+    pub(super) fn heard(&mut self, now: Instant) -> bool {
+        self.last_heard = now;
+        self.next_ping = now + self.timers.heartbeat;
+        std::mem::take(&mut self.silent)
+    }
+
+    /// A Pong arrived. Only the answer to the last Ping counts, and once.
+    pub(super) fn answered(&mut self, seq: u64, now: Instant) {
+        if seq != self.seq {
+            return;
+        }
+        if let Some(asked) = self.asked.take() {
+            let sample = now.saturating_duration_since(asked);
+            // RFC 9002, section 5.3.
+            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
+        }
+    }
+
+    pub(super) fn note_traffic(&mut self, now: Instant) {
+        self.last_traffic = Some(now);
+    }
+
+    pub(super) fn timeout(&self) -> Instant {
+        if self.silent {
+            self.next_ping
+        } else {
+            self.next_ping.min(self.silent_at())
+        }
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) -> Due {
+        let silent = !self.silent && now >= self.silent_at();
+        self.silent |= silent;
+        let ping = (now >= self.next_ping).then(|| {
+            self.seq += 1;
+            self.asked = Some(now);
+            self.next_ping = now + self.timers.heartbeat;
+            self.seq
+        });
+        Due { ping, silent }
+    }
+
+    /// When the peer becomes silent unless something is heard.
+    fn silent_at(&self) -> Instant {
+        let busy = self.last_heard + self.timers.silent_busy;
+        let idle = self.last_heard + self.timers.silent_idle;
+        match self.last_traffic {
+            // This may have passed when the traffic is noted: then the silence counts at once.
+            Some(traffic) if busy <= traffic + BUSY_WINDOW => busy,
+            _ => idle,
+        }
+    }
+
+    pub(super) fn rtt(&self) -> Option<Duration> {
+        self.rtt
+    }
+
+    pub(super) fn last_heard(&self) -> Instant {
+        self.last_heard
+    }
+}

@@ -1,0 +1,227 @@
+//! The server's end of a session.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::SessionError;
+use super::line::{Line, from_drain};
+use super::liveness::Timers;
+use super::message::{Hello, Refusal, Welcome, from_routes, message_name, verdict};
+use crate::close::CloseReason;
+use crate::control::Statistics;
+use crate::control::envelope::Message;
+use crate::route::Claim;
+
+/// What a server's driver is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServerEvent {
+    /// The agent introduced itself. Once, before any other event; to be answered with
+    /// [`welcome`](ServerSession::welcome) or [`refuse`](ServerSession::refuse).
+    Hello(Hello),
+    /// The agent offers these in place of its last offer; to be answered with
+    /// [`verdict`](ServerSession::verdict).
+    Offer(Vec<Claim>),
+    /// How the agent does.
+    Statistics(Statistics),
+    /// Nothing was heard of the agent for too long.
+    Silent,
+    /// The silent agent was heard again.
+    Alive,
+    /// The agent is about to leave: open no more streams.
+    Draining {
+        /// When it will close what is left.
+        deadline: Instant,
+        /// Why.
+        reason: CloseReason,
+    },
+}
+
+/// The server's end of a session; see the [module](super) for how to drive it.
+#[derive(Debug)]
+pub struct ServerSession {
+    phase: Phase,
+    line: Line,
+    events: VecDeque<ServerEvent>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    AwaitingHello {
+        until: Instant,
+    },
+    /// The driver has the Hello.
+    Deciding,
+    Established,
+    Closed,
+}
+
+impl ServerSession {
+    /// A session that waits for the agent's Hello.
+    #[must_use]
+    pub fn new(timers: Timers, now: Instant) -> Self {
+        Self {
+            phase: Phase::AwaitingHello {
+                until: now + timers.hello_timeout,
+            },
+            line: Line::new(timers, now),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Takes bytes off the control stream.
+    ///
+    /// # Errors
+    /// [`SessionError`]: the session is over, further bytes are ignored.
+    pub fn handle_bytes(&mut self, bytes: &[u8], now: Instant) -> Result<(), SessionError> {
+        let result = self.read(bytes, now);
+        self.close_on_error(result)
+    }
+
+    /// Does what is due by `now`; nothing if nothing is.
+    ///
+    /// # Errors
+    /// [`SessionError`]: the session is over.
+    pub fn handle_timeout(&mut self, now: Instant) -> Result<(), SessionError> {
+        let result = match self.phase {
+            Phase::AwaitingHello { until } if now >= until => Err(SessionError::HandshakeTimeout),
+            Phase::AwaitingHello { .. } | Phase::Deciding | Phase::Closed => Ok(()),
+            Phase::Established => self.line.handle_timeout(now).map(|silent| {
+                if silent {
+                    self.events.push_back(ServerEvent::Silent);
+                }
+            }),
+        };
+        self.close_on_error(result)
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::AwaitingHello { until } => Some(until),
+            Phase::Established => Some(self.line.liveness().timeout()),
+            Phase::Deciding | Phase::Closed => None,
+        }
+    }
+
+    /// The next bytes for the control stream.
+    pub fn poll_transmit(&mut self) -> Option<Bytes> {
+        self.line.poll_transmit()
+    }
+
+    /// The next thing to know.
+    pub fn poll_event(&mut self) -> Option<ServerEvent> {
+        self.events.pop_front()
+    }
+
+    /// Takes the agent in. Does nothing unless a Hello waits for its answer.
+    ///
+    /// # Errors
+    /// [`SessionError::Unsendable`] if the accepted claims do not fit into a message; the Hello
+    /// still waits.
+    pub fn welcome(&mut self, welcome: Welcome, now: Instant) -> Result<(), SessionError> {
+        if matches!(self.phase, Phase::Deciding) {
+            self.line.introduce(Message::Welcome((&welcome).into()))?;
+            self.line.establish(Duration::ZERO, now);
+            self.phase = Phase::Established;
+        }
+        Ok(())
+    }
+
+    /// Ends the session, and gives the error to close the connection with.
+    pub fn refuse(&mut self, reason: CloseReason, text: impl Into<String>) -> SessionError {
+        self.phase = Phase::Closed;
+        SessionError::Refused {
+            reason,
+            text: text.into(),
+        }
+    }
+
+    /// Answers the oldest unanswered [`ServerEvent::Offer`].
+    ///
+    /// # Errors
+    /// [`SessionError::Unsendable`] if the accepted claims do not fit into a message; the session
+    /// goes on. [`SessionError::Backlog`].
+    pub fn verdict(
+        &mut self,
+        accepted: Vec<Claim>,
+        refused: Vec<Refusal>,
+    ) -> Result<(), SessionError> {
+        self.line
+            .send(Message::RoutesVerdict(verdict(&accepted, &refused)))
+    }
+
+    /// Tells the agent that the server is about to leave: no new streams will come, and what lives
+    /// may go on for `deadline`. Before the Welcome it waits for that.
+    ///
+    /// # Errors
+    /// [`SessionError::Backlog`].
+    pub fn drain(&mut self, deadline: Duration, reason: CloseReason) -> Result<(), SessionError> {
+        self.line.drain(deadline, reason)
+    }
+
+    /// A stream was opened or bytes moved: for a while, silence is noticed sooner.
+    pub fn note_traffic(&mut self, now: Instant) {
+        self.line.note_traffic(now);
+    }
+
+    /// The smoothed round-trip time of Pings; `None` before the first answer.
+    #[must_use]
+    pub fn rtt(&self) -> Option<Duration> {
+        self.line.liveness().rtt()
+    }
+
+    /// When something was last heard of the agent.
+    #[must_use]
+    pub fn last_heard(&self) -> Instant {
+        self.line.liveness().last_heard()
+    }
+
+    fn read(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), SessionError> {
+        if bytes.is_empty() || matches!(self.phase, Phase::Closed) {
+            return Ok(());
+        }
+        if self.line.heard(now) {
+            self.events.push_back(ServerEvent::Alive);
+        }
+        while let Some(message) = self.line.receive(&mut bytes)? {
+            self.handle_message(message, now)?;
+        }
+        Ok(())
+    }
+
+    fn handle_message(&mut self, message: Message, now: Instant) -> Result<(), SessionError> {
+        match (&self.phase, message) {
+            (Phase::AwaitingHello { .. }, Message::Hello(hello)) => {
+                let hello = Hello::try_from(hello)?;
+                self.phase = Phase::Deciding;
+                self.events.push_back(ServerEvent::Hello(hello));
+            }
+            (Phase::Established, Message::Routes(routes)) => {
+                self.events
+                    .push_back(ServerEvent::Offer(from_routes(routes)?));
+            }
+            (Phase::Established, Message::Statistics(statistics)) => {
+                self.events.push_back(ServerEvent::Statistics(statistics));
+            }
+            (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
+            (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),
+            (Phase::Established, Message::Drain(drain)) => {
+                let (deadline, reason) = from_drain(drain, now);
+                self.events
+                    .push_back(ServerEvent::Draining { deadline, reason });
+            }
+            (_, message) => return Err(SessionError::OutOfTurn(message_name(&message))),
+        }
+        Ok(())
+    }
+
+    fn close_on_error(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
+        if result.is_err() {
+            self.phase = Phase::Closed;
+        }
+        result
+    }
+}
