@@ -18,6 +18,7 @@
 
 pub mod close;
 pub mod control;
+pub mod http_connect;
 pub mod preface;
 pub mod route;
 pub mod session;
