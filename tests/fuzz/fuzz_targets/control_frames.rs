@@ -1,0 +1,36 @@
+//! The framing of the control stream and the messages in it: dividing the input changes nothing,
+//! and what was read can be written and read again.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use tunnel_fuzz::take_byte;
+use tunnel_proto::control::{Envelope, FrameDecoder, FrameError, encode};
+
+fn decode_all(data: &[u8], piece: usize) -> (Vec<Envelope>, Result<(), FrameError>) {
+    let mut decoder = FrameDecoder::default();
+    let mut envelopes = Vec::new();
+    for mut piece in data.chunks(piece) {
+        loop {
+            match decoder.decode(&mut piece) {
+                Ok(Some(envelope)) => envelopes.push(envelope),
+                Ok(None) => break,
+                Err(error) => return (envelopes, Err(error)),
+            }
+        }
+        assert!(piece.is_empty());
+    }
+    (envelopes, Ok(()))
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mut data = data;
+    let piece = 1 + usize::from(take_byte(&mut data).unwrap_or(0));
+    let whole = decode_all(data, usize::MAX);
+    assert_eq!(decode_all(data, piece), whole);
+
+    for envelope in whole.0 {
+        // A field in more bytes than it needs is written shorter, so what was read always fits.
+        let frame = encode(&envelope).expect("fits again");
+        assert_eq!(decode_all(&frame, usize::MAX), (vec![envelope], Ok(())));
+    }
+});

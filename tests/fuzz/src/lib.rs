@@ -1,0 +1,43 @@
+//! What the fuzz targets share.
+
+use std::fmt::Debug;
+
+/// What every decoder of the head of a stream owes, whatever `data` is: it takes no more than it is
+/// given, it needs all that it takes, and giving it less makes it wait or say the same. Returns
+/// what was decoded.
+pub fn decode_head<T, E>(
+    data: &[u8],
+    decode: impl Fn(&[u8]) -> Result<Option<(T, usize)>, E>,
+) -> Option<T>
+where
+    T: PartialEq + Debug,
+    E: PartialEq + Debug,
+{
+    let whole = decode(data);
+    match &whole {
+        Ok(Some((_, consumed))) => {
+            assert_eq!(decode(&data[..*consumed]), whole);
+            assert_eq!(decode(&data[..consumed - 1]), Ok(None));
+        }
+        Ok(None) => assert_eq!(decode(&data[..data.len() / 2]), Ok(None)),
+        Err(_) => {
+            let half = decode(&data[..data.len() / 2]);
+            assert!(
+                half == Ok(None) || half == whole,
+                "{half:?} became {whole:?}"
+            );
+        }
+    }
+    whole.ok().flatten().map(|(value, _)| value)
+}
+
+/// Takes one byte off the head of `data`.
+pub fn take_byte(data: &mut &[u8]) -> Option<u8> {
+    data.split_off_first().copied()
+}
+
+/// Takes as many bytes off the head of `data` as its first byte says, or what there is.
+pub fn take_piece<'a>(data: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let length = usize::from(take_byte(data)?);
+    data.split_off(..length.min(data.len()))
+}
