@@ -1,0 +1,25 @@
+//! What a route says of a captured destination.
+
+/// Whether connections to a prefix are served. No entry at all: there is no route.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// A live agent serves it.
+    Serve = 1,
+    /// It is somebody's, but no live agent is there.
+    NoAgent = 2,
+    /// Policy denies it.
+    Denied = 3,
+}
+
+impl Verdict {
+    /// The one with this number.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Serve),
+            2 => Some(Self::NoAgent),
+            3 => Some(Self::Denied),
+            _ => None,
+        }
+    }
+}
