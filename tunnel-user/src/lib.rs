@@ -1,0 +1,7 @@
+//! Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network that
+//! nobody can reach from outside.
+//!
+//! A connection goes from left to right: frontend, router, link, the wire, agent, policy, dialer.
+//! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
+
+pub mod process;

@@ -1,0 +1,91 @@
+//! Sockets that a service manager holds for us (sd_listen_fds(3)): they outlive the process, and
+//! connects wait in their backlog while it restarts.
+//!
+//! A socket is found by its address, and by name where namespaces make addresses ambiguous.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use sd_notify::NotifyState;
+use socket2::{SockAddr, SockRef, Type};
+
+/// The sockets that nobody has taken yet.
+#[derive(Debug, Default)]
+pub struct Inherited(Vec<(String, OwnedFd)>);
+
+impl Inherited {
+    /// Takes what was passed to this process. Once, before threads or children exist.
+    ///
+    /// # Errors
+    /// When the environment does not say what it should.
+    pub fn from_environment() -> io::Result<Self> {
+        let passed = sd_notify::listen_fds_with_names()?;
+        let own = passed.map(|(fd, name)| {
+            // SAFETY: the service manager gave us this descriptor, and nobody else takes it: this
+            // runs once, before anything else could.
+            (name, unsafe { OwnedFd::from_raw_fd(fd) })
+        });
+        Ok(Self(own.collect()))
+    }
+
+    /// A TCP listener on `addr`, called `name` if one is given.
+    pub fn tcp(&mut self, addr: SocketAddr, name: Option<&str>) -> Option<TcpListener> {
+        let fd = self.take(|n, socket, bound| {
+            socket.r#type().is_ok_and(|t| t == Type::STREAM)
+                && bound.as_socket() == Some(addr)
+                && name.is_none_or(|name| name == n)
+        })?;
+        Some(fd.into())
+    }
+
+    /// A UDP socket on `addr`.
+    pub fn udp(&mut self, addr: SocketAddr) -> Option<UdpSocket> {
+        let fd = self.take(|_, socket, bound| {
+            socket.r#type().is_ok_and(|t| t == Type::DGRAM) && bound.as_socket() == Some(addr)
+        })?;
+        Some(fd.into())
+    }
+
+    /// A Unix listener at `path`.
+    pub fn unix(&mut self, path: &Path) -> Option<UnixListener> {
+        let fd = self.take(|_, _, bound| bound.as_pathname() == Some(path))?;
+        Some(fd.into())
+    }
+
+    /// Says which sockets nobody has taken: an address in the service manager's unit is not one of
+    /// the configuration.
+    pub fn report_leftovers(&self) {
+        for (name, fd) in &self.0 {
+            let address = SockRef::from(fd).local_addr();
+            tracing::warn!(
+                name,
+                ?address,
+                "an inherited socket is not used: no configured address is its own"
+            );
+        }
+    }
+
+    fn take(&mut self, fits: impl Fn(&str, &SockRef<'_>, &SockAddr) -> bool) -> Option<OwnedFd> {
+        let at = self.0.iter().position(|(name, fd)| {
+            let socket = SockRef::from(fd);
+            socket
+                .local_addr()
+                .is_ok_and(|bound| fits(name, &socket, &bound))
+        })?;
+        let (_, fd) = self.0.swap_remove(at);
+        // A manager's sockets block unless its unit says otherwise.
+        SockRef::from(&fd).set_nonblocking(true).ok()?;
+        Some(fd)
+    }
+}
+
+/// Asks the service manager to keep a socket for our successor (`FileDescriptorStoreMax=`).
+pub fn keep(socket: &impl AsFd, name: &str) {
+    let states = [NotifyState::FdStore, NotifyState::FdName(name)];
+    if let Err(error) = sd_notify::notify_with_fds(&states, &[socket.as_fd()]) {
+        tracing::debug!(%error, name, "the service manager does not keep the socket");
+    }
+}

@@ -1,0 +1,129 @@
+//! The life of a process: running, draining until a deadline, ended. And what systemd is told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+/// Where a process is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Everything is served.
+    Running,
+    /// Nothing new is taken; what lives may go on until then.
+    Draining(Instant),
+    /// Everything ends now.
+    Ended,
+}
+
+/// Waits for SIGTERM or SIGINT, then drains for `drain` or until `idle` completes; a second signal
+/// ends at once.
+///
+/// # Errors
+/// When signals can't be had.
+pub async fn until_stopped(
+    phase: &watch::Sender<Phase>,
+    drain: Duration,
+    idle: impl Future<Output = ()>,
+) -> std::io::Result<()> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(
+        seconds = drain.as_secs(),
+        "draining; a second signal ends at once"
+    );
+    phase.send_replace(Phase::Draining(Instant::now() + drain));
+    tokio::select! {
+        () = tokio::time::sleep(drain) => tracing::warn!("the drain's time is over"),
+        () = idle => {}
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    phase.send_replace(Phase::Ended);
+    Ok(())
+}
+
+/// Waits until `shard_ended` completes while everything is to be served. A shard that drains ends by
+/// itself: that is no loss, and this never completes.
+pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output = ()>) {
+    shard_ended.await;
+    if *phase.borrow() != Phase::Running {
+        std::future::pending().await
+    }
+}
+
+/// Waits until a phase other than running is reached.
+pub async fn stopping(mut phase: watch::Receiver<Phase>) {
+    // An error means that the process is ending.
+    let _ = phase.wait_for(|phase| *phase != Phase::Running).await;
+}
+
+/// Waits for the end.
+pub async fn ended(mut phase: watch::Receiver<Phase>) {
+    let _ = phase.wait_for(|phase| *phase == Phase::Ended).await;
+}
+
+/// Tells systemd, if it started us with `Type=notify` (sd_notify(3)).
+pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+/// The sign of life of a shard.
+#[derive(Clone, Debug, Default)]
+pub struct Pulse(Arc<AtomicU64>);
+
+impl Pulse {
+    /// Beats for ever, for as long as the runtime turns that this is run on.
+    pub async fn beat(self) {
+        let mut tick = tokio::time::interval(PULSE);
+        loop {
+            tick.tick().await;
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// How often a shard beats.
+const PULSE: Duration = Duration::from_secs(1);
+
+/// Sends systemd's watchdog its life signs (`WatchdogSec=`) for as long as both this runtime turns
+/// and the shard's.
+pub async fn watchdog(pulse: Pulse) {
+    let Some(interval) = sd_notify::watchdog_enabled() else {
+        return std::future::pending().await;
+    };
+    let mut tick = tokio::time::interval((interval / 2).max(2 * PULSE));
+    let mut last = None;
+    loop {
+        tick.tick().await;
+        let beats = pulse.0.load(Ordering::Relaxed);
+        if last.replace(beats) != Some(beats) {
+            notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// Starts to catch SIGHUP, which would end the process.
+///
+/// # Errors
+/// When signals can't be had.
+pub fn hangups() -> std::io::Result<Signal> {
+    signal(SignalKind::hangup())
+}
+
+/// Calls `reload` at each of `hangups`, for ever.
+pub async fn on_hangup(hangups: &mut Signal, mut reload: impl AsyncFnMut()) {
+    loop {
+        hangups.recv().await;
+        reload().await;
+    }
+}
