@@ -5,3 +5,4 @@
 //! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
 
 pub mod process;
+pub mod tls;

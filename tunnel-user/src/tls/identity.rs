@@ -1,0 +1,255 @@
+//! Identities: `spiffe://<trust domain>/<role>/<name>`, read from a certificate.
+//!
+//! Invariant: an [`Identity`] is only ever made from a certificate whose URI **and** extended key
+//! usage agree on the role. That the certificate is genuine is the verifier's to say.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// What a certificate's holder may play.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// `cpc server`: terminates tunnels.
+    Server,
+    /// `cpc agent`: dials out from a worker.
+    Agent,
+    /// A program that uses a frontend over TLS, such as kube-apiserver.
+    Client,
+}
+
+impl Role {
+    /// The first segment of the URI's path.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Agent => "agent",
+            Self::Client => "client",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A trust domain: who vouches for an identity. It is also the tenant that the identity belongs
+/// to. Lower-case letters, digits, `.`, `-` and `_`, 1 to 255 of them (SPIFFE-ID section 2.1).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TrustDomain(Arc<str>);
+
+impl TrustDomain {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for TrustDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for TrustDomain {
+    type Err = IdentityError;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
+        if s.is_empty() || s.len() > 255 || !s.bytes().all(allowed) {
+            return Err(IdentityError::TrustDomain(s.chars().take(64).collect()));
+        }
+        Ok(Self(s.into()))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for TrustDomain {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// Why a certificate gives no identity.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// Not X.509, or not in the shape that an identity needs.
+    #[error("the certificate can't be read: {0}")]
+    Malformed(String),
+    /// No URI, or more than one.
+    #[error(
+        "the certificate has {0} URI names, an identity needs exactly one; issue it with `cpc pki`"
+    )]
+    UriCount(usize),
+    /// A URI of another form.
+    #[error("{0:?} is no identity: spiffe://<trust domain>/<server|agent|client>/<name> is one")]
+    Uri(String),
+    /// A trust domain with characters that none may have.
+    #[error("{0:?} is no trust domain: 1 to 255 of a-z 0-9 . - _")]
+    TrustDomain(String),
+    /// A name with characters that none may have.
+    #[error("{0:?} is no name: 1 to 253 of A-Z a-z 0-9 . - _")]
+    Name(String),
+    /// URI and extended key usage disagree.
+    #[error("{uri} lacks the extended key usage of its role; issue it with `cpc pki`")]
+    KeyUsage {
+        /// The identity that the certificate claims.
+        uri: String,
+    },
+}
+
+/// A peer, as its certificate names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Who vouches for it; the tenant.
+    pub trust_domain: TrustDomain,
+    /// What it may play.
+    pub role: Role,
+    /// Server id, node name or client name.
+    pub name: Arc<str>,
+    /// Node addresses: the certificate's IP names.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Identity {
+    /// Reads the identity in a DER certificate (RFC 5280).
+    ///
+    /// # Errors
+    /// [`IdentityError`] unless the certificate has exactly one URI name of the right form and the
+    /// extended key usage that belongs to its role.
+    pub fn from_certificate(der: &[u8]) -> Result<Self, IdentityError> {
+        let malformed = |e: &dyn fmt::Display| IdentityError::Malformed(e.to_string());
+        let (_, cert) = X509Certificate::from_der(der).map_err(|e| malformed(&e))?;
+        let mut uris = Vec::new();
+        let mut addresses = Vec::new();
+        if let Some(san) = cert.subject_alternative_name().map_err(|e| malformed(&e))? {
+            for name in &san.value.general_names {
+                match name {
+                    GeneralName::URI(uri) => uris.push(*uri),
+                    GeneralName::IPAddress(octets) => addresses.push(
+                        ip_from_octets(octets)
+                            .ok_or_else(|| malformed(&"an IP name of odd length"))?,
+                    ),
+                    _ => {}
+                }
+            }
+        }
+        let [uri] = uris[..] else {
+            return Err(IdentityError::UriCount(uris.len()));
+        };
+        let (trust_domain, role, name) = parse_uri(uri)?;
+        let usage = cert.extended_key_usage().map_err(|e| malformed(&e))?;
+        let fits = usage.is_some_and(|u| match role {
+            Role::Server => u.value.server_auth,
+            Role::Agent | Role::Client => u.value.client_auth && !u.value.server_auth,
+        });
+        if !fits {
+            return Err(IdentityError::KeyUsage { uri: uri.into() });
+        }
+        Ok(Self {
+            trust_domain,
+            role,
+            name,
+            addresses,
+        })
+    }
+
+    /// `spiffe://<trust domain>/<role>/<name>`.
+    pub fn uri(&self) -> String {
+        uri(&self.trust_domain, self.role, &self.name)
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "spiffe://{}/{}/{}",
+            self.trust_domain, self.role, self.name
+        )
+    }
+}
+
+/// The URI of an identity.
+pub fn uri(trust_domain: &TrustDomain, role: Role, name: &str) -> String {
+    format!("spiffe://{trust_domain}/{role}/{name}")
+}
+
+/// Checks a server id, node name or client name.
+///
+/// # Errors
+/// [`IdentityError::Name`] with what was given.
+pub fn check_name(name: &str) -> Result<(), IdentityError> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if name.is_empty() || name.len() > 253 || !name.bytes().all(allowed) {
+        return Err(IdentityError::Name(name.chars().take(64).collect()));
+    }
+    Ok(())
+}
+
+fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> {
+    let wrong = || IdentityError::Uri(uri.chars().take(300).collect());
+    let mut parts = uri.strip_prefix("spiffe://").ok_or_else(wrong)?.split('/');
+    let (Some(domain), Some(role), Some(name), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(wrong());
+    };
+    let role = match role {
+        "server" => Role::Server,
+        "agent" => Role::Agent,
+        "client" => Role::Client,
+        _ => return Err(wrong()),
+    };
+    check_name(name)?;
+    Ok((domain.parse()?, role, name.into()))
+}
+
+fn ip_from_octets(octets: &[u8]) -> Option<IpAddr> {
+    if let Ok(v4) = <[u8; 4]>::try_from(octets) {
+        return Some(IpAddr::from(v4));
+    }
+    <[u8; 16]>::try_from(octets).ok().map(IpAddr::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_of_the_right_form() {
+        let (domain, role, name) = parse_uri("spiffe://cluster.local/agent/w1").unwrap();
+        assert_eq!(uri(&domain, role, &name), "spiffe://cluster.local/agent/w1");
+    }
+
+    #[test]
+    fn uris_of_a_wrong_form() {
+        for wrong in [
+            "",
+            "https://cluster.local/agent/w1",
+            "spiffe://cluster.local/agent",
+            "spiffe://cluster.local/agent/w1/x",
+            "spiffe://cluster.local/admin/w1",
+            "spiffe://cluster.local/agent/",
+            "spiffe://cluster.local/agent/w 1",
+            "spiffe:///agent/w1",
+            "spiffe://Cluster/agent/w1",
+        ] {
+            assert!(parse_uri(wrong).is_err(), "{wrong:?} was taken");
+        }
+    }
+
+    #[test]
+    fn garbage_is_no_certificate() {
+        assert!(matches!(
+            Identity::from_certificate(b"x"),
+            Err(IdentityError::Malformed(_))
+        ));
+    }
+}

@@ -1,0 +1,28 @@
+//! Who a peer is, and how it is made sure of.
+//!
+//! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
+//! domain only ([`verify`]); certificates, keys and CAs are files that are watched and read anew
+//! without a restart ([`material`]); `cpc pki` makes them ([`issue`]).
+//!
+//! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
+
+pub mod identity;
+pub mod issue;
+pub mod material;
+pub mod verify;
+
+pub use identity::{Identity, Role, TrustDomain};
+pub use material::{Files, Material};
+
+use std::sync::Arc;
+
+use rustls::crypto::CryptoProvider;
+
+/// ALPN of the tunnel, version 1.
+pub const ALPN: &[u8] = b"cpc/1";
+
+/// The cryptography of every TLS session: aws-lc-rs, with the hybrid X25519MLKEM768 key exchange
+/// preferred (`prefer-post-quantum` of rustls).
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}

@@ -1,0 +1,245 @@
+//! Verification of a peer's certificate chain, on both sides of the tunnel.
+//!
+//! The leaf's identity is read first; its trust domain picks the roots that may vouch for it, and
+//! its role must be the expected one. So a CA of one domain can't issue an identity of another,
+//! and an agent's certificate can't play server. Names and addresses play no part: an agent knows
+//! a server by its URI and may dial it by any address.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
+    SignatureScheme,
+};
+
+use super::identity::{Identity, Role, TrustDomain};
+
+/// The roots of each trust domain.
+#[derive(Clone, Default)]
+pub struct TrustStore {
+    domains: HashMap<TrustDomain, Anchors>,
+}
+
+#[derive(Clone)]
+struct Anchors {
+    roots: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+}
+
+impl TrustStore {
+    /// Trusts `roots` for identities of `domain`, and for none else.
+    ///
+    /// # Errors
+    /// When `roots` is empty or holds what is no CA certificate.
+    pub fn add(
+        &mut self,
+        domain: TrustDomain,
+        roots: RootCertStore,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<(), rustls::server::VerifierBuilderError> {
+        let roots = Arc::new(roots);
+        let clients =
+            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
+        self.domains.insert(domain, Anchors { roots, clients });
+        Ok(())
+    }
+
+    /// The domains that are trusted.
+    pub fn domains(&self) -> impl Iterator<Item = &TrustDomain> {
+        self.domains.keys()
+    }
+}
+
+impl fmt::Debug for TrustStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.domains.keys()).finish()
+    }
+}
+
+/// Why a peer was turned away, beyond what webpki says of its chain.
+#[derive(thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Identity(#[from] super::identity::IdentityError),
+    #[error("{identity} is no {expected}: its certificate is for another role")]
+    Role { identity: Identity, expected: Role },
+    #[error("{0} is of a trust domain that is not trusted here; add its CA to tls.trust")]
+    Domain(Identity),
+    #[error("{0} was not issued by a CA that vouches for its trust domain here; see tls.ca")]
+    Issuer(Identity),
+}
+
+/// rustls shows a refusal of ours with `Debug`, and people are to read it.
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Self::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(refusal))))
+    }
+}
+
+/// Names the peer whose issuer is not trusted.
+fn named(error: Error, identity: Identity) -> Error {
+    match unknown_issuer(error) {
+        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            Refusal::Issuer(identity).into()
+        }
+        error => error,
+    }
+}
+
+/// A CA that was made anew has the name of the old one. webpki then finds no unknown issuer but a
+/// wrong signature, which would send people looking in the wrong place.
+pub fn unknown_issuer(error: Error) -> Error {
+    match error {
+        Error::InvalidCertificate(CertificateError::BadSignature) => {
+            CertificateError::UnknownIssuer.into()
+        }
+        error => error,
+    }
+}
+
+/// Verifies peers of one role against a trust store that may be swapped while it is in use.
+#[derive(Debug)]
+pub struct PeerVerifier {
+    expected: Role,
+    trust: Arc<ArcSwap<TrustStore>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl PeerVerifier {
+    /// A verifier that lets in peers of role `expected` only.
+    pub fn new(
+        expected: Role,
+        trust: Arc<ArcSwap<TrustStore>>,
+        provider: Arc<CryptoProvider>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            expected,
+            trust,
+            provider,
+        })
+    }
+
+    /// Who the leaf names, and the roots that would have to vouch for it.
+    fn anchors(&self, leaf: &CertificateDer<'_>) -> Result<(Identity, Anchors), Error> {
+        let identity = Identity::from_certificate(leaf).map_err(Refusal::from)?;
+        if identity.role != self.expected {
+            return Err(Refusal::Role {
+                identity,
+                expected: self.expected,
+            }
+            .into());
+        }
+        match self.trust.load().domains.get(&identity.trust_domain) {
+            Some(anchors) => {
+                let anchors = anchors.clone();
+                Ok((identity, anchors))
+            }
+            None => Err(Refusal::Domain(identity).into()),
+        }
+    }
+}
+
+impl ClientCertVerifier for PeerVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Hints would tell strangers whose CAs are trusted; our peers have one certificate each.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let (identity, anchors) = self.anchors(leaf)?;
+        anchors
+            .clients
+            .verify_client_cert(leaf, intermediates, now)
+            .map_err(|error| named(error, identity))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+impl ServerCertVerifier for PeerVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let (identity, anchors) = self.anchors(leaf)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &rustls::server::ParsedCertificate::try_from(leaf)?,
+            &anchors.roots,
+            intermediates,
+            now,
+            self.provider.signature_verification_algorithms.all,
+        )
+        .map_err(|error| named(error, identity))?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ClientCertVerifier::verify_tls12_signature(self, message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ClientCertVerifier::verify_tls13_signature(self, message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ClientCertVerifier::supported_verify_schemes(self)
+    }
+}
