@@ -4,5 +4,6 @@
 //! A connection goes from left to right: frontend, router, link, the wire, agent, policy, dialer.
 //! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
 
+pub mod config;
 pub mod process;
 pub mod tls;

@@ -1,0 +1,246 @@
+//! Configuration: a YAML file, then the environment (`CPC_*`), then flags; the later wins.
+//!
+//! Unknown keys are errors that name their line. Paths in a file are relative to the file. What
+//! comes out has been checked and does not change; what can change without a restart (TLS files,
+//! and on SIGHUP the policy, the capture set and the log filter) is read anew as a whole.
+
+pub mod address;
+pub mod agent;
+pub mod rule;
+pub mod server;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::tls::{Files, TrustDomain};
+
+pub use agent::AgentConfig;
+pub use rule::{PortRange, Rule};
+pub use server::ServerConfig;
+
+/// UDP port of the tunnel, and TCP port of the health answer beside it.
+pub const TUNNEL_PORT: u16 = 8132;
+
+/// The longest that a stopping process may be told to wait for its connections.
+const MAX_DRAIN: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+
+/// Why a configuration was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{}: {why}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        why: io::Error,
+    },
+    /// Not YAML, or not in our schema. The text names line and column.
+    #[error("{}: {why}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        why: String,
+    },
+    /// A value that can't be right.
+    #[error("{key}: {why}")]
+    Value {
+        /// The key, as it stands in the file.
+        key: &'static str,
+        /// What is wrong with it and what would be right.
+        why: String,
+    },
+}
+
+impl ConfigError {
+    /// Names the file that a value comes from, where one was read.
+    pub fn within(self, path: Option<&Path>) -> Self {
+        match (self, path) {
+            (Self::Value { key, why }, Some(path)) => Self::Parse {
+                path: path.into(),
+                why: format!("{key}: {why}"),
+            },
+            (error, _) => error,
+        }
+    }
+}
+
+/// Reads `path` into `T`, or takes the defaults when there is no file.
+///
+/// # Errors
+/// [`ConfigError`] naming the file and the line.
+pub fn load<T: DeserializeOwned + Default>(path: Option<&Path>) -> Result<T, ConfigError> {
+    let Some(path) = path else {
+        return Ok(T::default());
+    };
+    let text = std::fs::read_to_string(path).map_err(|why| ConfigError::Read {
+        path: path.into(),
+        why,
+    })?;
+    serde_saphyr::from_str(&text).map_err(|e| ConfigError::Parse {
+        path: path.into(),
+        why: e.to_string(),
+    })
+}
+
+/// The version of the schema: 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Version;
+
+impl<'de> Deserialize<'de> for Version {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        match u32::deserialize(d)? {
+            1 => Ok(Self),
+            other => Err(serde::de::Error::custom(format!(
+                "version {other} is not known to this release, which reads version 1"
+            ))),
+        }
+    }
+}
+
+/// `tls`: our own certificate, and whom we trust.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlsConfig {
+    /// PEM certificate chain.
+    pub cert: Option<PathBuf>,
+    /// PEM private key.
+    pub key: Option<PathBuf>,
+    /// PEM roots for our own trust domain.
+    pub ca: Option<PathBuf>,
+    /// Roots of further trust domains.
+    pub trust: Vec<TrustConfig>,
+}
+
+/// One further trust domain.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrustConfig {
+    /// Its name.
+    pub domain: TrustDomain,
+    /// PEM roots that vouch for it, and for it alone.
+    pub ca: PathBuf,
+}
+
+impl TlsConfig {
+    /// The files, all of them named.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key that is missing.
+    pub fn files(&self) -> Result<Files, ConfigError> {
+        let need = |path: &Option<PathBuf>, key| {
+            path.clone().ok_or_else(|| ConfigError::Value {
+                key,
+                why: "is needed; `cpc pki` makes certificates".into(),
+            })
+        };
+        Ok(Files {
+            cert: need(&self.cert, "tls.cert")?,
+            key: need(&self.key, "tls.key")?,
+            ca: need(&self.ca, "tls.ca")?,
+            trust: self
+                .trust
+                .iter()
+                .map(|t| (t.domain.clone(), t.ca.clone()))
+                .collect(),
+        })
+    }
+
+    fn resolve(&mut self, base: &Path) {
+        let own = [&mut self.cert, &mut self.key, &mut self.ca]
+            .into_iter()
+            .flatten();
+        for path in own.chain(self.trust.iter_mut().map(|t| &mut t.ca)) {
+            *path = base.join(&*path);
+        }
+    }
+}
+
+/// `log`: what is written where.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    /// Levels, also by module: `info`, `cpc=debug,quinn=warn`.
+    pub filter: String,
+    /// How lines look.
+    pub format: LogFormat,
+    /// One line for each connection.
+    pub access: bool,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self {
+            filter: "info".into(),
+            format: LogFormat::Text,
+            access: true,
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The directory that relative paths of a configuration file start from.
+fn base_of(path: Option<&Path>) -> PathBuf {
+    path.and_then(Path::parent)
+        .map_or_else(PathBuf::new, Path::to_path_buf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<ServerConfig, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        load(Some(file.path()))
+    }
+
+    #[test]
+    fn an_unknown_key_names_its_line() {
+        let error = parse("version: 1\nlisten: 0.0.0.0:1\nlissen: x\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("lissen") && error.contains("line 3"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_frontend_is_of_one_kind() {
+        let frontend = |keys| parse(&format!("frontends: {{http_connect: [{{{keys}}}]}}"));
+        assert!(frontend("unix: x, mode: \"0600\"").is_ok());
+        assert!(frontend("tcp: \"127.0.0.1:1\", cert: a, key: b, client_ca: c").is_ok());
+        for wrong in [
+            "",
+            "unix: x, tcp: \"127.0.0.1:1\"",
+            "unix: x, cert: a",
+            "tcp: \"127.0.0.1:1\"",
+        ] {
+            let error = frontend(wrong).unwrap_err().to_string();
+            assert!(error.contains("either `unix`"), "{wrong:?}: {error}");
+        }
+        let error = frontend("unix: x, mode: \"9\"").unwrap_err().to_string();
+        assert!(error.contains("is no mode"), "{error}");
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let error = parse("version: 2\n").unwrap_err().to_string();
+        assert!(error.contains("reads version 1"), "{error}");
+    }
+}

@@ -1,0 +1,372 @@
+//! The configuration of `cpc server`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use tunnel_proto::preface::MAX_DEADLINE;
+
+use super::MAX_DRAIN;
+use super::rule::{self, Rule};
+use super::{ConfigError, LogConfig, TUNNEL_PORT, TlsConfig, Version, base_of};
+use crate::tls::TrustDomain;
+
+/// Everything a server is told.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Version of the schema.
+    pub version: Version,
+    /// UDP address of the tunnel; the same on TCP answers `/readyz` for load balancers.
+    pub listen: SocketAddr,
+    /// How many servers an agent must find.
+    pub server_count: u32,
+    /// Where the one persisted secret lies.
+    pub state_dir: PathBuf,
+    /// Our certificate, and whom we trust.
+    pub tls: TlsConfig,
+    /// Who may serve what.
+    pub policy: PolicyConfig,
+    /// Ways in, beside the redirect.
+    pub frontends: FrontendsConfig,
+    /// The eBPF redirect.
+    pub redirect: RedirectConfig,
+    /// Address of health, metrics and status.
+    pub admin: SocketAddr,
+    /// Bounds.
+    pub limits: LimitsConfig,
+    /// Logging.
+    pub log: LogConfig,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            version: Version,
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TUNNEL_PORT)),
+            server_count: 1,
+            state_dir: "/var/lib/cpc".into(),
+            tls: TlsConfig::default(),
+            policy: PolicyConfig::default(),
+            frontends: FrontendsConfig::default(),
+            redirect: RedirectConfig::default(),
+            admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8135)),
+            limits: LimitsConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+/// `policy`: who may serve what, beyond the node addresses in its certificate.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PolicyConfig {
+    /// What each identity may serve.
+    pub grants: Vec<GrantConfig>,
+}
+
+/// What the identities that match a pattern may serve.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GrantConfig {
+    /// A URI, in which `*` stands for any characters but `/`.
+    pub identity: String,
+    /// Address ranges; a single address may stand without its prefix length.
+    #[serde(deserialize_with = "rule::nets")]
+    pub cidrs: Vec<IpNet>,
+    /// DNS names, `*.suffix` among them.
+    pub names: Vec<String>,
+    /// Everything that nobody else serves.
+    pub default_route: bool,
+}
+
+/// `frontends`: ways in.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FrontendsConfig {
+    /// HTTP CONNECT listeners.
+    pub http_connect: Vec<HttpConnectConfig>,
+}
+
+/// One HTTP CONNECT listener: a Unix socket, or TCP with mutual TLS.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "HttpConnectKeys")]
+pub enum HttpConnectConfig {
+    /// A Unix socket.
+    Unix(UnixFrontend),
+    /// TCP with mutual TLS.
+    Tcp(TcpFrontend),
+}
+
+/// The keys of either kind, as they stand in the file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HttpConnectKeys {
+    unix: Option<PathBuf>,
+    mode: Option<String>,
+    tcp: Option<SocketAddr>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    tenant: Option<TrustDomain>,
+}
+
+impl TryFrom<HttpConnectKeys> for HttpConnectConfig {
+    type Error = String;
+
+    fn try_from(keys: HttpConnectKeys) -> Result<Self, String> {
+        match keys {
+            HttpConnectKeys {
+                unix: Some(unix),
+                mode,
+                tcp: None,
+                cert: None,
+                key: None,
+                client_ca: None,
+                tenant,
+            } => {
+                let mode = mode.map_or(Ok(DEFAULT_MODE), |mode| parse_mode(&mode))?;
+                Ok(Self::Unix(UnixFrontend { unix, mode, tenant }))
+            }
+            HttpConnectKeys {
+                unix: None,
+                mode: None,
+                tcp: Some(tcp),
+                cert: Some(cert),
+                key: Some(key),
+                client_ca: Some(client_ca),
+                tenant,
+            } => Ok(Self::Tcp(TcpFrontend {
+                tcp,
+                cert,
+                key,
+                client_ca,
+                tenant,
+            })),
+            _ => Err(
+                "an http_connect frontend has either `unix` (with `mode`) or `tcp` with \
+                      `cert`, `key` and `client_ca`"
+                    .into(),
+            ),
+        }
+    }
+}
+
+/// HTTP CONNECT on a Unix socket.
+#[derive(Clone, Debug)]
+pub struct UnixFrontend {
+    /// Where the socket is made.
+    pub unix: PathBuf,
+    /// Its mode.
+    pub mode: u32,
+    /// The tenant that its callers are; the server's own trust domain when missing.
+    pub tenant: Option<TrustDomain>,
+}
+
+/// HTTP CONNECT on TCP with mutual TLS.
+#[derive(Clone, Debug)]
+pub struct TcpFrontend {
+    /// Where it listens.
+    pub tcp: SocketAddr,
+    /// PEM chain that callers check.
+    pub cert: PathBuf,
+    /// Its PEM key.
+    pub key: PathBuf,
+    /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
+    /// `client`: an agent's certificate is no way in.
+    pub client_ca: PathBuf,
+    /// The tenant that its callers are; the server's own trust domain when missing.
+    pub tenant: Option<TrustDomain>,
+}
+
+/// `redirect`: the eBPF redirect.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RedirectConfig {
+    /// Directory on a bpffs where programs and maps outlive the process.
+    pub pin: PathBuf,
+    /// Whose sockets are redirected, and which.
+    pub attachments: Vec<AttachmentConfig>,
+}
+
+impl Default for RedirectConfig {
+    fn default() -> Self {
+        Self {
+            pin: "/sys/fs/bpf/cpc".into(),
+            attachments: Vec::new(),
+        }
+    }
+}
+
+/// One attachment of the redirect.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachmentConfig {
+    /// Its name, in pins, logs and metrics.
+    pub name: String,
+    /// The cgroup v2 directory whose processes are redirected.
+    pub cgroup: PathBuf,
+    /// Their network namespace, as a path; the server's own when missing.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
+    /// Their tenant; the server's own trust domain when missing.
+    #[serde(default)]
+    pub tenant: Option<TrustDomain>,
+    /// Where redirected connections are accepted: one loopback address a family.
+    #[serde(default = "default_redirect_listen")]
+    pub listen: Vec<SocketAddr>,
+    /// What is redirected.
+    pub capture: Vec<Rule>,
+    /// What is not, though `capture` covers it. Loopback never is.
+    #[serde(default)]
+    pub exclude: Vec<Rule>,
+    /// What happens to what is captured while the server is dead or stuck.
+    #[serde(default)]
+    pub fail: FailMode,
+}
+
+/// What happens to captured connections while the server is dead or stuck.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FailMode {
+    /// They are refused (ECONNREFUSED).
+    #[default]
+    Closed,
+    /// They leave by the ordinary route.
+    Open,
+}
+
+/// `limits`: bounds, and how long things may take.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// A dial that has not succeeded by then has failed.
+    #[serde(with = "humantime_serde")]
+    pub dial_timeout: Duration,
+    /// How long a stopping server waits for connections to end.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+    /// How long a departed agent is remembered: until then its addresses are answered with
+    /// "no agent" (EHOSTUNREACH), after that with "no route" (ENETUNREACH).
+    #[serde(with = "humantime_serde")]
+    pub forget: Duration,
+    /// Connections at once.
+    pub connections: usize,
+    /// Agents at once.
+    pub agents: usize,
+    /// Bytes that stopped readers may hold before new dials are refused.
+    pub stalled_bytes: u64,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            dial_timeout: Duration::from_secs(10),
+            drain: Duration::from_secs(30),
+            forget: Duration::from_secs(3600),
+            connections: 16_000,
+            agents: 10_000,
+            stalled_bytes: 2 << 30,
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut config: Self = super::load(path)?;
+        config.resolve(&base_of(path));
+        Ok(config)
+    }
+
+    /// Checks what serde can't.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if self.server_count == 0 {
+            return value("server_count", "must be at least 1");
+        }
+        if self.limits.dial_timeout.is_zero() || self.limits.dial_timeout > MAX_DEADLINE {
+            return value("limits.dial_timeout", "must be over 0 s and at most 10 min");
+        }
+        if self.limits.drain > MAX_DRAIN {
+            return value("limits.drain", "must be at most 24 h");
+        }
+        let mut names = std::collections::HashSet::new();
+        for attachment in &self.redirect.attachments {
+            if !names.insert(&attachment.name) {
+                return value("redirect.attachments.name", "must be unique");
+            }
+            if attachment.capture.is_empty() {
+                return value(
+                    "redirect.attachments.capture",
+                    "must name what is redirected",
+                );
+            }
+            let families = |v4: bool| {
+                attachment
+                    .listen
+                    .iter()
+                    .filter(|a| a.is_ipv4() == v4)
+                    .count()
+            };
+            if attachment.listen.is_empty()
+                || families(true) > 1
+                || families(false) > 1
+                || !attachment
+                    .listen
+                    .iter()
+                    .all(|a| a.ip().is_loopback() && a.port() != 0)
+            {
+                return value(
+                    "redirect.attachments.listen",
+                    "must be one loopback address with a port for each family",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn resolve(&mut self, base: &Path) {
+        self.tls.resolve(base);
+        self.state_dir = base.join(&self.state_dir);
+        for frontend in &mut self.frontends.http_connect {
+            match frontend {
+                HttpConnectConfig::Unix(unix) => unix.unix = base.join(&unix.unix),
+                HttpConnectConfig::Tcp(tcp) => {
+                    for path in [&mut tcp.cert, &mut tcp.key, &mut tcp.client_ca] {
+                        *path = base.join(&*path);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn default_redirect_listen() -> Vec<SocketAddr> {
+    vec![
+        SocketAddr::from(([127, 0, 0, 1], 8137)),
+        SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], 8137)),
+    ]
+}
+
+/// The mode of a Unix socket when none is configured.
+const DEFAULT_MODE: u32 = 0o660;
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| format!("{text:?} is no mode: \"0660\" is"))
+}
