@@ -5,5 +5,6 @@
 //! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
 
 pub mod config;
+pub mod datapath;
 pub mod process;
 pub mod tls;

@@ -1,0 +1,320 @@
+//! Local sockets: TCP, Unix, and TLS over TCP, with the one interface that the relay needs.
+//!
+//! Reads and writes take `&self`, so that both directions run in one task without a lock.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustls::ServerConnection;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::server::TlsStream;
+
+use super::buffer::read_owned;
+
+/// A connected local socket.
+pub trait LocalSocket {
+    /// Waits for bytes; empty is the end of file. Holds no buffer while it waits. Cancelling loses
+    /// nothing.
+    fn read(&self) -> impl Future<Output = io::Result<Bytes>>;
+    /// Writes what it can of `slices`, returning how much; `Ok(None)` when it would block.
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>>;
+    /// Whether what [`try_write`](Self::try_write) took is on its way. A TLS session holds records
+    /// of its own while the socket takes none.
+    fn is_flushed(&self) -> bool {
+        true
+    }
+    /// Waits until something can be written, and what was taken before is on its way.
+    fn writable(&self) -> impl Future<Output = io::Result<()>>;
+    /// Tells the peer that no more will follow.
+    fn finish(&self) -> impl Future<Output = io::Result<()>>;
+    /// Waits until the peer has reset the connection, without reading.
+    fn broken(&self) -> impl Future<Output = ()>;
+    /// As [`broken`](Self::broken), but never completes for a reset that follows the peer's end of
+    /// file: then what it sent before is there to be read, and still counts.
+    fn revoked(&self) -> impl Future<Output = ()>;
+    /// Whether closing sends a reset and discards what was not sent yet (`SO_LINGER` of 0,
+    /// socket(7)). A Unix socket knows no reset.
+    fn reset_on_close(&self, reset: bool);
+    /// Makes sure that nothing unread is left, where closing would otherwise spoil what the peer
+    /// has yet to read.
+    fn discard_input(&self) {}
+    /// Bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
+    fn unsent(&self) -> usize;
+}
+
+/// Sets a TCP socket to reset when it is closed, until an orderly close is earned: so a killed
+/// process resets too.
+///
+/// # Errors
+/// What the system says.
+fn reset_on_close(socket: &TcpStream, reset: bool) -> io::Result<()> {
+    SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO))
+}
+
+/// Prepares a TCP listener, whose accepted sockets inherit it on Linux: they reset when they are
+/// closed, send small writes at once, and notice a peer that is gone.
+///
+/// The last also where a peer's reset was lost: the kernel ignores one that lies outside a receive
+/// window of zero, as of a client that is killed while its target has stopped.
+///
+/// # Errors
+/// What the system says.
+pub fn prepare_listener(listener: &std::net::TcpListener) -> io::Result<()> {
+    let socket = SockRef::from(listener);
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive())
+}
+
+/// Prepares a connected TCP socket in the same way.
+///
+/// # Errors
+/// What the system says.
+pub fn prepare(socket: &TcpStream) -> io::Result<()> {
+    reset_on_close(socket, true)?;
+    socket.set_nodelay(true)?;
+    SockRef::from(socket).set_tcp_keepalive(&keepalive())
+}
+
+/// A peer that is gone without a word is noticed after 30 s + 9 x 15 s, as by kube-apiserver.
+fn keepalive() -> TcpKeepalive {
+    TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(9)
+}
+
+async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
+    // An error here means that the reactor is gone, and then so is everything else.
+    let _ = ready.await;
+}
+
+/// Takes the error of a broken socket: it is `EPIPE` when the peer had ended its half before
+/// (tcp_reset in CLOSE_WAIT). A later read finds the end of file in its place, so only who gives
+/// the socket up at any other error may ask.
+async fn unless_ended(error: io::Result<Option<io::Error>>) {
+    match error {
+        Ok(Some(error)) if error.kind() != io::ErrorKind::BrokenPipe => {}
+        _ => std::future::pending().await,
+    }
+}
+
+fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
+    match result {
+        Ok(n) => Ok(Some(n)),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
+    let mut unsent: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ (the same as SIOCOUTQ) writes one int, to a place that lives through the call.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
+    if done == 0 {
+        usize::try_from(unsent).unwrap_or(0)
+    } else {
+        0
+    }
+}
+
+/// The methods that TCP and Unix sockets share to the letter.
+macro_rules! stream_socket {
+    () => {
+        async fn read(&self) -> io::Result<Bytes> {
+            loop {
+                self.readable().await?;
+                match read_owned(|buf| self.try_read_buf(buf)) {
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    done => return done,
+                }
+            }
+        }
+
+        fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+            would_block(self.try_write_vectored(slices))
+        }
+
+        async fn writable(&self) -> io::Result<()> {
+            self.writable().await
+        }
+
+        async fn finish(&self) -> io::Result<()> {
+            SockRef::from(self).shutdown(std::net::Shutdown::Write)
+        }
+
+        async fn broken(&self) {
+            error_ready(self.ready(Interest::ERROR)).await;
+        }
+
+        async fn revoked(&self) {
+            self.broken().await;
+            unless_ended(self.take_error()).await;
+        }
+
+        fn unsent(&self) -> usize {
+            outq(self)
+        }
+    };
+}
+
+impl LocalSocket for TcpStream {
+    stream_socket!();
+
+    fn reset_on_close(&self, reset: bool) {
+        // Fails only on a socket that is broken already.
+        let _ = reset_on_close(self, reset);
+    }
+}
+
+impl LocalSocket for UnixStream {
+    stream_socket!();
+
+    fn reset_on_close(&self, _reset: bool) {}
+
+    /// The peer of a Unix socket that is closed with unread bytes reads ECONNRESET in place of the
+    /// end of file (unix_release_sock); TCP gives it the end of file that came before.
+    fn discard_input(&self) {
+        let socket = SockRef::from(self);
+        // Without effect on a socket that is broken already.
+        let _ = socket.shutdown(std::net::Shutdown::Read);
+        let mut unwanted = [0; 4096];
+        // Not by `try_read`: the reactor may not have seen yet that there is something.
+        while (&*socket).read(&mut unwanted).is_ok_and(|n| n > 0) {}
+    }
+}
+
+/// TLS over TCP, used from one task.
+#[derive(Debug)]
+pub struct TlsSocket {
+    tcp: TcpStream,
+    session: RefCell<ServerConnection>,
+}
+
+impl TlsSocket {
+    /// Takes an established session.
+    pub fn new(stream: TlsStream<TcpStream>) -> Self {
+        let (tcp, session) = stream.into_inner();
+        Self {
+            tcp,
+            session: RefCell::new(session),
+        }
+    }
+
+    /// What has arrived in whole records; `None` when the socket must be read first.
+    fn take_plaintext(&self) -> io::Result<Option<Bytes>> {
+        let mut session = self.session.borrow_mut();
+        let mut reader = session.reader();
+        // A TCP end of file without close_notify is an error here: it may have been cut.
+        match reader.fill_buf() {
+            Ok(plain) => {
+                let bytes = Bytes::copy_from_slice(plain);
+                reader.consume(bytes.len());
+                Ok(Some(bytes))
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn take_records(&self) -> io::Result<()> {
+        let mut session = self.session.borrow_mut();
+        match session.read_tls(&mut TryIo(&self.tcp)) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            done => done?,
+        };
+        session.process_new_packets().map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    /// Sends the records that are ready; `false` when the socket takes no more for now.
+    fn flush(&self) -> io::Result<bool> {
+        let mut session = self.session.borrow_mut();
+        while session.wants_write() {
+            match session.write_tls(&mut TryIo(&self.tcp)) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                done => done?,
+            };
+        }
+        Ok(true)
+    }
+}
+
+impl LocalSocket for TlsSocket {
+    async fn read(&self) -> io::Result<Bytes> {
+        loop {
+            if let Some(bytes) = self.take_plaintext()? {
+                return Ok(bytes);
+            }
+            self.tcp.readable().await?;
+            self.take_records()?;
+            // Answers to the session's own messages, such as key updates. An error here is the
+            // writer's to see: what the peer sent before it is still there to be read.
+            let _ = self.flush();
+        }
+    }
+
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+        let taken = self.session.borrow_mut().writer().write_vectored(slices)?;
+        self.flush()?;
+        // rustls takes nothing while its own buffer is full.
+        Ok((taken > 0).then_some(taken))
+    }
+
+    fn is_flushed(&self) -> bool {
+        !self.session.borrow().wants_write()
+    }
+
+    async fn writable(&self) -> io::Result<()> {
+        while !self.flush()? {
+            self.tcp.writable().await?;
+        }
+        Ok(())
+    }
+
+    async fn finish(&self) -> io::Result<()> {
+        self.session.borrow_mut().send_close_notify();
+        self.writable().await?;
+        LocalSocket::finish(&self.tcp).await
+    }
+
+    async fn broken(&self) {
+        self.tcp.broken().await;
+    }
+
+    async fn revoked(&self) {
+        self.tcp.revoked().await;
+    }
+
+    fn reset_on_close(&self, reset: bool) {
+        self.tcp.reset_on_close(reset);
+    }
+
+    fn unsent(&self) -> usize {
+        self.tcp.unsent()
+    }
+}
+
+/// Lets rustls use a socket that may block.
+struct TryIo<'a>(&'a TcpStream);
+
+impl Read for TryIo<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.try_read(buf)
+    }
+}
+
+impl Write for TryIo<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.try_write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
