@@ -8,3 +8,4 @@ pub mod config;
 pub mod datapath;
 pub mod process;
 pub mod tls;
+pub mod transport;
