@@ -7,5 +7,6 @@
 pub mod config;
 pub mod datapath;
 pub mod process;
+pub mod telemetry;
 pub mod tls;
 pub mod transport;

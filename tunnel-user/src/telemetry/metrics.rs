@@ -1,0 +1,157 @@
+//! Metrics in the Prometheus text format, under `cpc_`.
+//!
+//! Base units; labels from closed sets, never an address or an agent's name.
+
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use tunnel_proto::close::CloseReason;
+
+/// Where a connection came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FrontendKind {
+    /// The eBPF redirect.
+    Redirect,
+    /// HTTP CONNECT.
+    HttpConnect,
+    /// On an agent: a tunnel.
+    Tunnel,
+}
+
+impl FrontendKind {
+    /// Metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Redirect => "redirect",
+            Self::HttpConnect => "http_connect",
+            Self::Tunnel => "tunnel",
+        }
+    }
+}
+
+/// Who ended a connection, in the words of the side that writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Closer {
+    /// The program that connected.
+    Client,
+    /// The program that it connected to.
+    Target,
+    /// The tunnel between.
+    Tunnel,
+    /// The agent, before it reached the target.
+    Agent,
+    /// The server, before it asked an agent.
+    Server,
+}
+
+impl Closer {
+    /// Metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Target => "target",
+            Self::Tunnel => "tunnel",
+            Self::Agent => "agent",
+            Self::Server => "server",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClosedLabels {
+    frontend: &'static str,
+    by: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FrontendLabels {
+    frontend: &'static str,
+}
+
+/// What each connection counts, on a server and on an agent alike.
+#[derive(Clone, Debug)]
+pub struct DialMetrics {
+    /// Whether each connection writes a line.
+    pub log_access: bool,
+    closed: Family<ClosedLabels, Counter>,
+    dialled: Family<FrontendLabels, Histogram>,
+    /// Open connections.
+    pub open: Gauge,
+    /// Bytes from clients to targets.
+    pub up: Counter,
+    /// Bytes from targets to clients.
+    pub down: Counter,
+}
+
+impl DialMetrics {
+    /// Registers them.
+    pub fn register(registry: &mut Registry, log_access: bool) -> Self {
+        let metrics = Self {
+            log_access,
+            closed: Family::default(),
+            dialled: Family::new_with_constructor(|| Histogram::new(DIAL_SECONDS)),
+            open: Gauge::default(),
+            up: Counter::default(),
+            down: Counter::default(),
+        };
+        registry.register(
+            "connections_closed",
+            "Connections that ended, by who ended them and why",
+            metrics.closed.clone(),
+        );
+        registry.register(
+            "dial_duration_seconds",
+            "Time from accepting a client to the target's answer, of dials that succeeded",
+            metrics.dialled.clone(),
+        );
+        registry.register("connections", "Open connections", metrics.open.clone());
+        registry.register(
+            "up_bytes",
+            "Bytes from clients to targets",
+            metrics.up.clone(),
+        );
+        registry.register(
+            "down_bytes",
+            "Bytes from targets to clients",
+            metrics.down.clone(),
+        );
+        metrics
+    }
+
+    /// Counts a dial that succeeded after `elapsed`.
+    pub fn connected(&self, frontend: FrontendKind, elapsed: Duration) {
+        let labels = FrontendLabels {
+            frontend: frontend.label(),
+        };
+        self.dialled
+            .get_or_create(&labels)
+            .observe(elapsed.as_secs_f64());
+    }
+
+    pub(super) fn ended(&self, frontend: FrontendKind, by: Closer, reason: CloseReason) {
+        let (frontend, by, reason) = (frontend.label(), by.label(), reason.label());
+        self.closed
+            .get_or_create(&ClosedLabels {
+                frontend,
+                by,
+                reason,
+            })
+            .inc();
+    }
+}
+
+/// 100 us to 10 s: from a loopback to the dial's deadline.
+const DIAL_SECONDS: [f64; 11] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
+];
+
+/// A registry with our prefix.
+pub fn registry() -> Registry {
+    Registry::with_prefix("cpc")
+}

@@ -1,0 +1,18 @@
+//! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
+//! feeds both ([`access`]).
+
+pub mod access;
+pub mod logging;
+pub mod metrics;
+
+use std::time::Duration;
+
+/// Milliseconds, to the microsecond.
+pub fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Seconds, to the microsecond.
+pub fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e6
+}
