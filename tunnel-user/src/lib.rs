@@ -7,6 +7,7 @@
 pub mod config;
 pub mod datapath;
 pub mod process;
+pub mod redirect;
 pub mod telemetry;
 pub mod tls;
 pub mod transport;

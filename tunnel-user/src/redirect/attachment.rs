@@ -1,0 +1,142 @@
+//! Putting an attachment in place, and taking it away.
+
+use std::{io, os::fd::AsFd, path::PathBuf};
+
+use super::{
+    AttachmentSpec, Hook, RedirectError, Refusal,
+    link::{Cgroup, Link, remove_pin},
+    maps,
+    pin::{Pin, failed},
+    program::Programs,
+    settings,
+};
+
+/// What [`Attachment::link`] found to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linked {
+    /// The programs were not in this cgroup.
+    Created,
+    /// Programs were there; ours are in their place now.
+    Replaced,
+}
+
+/// An attachment whose programs this process has loaded.
+///
+/// Dropping it changes nothing: what is pinned stays.
+#[derive(Debug)]
+pub struct Attachment {
+    pin: Pin,
+    id: u32,
+    name: String,
+    cgroup: PathBuf,
+    programs: Programs,
+}
+
+impl Attachment {
+    pub(super) fn prepare(
+        pin: &Pin,
+        refusal: Option<Refusal>,
+        spec: &AttachmentSpec,
+    ) -> Result<Self, RedirectError> {
+        spec.check()?;
+        pin.create(&spec.name)?;
+        let _lock = pin.lock()?;
+        let id = settings::number(pin, &spec.name)?;
+        let programs = Programs::load(pin, id, refusal)?;
+        settings::write(pin, id, spec)?;
+        let (pin, name, cgroup) = (pin.clone(), spec.name.clone(), spec.cgroup.clone());
+        Ok(Self {
+            pin,
+            id,
+            name,
+            cgroup,
+            programs,
+        })
+    }
+
+    /// Its number in maps and metrics; stays with the name for as long as that is attached.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// What callers see of a refusal.
+    pub fn refusal(&self) -> Refusal {
+        self.programs.refusal()
+    }
+
+    /// Writes new settings (captures, listeners, fail mode, a namespace that was made anew) for
+    /// running programs. A new cgroup counts from the next [`Self::link`].
+    ///
+    /// The host's own addresses are read again too, so call it when those have changed.
+    pub fn update(&mut self, spec: &AttachmentSpec) -> Result<(), RedirectError> {
+        spec.check()?;
+        if spec.name != self.name {
+            return Err(RedirectError::NotAttached(spec.name.clone()));
+        }
+        let _lock = self.pin.lock()?;
+        settings::write(&self.pin, self.id, spec)?;
+        self.cgroup.clone_from(&spec.cgroup);
+        Ok(())
+    }
+
+    /// Puts the programs in the cgroup, each in one step in the place of what is there, and pins
+    /// the links. Takes well under a millisecond: the programs are in the kernel already.
+    ///
+    /// Links of a cgroup that was removed, or that the attachment no longer means, are dropped.
+    pub fn link(&self) -> Result<Linked, RedirectError> {
+        let _lock = self.pin.lock()?;
+        let cgroup = Cgroup::open(&self.cgroup).map_err(|source| RedirectError::Cgroup {
+            path: self.cgroup.clone(),
+            source,
+        })?;
+        let mut linked = Linked::Replaced;
+        for (hook, program) in self.programs.iter() {
+            let pin = self.pin.link(&self.name, hook);
+            let put = || {
+                let there = Link::open(&pin)?;
+                if let Some(link) = there
+                    && link.info()?.cgroup == cgroup.id()
+                {
+                    link.replace(program.as_fd())?;
+                    return Ok(Linked::Replaced);
+                }
+                Link::create(program.as_fd(), &cgroup, hook)?.pin(&pin)?;
+                Ok(Linked::Created)
+            };
+            let failed = |source: io::Error| RedirectError::Link {
+                name: hook.name(),
+                cgroup: self.cgroup.clone(),
+                source,
+            };
+            if put().map_err(failed)? == Linked::Created {
+                linked = Linked::Created;
+            }
+        }
+        Ok(linked)
+    }
+}
+
+/// Takes an attachment away: links first, then what they went by.
+pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
+    if !pin.exists() {
+        return Ok(false);
+    }
+    let _lock = pin.lock()?;
+    let Some((id, _)) = maps::find(&maps::attachments(pin)?, name)? else {
+        return Ok(false);
+    };
+    for hook in Hook::ALL.into_iter().rev() {
+        let link = pin.link(name, hook);
+        remove_pin(&link).map_err(|error| failed(&link, error))?;
+    }
+    // An attempt that broke off may have left a half-finished pin.
+    let directory = pin.links(name);
+    match std::fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed(&directory, error));
+        }
+        _ => {}
+    }
+    settings::remove(pin, id)?;
+    Ok(true)
+}

@@ -1,0 +1,136 @@
+//! What can go wrong, and what to do about it.
+
+use std::{io, path::PathBuf};
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use ipnet::IpNet;
+use tunnel_ebpf_common::{MAX_ATTACHMENTS, MAX_RANGES, NAME_LENGTH};
+
+/// Why a redirect could not be made, changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// See [`super::object()`].
+    #[error(
+        "this cpc was built without the redirect's kernel programs: \
+         run `cargo xtask build-ebpf` and build again"
+    )]
+    NotBuiltIn,
+
+    /// Names become file names on a BPF file system, which takes no dots.
+    #[error(
+        "attachment name {0:?} is not usable: \
+         take 1 to {NAME_LENGTH} characters out of a-z, A-Z, 0-9, - and _"
+    )]
+    Name(String),
+
+    /// Neither listener is set.
+    #[error("attachment {0} has no listener: give it an IPv4 or an IPv6 address to redirect to")]
+    NoListener(String),
+
+    /// Too many separate port ranges in one prefix.
+    #[error(
+        "capture and exclude leave {count} separate port ranges for {cidr}, \
+         {MAX_RANGES} are possible: use wider ranges"
+    )]
+    TooManyRanges {
+        /// The prefix.
+        cidr: IpNet,
+        /// How many it would need.
+        count: usize,
+    },
+
+    /// All numbers are taken.
+    #[error(
+        "all {MAX_ATTACHMENTS} attachments are in use: \
+         detach one (`cpc redirect status` lists them)"
+    )]
+    Full,
+
+    /// The pin directory is on some other file system.
+    #[error(
+        "{0} is not on a BPF file system: mount one (`mount -t bpf bpf /sys/fs/bpf`) \
+         or choose a pin directory on one"
+    )]
+    NotBpffs(PathBuf),
+
+    /// The cgroup is missing, or not of version 2.
+    #[error("cgroup {path} can't be attached to: it must be a directory of a cgroup2 hierarchy")]
+    Cgroup {
+        /// The cgroup.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+
+    /// The namespace can't be entered or read.
+    #[error("network namespace {path} can't be entered")]
+    Netns {
+        /// The namespace, or this process's own.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+
+    /// A file or directory below the pin directory.
+    #[error("{path} can't be made, opened or removed")]
+    Pin {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+
+    /// Nothing of this name is pinned.
+    #[error("no attachment named {0} here: attach it first (`cpc redirect attach`)")]
+    NotAttached(String),
+
+    /// A map can't be opened, read or written.
+    #[error("the map {name} can't be opened, read or written (this takes root, or CAP_BPF)")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// What aya said.
+        #[source]
+        source: MapError,
+    },
+
+    /// The object can't be read, or its maps not made.
+    #[error("the kernel programs can't be prepared (this takes CAP_BPF and CAP_NET_ADMIN)")]
+    Prepare(#[source] Box<EbpfError>),
+
+    /// The kernel refuses a program.
+    #[error(
+        "the kernel refuses the program {name} \
+         (this takes Linux 5.15, CAP_BPF and CAP_NET_ADMIN)"
+    )]
+    Load {
+        /// Its name.
+        name: &'static str,
+        /// What aya said, the verifier's log included.
+        #[source]
+        source: Box<ProgramError>,
+    },
+
+    /// The object lacks a program: it was built from other sources.
+    #[error("the built-in object has no program {0}: run `cargo xtask build-ebpf` and build again")]
+    Mismatch(&'static str),
+
+    /// A program can't be put in its cgroup.
+    #[error("program {name} can't be attached to {cgroup}")]
+    Link {
+        /// Its name.
+        name: &'static str,
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+
+    /// The programs' log can't be read.
+    #[error("the kernel programs' log can't be read (this takes CAP_SYS_ADMIN)")]
+    Log(#[source] Box<dyn std::error::Error + Send + Sync>),
+}

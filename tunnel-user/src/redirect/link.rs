@@ -1,0 +1,235 @@
+//! Links of programs to a cgroup, by bpf(2) itself.
+//!
+//! aya 0.14 can't replace the program of a cgroup link, nor say which cgroup a link is for; both
+//! are what restarts depend on.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::Path,
+};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
+
+use super::Hook;
+
+/// `enum bpf_cmd` of linux/bpf.h.
+#[derive(Clone, Copy)]
+enum Command {
+    ObjPin = 6,
+    ObjGet = 7,
+    ObjGetInfoByFd = 15,
+    LinkCreate = 28,
+    LinkUpdate = 29,
+}
+
+/// A cgroup to attach to.
+#[derive(Debug)]
+pub(super) struct Cgroup {
+    directory: File,
+    id: u64,
+}
+
+impl Cgroup {
+    /// Opens the directory of a cgroup, version 2.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let directory = File::open(path)?;
+        if fstatfs(&directory)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+            return Err(io::Error::other("not on a cgroup2 file system"));
+        }
+        // The kernel's number of a cgroup is its directory's inode number.
+        let id = directory.metadata()?.ino();
+        Ok(Self { directory, id })
+    }
+
+    /// The kernel's number of the cgroup: another one when it was removed and made again.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LinkInfo {
+    /// Number of the program.
+    pub(super) program: u32,
+    /// Number of the cgroup, 0 when that is gone.
+    pub(super) cgroup: u64,
+}
+
+/// A program in its cgroup. It leaves when the last descriptor is closed and no pin is left.
+#[derive(Debug)]
+pub(super) struct Link(OwnedFd);
+
+impl Link {
+    /// Opens a pinned link; `None` when nothing is pinned there.
+    pub(super) fn open(path: &Path) -> io::Result<Option<Self>> {
+        let pathname = c_path(path)?;
+        let attr = ObjectAttr {
+            pathname: pathname.as_ptr() as u64,
+            fd: 0,
+            flags: 0,
+        };
+        match bpf_fd(Command::ObjGet, &attr) {
+            Ok(fd) => Ok(Some(Self(fd))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a program in a cgroup (`BPF_LINK_CREATE`, Linux 5.7). Others there stay.
+    pub(super) fn create(program: BorrowedFd<'_>, cgroup: &Cgroup, hook: Hook) -> io::Result<Self> {
+        let attr = LinkCreateAttr {
+            program: program.as_raw_fd(),
+            target: cgroup.directory.as_raw_fd(),
+            attach_type: hook.attach_type(),
+            flags: 0,
+        };
+        bpf_fd(Command::LinkCreate, &attr).map(Self)
+    }
+
+    /// Puts another program in the place of the link's, in one step (`BPF_LINK_UPDATE`).
+    pub(super) fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let attr = LinkUpdateAttr {
+            link: self.0.as_raw_fd(),
+            program: program.as_raw_fd(),
+            flags: 0,
+            old_program: 0,
+        };
+        bpf(Command::LinkUpdate, &attr).map(drop)
+    }
+
+    /// Pins the link. What is pinned there already is replaced, in one step.
+    pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
+        // bpffs renames over files, but does not pin over them.
+        let fresh = path.with_file_name(match path.file_name().and_then(|name| name.to_str()) {
+            Some(name) => format!("{name}-new"),
+            None => return Err(io::ErrorKind::InvalidInput.into()),
+        });
+        remove_pin(&fresh)?;
+        let pathname = c_path(&fresh)?;
+        let fd = self.0.as_raw_fd();
+        let attr = ObjectAttr {
+            pathname: pathname.as_ptr() as u64,
+            fd,
+            flags: 0,
+        };
+        bpf(Command::ObjPin, &attr)?;
+        std::fs::rename(fresh, path)
+    }
+
+    /// What the kernel says of the link.
+    pub(super) fn info(&self) -> io::Result<LinkInfo> {
+        let mut info = CgroupLinkInfo::default();
+        let attr = InfoAttr {
+            fd: self.0.as_raw_fd(),
+            length: size_of::<CgroupLinkInfo>() as u32,
+            info: &raw mut info as u64,
+        };
+        bpf(Command::ObjGetInfoByFd, &attr)?;
+        Ok(LinkInfo {
+            program: info.program,
+            cgroup: info.cgroup,
+        })
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Removes a pin; that there is none is fine.
+pub(super) fn remove_pin(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Arguments of one command: a prefix of `union bpf_attr`, whose rest counts as zero.
+///
+/// # Safety
+///
+/// `#[repr(C)]`, laid out as the kernel lays out the commands it is used for, without padding,
+/// and every address in it is valid for what the command does with it.
+unsafe trait Attr {}
+
+#[repr(C)]
+struct ObjectAttr {
+    pathname: u64,
+    fd: RawFd,
+    flags: u32,
+}
+// SAFETY: `pathname` is a C string that its owner keeps for the call.
+unsafe impl Attr for ObjectAttr {}
+
+#[repr(C)]
+struct LinkCreateAttr {
+    program: RawFd,
+    target: RawFd,
+    attach_type: u32,
+    flags: u32,
+}
+// SAFETY: no addresses.
+unsafe impl Attr for LinkCreateAttr {}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link: RawFd,
+    program: RawFd,
+    flags: u32,
+    old_program: u32,
+}
+// SAFETY: no addresses.
+unsafe impl Attr for LinkUpdateAttr {}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: RawFd,
+    length: u32,
+    info: u64,
+}
+// SAFETY: `info` is a `CgroupLinkInfo` of `length` bytes that lives through the call.
+unsafe impl Attr for InfoAttr {}
+
+/// `struct bpf_link_info` of a cgroup link.
+#[repr(C)]
+#[derive(Default)]
+struct CgroupLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    _reserved: u32,
+    cgroup: u64,
+    attach_type: u32,
+    _padding: u32,
+}
+
+fn bpf_fd<A: Attr>(command: Command, attr: &A) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the command returned a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<A: Attr>(command: Command, attr: &A) -> io::Result<libc::c_long> {
+    // SAFETY: `Attr` promises that the kernel understands the bytes and may follow its addresses.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, attr, size_of::<A>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}

@@ -1,0 +1,167 @@
+//! The redirect: sockets of a cgroup that connect to a captured address come to our listener.
+//!
+//! The only module that names aya. It loads the kernel programs, pins their maps and links under
+//! one directory of a BPF file system, and writes captures, routes and heartbeats.
+//!
+//! ```text
+//! PIN/maps-v1/NAME           maps, shared by all attachments; the number is the schema
+//! PIN/links/ATTACHMENT/HOOK  what holds the programs in their cgroup
+//! ```
+//!
+//! Invariants:
+//! * What is pinned outlives this process: while the connector is away, captured connections are
+//!   refused (or pass, where the attachment fails open); none slips through meanwhile.
+//! * The capture set comes from configuration alone. Routes never widen it.
+//! * Every change of captures, routes or programs shows each connect(2) the old state or the new
+//!   one, never a mixture and never a gap.
+//! * One connector at a time owns a pin directory; the command line may look and change beside
+//!   it (changes are serialised by a lock on the directory).
+//!
+//! Accepting connections, and what a missing origin means for them, is the frontend's business.
+
+mod attachment;
+mod capture;
+mod counters;
+mod error;
+mod flows;
+mod follow;
+mod heartbeat;
+mod hook;
+mod link;
+mod listener;
+mod log;
+mod maps;
+mod netns;
+mod object;
+mod pin;
+mod prefix;
+mod program;
+mod routes;
+mod settings;
+mod spec;
+mod status;
+
+pub use attachment::{Attachment, Linked};
+pub use counters::{Count, Counters};
+pub use error::RedirectError;
+pub use flows::{Flows, MAX_WAIT, Origin};
+pub use follow::{Follower, Presence};
+pub use heartbeat::Heartbeat;
+pub use hook::Hook;
+pub use listener::listen;
+pub use netns::{cookie, within};
+pub use object::object;
+pub use program::Refusal;
+pub use routes::Routes;
+pub use spec::{AttachmentSpec, FailMode, Rule, tenant_number};
+pub use status::{LinkState, Status};
+pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};
+
+use std::path::PathBuf;
+
+use pin::Pin;
+
+/// Everything that is pinned under one directory.
+#[derive(Clone, Debug)]
+pub struct Redirect {
+    pin: Pin,
+    refusal: Option<Refusal>,
+}
+
+impl Redirect {
+    /// Names the pin directory; nothing is touched yet.
+    ///
+    /// It, or the nearest ancestor that exists, must be on a BPF file system.
+    pub fn new(pin: impl Into<PathBuf>) -> Self {
+        Self {
+            pin: Pin::new(pin.into()),
+            refusal: None,
+        }
+    }
+
+    /// Refuses in this manner instead of the best one that the kernel has.
+    #[must_use]
+    pub fn refusing_by(mut self, refusal: Refusal) -> Self {
+        self.refusal = Some(refusal);
+        self
+    }
+
+    /// Configures and attaches: [`Self::prepare`], then [`Attachment::link`].
+    ///
+    /// Idempotent. The first call creates and pins; a later one, of this process or the next,
+    /// puts its own programs in place of the old ones, each in one step.
+    pub fn attach(&self, spec: &AttachmentSpec) -> Result<Attachment, RedirectError> {
+        let attachment = self.prepare(spec)?;
+        attachment.link()?;
+        Ok(attachment)
+    }
+
+    /// Loads the programs and writes the settings, but attaches nothing: the cgroup need not
+    /// exist yet. Programs that are attached already see the new settings at once.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the spec, and whatever the kernel refuses; loading takes
+    /// CAP_BPF and CAP_NET_ADMIN.
+    pub fn prepare(&self, spec: &AttachmentSpec) -> Result<Attachment, RedirectError> {
+        Attachment::prepare(&self.pin, self.refusal, spec)
+    }
+
+    /// Detaches and forgets the attachment of this name. Its connections go on; new ones take
+    /// the ordinary route. False when there was none.
+    pub fn detach(&self, name: &str) -> Result<bool, RedirectError> {
+        attachment::detach(&self.pin, name)
+    }
+
+    /// Where the accepting side of an attachment finds what its connections wanted.
+    pub fn flows(&self, name: &str) -> Result<Flows, RedirectError> {
+        Flows::open(&self.pin, name)
+    }
+
+    /// The sign of life of an attachment's connector.
+    pub fn heartbeat(&self, name: &str) -> Result<Heartbeat, RedirectError> {
+        Heartbeat::open(&self.pin, name)
+    }
+
+    /// The routes of all tenants.
+    pub fn routes(&self) -> Result<Routes, RedirectError> {
+        Routes::open(&self.pin)
+    }
+
+    /// What the programs have counted.
+    pub fn counters(&self) -> Result<Counters, RedirectError> {
+        Counters::open(&self.pin)
+    }
+
+    /// Every attachment, by name. Empty when nothing was ever attached.
+    pub fn status(&self) -> Result<Vec<Status>, RedirectError> {
+        status::read(&self.pin)
+    }
+
+    /// Hands what the programs log (each refusal, level DEBUG) to the `log` crate, for ever.
+    ///
+    /// Needs a tokio runtime with I/O, and CAP_SYS_ADMIN. All attachments share one log: run one
+    /// of these for a pin directory.
+    ///
+    /// # Errors
+    ///
+    /// When no attachment of this name has its programs in place.
+    pub async fn forward_log(&self, name: &str) -> Result<(), RedirectError> {
+        log::forward(&self.pin, name).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_can_move_to_the_thread_that_needs_them() {
+        fn is_send<T: Send>() {}
+        is_send::<Attachment>();
+        is_send::<Counters>();
+        is_send::<Flows>();
+        is_send::<Heartbeat>();
+        is_send::<Routes>();
+    }
+}

@@ -1,0 +1,109 @@
+//! Loading the programs for one attachment.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{CgroupSockAddr, Program, ProgramError, SockOps},
+};
+use serde::Serialize;
+
+use super::{Hook, RedirectError, maps, object, pin::Pin};
+
+/// What the caller of connect(2) sees of a refusal; depends on the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Refusal {
+    /// An errno that says why (`bpf_set_retval` in connect hooks, Linux 6.1).
+    Errno,
+    /// A reset by the accepting side, or EPERM when nobody is there to accept.
+    Reset,
+}
+
+/// The programs in the kernel, not attached to anything by themselves.
+#[derive(Debug)]
+pub(super) struct Programs {
+    fds: [(Hook, OwnedFd); Hook::ALL.len()],
+    refusal: Refusal,
+}
+
+impl Programs {
+    /// Loads the built-in programs for an attachment; they refuse in the given manner, or in the
+    /// best one that the kernel has.
+    pub(super) fn load(
+        pin: &Pin,
+        attachment: u32,
+        refusal: Option<Refusal>,
+    ) -> Result<Self, RedirectError> {
+        match refusal {
+            Some(refusal) => Self::load_as(pin, attachment, refusal),
+            // Whether the helper may be called shows only when a program that does is loaded.
+            None => Self::load_as(pin, attachment, Refusal::Errno)
+                .or_else(|_| Self::load_as(pin, attachment, Refusal::Reset)),
+        }
+    }
+
+    fn load_as(pin: &Pin, attachment: u32, refusal: Refusal) -> Result<Self, RedirectError> {
+        let object = object().ok_or(RedirectError::NotBuiltIn)?;
+        let choose_errno = u8::from(refusal == Refusal::Errno);
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(None)
+            .override_global("ATTACHMENT", &attachment, true)
+            .override_global("CHOOSE_ERRNO", &choose_errno, true);
+        for name in maps::NAMES {
+            loader.map_pin_path(name, pin.map(name));
+        }
+        let mut ebpf = loader
+            .load(object)
+            .map_err(|error| RedirectError::Prepare(Box::new(error)))?;
+        let [established, getpeername4, getpeername6, connect4, connect6] =
+            Hook::ALL.map(|hook| Ok((hook, load(&mut ebpf, hook)?)));
+        Ok(Self {
+            fds: [
+                established?,
+                getpeername4?,
+                getpeername6?,
+                connect4?,
+                connect6?,
+            ],
+            refusal,
+        })
+    }
+
+    /// The programs in the order of attaching.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Hook, &OwnedFd)> {
+        self.fds.iter().map(|(hook, fd)| (*hook, fd))
+    }
+
+    /// How they refuse.
+    pub(super) fn refusal(&self) -> Refusal {
+        self.refusal
+    }
+}
+
+/// Loads one program, and keeps it beyond aya's handle.
+fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<OwnedFd, RedirectError> {
+    let name = hook.name();
+    let program = ebpf
+        .program_mut(name)
+        .ok_or(RedirectError::Mismatch(name))?;
+    load_program(program).map_err(|error| RedirectError::Load {
+        name,
+        source: Box::new(error),
+    })
+}
+
+fn load_program(program: &mut Program) -> Result<OwnedFd, ProgramError> {
+    match program {
+        Program::CgroupSockAddr(_) => {
+            let program: &mut CgroupSockAddr = program.try_into()?;
+            program.load()?;
+        }
+        _ => {
+            let program: &mut SockOps = program.try_into()?;
+            program.load()?;
+        }
+    }
+    Ok(program.fd()?.as_fd().try_clone_to_owned()?)
+}

@@ -1,0 +1,127 @@
+//! Writing what the programs go by: the attachment's entry and its captures.
+
+use std::{io, net::IpAddr, path::Path};
+
+use aya::maps::PerCpuValues;
+use nix::{
+    ifaddrs::{InterfaceAddress, getifaddrs},
+    net::if_::InterfaceFlags,
+};
+use tunnel_ebpf_common::{Attachment, Counter, Endpoint, MAX_ATTACHMENTS, flags};
+
+use super::{
+    AttachmentSpec, FailMode, RedirectError, capture,
+    maps::{self, failed},
+    netns,
+    pin::Pin,
+    prefix, spec,
+};
+
+/// The number that an attachment of this name has, or would get: the lowest free one.
+///
+/// A number stays with its name for as long as the attachment is pinned.
+pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
+    if !pin.map("ATTACHMENTS").exists() {
+        return Ok(0);
+    }
+    let attachments = maps::attachments(pin)?;
+    if let Some((id, _)) = maps::find(&attachments, name)? {
+        return Ok(id);
+    }
+    for id in 0..MAX_ATTACHMENTS {
+        let entry = maps::optional(attachments.get(&id, 0)).map_err(failed("ATTACHMENTS"))?;
+        if entry.is_none() {
+            return Ok(id);
+        }
+    }
+    Err(RedirectError::Full)
+}
+
+/// Writes a spec under its number. Running programs see it at once.
+pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), RedirectError> {
+    let (netns, own) = namespace(spec.netns.as_deref())?;
+    let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
+    let entry = Attachment {
+        netns,
+        tenant: spec.tenant,
+        flags: if spec.fail == FailMode::Open {
+            flags::FAIL_OPEN
+        } else {
+            0
+        },
+        listener4: spec.listen4.map_or(Endpoint::NONE, |listen| {
+            Endpoint::from(std::net::SocketAddr::V4(listen))
+        }),
+        listener6: spec.listen6.map_or(Endpoint::NONE, |listen| {
+            Endpoint::from(std::net::SocketAddr::V6(listen))
+        }),
+        name: spec::padded(&spec.name)?,
+    };
+
+    let mut attachments = maps::attachments(pin)?;
+    if maps::find(&attachments, &spec.name)?.is_none() {
+        reset(pin, id)?;
+    }
+    let mut captures = maps::captures(pin)?;
+    let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
+    prefix::apply(&mut captures, &prefix::plan(&old, &table)).map_err(failed("CAPTURES"))?;
+    attachments
+        .insert(id, entry, 0)
+        .map_err(failed("ATTACHMENTS"))
+}
+
+/// Forgets what was written. The programs must be detached already.
+pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
+    let mut captures = maps::captures(pin)?;
+    let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
+    let none = prefix::Table::new();
+    prefix::apply(&mut captures, &prefix::plan(&old, &none)).map_err(failed("CAPTURES"))?;
+    maps::attachments(pin)?
+        .remove(&id)
+        .map_err(failed("ATTACHMENTS"))
+}
+
+/// What an earlier attachment left under this number is not the new one's.
+fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
+    maps::heartbeats(pin)?
+        .set(id, 0, 0)
+        .map_err(failed("HEARTBEATS"))?;
+    let mut counters = maps::counters(pin)?;
+    for slot in 0..Counter::SLOTS {
+        let index = id * Counter::SLOTS + slot;
+        let cpus = counters.get(&index, 0).map_err(failed("COUNTERS"))?.len();
+        let zeroes = PerCpuValues::try_from(vec![0; cpus])
+            .map_err(|error| failed("COUNTERS")(error.into()))?;
+        counters.set(index, zeroes, 0).map_err(failed("COUNTERS"))?;
+    }
+    Ok(())
+}
+
+/// The namespace's cookie, and the addresses that it and our own one have.
+///
+/// Both are excluded: what reaches them needs no tunnel, and must not depend on one.
+fn namespace(path: Option<&Path>) -> Result<(u64, Vec<IpAddr>), RedirectError> {
+    let there = netns::within(path, || Ok((netns::cookie()?, addresses()?)));
+    let here = addresses();
+    let failed = |source: io::Error| RedirectError::Netns {
+        path: path.unwrap_or(Path::new("/proc/self/ns/net")).to_owned(),
+        source,
+    };
+    let (cookie, mut own) = there.map_err(failed)?;
+    own.extend(here.map_err(failed)?);
+    Ok((cookie, own))
+}
+
+/// Addresses of this thread's namespace. An interface that is down has none: kube-proxy in IPVS
+/// mode keeps the addresses of all services on such a one.
+fn addresses() -> io::Result<Vec<IpAddr>> {
+    let address = |interface: InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    };
+    Ok(getifaddrs()?
+        .filter(|interface| interface.flags.contains(InterfaceFlags::IFF_UP))
+        .filter_map(address)
+        .collect())
+}

@@ -1,0 +1,132 @@
+//! What an attachment is configured to be.
+
+use std::{
+    net::{SocketAddrV4, SocketAddrV6},
+    ops::RangeInclusive,
+    path::PathBuf,
+};
+
+use ipnet::IpNet;
+use serde::Serialize;
+use tunnel_ebpf_common::NAME_LENGTH;
+
+use super::RedirectError;
+
+/// What becomes of captured connections while the connector is dead or stuck.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FailMode {
+    /// They are refused (ECONNREFUSED).
+    #[default]
+    Closed,
+    /// They take the ordinary route.
+    Open,
+}
+
+/// Ports of a network, to capture or to exclude.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The network; host bits are ignored.
+    pub cidr: IpNet,
+    /// The ports; none given means all of them.
+    pub ports: Vec<RangeInclusive<u16>>,
+}
+
+/// One attachment as configured.
+#[derive(Clone, Debug)]
+pub struct AttachmentSpec {
+    /// Its name: a file name, and what it keeps its number under.
+    pub name: String,
+    /// Whose routes decide: [`tenant_number`] of the trust domain.
+    pub tenant: u32,
+    /// The cgroup (version 2) whose sockets are redirected, those of its descendants included.
+    ///
+    /// A container's own cgroup goes away with each restart, so a stable ancestor is the safe
+    /// choice; see [`super::Follower`] for the other one.
+    pub cgroup: PathBuf,
+    /// The network namespace whose sockets are redirected, as a file; default: this process's.
+    pub netns: Option<PathBuf>,
+    /// Where IPv4 connections go, inside `netns`. Without it, captured ones are refused.
+    pub listen4: Option<SocketAddrV4>,
+    /// Where IPv6 connections go, inside `netns`. Without it, captured ones are refused.
+    pub listen6: Option<SocketAddrV6>,
+    /// What is redirected.
+    pub capture: Vec<Rule>,
+    /// What is not, although it is captured. Loopback, the unspecified addresses, link-local
+    /// ones and the addresses of both namespaces' own interfaces never are.
+    pub exclude: Vec<Rule>,
+    /// What happens while the connector is away.
+    pub fail: FailMode,
+}
+
+impl AttachmentSpec {
+    /// Checks what can be checked without the kernel.
+    pub(super) fn check(&self) -> Result<(), RedirectError> {
+        padded(&self.name)?;
+        if self.listen4.is_none() && self.listen6.is_none() {
+            return Err(RedirectError::NoListener(self.name.clone()));
+        }
+        Ok(())
+    }
+}
+
+/// A name as the map holds it.
+pub(super) fn padded(name: &str) -> Result<[u8; NAME_LENGTH], RedirectError> {
+    let usable = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    if name.is_empty() || name.len() > NAME_LENGTH || !name.bytes().all(usable) {
+        return Err(RedirectError::Name(name.to_owned()));
+    }
+    let mut padded = [0; NAME_LENGTH];
+    padded[..name.len()].copy_from_slice(name.as_bytes());
+    Ok(padded)
+}
+
+/// A name as it was before [`padded`].
+pub(super) fn unpadded(name: &[u8; NAME_LENGTH]) -> String {
+    let end = name
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(NAME_LENGTH);
+    String::from_utf8_lossy(&name[..end]).into_owned()
+}
+
+/// The number by which the kernel tells tenants apart: FNV-1a of the trust domain.
+///
+/// A hash stays the same over restarts without being stored anywhere. Should two trust domains
+/// collide, a route of one makes the kernel hand over connections of the other, and the router,
+/// which goes by names, has no route for them: they are reset instead of refused.
+pub fn tenant_number(trust_domain: &str) -> u32 {
+    trust_domain.bytes().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_file_names_without_dots() {
+        for good in ["a", "kube-apiserver", "API_2", &"x".repeat(NAME_LENGTH)] {
+            assert_eq!(unpadded(&padded(good).unwrap()), good);
+        }
+        for bad in [
+            "",
+            ".",
+            "a.b",
+            "a/b",
+            "ä",
+            "a b",
+            &"x".repeat(NAME_LENGTH + 1),
+        ] {
+            assert!(padded(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn tenant_numbers_are_fnv_1a() {
+        // Vectors of the reference implementation.
+        assert_eq!(tenant_number(""), 0x811c_9dc5);
+        assert_eq!(tenant_number("foobar"), 0xbf9c_f968);
+    }
+}

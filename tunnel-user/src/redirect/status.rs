@@ -1,0 +1,124 @@
+//! What is attached, as the kernel has it.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use serde::Serialize;
+use tunnel_ebpf_common::{Attachment, Counter, Endpoint, flags};
+
+use super::{
+    FailMode, Hook, RedirectError, counters,
+    heartbeat::monotonic_ns,
+    link::Link,
+    maps::{self, failed},
+    pin::{self, Pin},
+    prefix, spec,
+};
+
+/// Where one program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum LinkState {
+    /// In a cgroup.
+    Attached {
+        /// The cgroup's number: its directory's inode number.
+        cgroup: u64,
+        /// The program's number.
+        program: u32,
+    },
+    /// Its cgroup was removed.
+    Orphaned,
+    /// Nothing is pinned.
+    Missing,
+}
+
+/// One attachment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub id: u32,
+    /// Its tenant's number.
+    pub tenant: u32,
+    /// The namespace's cookie.
+    pub netns: u64,
+    /// Where connections go.
+    pub listeners: Vec<SocketAddr>,
+    /// What happens while the connector is away.
+    pub fail: FailMode,
+    /// Prefixes in the compiled capture set.
+    pub prefixes: usize,
+    /// Milliseconds since the connector's last sign of life; `None`: it never gave one, or said
+    /// goodbye.
+    pub heartbeat_age_ms: Option<u64>,
+    /// Each program by name.
+    pub links: BTreeMap<&'static str, LinkState>,
+    /// Each counter by label.
+    pub counters: BTreeMap<&'static str, u64>,
+}
+
+/// Reads all attachments, sorted by name.
+pub(super) fn read(pin: &Pin) -> Result<Vec<Status>, RedirectError> {
+    if !pin.exists() {
+        return Ok(Vec::new());
+    }
+    let mut all = Vec::new();
+    for entry in maps::attachments(pin)?.iter() {
+        let (id, attachment) = entry.map_err(failed("ATTACHMENTS"))?;
+        all.push(one(pin, id, &attachment)?);
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectError> {
+    let name = spec::unpadded(&attachment.name);
+    let heartbeat = maps::heartbeats(pin)?
+        .get(&id, 0)
+        .map_err(failed("HEARTBEATS"))?;
+    let captures = prefix::read(&maps::captures(pin)?, Some(id)).map_err(failed("CAPTURES"))?;
+    let listeners = [attachment.listener4, attachment.listener6];
+    let open = attachment.flags & flags::FAIL_OPEN != 0;
+    let counted = counters::of(&maps::counters(pin)?, id)?;
+    Ok(Status {
+        id,
+        tenant: attachment.tenant,
+        netns: attachment.netns,
+        listeners: listeners
+            .into_iter()
+            .filter(|l| *l != Endpoint::NONE)
+            .map(Into::into)
+            .collect(),
+        fail: if open {
+            FailMode::Open
+        } else {
+            FailMode::Closed
+        },
+        prefixes: captures.len(),
+        heartbeat_age_ms: (heartbeat != 0)
+            .then(|| monotonic_ns().saturating_sub(heartbeat) / 1_000_000),
+        links: links(pin, &name)?,
+        counters: counted
+            .into_iter()
+            .map(|(counter, n)| (Counter::label(counter), n))
+            .collect(),
+        name,
+    })
+}
+
+fn links(pin: &Pin, name: &str) -> Result<BTreeMap<&'static str, LinkState>, RedirectError> {
+    let state = |hook: Hook| {
+        let path = pin.link(name, hook);
+        let info = Link::open(&path).and_then(|link| link.map(|link| link.info()).transpose());
+        let state = match info.map_err(|error| pin::failed(&path, error))? {
+            None => LinkState::Missing,
+            Some(info) if info.cgroup == 0 => LinkState::Orphaned,
+            Some(info) => LinkState::Attached {
+                cgroup: info.cgroup,
+                program: info.program,
+            },
+        };
+        Ok((hook.name(), state))
+    };
+    Hook::ALL.into_iter().map(state).collect()
+}
