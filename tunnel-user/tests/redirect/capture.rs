@@ -1,0 +1,169 @@
+//! What is redirected, and what is left alone.
+
+use std::net::UdpSocket;
+
+use super::*;
+
+#[test]
+fn both_families_are_redirected() {
+    let Some(it) = Attached::new() else { return };
+    for address in [V4, V6] {
+        assert_eq!(
+            ask(&it.client, at(address)).unwrap(),
+            at(address).to_string()
+        );
+    }
+    // A v4-mapped destination is an IPv4 one.
+    let mapped = at("::ffff:10.99.1.2");
+    assert_eq!(ask(&it.client, mapped).unwrap(), at(V4).to_string());
+    assert_eq!(it.count(Counter::Redirected), 3);
+    assert_eq!(it.count(Counter::Established), 3);
+}
+
+#[test]
+fn getpeername_names_the_destination() {
+    let Some(it) = Attached::new() else { return };
+    for to in [at(V4), at(V6), at("::ffff:10.99.1.2")] {
+        let socket = connect(&it.client, to).unwrap();
+        assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(to));
+    }
+}
+
+#[test]
+fn a_nonblocking_connect_is_redirected() {
+    let Some(it) = Attached::new() else { return };
+    let socket = it.client.tcp(Domain::IPV4);
+    socket.set_nonblocking(true).unwrap();
+    let error = socket.connect(&at(V4).into()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS));
+    let mut fds = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(&socket),
+        nix::poll::PollFlags::POLLOUT,
+    )];
+    assert_eq!(nix::poll::poll(&mut fds, 10_000_u16), Ok(1));
+    assert!(socket.take_error().unwrap().is_none());
+    socket.set_nonblocking(false).unwrap();
+    assert_eq!(answer(socket).unwrap(), at(V4).to_string());
+}
+
+#[test]
+fn a_bound_source_address_is_kept() {
+    let Some(it) = Attached::new() else { return };
+    let socket = it.client.tcp(Domain::IPV4);
+    socket
+        .bind(&"127.3.2.1:0".parse::<SocketAddr>().unwrap().into())
+        .unwrap();
+    socket.connect(&at(V4).into()).unwrap();
+    assert_eq!(answer(socket).unwrap(), at(V4).to_string());
+}
+
+#[test]
+fn multipath_tcp_is_tcp() {
+    let Some(it) = Attached::new() else { return };
+    let Ok(socket) = it
+        .client
+        .socket(Domain::IPV4, Type::STREAM, libc::IPPROTO_MPTCP)
+    else {
+        // This kernel has none, so that none can escape.
+        return;
+    };
+    socket.connect(&at(V4).into()).unwrap();
+    assert_eq!(answer(socket).unwrap(), at(V4).to_string());
+}
+
+#[test]
+fn what_is_not_captured_is_left_alone() {
+    let Some(it) = Attached::new() else { return };
+    assert_eq!(ask(&it.client, at(OTHER_V4)).unwrap(), "decoy");
+    assert_eq!(ask(&it.client, at("127.0.0.1")).unwrap(), "decoy");
+    assert_eq!(ask(&it.client, at("::1")).unwrap(), "decoy");
+    assert_eq!(it.count(Counter::NotCaptured), 3);
+    assert_eq!(it.count(Counter::Redirected), 0);
+}
+
+#[test]
+fn ports_and_exclusions_narrow_the_capture() {
+    let Some(mut it) = Attached::new() else {
+        return;
+    };
+    let attachment = it.redirect.prepare(&it.spec).unwrap();
+    it.spec.capture[0].ports = vec![1..=1024, PORT..=PORT];
+    it.spec.exclude = vec![rule("10.99.1.3/32")];
+    let mut attachment = attachment;
+    attachment.update(&it.spec).unwrap();
+    assert_eq!(ask(&it.client, at(V4)).unwrap(), at(V4).to_string());
+    assert_eq!(ask(&it.client, at("10.99.1.3")).unwrap(), "decoy");
+    it.spec.capture[0].ports = vec![1..=1024];
+    attachment.update(&it.spec).unwrap();
+    assert_eq!(ask(&it.client, at(V4)).unwrap(), "decoy");
+}
+
+#[test]
+fn own_addresses_are_excluded_where_the_interface_is_up() {
+    let Some(it) = Attached::new() else { return };
+    let mut attachment = it.redirect.prepare(&it.spec).unwrap();
+    it.lab.netns.ip("address add 10.99.7.7/32 dev lo");
+    it.lab.netns.ip("address add fd99::7/128 dev lo");
+    it.lab.netns.ip("link add down0 type veth peer down1");
+    it.lab.netns.ip("address add 10.99.8.8/32 dev down0");
+    attachment.update(&it.spec).unwrap();
+    assert_eq!(ask(&it.client, at("10.99.7.7")).unwrap(), "decoy");
+    assert_eq!(ask(&it.client, at("fd99::7")).unwrap(), "decoy");
+    let service = at("10.99.8.8");
+    assert_eq!(ask(&it.client, service).unwrap(), service.to_string());
+}
+
+#[test]
+fn a_default_route_captures_nothing() {
+    let Some(it) = Attached::new() else { return };
+    routes(
+        &it.redirect,
+        &[("0.0.0.0/0", Verdict::Serve), ("::/0", Verdict::Serve)],
+    );
+    assert_eq!(ask(&it.client, at(OTHER_V4)).unwrap(), "decoy");
+    assert_eq!(ask(&it.client, at("fd98::2")).unwrap(), "decoy");
+    assert_eq!(ask(&it.client, at(V4)).unwrap(), at(V4).to_string());
+}
+
+#[test]
+fn other_cgroups_are_left_alone() {
+    let Some(it) = Attached::new() else { return };
+    let sibling = it.lab.cgroup.path().parent().unwrap();
+    let outside = Factory::new(sibling, &it.lab.netns);
+    assert_eq!(ask(&outside, at(V4)).unwrap(), "decoy");
+    assert_eq!(ask(&outside, at(V6)).unwrap(), "decoy");
+    // Descendants are inside.
+    let child = it.lab.cgroup.path().join("child");
+    std::fs::create_dir(&child).unwrap();
+    let inside = Factory::new(&child, &it.lab.netns);
+    assert_eq!(ask(&inside, at(V4)).unwrap(), at(V4).to_string());
+}
+
+#[test]
+fn other_namespaces_are_left_alone() {
+    let Some(it) = Attached::new() else { return };
+    let other = Netns::new().unwrap();
+    other.decoy(PORT);
+    let client = Factory::new(it.lab.cgroup.path(), &other);
+    assert_eq!(ask(&client, at(V4)).unwrap(), "decoy");
+    assert_eq!(ask(&client, at(V6)).unwrap(), "decoy");
+}
+
+#[test]
+fn datagrams_are_left_alone() {
+    let Some(it) = Attached::new() else { return };
+    let decoy = it.lab.netns.within(|| UdpSocket::bind(("::", PORT)));
+    decoy
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    for to in [at(V4), at(V6)] {
+        let domain = Domain::for_address(to);
+        let socket = it.client.socket(domain, Type::DGRAM, 0).unwrap();
+        socket.connect(&to.into()).unwrap();
+        assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(to));
+        socket.send(to.to_string().as_bytes()).unwrap();
+        let mut datagram = [0; 64];
+        let length = decoy.recv(&mut datagram).unwrap();
+        assert_eq!(&datagram[..length], to.to_string().as_bytes());
+    }
+}
