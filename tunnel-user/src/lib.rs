@@ -4,6 +4,7 @@
 //! A connection goes from left to right: frontend, router, link, the wire, agent, policy, dialer.
 //! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
 
+pub mod admin;
 pub mod config;
 pub mod datapath;
 pub mod process;

@@ -1,0 +1,115 @@
+//! Health, metrics and status over HTTP, on loopback unless configured otherwise.
+//!
+//! | path | answer |
+//! | --- | --- |
+//! | `/healthz`, `/livez` | 200 while the process turns |
+//! | `/readyz` | 200 when it can do its job, else 503 and why not |
+//! | `/metrics` | Prometheus text |
+//! | `/status` | JSON, what `cpc status` prints |
+//! | `PUT /log` | puts the body in force as log filter |
+
+mod listener;
+pub mod status;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::{get, put};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+
+use crate::telemetry::logging::LogHandle;
+
+/// What a server and an agent tell in their own ways.
+pub trait Source: Send + Sync {
+    /// Whether the job can be done; else why not.
+    fn ready(&self) -> Result<(), String>;
+    /// The status, as JSON.
+    fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>>;
+    /// Called before metrics are written, for those that are read elsewhere.
+    fn refresh(&self);
+}
+
+/// The admin service.
+#[derive(Clone)]
+pub struct Admin {
+    registry: Arc<Registry>,
+    log: LogHandle,
+    source: Arc<dyn Source>,
+}
+
+impl Admin {
+    /// Over what the process knows of itself.
+    pub fn new(registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
+        Self {
+            registry: Arc::new(registry),
+            log,
+            source,
+        }
+    }
+
+    /// Everything.
+    pub fn router(self) -> Router {
+        Router::new()
+            .route("/metrics", get(metrics))
+            .route("/status", get(status_page))
+            .route("/log", put(set_log))
+            .with_state(self.clone())
+            .merge(self.health_router())
+    }
+
+    /// Health alone, for a port that strangers reach.
+    pub fn health_router(self) -> Router {
+        Router::new()
+            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/livez", get(|| async { "ok\n" }))
+            .route("/readyz", get(ready))
+            .with_state(self)
+    }
+}
+
+/// Serves `router` on `listener` for ever.
+pub async fn serve(listener: std::net::TcpListener, router: Router) {
+    let served = async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        axum::serve(listener::Listener::new(listener), router).await
+    };
+    if let Err(error) = served.await {
+        tracing::error!(%error, "an HTTP listener has ended");
+    }
+}
+
+async fn ready(State(admin): State<Admin>) -> Response {
+    match admin.source.ready() {
+        Ok(()) => "ok\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why + "\n").into_response(),
+    }
+}
+
+async fn metrics(State(admin): State<Admin>) -> Response {
+    admin.source.refresh();
+    let mut text = String::new();
+    if encode(&mut text, &admin.registry).is_err() {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+async fn status_page(State(admin): State<Admin>) -> Json<serde_json::Value> {
+    Json(admin.source.status().await)
+}
+
+async fn set_log(State(admin): State<Admin>, filter: String) -> Response {
+    match admin.log.set(filter.trim()) {
+        Ok(()) => {
+            tracing::info!(filter = filter.trim(), "log filter changed");
+            "ok\n".into_response()
+        }
+        Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    }
+}

@@ -1,0 +1,118 @@
+//! The status of a process, as JSON and as `cpc status` reads it.
+
+use serde::{Deserialize, Serialize};
+
+/// What either program tells.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "lowercase")]
+pub enum Status {
+    /// A server's.
+    Server(ServerStatus),
+    /// An agent's.
+    Agent(AgentStatus),
+}
+
+/// What a server tells.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// Who it is.
+    pub identity: String,
+    /// Its release.
+    pub version: String,
+    /// Whether it can do its job: at least one agent answers heartbeats.
+    pub ready: bool,
+    /// Why it can't.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<String>,
+    /// Connected agents, by name.
+    pub agents: Vec<AgentRow>,
+    /// Attachments of the redirect, as the kernel has them.
+    pub attachments: Vec<serde_json::Value>,
+    /// Why the attachments can't be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attachments_error: Option<String>,
+}
+
+/// One connected agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentRow {
+    /// Who it is.
+    pub identity: String,
+    /// Its address as the server sees it.
+    pub address: String,
+    /// `live`, `silent` or `draining`.
+    pub state: String,
+    /// Round-trip time, milliseconds.
+    pub rtt_ms: f64,
+    /// Open streams.
+    pub streams: i64,
+    /// Bytes from clients to targets.
+    pub up_bytes: u64,
+    /// Bytes from targets to clients.
+    pub down_bytes: u64,
+    /// What it serves.
+    pub routes: Vec<String>,
+    /// What it may not serve.
+    pub refused: Vec<Refused>,
+    /// Since when, RFC 3339.
+    pub since: String,
+}
+
+/// A claim that was refused.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Refused {
+    /// What was claimed.
+    pub claim: String,
+    /// Why it was refused.
+    pub why: String,
+}
+
+/// What an agent tells.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Who it is.
+    pub identity: String,
+    /// Its release.
+    pub version: String,
+    /// Whether it can do its job: at least one server is reached.
+    pub ready: bool,
+    /// Why it can't.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<String>,
+    /// How many servers there are, as they say.
+    pub server_count: u32,
+    /// Servers that hold a tunnel.
+    pub servers: Vec<ServerRow>,
+    /// What may be dialled.
+    pub allow: Vec<String>,
+}
+
+/// One tunnel to a server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServerRow {
+    /// The server's name.
+    pub server_id: String,
+    /// Where it was reached.
+    pub address: String,
+    /// `live`, `silent` or `draining`.
+    pub state: String,
+    /// Round-trip time, milliseconds.
+    pub rtt_ms: f64,
+    /// Open streams.
+    pub streams: i64,
+    /// Bytes from clients to targets.
+    pub up_bytes: u64,
+    /// Bytes from targets to clients.
+    pub down_bytes: u64,
+    /// What we serve there.
+    pub routes: Vec<String>,
+    /// What we may not serve.
+    pub refused: Vec<Refused>,
+    /// Since when, RFC 3339.
+    pub since: String,
+}
+
+/// RFC 3339, in whole seconds.
+pub fn rfc3339(at: std::time::SystemTime) -> String {
+    humantime::format_rfc3339_seconds(at).to_string()
+}
