@@ -9,6 +9,7 @@ pub mod config;
 pub mod datapath;
 pub mod process;
 pub mod redirect;
+pub mod server;
 pub mod telemetry;
 pub mod tls;
 pub mod transport;

@@ -1,0 +1,234 @@
+//! The control task: owns the registry, publishes snapshots of the routes to the shards, to the
+//! kernel and to readiness. Everything that is decided for all shards is decided here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+use tunnel_proto::route::Claim;
+use tunnel_proto::session::{InstanceId, Refusal};
+
+use super::grants::Grants;
+use super::registry::{Registry, Verdict};
+use super::routes::{LinkId, LinkInfo, Routes};
+
+/// Requests that wait; shards that ask more wait themselves.
+const QUEUE: usize = 1024;
+
+/// How often memories are looked through.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A session, for people.
+#[derive(Debug)]
+pub struct SessionView {
+    /// What is shared of it.
+    pub info: Arc<LinkInfo>,
+    /// What it serves.
+    pub claims: Vec<Claim>,
+    /// What it may not serve.
+    pub refused: Vec<Refusal>,
+}
+
+enum Request {
+    Connect {
+        info: Arc<LinkInfo>,
+        instance: InstanceId,
+        offer: Vec<Claim>,
+        reply: oneshot::Sender<Verdict>,
+    },
+    Offer {
+        link: LinkId,
+        offer: Vec<Claim>,
+        reply: oneshot::Sender<Verdict>,
+    },
+    Changed,
+    Disconnect(LinkId),
+    SetGrants(Grants),
+    View(oneshot::Sender<Vec<SessionView>>),
+}
+
+/// Speaks to the control task from any thread.
+#[derive(Clone)]
+pub struct ControlHandle {
+    requests: mpsc::Sender<Request>,
+    routes: Arc<ArcSwap<Routes>>,
+    ready: Arc<AtomicBool>,
+}
+
+impl ControlHandle {
+    /// The routes in force.
+    pub fn routes(&self) -> arc_swap::Guard<Arc<Routes>> {
+        self.routes.load()
+    }
+
+    /// Whether at least one agent answers heartbeats.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Registers a session. When this returns its routes are in force. `None`: we are ending.
+    pub async fn connect(
+        &self,
+        info: Arc<LinkInfo>,
+        instance: InstanceId,
+        offer: Vec<Claim>,
+    ) -> Option<Verdict> {
+        let (reply, verdict) = oneshot::channel();
+        self.requests
+            .send(Request::Connect {
+                info,
+                instance,
+                offer,
+                reply,
+            })
+            .await
+            .ok()?;
+        verdict.await.ok()
+    }
+
+    /// Replaces a session's offer. `None`: the session is gone, or we are ending.
+    pub async fn offer(&self, link: LinkId, offer: Vec<Claim>) -> Option<Verdict> {
+        let (reply, verdict) = oneshot::channel();
+        self.requests
+            .send(Request::Offer { link, offer, reply })
+            .await
+            .ok()?;
+        verdict.await.ok()
+    }
+
+    /// A link became available, or ceased to be.
+    pub async fn changed(&self) {
+        let _ = self.requests.send(Request::Changed).await;
+    }
+
+    /// A session is over.
+    pub async fn disconnect(&self, link: LinkId) {
+        let _ = self.requests.send(Request::Disconnect(link)).await;
+    }
+
+    /// Puts another policy in force.
+    pub async fn set_grants(&self, grants: Grants) {
+        let _ = self.requests.send(Request::SetGrants(grants)).await;
+    }
+
+    /// All sessions, for people.
+    pub async fn view(&self) -> Vec<SessionView> {
+        let (reply, view) = oneshot::channel();
+        if self.requests.send(Request::View(reply)).await.is_err() {
+            return Vec::new();
+        }
+        view.await.unwrap_or_default()
+    }
+}
+
+/// Told of every snapshot once the shards have it.
+pub type Publish = Box<dyn FnMut(&Routes) + Send>;
+
+/// The task itself.
+pub struct Control {
+    registry: Registry,
+    requests: mpsc::Receiver<Request>,
+    handle: ControlHandle,
+    publish: Publish,
+}
+
+impl Control {
+    /// A control task over an empty registry. `publish` carries routes to the kernel.
+    pub fn new(registry: Registry, publish: Publish) -> Self {
+        let (requests, receiver) = mpsc::channel(QUEUE);
+        let handle = ControlHandle {
+            requests,
+            routes: Arc::default(),
+            ready: Arc::default(),
+        };
+        Self {
+            registry,
+            requests: receiver,
+            handle,
+            publish,
+        }
+    }
+
+    /// For everybody else.
+    pub fn handle(&self) -> ControlHandle {
+        self.handle.clone()
+    }
+
+    /// Runs for ever.
+    pub async fn run(mut self) {
+        self.publish();
+        let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                _ = self.requests.recv_many(&mut batch, QUEUE) => {}
+                _ = expire.tick() => {}
+            }
+            let mut changed = self.registry.expire(Instant::now());
+            // Answered after the routes are in force: who is welcomed can be reached.
+            let mut verdicts = Vec::new();
+            for request in batch.drain(..) {
+                changed |= self.handle_request(request, &mut verdicts);
+            }
+            if changed {
+                self.publish();
+            }
+            for (reply, verdict) in verdicts {
+                // Whoever asked may have gone.
+                let _ = oneshot::Sender::send(reply, verdict);
+            }
+        }
+    }
+
+    /// Returns whether routes may have changed.
+    fn handle_request(
+        &mut self,
+        request: Request,
+        verdicts: &mut Vec<(oneshot::Sender<Verdict>, Verdict)>,
+    ) -> bool {
+        let now = Instant::now();
+        match request {
+            Request::Connect {
+                info,
+                instance,
+                offer,
+                reply,
+            } => {
+                verdicts.push((reply, self.registry.connect(info, instance, offer)));
+            }
+            Request::Offer { link, offer, reply } => {
+                let Some(verdict) = self.registry.offer(link, offer, now) else {
+                    return false;
+                };
+                verdicts.push((reply, verdict));
+            }
+            Request::Changed => {}
+            Request::Disconnect(link) => self.registry.disconnect(link, now),
+            Request::SetGrants(grants) => self.registry.set_grants(grants, now),
+            Request::View(reply) => {
+                let view = self.registry.sessions().map(|session| SessionView {
+                    info: session.info.clone(),
+                    claims: session.claims.clone(),
+                    refused: session.refused.clone(),
+                });
+                let _ = reply.send(view.collect());
+                return false;
+            }
+        }
+        true
+    }
+
+    fn publish(&mut self) {
+        let routes = Arc::new(self.registry.routes());
+        // The shards first: what the kernel lets through can then be served.
+        self.handle.routes.store(routes.clone());
+        (self.publish)(&routes);
+        let ready = self
+            .registry
+            .sessions()
+            .any(|session| session.info.is_available());
+        self.handle.ready.store(ready, Ordering::Relaxed);
+    }
+}
