@@ -1,0 +1,131 @@
+//! Accepting tunnels: handshakes, their bounds, and who comes in.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use quinn::{Connection, ConnectionError, Endpoint, Incoming};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tracing::Instrument;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::session::{ServerSession, Timers};
+
+use super::{QuicLink, session};
+use crate::process::gate::{Entered, Gate};
+use crate::process::lifecycle::Phase;
+use crate::server::routes::{LinkInfo, Path, Probe};
+use crate::server::shard::Shard;
+use crate::transport::control_stream::{ControlStream, Shared};
+use crate::transport::{error_code, link_reason, peer_identity};
+
+/// A peer that has not shown its certificate and opened its control stream by then is dropped.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Handshakes under way at once; above it strangers are refused.
+const MAX_HANDSHAKES: usize = 1024;
+
+/// Handshakes under way above which a peer must first prove its address (Retry, RFC 9000
+/// section 8.1.2).
+const RETRY_ABOVE: usize = 64;
+
+/// Accepts tunnels for ever.
+pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
+    let handshakes = Gate::new(MAX_HANDSHAKES);
+    while let Some(incoming) = endpoint.accept().await {
+        if *shard.phase.borrow() != Phase::Running {
+            // Agents look elsewhere, and here again for our successor.
+            incoming.refuse();
+        } else if handshakes.inside() >= RETRY_ABOVE && incoming.may_retry() {
+            // Fails only when it may not be retried.
+            let _ = incoming.retry();
+        } else if let Some(under_way) = handshakes.enter() {
+            tokio::task::spawn_local(serve(shard.clone(), incoming, under_way));
+        } else {
+            shard.metrics.handshake_failed("overload");
+            incoming.refuse();
+        }
+    }
+}
+
+/// Serves one agent from its first packet to its last.
+async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
+    let remote = incoming.remote_address();
+    let Some((connection, stream)) = handshake(&shard, incoming).await else {
+        return;
+    };
+    drop(under_way);
+    let identity = match peer_identity(&connection) {
+        Ok(identity) => identity,
+        Err(error) => {
+            shard.metrics.handshake_failed("identity");
+            tracing::warn!(%remote, %error, "agent refused");
+            let reason = error_code(CloseReason::IdentityRefused);
+            connection.close(reason, error.to_string().as_bytes());
+            return;
+        }
+    };
+    let session = Shared::new(ServerSession::new(Timers::default(), Instant::now()));
+    let mut control = ControlStream::new(session.clone(), stream);
+    let probed = connection.clone();
+    let probe = Probe(Box::new(move || Path {
+        remote: probed.remote_address(),
+        rtt: probed.rtt(),
+    }));
+    let info = LinkInfo::new(shard.next_link(), shard.index, identity, probe);
+    let link = Rc::new(QuicLink {
+        connection: connection.clone(),
+        session,
+        info,
+        silenced: Notify::new(),
+    });
+
+    let span = tracing::debug_span!("session", agent = %link.info.identity);
+    let end = session::run(&shard, &link, &mut control)
+        .instrument(span)
+        .await;
+    shard.links.borrow_mut().remove(&link.info.id);
+    shard.control.disconnect(link.info.id).await;
+    let reason = session::reason_of(&end);
+    tracing::info!(
+        agent = %link.info.identity, remote = %connection.remote_address(),
+        reason = reason.label(), why = %end, "agent disconnected"
+    );
+    // The reason travels with the close. Without effect on a connection that is gone.
+    connection.close(error_code(reason), end.to_string().as_bytes());
+}
+
+async fn handshake(
+    shard: &Shard,
+    incoming: Incoming,
+) -> Option<(Connection, (quinn::SendStream, quinn::RecvStream))> {
+    let remote = incoming.remote_address();
+    let accepted = async {
+        let connection = incoming.await?;
+        let stream = connection.accept_bi().await?;
+        // Before the streams of dials: a heartbeat must not wait for them.
+        let _ = stream.0.set_priority(1);
+        Ok::<_, ConnectionError>((connection, stream))
+    };
+    match timeout(HANDSHAKE_TIMEOUT, accepted).await {
+        Ok(Ok(accepted)) => return Some(accepted),
+        // It holds a tunnel to us already, and looks for our peers behind the same address.
+        Ok(Err(error)) if link_reason(&error) == CloseReason::DuplicateServer => {
+            tracing::debug!(%remote, "declined by the agent");
+        }
+        Ok(Err(ConnectionError::ApplicationClosed(close))) => {
+            // An agent that found our certificate wanting, or changed its mind.
+            let why = String::from_utf8_lossy(&close.reason).into_owned();
+            tracing::info!(%remote, %why, "handshake given up by the peer");
+            shard.metrics.handshake_failed("peer");
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(%remote, %error, "handshake failed");
+            shard.metrics.handshake_failed("tls");
+        }
+        Err(_) => {
+            tracing::warn!(%remote, seconds = HANDSHAKE_TIMEOUT.as_secs(), "handshake not finished in time");
+            shard.metrics.handshake_failed("timeout");
+        }
+    }
+    None
+}

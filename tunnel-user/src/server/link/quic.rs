@@ -1,0 +1,50 @@
+//! An agent over QUIC: streams for dials.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use quinn::Connection;
+use tokio::sync::Notify;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::session::ServerSession;
+
+use crate::server::routes::LinkInfo;
+use crate::transport::control_stream::Shared;
+use crate::transport::stream::{Recv, Send};
+use crate::transport::{error_code, link_reason};
+
+/// A connected agent.
+#[derive(Debug)]
+pub(crate) struct QuicLink {
+    pub(super) connection: Connection,
+    pub(super) session: Rc<Shared<ServerSession>>,
+    /// What others may know of it.
+    pub info: Arc<LinkInfo>,
+    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
+    pub silenced: Notify,
+}
+
+impl QuicLink {
+    /// Opens a stream. Waits for the agent's permission when [`MAX_DIALS`] are open, so bound it.
+    ///
+    /// [`MAX_DIALS`]: crate::transport::endpoint::MAX_DIALS
+    ///
+    /// # Errors
+    /// Why the tunnel is gone.
+    pub(crate) async fn open(&self) -> Result<(Send, Recv), CloseReason> {
+        self.session.note_traffic(Instant::now());
+        let (send, recv) = self
+            .connection
+            .open_bi()
+            .await
+            .map_err(|e| link_reason(&e))?;
+        Ok((Send::new(send), Recv::new(recv)))
+    }
+
+    /// Ends the link and everything on it.
+    pub(crate) fn close(&self, reason: CloseReason) {
+        self.connection
+            .close(error_code(reason), reason.label().as_bytes());
+    }
+}

@@ -1,0 +1,169 @@
+//! The session with one agent: what it says is judged by the control task, and shown to dials.
+
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::control::VERSION;
+use tunnel_proto::session::{
+    Hello, Refusal, ServerEvent, ServerSession, SessionError, Timers, Welcome,
+};
+
+use super::QuicLink;
+use crate::process::lifecycle::Phase;
+use crate::server::shard::Shard;
+use crate::transport::control_stream::{ControlEnd, ControlStream};
+use crate::transport::link_reason;
+
+/// Refused claims that stand in the log.
+const SHOWN_CLAIMS: usize = 16;
+
+/// Tunnels of one identity at once: a few for each process, and several processes in a rollout.
+const MAX_LINKS: usize = 32;
+
+/// Drives the session until it ends.
+pub(super) async fn run(
+    shard: &Rc<Shard>,
+    link: &Rc<QuicLink>,
+    control: &mut ControlStream<ServerSession>,
+) -> ControlEnd {
+    let mut phase = shard.phase.clone();
+    loop {
+        let event = tokio::select! {
+            event = control.next() => match event {
+                Ok(event) => event,
+                Err(end) => return end,
+            },
+            Ok(()) = phase.changed() => {
+                if let Phase::Draining(deadline) = *phase.borrow_and_update() {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if let Err(e) = link.session.with(|s| s.drain(left, CloseReason::Shutdown)) {
+                        return e.into();
+                    }
+                }
+                continue;
+            }
+        };
+        if let Err(e) = handle(shard, link, event).await {
+            return e.into();
+        }
+    }
+}
+
+async fn handle(
+    shard: &Rc<Shard>,
+    link: &Rc<QuicLink>,
+    event: ServerEvent,
+) -> Result<(), SessionError> {
+    let info = &link.info;
+    match event {
+        ServerEvent::Hello(hello) => return welcome(shard, link, hello).await,
+        ServerEvent::Offer(offer) => {
+            if let Some(verdict) = shard.control.offer(info.id, offer).await {
+                report(shard, link, &verdict.refused);
+                link.session
+                    .with(|s| s.verdict(verdict.accepted, verdict.refused))?;
+            }
+        }
+        ServerEvent::Silent => {
+            tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
+            info.silent.store(true, Ordering::Relaxed);
+            link.silenced.notify_waiters();
+            shard.control.changed().await;
+        }
+        ServerEvent::Alive => {
+            tracing::info!(agent = %info.identity, "agent is heard again");
+            info.silent.store(false, Ordering::Relaxed);
+            shard.control.changed().await;
+        }
+        ServerEvent::Draining { reason, .. } => {
+            tracing::info!(agent = %info.identity, reason = reason.label(), "agent is draining");
+            info.draining.store(true, Ordering::Relaxed);
+            shard.control.changed().await;
+        }
+        ServerEvent::Statistics(_) => {}
+    }
+    Ok(())
+}
+
+async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {
+    if shard.links.borrow().len() >= shard.limits.agents {
+        let text = format!(
+            "the server serves {} agents (limits.agents)",
+            shard.limits.agents
+        );
+        return Err(link
+            .session
+            .with(|s| s.refuse(CloseReason::Overloaded, text)));
+    }
+    make_room(shard, link);
+    // Before the routes are in force: a dial may come at once.
+    shard.links.borrow_mut().insert(link.info.id, link.clone());
+    let offered = hello.offer.len();
+    let connect = shard
+        .control
+        .connect(link.info.clone(), hello.instance_id, hello.offer);
+    let Some(verdict) = connect.await else {
+        return Err(link
+            .session
+            .with(|s| s.refuse(CloseReason::Shutdown, "the server is ending")));
+    };
+    report(shard, link, &verdict.refused);
+    tracing::info!(
+        agent = %link.info.identity, remote = %link.connection.remote_address(), instance = %hello.instance_id,
+        version = %hello.software_version, offered, accepted = verdict.accepted.len(),
+        "agent connected"
+    );
+    let welcome = Welcome {
+        version: VERSION,
+        server_id: shard.server_id.to_string(),
+        server_count: shard.server_count,
+        instance_id: shard.instance,
+        accepted: verdict.accepted,
+        refused: verdict.refused,
+        heartbeat: Timers::default().heartbeat,
+    };
+    link.session.with(|s| s.welcome(welcome, Instant::now()))
+}
+
+/// Counts refused claims and says so in one line: an agent may offer a thousand.
+fn report(shard: &Shard, link: &QuicLink, refused: &[Refusal]) {
+    let Some(first) = refused.first() else {
+        return;
+    };
+    shard.metrics.claims_refused.inc_by(refused.len() as u64);
+    let claims: Vec<_> = refused
+        .iter()
+        .take(SHOWN_CLAIMS)
+        .map(|r| r.claim.as_str())
+        .collect();
+    tracing::warn!(
+        agent = %link.info.identity, refused = refused.len(), claims = claims.join(" "), why = %first.why,
+        "claims refused; `cpc status` shows all"
+    );
+}
+
+/// Ends the oldest link of an identity that has more than enough: one stolen certificate must not
+/// use up the places of all the others.
+fn make_room(shard: &Shard, link: &QuicLink) {
+    let links = shard.links.borrow();
+    let mut own: Vec<_> = links
+        .values()
+        .filter(|l| l.info.identity == link.info.identity)
+        .collect();
+    if own.len() >= MAX_LINKS {
+        own.sort_by_key(|link| link.info.id);
+        tracing::warn!(agent = %link.info.identity, "too many tunnels of one agent, the oldest ends");
+        own[0].close(CloseReason::Replaced);
+    }
+}
+
+/// The reason behind the end of a session.
+pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
+    match end {
+        ControlEnd::Session(e) => e.reason(),
+        ControlEnd::Connection(e) => link_reason(e),
+        ControlEnd::Closed => CloseReason::ProtocolError,
+    }
+}
