@@ -1,0 +1,74 @@
+//! Ways in: each accepts clients, learns where they want to go, dials, answers in its own manner
+//! and relays.
+
+pub(super) mod http_connect;
+pub(super) mod redirect;
+mod tls;
+
+pub(super) use tls::FrontendTls;
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tunnel_proto::close::CloseReason;
+
+use super::dial::{DialError, Dialled};
+use super::shard::Shard;
+use crate::datapath::{ClosedBy, LocalSocket, Meter, relay};
+use crate::telemetry::access::{ConnectionMeter, Record};
+use crate::telemetry::metrics::Closer;
+
+/// How long a listener rests when there are no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Relays a client that was dialled for, and writes its record at the end.
+async fn serve(shard: &Rc<Shard>, record: Record, local: impl LocalSocket, dialled: Dialled) {
+    let Dialled {
+        send,
+        recv,
+        rest,
+        given,
+        on_link,
+    } = dialled;
+    let meter = ConnectionMeter {
+        bytes: &record.bytes,
+        totals: &on_link.totals,
+        metrics: &shard.metrics.dials,
+        local_is_client: true,
+    };
+    meter.outbound(given);
+    let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
+    let closer = match ending.by {
+        ClosedBy::Local => Closer::Client,
+        ClosedBy::Remote => Closer::Target,
+        ClosedBy::Link => Closer::Tunnel,
+    };
+    record.end(closer, ending.reason, &ending.reason, &shard.metrics.dials);
+}
+
+/// Writes the record of a dial that failed.
+fn failed(shard: &Shard, record: &Record, error: &DialError) {
+    record.end(error.by, error.reason, error, &shard.metrics.dials);
+}
+
+/// The error of a client that can't be admitted.
+fn overloaded(shard: &Shard) -> DialError {
+    let text = if shard.budget.has_room() {
+        format!(
+            "the server holds {} connections (limits.connections)",
+            shard.limits.connections
+        )
+    } else {
+        format!(
+            "{} stopped readers use up limits.stalled_bytes",
+            shard.budget.stalled()
+        )
+    };
+    DialError::new(CloseReason::Overloaded, Closer::Server, text)
+}
+
+/// Rests after a failed accept, so that a lack of file descriptors does not become a busy loop.
+async fn accept_failed(listener: &str, error: &std::io::Error) {
+    tracing::warn!(listener, %error, "can't accept; are there enough file descriptors (ulimit -n)?");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
