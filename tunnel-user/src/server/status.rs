@@ -1,0 +1,170 @@
+//! What a server tells of itself: status, readiness, and metrics that are read from elsewhere.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use super::control::{ControlHandle, SessionView};
+use super::shard::Common;
+use crate::admin::Source;
+use crate::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
+use crate::config::ServerConfig;
+use crate::datapath::Budget;
+use crate::process::lifecycle::Phase;
+use crate::redirect::{self, Redirect};
+use crate::telemetry::millis;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EventLabels {
+    attachment: String,
+    event: &'static str,
+}
+
+/// Looks at a running server.
+pub(super) struct View {
+    identity: String,
+    control: ControlHandle,
+    budget: Budget,
+    phase: watch::Receiver<Phase>,
+    pin: Option<PathBuf>,
+    events: Family<EventLabels, Counter>,
+    ready: Gauge,
+    stalled: Gauge,
+}
+
+impl View {
+    /// Of a server that is being started. Its metrics are added to `registry`.
+    pub(super) fn register(
+        registry: &mut Registry,
+        config: &ServerConfig,
+        identity: String,
+        common: &Common,
+    ) -> Self {
+        let redirects = !config.redirect.attachments.is_empty();
+        let view = Self {
+            identity,
+            control: common.control.clone(),
+            budget: common.budget.clone(),
+            phase: common.phase.clone(),
+            pin: redirects.then(|| config.redirect.pin.clone()),
+            events: Family::default(),
+            ready: Gauge::default(),
+            stalled: Gauge::default(),
+        };
+        registry.register(
+            "redirect_events",
+            "What the kernel programs did with connects, by attachment",
+            view.events.clone(),
+        );
+        registry.register(
+            "ready",
+            "1 when an agent answers heartbeats",
+            view.ready.clone(),
+        );
+        registry.register(
+            "stalled_streams",
+            "Streams whose local socket takes nothing at the moment",
+            view.stalled.clone(),
+        );
+        view
+    }
+
+    fn attachments(&self) -> Result<Vec<redirect::Status>, redirect::RedirectError> {
+        match &self.pin {
+            Some(pin) => Redirect::new(pin).status(),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+impl Source for View {
+    fn ready(&self) -> Result<(), String> {
+        if *self.phase.borrow() != Phase::Running {
+            return Err("draining".into());
+        }
+        if !self.control.is_ready() {
+            return Err("no agent answers heartbeats".into());
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
+        Box::pin(async {
+            let mut agents: Vec<_> = self.control.view().await.iter().map(row).collect();
+            agents.sort_by(|a, b| a.identity.cmp(&b.identity));
+            let (attachments, error) = match self.attachments() {
+                Ok(attachments) => (attachments, None),
+                Err(error) => (Vec::new(), Some(error.to_string())),
+            };
+            let status = Status::Server(ServerStatus {
+                identity: self.identity.clone(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                ready: self.ready().is_ok(),
+                not_ready: self.ready().err(),
+                agents,
+                attachments: attachments
+                    .iter()
+                    .filter_map(|a| serde_json::to_value(a).ok())
+                    .collect(),
+                attachments_error: error,
+            });
+            serde_json::to_value(status).unwrap_or_default()
+        })
+    }
+
+    fn refresh(&self) {
+        self.ready.set(self.ready().is_ok().into());
+        self.stalled
+            .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
+        for attachment in self.attachments().unwrap_or_default() {
+            for (event, count) in attachment.counters {
+                let labels = EventLabels {
+                    attachment: attachment.name.clone(),
+                    event,
+                };
+                self.events
+                    .get_or_create(&labels)
+                    .inner()
+                    .store(count, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+fn row(session: &SessionView) -> AgentRow {
+    let info = &session.info;
+    let state = if info.silent.load(Ordering::Relaxed) {
+        "silent"
+    } else if info.draining.load(Ordering::Relaxed) {
+        "draining"
+    } else {
+        "live"
+    };
+    let path = (info.probe.0)();
+    AgentRow {
+        identity: info.identity.to_string(),
+        address: path.remote.to_string(),
+        state: state.into(),
+        rtt_ms: millis(path.rtt),
+        streams: info.streams.load(Ordering::Relaxed),
+        up_bytes: info.totals.up.load(Ordering::Relaxed),
+        down_bytes: info.totals.down.load(Ordering::Relaxed),
+        routes: session.claims.iter().map(ToString::to_string).collect(),
+        refused: session
+            .refused
+            .iter()
+            .map(|r| Refused {
+                claim: r.claim.clone(),
+                why: r.why.clone(),
+            })
+            .collect(),
+        since: rfc3339(info.since),
+    }
+}
