@@ -5,6 +5,7 @@
 //! [`server`] is the control plane's half and [`agent`] the worker's; neither knows the other.
 
 pub mod admin;
+pub mod agent;
 pub mod config;
 pub mod datapath;
 pub mod process;

@@ -1,0 +1,75 @@
+//! What people want to see of a tunnel.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use tunnel_proto::route::Claim;
+use tunnel_proto::session::{Refusal, Welcome};
+
+use crate::telemetry::access::Totals;
+
+/// What people want to see of a tunnel. Written by its task, read anywhere.
+#[derive(Debug)]
+pub(super) struct TunnelStats {
+    /// Since when.
+    pub since: SystemTime,
+    /// Not heard for too long.
+    pub silent: AtomicBool,
+    /// The server is about to leave.
+    pub draining: AtomicBool,
+    /// Open streams.
+    pub streams: AtomicI64,
+    /// Bytes over it.
+    pub totals: Totals,
+    /// What we may not serve.
+    pub refused: Mutex<Vec<Refusal>>,
+    /// What we serve.
+    pub accepted: Mutex<Vec<String>>,
+}
+
+impl TunnelStats {
+    /// Of a fresh tunnel.
+    pub(super) fn new(welcome: &Welcome) -> Self {
+        let stats = Self {
+            since: SystemTime::now(),
+            silent: AtomicBool::default(),
+            draining: AtomicBool::default(),
+            streams: AtomicI64::default(),
+            totals: Totals::default(),
+            refused: Mutex::default(),
+            accepted: Mutex::default(),
+        };
+        stats.set_verdict(&welcome.accepted, welcome.refused.clone());
+        stats
+    }
+
+    /// Notes what the server says to our offer.
+    pub(super) fn set_verdict(&self, accepted: &[Claim], refused: Vec<Refusal>) {
+        let accepted = accepted.iter().map(ToString::to_string).collect();
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = accepted;
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = refused;
+    }
+
+    /// Whether the server is there and stays.
+    pub(super) fn is_live(&self) -> bool {
+        !self.silent.load(Ordering::Relaxed) && !self.draining.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts a stream on its tunnel until it is dropped.
+pub(super) struct OnTunnel<'a>(&'a TunnelStats);
+
+impl<'a> OnTunnel<'a> {
+    /// Counts one.
+    pub(super) fn new(stats: &'a TunnelStats) -> Self {
+        stats.streams.fetch_add(1, Ordering::Relaxed);
+        Self(stats)
+    }
+}
+
+impl Drop for OnTunnel<'_> {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,133 @@
+//! What an agent tells of itself: status, readiness, and metrics that are read from elsewhere.
+
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use arc_swap::ArcSwap;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use super::connector::{TunnelView, Tunnels};
+use super::policy::Policy;
+use crate::admin::Source;
+use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use crate::datapath::Budget;
+use crate::process::lifecycle::Phase;
+use crate::telemetry::millis;
+
+/// Looks at a running agent.
+pub(super) struct View {
+    identity: String,
+    tunnels: Arc<Tunnels>,
+    policy: Arc<ArcSwap<Policy>>,
+    budget: Budget,
+    phase: watch::Receiver<Phase>,
+    servers: Gauge,
+    stalled: Gauge,
+}
+
+impl View {
+    /// Of an agent that is being started. Its metrics are added to `registry`.
+    pub(super) fn register(
+        registry: &mut Registry,
+        identity: String,
+        tunnels: Arc<Tunnels>,
+        policy: Arc<ArcSwap<Policy>>,
+        budget: Budget,
+        phase: watch::Receiver<Phase>,
+    ) -> Self {
+        let (servers, stalled) = (Gauge::default(), Gauge::default());
+        registry.register(
+            "servers",
+            "Servers that hold a live tunnel",
+            servers.clone(),
+        );
+        registry.register(
+            "stalled_streams",
+            "Streams whose target takes nothing at the moment",
+            stalled.clone(),
+        );
+        Self {
+            identity,
+            tunnels,
+            policy,
+            budget,
+            phase,
+            servers,
+            stalled,
+        }
+    }
+}
+
+impl Source for View {
+    fn ready(&self) -> Result<(), String> {
+        if *self.phase.borrow() != Phase::Running {
+            return Err("draining".into());
+        }
+        if self.tunnels.any_live() {
+            return Ok(());
+        }
+        Err("no server is reached".into())
+    }
+
+    fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
+        let status = Status::Agent(AgentStatus {
+            identity: self.identity.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ready: self.ready().is_ok(),
+            not_ready: self.ready().err(),
+            server_count: self.tunnels.server_count(),
+            servers: self.tunnels.view().iter().map(row).collect(),
+            allow: self.policy.load().rules().collect(),
+        });
+        Box::pin(async { serde_json::to_value(status).unwrap_or_default() })
+    }
+
+    fn refresh(&self) {
+        let live = self
+            .tunnels
+            .view()
+            .iter()
+            .filter(|tunnel| tunnel.stats.is_live())
+            .count();
+        self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
+        self.stalled
+            .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
+    }
+}
+
+fn row(tunnel: &TunnelView) -> ServerRow {
+    let stats = &tunnel.stats;
+    let state = if stats.silent.load(Ordering::Relaxed) {
+        "silent"
+    } else if stats.draining.load(Ordering::Relaxed) {
+        "draining"
+    } else {
+        "live"
+    };
+    let refused = stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
+    ServerRow {
+        server_id: tunnel.server_id.to_string(),
+        address: tunnel.address.to_string(),
+        state: state.into(),
+        rtt_ms: millis(tunnel.connection.rtt()),
+        streams: stats.streams.load(Ordering::Relaxed),
+        up_bytes: stats.totals.up.load(Ordering::Relaxed),
+        down_bytes: stats.totals.down.load(Ordering::Relaxed),
+        routes: stats
+            .accepted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone(),
+        refused: refused
+            .iter()
+            .map(|r| Refused {
+                claim: r.claim.clone(),
+                why: r.why.clone(),
+            })
+            .collect(),
+        since: rfc3339(stats.since),
+    }
+}

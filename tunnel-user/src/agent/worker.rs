@@ -1,0 +1,91 @@
+//! What every tunnel of an agent shares.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::watch;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::route::Claim;
+use tunnel_proto::session::InstanceId;
+
+use super::policy::Policy;
+use crate::datapath::Budget;
+use crate::process::gate::{Entered, Gate};
+use crate::process::lifecycle::Phase;
+use crate::telemetry::metrics::DialMetrics;
+use crate::tls::Material;
+
+/// What every tunnel of an agent shares.
+pub(super) struct Worker {
+    /// Our certificate.
+    pub material: Arc<Material>,
+    /// Our name.
+    pub node: Arc<str>,
+    /// This process.
+    pub instance: InstanceId,
+    /// What we offer to serve beyond the node addresses in our certificate.
+    pub serve: watch::Receiver<Vec<Claim>>,
+    /// What may be dialled.
+    pub policy: Arc<ArcSwap<Policy>>,
+    /// Counters.
+    pub metrics: DialMetrics,
+    /// The bound on stopped targets.
+    pub budget: Budget,
+    /// Where the process is in its life.
+    pub phase: watch::Receiver<Phase>,
+    /// Open connections.
+    pub connections: Gate,
+}
+
+impl Worker {
+    /// What we offer: the node addresses in our certificate as it is now, and what is configured.
+    pub(super) fn offer(&self) -> Vec<Claim> {
+        let addresses = self.material.identity().addresses;
+        let own = addresses
+            .iter()
+            .map(|addr| Claim::Address(addr.to_canonical()));
+        own.chain(self.serve.borrow().iter().cloned()).collect()
+    }
+
+    /// Counts a connection, or says why none is taken.
+    ///
+    /// # Errors
+    /// The reason, and a text for the person who asked.
+    pub(super) fn admit(&self) -> Result<Admitted, (CloseReason, String)> {
+        if *self.phase.borrow() != Phase::Running {
+            return Err((CloseReason::Draining, "the agent is ending".into()));
+        }
+        if !self.budget.has_room() {
+            let text = format!(
+                "{} stopped targets use up limits.stalled_bytes",
+                self.budget.stalled()
+            );
+            return Err((CloseReason::Overloaded, text));
+        }
+        let Some(entered) = self.connections.enter() else {
+            let text = format!(
+                "the agent holds {} connections (limits.connections)",
+                self.connections.inside()
+            );
+            return Err((CloseReason::Overloaded, text));
+        };
+        self.metrics.open.inc();
+        Ok(Admitted {
+            _entered: entered,
+            open: self.metrics.open.clone(),
+        })
+    }
+}
+
+/// One connection that counts until it is dropped.
+pub(super) struct Admitted {
+    _entered: Entered,
+    open: Gauge,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.open.dec();
+    }
+}
