@@ -1,0 +1,70 @@
+//! `cpc agent`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::common::{LogArgs, TlsArgs, overlay};
+use crate::config::{AgentConfig, ConfigError, Rule};
+use crate::telemetry::logging;
+
+/// Run an agent, on a worker
+///
+/// It dials out to every server and holds a tunnel to each, for ever. Servers ask it to connect to
+/// targets; it dials what its allow-list names, by default the kubelet of its own node: the
+/// addresses in its certificate, port 10250.
+///
+/// SIGTERM drains, a second signal ends at once. SIGHUP reads allow-list, offer and log filter
+/// anew.
+/// Certificates are watched.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Configuration file (YAML, version 1)
+    #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A server to hold a tunnel to; may be repeated
+    #[arg(
+        long = "server",
+        env = "CPC_SERVERS",
+        value_name = "HOST:PORT",
+        value_delimiter = ','
+    )]
+    servers: Vec<String>,
+    /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
+    #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
+    allow: Vec<Rule>,
+    /// Address of health, metrics and status [default: 127.0.0.1:8136]
+    #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
+    admin: Option<SocketAddr>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+impl Args {
+    fn config(&self) -> Result<AgentConfig, ConfigError> {
+        let mut config = AgentConfig::load(self.config.as_deref())?;
+        let given = |empty: bool| (!empty).then_some(());
+        overlay(
+            &mut config.servers,
+            given(self.servers.is_empty()).map(|()| self.servers.clone()),
+        );
+        overlay(
+            &mut config.allow,
+            given(self.allow.is_empty()).map(|()| Some(self.allow.clone())),
+        );
+        overlay(&mut config.admin, self.admin);
+        self.tls.apply(&mut config.tls);
+        self.log.apply(&mut config.log);
+        let file = self.config.as_deref();
+        config.check().map_err(|error| error.within(file))?;
+        Ok(config)
+    }
+
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let config = self.config()?;
+        let log = logging::init(&config.log)?;
+        super::runtime()?.block_on(crate::agent::run(config, log, || self.config()))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,54 @@
+//! Flags that several subcommands share.
+
+use std::path::PathBuf;
+
+use crate::config::{LogConfig, LogFormat, TlsConfig};
+
+/// Puts what was given in the place of what stood there.
+pub(super) fn overlay<T>(value: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *value = given;
+    }
+}
+
+/// Our certificate and whom we trust.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "TLS")]
+pub(super) struct TlsArgs {
+    /// PEM certificate chain
+    #[arg(long, env = "CPC_TLS_CERT", value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// PEM private key
+    #[arg(long, env = "CPC_TLS_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// PEM roots that vouch for peers of our own trust domain
+    #[arg(long, env = "CPC_TLS_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    pub(super) fn apply(&self, config: &mut TlsConfig) {
+        overlay(&mut config.cert, self.cert.clone().map(Some));
+        overlay(&mut config.key, self.key.clone().map(Some));
+        overlay(&mut config.ca, self.ca.clone().map(Some));
+    }
+}
+
+/// What is logged, and how.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Logging")]
+pub(super) struct LogArgs {
+    /// Log filter, such as `info` or `info,cpc::agent=debug` [default: info]
+    #[arg(long, env = "CPC_LOG", value_name = "FILTER")]
+    log: Option<String>,
+    /// How log lines look [default: text]
+    #[arg(long, env = "CPC_LOG_FORMAT", value_enum)]
+    log_format: Option<LogFormat>,
+}
+
+impl LogArgs {
+    pub(super) fn apply(&self, config: &mut LogConfig) {
+        overlay(&mut config.filter, self.log.clone());
+        overlay(&mut config.format, self.log_format);
+    }
+}

@@ -1,0 +1,134 @@
+//! `cpc pki`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use clap::Subcommand;
+
+use crate::tls::issue::{Authority, Request};
+use crate::tls::{Role, TrustDomain};
+
+/// Make a cluster CA and issue certificates
+///
+/// An identity is the one URI in a certificate: spiffe://TRUST-DOMAIN/server|agent|client/NAME.
+/// Keys are made here and written with mode 0600; nothing that exists is overwritten.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a CA: ca.crt and ca.key
+    Init {
+        /// Where the CA is put
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+        /// The trust domain that it vouches for, which is also the tenant
+        #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+        trust_domain: TrustDomain,
+        #[command(flatten)]
+        validity: Validity,
+    },
+    /// Issue a server's certificate: server.crt and server.key
+    Server {
+        /// The server's id
+        #[arg(long)]
+        id: String,
+        /// A DNS name that TLS clients of a frontend check; may be repeated
+        #[arg(long)]
+        dns: Vec<String>,
+        /// An address that TLS clients of a frontend check; may be repeated
+        #[arg(long)]
+        ip: Vec<IpAddr>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Issue an agent's certificate: agent.crt and agent.key
+    Agent {
+        /// The node's name
+        #[arg(long)]
+        node: String,
+        /// An address of the node, which the agent may serve; may be repeated
+        #[arg(long)]
+        ip: Vec<IpAddr>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Issue a certificate for HTTP CONNECT over TCP: client.crt and client.key
+    Client {
+        /// The program's name, such as kube-apiserver
+        #[arg(long)]
+        name: String,
+        #[command(flatten)]
+        common: Common,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Where the CA lies
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Where certificate, key and a copy of ca.crt are put
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    validity: Validity,
+}
+
+#[derive(Debug, clap::Args)]
+struct Validity {
+    /// How many days it is valid, at most 100 years
+    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(..=36_525))]
+    days: u32,
+    /// The last moment at which it is valid, such as 2027-01-01T00:00:00Z
+    #[arg(long, value_name = "TIME", conflicts_with = "days", value_parser = humantime::parse_rfc3339)]
+    not_after: Option<SystemTime>,
+}
+
+impl Validity {
+    fn end(&self) -> SystemTime {
+        let days = Duration::from_secs(u64::from(self.days) * 86_400);
+        self.not_after.unwrap_or_else(|| SystemTime::now() + days)
+    }
+}
+
+impl Args {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let (common, role, name, dns, addresses) = match self.command {
+            Command::Init {
+                dir,
+                trust_domain,
+                validity,
+            } => {
+                Authority::create(&dir, &trust_domain, validity.end())?;
+                println!("CA of {trust_domain} in {}", dir.display());
+                return Ok(());
+            }
+            Command::Server {
+                id,
+                dns,
+                ip,
+                common,
+            } => (common, Role::Server, id, dns, ip),
+            Command::Agent { node, ip, common } => (common, Role::Agent, node, Vec::new(), ip),
+            Command::Client { name, common } => {
+                (common, Role::Client, name, Vec::new(), Vec::new())
+            }
+        };
+        let not_after = common.validity.end();
+        let request = Request {
+            role,
+            name,
+            dns,
+            addresses,
+            not_after,
+        };
+        let identity = Authority::open(&common.dir)?.issue(&request, &common.out)?;
+        println!("{identity} in {}", common.out.display());
+        Ok(())
+    }
+}
