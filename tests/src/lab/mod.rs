@@ -1,0 +1,288 @@
+//! The laboratory: a control plane, a NAT router and workers on one machine.
+//!
+//! Each is a network namespace ([`address`] has the picture). The control plane has no route to a
+//! worker, and the router lets nothing in: what arrives at a worker came through a tunnel that the
+//! worker opened. On each worker stand an nginx in the kubelet's place and the plain
+//! [targets](crate::target); the servers and agents are the real `cpc`.
+//!
+//! A [`Lab`] belongs to the process that built it and is removed when it is dropped; [`site`] says
+//! what happens when that process is killed. Building one needs root.
+
+pub mod address;
+pub mod cgroup;
+pub mod config;
+mod connector;
+pub mod daemon;
+pub mod description;
+pub mod hosts;
+pub mod kubelet;
+pub mod netns;
+pub mod process;
+pub mod router;
+pub mod server;
+pub mod site;
+pub mod usage;
+pub mod worker;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use config::{Allow, ConnectorPki, Redirect};
+use daemon::Daemon;
+use description::Description;
+use kubelet::ClusterPki;
+use router::Router;
+use server::ControlPlane;
+use site::Site;
+use worker::Worker;
+
+/// Whether a laboratory can be built here; a test returns early where it can't.
+///
+/// # Errors
+///
+/// It can't and this is CI (the variable `CI` is set), where a test that did not run has failed.
+pub fn available() -> Result<bool> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(true);
+    }
+    if std::env::var_os("CI").is_some() {
+        bail!("the laboratory needs root, and CI has to run it");
+    }
+    eprintln!("skipped: the laboratory needs root");
+    Ok(false)
+}
+
+/// The programs of this workspace that a laboratory runs.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// The connector.
+    pub cpc: PathBuf,
+    /// The plain targets.
+    pub target: PathBuf,
+}
+
+impl Programs {
+    /// Those that cargo put into `folder`.
+    pub fn in_folder(folder: &Path) -> Self {
+        Self {
+            cpc: folder.join("cpc"),
+            target: folder.join("lab-target"),
+        }
+    }
+
+    /// Those of the same profile as the running test.
+    ///
+    /// # Errors
+    ///
+    /// They have not been built; the error says how to.
+    pub fn of_this_test() -> Result<Self> {
+        let this = std::env::current_exe()?;
+        // target/PROFILE/deps/TEST-HASH
+        let folder = this
+            .ancestors()
+            .nth(2)
+            .context("the test is in no target folder")?;
+        let programs = Self::in_folder(folder);
+        for program in [&programs.cpc, &programs.target] {
+            if !program.exists() {
+                bail!(
+                    "there is no {}; run the tests with `cargo xtask test`",
+                    program.display()
+                );
+            }
+        }
+        Ok(programs)
+    }
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct LabSpec {
+    /// How many workers, from 1.
+    pub workers: u8,
+    /// How many servers, from 1.
+    pub servers: u8,
+    /// What the agents may dial beyond their own workers.
+    pub allow: Vec<Allow>,
+    /// Whether the first server redirects the API server's sockets.
+    pub redirect: bool,
+    /// The programs to run.
+    pub programs: Programs,
+}
+
+impl LabSpec {
+    /// One worker and one server, with the redirect.
+    pub fn new(programs: Programs) -> Self {
+        Self {
+            workers: 1,
+            servers: 1,
+            allow: Vec::new(),
+            redirect: true,
+            programs,
+        }
+    }
+}
+
+/// A laboratory. Dropping it ends every process in it and removes all that it left.
+#[derive(Debug)]
+pub struct Lab {
+    /// The control-plane host.
+    pub control_plane: ControlPlane,
+    /// The router in between.
+    pub router: Router,
+    /// The workers; worker `n` is at index `n - 1`.
+    pub workers: Vec<Worker>,
+    /// The cluster's own certificates.
+    pub cluster_pki: ClusterPki,
+    /// The connector's certificate authority, once the connector has been configured.
+    pub connector_pki: Option<ConnectorPki>,
+    spec: LabSpec,
+    redirect: Option<Redirect>,
+    site: Site,
+}
+
+impl Lab {
+    /// Builds the laboratory and waits until every server and every agent is ready.
+    ///
+    /// # Errors
+    ///
+    /// What could not be built; nothing of it is left behind.
+    pub fn up(spec: LabSpec) -> Result<Self> {
+        let mut lab = Self::without_connector(spec)?;
+        lab.start_connector()?;
+        Ok(lab)
+    }
+
+    /// Builds everything but the servers and agents.
+    ///
+    /// # Errors
+    ///
+    /// What could not be built; nothing of it is left behind.
+    pub fn without_connector(spec: LabSpec) -> Result<Self> {
+        let in_range = |count| (1..=address::MOST).contains(&count);
+        if !in_range(spec.workers) || !in_range(spec.servers) {
+            bail!(
+                "a laboratory has 1 to {} workers and as many servers",
+                address::MOST
+            );
+        }
+        let site = Site::create()?;
+        let netns = |role: &str| netns::Netns::create(site.netns(role).name());
+        let control_plane = ControlPlane {
+            netns: netns("cp")?,
+            apiserver: site.cgroup("apiserver")?,
+            servers: Vec::new(),
+        };
+        let router = Router::create(netns("nat")?, &control_plane.netns, spec.servers)?;
+        let cluster_pki = ClusterPki::create(site.subfolder("cluster")?)?;
+        let cgroup = site.cgroup("workers")?;
+        let workers = (1..=spec.workers)
+            .map(|n| {
+                let name = format!("w{n}");
+                let netns = netns(&name)?;
+                router.connect(&netns, n)?;
+                let folder = site.subfolder(&name)?;
+                Worker::start(
+                    n,
+                    netns,
+                    &cgroup,
+                    &folder,
+                    &spec.programs.target,
+                    &cluster_pki,
+                )
+            })
+            .collect::<Result<_>>()?;
+        let redirect = match spec.redirect {
+            true => Some(Redirect {
+                pin: site.mount_bpffs()?.join("cpc"),
+                cgroup: control_plane.apiserver.path().to_owned(),
+            }),
+            false => None,
+        };
+        Ok(Self {
+            control_plane,
+            router,
+            workers,
+            cluster_pki,
+            connector_pki: None,
+            spec,
+            redirect,
+            site,
+        })
+    }
+
+    /// What there is, for people and scripts.
+    pub fn describe(&self) -> Description {
+        Description::of(self)
+    }
+
+    /// Where its files are.
+    pub fn folder(&self) -> &Path {
+        self.site.folder()
+    }
+
+    /// The connector's certificate authority, once the connector has been configured.
+    pub fn pki(&self) -> ConnectorPki {
+        ConnectorPki::at(&self.spec.programs.cpc, self.folder().join("pki"))
+    }
+
+    /// The worker `wN`.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name.
+    pub fn worker(&mut self, name: &str) -> Result<&mut Worker> {
+        let found = self.workers.iter_mut().find(|worker| worker.name == name);
+        found.with_context(|| format!("there is no worker {name} in this laboratory"))
+    }
+
+    /// One more namespace, with a loopback interface and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// There is one of that name in this laboratory.
+    pub fn netns(&self, name: &str) -> Result<netns::Netns> {
+        netns::Netns::create(self.site.netns(name).name())
+    }
+
+    /// One more control group.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn cgroup(&self, name: &str) -> Result<cgroup::Cgroup> {
+        self.site.cgroup(name)
+    }
+
+    /// Lets it stay when this process ends; `cargo xtask lab down` removes it.
+    ///
+    /// # Errors
+    ///
+    /// Its folder can't be written to; then it is removed.
+    pub fn keep(mut self) -> Result<Description> {
+        let description = self.describe();
+        description.write(&self.site)?;
+        self.site.keep()?;
+        Ok(description)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.site.stays() {
+            return;
+        }
+        // The site, which is dropped next, ends every process. These are our own children and are
+        // waited for, so that none stays as a zombie; one that has ended already is no error.
+        for worker in &mut self.workers {
+            for program in worker.programs() {
+                let _ = program.kill();
+            }
+            let _ = worker.agent.as_mut().map(Daemon::kill);
+        }
+        for server in &mut self.control_plane.servers {
+            let _ = server.daemon.kill();
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The NAT router between the control plane and the workers.
+//!
+//! Workers may open connections to the control plane, through masquerading; nothing may be opened
+//! towards a worker. The router itself reaches both sides, which is where a measurement of the
+//! direct way starts.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::address;
+use super::netns::{Netns, run};
+
+/// Ports of a mapping: each generation has a range of its own, so that a new one never happens to
+/// give a flow its old port back.
+const FIRST_PORT: u32 = 20_000;
+const PORTS: u32 = 10_000;
+const GENERATIONS: u32 = 4;
+
+/// The router of a laboratory.
+#[derive(Debug)]
+pub struct Router {
+    /// Its namespace: interface `cp` towards the control plane, `wN` towards worker N.
+    pub netns: Netns,
+    generation: u32,
+}
+
+impl Router {
+    /// Makes the router and the control plane's side of it in `control_plane`, with an address for
+    /// each of `servers`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refuses, as `ip` or `nft` says it.
+    pub fn create(netns: Netns, control_plane: &Netns, servers: u8) -> Result<Self> {
+        let router = Self {
+            netns,
+            generation: 0,
+        };
+        router.netns.ip(&format!(
+            "link add cp type veth peer name eth0 netns {}\n\
+             address add {}/24 dev cp\n\
+             address add {}/64 dev cp nodad\n\
+             link set cp up\n",
+            control_plane.name(),
+            address::ROUTER,
+            address::ROUTER_V6,
+        ))?;
+        control_plane.ip("link set eth0 up\n")?;
+        for k in 1..=servers {
+            control_plane.ip(&format!(
+                "address add {}/24 dev eth0\naddress add {}/64 dev eth0 nodad\n",
+                address::server(k),
+                address::server_v6(k),
+            ))?;
+        }
+        router.netns.sysctl("ipv4/ip_forward", "1")?;
+        router.netns.sysctl("ipv6/conf/all/forwarding", "1")?;
+        router.apply_rules()?;
+        Ok(router)
+    }
+
+    /// Connects worker `n`, whose only way out this becomes.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refuses, as `ip` says it.
+    pub fn connect(&self, worker: &Netns, n: u8) -> Result<()> {
+        self.netns.ip(&format!(
+            "link add w{n} type veth peer name eth0 netns {}\n\
+             address add {}/24 dev w{n}\n\
+             address add {}/64 dev w{n} nodad\n\
+             link set w{n} up\n",
+            worker.name(),
+            address::gateway(n),
+            address::gateway_v6(n),
+        ))?;
+        let [pods, pods_v6] = address::pod_networks(n);
+        self.netns.ip(&format!(
+            "route add {pods} via {}\nroute add {pods_v6} via {}\n",
+            address::node(n),
+            address::node_v6(n),
+        ))?;
+        worker.ip(&format!(
+            "link set eth0 up\n\
+             address add {}/24 dev eth0\n\
+             address add {}/64 dev eth0 nodad\n\
+             address add {}/32 dev lo\n\
+             address add {}/128 dev lo nodad\n\
+             route add default via {}\n\
+             route add default via {}\n",
+            address::node(n),
+            address::node_v6(n),
+            address::pod(n),
+            address::pod_v6(n),
+            address::gateway(n),
+            address::gateway_v6(n),
+        ))
+    }
+
+    /// Forgets every mapping and gives new ones other ports, as a router does that has restarted.
+    ///
+    /// # Errors
+    ///
+    /// What `nft` or `conntrack` says.
+    pub fn remap(&mut self) -> Result<()> {
+        self.generation = (self.generation + 1) % GENERATIONS;
+        self.apply_rules()?;
+        run(self.netns.command("conntrack")?.arg("--flush"), "")
+    }
+
+    /// Drops what comes from worker `n` for the control plane; the other way stays open.
+    ///
+    /// # Errors
+    ///
+    /// What `nft` says.
+    pub fn silence(&self, n: u8) -> Result<()> {
+        self.netns.nft(&format!(
+            "table inet silence {{
+               chain forward {{
+                 type filter hook forward priority filter - 1; policy accept;
+                 iifname \"w{n}\" oifname \"cp\" drop
+               }}
+             }}"
+        ))
+    }
+
+    /// How many packets have come from the control plane for a worker by the ordinary route, since
+    /// the start or the last [`Self::remap`]. They were dropped.
+    ///
+    /// # Errors
+    ///
+    /// What `nft` says.
+    pub fn leaked(&self) -> Result<u64> {
+        let mut nft: Command = self.netns.command("nft")?;
+        let output = nft
+            .args(["-j", "list", "counter", "inet", "lab", "leaked"])
+            .output()?;
+        if !output.status.success() {
+            bail!(
+                "`nft list counter` failed: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        let listing: Value = serde_json::from_slice(&output.stdout)?;
+        let objects = listing["nftables"]
+            .as_array()
+            .context("nft lists nothing")?;
+        objects
+            .iter()
+            .find_map(|object| object["counter"]["packets"].as_u64())
+            .context("nft lists no counter")
+    }
+
+    fn apply_rules(&self) -> Result<()> {
+        let first = FIRST_PORT + self.generation * PORTS;
+        let last = first + PORTS - 1;
+        self.netns.nft(&format!(
+            "add table inet lab
+             delete table inet lab
+             table inet lab {{
+               counter leaked {{ }}
+               chain forward {{
+                 type filter hook forward priority filter; policy drop;
+                 ct state established,related accept
+                 iifname \"w*\" oifname \"cp\" accept
+                 iifname \"cp\" counter name leaked
+               }}
+               chain input {{
+                 type filter hook input priority filter; policy accept;
+                 iifname \"cp\" ct state new meta l4proto {{ tcp, udp }} drop
+               }}
+               chain postrouting {{
+                 type nat hook postrouting priority srcnat; policy accept;
+                 oifname \"cp\" meta l4proto {{ tcp, udp }} masquerade to :{first}-{last}
+                 oifname \"cp\" masquerade
+               }}
+             }}"
+        ))
+    }
+}

@@ -1,0 +1,221 @@
+//! What a laboratory leaves on the machine, and how all of it is found again and removed.
+//!
+//! Everything carries the laboratory's id: its folder, its namespaces, its control groups (which
+//! hold every process) and the BPF file system mounted in its folder. So removing needs nothing
+//! but the id, also after a crash in the middle of building.
+//!
+//! Whoever builds a laboratory holds a lock in its folder until it ends. A folder whose lock is
+//! free belongs to nobody any more: the next one to build removes it. A laboratory that is meant
+//! to stay has no lock.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::cgroup::Cgroup;
+use super::netns::Netns;
+
+const BASE: &str = "/run/cpc-lab";
+/// The group below the root of the hierarchy that holds the groups of all laboratories.
+const GROUP: &str = "cpc-lab";
+
+/// The place of one laboratory. Dropping it removes the laboratory if this process built it and it
+/// is not meant to stay.
+#[derive(Debug)]
+pub struct Site {
+    id: String,
+    folder: PathBuf,
+    /// Held while the laboratory belongs to this process.
+    lock: Option<Flock<File>>,
+}
+
+impl Site {
+    /// A new place, after those that nobody owns any more were removed.
+    ///
+    /// # Errors
+    ///
+    /// No root.
+    pub fn create() -> Result<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            bail!(
+                "network namespaces need root: run this with sudo; `cargo xtask demo` shows what \
+                 is possible without"
+            );
+        }
+        fs::create_dir_all(BASE)?;
+        let _serialised = exclusive(&Path::new(BASE).join("lock"), FlockArg::LockExclusive)?
+            .context("a waiting lock was refused")?;
+        remove_abandoned()?;
+        let id = (0..=u16::MAX)
+            .map(|n| format!("{:04x}", n.wrapping_add(std::process::id() as u16)))
+            .find(|id| !Path::new(BASE).join(id).exists())
+            .context("there are 65,536 laboratories; remove some with `cargo xtask lab down`")?;
+        let folder = Path::new(BASE).join(&id);
+        fs::create_dir(&folder)?;
+        let lock = exclusive(&folder.join("lock"), FlockArg::LockExclusiveNonblock)?;
+        Ok(Self { id, folder, lock })
+    }
+
+    /// Every laboratory on this machine.
+    ///
+    /// # Errors
+    ///
+    /// The folder can't be read.
+    pub fn all() -> Result<Vec<Self>> {
+        let entries = match fs::read_dir(BASE) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error).context(BASE),
+        };
+        let mut sites: Vec<_> = entries
+            .filter_map(Result::ok)
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .map(|id| Self {
+                folder: Path::new(BASE).join(&id),
+                id,
+                lock: None,
+            })
+            .collect();
+        sites.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(sites)
+    }
+
+    /// A few characters that no other laboratory on this machine has.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where certificates, configuration, logs and sockets are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Whether it was built to stay, and so has no owner.
+    pub fn stays(&self) -> bool {
+        !self.lock_file().exists()
+    }
+
+    /// Lets it stay when this process ends.
+    ///
+    /// # Errors
+    ///
+    /// The folder can't be written to.
+    pub fn keep(&mut self) -> Result<()> {
+        fs::remove_file(self.lock_file())?;
+        self.lock = None;
+        Ok(())
+    }
+
+    /// The namespace of `role`: `cp`, `nat`, `w1`, ..
+    pub fn netns(&self, role: &str) -> Netns {
+        Netns::named(format!("{}{role}", self.prefix()))
+    }
+
+    /// The control group `name` of this laboratory, made if need be.
+    ///
+    /// # Errors
+    ///
+    /// There is no writable hierarchy.
+    pub fn cgroup(&self, name: &str) -> Result<Cgroup> {
+        Cgroup::root()?.child(GROUP)?.child(&self.id)?.child(name)
+    }
+
+    /// A folder, made if need be.
+    ///
+    /// # Errors
+    ///
+    /// It can't be made.
+    pub fn subfolder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.join(name);
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// A BPF file system of its own: what is pinned there goes when it is unmounted.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has none, or refuses the mount.
+    pub fn mount_bpffs(&self) -> Result<PathBuf> {
+        let path = self.subfolder("bpf")?;
+        mount(
+            Some("bpf"),
+            &path,
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .with_context(|| format!("cannot mount a BPF file system at {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Ends every process of the laboratory and removes everything that it left.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that could not be removed; the rest may be there still, and this can be
+    /// called again.
+    pub fn remove(&self) -> Result<()> {
+        Cgroup::at(Cgroup::root()?.path().join(GROUP).join(&self.id)).remove()?;
+        for entry in fs::read_dir("/run/netns")
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+        {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&self.prefix()) {
+                Netns::named(name).delete()?;
+            }
+        }
+        match umount2(&self.folder.join("bpf"), MntFlags::MNT_DETACH) {
+            // It was not mounted, or not made yet.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => (),
+            Err(error) => return Err(error).context("cannot unmount the BPF file system"),
+        }
+        fs::remove_dir_all(&self.folder)
+            .with_context(|| format!("cannot remove {}", self.folder.display()))
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.folder.join("lock")
+    }
+
+    fn prefix(&self) -> String {
+        format!("cpc-{}-", self.id)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if self.lock.is_some()
+            && let Err(error) = self.remove()
+        {
+            eprintln!("laboratory {} is not removed: {error:#}", self.id);
+        }
+    }
+}
+
+/// Removes the laboratories whose owner has ended without doing so.
+fn remove_abandoned() -> Result<()> {
+    for site in Site::all()?.iter().filter(|site| !site.stays()) {
+        if exclusive(&site.lock_file(), FlockArg::LockExclusiveNonblock)?.is_some() {
+            site.remove()?;
+        }
+    }
+    Ok(())
+}
+
+/// Locks the file at `path`; `None` when somebody else has it.
+fn exclusive(path: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
+    let file = File::create(path).with_context(|| format!("cannot open {}", path.display()))?;
+    match Flock::lock(file, how) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}

@@ -1,0 +1,25 @@
+//! What the end-to-end tests, `cargo xtask lab` and `cargo xtask demo` share.
+//!
+//! * [`lab`]: the laboratory, a control plane and its workers as network namespaces on one machine;
+//! * [`target`]: the servers that stand on the workers, beside a real nginx;
+//! * [`puppet`]: a target that a test holds in its hands;
+//! * [`frontend`]: the ways into the tunnel;
+//! * [`client`]: what connects to them, with checks and measurements;
+//! * [`ledger`]: a server that remembers every request that it was asked;
+//! * [`load`]: clients that ask again and again while something happens;
+//! * [`service`]: one address that several agents serve;
+//! * [`steady`]: a client that must not notice what is done to others;
+//! * [`pattern`]: bytes that show where they were lost, doubled or reordered.
+//!
+//! The library starts programs and asks the kernel; it knows nothing of the connector's inside.
+
+pub mod client;
+pub mod frontend;
+pub mod lab;
+pub mod ledger;
+pub mod load;
+pub mod pattern;
+pub mod puppet;
+pub mod service;
+pub mod steady;
+pub mod target;
