@@ -1,0 +1,65 @@
+//! The task runner: everything a person or CI does with this repository, one subcommand each.
+//!
+//! `cargo xtask` builds this crate and runs it, so that the only tool anybody needs at first is
+//! cargo. Each subcommand is a module; what several of them share is in [`sh`] (running other
+//! programs) and [`workspace`] (where things are).
+
+mod demo;
+mod ebpf;
+mod fuzz;
+mod lab;
+mod lint;
+mod programs;
+mod setup;
+mod sh;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set up, build, run and test Control Plane Connector.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the tools that the other tasks need and that are missing.
+    Setup(setup::Args),
+    /// Show what the connector does, on this machine; as root with everything.
+    Demo,
+    /// Build the kernel programs into target/bpf/cpc-redirect.o.
+    BuildEbpf,
+    /// Check formatting, clippy, documentation, licences and advisories.
+    Lint,
+    /// Build, use and remove the laboratory: control plane, router and workers in namespaces.
+    Lab(lab::Args),
+    /// Fuzz the decoders for a while.
+    Fuzz(fuzz::Args),
+    /// Run every check: set-up, build, lint, doc tests, a short fuzz run, all tests.
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Setup(args) => setup::run(&args),
+        Task::Demo => demo::run(),
+        Task::BuildEbpf => ebpf::build(),
+        Task::Lint => lint::run(),
+        Task::Lab(args) => lab::run(args),
+        Task::Fuzz(args) => fuzz::run(&args),
+        Task::Test(args) => test::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Every check, in the order in which a mistake is cheapest to find.
+
+use std::env;
+
+use anyhow::Result;
+
+use crate::setup::{self, Purpose};
+use crate::workspace::{self, PROFILE};
+use crate::{ebpf, fuzz, lint, sh};
+
+/// Options of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run only the tests whose names contain one of these, and nothing but tests.
+    filters: Vec<String>,
+}
+
+/// Runs the checks; the test runner goes last, so that its summary is what is read last.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::ensure(Purpose::Test)?;
+    ebpf::build()?;
+    if args.filters.is_empty() {
+        lint::run()?;
+    }
+    build()?;
+    if args.filters.is_empty() {
+        sh::heading("Documentation tests");
+        let mut doc = workspace::cargo();
+        sh::run(doc.args(["test", "--doc", "--profile", PROFILE]))?;
+        fuzz::briefly()?;
+    }
+    sh::heading("Tests");
+    let mut nextest = workspace::cargo();
+    nextest
+        .args(["nextest", "run", "--cargo-profile", PROFILE])
+        .args(&args.filters);
+    if env::var_os("CI").is_some() {
+        nextest.args(["--show-progress", "none"]);
+    }
+    sh::run(&mut nextest)
+}
+
+/// `cpc`, the laboratory's programs and all tests in one go: asked for apart, cargo would choose
+/// other features for what they share and compile it twice.
+fn build() -> Result<()> {
+    sh::heading("Programs and tests");
+    sh::run(workspace::cargo().args(["build", "--all-targets", "--profile", PROFILE]))
+}
