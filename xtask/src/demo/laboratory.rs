@@ -1,0 +1,306 @@
+//! The demonstration as root: namespaces, the redirect, an unmodified client.
+
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tunnel_tests::client::eventually;
+use tunnel_tests::lab::address::{self, KUBELET_PORT};
+use tunnel_tests::lab::{Lab, LabSpec, Programs};
+use tunnel_tests::target::Behaviour;
+
+use super::measure::{self, Duplex};
+use super::story::{self, Evidence, Seen, step};
+use crate::setup::{self, Purpose};
+use crate::{ebpf, programs, sh};
+
+const PICTURE: &str = r#"
+Control Plane Connector: an API server reaches kubelets that nothing can reach.
+
+   control plane                      NAT router            worker w1
+   kube-apiserver (here: curl)            |                 kubelet (here: nginx)
+        | connect 10.99.1.2:10250         |                      ^ 10.99.1.2:10250
+        v   no route to the worker        |  nothing comes in    |
+   [kernel: redirect]                     |                      |
+        v                                 |                      |
+   cpc server <======= QUIC ==============|================== cpc agent
+                                          |                  dials out
+
+Each column is a network namespace on this machine. Nothing leaves it.
+"#;
+
+/// How long the connector may take to serve again after its server was killed and started.
+const BACK: Duration = Duration::from_secs(10);
+
+/// Sets up, builds and shows.
+pub(super) fn run() -> Result<()> {
+    println!("{PICTURE}");
+    setup::ensure(Purpose::Demo)?;
+    ebpf::build()?;
+    let programs = programs::build()?;
+    println!();
+    story::catch_interrupts()?;
+    let shown = show(programs);
+    if shown.is_ok() {
+        println!("Every step did what it said. Try it yourself: cargo xtask lab up");
+    }
+    shown
+}
+
+fn show(programs: Programs) -> Result<()> {
+    let mut demo = step(
+        "A control plane and a worker behind NAT, without the connector",
+        |say| {
+            let lab = Lab::without_connector(LabSpec::new(programs.clone()))?;
+            say.note(format!(
+                "namespaces {}, {}",
+                lab.control_plane.netns.name(),
+                lab.router.netns.name()
+            ));
+            say.note(format!(
+                "and {}; the worker's node address is {}",
+                lab.workers[0].netns.name(),
+                address::node(1)
+            ));
+            Ok(Demo { lab, programs })
+        },
+    )?;
+    step("The control plane does not reach the kubelet", |say| {
+        demo.unreachable(say)
+    })?;
+    step(
+        "The connector starts: a server here, an agent on the worker",
+        |say| {
+            demo.lab.start_connector()?;
+            say.note(
+                "the agent has dialled out to the server; the kernel redirects the API server",
+            );
+            Ok(())
+        },
+    )?;
+    step("The same command, unchanged, reaches the kubelet", |say| {
+        demo.reachable(say)
+    })?;
+    step(
+        "Only the API server is redirected, nobody else on the host",
+        |say| demo.outsider(say),
+    )?;
+    step("What the connector says of itself", |say| demo.status(say))?;
+    step("The connection in the access log", |say| {
+        demo.access_log(say)
+    })?;
+    step("How fast it is", |say| demo.measure(say))?;
+    step(
+        "The server is killed: connections are refused and do not leak",
+        |say| demo.killed_server(say),
+    )?;
+    step("The server is started again: the kubelet is back", |say| {
+        demo.back(say)
+    })?;
+    step("Everything is removed", |say| demo.clean_up(say))
+}
+
+fn url() -> String {
+    format!("https://{}:{KUBELET_PORT}", address::node(1))
+}
+
+struct Demo {
+    lab: Lab,
+    programs: Programs,
+}
+
+impl Demo {
+    /// What stands for kube-apiserver: an ordinary curl with the API server's client certificate.
+    fn curl(&self) -> Command {
+        let mut curl = Command::new("curl");
+        curl.args(["-sSm10", "--cacert", "ca.crt", "--cert", "apiserver.crt"]);
+        curl.args(["--key", "apiserver.key", &format!("{}/healthz", url())]);
+        curl.current_dir(self.lab.cluster_pki.folder());
+        curl
+    }
+
+    fn kubectl(&self) -> Option<Command> {
+        sh::find("kubectl")?;
+        let mut kubectl = Command::new("kubectl");
+        kubectl.args(["--kubeconfig=/dev/null", "--request-timeout=10s"]);
+        kubectl.args([
+            &format!("--server={}", url()),
+            "--certificate-authority=ca.crt",
+        ]);
+        kubectl.args([
+            "--client-certificate=apiserver.crt",
+            "--client-key=apiserver.key",
+        ]);
+        kubectl.args(["get", "--raw", "/healthz"]);
+        kubectl.current_dir(self.lab.cluster_pki.folder());
+        Some(kubectl)
+    }
+
+    /// Runs `command` on the control plane, as the API server.
+    fn as_apiserver(&self, say: &mut Evidence, command: &mut Command) -> Result<Seen> {
+        self.lab.control_plane.place(command)?;
+        say.run(command)
+    }
+
+    fn unreachable(&self, say: &mut Evidence) -> Result<()> {
+        say.note(format!("in {}:", self.lab.cluster_pki.folder().display()));
+        self.as_apiserver(say, &mut self.curl())?
+            .expect_failure("(7)")?;
+        self.expect_refusal(say, ErrorKind::NetworkUnreachable)?;
+        if let Some(mut kubectl) = self.kubectl() {
+            self.as_apiserver(say, &mut kubectl)?
+                .expect_failure("network is unreachable")?;
+        }
+        Ok(())
+    }
+
+    /// curl does not print why it could not connect; connect(2) says it.
+    fn expect_refusal(&self, say: &mut Evidence, kind: ErrorKind) -> Result<()> {
+        let destination = (address::node(1), KUBELET_PORT);
+        let connect = || Ok(TcpStream::connect(destination).map(drop));
+        match self.lab.control_plane.as_apiserver(connect)? {
+            Ok(()) => bail!("connect(2) succeeded"),
+            Err(error) => {
+                say.note(format!("connect(2) says: {error}"));
+                if error.kind() != kind {
+                    bail!("it should have said: {kind}");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn reachable(&self, say: &mut Evidence) -> Result<()> {
+        let answer = r#""node":"w1""#;
+        self.as_apiserver(say, &mut self.curl())?
+            .expect_success(answer)?;
+        if let Some(mut kubectl) = self.kubectl() {
+            self.as_apiserver(say, &mut kubectl)?
+                .expect_success(answer)?;
+        }
+        Ok(())
+    }
+
+    fn outsider(&self, say: &mut Evidence) -> Result<()> {
+        let mut curl = self.curl();
+        self.lab.control_plane.netns.place(&mut curl)?;
+        say.note("outside the API server's control group:");
+        say.run(&mut curl)?.expect_failure("(7)")
+    }
+
+    fn status(&self, say: &mut Evidence) -> Result<()> {
+        let mut cpc = Command::new(&self.programs.cpc);
+        self.lab.control_plane.netns.place(&mut cpc)?;
+        say.run(cpc.args([
+            "status",
+            "--admin",
+            &self.server()?.daemon.admin.to_string(),
+        ]))?
+        .expect_success("w1")
+    }
+
+    fn access_log(&self, say: &mut Evidence) -> Result<()> {
+        let destination = format!("{}:{KUBELET_PORT}", address::node(1));
+        let daemon = &self.server()?.daemon;
+        let line = eventually(Duration::from_secs(5), || {
+            super::access_log_line(&daemon.log(), &destination).with_context(|| {
+                format!(
+                    "no line for {destination} in {}",
+                    daemon.log_file().display()
+                )
+            })
+        })?;
+        say.note(line);
+        Ok(())
+    }
+
+    fn measure(&self, say: &mut Evidence) -> Result<()> {
+        let open = |behaviour: Behaviour| -> Result<Box<dyn Duplex>> {
+            let stream = TcpStream::connect((address::node(1), behaviour.port()))?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream))
+        };
+        measure::compare(
+            say,
+            (&|work| self.lab.router.netns.enter(work), &open),
+            (&|work| self.lab.control_plane.as_apiserver(work), &open),
+        )?;
+        say.note("direct: plain TCP from the router, which is where a way to the worker begins;");
+        say.note("tunnel: redirected in the kernel, then encrypted through the server and agent.");
+        say.note("All of it shares the processors of this machine.");
+        Ok(())
+    }
+
+    fn killed_server(&mut self, say: &mut Evidence) -> Result<()> {
+        // The trap: with a route, whatever is not caught goes to the router, which counts it.
+        self.lab
+            .control_plane
+            .netns
+            .ip(&format!("route add 10.99.0.0/16 via {}\n", address::ROUTER))?;
+        say.note("a route to the worker network is added, so that a leak would be seen");
+        self.server_mut()?.daemon.kill()?;
+        self.as_apiserver(say, &mut self.curl())?
+            .expect_failure("(7)")?;
+        self.expect_refusal(say, ErrorKind::ConnectionRefused)?;
+        let leaked = self.lab.router.leaked()?;
+        say.note(format!("packets at the router: {leaked}"));
+        if leaked != 0 {
+            bail!("{leaked} packets left the control plane by the ordinary route");
+        }
+        let mut curl = self.curl();
+        self.lab
+            .control_plane
+            .netns
+            .place(curl.args(["--max-time", "2"]))?;
+        if curl.output()?.status.success() || self.lab.router.leaked()? == 0 {
+            bail!("the trap is blind: it did not count a client outside the control group");
+        }
+        say.note("and the same from outside the control group is counted there, as it should be");
+        Ok(())
+    }
+
+    fn back(&mut self, say: &mut Evidence) -> Result<()> {
+        let start = std::time::Instant::now();
+        let server = self.server_mut()?;
+        server.daemon.start()?;
+        server.daemon.wait_ready(BACK)?;
+        say.note(format!(
+            "the agent was back after {:.1} s",
+            start.elapsed().as_secs_f64()
+        ));
+        self.as_apiserver(say, &mut self.curl())?
+            .expect_success(r#""node":"w1""#)
+    }
+
+    fn clean_up(self, say: &mut Evidence) -> Result<()> {
+        let described = self.lab.describe();
+        let netns = self.lab.control_plane.netns.clone();
+        drop(self);
+        if described.folder.exists()
+            || described.control_plane.cgroup.exists()
+            || netns.path().exists()
+        {
+            bail!("something of laboratory {} is left", described.id);
+        }
+        say.note("processes, namespaces, control groups, kernel programs and files are gone");
+        Ok(())
+    }
+
+    fn server(&self) -> Result<&tunnel_tests::lab::server::Server> {
+        self.lab
+            .control_plane
+            .servers
+            .first()
+            .context("the laboratory has no server")
+    }
+
+    fn server_mut(&mut self) -> Result<&mut tunnel_tests::lab::server::Server> {
+        self.lab
+            .control_plane
+            .servers
+            .first_mut()
+            .context("the laboratory has no server")
+    }
+}

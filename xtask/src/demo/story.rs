@@ -1,0 +1,113 @@
+//! How the demonstration is told: one line a step while it is under way, then what it showed.
+//!
+//! A step holds only if its check does. The first that does not ends the demonstration.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+use crate::sh;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_interrupt(_: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// From now on Ctrl-C, SIGTERM and a closed terminal end the demonstration between two steps, so that it cleans up.
+pub(super) fn catch_interrupts() -> Result<()> {
+    let action = SigAction::new(
+        SigHandler::Handler(note_interrupt),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        // SAFETY: the handler does nothing but store to an atomic, which a handler may do.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(())
+}
+
+/// What was observed, line by line, as it will be printed below the step.
+#[derive(Default)]
+pub(super) struct Evidence(Vec<String>);
+
+impl Evidence {
+    /// Adds a line, or several.
+    pub(super) fn note(&mut self, text: impl AsRef<str>) {
+        self.0.extend(text.as_ref().lines().map(str::to_owned));
+    }
+
+    /// Runs `command` and adds it with what it printed, as one would see it in a terminal.
+    pub(super) fn run(&mut self, command: &mut Command) -> Result<Seen> {
+        self.note(format!("$ {}", sh::text(command)));
+        let output = command
+            .output()
+            .with_context(|| format!("cannot start `{}`", sh::text(command)))?;
+        let both = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&both).trim_end().to_owned();
+        self.note(&text);
+        Ok(Seen {
+            success: output.status.success(),
+            text,
+        })
+    }
+}
+
+/// What a command did.
+pub(super) struct Seen {
+    /// Whether its exit code was 0.
+    pub(super) success: bool,
+    /// Both of its outputs.
+    pub(super) text: String,
+}
+
+impl Seen {
+    /// Fails unless the command succeeded and printed `part`.
+    pub(super) fn expect_success(&self, part: &str) -> Result<()> {
+        if !self.success || !self.text.contains(part) {
+            bail!("the command should have succeeded and printed {part:?}");
+        }
+        Ok(())
+    }
+
+    /// Fails unless the command failed and printed `part`.
+    pub(super) fn expect_failure(&self, part: &str) -> Result<()> {
+        if self.success {
+            bail!("the command should have failed");
+        }
+        // curl and kubectl write the same error with other capitals.
+        if !self.text.to_lowercase().contains(&part.to_lowercase()) {
+            bail!("the command should have failed with {part:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Does one step and tells it.
+pub(super) fn step<T>(title: &str, work: impl FnOnce(&mut Evidence) -> Result<T>) -> Result<T> {
+    let spinner = ProgressBar::new_spinner()
+        .with_style(ProgressStyle::with_template(
+            "{spinner} {msg} {elapsed:.dim}",
+        )?)
+        .with_message(title.to_owned());
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let start = Instant::now();
+    let mut evidence = Evidence::default();
+    let result = work(&mut evidence);
+    spinner.finish_and_clear();
+    let mark = if result.is_ok() { '✔' } else { '✘' };
+    println!("{mark} {title}  ({:.1} s)", start.elapsed().as_secs_f64());
+    for line in evidence.0 {
+        println!("      {line}");
+    }
+    println!();
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        bail!("interrupted");
+    }
+    result.with_context(|| format!("this step did not hold: {title}"))
+}
