@@ -1,0 +1,338 @@
+//! The server under systemd: sockets that it is handed and that outlive it, what it tells, and
+//! what it asks to be kept. The test stands in for systemd.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{IoSliceMut, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use tunnel_tests::client::round_trips;
+use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::target::Behaviour;
+
+const SOON: Duration = Duration::from_secs(15);
+/// Twice in this time the server says that it is alive.
+const WATCHDOG: Duration = Duration::from_secs(4);
+/// The first descriptor that is handed over (sd_listen_fds(3)).
+const FIRST: RawFd = 3;
+
+/// Sockets and the names under which they are handed over.
+type Sockets = Vec<(String, OwnedFd)>;
+
+/// A service manager with one service.
+struct Manager {
+    notify: UnixDatagram,
+    path: PathBuf,
+    kept: HashMap<String, Vec<OwnedFd>>,
+}
+
+impl Manager {
+    fn new(folder: &Path) -> Result<Self> {
+        let path = folder.join("notify.sock");
+        let notify = UnixDatagram::bind(&path)?;
+        notify.set_read_timeout(Some(SOON))?;
+        Ok(Self {
+            notify,
+            path,
+            kept: HashMap::new(),
+        })
+    }
+
+    /// What a service is started with: the sockets from descriptor 3 on, and where to report.
+    fn prepare(&self, command: &mut Command, sockets: &Sockets) {
+        let names: Vec<_> = sockets.iter().map(|(name, _)| name.as_str()).collect();
+        command
+            .env("NOTIFY_SOCKET", &self.path)
+            .env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string());
+        if sockets.is_empty() {
+            return;
+        }
+        command
+            .env("LISTEN_FDS", sockets.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"));
+        let own: Vec<_> = sockets.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+        // SAFETY: fcntl(2) and dup2(2) on descriptors that outlive the call; nothing is allocated
+        // but what `own` holds already.
+        unsafe {
+            command.pre_exec(move || {
+                let mut aside = [0; 16];
+                // First out of the way of the numbers that they are to have.
+                for (fd, aside) in own.iter().zip(&mut aside) {
+                    *aside = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, 64);
+                }
+                for (number, fd) in (FIRST..).zip(&aside[..own.len()]) {
+                    if libc::dup2(*fd, number) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+    }
+
+    /// Waits for a message with `piece` in it, and keeps what comes along to be kept.
+    fn hear(&mut self, piece: &str) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        while Instant::now() < deadline {
+            let mut buffer = [0; 4096];
+            let mut space = nix::cmsg_space!([RawFd; 16]);
+            let mut parts = [IoSliceMut::new(&mut buffer)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let message =
+                recvmsg::<()>(self.notify.as_raw_fd(), &mut parts, Some(&mut space), flags)
+                    .with_context(|| format!("nothing was told of {piece:?}"))?;
+            let mut received = Vec::new();
+            for control in message.cmsgs()? {
+                if let ControlMessageOwned::ScmRights(fds) = control {
+                    // SAFETY: the kernel has just made these descriptors for us.
+                    received.extend(fds.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }));
+                }
+            }
+            let length = message.bytes;
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if text.contains("FDSTORE=1") {
+                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+                let name = name.context("a descriptor without a name")?.to_owned();
+                self.kept.entry(name).or_default().extend(received);
+            }
+            if text.contains(piece) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("{piece:?} was not told");
+    }
+}
+
+/// A laboratory whose programs are started in a shell that tells them their process id.
+fn lab(folder: &Path, redirect: bool) -> Result<Lab> {
+    let programs = Programs::of_this_test()?;
+    fs::create_dir_all(folder)?;
+    let script = folder.join("cpc");
+    let text = format!(
+        "#!/bin/sh\nexport LISTEN_PID=$$\nexec {} \"$@\"\n",
+        programs.cpc.display()
+    );
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let programs = Programs {
+        cpc: script,
+        ..programs
+    };
+    let spec = LabSpec::new(programs);
+    let mut lab = Lab::without_connector(LabSpec { redirect, ..spec })?;
+    lab.configure_connector()?;
+    Ok(lab)
+}
+
+/// A folder that goes with the value.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn folder(name: &str) -> Folder {
+    Folder(std::env::temp_dir().join(format!("cpc-{name}-{}", std::process::id())))
+}
+
+/// The sockets of the units in `deploy/systemd`, and the admin port's.
+fn listening(lab: &Lab) -> Result<Sockets> {
+    let sockets = &lab.control_plane.servers[0].sockets;
+    let (udp, health, admin) = lab.control_plane.netns.enter(|| {
+        Ok((
+            UdpSocket::bind(sockets.tunnel)?,
+            TcpListener::bind(sockets.tunnel)?,
+            TcpListener::bind(sockets.admin)?,
+        ))
+    })?;
+    let unix = UnixListener::bind(&sockets.connect_unix)?;
+    let name = || "cpc-server.socket".to_owned();
+    Ok(vec![
+        (name(), udp.into()),
+        (name(), health.into()),
+        (name(), admin.into()),
+        (name(), unix.into()),
+    ])
+}
+
+/// Handed-over sockets serve, and outlive the process: what is connected while it is away waits in
+/// the backlog and is answered by the next one.
+#[test]
+fn sockets_outlive_the_process() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let folder = folder("activation");
+    let mut lab = lab(&folder.0, false)?;
+    let mut manager = Manager::new(&folder.0)?;
+    let sockets = listening(&lab)?;
+    lab.control_plane.servers[0]
+        .daemon
+        .start_with(|command| manager.prepare(command, &sockets))?;
+    lab.workers[0].agent()?.start()?;
+    lab.workers[0].agent()?.wait_ready(SOON)?;
+    lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    let log = lab.control_plane.servers[0].daemon.log();
+    ensure!(!log.contains("is not used"), "{log}");
+    let of = lab.control_plane.servers[0].sockets.clone();
+    let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
+    let stream = tunnel_tests::client::connect_through(&of.connect_unix, &echo.to_string())?;
+    round_trips(stream, 3)?;
+
+    lab.control_plane.servers[0].daemon.kill()?;
+    let netns = lab.control_plane.netns.clone();
+    let mut waiting = Vec::new();
+    for port in [of.tunnel, of.admin] {
+        let mut stream = netns.enter(|| Ok(TcpStream::connect(port)?))?;
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n")?;
+        waiting.push(stream);
+    }
+    let mut client = UnixStream::connect(&of.connect_unix)?;
+    client.set_read_timeout(Some(SOON))?;
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+    // The frontend that nobody was asked to hold is gone meanwhile.
+    let other = netns.enter(|| Ok(TcpStream::connect(of.connect_tcp).is_err()))?;
+    ensure!(other, "a socket of the killed process is still there");
+
+    lab.control_plane.servers[0]
+        .daemon
+        .start_with(|command| manager.prepare(command, &sockets))?;
+    for mut stream in waiting {
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        read.with_context(|| {
+            let log = lab.control_plane.servers[0].daemon.log();
+            format!("no answer at {:?}\n{log}", stream.peer_addr())
+        })?;
+        ensure!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+    }
+    let mut answer = String::new();
+    let read = client.read_to_string(&mut answer);
+    read.context("no answer at the Unix socket")?;
+    ensure!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+    lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    manager.hear("READY=1")
+}
+
+/// A handed-over socket that belongs to no address of the configuration is complained about.
+#[test]
+fn a_socket_for_nothing_is_noticed() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let folder = folder("stray");
+    let mut lab = lab(&folder.0, false)?;
+    let manager = Manager::new(&folder.0)?;
+    let netns = lab.control_plane.netns.clone();
+    let stray = netns.enter(|| Ok(TcpListener::bind("127.0.0.1:8999")?))?;
+    let sockets = vec![("stray.socket".to_owned(), stray.into())];
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.start_with(|command| manager.prepare(command, &sockets))?;
+    let pieces = ["WARN", "an inherited socket is not used", "stray.socket"];
+    server.wait_log(SOON, 0, &pieces)?;
+    Ok(())
+}
+
+/// READY when everything is served, WATCHDOG while it turns and not while it is stuck, STOPPING at
+/// the end; the agent the same.
+#[test]
+fn the_service_manager_is_told() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let folder = folder("notify");
+    let mut lab = lab(&folder.0, false)?;
+    let mut manager = Manager::new(&folder.0)?;
+    let none = Vec::new();
+    let tunnel = lab.control_plane.servers[0].sockets.tunnel;
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.start_with(|command| manager.prepare(command, &none))?;
+    manager.hear("READY=1")?;
+    assert_eq!(server.get("/healthz")?.0, 200, "said too early: {tunnel}");
+    manager.hear("WATCHDOG=1")?;
+    server.stop()?;
+    // What was sent before it stopped.
+    manager.notify.set_read_timeout(Some(WATCHDOG))?;
+    std::thread::sleep(WATCHDOG / 4);
+    manager.notify.set_nonblocking(true)?;
+    while manager.notify.recv(&mut [0; 4096]).is_ok() {}
+    manager.notify.set_nonblocking(false)?;
+    ensure!(
+        manager.hear("WATCHDOG=1").is_err(),
+        "a stopped process says that it is alive"
+    );
+    manager.notify.set_read_timeout(Some(SOON))?;
+    server.cont()?;
+    manager.hear("WATCHDOG=1")?;
+    server.terminate()?;
+    manager.hear("STOPPING=1")?;
+
+    let agent = lab.workers[0].agent()?;
+    agent.start_with(|command| manager.prepare(command, &none))?;
+    manager.hear("READY=1")?;
+    manager.hear("WATCHDOG=1")?;
+    agent.terminate()?;
+    manager.hear("STOPPING=1")
+}
+
+/// The redirect's listeners are given to the service manager to keep, and taken from it by the
+/// next process: a captured connect made in between is not refused.
+#[test]
+fn the_redirects_listeners_are_kept() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let folder = folder("fdstore");
+    let mut lab = lab(&folder.0, true)?;
+    let mut manager = Manager::new(&folder.0)?;
+    let none = Vec::new();
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.start_with(|command| manager.prepare(command, &none))?;
+    manager.hear("READY=1")?;
+    lab.workers[0].agent()?.start()?;
+    lab.workers[0].agent()?.wait_ready(SOON)?;
+    lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    let name = "redirect-kube-apiserver".to_owned();
+    let kept = manager.kept.remove(&name).context("nothing was kept")?;
+    assert_eq!(kept.len(), 2, "one a family");
+
+    let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
+    let connect = |lab: &Lab| {
+        lab.control_plane.as_apiserver(|| {
+            let stream = TcpStream::connect_timeout(&echo, SOON)?;
+            stream.set_read_timeout(Some(SOON))?;
+            Ok(stream)
+        })
+    };
+    round_trips(connect(&lab)?, 3)?;
+    lab.control_plane.servers[0].daemon.kill()?;
+    let waiting = connect(&lab).context("refused while the listener was kept")?;
+    let sockets: Sockets = kept.into_iter().map(|fd| (name.clone(), fd)).collect();
+    lab.control_plane.servers[0]
+        .daemon
+        .start_with(|command| manager.prepare(command, &sockets))?;
+    manager.hear("READY=1")?;
+    let log = lab.control_plane.servers[0].daemon.log();
+    ensure!(!log.contains("is not used"), "{log}");
+    round_trips(waiting, 3).context("the connection that waited")?;
+    lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    round_trips(connect(&lab)?, 3)?;
+
+    // Without anybody to keep them the same connect is refused.
+    drop(sockets);
+    lab.control_plane.servers[0].daemon.kill()?;
+    ensure!(connect(&lab).is_err(), "the listener is still there");
+    Ok(())
+}
