@@ -10,6 +10,7 @@
 //! | [`route`] | what an agent claims to serve |
 //! | [`session`] | the agent's and the server's end of a control stream, without I/O |
 //! | [`http_connect`] | the HTTP `CONNECT` request and its answers |
+//! | [`konnectivity`] | the messages of Kubernetes' Konnectivity and what goes with them |
 //!
 //! Nothing here opens a socket, reads a clock or makes a random number: time and randomness are
 //! arguments. Every decoder bounds what it reads before it allocates, asks for more bytes by
@@ -19,6 +20,7 @@
 pub mod close;
 pub mod control;
 pub mod http_connect;
+pub mod konnectivity;
 pub mod preface;
 pub mod route;
 pub mod session;
