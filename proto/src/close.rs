@@ -122,6 +122,8 @@ close_reasons! {
     Aborted = 0x304, Reset, "aborted", "the process is ending";
     /// A fault of ours; the log says more.
     Internal = 0x305, Reset, "internal", "an internal fault; see the log of the side that closed";
+    /// Its reader took nothing for so long that it held up the other connections of its tunnel.
+    Stalled = 0x306, Reset, "stalled", "its reader took nothing and held up the other connections of the tunnel";
 
     /// The connection outlived the deadline of a drain.
     Drained = 0x400, Drained, "drained", "the drain deadline passed";
@@ -240,6 +242,7 @@ mod tests {
                 "0x303 idle_timeout",
                 "0x304 aborted",
                 "0x305 internal",
+                "0x306 stalled",
                 "0x400 drained",
                 "0x401 shutdown",
                 "0x500 protocol_error",

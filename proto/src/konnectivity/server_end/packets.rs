@@ -1,0 +1,167 @@
+//! What each packet of the agent's means.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::connection::Sending;
+use super::{
+    DialId, Event, Held, Holder, LINGER, MAX_CLOSING, QUIET, ReadEnd, STALLED_AFTER, ServerEnd,
+    StreamError,
+};
+use crate::close::CloseReason;
+use crate::konnectivity::Packet;
+
+impl<W: Clone> ServerEnd<W> {
+    /// Takes a packet off the stream. What does not fit to anything is answered as the peer's server
+    /// does, or ignored.
+    ///
+    /// # Errors
+    /// [`StreamError::Flood`]: end the stream.
+    pub fn handle_packet(&mut self, packet: Packet, now: Instant) -> Result<(), StreamError> {
+        match packet {
+            Packet::Data { connect_id, data } => self.handle_data(connect_id, data, now),
+            Packet::CloseResponse { error, connect_id } => {
+                match u64::try_from(connect_id) {
+                    Ok(_) => self.handle_closed(connect_id, &error, now),
+                    Err(_) => self.handle_barrier(connect_id.unsigned_abs(), now),
+                }
+                Ok(())
+            }
+            Packet::DialResponse {
+                error,
+                connect_id,
+                random,
+            } => self.handle_answer(DialId(random), connect_id, error),
+            Packet::CloseDial { random } => {
+                let text = "the agent gave the dial up".to_owned();
+                self.handle_answer(DialId(random), 0, text)
+            }
+            Packet::Drain => {
+                self.events.push_back(Event::Draining);
+                Ok(())
+            }
+            // No agent sends these to a server.
+            Packet::DialRequest { .. } | Packet::CloseRequest { .. } | Packet::Unknown(_) => Ok(()),
+        }
+    }
+
+    fn handle_data(&mut self, id: i64, data: Bytes, now: Instant) -> Result<(), StreamError> {
+        match self.ids.get(&id) {
+            Some(Holder::Connection(dial)) => {
+                let dial = *dial;
+                if let Some(connection) = self.connections.get_mut(&dial) {
+                    connection.receive(data, now);
+                    self.events
+                        .push_back(Event::Changed(connection.waker.clone()));
+                    if connection.is_full() && self.held.is_none() {
+                        let until = now + STALLED_AFTER;
+                        self.held = Some(Held { dial, until });
+                    }
+                }
+                Ok(())
+            }
+            Some(Holder::Closing(_)) => Ok(()),
+            // "None" on the wire, and what only barriers are.
+            None if id <= 0 => Ok(()),
+            None => self.refuse(id),
+        }
+    }
+
+    fn handle_closed(&mut self, id: i64, error: &str, now: Instant) {
+        match self.ids.get(&id) {
+            // An agent may name an id again that it has closed: it stays until the next barrier.
+            None | Some(Holder::Closing(_)) => {}
+            Some(Holder::Connection(dial)) => {
+                let dial = *dial;
+                self.ids.remove(&id);
+                let end = if error.is_empty() {
+                    ReadEnd::Finished
+                } else {
+                    ReadEnd::Reset(CloseReason::PeerReset)
+                };
+                self.end(dial, end, now);
+            }
+        }
+    }
+
+    fn handle_answer(&mut self, dial: DialId, id: i64, error: String) -> Result<(), StreamError> {
+        let connection = self.connections.get_mut(&dial);
+        let Some(connection) = connection.filter(|c| c.is_dialling()) else {
+            // Given up meanwhile.
+            return if id > 0 && !self.ids.contains_key(&id) {
+                self.refuse(id)
+            } else {
+                Ok(())
+            };
+        };
+        self.events
+            .push_back(Event::Changed(connection.waker.clone()));
+        if !error.is_empty() {
+            connection.fail(error);
+        } else if id <= 0 || self.ids.contains_key(&id) {
+            connection.fail(format!("the agent named it {id}, which it may not"));
+        } else {
+            connection.connect_id = Some(id);
+            self.ids.insert(id, Holder::Connection(dial));
+        }
+        Ok(())
+    }
+
+    fn handle_barrier(&mut self, seq: u64, now: Instant) {
+        let Some(passed) = self.barriers.answered(seq, now) else {
+            return;
+        };
+        for dial in passed {
+            if let Some(connection) = self.connections.get_mut(&dial)
+                && connection.sending == Sending::Barrier
+                && connection.read_end().is_none()
+            {
+                let heard = connection.backlog.written(now);
+                connection.sending = Sending::Quiet {
+                    heard,
+                    until: now + LINGER,
+                };
+                self.lingering
+                    .push(std::cmp::Reverse((heard + QUIET, dial)));
+            }
+        }
+        if self.barriers.comes_alive() {
+            self.events.push_back(Event::Alive);
+        }
+        // What was to be closed before the barrier is closed: nothing can come of it any more.
+        while let Some(&(after, id)) = self.closing.front()
+            && after < seq
+        {
+            self.closing.pop_front();
+            if self.ids.get(&id) == Some(&Holder::Closing(after)) {
+                self.ids.remove(&id);
+            }
+        }
+    }
+
+    /// Ends a connection of which nothing more will come.
+    fn end(&mut self, dial: DialId, end: ReadEnd, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&dial) else {
+            return;
+        };
+        connection.end(end);
+        self.events
+            .push_back(Event::Changed(connection.waker.clone()));
+        if connection.released {
+            self.connections.remove(&dial);
+            self.made_room(dial, now);
+        }
+    }
+
+    /// Closes what nobody here asked for.
+    fn refuse(&mut self, id: i64) -> Result<(), StreamError> {
+        if self.closing.len() >= MAX_CLOSING {
+            return Err(StreamError::Flood);
+        }
+        self.transmit
+            .push_back(Packet::CloseRequest { connect_id: id });
+        self.close(id);
+        Ok(())
+    }
+}
