@@ -167,11 +167,35 @@ pub fn response(status: u16, reason: &str) -> Bytes {
     if status == 200 {
         return Bytes::from_static(ESTABLISHED);
     }
-    let status = if (400..600).contains(&status) {
-        status
-    } else {
-        500
+    let body = format!("{}\n", phrase(reason));
+    let length = body.len().to_string();
+    let fields = [
+        ("Content-Type", "text/plain"),
+        ("Connection", "close"),
+        ("Content-Length", &length),
+    ];
+    response_with(status, reason, &fields, &body)
+}
+
+/// A refusal with header fields and a body of its own, for clients that were made for another
+/// proxy. `status` and `reason` are as for [`response`]; `fields`, in this order, and `body` are
+/// used as they are, so no line may end within a field. Without `Content-Length` the body ends with
+/// the connection.
+#[must_use]
+pub fn response_with(status: u16, reason: &str, fields: &[(&str, &str)], body: &str) -> Bytes {
+    let status = match status {
+        400..600 => status,
+        _ => 500,
     };
+    let mut answer = format!("HTTP/1.1 {status} {}\r\n", phrase(reason));
+    for (name, value) in fields {
+        answer.extend([*name, ": ", *value, "\r\n"]);
+    }
+    answer.extend(["\r\n", body]);
+    Bytes::from(answer)
+}
+
+fn phrase(reason: &str) -> String {
     let visible = |c: char| {
         if c == ' ' || c.is_ascii_graphic() {
             c
@@ -179,16 +203,7 @@ pub fn response(status: u16, reason: &str) -> Bytes {
             '?'
         }
     };
-    let reason: String = reason.chars().take(MAX_REASON).map(visible).collect();
-    let length = reason.len() + 1;
-    Bytes::from(format!(
-        "HTTP/1.1 {status} {reason}\r\n\
-         Content-Type: text/plain\r\n\
-         Connection: close\r\n\
-         Content-Length: {length}\r\n\
-         \r\n\
-         {reason}\n"
-    ))
+    reason.chars().take(MAX_REASON).map(visible).collect()
 }
 
 #[cfg(test)]
@@ -316,6 +331,20 @@ mod tests {
     fn success_is_one_fixed_head() {
         let expected = "HTTP/1.1 200 Connection Established\r\n\r\n";
         assert_eq!(response(200, "whatever"), expected);
+    }
+
+    #[test]
+    fn what_follows_the_reason_is_free() {
+        let fields = [("Connection", "close"), ("Content-Type", "text/plain")];
+        assert_eq!(
+            response_with(500, "no agent\nhere", &fields, "gr\u{fc}n\r\n"),
+            "HTTP/1.1 500 no agent?here\r\n\
+             Connection: close\r\n\
+             Content-Type: text/plain\r\n\
+             \r\n\
+             gr\u{fc}n\r\n"
+        );
+        assert_eq!(response_with(302, "", &[], ""), "HTTP/1.1 500 \r\n\r\n");
     }
 
     #[test]
