@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use serde::de::Error;
 
-use super::MAX_DRAIN;
+use super::konnectivity::ProxyServerConfig;
 use super::rule::{self, Rule};
 use super::{ConfigError, LogConfig, TlsConfig, Version, base_of};
+use crate::process::lifecycle::LONGEST_DRAIN;
 
 /// Everything an agent is told.
 #[derive(Clone, Debug, Deserialize)]
@@ -17,16 +19,20 @@ use super::{ConfigError, LogConfig, TlsConfig, Version, base_of};
 pub struct AgentConfig {
     /// Version of the schema.
     pub version: Version,
-    /// Servers, `host:port`. Names are resolved anew every 10 s.
-    pub servers: Vec<String>,
-    /// Our certificate, and whom we trust.
+    /// Servers. Names are resolved anew every 10 s.
+    pub servers: Vec<ServerAddress>,
+    /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
     pub tls: TlsConfig,
+    /// How proxy-servers of Konnectivity are dialled.
+    pub konnectivity: Option<ProxyServerConfig>,
     /// What we offer to serve, beyond the node addresses in our certificate.
     pub serve: ServeConfig,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
     pub allow: Option<Vec<Rule>>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
+    /// Address of health and metrics as Konnectivity's programs tell them.
+    pub health: Option<SocketAddr>,
     /// Bounds.
     pub limits: AgentLimits,
     /// Logging.
@@ -39,12 +45,75 @@ impl Default for AgentConfig {
             version: Version,
             servers: Vec::new(),
             tls: TlsConfig::default(),
+            konnectivity: None,
             serve: ServeConfig::default(),
             allow: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8136)),
+            health: None,
             limits: AgentLimits::default(),
             log: LogConfig::default(),
         }
+    }
+}
+
+/// One server, or several behind one name: `host:port`, or that with a protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "ServerKeys")]
+pub struct ServerAddress {
+    /// `host:port`.
+    pub address: String,
+    /// What is spoken there; when missing QUIC, or with a `konnectivity` section whatever is.
+    pub protocol: Option<Protocol>,
+}
+
+/// What is spoken with a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// Ours, with `cpc server`.
+    Quic,
+    /// Konnectivity's, with a proxy-server.
+    Konnectivity,
+    /// QUIC where it is answered, else Konnectivity's.
+    Auto,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum ServerKeys {
+    Plain(String),
+    Keys {
+        address: String,
+        protocol: Option<Protocol>,
+    },
+}
+
+impl From<ServerKeys> for ServerAddress {
+    fn from(keys: ServerKeys) -> Self {
+        match keys {
+            ServerKeys::Plain(address) => address.into(),
+            ServerKeys::Keys { address, protocol } => Self { address, protocol },
+        }
+    }
+}
+
+impl From<String> for ServerAddress {
+    fn from(address: String) -> Self {
+        Self {
+            address,
+            protocol: None,
+        }
+    }
+}
+
+impl AgentConfig {
+    /// What is spoken with `server`.
+    pub fn protocol(&self, server: &ServerAddress) -> Protocol {
+        let usual = match self.konnectivity {
+            Some(_) => Protocol::Auto,
+            None => Protocol::Quic,
+        };
+        server.protocol.unwrap_or(usual)
     }
 }
 
@@ -65,9 +134,10 @@ pub struct ServeConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentLimits {
-    /// How long a stopping agent waits for connections to end.
-    #[serde(with = "humantime_serde")]
-    pub drain: Duration,
+    /// How long a stopping agent waits for connections to end; `None` (`forever` in the file) means
+    /// until a second signal, be there connections or not.
+    #[serde(deserialize_with = "drain")]
+    pub drain: Option<Duration>,
     /// Connections at once.
     pub connections: usize,
     /// Bytes that stopped targets may hold before new dials are refused.
@@ -77,7 +147,7 @@ pub struct AgentLimits {
 impl Default for AgentLimits {
     fn default() -> Self {
         Self {
-            drain: Duration::from_secs(30),
+            drain: Some(Duration::from_secs(30)),
             connections: 10_000,
             stalled_bytes: 1 << 30,
         }
@@ -91,7 +161,11 @@ impl AgentConfig {
     /// [`ConfigError`].
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let mut config: Self = super::load(path)?;
-        config.tls.resolve(&base_of(path));
+        let base = base_of(path);
+        config.tls.resolve(&base);
+        if let Some(konnectivity) = &mut config.konnectivity {
+            konnectivity.resolve(&base);
+        }
         Ok(config)
     }
 
@@ -100,7 +174,7 @@ impl AgentConfig {
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.limits.drain > MAX_DRAIN {
+        if self.limits.drain > Some(LONGEST_DRAIN) {
             return Err(ConfigError::Value {
                 key: "limits.drain",
                 why: "must be at most 24 h".into(),
@@ -113,13 +187,36 @@ impl AgentConfig {
             });
         }
         for server in &self.servers {
-            if super::address::split(server).is_none() {
+            let address = &server.address;
+            if super::address::split(address).is_none() {
                 return Err(ConfigError::Value {
                     key: "servers",
-                    why: format!("{server:?} is not host:port"),
+                    why: format!("{address:?} is not host:port"),
                 });
             }
+            match self.protocol(server) {
+                Protocol::Konnectivity | Protocol::Auto if self.konnectivity.is_none() => {
+                    return Err(ConfigError::Value {
+                        key: "konnectivity",
+                        why: format!("is needed to reach {address} over gRPC"),
+                    });
+                }
+                Protocol::Quic | Protocol::Auto => drop(self.tls.files()?),
+                Protocol::Konnectivity => {}
+            }
+        }
+        if let Some(konnectivity) = &self.konnectivity {
+            konnectivity.check()?;
         }
         Ok(())
+    }
+}
+
+fn drain<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+    match String::deserialize(d)?.as_str() {
+        "forever" => Ok(None),
+        text => humantime::parse_duration(text)
+            .map(Some)
+            .map_err(|error| D::Error::custom(format!("{text:?}: {error}; 30s and forever are"))),
     }
 }

@@ -6,6 +6,8 @@
 
 pub mod address;
 pub mod agent;
+pub mod frontend;
+pub mod konnectivity;
 pub mod rule;
 pub mod server;
 
@@ -23,9 +25,6 @@ pub use server::ServerConfig;
 
 /// UDP port of the tunnel, and TCP port of the health answer beside it.
 pub const TUNNEL_PORT: u16 = 8132;
-
-/// The longest that a stopping process may be told to wait for its connections.
-const MAX_DRAIN: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
 
 /// Why a configuration was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -229,6 +228,8 @@ mod tests {
             "",
             "unix: x, tcp: \"127.0.0.1:1\"",
             "unix: x, cert: a",
+            "unix: x, tls_floor: {}",
+            "tcp: \"127.0.0.1:1\", cert: a, key: b, client_ca: c, takeover: true",
             "tcp: \"127.0.0.1:1\"",
         ] {
             let error = frontend(wrong).unwrap_err().to_string();
@@ -236,6 +237,81 @@ mod tests {
         }
         let error = frontend("unix: x, mode: \"9\"").unwrap_err().to_string();
         assert!(error.contains("is no mode"), "{error}");
+    }
+
+    #[test]
+    fn an_agent_is_let_in_by_certificate_or_token() {
+        let check = |keys: &str| {
+            let tls = "tls: {cert: a, key: b, ca: c}";
+            let config = parse(&format!("{tls}\nkonnectivity: {{{keys}}}\n"))?;
+            config.check()
+        };
+        assert!(check("client_ca: ca.crt").is_ok());
+        assert!(check("token: {namespace: x}").is_ok());
+        assert!(check("believe_identifiers: true").is_ok());
+        for (wrong, named) in [
+            ("", "client_ca or token"),
+            ("client_ca: ca.crt, token: {}", "not both"),
+            ("client_ca: ca.crt, server_ids: 9", "1 to 8"),
+            ("client_ca: ca.crt, keepalive: 20s", "30 s"),
+            ("client_ca: ca.crt, cert: a", "go together"),
+        ] {
+            let error = check(wrong).unwrap_err().to_string();
+            assert!(error.contains(named), "{wrong:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_a_frontend_accepts_can_be_had() {
+        let check = |frontends: &str| {
+            let tls = "tls: {cert: a, key: b, ca: c}";
+            parse(&format!("{tls}\nfrontends: {{{frontends}}}\n"))?.check()
+        };
+        let tcp = "tcp: \"127.0.0.1:1\", cert: a, key: b, client_ca: c";
+        assert!(check(&format!("grpc: [{{{tcp}, tls_floor: {{}}}}]")).is_ok());
+        assert!(check("http_connect: [{unix: x, answers: konnectivity}]").is_ok());
+        for (wrong, named) in [
+            (
+                "grpc: [{unix: x, answers: konnectivity}]".into(),
+                "grpc.answers",
+            ),
+            (
+                format!("grpc: [{{{tcp}, tls_floor: {{cipher_suites: [none]}}}}]"),
+                "tls_floor",
+            ),
+        ] {
+            let error = check(&wrong).unwrap_err().to_string();
+            assert!(error.contains(named), "{wrong:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn servers_are_named_with_or_without_a_protocol() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "tls: {cert: a, key: b, ca: c}\nkonnectivity: {ca: k}\n\
+                    servers: [\"a:1\", {address: \"b:2\", protocol: konnectivity}]\n";
+        std::fs::write(file.path(), text).unwrap();
+        let config = AgentConfig::load(Some(file.path())).unwrap();
+        config.check().unwrap();
+        let protocols: Vec<_> = config.servers.iter().map(|s| config.protocol(s)).collect();
+        assert_eq!(
+            protocols,
+            [agent::Protocol::Auto, agent::Protocol::Konnectivity]
+        );
+    }
+
+    #[test]
+    fn an_agent_may_drain_for_ever() {
+        let drain = |text: &str| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), format!("limits: {{drain: {text}}}")).unwrap();
+            AgentConfig::load(Some(file.path())).map(|config| config.limits.drain)
+        };
+        assert_eq!(drain("forever").unwrap(), None);
+        let seconds = std::time::Duration::from_secs(90);
+        assert_eq!(drain("1m 30s").unwrap(), Some(seconds));
+        let error = drain("soon").unwrap_err().to_string();
+        assert!(error.contains("forever"), "{error}");
     }
 
     #[test]

@@ -8,9 +8,11 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use tunnel_proto::preface::MAX_DEADLINE;
 
-use super::MAX_DRAIN;
+use super::frontend::FrontendsConfig;
+use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
 use super::{ConfigError, LogConfig, TUNNEL_PORT, TlsConfig, Version, base_of};
+use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::tls::TrustDomain;
 
 /// Everything a server is told.
@@ -21,20 +23,31 @@ pub struct ServerConfig {
     pub version: Version,
     /// UDP address of the tunnel; the same on TCP answers `/readyz` for load balancers.
     pub listen: SocketAddr,
+    /// Our name for agents of Konnectivity; the one in the certificate of `tls` when missing.
+    pub server_id: Option<String>,
     /// How many servers an agent must find.
     pub server_count: u32,
     /// Where the one persisted secret lies.
     pub state_dir: PathBuf,
-    /// Our certificate, and whom we trust.
+    /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
+    /// sense only beside `konnectivity`.
     pub tls: TlsConfig,
     /// Who may serve what.
     pub policy: PolicyConfig,
+    /// How an agent is chosen.
+    pub routing: RoutingConfig,
     /// Ways in, beside the redirect.
     pub frontends: FrontendsConfig,
     /// The eBPF redirect.
     pub redirect: RedirectConfig,
+    /// The agents of Konnectivity.
+    pub konnectivity: Option<KonnectivityConfig>,
+    /// Leases that tell agents how many servers there are.
+    pub leases: Option<LeaseConfig>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
+    /// Address of health and metrics as Konnectivity's programs tell them.
+    pub health: Option<SocketAddr>,
     /// Bounds.
     pub limits: LimitsConfig,
     /// Logging.
@@ -46,13 +59,18 @@ impl Default for ServerConfig {
         Self {
             version: Version,
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TUNNEL_PORT)),
+            server_id: None,
             server_count: 1,
             state_dir: "/var/lib/cpc".into(),
             tls: TlsConfig::default(),
             policy: PolicyConfig::default(),
+            routing: RoutingConfig::default(),
             frontends: FrontendsConfig::default(),
             redirect: RedirectConfig::default(),
+            konnectivity: None,
+            leases: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8135)),
+            health: None,
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
         }
@@ -82,103 +100,43 @@ pub struct GrantConfig {
     pub default_route: bool,
 }
 
-/// `frontends`: ways in.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct FrontendsConfig {
-    /// HTTP CONNECT listeners.
-    pub http_connect: Vec<HttpConnectConfig>,
-}
-
-/// One HTTP CONNECT listener: a Unix socket, or TCP with mutual TLS.
+/// `routing`: how an agent is chosen for a destination.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "HttpConnectKeys")]
-pub enum HttpConnectConfig {
-    /// A Unix socket.
-    Unix(UnixFrontend),
-    /// TCP with mutual TLS.
-    Tcp(TcpFrontend),
+#[serde(default, deny_unknown_fields)]
+pub struct RoutingConfig {
+    /// Asked in this order; the first that knows an agent decides.
+    pub strategies: Vec<Strategy>,
 }
 
-/// The keys of either kind, as they stand in the file.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct HttpConnectKeys {
-    unix: Option<PathBuf>,
-    mode: Option<String>,
-    tcp: Option<SocketAddr>,
-    cert: Option<PathBuf>,
-    key: Option<PathBuf>,
-    client_ca: Option<PathBuf>,
-    tenant: Option<TrustDomain>,
-}
-
-impl TryFrom<HttpConnectKeys> for HttpConnectConfig {
-    type Error = String;
-
-    fn try_from(keys: HttpConnectKeys) -> Result<Self, String> {
-        match keys {
-            HttpConnectKeys {
-                unix: Some(unix),
-                mode,
-                tcp: None,
-                cert: None,
-                key: None,
-                client_ca: None,
-                tenant,
-            } => {
-                let mode = mode.map_or(Ok(DEFAULT_MODE), |mode| parse_mode(&mode))?;
-                Ok(Self::Unix(UnixFrontend { unix, mode, tenant }))
-            }
-            HttpConnectKeys {
-                unix: None,
-                mode: None,
-                tcp: Some(tcp),
-                cert: Some(cert),
-                key: Some(key),
-                client_ca: Some(client_ca),
-                tenant,
-            } => Ok(Self::Tcp(TcpFrontend {
-                tcp,
-                cert,
-                key,
-                client_ca,
-                tenant,
-            })),
-            _ => Err(
-                "an http_connect frontend has either `unix` (with `mode`) or `tcp` with \
-                      `cert`, `key` and `client_ca`"
-                    .into(),
-            ),
+impl Default for RoutingConfig {
+    fn default() -> Self {
+        Self {
+            strategies: vec![Strategy::DestHost, Strategy::DefaultRoute],
         }
     }
 }
 
-/// HTTP CONNECT on a Unix socket.
-#[derive(Clone, Debug)]
-pub struct UnixFrontend {
-    /// Where the socket is made.
-    pub unix: PathBuf,
-    /// Its mode.
-    pub mode: u32,
-    /// The tenant that its callers are; the server's own trust domain when missing.
-    pub tenant: Option<TrustDomain>,
+/// One way to choose an agent, in Konnectivity's terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Strategy {
+    /// Any agent that may serve everything, whatever the destination.
+    Default,
+    /// An agent that serves the destination by its address, a range or its name.
+    DestHost,
+    /// An agent that serves the default route.
+    DefaultRoute,
 }
 
-/// HTTP CONNECT on TCP with mutual TLS.
-#[derive(Clone, Debug)]
-pub struct TcpFrontend {
-    /// Where it listens.
-    pub tcp: SocketAddr,
-    /// PEM chain that callers check.
-    pub cert: PathBuf,
-    /// Its PEM key.
-    pub key: PathBuf,
-    /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
-    /// `client`: an agent's certificate is no way in.
-    pub client_ca: PathBuf,
-    /// The tenant that its callers are; the server's own trust domain when missing.
-    pub tenant: Option<TrustDomain>,
+impl Strategy {
+    /// As it stands in a configuration, and in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::DestHost => "destHost",
+            Self::DefaultRoute => "defaultRoute",
+        }
+    }
 }
 
 /// `redirect`: the eBPF redirect.
@@ -274,6 +232,11 @@ impl Default for LimitsConfig {
 }
 
 impl ServerConfig {
+    /// Whether there is anything of Konnectivity in it, whose metrics then stand beside ours.
+    pub fn is_konnectivity(&self) -> bool {
+        self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors
@@ -301,8 +264,27 @@ impl ServerConfig {
         if self.limits.dial_timeout.is_zero() || self.limits.dial_timeout > MAX_DEADLINE {
             return value("limits.dial_timeout", "must be over 0 s and at most 10 min");
         }
-        if self.limits.drain > MAX_DRAIN {
+        if self.limits.drain > LONGEST_DRAIN {
             return value("limits.drain", "must be at most 24 h");
+        }
+        if self.tls.cert.is_none() && self.konnectivity.is_none() {
+            self.tls.files()?;
+        }
+        if self.tls.cert.is_none() && self.server_id.is_none() {
+            return value("server_id", "is needed where `tls` has no certificate");
+        }
+        if self.routing.strategies.is_empty() {
+            return value("routing.strategies", "must name at least one");
+        }
+        self.frontends.check()?;
+        if let Some(konnectivity) = &self.konnectivity {
+            konnectivity.check()?;
+            if konnectivity.cert.is_none() && self.tls.cert.is_none() {
+                return value("konnectivity.cert", "is needed where `tls` has none");
+            }
+        }
+        if let Some(leases) = &self.leases {
+            leases.labels()?;
         }
         let mut names = std::collections::HashSet::new();
         for attachment in &self.redirect.attachments {
@@ -342,15 +324,12 @@ impl ServerConfig {
     fn resolve(&mut self, base: &Path) {
         self.tls.resolve(base);
         self.state_dir = base.join(&self.state_dir);
-        for frontend in &mut self.frontends.http_connect {
-            match frontend {
-                HttpConnectConfig::Unix(unix) => unix.unix = base.join(&unix.unix),
-                HttpConnectConfig::Tcp(tcp) => {
-                    for path in [&mut tcp.cert, &mut tcp.key, &mut tcp.client_ca] {
-                        *path = base.join(&*path);
-                    }
-                }
-            }
+        self.frontends.resolve(base);
+        if let Some(konnectivity) = &mut self.konnectivity {
+            konnectivity.resolve(base);
+        }
+        if let Some(leases) = &mut self.leases {
+            leases.resolve(base);
         }
     }
 }
@@ -360,13 +339,4 @@ fn default_redirect_listen() -> Vec<SocketAddr> {
         SocketAddr::from(([127, 0, 0, 1], 8137)),
         SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], 8137)),
     ]
-}
-
-/// The mode of a Unix socket when none is configured.
-const DEFAULT_MODE: u32 = 0o660;
-
-fn parse_mode(text: &str) -> Result<u32, String> {
-    let mode = u32::from_str_radix(text, 8).ok();
-    mode.filter(|mode| *mode <= 0o777)
-        .ok_or_else(|| format!("{text:?} is no mode: \"0660\" is"))
 }

@@ -1,0 +1,201 @@
+//! `frontends`: ways in, beside the redirect.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::ConfigError;
+use super::konnectivity::check_floor;
+use crate::tls::{TlsFloor, TrustDomain};
+
+/// `frontends`: ways in.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FrontendsConfig {
+    /// HTTP CONNECT listeners.
+    pub http_connect: Vec<FrontendConfig>,
+    /// Listeners of Konnectivity's gRPC `ProxyService`.
+    pub grpc: Vec<FrontendConfig>,
+}
+
+impl FrontendsConfig {
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let worded = |frontend: &FrontendConfig| frontend.answers() != Answers::default();
+        if self.grpc.iter().any(worded) {
+            return Err(ConfigError::Value {
+                key: "frontends.grpc.answers",
+                why: "is for http_connect: gRPC has one way to refuse".into(),
+            });
+        }
+        for frontend in self.http_connect.iter().chain(&self.grpc) {
+            if let FrontendConfig::Tcp(TcpFrontend {
+                tls_floor: Some(floor),
+                ..
+            }) = frontend
+            {
+                check_floor("frontends.tls_floor", floor)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn resolve(&mut self, base: &Path) {
+        for frontend in self.http_connect.iter_mut().chain(&mut self.grpc) {
+            match frontend {
+                FrontendConfig::Unix(unix) => unix.unix = base.join(&unix.unix),
+                FrontendConfig::Tcp(tcp) => {
+                    for path in [&mut tcp.cert, &mut tcp.key, &mut tcp.client_ca] {
+                        *path = base.join(&*path);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One listener: a Unix socket, or TCP with mutual TLS.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "FrontendKeys")]
+pub enum FrontendConfig {
+    /// A Unix socket.
+    Unix(UnixFrontend),
+    /// TCP with mutual TLS.
+    Tcp(TcpFrontend),
+}
+
+impl FrontendConfig {
+    /// How HTTP CONNECT is refused.
+    pub fn answers(&self) -> Answers {
+        match self {
+            Self::Unix(frontend) => frontend.answers,
+            Self::Tcp(frontend) => frontend.answers,
+        }
+    }
+}
+
+/// The keys of either kind, as they stand in the file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FrontendKeys {
+    unix: Option<PathBuf>,
+    mode: Option<String>,
+    takeover: Option<bool>,
+    tcp: Option<SocketAddr>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    tls_floor: Option<TlsFloor>,
+    tenant: Option<TrustDomain>,
+    #[serde(default)]
+    answers: Answers,
+}
+
+/// How an HTTP CONNECT frontend words a refusal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answers {
+    /// Each kind of failure has its status; the reason phrase says why.
+    #[default]
+    Detailed,
+    /// As Konnectivity's proxy-server does, but for the reason phrase, which says why.
+    Konnectivity,
+}
+
+impl TryFrom<FrontendKeys> for FrontendConfig {
+    type Error = String;
+
+    fn try_from(keys: FrontendKeys) -> Result<Self, String> {
+        match keys {
+            FrontendKeys {
+                unix: Some(unix),
+                mode,
+                takeover,
+                tcp: None,
+                cert: None,
+                key: None,
+                client_ca: None,
+                tls_floor: None,
+                tenant,
+                answers,
+            } => Ok(Self::Unix(UnixFrontend {
+                unix,
+                mode: mode.map_or(Ok(DEFAULT_MODE), |mode| parse_mode(&mode))?,
+                takeover: takeover.unwrap_or_default(),
+                tenant,
+                answers,
+            })),
+            FrontendKeys {
+                unix: None,
+                mode: None,
+                takeover: None,
+                tcp: Some(tcp),
+                cert: Some(cert),
+                key: Some(key),
+                client_ca: Some(client_ca),
+                tls_floor,
+                tenant,
+                answers,
+            } => Ok(Self::Tcp(TcpFrontend {
+                tcp,
+                cert,
+                key,
+                client_ca,
+                tls_floor,
+                tenant,
+                answers,
+            })),
+            _ => Err(
+                "a frontend has either `unix` (with `mode` and `takeover`) or `tcp` with \
+                      `cert`, `key` and `client_ca` (and `tls_floor`)"
+                    .into(),
+            ),
+        }
+    }
+}
+
+/// A frontend on a Unix socket.
+#[derive(Clone, Debug)]
+pub struct UnixFrontend {
+    /// Where the socket is made.
+    pub unix: PathBuf,
+    /// Its mode.
+    pub mode: u32,
+    /// Whether a socket is replaced at which another process answers; one at which nobody does
+    /// always is.
+    pub takeover: bool,
+    /// The tenant that its callers are; the server's own trust domain when missing.
+    pub tenant: Option<TrustDomain>,
+    /// How HTTP CONNECT is refused.
+    pub answers: Answers,
+}
+
+/// A frontend on TCP with mutual TLS.
+#[derive(Clone, Debug)]
+pub struct TcpFrontend {
+    /// Where it listens.
+    pub tcp: SocketAddr,
+    /// PEM chain that callers check.
+    pub cert: PathBuf,
+    /// Its PEM key.
+    pub key: PathBuf,
+    /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
+    /// `client`: an agent's certificate is no way in.
+    pub client_ca: PathBuf,
+    /// What TLS is accepted. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for gRPC, as
+    /// Konnectivity's proxy-server does.
+    pub tls_floor: Option<TlsFloor>,
+    /// The tenant that its callers are; the server's own trust domain when missing.
+    pub tenant: Option<TrustDomain>,
+    /// How HTTP CONNECT is refused.
+    pub answers: Answers,
+}
+
+/// The mode of a Unix socket when none is configured.
+const DEFAULT_MODE: u32 = 0o660;
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| format!("{text:?} is no mode: \"0660\" is"))
+}
