@@ -118,6 +118,20 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// An identity that something other than a certificate vouches for, without node addresses.
+    ///
+    /// # Errors
+    /// [`IdentityError::Name`].
+    pub fn new(trust_domain: TrustDomain, role: Role, name: &str) -> Result<Self, IdentityError> {
+        check_name(name)?;
+        Ok(Self {
+            trust_domain,
+            role,
+            name: name.into(),
+            addresses: Vec::new(),
+        })
+    }
+
     /// Reads the identity in a DER certificate (RFC 5280).
     ///
     /// # Errors
@@ -181,13 +195,30 @@ pub fn uri(trust_domain: &TrustDomain, role: Role, name: &str) -> String {
     format!("spiffe://{trust_domain}/{role}/{name}")
 }
 
+/// The longest name, in bytes.
+const MAX_NAME: usize = 253;
+
+fn in_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "._-".contains(c)
+}
+
+/// Makes a name of what is none, such as `system:node:w1`: each character that no name may have
+/// becomes `-`.
+pub fn name_of(text: &str) -> String {
+    let name: String = text
+        .chars()
+        .take(MAX_NAME)
+        .map(|c| if in_name(c) { c } else { '-' })
+        .collect();
+    if name.is_empty() { "-".into() } else { name }
+}
+
 /// Checks a server id, node name or client name.
 ///
 /// # Errors
 /// [`IdentityError::Name`] with what was given.
 pub fn check_name(name: &str) -> Result<(), IdentityError> {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-    if name.is_empty() || name.len() > 253 || !name.bytes().all(allowed) {
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(in_name) {
         return Err(IdentityError::Name(name.chars().take(64).collect()));
     }
     Ok(())
@@ -211,7 +242,8 @@ fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> 
     Ok((domain.parse()?, role, name.into()))
 }
 
-fn ip_from_octets(octets: &[u8]) -> Option<IpAddr> {
+/// The address in an IP name of a certificate (RFC 5280, section 4.2.1.6).
+pub fn ip_from_octets(octets: &[u8]) -> Option<IpAddr> {
     if let Ok(v4) = <[u8; 4]>::try_from(octets) {
         return Some(IpAddr::from(v4));
     }

@@ -1,16 +1,20 @@
 //! Who a peer is, and how it is made sure of.
 //!
 //! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
-//! domain only ([`verify`]); certificates, keys and CAs are files that are watched and read anew
-//! without a restart ([`material`]); `cpc pki` makes them ([`issue`]).
+//! domain only ([`verify`]), or for the callers of one listener ([`callers`]); certificates, keys and
+//! CAs are files that are watched and read anew without a restart ([`material`]); `cpc pki` makes
+//! them ([`issue`]). What others than we speak TLS with is in [`floor`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
+pub mod callers;
+pub mod floor;
 pub mod identity;
 pub mod issue;
 pub mod material;
 pub mod verify;
 
+pub use floor::{TlsFloor, TlsVersion};
 pub use identity::{Identity, Role, TrustDomain};
 pub use material::{Files, Material};
 
