@@ -1,12 +1,15 @@
 //! QUIC: endpoints with our TLS, ids and limits ([`endpoint`]), the UDP sockets below them
 //! ([`socket`]), streams that reset unless they were finished ([`stream`]), and the control stream
-//! that a session is driven over ([`control_stream`]).
+//! that a session is driven over ([`control_stream`]). And gRPC over HTTP/2, for those who speak
+//! Konnectivity ([`grpc`]).
 //!
-//! Loss, congestion and flow control are quinn's. What is sent on the streams is not known here.
+//! Loss, congestion and flow control are quinn's, or TCP's and h2's. What is sent on the streams is
+//! not known here.
 
 pub mod connection_id;
 pub mod control_stream;
 pub mod endpoint;
+pub mod grpc;
 pub mod secret;
 pub mod socket;
 pub mod stream;

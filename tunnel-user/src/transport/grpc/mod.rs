@@ -1,0 +1,176 @@
+//! gRPC streams of Konnectivity's packets, over HTTP/2: as [`server`] and as [`client`], on any
+//! byte stream.
+//!
+//! Invariants:
+//! * HTTP/2 credit is the back-pressure, both ways: what is not taken from a [`PacketReceiver`] is
+//!   credit that its peer does not have, and a [`PacketSender`] takes nothing that the peer has
+//!   given no credit for;
+//! * whatever a peer does, a stream holds its window and one message, and a connection the sum of
+//!   its streams;
+//! * a stream whose halves are dropped before its end is reset, never ended in order.
+//!
+//! Everything of one connection lives on one thread, and one task alone may wait for a half: h2
+//! wakes the last that asked. What the packets mean is not known here.
+
+mod authority;
+pub mod client;
+mod outbox;
+mod receiver;
+mod sender;
+pub mod server;
+mod status;
+pub mod tcp;
+#[cfg(test)]
+mod tests;
+
+pub use authority::AnyAuthority;
+pub use outbox::Outbox;
+pub use receiver::PacketReceiver;
+pub use sender::PacketSender;
+pub use status::{Code, Status};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use h2::{Ping, PingPong, Reason};
+use tokio::time::{sleep, timeout};
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::DecodeError;
+
+/// ALPN of HTTP/2.
+pub const ALPN: &[u8] = b"h2";
+
+/// What gRPC calls its messages when nothing more is said of them.
+const CONTENT_TYPE: &str = "application/grpc";
+
+/// The peer's preface and settings must have come by then.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// A ping that is not answered by then means that the peer is gone: what grpc-go takes.
+const PONG: Duration = Duration::from_secs(20);
+
+/// The most bytes of one stream that are on their way from us to the socket.
+const SEND_BUFFER: usize = 128 << 10;
+
+/// The longest headers, in bytes: an agent's identifiers are the longest part.
+const MAX_HEADERS: u32 = 64 << 10;
+
+/// Streams that the peer has reset before they were looked at; more end the connection.
+const MAX_RESET: usize = 64;
+
+/// The bounds of one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Streams at once that the peer may open.
+    pub streams: u32,
+    /// Bytes that the peer may send on a stream before they are taken.
+    pub stream_window: u32,
+    /// What the frames of bytes that wait to be taken may cost beyond those bytes, in h2's
+    /// reckoning of 256 bytes a frame; over it, the connection is ended.
+    pub frame_overhead: usize,
+    /// How often to ask an idle peer for a sign of life; TCP is asked as well ([`tcp`]).
+    pub keepalive: Option<Duration>,
+}
+
+impl Settings {
+    /// Towards frontends: each stream is one connection, and many of them may stand still.
+    pub const FRONTEND: Self = Self {
+        streams: 4096,
+        stream_window: 256 << 10,
+        frame_overhead: 256 << 20,
+        keepalive: None,
+    };
+
+    /// Between agent and server: all connections share one stream. A frame of Konnectivity's with
+    /// payload has 16 bytes at least, so a full window costs no more than the overhead allows.
+    pub const AGENT: Self = Self {
+        streams: 4,
+        stream_window: 1 << 20,
+        frame_overhead: 64 << 20,
+        keepalive: None,
+    };
+
+    /// Streams never wait for each other's credit.
+    fn connection_window(&self) -> u32 {
+        self.streams.saturating_mul(self.stream_window)
+    }
+}
+
+/// Why a stream gives or takes no more packets.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StreamEnd {
+    /// The stream was reset.
+    #[error("the stream was reset: {0}")]
+    Reset(Reason),
+    /// The connection is gone.
+    #[error("the connection was lost: {0}")]
+    Lost(Arc<h2::Error>),
+    /// The server ended the call, and not in order.
+    #[error("the server ended the call: {0}")]
+    Status(Status),
+    /// What came is no packet.
+    #[error(transparent)]
+    Packet(#[from] DecodeError),
+    /// It ended within a packet.
+    #[error("the stream ended within a packet")]
+    Truncated,
+    /// The peer asks for more answers than it reads.
+    #[error("the peer does not read what it is answered")]
+    Unread,
+    /// We ended it.
+    #[error("the stream was closed")]
+    Closed,
+}
+
+impl StreamEnd {
+    /// What a connection that lived on the stream ends with.
+    pub fn reason(&self) -> CloseReason {
+        match self {
+            Self::Reset(_) | Self::Status(_) => CloseReason::PeerReset,
+            Self::Lost(_) => CloseReason::LinkLost,
+            Self::Packet(_) | Self::Truncated | Self::Unread => CloseReason::ProtocolError,
+            Self::Closed => CloseReason::Aborted,
+        }
+    }
+}
+
+impl StreamEnd {
+    /// The status that says so to the peer.
+    pub fn status(&self) -> Status {
+        Status::new(self.code(), self.to_string())
+    }
+
+    /// The code of the status that stands for it.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Status(status) => status.code,
+            Self::Reset(Reason::CANCEL) | Self::Closed => Code::CANCELLED,
+            Self::Reset(Reason::REFUSED_STREAM) | Self::Lost(_) => Code::UNAVAILABLE,
+            Self::Packet(DecodeError::TooLong(_)) | Self::Unread => Code::RESOURCE_EXHAUSTED,
+            Self::Reset(_) | Self::Packet(_) | Self::Truncated => Code::INTERNAL,
+        }
+    }
+}
+
+impl From<h2::Error> for StreamEnd {
+    fn from(error: h2::Error) -> Self {
+        match error.reason() {
+            Some(reason) if error.is_reset() => Self::Reset(reason),
+            _ => Self::Lost(Arc::new(error)),
+        }
+    }
+}
+
+/// Asks the peer for signs of life until one is missing.
+async fn until_silent(pings: Option<PingPong>, every: Option<Duration>) {
+    let (Some(mut pings), Some(every)) = (pings, every) else {
+        return std::future::pending().await;
+    };
+    loop {
+        sleep(every).await;
+        let pong = timeout(PONG, pings.ping(Ping::opaque())).await;
+        if !matches!(pong, Ok(Ok(_))) {
+            break;
+        }
+    }
+}

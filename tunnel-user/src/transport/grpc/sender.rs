@@ -1,0 +1,130 @@
+//! The sending half of a stream.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+
+use bytes::Bytes;
+use h2::{Reason, SendStream};
+use http::HeaderMap;
+
+use super::{Status, StreamEnd};
+
+/// Puts framed packets on a stream. Dropped before [`finish`](Self::finish), and with its receiver,
+/// the stream is reset.
+#[derive(Debug)]
+pub struct PacketSender {
+    stream: SendStream<Bytes>,
+    side: Side,
+}
+
+/// How a side ends its half.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Client,
+    Server,
+}
+
+impl PacketSender {
+    pub(super) fn new(stream: SendStream<Bytes>, side: Side) -> Self {
+        Self { stream, side }
+    }
+
+    /// Hands over bytes of framed packets, waiting for credit; leaves `bytes` empty. Cancelling
+    /// loses nothing: what has not been taken is still in `bytes`, and must be sent before
+    /// anything else.
+    ///
+    /// # Errors
+    /// [`StreamEnd`]; the stream takes no more.
+    pub async fn send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
+        poll_fn(|cx| self.poll_send(cx, bytes)).await
+    }
+
+    /// As [`send`](Self::send), for those who share it among futures of one task.
+    ///
+    /// # Errors
+    /// [`StreamEnd`]; the stream takes no more.
+    pub fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &mut Bytes,
+    ) -> Poll<Result<(), StreamEnd>> {
+        loop {
+            self.try_send(bytes)?;
+            if bytes.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(room) => room?,
+                None => return Poll::Ready(Err(self.end())),
+            };
+        }
+    }
+
+    /// Hands over what there is credit for, and leaves the rest in `bytes`, to be sent before
+    /// anything else.
+    ///
+    /// # Errors
+    /// [`StreamEnd`]; the stream takes no more.
+    pub fn try_send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
+        while !bytes.is_empty() {
+            self.stream.reserve_capacity(bytes.len());
+            let room = self.stream.capacity();
+            if room == 0 {
+                break;
+            }
+            let piece = bytes.split_to(room.min(bytes.len()));
+            self.stream
+                .send_data(piece, false)
+                .map_err(|_| self.end())?;
+        }
+        Ok(())
+    }
+
+    /// Hands over the last words, credit or not: they are kept until there is some, or until the
+    /// stream has ended.
+    pub fn send_last(&mut self, bytes: Bytes) {
+        // Fails only where the stream has ended before.
+        let _ = self.stream.send_data(bytes, false);
+    }
+
+    /// Waits until the stream is reset or its connection lost, while nothing is sent.
+    pub async fn reset(&mut self) -> StreamEnd {
+        poll_fn(|cx| self.poll_reset(cx)).await
+    }
+
+    /// As [`reset`](Self::reset), for those who share it among futures of one task.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamEnd> {
+        Poll::Ready(match ready!(self.stream.poll_reset(cx)) {
+            Ok(reason) => StreamEnd::Reset(reason),
+            Err(error) => StreamEnd::Lost(Arc::new(error)),
+        })
+    }
+
+    /// Ends our half behind what was sent. A server's half carries `status`, a client's has none.
+    pub fn finish(&mut self, status: &Status) {
+        // Fails only where the stream has ended before.
+        let _ = match self.side {
+            Side::Server => {
+                let mut trailers = HeaderMap::new();
+                status.write(&mut trailers);
+                self.stream.send_trailers(trailers)
+            }
+            Side::Client => self.stream.send_data(Bytes::new(), true),
+        };
+    }
+
+    /// Resets the stream: what was sent may be discarded.
+    pub fn abort(&mut self) {
+        self.stream.send_reset(Reason::CANCEL);
+    }
+
+    /// Why the stream takes nothing.
+    fn end(&mut self) -> StreamEnd {
+        // There is nothing more to be woken for.
+        match self.poll_reset(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(end) => end,
+            Poll::Pending => StreamEnd::Closed,
+        }
+    }
+}
