@@ -1,0 +1,58 @@
+//! Ever longer delays between tries.
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+
+/// Doubles from 200 ms.
+const SHORTEST: Duration = Duration::from_millis(200);
+
+/// Half of the longest delay: up to as much is added by chance, so that those who failed together
+/// don't ask together.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// The delays of one run of failures.
+#[derive(Debug)]
+pub(super) struct Delays(<ExponentialBuilder as BackoffBuilder>::Backoff);
+
+impl Default for Delays {
+    fn default() -> Self {
+        let delays = ExponentialBuilder::new()
+            .with_min_delay(SHORTEST)
+            .with_max_delay(LONGEST)
+            .without_max_times()
+            .with_jitter();
+        Self(delays.build())
+    }
+}
+
+impl Delays {
+    /// How long to wait after one more failure.
+    pub(super) fn next(&mut self) -> Duration {
+        self.0.next().unwrap_or(LONGEST)
+    }
+}
+
+/// Between `shortest` and twice that, by chance: what many do after the same event.
+pub(super) fn apart(shortest: Duration) -> Duration {
+    let delays = ExponentialBuilder::new().with_min_delay(shortest);
+    delays.with_jitter().build().next().unwrap_or(shortest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_grow_to_a_bound_and_differ() {
+        let mut delays = Delays::default();
+        let first = delays.next();
+        assert!((SHORTEST..2 * SHORTEST).contains(&first), "{first:?}");
+        let later: Vec<_> = (0..20).map(|_| delays.next()).skip(10).collect();
+        assert!(
+            later.iter().all(|d| (LONGEST..2 * LONGEST).contains(d)),
+            "{later:?}"
+        );
+        assert!(later.windows(2).any(|d| d[0] != d[1]), "{later:?}");
+    }
+}

@@ -1,0 +1,158 @@
+//! What is known of tokens, and what is being found out.
+//!
+//! Invariant: bounded. At the bound what was refused is forgotten first; what was granted stays
+//! until it runs out.
+
+use std::collections::HashMap;
+
+use aws_lc_rs::digest::{SHA256, digest};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Verdict;
+
+/// Tokens that are known at most: each agent has one, and one more while it is renewed.
+const MOST: usize = 16_384;
+
+/// A token's SHA-256.
+type Key = [u8; 32];
+
+/// A verdict, and until when it holds.
+#[derive(Clone, Debug)]
+pub(super) struct Kept {
+    /// What was found.
+    pub verdict: Verdict,
+    /// Until when it need not be asked for again.
+    pub until: Instant,
+}
+
+/// Filled once by whoever reviews.
+pub(super) type Slot = watch::Receiver<Option<Kept>>;
+
+/// What is known of a token.
+#[derive(Debug)]
+pub(super) enum Entered {
+    /// A verdict that holds, or one that somebody is after.
+    Known(Slot),
+    /// Nothing: whoever is told so reviews.
+    New {
+        /// Takes the verdict.
+        settle: watch::Sender<Option<Kept>>,
+        /// Gives it.
+        slot: Slot,
+    },
+    /// Too much is under way.
+    Full,
+}
+
+/// Verdicts by token.
+#[derive(Debug, Default)]
+pub(super) struct Verdicts(HashMap<Key, Slot>);
+
+impl Verdicts {
+    /// What is known of `token`.
+    pub(super) fn enter(&mut self, token: &str, now: Instant) -> Entered {
+        let mut key = Key::default();
+        key.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        if let Some(slot) = self.0.get(&key).filter(|slot| is_good(slot, now)) {
+            return Entered::Known(slot.clone());
+        }
+        self.0.remove(&key);
+        if self.0.len() >= MOST {
+            self.0
+                .retain(|_, slot| is_good(slot, now) && !is_refused(slot));
+        }
+        if self.0.len() >= MOST {
+            return Entered::Full;
+        }
+        let (settle, slot) = watch::channel(None);
+        self.0.insert(key, slot.clone());
+        Entered::New { settle, slot }
+    }
+}
+
+/// Whether a verdict holds, or is still to come.
+fn is_good(slot: &Slot, now: Instant) -> bool {
+    match &*slot.borrow() {
+        Some(kept) => now < kept.until,
+        // Whoever was after it may have been torn down.
+        None => slot.has_changed().is_ok(),
+    }
+}
+
+fn is_refused(slot: &Slot) -> bool {
+    matches!(
+        &*slot.borrow(),
+        Some(Kept {
+            verdict: Err(_),
+            ..
+        })
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::{ReviewError, ServiceAccount};
+    use super::*;
+
+    fn granted() -> Verdict {
+        Ok(ServiceAccount {
+            namespace: "n".into(),
+            name: "a".into(),
+            node: None,
+        })
+    }
+
+    fn settle(verdicts: &mut Verdicts, token: &str, verdict: Verdict, until: Instant) {
+        match verdicts.enter(token, Instant::now()) {
+            Entered::New { settle, .. } => {
+                settle.send_replace(Some(Kept { verdict, until }));
+            }
+            other => panic!("{token}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_verdict_holds_until_its_time() {
+        let mut verdicts = Verdicts::default();
+        let now = Instant::now();
+        let until = now + Duration::from_secs(5);
+        settle(&mut verdicts, "t", granted(), until);
+        assert!(matches!(verdicts.enter("t", now), Entered::Known(_)));
+        assert!(matches!(verdicts.enter("u", now), Entered::New { .. }));
+        assert!(matches!(verdicts.enter("t", until), Entered::New { .. }));
+    }
+
+    #[test]
+    fn a_review_that_was_torn_down_is_begun_anew() {
+        let mut verdicts = Verdicts::default();
+        let now = Instant::now();
+        let first = verdicts.enter("t", now);
+        assert!(matches!(verdicts.enter("t", now), Entered::Known(_)));
+        drop(first);
+        assert!(matches!(verdicts.enter("t", now), Entered::New { .. }));
+    }
+
+    #[test]
+    fn at_the_bound_what_was_refused_goes_first() {
+        let mut verdicts = Verdicts::default();
+        let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+        settle(&mut verdicts, "good", granted(), later);
+        for n in 1..MOST {
+            let refused = Err(ReviewError::NotValid);
+            settle(&mut verdicts, &n.to_string(), refused, later);
+        }
+        assert!(matches!(verdicts.enter("next", now), Entered::New { .. }));
+        assert!(matches!(verdicts.enter("good", now), Entered::Known(_)));
+
+        let mut waiting = Vec::new();
+        while let Entered::New { settle, .. } = verdicts.enter(&waiting.len().to_string(), now) {
+            waiting.push(settle);
+        }
+        assert!(waiting.len() < MOST);
+        assert!(matches!(verdicts.enter("more", now), Entered::Full));
+        assert!(matches!(verdicts.enter("good", now), Entered::Known(_)));
+    }
+}
