@@ -19,6 +19,8 @@ pub enum FrontendKind {
     Redirect,
     /// HTTP CONNECT.
     HttpConnect,
+    /// Konnectivity's gRPC `ProxyService`.
+    Grpc,
     /// On an agent: a tunnel.
     Tunnel,
 }
@@ -29,6 +31,7 @@ impl FrontendKind {
         match self {
             Self::Redirect => "redirect",
             Self::HttpConnect => "http_connect",
+            Self::Grpc => "grpc",
             Self::Tunnel => "tunnel",
         }
     }
@@ -151,7 +154,7 @@ const DIAL_SECONDS: [f64; 11] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
 ];
 
-/// A registry with our prefix.
-pub fn registry() -> Registry {
-    Registry::with_prefix("cpc")
+/// The part of `registry` that bears our prefix.
+pub fn ours(registry: &mut Registry) -> &mut Registry {
+    registry.sub_registry_with_prefix("cpc")
 }

@@ -1,7 +1,8 @@
 //! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
-//! feeds both ([`access`]).
+//! feeds both ([`access`]). Beside our own metrics stand those of [`konnectivity`].
 
 pub mod access;
+pub mod konnectivity;
 pub mod logging;
 pub mod metrics;
 

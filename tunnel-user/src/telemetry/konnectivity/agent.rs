@@ -1,0 +1,167 @@
+//! The metrics of proxy-agent.
+
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use super::{Counted, Exact, Label, LeaseReads, StreamMetrics, set};
+
+const PREFIX: &str = "konnectivity_network_proxy_agent";
+
+/// 5 ms to 30 s.
+const LATENCY: [f64; 7] = [0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 30.0];
+
+/// A histogram of short times.
+pub(super) fn latency() -> Histogram {
+    Histogram::new(LATENCY)
+}
+
+/// Why a dial failed, as seen by an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DialTrouble {
+    /// The target did not answer in time.
+    Timeout,
+    /// Anything else.
+    Unknown,
+}
+
+impl DialTrouble {
+    const ALL: [Self; 2] = [Self::Timeout, Self::Unknown];
+
+    fn labels(self) -> [Label; 1] {
+        let reason = match self {
+            Self::Timeout => "timeout",
+            Self::Unknown => "unknown",
+        };
+        [("reason", reason)]
+    }
+}
+
+/// Which way a stream to a server has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Sending.
+    ToServer,
+    /// Receiving.
+    FromServer,
+}
+
+impl Direction {
+    const ALL: [Self; 2] = [Self::ToServer, Self::FromServer];
+
+    fn labels(self) -> [Label; 1] {
+        let direction = match self {
+            Self::ToServer => "to_server",
+            Self::FromServer => "from_server",
+        };
+        [("direction", direction)]
+    }
+}
+
+/// Everything that proxy-agent counts.
+#[derive(Clone, Debug)]
+pub struct ProxyAgentMetrics {
+    /// Packets, from and to servers.
+    pub streams: StreamMetrics,
+    /// What is asked about leases.
+    pub leases: LeaseReads,
+    dials: Histogram,
+    dial_failures: Family<[Label; 1], Counter>,
+    server_failures: Family<[Label; 1], Exact>,
+    servers: Gauge,
+    known_servers: Gauge,
+    endpoints: Gauge,
+}
+
+impl Default for ProxyAgentMetrics {
+    fn default() -> Self {
+        let metrics = Self {
+            streams: StreamMetrics::default(),
+            leases: LeaseReads::default(),
+            dials: latency(),
+            dial_failures: Family::default(),
+            server_failures: Family::default(),
+            servers: Gauge::default(),
+            known_servers: Gauge::default(),
+            endpoints: Gauge::default(),
+        };
+        // What begins at its first event hides that event from a rate.
+        for trouble in DialTrouble::ALL {
+            drop(metrics.dial_failures.get_or_create(&trouble.labels()));
+        }
+        for direction in Direction::ALL {
+            drop(metrics.server_failures.get_or_create(&direction.labels()));
+        }
+        metrics
+    }
+}
+
+impl ProxyAgentMetrics {
+    /// Has them served: `registry` must have no prefix.
+    pub fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix(PREFIX);
+        self.streams.register(registry);
+        self.leases.register(registry);
+        registry.register(
+            "dial_duration_seconds",
+            "Time until the target answered, of dials that succeeded",
+            self.dials.clone(),
+        );
+        registry.register(
+            "endpoint_dial_failure",
+            "Dials that failed, by reason",
+            self.dial_failures.clone(),
+        );
+        registry.register(
+            "server_connection_failure_count",
+            "Streams to servers that failed, by direction; stream_errors_total has them by cause",
+            self.server_failures.clone(),
+        );
+        registry.register(
+            "open_server_connections",
+            "Servers that hold a live tunnel",
+            self.servers.clone(),
+        );
+        registry.register(
+            "known_server_count",
+            "Servers that there should be",
+            self.known_servers.clone(),
+        );
+        registry.register(
+            "open_endpoint_connections",
+            "Open connections to targets",
+            self.endpoints.clone(),
+        );
+    }
+
+    /// Observes a dial that succeeded.
+    pub fn dialled(&self, elapsed: Duration) {
+        self.dials.observe(elapsed.as_secs_f64());
+    }
+
+    /// Counts a dial that failed.
+    pub fn dial_failed(&self, why: DialTrouble) {
+        self.dial_failures.get_or_create(&why.labels()).inc();
+    }
+
+    /// Counts a stream to a server that failed.
+    pub fn server_failed(&self, direction: Direction) {
+        let failures = self.server_failures.get_or_create(&direction.labels());
+        failures.0.inc();
+    }
+
+    /// Counts an open connection to a target.
+    pub fn endpoint(&self) -> Counted {
+        Counted::new(&self.endpoints)
+    }
+
+    /// Sets how many servers are reached, and how many there should be.
+    pub fn set_servers(&self, reached: usize, known: usize) {
+        set(&self.servers, reached);
+        set(&self.known_servers, known);
+    }
+}

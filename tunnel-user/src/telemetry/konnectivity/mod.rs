@@ -1,0 +1,67 @@
+//! Metrics under the names of Konnectivity's, for the dashboards and alerts that there are: of its
+//! server ([`ProxyServerMetrics`]) and its agent ([`ProxyAgentMetrics`]).
+//!
+//! Names, labels and their values are exactly theirs. What they count is ours: dials and
+//! connections count whatever they came in by and whatever tunnel they use, packets only where
+//! there are any.
+
+mod agent;
+mod lease;
+mod server;
+mod stream;
+
+pub use agent::{DialTrouble, Direction, ProxyAgentMetrics};
+pub use lease::{LeaseCalls, LeaseReads};
+pub use server::{DialFailure, ProxyServerMetrics, Service};
+pub use stream::{PacketKind, Segment, StreamMetrics, Tally};
+
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::{MetricType, TypedMetric};
+
+/// One label: its name and its value.
+type Label = (&'static str, &'static str);
+
+/// A counter whose name stands as it is. OpenMetrics ends a counter's in `_total`, so in its terms
+/// this is a metric of unknown type.
+#[derive(Clone, Debug, Default)]
+struct Exact(Counter);
+
+impl EncodeMetric for Exact {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        encoder.encode_gauge(&self.0.get())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
+impl TypedMetric for Exact {
+    const TYPE: MetricType = MetricType::Unknown;
+}
+
+/// One thing that counts until it is dropped.
+#[derive(Debug)]
+pub struct Counted(Gauge);
+
+impl Counted {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+fn set(gauge: &Gauge, count: usize) {
+    gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! The metrics of proxy-server.
+
+use std::time::Duration;
+
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use super::{Counted, Exact, Label, LeaseCalls, StreamMetrics, set};
+
+const PREFIX: &str = "konnectivity_network_proxy_server";
+
+/// 1 us to 12.5 s.
+const LATENCY: [f64; 9] = [1e-6, 1e-5, 1e-4, 0.005, 0.025, 0.1, 0.5, 2.5, 12.5];
+
+/// 1 s to a day.
+const LIFETIME: [f64; 12] = [
+    1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0,
+];
+
+/// 5 ms to 10 s, for requests to the Kubernetes API.
+const CALL: [f64; 11] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+/// How long requests to the Kubernetes API take.
+pub(super) fn call_latency() -> Histogram {
+    Histogram::new(CALL)
+}
+
+/// A gRPC method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Of clients.
+    Proxy,
+    /// Of agents.
+    Connect,
+}
+
+impl Service {
+    const ALL: [Self; 2] = [Self::Proxy, Self::Connect];
+
+    fn labels(self) -> [Label; 1] {
+        let name = match self {
+            Self::Proxy => "Proxy",
+            Self::Connect => "Connect",
+        };
+        [("service_method", name)]
+    }
+}
+
+/// Why a dial failed, as seen by a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DialFailure {
+    /// Nobody was there to be asked.
+    NoAgent,
+    /// The agent says so.
+    ErrorResponse,
+    /// An agent answered to a dial that is not known.
+    UnrecognizedResponse,
+    /// The client could not be told of a dial that succeeded.
+    SendResponse,
+    /// The tunnel was lost, or its agent gave the dial up.
+    BackendClose,
+    /// No answer in time.
+    BackendDialTimeout,
+    /// The client gave it up.
+    FrontendClose,
+}
+
+impl DialFailure {
+    const ALL: [Self; 7] = [
+        Self::NoAgent,
+        Self::ErrorResponse,
+        Self::UnrecognizedResponse,
+        Self::SendResponse,
+        Self::BackendClose,
+        Self::BackendDialTimeout,
+        Self::FrontendClose,
+    ];
+
+    fn labels(self) -> [Label; 1] {
+        let reason = match self {
+            Self::NoAgent => "no_agent",
+            Self::ErrorResponse => "error_response",
+            Self::UnrecognizedResponse => "unrecognized_response",
+            Self::SendResponse => "send_rsp",
+            Self::BackendClose => "backend_close",
+            Self::BackendDialTimeout => "backend_dial_timeout",
+            Self::FrontendClose => "frontend_close",
+        };
+        [("reason", reason)]
+    }
+}
+
+/// Everything that proxy-server counts.
+#[derive(Clone, Debug)]
+pub struct ProxyServerMetrics {
+    /// Packets, of clients and of agents.
+    pub streams: StreamMetrics,
+    /// What is asked about leases.
+    pub leases: LeaseCalls,
+    dials: Histogram,
+    writes: Histogram,
+    lifetimes: Histogram,
+    rpcs: Family<[Label; 1], Gauge>,
+    http: Gauge,
+    backends: Gauge,
+    by_strategy: Family<[Label; 1], Gauge>,
+    pending: Gauge,
+    established: Gauge,
+    full: Family<[Label; 1], Gauge>,
+    failures: Family<[Label; 1], Exact>,
+}
+
+impl Default for ProxyServerMetrics {
+    fn default() -> Self {
+        let metrics = Self {
+            streams: StreamMetrics::default(),
+            leases: LeaseCalls::default(),
+            dials: Histogram::new(LATENCY),
+            writes: Histogram::new(LATENCY),
+            lifetimes: Histogram::new(LIFETIME),
+            rpcs: Family::default(),
+            http: Gauge::default(),
+            backends: Gauge::default(),
+            by_strategy: Family::default(),
+            pending: Gauge::default(),
+            established: Gauge::default(),
+            full: Family::default(),
+            failures: Family::default(),
+        };
+        // What begins at its first event hides that event from a rate.
+        for service in Service::ALL {
+            drop(metrics.rpcs.get_or_create(&service.labels()));
+            drop(metrics.full.get_or_create(&service.labels()));
+        }
+        for failure in DialFailure::ALL {
+            drop(metrics.failures.get_or_create(&failure.labels()));
+        }
+        metrics
+    }
+}
+
+impl ProxyServerMetrics {
+    /// Has them served: `registry` must have no prefix.
+    pub fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix(PREFIX);
+        self.streams.register(registry);
+        self.leases.register(registry);
+        registry.register(
+            "dial_duration_seconds",
+            "Time from accepting a client to the target's answer, of dials that succeeded",
+            self.dials.clone(),
+        );
+        registry.register(
+            "frontend_write_duration_seconds",
+            "Time that packets waited until a client took them",
+            self.writes.clone(),
+        );
+        registry.register(
+            "connection_duration_seconds",
+            "Time from the target's answer to the end of a connection",
+            self.lifetimes.clone(),
+        );
+        registry.register(
+            "grpc_connections",
+            "Open gRPC streams, by method",
+            self.rpcs.clone(),
+        );
+        registry.register(
+            "http_connections",
+            "Open connections of HTTP CONNECT",
+            self.http.clone(),
+        );
+        registry.register(
+            "ready_backend_connections",
+            "Agents that can be asked to dial; ready_backends has them by strategy",
+            self.backends.clone(),
+        );
+        registry.register(
+            "ready_backends",
+            "Agents that can be asked to dial, by the strategy that would choose them",
+            self.by_strategy.clone(),
+        );
+        registry.register(
+            "pending_backend_dials",
+            "Dials that agents have not answered yet",
+            self.pending.clone(),
+        );
+        registry.register(
+            "established_connections",
+            "Open connections, of dials that succeeded",
+            self.established.clone(),
+        );
+        registry.register(
+            "full_receive_channels",
+            "Connections that hold up their gRPC stream because their reader takes nothing",
+            self.full.clone(),
+        );
+        registry.register(
+            "dial_failure_count",
+            "Dials that failed, by reason",
+            self.failures.clone(),
+        );
+    }
+
+    /// Observes a dial that succeeded.
+    pub fn dialled(&self, elapsed: Duration) {
+        self.dials.observe(elapsed.as_secs_f64());
+    }
+
+    /// Counts a dial that failed.
+    pub fn dial_failed(&self, why: DialFailure) {
+        self.failures.get_or_create(&why.labels()).0.inc();
+    }
+
+    /// Observes how long a packet waited until a client took it.
+    pub fn wrote(&self, elapsed: Duration) {
+        self.writes.observe(elapsed.as_secs_f64());
+    }
+
+    /// Observes how long a connection was open.
+    pub fn ended(&self, elapsed: Duration) {
+        self.lifetimes.observe(elapsed.as_secs_f64());
+    }
+
+    /// Counts an open gRPC stream.
+    pub fn rpc(&self, service: Service) -> Counted {
+        Counted::new(&self.rpcs.get_or_create(&service.labels()))
+    }
+
+    /// Counts an open connection of HTTP CONNECT.
+    pub fn http_connection(&self) -> Counted {
+        Counted::new(&self.http)
+    }
+
+    /// Counts a dial that is under way.
+    pub fn pending_dial(&self) -> Counted {
+        Counted::new(&self.pending)
+    }
+
+    /// Counts an open connection.
+    pub fn established(&self) -> Counted {
+        Counted::new(&self.established)
+    }
+
+    /// Counts a connection that holds up its gRPC stream.
+    pub fn full_receive_channel(&self, service: Service) -> Counted {
+        Counted::new(&self.full.get_or_create(&service.labels()))
+    }
+
+    /// Sets how many agents can be asked to dial: in all, and by strategy.
+    pub fn set_backends(
+        &self,
+        all: usize,
+        by_strategy: impl IntoIterator<Item = (&'static str, usize)>,
+    ) {
+        set(&self.backends, all);
+        for (strategy, count) in by_strategy {
+            let labels = [("proxy_strategy", strategy)];
+            set(&self.by_strategy.get_or_create(&labels), count);
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Packets and errors of gRPC streams.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+use tunnel_proto::konnectivity::Packet;
+
+use super::Label;
+
+/// From whom to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Segment {
+    /// From a client to the server.
+    FromClient,
+    /// From the server to a client.
+    ToClient,
+    /// From an agent to the server.
+    FromAgent,
+    /// From the server to an agent.
+    ToAgent,
+}
+
+impl Segment {
+    const ALL: [Self; 4] = [
+        Self::FromClient,
+        Self::ToClient,
+        Self::FromAgent,
+        Self::ToAgent,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::FromClient => "from_client",
+            Self::ToClient => "to_client",
+            Self::FromAgent => "from_agent",
+            Self::ToAgent => "to_agent",
+        }
+    }
+}
+
+/// The type of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the protocol's own names")]
+pub enum PacketKind {
+    DialRequest,
+    DialResponse,
+    CloseRequest,
+    CloseResponse,
+    Data,
+    CloseDial,
+    Drain,
+}
+
+impl PacketKind {
+    /// That of `packet`; `None` where it has none that is known.
+    pub fn of(packet: &Packet) -> Option<Self> {
+        Some(match packet {
+            Packet::DialRequest { .. } => Self::DialRequest,
+            Packet::DialResponse { .. } => Self::DialResponse,
+            Packet::CloseRequest { .. } => Self::CloseRequest,
+            Packet::CloseResponse { .. } => Self::CloseResponse,
+            Packet::Data { .. } => Self::Data,
+            Packet::CloseDial { .. } => Self::CloseDial,
+            Packet::Drain => Self::Drain,
+            Packet::Unknown(_) => return None,
+        })
+    }
+
+    const ALL: [Self; 7] = [
+        Self::DialRequest,
+        Self::DialResponse,
+        Self::CloseRequest,
+        Self::CloseResponse,
+        Self::Data,
+        Self::CloseDial,
+        Self::Drain,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::DialRequest => "DIAL_REQ",
+            Self::DialResponse => "DIAL_RSP",
+            Self::CloseRequest => "CLOSE_REQ",
+            Self::CloseResponse => "CLOSE_RSP",
+            Self::Data => "DATA",
+            Self::CloseDial => "DIAL_CLS",
+            Self::Drain => "DRAIN",
+        }
+    }
+}
+
+/// Counters of gRPC streams.
+#[derive(Clone, Debug)]
+pub struct StreamMetrics {
+    packets: Family<[Label; 2], Counter>,
+    /// The same counters by segment and type: each packet counts, so none is looked up.
+    by_kind: [[Counter; PacketKind::ALL.len()]; Segment::ALL.len()],
+    errors: Family<[Label; 3], Counter>,
+}
+
+impl Default for StreamMetrics {
+    fn default() -> Self {
+        let packets = Family::<[Label; 2], Counter>::default();
+        let by_kind = Segment::ALL.map(|segment| {
+            PacketKind::ALL.map(|kind| {
+                let labels = [("segment", segment.label()), ("packet_type", kind.label())];
+                packets.get_or_create_owned(&labels)
+            })
+        });
+        Self {
+            packets,
+            by_kind,
+            errors: Family::default(),
+        }
+    }
+}
+
+impl StreamMetrics {
+    pub(super) fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "stream_packets",
+            "Packets sent and received over gRPC, by segment and type",
+            self.packets.clone(),
+        );
+        registry.register(
+            "stream_errors",
+            "Errors of gRPC streams, by segment, status code and the type of the packet if any",
+            self.errors.clone(),
+        );
+    }
+
+    /// A count of the packets on one segment.
+    pub fn tally(&self, segment: Segment) -> Tally {
+        Tally(self.by_kind[segment as usize].clone())
+    }
+
+    /// Counts an error. `code` is gRPC's name of the status: `Unavailable`; `packet` is what could
+    /// not be sent.
+    pub fn error(&self, segment: Segment, code: &'static str, packet: Option<PacketKind>) {
+        let labels = [
+            ("segment", segment.label()),
+            ("code", code),
+            ("packet_type", packet.map_or("Unknown", PacketKind::label)),
+        ];
+        self.errors.get_or_create(&labels).inc();
+    }
+}
+
+/// Counts the packets on one segment.
+#[derive(Clone, Debug, Default)]
+pub struct Tally([Counter; PacketKind::ALL.len()]);
+
+impl Tally {
+    /// Counts one, sent or received.
+    pub fn count(&self, kind: PacketKind) {
+        self.0[kind as usize].inc();
+    }
+
+    /// Counts a packet whose type is known.
+    pub fn packet(&self, packet: &Packet) {
+        PacketKind::of(packet)
+            .into_iter()
+            .for_each(|kind| self.count(kind));
+    }
+}
