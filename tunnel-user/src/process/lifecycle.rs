@@ -18,14 +18,17 @@ pub enum Phase {
     Ended,
 }
 
+/// The longest time that a drain may be given, and what peers are told of one without an end.
+pub const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
+
 /// Waits for SIGTERM or SIGINT, then drains for `drain` or until `idle` completes; a second signal
-/// ends at once.
+/// ends at once. Without `drain` nothing else ends it.
 ///
 /// # Errors
 /// When signals can't be had.
 pub async fn until_stopped(
     phase: &watch::Sender<Phase>,
-    drain: Duration,
+    drain: Option<Duration>,
     idle: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
     let mut term = signal(SignalKind::terminate())?;
@@ -36,13 +39,21 @@ pub async fn until_stopped(
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!(
-        seconds = drain.as_secs(),
+        seconds = drain.map(|drain| drain.as_secs()),
         "draining; a second signal ends at once"
     );
-    phase.send_replace(Phase::Draining(Instant::now() + drain));
+    let deadline = Instant::now() + drain.unwrap_or(LONGEST_DRAIN);
+    phase.send_replace(Phase::Draining(deadline));
+    let done = async {
+        let Some(drain) = drain else {
+            return std::future::pending().await;
+        };
+        if tokio::time::timeout(drain, idle).await.is_err() {
+            tracing::warn!("the drain's time is over");
+        }
+    };
     tokio::select! {
-        () = tokio::time::sleep(drain) => tracing::warn!("the drain's time is over"),
-        () = idle => {}
+        () = done => {}
         _ = term.recv() => {}
         _ = interrupt.recv() => {}
     }
