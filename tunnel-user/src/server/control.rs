@@ -2,7 +2,6 @@
 //! kernel and to readiness. Everything that is decided for all shards is decided here.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,7 +10,7 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
 use super::grants::Grants;
-use super::registry::{Registry, Verdict};
+use super::registry::{Backends, Registry, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
 
 /// Requests that wait; shards that ask more wait themselves.
@@ -54,7 +53,7 @@ enum Request {
 pub struct ControlHandle {
     requests: mpsc::Sender<Request>,
     routes: Arc<ArcSwap<Routes>>,
-    ready: Arc<AtomicBool>,
+    backends: Arc<ArcSwap<Backends>>,
 }
 
 impl ControlHandle {
@@ -65,7 +64,12 @@ impl ControlHandle {
 
     /// Whether at least one agent answers heartbeats.
     pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Relaxed)
+        self.backends.load().all > 0
+    }
+
+    /// How many agents answer heartbeats.
+    pub fn backends(&self) -> Arc<Backends> {
+        self.backends.load_full()
     }
 
     /// Registers a session. When this returns its routes are in force. `None`: we are ending.
@@ -141,7 +145,7 @@ impl Control {
         let handle = ControlHandle {
             requests,
             routes: Arc::default(),
-            ready: Arc::default(),
+            backends: Arc::default(),
         };
         Self {
             registry,
@@ -196,7 +200,8 @@ impl Control {
                 offer,
                 reply,
             } => {
-                verdicts.push((reply, self.registry.connect(info, instance, offer)));
+                let verdict = self.registry.connect(info, instance, offer, now);
+                verdicts.push((reply, verdict));
             }
             Request::Offer { link, offer, reply } => {
                 let Some(verdict) = self.registry.offer(link, offer, now) else {
@@ -225,10 +230,8 @@ impl Control {
         // The shards first: what the kernel lets through can then be served.
         self.handle.routes.store(routes.clone());
         (self.publish)(&routes);
-        let ready = self
-            .registry
-            .sessions()
-            .any(|session| session.info.is_available());
-        self.handle.ready.store(ready, Ordering::Relaxed);
+        self.handle
+            .backends
+            .store(Arc::new(self.registry.backends()));
     }
 }

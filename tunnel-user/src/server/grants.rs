@@ -62,12 +62,7 @@ impl Grants {
 
     /// Splits what `identity` offers into what it may serve and what it may not.
     pub fn cut(&self, identity: &Identity, offer: Vec<Claim>) -> (Vec<Claim>, Vec<Refusal>) {
-        let uri = identity.uri();
-        let grants: Vec<_> = self
-            .0
-            .iter()
-            .filter(|g| matches(&g.identity, &uri))
-            .collect();
+        let grants: Vec<_> = self.to(identity).collect();
         let (mut accepted, mut refused) = (Vec::new(), Vec::new());
         for claim in offer {
             let granted = match &claim {
@@ -96,6 +91,18 @@ impl Grants {
             }
         }
         (accepted, refused)
+    }
+
+    /// Whether `identity` may serve everything that nobody else serves.
+    pub fn allow_default_route(&self, identity: &Identity) -> bool {
+        self.to(identity).any(|grant| grant.default_route)
+    }
+
+    fn to(&self, identity: &Identity) -> impl Iterator<Item = &Grant> {
+        let uri = identity.uri();
+        self.0
+            .iter()
+            .filter(move |grant| matches(&grant.identity, &uri))
     }
 }
 

@@ -2,8 +2,11 @@
 //!
 //! Claims belong to an identity, not to a session. Sessions of one identity coexist (a restart, a
 //! rollout, several tunnels); those of its newest process take new dials, the older ones drain. A
-//! node address belongs to one identity at a time; ranges, names and the default route may be
-//! shared.
+//! node address belongs to one identity at a time, and to the one that has it in its certificate
+//! before one that is merely granted it; ranges, names and the default route may be shared.
+//!
+//! Agents of Konnectivity usually share one certificate or service account: there each process
+//! takes dials beside the others. Those that are believed at their word own nothing.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -14,7 +17,8 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
 use super::grants::Grants;
-use super::routes::{DEFAULT_ROUTES, Departed, Entry, LinkId, LinkInfo, Routes};
+use super::routes::{DEFAULT_ROUTES, Departed, Entry, LinkId, LinkInfo, LinkKind, Routes, Trust};
+use crate::config::server::Strategy;
 use crate::tls::TrustDomain;
 
 /// Claims of departed agents that are remembered at most.
@@ -33,6 +37,15 @@ pub struct Session {
     pub claims: Vec<Claim>,
     /// What it wanted to serve and may not.
     pub refused: Vec<Refusal>,
+}
+
+/// Agents that could be asked: processes, of which each may hold several links.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backends {
+    /// In all.
+    pub all: usize,
+    /// By the configured strategies, in their order.
+    pub by_strategy: Vec<(Strategy, usize)>,
 }
 
 /// What the server says to an offer.
@@ -57,6 +70,7 @@ struct Memory {
 #[derive(Debug)]
 pub struct Registry {
     grants: Grants,
+    strategies: Arc<[Strategy]>,
     forget: Duration,
     sessions: BTreeMap<LinkId, Session>,
     /// Who holds each claim: the other view of `sessions`.
@@ -66,9 +80,10 @@ pub struct Registry {
 
 impl Registry {
     /// An empty registry. `forget` is how long departed agents are remembered.
-    pub fn new(grants: Grants, forget: Duration) -> Self {
+    pub fn new(grants: Grants, strategies: &[Strategy], forget: Duration) -> Self {
         Self {
             grants,
+            strategies: strategies.into(),
             forget,
             sessions: BTreeMap::new(),
             holders: HashMap::new(),
@@ -82,8 +97,10 @@ impl Registry {
         info: Arc<LinkInfo>,
         instance: InstanceId,
         offer: Vec<Claim>,
+        now: Instant,
     ) -> Verdict {
         let verdict = self.judge(&info, offer.clone());
+        let displaced = self.weaker_holders(&info, &verdict.accepted);
         self.hold(&info, &verdict.accepted);
         let session = Session {
             instance,
@@ -93,6 +110,7 @@ impl Registry {
             info,
         };
         self.sessions.insert(session.info.id, session);
+        self.judge_again(now, |session| displaced.contains(&session.info.id));
         verdict
     }
 
@@ -105,7 +123,10 @@ impl Registry {
         session.refused = verdict.refused.clone();
         let before = std::mem::replace(&mut session.claims, verdict.accepted.clone());
         self.release(&info, before, now);
+        let displaced = self.weaker_holders(&info, &verdict.accepted);
         self.hold(&info, &verdict.accepted);
+        // Ends: who displaces another can't be displaced by it.
+        self.judge_again(now, |session| displaced.contains(&session.info.id));
         Some(verdict)
     }
 
@@ -113,8 +134,16 @@ impl Registry {
     /// it may be theirs now.
     pub fn disconnect(&mut self, link: LinkId, now: Instant) {
         if let Some(session) = self.sessions.remove(&link) {
+            let addresses = session.claims.iter();
+            let freed: HashSet<_> = addresses
+                .filter(|claim| matches!(claim, Claim::Address(_)))
+                .map(ToString::to_string)
+                .collect();
             self.release(&session.info, session.claims, now);
-            self.judge_again(now, |session| !session.refused.is_empty());
+            // Nothing else is refused for somebody's sake.
+            let waits =
+                |session: &Session| session.refused.iter().any(|r| freed.contains(&r.claim));
+            self.judge_again(now, |session| !freed.is_empty() && waits(session));
         }
     }
 
@@ -150,9 +179,39 @@ impl Registry {
         self.sessions.values()
     }
 
+    /// How many agents could be asked now: any of them, and those that each strategy may choose.
+    pub fn backends(&self) -> Backends {
+        let count = |serves: &dyn Fn(&Session) -> bool| {
+            let sessions = self.sessions.values();
+            let asked = sessions.filter(|s| s.info.is_available() || s.info.is_last_resort());
+            let agents = asked.filter(|session| serves(session)).map(|session| {
+                let identity = &session.info.identity;
+                (&identity.trust_domain, &identity.name, session.instance)
+            });
+            agents.collect::<HashSet<_>>().len()
+        };
+        let is_default = |claim: &Claim| *claim == Claim::DefaultRoute;
+        let by_strategy = self.strategies.iter().map(|&strategy| {
+            let count = match strategy {
+                Strategy::Default => count(&|s| self.may_serve_everything(&s.info)),
+                Strategy::DestHost => count(&|s| s.claims.iter().any(|claim| !is_default(claim))),
+                Strategy::DefaultRoute => count(&|s| s.claims.iter().any(is_default)),
+            };
+            (strategy, count)
+        });
+        Backends {
+            all: count(&|_| true),
+            by_strategy: by_strategy.collect(),
+        }
+    }
+
     /// The routes as they stand.
     pub fn routes(&self) -> Routes {
-        let mut routes = Routes::default();
+        let mut routes = Routes {
+            strategies: self.strategies.clone(),
+            ..Routes::default()
+        };
+        let any = self.strategies.contains(&Strategy::Default);
         let chosen = self.newest();
         for session in self.sessions.values() {
             if !chosen.contains(&session.info.id) {
@@ -163,6 +222,10 @@ impl Registry {
                 for_entries(&mut routes, tenant, claim, |entry| {
                     entry.links.push(session.info.clone());
                 });
+            }
+            if any && self.may_serve_everything(&session.info) {
+                let routes = routes.tenants.entry(tenant.clone()).or_default();
+                routes.any.links.push(session.info.clone());
             }
         }
         for ((tenant, claim), memory) in &self.departed {
@@ -179,8 +242,12 @@ impl Registry {
         let mut by_identity: HashMap<_, Vec<&Session>> = HashMap::new();
         for session in self.sessions.values() {
             let identity = &session.info.identity;
+            let process = match session.info.kind {
+                LinkKind::Quic => None,
+                LinkKind::Konnectivity => Some(session.instance),
+            };
             by_identity
-                .entry((&identity.trust_domain, &identity.name))
+                .entry((&identity.trust_domain, &identity.name, process))
                 .or_default()
                 .push(session);
         }
@@ -196,6 +263,12 @@ impl Registry {
     }
 
     fn judge(&self, info: &LinkInfo, offer: Vec<Claim>) -> Verdict {
+        if info.trust == Trust::Believed {
+            return Verdict {
+                accepted: offer,
+                refused: Vec::new(),
+            };
+        }
         let (granted, mut refused) = self.grants.cut(&info.identity, offer);
         let mut accepted = Vec::with_capacity(granted.len());
         for claim in granted {
@@ -210,18 +283,42 @@ impl Registry {
         Verdict { accepted, refused }
     }
 
-    /// Another identity of the tenant that holds a node address.
-    fn owner(&self, info: &LinkInfo, claim: &Claim) -> Option<&LinkInfo> {
-        if !matches!(claim, Claim::Address(_)) {
-            return None;
-        }
-        let holders = self.holders.get(&key(info, claim))?;
+    fn may_serve_everything(&self, info: &LinkInfo) -> bool {
+        info.trust == Trust::Believed || self.grants.allow_default_route(&info.identity)
+    }
+
+    /// Another identity of the tenant that holds a node address, with as good a right to it.
+    fn owner<'a>(&'a self, info: &'a LinkInfo, claim: &Claim) -> Option<&'a LinkInfo> {
+        let mut rivals = self.rivals(info, claim);
+        rivals.find(|holder| certified(holder, claim) || !certified(info, claim))
+    }
+
+    /// Who holds node addresses that `info`'s certificate gives to `info`.
+    fn weaker_holders(&self, info: &LinkInfo, claims: &[Claim]) -> HashSet<LinkId> {
+        let weaker = |claim| {
+            let rivals = self.rivals(info, claim);
+            rivals.filter(move |holder| certified(info, claim) && !certified(holder, claim))
+        };
+        claims.iter().flat_map(weaker).map(|h| h.id).collect()
+    }
+
+    /// Other identities of the tenant that hold a node address by right.
+    fn rivals<'a>(
+        &'a self,
+        info: &'a LinkInfo,
+        claim: &Claim,
+    ) -> impl Iterator<Item = &'a LinkInfo> + use<'a> {
+        let holders = match claim {
+            Claim::Address(_) => self.holders.get(&key(info, claim)),
+            _ => None,
+        };
         let infos = holders
-            .iter()
-            .filter_map(|id| Some(&*self.sessions.get(id)?.info));
-        infos
             .into_iter()
-            .find(|holder| holder.identity.name != info.identity.name)
+            .flatten()
+            .filter_map(|id| Some(&*self.sessions.get(id)?.info));
+        infos.filter(|holder| {
+            holder.trust == Trust::Granted && holder.identity.name != info.identity.name
+        })
     }
 
     fn hold(&mut self, info: &LinkInfo, claims: &[Claim]) {
@@ -259,6 +356,15 @@ impl Registry {
     }
 }
 
+/// Whether a node address stands in an agent's certificate.
+fn certified(info: &LinkInfo, claim: &Claim) -> bool {
+    let own = |addr| {
+        let mut addresses = info.identity.addresses.iter();
+        addresses.any(|own| own.to_canonical() == addr)
+    };
+    matches!(claim, Claim::Address(addr) if own(*addr))
+}
+
 fn key(info: &LinkInfo, claim: &Claim) -> Key {
     (info.identity.trust_domain.clone(), claim.clone())
 }
@@ -283,170 +389,4 @@ fn for_entries(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::server::{GrantConfig, PolicyConfig};
-    use crate::server::routes::{Path, Probe, RouteError};
-    use crate::tls::{Identity, Role};
-    use std::sync::atomic::Ordering;
-    use tunnel_proto::preface::Host;
-
-    const FORGET: Duration = Duration::from_secs(60);
-
-    fn registry() -> Registry {
-        let grant = GrantConfig {
-            identity: "spiffe://*/agent/gw*".into(),
-            cidrs: vec!["10.0.0.0/8".parse().unwrap()],
-            names: vec!["*.svc".into()],
-            default_route: true,
-        };
-        let grants = Grants::new(&PolicyConfig {
-            grants: vec![grant],
-        })
-        .unwrap();
-        Registry::new(grants, FORGET)
-    }
-
-    fn link(id: u64, name: &str, address: &str) -> Arc<LinkInfo> {
-        let identity = Identity {
-            trust_domain: "a".parse().unwrap(),
-            role: Role::Agent,
-            name: name.into(),
-            addresses: vec![address.parse().unwrap()],
-        };
-        let path = Path {
-            remote: "127.0.0.1:1".parse().unwrap(),
-            rtt: Duration::ZERO,
-        };
-        LinkInfo::new(LinkId(id), 0, identity, Probe(Box::new(move || path)))
-    }
-
-    fn claim(addr: &str) -> Vec<Claim> {
-        vec![Claim::Address(addr.parse().unwrap())]
-    }
-
-    fn ask(registry: &Registry, tenant: &str, host: &str) -> Result<Vec<u64>, RouteError> {
-        let host: Host = host.parse().unwrap();
-        let found = registry
-            .routes()
-            .candidates(&tenant.parse().unwrap(), &host)?;
-        Ok(found.iter().map(|l| l.id.0).collect())
-    }
-
-    #[test]
-    fn the_newest_process_takes_new_dials() {
-        let mut registry = registry();
-        let (old, new) = (link(1, "w1", "10.99.1.2"), link(2, "w1", "10.99.1.2"));
-        registry.connect(old, InstanceId([1; 16]), claim("10.99.1.2"));
-        registry.connect(new.clone(), InstanceId([2; 16]), claim("10.99.1.2"));
-        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
-        new.silent.store(true, Ordering::Relaxed);
-        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
-    }
-
-    #[test]
-    fn a_node_address_has_one_owner() {
-        let mut registry = registry();
-        registry.connect(
-            link(1, "w1", "10.99.1.2"),
-            InstanceId([1; 16]),
-            claim("10.99.1.2"),
-        );
-        let verdict = registry.connect(
-            link(2, "w9", "10.99.1.2"),
-            InstanceId([2; 16]),
-            claim("10.99.1.2"),
-        );
-        assert!(verdict.accepted.is_empty());
-        assert!(
-            verdict.refused[0].why.contains("agent/w1"),
-            "{:?}",
-            verdict.refused
-        );
-        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
-    }
-
-    #[test]
-    fn an_address_passes_on_when_its_owner_leaves() {
-        let mut registry = registry();
-        let (one, two) = (link(1, "w1", "10.99.1.2"), link(2, "w9", "10.99.1.2"));
-        registry.connect(one, InstanceId([1; 16]), claim("10.99.1.2"));
-        registry.connect(two, InstanceId([2; 16]), claim("10.99.1.2"));
-        registry.disconnect(LinkId(1), Instant::now());
-        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
-    }
-
-    #[test]
-    fn a_tenant_sees_its_own_agents_only() {
-        let mut registry = registry();
-        registry.connect(
-            link(1, "w1", "10.99.1.2"),
-            InstanceId([1; 16]),
-            claim("10.99.1.2"),
-        );
-        assert_eq!(ask(&registry, "b", "10.99.1.2"), Err(RouteError::NoRoute));
-    }
-
-    #[test]
-    fn a_departed_agent_is_remembered_then_forgotten() {
-        let mut registry = registry();
-        let start = Instant::now();
-        registry.connect(
-            link(1, "w1", "10.99.1.2"),
-            InstanceId([1; 16]),
-            claim("10.99.1.2"),
-        );
-        registry.disconnect(LinkId(1), start);
-        assert!(
-            matches!(ask(&registry, "a", "10.99.1.2"), Err(RouteError::NoAgent(d)) if &*d.name == "w1")
-        );
-        assert!(!registry.expire(start + FORGET / 2));
-        assert!(registry.expire(start + FORGET));
-        assert_eq!(ask(&registry, "a", "10.99.1.2"), Err(RouteError::NoRoute));
-    }
-
-    #[test]
-    fn the_longest_prefix_first_then_the_least_loaded() {
-        let mut registry = registry();
-        let cidr = |net: &str| vec![Claim::Cidr(net.parse().unwrap())];
-        let busy = link(1, "gw1", "10.0.0.1");
-        busy.streams.store(5, Ordering::Relaxed);
-        registry.connect(busy, InstanceId([1; 16]), cidr("10.244.0.0/16"));
-        registry.connect(
-            link(2, "gw2", "10.0.0.2"),
-            InstanceId([2; 16]),
-            cidr("10.244.0.0/16"),
-        );
-        registry.connect(
-            link(3, "gw3", "10.0.0.3"),
-            InstanceId([3; 16]),
-            cidr("10.244.1.0/24"),
-        );
-        registry.connect(
-            link(4, "gw4", "10.0.0.4"),
-            InstanceId([4; 16]),
-            vec![Claim::DefaultRoute],
-        );
-        assert_eq!(ask(&registry, "a", "10.244.1.9"), Ok(vec![3, 2, 1, 4]));
-        assert_eq!(ask(&registry, "a", "10.244.2.9"), Ok(vec![2, 1, 4]));
-        assert_eq!(ask(&registry, "a", "x.svc"), Ok(vec![4]));
-        let routes = registry.routes();
-        assert!(routes.verdicts().all(|(_, _, served)| served));
-    }
-
-    #[test]
-    fn another_policy_takes_claims_away_and_gives_them_back() {
-        let mut registry = registry();
-        let net = vec![Claim::Cidr("10.244.0.0/16".parse().unwrap())];
-        registry.connect(link(1, "gw1", "10.0.0.1"), InstanceId([1; 16]), net);
-        let before = std::mem::take(&mut registry.grants);
-        registry.set_grants(Grants::default(), Instant::now());
-        assert!(matches!(
-            ask(&registry, "a", "10.244.0.1"),
-            Err(RouteError::NoAgent(_))
-        ));
-        assert_eq!(registry.sessions().next().unwrap().refused.len(), 1);
-        registry.set_grants(before, Instant::now());
-        assert_eq!(ask(&registry, "a", "10.244.0.1"), Ok(vec![1]));
-    }
-}
+mod tests;

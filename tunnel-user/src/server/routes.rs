@@ -1,13 +1,15 @@
 //! The routes that are in force: an immutable snapshot that the registry publishes and the shards
 //! read, keyed by tenant.
 //!
-//! The choice: the longest prefix first, then shorter ones; within a prefix the newest process of
-//! each identity, the least loaded first. Links that are silent or draining are not chosen.
+//! The choice follows the configured strategies in order. Usually: the longest prefix first, then
+//! shorter ones, the default route last; within a prefix the newest process of each identity, the
+//! least loaded first. Links that are silent or draining are not chosen, but a draining agent of
+//! Konnectivity is where nobody else is left: it goes on serving for ever.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -17,6 +19,7 @@ use prefix_trie::joint::JointPrefixMap;
 use tunnel_proto::preface::{Host, Name};
 use tunnel_proto::route::NamePattern;
 
+use crate::config::server::Strategy;
 use crate::telemetry::access::Totals;
 use crate::tls::{Identity, TrustDomain};
 
@@ -45,6 +48,34 @@ impl fmt::Debug for Probe {
     }
 }
 
+/// What an agent speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LinkKind {
+    /// Ours.
+    Quic,
+    /// Konnectivity's.
+    Konnectivity,
+}
+
+impl LinkKind {
+    /// Metric label and status field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Konnectivity => "konnectivity",
+        }
+    }
+}
+
+/// How far an agent is taken at its word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// It serves what its identity is granted.
+    Granted,
+    /// It serves what it says, beside whoever says the same.
+    Believed,
+}
+
 /// What of a link is known outside its shard. Written by the shard, read anywhere.
 #[derive(Debug)]
 pub struct LinkInfo {
@@ -52,14 +83,20 @@ pub struct LinkInfo {
     pub id: LinkId,
     /// The shard that it lives on.
     pub shard: usize,
+    /// What is spoken on it.
+    pub kind: LinkKind,
     /// Whose it is.
     pub identity: Identity,
+    /// Whether what the agent says is enough.
+    pub trust: Trust,
     /// Since when.
     pub since: SystemTime,
     /// Not heard for too long.
     pub silent: AtomicBool,
     /// About to leave.
     pub draining: AtomicBool,
+    /// Held up by one of its connections: dials had better go elsewhere.
+    pub held_up: AtomicBool,
     /// Open streams.
     pub streams: AtomicI64,
     /// Bytes over it.
@@ -70,14 +107,22 @@ pub struct LinkInfo {
 
 impl LinkInfo {
     /// A fresh link.
-    pub fn new(id: LinkId, shard: usize, identity: Identity, probe: Probe) -> Arc<Self> {
+    pub fn new(
+        (id, shard): (LinkId, usize),
+        kind: LinkKind,
+        (identity, trust): (Identity, Trust),
+        probe: Probe,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id,
             shard,
+            kind,
             identity,
+            trust,
             since: SystemTime::now(),
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
+            held_up: AtomicBool::default(),
             streams: AtomicI64::default(),
             totals: Totals::default(),
             probe,
@@ -87,6 +132,12 @@ impl LinkInfo {
     /// Whether new dials may go to it.
     pub fn is_available(&self) -> bool {
         !self.silent.load(Ordering::Relaxed) && !self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether new dials may go to it where nothing else is left. Agents of ours refuse them while
+    /// they drain.
+    pub fn is_last_resort(&self) -> bool {
+        self.kind == LinkKind::Konnectivity && !self.silent.load(Ordering::Relaxed)
     }
 }
 
@@ -118,14 +169,21 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn available(&self) -> impl Iterator<Item = &Arc<LinkInfo>> {
-        self.links.iter().filter(|link| link.is_available())
+    /// Whether somebody can be asked.
+    fn is_served(&self) -> bool {
+        let asked = |link: &Arc<LinkInfo>| link.is_available() || link.is_last_resort();
+        self.links.iter().any(asked)
     }
 
-    /// At most [`MAX_CANDIDATES`]; among equals the newest first.
-    fn least_loaded(&self) -> Vec<&Arc<LinkInfo>> {
-        let load = |link: &&Arc<LinkInfo>| (link.streams.load(Ordering::Relaxed), Reverse(link.id));
-        let mut links: Vec<_> = self.available().collect();
+    /// At most [`MAX_CANDIDATES`] of those that `may` be chosen, held up ones last; among equals the
+    /// newest first.
+    fn least_loaded(&self, may: impl Fn(&LinkInfo) -> bool) -> Vec<&Arc<LinkInfo>> {
+        let load = |link: &&Arc<LinkInfo>| {
+            let held_up = link.held_up.load(Ordering::Relaxed);
+            let streams = link.streams.load(Ordering::Relaxed);
+            (held_up, streams, Reverse(link.id))
+        };
+        let mut links: Vec<_> = self.links.iter().filter(|link| may(link)).collect();
         if links.len() > MAX_CANDIDATES {
             links.select_nth_unstable_by_key(MAX_CANDIDATES, load);
             links.truncate(MAX_CANDIDATES);
@@ -149,12 +207,15 @@ impl Entry {
 pub(super) struct TenantRoutes {
     pub prefixes: JointPrefixMap<IpNet, Entry>,
     pub names: BTreeMap<NamePattern, Entry>,
+    /// Whoever may serve everything, for [`Strategy::Default`].
+    pub any: Entry,
 }
 
 /// A snapshot of all routes.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     pub(super) tenants: HashMap<TrustDomain, TenantRoutes>,
+    pub(super) strategies: Arc<[Strategy]>,
 }
 
 impl Routes {
@@ -168,20 +229,21 @@ impl Routes {
         host: &Host,
     ) -> Result<Vec<Arc<LinkInfo>>, RouteError> {
         let routes = self.tenants.get(tenant).ok_or(RouteError::NoRoute)?;
-        let entries = match host {
-            Host::Ip(addr) => routes.covering(*addr),
-            Host::Name(name) => routes.matching(name),
-        };
+        let entries: Vec<_> = self
+            .strategies
+            .iter()
+            .flat_map(|strategy| routes.entries(*strategy, host))
+            .collect();
         let mut found: Vec<Arc<LinkInfo>> = Vec::with_capacity(1);
-        for entry in &entries {
-            for link in entry.least_loaded() {
+        for may in [LinkInfo::is_available, LinkInfo::is_last_resort] {
+            for link in entries.iter().flat_map(|entry| entry.least_loaded(may)) {
                 if found.len() < MAX_CANDIDATES && found.iter().all(|f| f.id != link.id) {
                     found.push(link.clone());
                 }
             }
-        }
-        if !found.is_empty() {
-            return Ok(found);
+            if !found.is_empty() {
+                return Ok(found);
+            }
         }
         let departed = entries.iter().find_map(|entry| entry.unavailable());
         Err(departed.map_or(RouteError::NoRoute, RouteError::NoAgent))
@@ -190,33 +252,54 @@ impl Routes {
     /// Every prefix and whether somebody can be asked for what it covers: what the kernel needs to
     /// know to serve or to refuse.
     pub fn verdicts(&self) -> impl Iterator<Item = (&TrustDomain, IpNet, bool)> {
-        self.tenants.iter().flat_map(|(tenant, routes)| {
-            routes.prefixes.iter().map(move |(net, entry)| {
-                let served = entry.available().next().is_some()
-                    || routes
-                        .prefixes
-                        .cover(&net)
-                        .any(|(_, e)| e.available().next().is_some());
-                (tenant, net, served)
-            })
+        self.tenants.iter().flat_map(move |(tenant, routes)| {
+            let prefixes = routes.prefixes.iter().map(|(net, _)| net);
+            let missing = DEFAULT_ROUTES
+                .into_iter()
+                .filter(|net| !routes.any.links.is_empty() && routes.prefixes.get(net).is_none());
+            let served = move |net: &IpNet| {
+                let mut entries = self
+                    .strategies
+                    .iter()
+                    .flat_map(|strategy| routes.covering(*strategy, *net));
+                entries.any(Entry::is_served)
+            };
+            let nets: Vec<_> = prefixes.chain(missing).collect();
+            nets.into_iter().map(move |net| (tenant, net, served(&net)))
         })
     }
 }
 
 impl TenantRoutes {
-    /// The entries for an address, the longest prefix first.
-    fn covering(&self, addr: IpAddr) -> Vec<&Entry> {
+    fn entries(&self, strategy: Strategy, host: &Host) -> Vec<&Entry> {
+        match (strategy, host) {
+            (_, Host::Ip(addr)) => self.covering(strategy, IpNet::from(*addr)),
+            (Strategy::DestHost, Host::Name(name)) => self.matching(name),
+            (Strategy::DefaultRoute, Host::Name(_)) => DEFAULT_ROUTES
+                .iter()
+                .filter_map(|net| self.prefixes.get(net))
+                .collect(),
+            (Strategy::Default, Host::Name(_)) => vec![&self.any],
+        }
+    }
+
+    /// The entries for a range, the longest prefix first.
+    fn covering(&self, strategy: Strategy, net: IpNet) -> Vec<&Entry> {
+        if strategy == Strategy::Default {
+            return vec![&self.any];
+        }
+        let everything = strategy == Strategy::DefaultRoute;
         let mut entries: Vec<_> = self
             .prefixes
-            .cover(&IpNet::from(addr))
+            .cover(&net)
+            .filter(|(net, _)| (net.prefix_len() == 0) == everything)
             .map(|(_, entry)| entry)
             .collect();
         entries.reverse();
         entries
     }
 
-    /// The entries for a name: itself, then the suffixes, the longest first, then the default
-    /// route, which serves names as well.
+    /// The entries for a name: itself, then the suffixes, the longest first.
     fn matching(&self, name: &Name) -> Vec<&Entry> {
         let mut keys = vec![NamePattern::Exact(name.clone())];
         let mut rest = name.as_str();
@@ -224,11 +307,7 @@ impl TenantRoutes {
             keys.extend(parent.parse().map(NamePattern::Below));
             rest = parent;
         }
-        let named = keys.iter().filter_map(|key| self.names.get(key));
-        let defaults = DEFAULT_ROUTES
-            .iter()
-            .filter_map(|net| self.prefixes.get(net));
-        named.chain(defaults).collect()
+        keys.iter().filter_map(|key| self.names.get(key)).collect()
     }
 }
 

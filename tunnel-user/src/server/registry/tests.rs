@@ -1,0 +1,362 @@
+use super::*;
+use crate::config::server::{GrantConfig, PolicyConfig, RoutingConfig};
+use crate::server::routes::{Path, Probe, RouteError};
+use crate::tls::{Identity, Role};
+use std::sync::atomic::Ordering;
+use tunnel_proto::preface::Host;
+
+const FORGET: Duration = Duration::from_secs(60);
+
+fn registry() -> Registry {
+    registry_with(&RoutingConfig::default().strategies)
+}
+
+fn registry_with(strategies: &[Strategy]) -> Registry {
+    let grant = GrantConfig {
+        identity: "spiffe://*/agent/gw*".into(),
+        cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+        names: vec!["*.svc".into()],
+        default_route: true,
+    };
+    let grants = Grants::new(&PolicyConfig {
+        grants: vec![grant],
+    })
+    .unwrap();
+    Registry::new(grants, strategies, FORGET)
+}
+
+fn link(id: u64, name: &str, address: &str) -> Arc<LinkInfo> {
+    link_of(id, name, address, LinkKind::Quic, Trust::Granted)
+}
+
+/// An agent of Konnectivity that is believed.
+fn believed(id: u64) -> Arc<LinkInfo> {
+    let name = format!("k{id}");
+    link_of(
+        id,
+        &name,
+        "192.0.2.1",
+        LinkKind::Konnectivity,
+        Trust::Believed,
+    )
+}
+
+fn link_of(id: u64, name: &str, address: &str, kind: LinkKind, trust: Trust) -> Arc<LinkInfo> {
+    let identity = Identity {
+        trust_domain: "a".parse().unwrap(),
+        role: Role::Agent,
+        name: name.into(),
+        addresses: vec![address.parse().unwrap()],
+    };
+    let path = Path {
+        remote: "127.0.0.1:1".parse().unwrap(),
+        rtt: Duration::ZERO,
+    };
+    let probe = Probe(Box::new(move || path));
+    LinkInfo::new((LinkId(id), 0), kind, (identity, trust), probe)
+}
+
+fn claim(addr: &str) -> Vec<Claim> {
+    vec![Claim::Address(addr.parse().unwrap())]
+}
+
+fn ask(registry: &Registry, tenant: &str, host: &str) -> Result<Vec<u64>, RouteError> {
+    let host: Host = host.parse().unwrap();
+    let found = registry
+        .routes()
+        .candidates(&tenant.parse().unwrap(), &host)?;
+    Ok(found.iter().map(|l| l.id.0).collect())
+}
+
+#[test]
+fn the_newest_process_takes_new_dials() {
+    let mut registry = registry();
+    let (old, new) = (link(1, "w1", "10.99.1.2"), link(2, "w1", "10.99.1.2"));
+    registry.connect(old, InstanceId([1; 16]), claim("10.99.1.2"), Instant::now());
+    registry.connect(
+        new.clone(),
+        InstanceId([2; 16]),
+        claim("10.99.1.2"),
+        Instant::now(),
+    );
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+    new.silent.store(true, Ordering::Relaxed);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+}
+
+#[test]
+fn a_node_address_has_one_owner() {
+    let mut registry = registry();
+    registry.connect(
+        link(1, "w1", "10.99.1.2"),
+        InstanceId([1; 16]),
+        claim("10.99.1.2"),
+        Instant::now(),
+    );
+    let verdict = registry.connect(
+        link(2, "w9", "10.99.1.2"),
+        InstanceId([2; 16]),
+        claim("10.99.1.2"),
+        Instant::now(),
+    );
+    assert!(verdict.accepted.is_empty());
+    assert!(
+        verdict.refused[0].why.contains("agent/w1"),
+        "{:?}",
+        verdict.refused
+    );
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+}
+
+#[test]
+fn an_address_passes_on_when_its_owner_leaves() {
+    let mut registry = registry();
+    let (one, two) = (link(1, "w1", "10.99.1.2"), link(2, "w9", "10.99.1.2"));
+    registry.connect(one, InstanceId([1; 16]), claim("10.99.1.2"), Instant::now());
+    registry.connect(two, InstanceId([2; 16]), claim("10.99.1.2"), Instant::now());
+    registry.disconnect(LinkId(1), Instant::now());
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+}
+
+#[test]
+fn a_tenant_sees_its_own_agents_only() {
+    let mut registry = registry();
+    registry.connect(
+        link(1, "w1", "10.99.1.2"),
+        InstanceId([1; 16]),
+        claim("10.99.1.2"),
+        Instant::now(),
+    );
+    assert_eq!(ask(&registry, "b", "10.99.1.2"), Err(RouteError::NoRoute));
+}
+
+#[test]
+fn a_departed_agent_is_remembered_then_forgotten() {
+    let mut registry = registry();
+    let start = Instant::now();
+    registry.connect(
+        link(1, "w1", "10.99.1.2"),
+        InstanceId([1; 16]),
+        claim("10.99.1.2"),
+        Instant::now(),
+    );
+    registry.disconnect(LinkId(1), start);
+    assert!(
+        matches!(ask(&registry, "a", "10.99.1.2"), Err(RouteError::NoAgent(d)) if &*d.name == "w1")
+    );
+    assert!(!registry.expire(start + FORGET / 2));
+    assert!(registry.expire(start + FORGET));
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Err(RouteError::NoRoute));
+}
+
+#[test]
+fn a_link_that_is_held_up_is_asked_last() {
+    let mut registry = registry();
+    for (id, name, address) in [(1, "gw1", "10.0.0.1"), (2, "gw2", "10.0.0.2")] {
+        let net = vec![Claim::Cidr("10.244.0.0/16".parse().unwrap())];
+        let link = link(id, name, address);
+        link.held_up.store(id == 2, Ordering::Relaxed);
+        link.streams.store(i64::from(id == 1), Ordering::Relaxed);
+        registry.connect(link, InstanceId([id as u8; 16]), net, Instant::now());
+    }
+    assert_eq!(ask(&registry, "a", "10.244.0.1"), Ok(vec![1, 2]));
+}
+
+#[test]
+fn the_longest_prefix_first_then_the_least_loaded() {
+    let mut registry = registry();
+    let cidr = |net: &str| vec![Claim::Cidr(net.parse().unwrap())];
+    let busy = link(1, "gw1", "10.0.0.1");
+    busy.streams.store(5, Ordering::Relaxed);
+    registry.connect(
+        busy,
+        InstanceId([1; 16]),
+        cidr("10.244.0.0/16"),
+        Instant::now(),
+    );
+    registry.connect(
+        link(2, "gw2", "10.0.0.2"),
+        InstanceId([2; 16]),
+        cidr("10.244.0.0/16"),
+        Instant::now(),
+    );
+    registry.connect(
+        link(3, "gw3", "10.0.0.3"),
+        InstanceId([3; 16]),
+        cidr("10.244.1.0/24"),
+        Instant::now(),
+    );
+    registry.connect(
+        link(4, "gw4", "10.0.0.4"),
+        InstanceId([4; 16]),
+        vec![Claim::DefaultRoute],
+        Instant::now(),
+    );
+    assert_eq!(ask(&registry, "a", "10.244.1.9"), Ok(vec![3, 2, 1, 4]));
+    assert_eq!(ask(&registry, "a", "10.244.2.9"), Ok(vec![2, 1, 4]));
+    assert_eq!(ask(&registry, "a", "x.svc"), Ok(vec![4]));
+    let routes = registry.routes();
+    assert!(routes.verdicts().all(|(_, _, served)| served));
+}
+
+#[test]
+fn another_policy_takes_claims_away_and_gives_them_back() {
+    let mut registry = registry();
+    let net = vec![Claim::Cidr("10.244.0.0/16".parse().unwrap())];
+    registry.connect(
+        link(1, "gw1", "10.0.0.1"),
+        InstanceId([1; 16]),
+        net,
+        Instant::now(),
+    );
+    let before = std::mem::take(&mut registry.grants);
+    registry.set_grants(Grants::default(), Instant::now());
+    assert!(matches!(
+        ask(&registry, "a", "10.244.0.1"),
+        Err(RouteError::NoAgent(_))
+    ));
+    assert_eq!(registry.sessions().next().unwrap().refused.len(), 1);
+    registry.set_grants(before, Instant::now());
+    assert_eq!(ask(&registry, "a", "10.244.0.1"), Ok(vec![1]));
+}
+
+fn identifiers(text: &[&str]) -> Vec<Claim> {
+    let claim = |text: &&str| match text.parse() {
+        Ok(net) => Claim::Cidr(net),
+        Err(_) => Claim::Address(text.parse().unwrap()),
+    };
+    text.iter().map(claim).collect()
+}
+
+#[test]
+fn strategies_decide_in_their_order() {
+    use Strategy::{Default, DefaultRoute, DestHost};
+    for (strategies, near, far) in [
+        (&[DestHost, DefaultRoute][..], Ok(vec![1, 2]), Ok(vec![2])),
+        (&[DefaultRoute, DestHost], Ok(vec![2, 1]), Ok(vec![2])),
+        (&[DestHost], Ok(vec![1]), Err(RouteError::NoRoute)),
+        (&[Default], Ok(vec![3, 2, 1]), Ok(vec![3, 2, 1])),
+        (&[DestHost, Default], Ok(vec![1, 3, 2]), Ok(vec![3, 2, 1])),
+    ] {
+        let mut registry = registry_with(strategies);
+        let offers = [
+            identifiers(&["10.0.0.1", "10.1.0.0/16"]),
+            vec![Claim::DefaultRoute],
+            Vec::new(),
+        ];
+        for (id, offer) in (1..).zip(offers) {
+            registry.connect(believed(id), InstanceId([0; 16]), offer, Instant::now());
+        }
+        for host in ["10.0.0.1", "10.1.2.3"] {
+            assert_eq!(ask(&registry, "a", host), near, "{strategies:?} {host}");
+        }
+        for host in ["10.2.0.1", "elsewhere"] {
+            assert_eq!(ask(&registry, "a", host), far, "{strategies:?} {host}");
+        }
+        let routes = registry.routes();
+        let reachable = |host: &str| {
+            let covers = |(_, net, served): (_, IpNet, bool)| {
+                net.contains(&host.parse::<std::net::IpAddr>().unwrap())
+                    .then_some((net.prefix_len(), served))
+            };
+            let found = routes.verdicts().filter_map(covers).max();
+            found.is_some_and(|(_, served)| served)
+        };
+        assert_eq!(reachable("10.0.0.1"), near.is_ok(), "{strategies:?}");
+        assert_eq!(reachable("10.2.0.1"), far.is_ok(), "{strategies:?}");
+    }
+}
+
+#[test]
+fn who_is_believed_shares_an_address() {
+    let mut registry = registry();
+    for id in [1, 2] {
+        let verdict = registry.connect(
+            believed(id),
+            InstanceId([0; 16]),
+            claim("10.99.1.2"),
+            Instant::now(),
+        );
+        assert!(verdict.refused.is_empty());
+    }
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2, 1]));
+}
+
+#[test]
+fn a_certificate_displaces_a_grant() {
+    let mut registry = registry();
+    let granted = link(1, "gw1", "192.0.2.1");
+    let now = Instant::now();
+    registry.connect(granted, InstanceId([1; 16]), claim("10.99.1.2"), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+    let own = link(2, "w1", "10.99.1.2");
+    registry.connect(own, InstanceId([2; 16]), claim("10.99.1.2"), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+    assert_eq!(registry.sessions[&LinkId(1)].refused.len(), 1);
+    registry.disconnect(LinkId(2), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+}
+
+#[test]
+fn agents_of_one_service_account_serve_side_by_side() {
+    let mut registry = registry();
+    for id in [1, 2] {
+        let info = link_of(
+            id,
+            "gw",
+            "192.0.2.1",
+            LinkKind::Konnectivity,
+            Trust::Granted,
+        );
+        let (process, now) = (InstanceId([id as u8; 16]), Instant::now());
+        registry.connect(info, process, vec![Claim::DefaultRoute], now);
+    }
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2, 1]));
+}
+
+#[test]
+fn a_draining_agent_of_konnectivity_is_the_last_resort() {
+    let mut registry = registry();
+    let (old, new) = (believed(1), believed(2));
+    for info in [&old, &new] {
+        let now = Instant::now();
+        registry.connect(info.clone(), InstanceId([0; 16]), claim("10.99.1.2"), now);
+    }
+    old.draining.store(true, Ordering::Relaxed);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+    new.silent.store(true, Ordering::Relaxed);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+    assert!(registry.routes().verdicts().all(|(_, _, served)| served));
+}
+
+#[test]
+fn agents_are_counted_by_what_each_strategy_may_choose() {
+    use Strategy::{Default, DefaultRoute, DestHost};
+    let mut registry = registry_with(&[DestHost, DefaultRoute, Default]);
+    let now = Instant::now();
+    let both = || vec![Claim::DefaultRoute, claim("10.99.1.2").remove(0)];
+    registry.connect(believed(1), InstanceId([1; 16]), both(), now);
+    let counts = |registry: &Registry| {
+        let backends = registry.backends();
+        let counts = backends.by_strategy.iter().map(|(_, count)| *count);
+        (backends.all, counts.collect::<Vec<_>>())
+    };
+    assert_eq!(counts(&registry), (1, vec![1, 1, 1]));
+    // Another stream of the same agent is no other agent.
+    let info = &registry.sessions().next().unwrap().info;
+    let (identity, trust) = (info.identity.clone(), info.trust);
+    let path = (info.probe.0)();
+    let again = LinkInfo::new(
+        (LinkId(2), 0),
+        LinkKind::Konnectivity,
+        (identity, trust),
+        Probe(Box::new(move || path)),
+    );
+    registry.connect(again, InstanceId([1; 16]), both(), now);
+    assert_eq!(counts(&registry), (1, vec![1, 1, 1]));
+    let silent = link(3, "w1", "10.99.1.3");
+    registry.connect(silent.clone(), InstanceId([3; 16]), claim("10.99.1.3"), now);
+    assert_eq!(counts(&registry), (2, vec![2, 1, 1]));
+    silent.silent.store(true, Ordering::Relaxed);
+    assert_eq!(counts(&registry), (1, vec![1, 1, 1]));
+}
