@@ -9,21 +9,25 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use bytes::BytesMut;
 use tokio::time::{Instant, sleep, timeout_at};
 use tunnel_proto::close::{CloseClass, CloseReason};
-use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse, Host, StreamKind};
+use tunnel_proto::konnectivity::text::go_error;
+use tunnel_proto::preface::{
+    ConnectionId, Destination, DialRequest, DialResponse, Host, StreamKind,
+};
 
 use super::early::{Cursor, EarlyBytes, EarlyEnd};
-use super::routes::{LinkInfo, RouteError};
+use super::link::{LinkRecv, LinkSend};
+use super::routes::{LinkInfo, LinkKind, RouteError};
 use super::shard::Shard;
-use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use crate::datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use crate::datapath::{LocalSocket, Outbound};
 use crate::process::lifecycle::Phase;
 use crate::telemetry::access::Record;
+use crate::telemetry::konnectivity::DialFailure;
 use crate::telemetry::metrics::Closer;
 use crate::tls::TrustDomain;
-use crate::transport::stream::{HeadError, Recv, Send};
+use crate::transport::stream::HeadError;
 
 /// Agents are back so soon after a server's start.
 const HOMECOMING: Duration = Duration::from_secs(3);
@@ -31,13 +35,16 @@ const HOMECOMING: Duration = Duration::from_secs(3);
 /// How often is looked whether they are.
 const HOMECOMING_POLL: Duration = Duration::from_millis(20);
 
+/// The most characters of an agent's answer that are passed on: errors are a line long.
+const MAX_ANSWER: usize = 4096;
+
 /// A dial that succeeded.
 #[derive(Debug)]
 pub(super) struct Dialled {
     /// Towards the target.
-    pub send: Send,
+    pub send: LinkSend,
     /// From the target.
-    pub recv: Recv,
+    pub recv: LinkRecv,
     /// What the target is still to be given.
     pub rest: Outbound,
     /// How many bytes it has been given.
@@ -55,6 +62,8 @@ pub(super) struct DialError {
     /// Whose doing it was.
     pub by: Closer,
     text: String,
+    /// The agent's answer, in the form of Go's dialler.
+    answer: Option<String>,
 }
 
 impl DialError {
@@ -64,6 +73,53 @@ impl DialError {
             reason,
             by,
             text: text.into(),
+            answer: None,
+        }
+    }
+
+    /// What the agent `name` answered.
+    pub(super) fn refused(
+        (kind, name): (LinkKind, &str),
+        destination: &Destination,
+        reason: CloseReason,
+        mut detail: String,
+    ) -> Self {
+        if detail.is_empty() {
+            detail = reason.to_string();
+        }
+        if let Some((end, _)) = detail.char_indices().nth(MAX_ANSWER) {
+            detail.truncate(end);
+        }
+        let text = format!("{name}: {}", printable(&detail));
+        let answer = match kind {
+            LinkKind::Konnectivity => detail,
+            LinkKind::Quic => go_error(&destination.to_string(), reason, &detail),
+        };
+        Self {
+            answer: Some(answer),
+            ..Self::new(reason, Closer::Agent, text)
+        }
+    }
+
+    /// What the agent answered, if it did, for programs that look for the words of Go's dialler: an
+    /// agent of Konnectivity's own text, unchanged.
+    pub(super) fn answer(&self) -> Option<&str> {
+        self.answer.as_deref()
+    }
+
+    /// Whether it was our own limit that ended the dial, not the agent's.
+    pub(super) fn is_too_late(&self) -> bool {
+        self.reason == CloseReason::DialTimeout && self.by != Closer::Agent
+    }
+
+    /// As Konnectivity's metrics have it.
+    fn konnectivity(&self) -> DialFailure {
+        match (self.by, self.reason) {
+            (Closer::Agent, _) => DialFailure::ErrorResponse,
+            (Closer::Client, _) => DialFailure::FrontendClose,
+            (_, CloseReason::NoRoute | CloseReason::NoAgent) => DialFailure::NoAgent,
+            (_, CloseReason::DialTimeout) => DialFailure::BackendDialTimeout,
+            _ => DialFailure::BackendClose,
         }
     }
 }
@@ -79,6 +135,23 @@ struct Failed {
 /// # Errors
 /// [`DialError`]; the client has been sent nothing.
 pub(super) async fn dial(
+    shard: &Rc<Shard>,
+    record: &mut Record,
+    tenant: &TrustDomain,
+    local: &impl LocalSocket,
+    early: EarlyBytes,
+) -> Result<Dialled, DialError> {
+    let metrics = &shard.metrics.konnectivity;
+    let _pending = metrics.pending_dial();
+    let dialled = try_links(shard, record, tenant, local, early).await;
+    match &dialled {
+        Ok(_) => metrics.dialled(record.start.elapsed()),
+        Err(error) => metrics.dial_failed(error.konnectivity()),
+    }
+    dialled
+}
+
+async fn try_links(
     shard: &Rc<Shard>,
     record: &mut Record,
     tenant: &TrustDomain,
@@ -162,7 +235,7 @@ async fn try_link(
     local: &impl LocalSocket,
     (early, cursor): (&mut EarlyBytes, &mut Cursor),
     patience: Option<Duration>,
-) -> Result<(Send, Recv), Failed> {
+) -> Result<(LinkSend, LinkRecv), Failed> {
     let lost = |reason: CloseReason, safe| Failed {
         error: DialError::new(
             reason,
@@ -177,13 +250,8 @@ async fn try_link(
     // Its link may have ended since the routes were published.
     let link = shard.links.borrow().get(&info.id).cloned();
     let link = link.ok_or_else(|| lost(CloseReason::LinkLost, true))?;
-    let (mut send, mut recv) = link.open().await.map_err(|reason| lost(reason, true))?;
-    let mut preface = BytesMut::new();
-    request.encode(&mut preface);
-    let mut preface = preface.freeze();
-    send.send(&mut preface)
-        .await
-        .map_err(|end| lost(end_reason(end), true))?;
+    let opened = link.open(request).await;
+    let (mut send, mut recv) = opened.map_err(|reason| lost(reason, true))?;
 
     let touched = cursor.touched.clone();
     let hopeless = async {
@@ -191,7 +259,7 @@ async fn try_link(
             return std::future::pending().await;
         };
         tokio::select! {
-            () = link.silenced.notified() => {}
+            () = link.silenced().notified() => {}
             () = sleep(patience) => {}
         }
         if touched.get() {
@@ -199,12 +267,13 @@ async fn try_link(
         }
     };
     let answer = {
-        let mut answer = pin!(recv.read_head(DialResponse::decode));
+        let mut answer = pin!(recv.answer());
+        let stream = link.sends_early().then_some(&mut send);
         tokio::select! {
             // An answer that is there counts, whatever else has happened.
             biased;
             answer = &mut answer => Answer::Given(answer),
-            end = early.pump(local, &mut send, cursor) => match end {
+            end = early.pump(local, stream, cursor) => match end {
                 EarlyEnd::Client => Answer::Unwanted,
                 // The agent takes no more: its answer says why.
                 EarlyEnd::Stream(_) => Answer::Given(answer.await),
@@ -215,16 +284,11 @@ async fn try_link(
     match answer {
         Answer::Given(Ok(DialResponse::Connected)) => Ok((send, recv)),
         Answer::Given(Ok(DialResponse::Refused { reason, detail })) => {
-            let detail = if detail.is_empty() {
-                reason.to_string()
-            } else {
-                printable(&detail)
-            };
-            let text = format!("{}: {detail}", info.identity.name);
+            let agent = (info.kind, &*info.identity.name);
             send.reset(reason);
             recv.stop(reason);
             Err(Failed {
-                error: DialError::new(reason, Closer::Agent, text),
+                error: DialError::refused(agent, &request.destination, reason, detail),
                 safe: reason.class() == CloseClass::NotDialled,
             })
         }
@@ -263,13 +327,6 @@ enum Answer {
     Missing,
     /// The client has gone.
     Unwanted,
-}
-
-fn end_reason(end: SendEnd) -> CloseReason {
-    match end {
-        SendEnd::Acknowledged => CloseReason::Internal,
-        SendEnd::Stopped(reason) | SendEnd::Link(reason) => reason,
-    }
 }
 
 fn no_route(error: RouteError, record: &Record) -> DialError {
@@ -342,5 +399,41 @@ impl std::ops::Deref for OnLink {
 impl Drop for OnLink {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(kind: LinkKind, detail: &str) -> DialError {
+        let destination = "web.svc:443".parse().unwrap();
+        let reason = CloseReason::NameNotFound;
+        DialError::refused((kind, "w1"), &destination, reason, detail.into())
+    }
+
+    #[test]
+    fn what_an_agent_of_konnectivity_says_is_kept_as_it_is() {
+        let said = "dial tcp: lookup web.svc on 10.96.0.10:53:\tno such host";
+        let error = refused(LinkKind::Konnectivity, said);
+        assert_eq!(error.answer(), Some(said));
+        assert_eq!(
+            error.to_string(),
+            format!("w1: {}", said.replace('\t', " "))
+        );
+
+        let long = refused(LinkKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
+        assert_eq!(long.answer().unwrap().chars().count(), MAX_ANSWER);
+    }
+
+    #[test]
+    fn what_ours_says_is_put_in_words_of_go() {
+        let error = refused(LinkKind::Quic, "");
+        assert_eq!(
+            error.answer(),
+            Some("dial tcp: lookup web.svc: no such host")
+        );
+        let sentence = CloseReason::NameNotFound.to_string();
+        assert_eq!(error.to_string(), format!("w1: {sentence}"));
     }
 }

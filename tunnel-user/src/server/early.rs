@@ -66,16 +66,18 @@ impl EarlyBytes {
     }
 
     /// Reads the client and, if it may, gives the stream what there is; until one of them ends.
-    /// Cancelling loses nothing: what was done stands in `self` and `cursor`.
+    /// Without a stream nothing is given before the dial is answered. Cancelling loses nothing:
+    /// what was done stands in `self` and `cursor`.
     pub(super) async fn pump(
         &mut self,
         local: &impl LocalSocket,
-        send: &mut impl SendHalf,
+        mut send: Option<&mut impl SendHalf>,
         cursor: &mut Cursor,
     ) -> EarlyEnd {
         loop {
             if self.policy == Early::Send
-                && let Err(end) = self.give(send, cursor).await
+                && let Some(send) = &mut send
+                && let Err(end) = self.give(*send, cursor).await
             {
                 return EarlyEnd::Stream(end);
             }

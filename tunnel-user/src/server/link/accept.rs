@@ -13,7 +13,7 @@ use tunnel_proto::session::{ServerSession, Timers};
 use super::{QuicLink, session};
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
-use crate::server::routes::{LinkInfo, Path, Probe};
+use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::transport::control_stream::{ControlStream, Shared};
 use crate::transport::{error_code, link_reason, peer_identity};
@@ -71,7 +71,12 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         remote: probed.remote_address(),
         rtt: probed.rtt(),
     }));
-    let info = LinkInfo::new(shard.next_link(), shard.index, identity, probe);
+    let info = LinkInfo::new(
+        (shard.next_link(), shard.index),
+        LinkKind::Quic,
+        (identity, Trust::Granted),
+        probe,
+    );
     let link = Rc::new(QuicLink {
         connection: connection.clone(),
         session,

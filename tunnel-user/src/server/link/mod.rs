@@ -1,12 +1,90 @@
 //! Links: what a connected agent looks like to a dial, whatever it speaks.
 //!
-//! A link opens streams, as the two halves in [`crate::datapath::stream`]; it lives on one shard and
-//! never leaves it. QUIC is the one kind there is: [`accept()`] lets an agent in, [`session`] listens
-//! to it, [`QuicLink`] is what dials use.
+//! A link carries dials, each as the two halves in [`crate::datapath::stream`]; it lives on one
+//! shard and never leaves it. [`accept()`] lets agents in over QUIC, [`session`] listens to them;
+//! [`konnectivity`] does both for agents of Konnectivity.
 
 mod accept;
+pub(super) mod konnectivity;
 mod quic;
 mod session;
+mod stream;
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::DialRequest;
+
+use super::routes::LinkInfo;
 
 pub(super) use accept::accept;
+pub(super) use konnectivity::KonnectivityLink;
 pub(super) use quic::QuicLink;
+use session::report;
+pub(super) use stream::{LinkRecv, LinkSend};
+
+/// A connected agent.
+#[derive(Clone, Debug)]
+pub(super) enum Link {
+    /// Over QUIC: each dial has a stream of its own.
+    Quic(Rc<QuicLink>),
+    /// Over gRPC: all dials share one stream.
+    Konnectivity(Rc<KonnectivityLink>),
+}
+
+impl Link {
+    /// What others may know of it.
+    pub(super) fn info(&self) -> &Arc<LinkInfo> {
+        match self {
+            Self::Quic(link) => &link.info,
+            Self::Konnectivity(link) => &link.info,
+        }
+    }
+
+    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
+    pub(super) fn silenced(&self) -> &Notify {
+        match self {
+            Self::Quic(link) => &link.silenced,
+            Self::Konnectivity(link) => &link.silenced,
+        }
+    }
+
+    /// Whether bytes may follow a request before it is answered.
+    pub(super) fn sends_early(&self) -> bool {
+        match self {
+            Self::Quic(_) => true,
+            // There is no connection yet that they could belong to.
+            Self::Konnectivity(_) => false,
+        }
+    }
+
+    /// Sends `request`. May wait for the agent's permission, so bound it.
+    ///
+    /// # Errors
+    /// Why the link is gone.
+    pub(super) async fn open(
+        &self,
+        request: &DialRequest,
+    ) -> Result<(LinkSend, LinkRecv), CloseReason> {
+        match self {
+            Self::Quic(link) => {
+                let (send, recv) = link.open(request).await?;
+                Ok((LinkSend::Quic(send), LinkRecv::Quic(recv)))
+            }
+            Self::Konnectivity(link) => {
+                let (send, recv) = link.open(request)?;
+                Ok((LinkSend::Konnectivity(send), LinkRecv::Konnectivity(recv)))
+            }
+        }
+    }
+
+    /// Ends the link and everything on it.
+    pub(super) fn close(&self, reason: CloseReason) {
+        match self {
+            Self::Quic(link) => link.close(reason),
+            Self::Konnectivity(link) => link.close(reason),
+        }
+    }
+}

@@ -4,11 +4,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::BytesMut;
 use quinn::Connection;
 use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::DialRequest;
 use tunnel_proto::session::ServerSession;
 
+use crate::datapath::stream::{SendEnd, SendHalf};
 use crate::server::routes::LinkInfo;
 use crate::transport::control_stream::Shared;
 use crate::transport::stream::{Recv, Send};
@@ -26,20 +29,29 @@ pub(crate) struct QuicLink {
 }
 
 impl QuicLink {
-    /// Opens a stream. Waits for the agent's permission when [`MAX_DIALS`] are open, so bound it.
+    /// Opens a stream and sends `request` on it. Waits for the agent's permission when
+    /// [`MAX_DIALS`] are open, so bound it.
     ///
     /// [`MAX_DIALS`]: crate::transport::endpoint::MAX_DIALS
     ///
     /// # Errors
     /// Why the tunnel is gone.
-    pub(crate) async fn open(&self) -> Result<(Send, Recv), CloseReason> {
+    pub(crate) async fn open(&self, request: &DialRequest) -> Result<(Send, Recv), CloseReason> {
         self.session.note_traffic(Instant::now());
         let (send, recv) = self
             .connection
             .open_bi()
             .await
             .map_err(|e| link_reason(&e))?;
-        Ok((Send::new(send), Recv::new(recv)))
+        let (mut send, recv) = (Send::new(send), Recv::new(recv));
+        let mut preface = BytesMut::new();
+        request.encode(&mut preface);
+        let sent = send.send(&mut preface.freeze()).await;
+        sent.map_err(|end| match end {
+            SendEnd::Acknowledged => CloseReason::Internal,
+            SendEnd::Stopped(reason) | SendEnd::Link(reason) => reason,
+        })?;
+        Ok((send, recv))
     }
 
     /// Ends the link and everything on it.

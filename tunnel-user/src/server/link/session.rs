@@ -10,9 +10,10 @@ use tunnel_proto::session::{
     Hello, Refusal, ServerEvent, ServerSession, SessionError, Timers, Welcome,
 };
 
-use super::QuicLink;
+use super::{Link, QuicLink};
 use crate::process::lifecycle::Phase;
 use crate::server::shard::Shard;
+use crate::tls::Identity;
 use crate::transport::control_stream::{ControlEnd, ControlStream};
 use crate::transport::link_reason;
 
@@ -61,7 +62,7 @@ async fn handle(
         ServerEvent::Hello(hello) => return welcome(shard, link, hello).await,
         ServerEvent::Offer(offer) => {
             if let Some(verdict) = shard.control.offer(info.id, offer).await {
-                report(shard, link, &verdict.refused);
+                report(shard, &link.info.identity, &verdict.refused);
                 link.session
                     .with(|s| s.verdict(verdict.accepted, verdict.refused))?;
             }
@@ -99,7 +100,10 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
     }
     make_room(shard, link);
     // Before the routes are in force: a dial may come at once.
-    shard.links.borrow_mut().insert(link.info.id, link.clone());
+    shard
+        .links
+        .borrow_mut()
+        .insert(link.info.id, Link::Quic(link.clone()));
     let offered = hello.offer.len();
     let connect = shard
         .control
@@ -109,7 +113,7 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
             .session
             .with(|s| s.refuse(CloseReason::Shutdown, "the server is ending")));
     };
-    report(shard, link, &verdict.refused);
+    report(shard, &link.info.identity, &verdict.refused);
     tracing::info!(
         agent = %link.info.identity, remote = %link.connection.remote_address(), instance = %hello.instance_id,
         version = %hello.software_version, offered, accepted = verdict.accepted.len(),
@@ -128,7 +132,7 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
 }
 
 /// Counts refused claims and says so in one line: an agent may offer a thousand.
-fn report(shard: &Shard, link: &QuicLink, refused: &[Refusal]) {
+pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
     };
@@ -139,7 +143,7 @@ fn report(shard: &Shard, link: &QuicLink, refused: &[Refusal]) {
         .map(|r| r.claim.as_str())
         .collect();
     tracing::warn!(
-        agent = %link.info.identity, refused = refused.len(), claims = claims.join(" "), why = %first.why,
+        agent = %identity, refused = refused.len(), claims = claims.join(" "), why = %first.why,
         "claims refused; `cpc status` shows all"
     );
 }
@@ -150,10 +154,10 @@ fn make_room(shard: &Shard, link: &QuicLink) {
     let links = shard.links.borrow();
     let mut own: Vec<_> = links
         .values()
-        .filter(|l| l.info.identity == link.info.identity)
+        .filter(|l| l.info().identity == link.info.identity)
         .collect();
     if own.len() >= MAX_LINKS {
-        own.sort_by_key(|link| link.info.id);
+        own.sort_by_key(|link| link.info().id);
         tracing::warn!(agent = %link.info.identity, "too many tunnels of one agent, the oldest ends");
         own[0].close(CloseReason::Replaced);
     }

@@ -1,0 +1,193 @@
+//! Taking agents in: connections, their bounds, and the calls on them.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::CertificateDer;
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+use tunnel_proto::konnectivity::CONNECT;
+
+use super::door::Door;
+use super::server_ids::ServerIds;
+use super::session;
+use crate::process::gate::{Entered, Gate};
+use crate::server::shard::Shard;
+use crate::transport::grpc::server::{ServeError, serve};
+use crate::transport::grpc::{Settings, tcp};
+
+/// A peer that has not finished TLS by then is dropped.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections at once of which no agent has come yet; above it strangers are reset.
+const MAX_STRANGERS: usize = 1024;
+
+/// A connection without a call is ended after that, or after twice that at most.
+const UNUSED: Duration = Duration::from_secs(15);
+
+/// Bytes that may wait in the kernel to be sent: what stands before a packet delays it.
+const UNSENT: u32 = 128 << 10;
+
+/// How often is looked whether all connections have ended.
+const LEAVE_POLL: Duration = Duration::from_millis(10);
+
+/// How long a listener rests when there are no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The agents of one shard.
+pub(in crate::server) struct Agents {
+    pub(super) shard: Rc<Shard>,
+    pub(super) door: Door,
+    pub(super) ids: Rc<ServerIds>,
+    settings: Settings,
+    strangers: Gate,
+    connections: Gate,
+    ending: Notify,
+}
+
+/// A connection that agents may call on.
+pub(super) struct Peer {
+    /// Where it comes from.
+    pub remote: SocketAddr,
+    /// Its verified certificate.
+    pub certificate: Option<CertificateDer<'static>>,
+    /// The socket, to be looked at.
+    pub socket: Arc<OwnedFd>,
+    /// Its calls.
+    pub calls: Gate,
+    /// Given back with the first agent.
+    stranger: RefCell<Option<Entered>>,
+}
+
+impl Peer {
+    /// An agent has come of it.
+    pub(super) fn is_known(&self) {
+        self.stranger.take();
+    }
+}
+
+impl Agents {
+    /// None yet.
+    pub(in crate::server) fn new(shard: Rc<Shard>, door: Door) -> Rc<Self> {
+        let ids = ServerIds::new(door.server_ids.clone());
+        let settings = Settings {
+            keepalive: Some(door.keepalive),
+            // An agent needs one; a stranger may fill its window.
+            streams: 1,
+            ..Settings::AGENT
+        };
+        Rc::new(Self {
+            shard,
+            door,
+            ids,
+            settings,
+            strangers: Gate::new(MAX_STRANGERS),
+            connections: Gate::new(usize::MAX),
+            ending: Notify::new(),
+        })
+    }
+
+    /// Ends the connections whose streams have ended, and waits until all have.
+    pub(in crate::server) async fn leave(&self) {
+        self.ending.notify_waiters();
+        while self.connections.inside() > 0 {
+            sleep(LEAVE_POLL).await;
+        }
+    }
+
+    /// Accepts for ever.
+    pub(in crate::server) async fn accept(self: Rc<Self>, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((socket, remote)) => match self.strangers.enter() {
+                    Some(stranger) => {
+                        let serving = self.clone().serve(socket, remote, stranger);
+                        tokio::task::spawn_local(serving);
+                    }
+                    None => {
+                        self.shard.metrics.handshake_failed("overload");
+                        tracing::warn!(%remote, "too many handshakes at once, connection is closed");
+                    }
+                },
+                Err(error) => {
+                    tracing::warn!(
+                        %error, "can't accept agents; are there enough file descriptors (ulimit -n)?"
+                    );
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one connection to its end.
+    async fn serve(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, stranger: Entered) {
+        let _counted = self.connections.enter();
+        // Not while we drain: an agent drops a server that says so, with all its connections.
+        let ending = self.ending.notified();
+        let failed = |why, error: &dyn std::fmt::Display| {
+            self.shard.metrics.handshake_failed(why);
+            tracing::warn!(%remote, %error, "agent's handshake failed");
+        };
+        let secured = async {
+            let watched = Arc::new(watched(&socket)?);
+            let tls = self.door.tls.acceptor().accept(socket).await?;
+            Ok::<_, io::Error>((tls, watched))
+        };
+        let (tls, socket) = match timeout(HANDSHAKE_TIMEOUT, secured).await {
+            Ok(Ok(secured)) => secured,
+            Ok(Err(error)) => return failed("tls", &error),
+            Err(_) => return failed("timeout", &"it was not finished in time"),
+        };
+        let certificates = tls.get_ref().1.peer_certificates();
+        let peer = Rc::new(Peer {
+            remote,
+            certificate: certificates.and_then(|chain| chain.first()).cloned(),
+            socket,
+            calls: Gate::new(self.settings.streams as usize),
+            stranger: RefCell::new(Some(stranger)),
+        });
+        let on_call = |call| {
+            // HTTP/2 bounds them by the same number.
+            if let Some(entered) = peer.calls.enter() {
+                let session = session::serve(self.clone(), peer.clone(), call);
+                tokio::task::spawn_local(async move {
+                    session.await;
+                    drop(entered);
+                });
+            }
+        };
+        let served = serve(tls, &self.settings, CONNECT, ending, on_call);
+        tokio::select! {
+            served = served => match served {
+                Err(error @ ServeError::Handshake) => failed("timeout", &error),
+                Err(error) => tracing::debug!(%remote, %error, "agent's connection ended"),
+                Ok(()) => {}
+            },
+            () = unused(&peer.calls) => tracing::debug!(%remote, "connection without a call ends"),
+        }
+    }
+}
+
+/// Prepares a socket, and returns it once more, to be looked at.
+fn watched(socket: &TcpStream) -> io::Result<OwnedFd> {
+    tcp::prepare(socket)?;
+    SockRef::from(socket).set_tcp_notsent_lowat(UNSENT)?;
+    socket.as_fd().try_clone_to_owned()
+}
+
+/// Waits until a connection has stood there without a call.
+async fn unused(calls: &Gate) {
+    loop {
+        sleep(UNUSED).await;
+        if calls.inside() == 0 {
+            return;
+        }
+    }
+}
