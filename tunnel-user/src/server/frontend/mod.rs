@@ -1,14 +1,17 @@
 //! Ways in: each accepts clients, learns where they want to go, dials, answers in its own manner
 //! and relays.
 
-pub(super) mod http_connect;
+mod answers;
+mod grpc;
+mod http_connect;
+pub(super) mod listener;
 pub(super) mod redirect;
 mod tls;
 
 pub(super) use tls::FrontendTls;
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tunnel_proto::close::CloseReason;
 
@@ -21,8 +24,13 @@ use crate::telemetry::metrics::Closer;
 /// How long a listener rests when there are no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Relays a client that was dialled for, and writes its record at the end.
-async fn serve(shard: &Rc<Shard>, record: Record, local: impl LocalSocket, dialled: Dialled) {
+/// Relays a client that was dialled for, and writes its record at the end. Returns why it ended.
+async fn serve(
+    shard: &Rc<Shard>,
+    record: Record,
+    local: impl LocalSocket,
+    dialled: Dialled,
+) -> CloseReason {
     let Dialled {
         send,
         recv,
@@ -37,13 +45,17 @@ async fn serve(shard: &Rc<Shard>, record: Record, local: impl LocalSocket, diall
         local_is_client: true,
     };
     meter.outbound(given);
+    let metrics = &shard.metrics.konnectivity;
+    let (_established, since) = (metrics.established(), Instant::now());
     let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
+    metrics.ended(since.elapsed());
     let closer = match ending.by {
         ClosedBy::Local => Closer::Client,
         ClosedBy::Remote => Closer::Target,
         ClosedBy::Link => Closer::Tunnel,
     };
     record.end(closer, ending.reason, &ending.reason, &shard.metrics.dials);
+    ending.reason
 }
 
 /// Writes the record of a dial that failed.

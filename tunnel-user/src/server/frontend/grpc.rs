@@ -1,0 +1,233 @@
+//! Konnectivity's `ProxyService`, on a Unix socket and on TCP with mutual TLS: what kube-apiserver's
+//! egress selector speaks in its mode GRPC, and any program that uses Konnectivity's client library.
+//!
+//! One stream is one connection, and an HTTP/2 connection may carry many. The first packet is
+//! DIAL_REQ; its answer, DIAL_RSP, comes before the target's first byte. Then DATA either way, each
+//! with HTTP/2's credit for back-pressure: a client that stops reading stalls its stream alone.
+//!
+//! The protocol has no half-close. Either side's end is the end of both directions, yet what was
+//! sent before it still arrives: a client's CLOSE_REQ is answered at once, and the target gets its
+//! end of file behind all data; a target's end becomes CLOSE_RSP behind all data. A connection that
+//! broke is told from one that ended: its CLOSE_RSP carries an error, and the call the status
+//! UNAVAILABLE, or that of the client's own fault.
+
+mod socket;
+
+use std::borrow::Cow;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tracing::Instrument;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::{PROXY, Packet, text};
+use tunnel_proto::preface::Destination;
+
+use self::socket::ProxySocket;
+use super::{failed, overloaded, serve};
+use crate::process::lifecycle;
+use crate::server::dial::{DialError, connection_id, dial};
+use crate::server::early::{Early, EarlyBytes};
+use crate::server::shard::Shard;
+use crate::telemetry::access::Record;
+use crate::telemetry::metrics::FrontendKind;
+use crate::tls::TrustDomain;
+use crate::transport::grpc::server::{Call, serve as serve_http2};
+use crate::transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
+
+/// A stream without DIAL_REQ by then is ended; and so is one that the client leaves open for so
+/// long after its dial has failed.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a client may take to notice the end of a call.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// Serves one HTTP/2 connection.
+pub(super) async fn connection(
+    shard: &Rc<Shard>,
+    tenant: &TrustDomain,
+    client: Option<String>,
+    io: impl AsyncRead + AsyncWrite + Unpin,
+) {
+    let stopping = lifecycle::stopping(shard.phase.clone());
+    let on_call = |call| {
+        let (shard, tenant, client) = (shard.clone(), tenant.clone(), client.clone());
+        tokio::task::spawn_local(async move { stream(&shard, &tenant, client, call).await });
+    };
+    if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
+        tracing::debug!(client = client.as_deref(), %error, "gRPC client has left");
+    }
+}
+
+/// What a client wants.
+struct Dial {
+    protocol: String,
+    address: String,
+    random: i64,
+}
+
+async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<String>, call: Call) {
+    let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
+        return;
+    };
+    match timeout(REQUEST_TIMEOUT, read_dial(&mut sender, &mut receiver)).await {
+        Ok(Ok(Some(request))) => {
+            let socket = ProxySocket::new(sender, receiver, request.random);
+            serve_dial(shard, tenant, client, &request, &socket).await;
+        }
+        Ok(Ok(None)) => {
+            drain(&mut receiver).await;
+            sender.finish(&Status::ok());
+        }
+        Ok(Err(end)) => {
+            tracing::debug!(client = client.as_deref(), error = %end, "no DIAL_REQ");
+            sender.finish(&end.status());
+        }
+        Err(_) => sender.finish(&Status::new(
+            Code::DEADLINE_EXCEEDED,
+            "DIAL_REQ did not arrive in time",
+        )),
+    }
+}
+
+/// Waits for the request to dial. `None`: there will be none.
+async fn read_dial(
+    sender: &mut PacketSender,
+    receiver: &mut PacketReceiver,
+) -> Result<Option<Dial>, StreamEnd> {
+    let mut close = async |connect_id, error: &str| {
+        let error = error.to_owned();
+        let mut answer = Packet::CloseResponse { error, connect_id }.frame();
+        sender.send(&mut answer).await
+    };
+    loop {
+        match receiver.next().await? {
+            Some(Packet::DialRequest {
+                protocol,
+                address,
+                random,
+            }) => {
+                return Ok(Some(Dial {
+                    protocol,
+                    address,
+                    random,
+                }));
+            }
+            Some(Packet::CloseRequest { connect_id }) => {
+                close(connect_id, text::CLOSE_BEFORE_DIAL).await?;
+            }
+            Some(Packet::Data { connect_id, .. }) => {
+                close(connect_id, text::DATA_BEFORE_DIAL).await?;
+                return Ok(None);
+            }
+            Some(_) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+/// Dials, answers, relays, and ends the call.
+async fn serve_dial(
+    shard: &Rc<Shard>,
+    tenant: &TrustDomain,
+    client: Option<String>,
+    request: &Dial,
+    socket: &ProxySocket,
+) {
+    let destination = match destination(request) {
+        Ok(destination) => destination,
+        Err(error) => return refuse(socket, &error).await,
+    };
+    let mut record = Record::new(connection_id(), FrontendKind::Grpc, destination);
+    record.client = client;
+    let Some(admitted) = shard.admit() else {
+        let error = overloaded(shard);
+        failed(shard, &record, &error);
+        return refuse(socket, &error.to_string()).await;
+    };
+    let early = EarlyBytes::new(Early::Hold, Bytes::new());
+    let span = record.span();
+    let served = async {
+        match dial(shard, &mut record, tenant, &socket, early).await {
+            Ok(dialled) => {
+                record.reached(&shard.metrics.dials);
+                // A client that is gone by now shows in the relay as well; so does one that takes no
+                // answer, once there is something for it.
+                let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
+                let reason = serve(shard, record, socket, dialled).await;
+                socket.end(&socket.close(reason));
+                // It counts until its last words have left: a process that drains waits for that.
+                let _ = timeout(GOODBYE, socket.left()).await;
+            }
+            Err(error) => {
+                failed(shard, &record, &error);
+                drop(admitted);
+                refuse(socket, explain(&error).as_ref()).await;
+            }
+        }
+    };
+    served.instrument(span).await
+}
+
+fn destination(request: &Dial) -> Result<Destination, String> {
+    if request.protocol != "tcp" {
+        let protocol = request.protocol.escape_debug();
+        return Err(format!("dial {protocol}: only tcp is served here"));
+    }
+    let destination = request.address.parse::<Destination>();
+    destination.map_err(|error| format!("dial tcp: {error}"))
+}
+
+/// The error of DIAL_RSP: in the words that Konnectivity's programs look for, where there are any.
+fn explain(error: &DialError) -> Cow<'_, str> {
+    match (error.reason, error.answer()) {
+        (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
+            text::NO_AGENT.into()
+        }
+        (_, Some(answer)) => answer.into(),
+        _ if error.is_too_late() => text::DIAL_TIMEOUT.into(),
+        _ => error.to_string().into(),
+    }
+}
+
+/// Says that the dial has failed, and waits until the client has taken note: it ends the stream.
+async fn refuse(socket: &ProxySocket, error: &str) {
+    // One that reads nothing has left, or will not learn it.
+    let _ = timeout(REQUEST_TIMEOUT, socket.refused(error)).await;
+    socket.end(&socket.fault().unwrap_or_else(Status::ok));
+}
+
+/// Throws away what a client still sends on a stream that nothing more will come of.
+async fn drain(receiver: &mut PacketReceiver) {
+    let drained = async { while let Ok(Some(_)) = receiver.next().await {} };
+    let _ = timeout(REQUEST_TIMEOUT, drained).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::routes::LinkKind;
+    use crate::telemetry::metrics::Closer;
+
+    #[test]
+    fn a_failed_dial_is_told_in_the_words_of_konnectivity() {
+        for (reason, by, expected) in [
+            (CloseReason::NoRoute, Closer::Server, text::NO_AGENT),
+            (CloseReason::NoAgent, Closer::Server, text::NO_AGENT),
+            (CloseReason::DialTimeout, Closer::Target, text::DIAL_TIMEOUT),
+            (CloseReason::LinkLost, Closer::Tunnel, "why"),
+            (CloseReason::Overloaded, Closer::Server, "why"),
+        ] {
+            assert_eq!(explain(&DialError::new(reason, by, "why")), expected);
+        }
+        // The agent's own limit.
+        let said = "dial tcp 10.0.0.1:80: i/o timeout";
+        let (agent, destination) = ((LinkKind::Konnectivity, "w1"), "10.0.0.1:80");
+        let destination = destination.parse().unwrap();
+        let reason = CloseReason::DialTimeout;
+        let error = DialError::refused(agent, &destination, reason, said.into());
+        assert_eq!(explain(&error), said);
+    }
+}
