@@ -6,25 +6,40 @@ use std::os::unix::net::UnixListener;
 
 use super::ServerError;
 use super::frontend::FrontendTls;
-use super::frontend::http_connect::bind_unix;
+use super::frontend::listener::{Protocol, bind_unix};
+use super::link::konnectivity::AgentTls;
 use crate::config::ServerConfig;
-use crate::config::server::HttpConnectConfig;
+use crate::config::frontend::FrontendConfig;
 use crate::process::inherited::Inherited;
 use crate::tls::TrustDomain;
 use crate::transport::socket::{bind, enlarge};
 
 /// Sockets that listen.
 pub(super) struct Bound {
-    /// The tunnel's.
-    pub udp: UdpSocket,
-    /// Health for load balancers, at the tunnel's port.
-    pub health: TcpListener,
+    /// The tunnel's, if there is one.
+    pub udp: Option<UdpSocket>,
+    /// Health for load balancers, at the tunnel's port, unless agents come there over gRPC.
+    pub health: Option<TcpListener>,
     /// Everything that is to be seen.
     pub admin: TcpListener,
-    /// HTTP CONNECT on Unix sockets.
+    /// Health as Konnectivity's programs tell it.
+    pub probes: Option<TcpListener>,
+    /// Frontends on Unix sockets.
     pub unix: Vec<UnixBound>,
-    /// HTTP CONNECT on TCP with TLS.
+    /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
+    /// Agents of Konnectivity.
+    pub agents: Option<AgentsBound>,
+}
+
+/// The socket for agents of Konnectivity, and its TLS.
+pub(super) struct AgentsBound {
+    /// The socket.
+    pub listener: TcpListener,
+    /// The tenant that its agents are.
+    pub tenant: TrustDomain,
+    /// Certificates.
+    pub tls: AgentTls,
 }
 
 /// A Unix socket, and the tenant that its callers are.
@@ -33,6 +48,8 @@ pub(super) struct UnixBound {
     pub listener: UnixListener,
     /// The tenant.
     pub tenant: TrustDomain,
+    /// What they speak.
+    pub protocol: Protocol,
 }
 
 /// A TCP socket, its TLS, and the tenant that its callers are.
@@ -41,6 +58,8 @@ pub(super) struct TlsBound {
     pub listener: TcpListener,
     /// The tenant.
     pub tenant: TrustDomain,
+    /// What they speak.
+    pub protocol: Protocol,
     /// Certificates.
     pub tls: FrontendTls,
 }
@@ -55,46 +74,96 @@ impl Bound {
         own: &TrustDomain,
         inherited: &mut Inherited,
     ) -> Result<Self, ServerError> {
-        let udp = match inherited.udp(config.listen) {
-            Some(udp) => {
-                enlarge(&udp);
-                udp
+        let (mut udp, mut health) = (None, None);
+        if config.tls.cert.is_some() {
+            udp = Some(tunnel(inherited, config.listen)?);
+            let konnectivity = config.konnectivity.as_ref().map(|k| k.listen.port());
+            // Agents of both kinds may come to one number: then a load balancer's TCP check meets
+            // those that speak gRPC.
+            if konnectivity != Some(config.listen.port()) {
+                health = Some(listen(inherited, config.listen)?);
             }
-            None => named(format!("UDP {}", config.listen), bind(config.listen))?,
-        };
+        }
         let mut bound = Self {
             udp,
-            health: listen(inherited, config.listen)?,
+            health,
             admin: listen(inherited, config.admin)?,
+            probes: config
+                .health
+                .map(|addr| listen(inherited, addr))
+                .transpose()?,
             unix: Vec::new(),
             tls: Vec::new(),
+            agents: None,
         };
+        if let Some(konnectivity) = &config.konnectivity {
+            let listener = listen(inherited, konnectivity.listen)?;
+            let tenant = konnectivity.tenant.as_ref().unwrap_or(own).clone();
+            let own = (config.tls.cert.as_deref(), config.tls.key.as_deref());
+            let tls = AgentTls::load(konnectivity, own, tenant.clone())?;
+            bound.agents = Some(AgentsBound {
+                listener,
+                tenant,
+                tls,
+            });
+        }
         for frontend in &config.frontends.http_connect {
-            let tenant = |given: &Option<TrustDomain>| given.as_ref().unwrap_or(own).clone();
-            match frontend {
-                HttpConnectConfig::Unix(frontend) => {
-                    let name = format!("Unix socket {}", frontend.unix.display());
-                    let listener = match inherited.unix(&frontend.unix) {
-                        Some(listener) => listener,
-                        None => named(name, bind_unix(frontend))?,
-                    };
-                    let tenant = tenant(&frontend.tenant);
-                    bound.unix.push(UnixBound { listener, tenant });
-                }
-                HttpConnectConfig::Tcp(frontend) => {
-                    let listener = listen(inherited, frontend.tcp)?;
-                    let tenant = tenant(&frontend.tenant);
-                    let tls = FrontendTls::load(frontend.clone(), tenant.clone())?;
-                    bound.tls.push(TlsBound {
-                        listener,
-                        tenant,
-                        tls,
-                    });
-                }
-            }
+            bound.frontend(
+                frontend,
+                Protocol::HttpConnect(frontend.answers()),
+                own,
+                inherited,
+            )?;
+        }
+        for frontend in &config.frontends.grpc {
+            bound.frontend(frontend, Protocol::Grpc, own, inherited)?;
         }
         Ok(bound)
     }
+
+    fn frontend(
+        &mut self,
+        config: &FrontendConfig,
+        protocol: Protocol,
+        own: &TrustDomain,
+        inherited: &mut Inherited,
+    ) -> Result<(), ServerError> {
+        let tenant = |given: &Option<TrustDomain>| given.as_ref().unwrap_or(own).clone();
+        match config {
+            FrontendConfig::Unix(frontend) => {
+                let name = format!("Unix socket {}", frontend.unix.display());
+                let listener = match inherited.unix(&frontend.unix) {
+                    Some(listener) => listener,
+                    None => named(name, bind_unix(frontend))?,
+                };
+                self.unix.push(UnixBound {
+                    listener,
+                    tenant: tenant(&frontend.tenant),
+                    protocol,
+                });
+            }
+            FrontendConfig::Tcp(frontend) => {
+                let listener = listen(inherited, frontend.tcp)?;
+                let tenant = tenant(&frontend.tenant);
+                let tls = FrontendTls::load(frontend.clone(), tenant.clone(), protocol)?;
+                self.tls.push(TlsBound {
+                    listener,
+                    tenant,
+                    protocol,
+                    tls,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn tunnel(inherited: &mut Inherited, addr: SocketAddr) -> Result<UdpSocket, ServerError> {
+    if let Some(udp) = inherited.udp(addr) {
+        enlarge(&udp);
+        return Ok(udp);
+    }
+    named(format!("UDP {addr}"), bind(addr))
 }
 
 fn listen(inherited: &mut Inherited, addr: SocketAddr) -> Result<TcpListener, ServerError> {

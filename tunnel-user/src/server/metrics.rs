@@ -5,7 +5,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-use crate::telemetry::metrics::DialMetrics;
+use crate::config::ServerConfig;
+use crate::telemetry::konnectivity::ProxyServerMetrics;
+use crate::telemetry::metrics::{DialMetrics, ours};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FailureLabels {
@@ -24,16 +26,24 @@ pub(super) struct ServerMetrics {
     pub claims_refused: Counter,
     /// Redirected connections whose origin was not known, and which were reset.
     pub origins_missing: Counter,
+    /// What proxy-server counts.
+    pub konnectivity: ProxyServerMetrics,
     handshakes: Family<FailureLabels, Counter>,
 }
 
 impl ServerMetrics {
-    /// Registers them.
-    pub(super) fn register(registry: &mut Registry, log_access: bool) -> Self {
+    /// Registers them; those of Konnectivity where there is anything of it.
+    pub(super) fn register(registry: &mut Registry, config: &ServerConfig) -> Self {
+        let konnectivity = ProxyServerMetrics::default();
+        if config.is_konnectivity() {
+            konnectivity.register(registry);
+        }
+        let registry = ours(registry);
         let metrics = Self {
-            dials: DialMetrics::register(registry, log_access),
+            dials: DialMetrics::register(registry, config.log.access),
             claims_refused: Counter::default(),
             origins_missing: Counter::default(),
+            konnectivity,
             handshakes: Family::default(),
         };
         registry.register(

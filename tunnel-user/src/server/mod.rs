@@ -17,6 +17,7 @@ mod dial;
 mod early;
 mod frontend;
 pub mod grants;
+mod leases;
 mod link;
 mod metrics;
 pub mod registry;
@@ -36,20 +37,22 @@ use tunnel_proto::session::InstanceId;
 use crate::admin::{self, Admin};
 use crate::config::{ConfigError, ServerConfig};
 use crate::datapath::Budget;
+use crate::kubernetes::AccessError;
 use crate::process::inherited::Inherited;
 use crate::process::lifecycle::{self, Phase, Pulse};
 use crate::process::{host, memory};
 use crate::redirect::{Redirect, RedirectError};
 use crate::telemetry::logging::LogHandle;
-use crate::telemetry::metrics::registry;
+use crate::tls::identity::name_of;
 use crate::tls::material::MaterialError;
-use crate::tls::{Material, Role, provider};
+use crate::tls::{Identity, Material, Role, provider};
 use crate::transport::endpoint::{EndpointError, STREAM_HELD};
 use crate::transport::secret::{Secret, SecretError};
 use attachments::{Attachments, kernel_routes};
 use bind::Bound;
 use control::Control;
 use grants::Grants;
+use link::konnectivity::Door;
 use metrics::ServerMetrics;
 use registry::Registry;
 use serve::Start;
@@ -84,6 +87,9 @@ pub enum ServerError {
         /// What the system says.
         why: io::Error,
     },
+    /// The Kubernetes API.
+    #[error(transparent)]
+    Kubernetes(#[from] AccessError),
     /// Something that the system should have given.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -91,6 +97,45 @@ pub enum ServerError {
     #[error("a shard has ended by itself; its panic is above")]
     Shard,
 }
+
+/// What tunnels over QUIC need.
+struct Tunnel {
+    material: Arc<Material>,
+    secret: Secret,
+}
+
+impl Tunnel {
+    /// `None` where no certificate is configured.
+    fn load(config: &ServerConfig) -> Result<Option<Self>, ServerError> {
+        if config.tls.cert.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            material: Material::load(config.tls.files()?, Role::Server, provider())?,
+            secret: Secret::load_or_create(&config.state_dir)?,
+        }))
+    }
+}
+
+/// Who we are: what our certificate says, or without one what is configured.
+fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identity, ConfigError> {
+    if let Some(tunnel) = tunnel {
+        return Ok(tunnel.material.identity());
+    }
+    let tenant = config.konnectivity.as_ref().and_then(|k| k.tenant.clone());
+    let tenant = tenant.map_or_else(|| DEFAULT_TENANT.parse(), Ok);
+    let identity = tenant.and_then(|tenant| {
+        let name = name_of(config.server_id.as_deref().unwrap_or_default());
+        Identity::new(tenant, Role::Server, &name)
+    });
+    identity.map_err(|e| ConfigError::Value {
+        key: "server_id",
+        why: e.to_string(),
+    })
+}
+
+/// The tenant of a server that has no certificate to name one.
+const DEFAULT_TENANT: &str = "cluster.local";
 
 /// Runs a server until it is told to stop. `reread` gives the configuration anew on SIGHUP.
 ///
@@ -104,10 +149,10 @@ pub async fn run(
 ) -> Result<(), ServerError> {
     config.check()?;
     host::raise_file_limit(config.limits.connections);
-    let material = Material::load(config.tls.files()?, Role::Server, provider())?;
-    let secret = Secret::load_or_create(&config.state_dir)?;
-    let identity = material.identity();
+    let tunnel = Tunnel::load(&config)?;
+    let identity = own_identity(&config, tunnel.as_ref())?;
     let own = identity.trust_domain.clone();
+    let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
     let grants = Grants::new(&config.policy)?;
 
     let mut hangups = lifecycle::hangups()?;
@@ -115,14 +160,16 @@ pub async fn run(
     let (attached, accepting) = Attachments::attach(&config.redirect, &own, &mut inherited)?;
     inherited.report_leftovers();
 
-    let mut metrics = registry();
-    let server_metrics = ServerMetrics::register(&mut metrics, config.log.access);
+    let mut metrics = prometheus_client::registry::Registry::default();
+    let server_metrics = ServerMetrics::register(&mut metrics, &config);
     let publish: control::Publish = if config.redirect.attachments.is_empty() {
         Box::new(|_| {})
     } else {
         kernel_routes(Redirect::new(&config.redirect.pin).routes()?)
     };
-    let control = Control::new(Registry::new(grants, config.limits.forget), publish);
+    let strategies = &config.routing.strategies;
+    let registered = Registry::new(grants, strategies, config.limits.forget);
+    let control = Control::new(registered, publish);
     let (phase, phases) = watch::channel(Phase::Running);
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
@@ -142,17 +189,26 @@ pub async fn run(
     for frontend in &bound.tls {
         tokio::spawn(frontend.tls.clone().watch());
     }
+    let mut agents = None;
+    if let (Some(konnectivity), Some(bound)) = (&config.konnectivity, bound.agents) {
+        tokio::spawn(bound.tls.clone().watch());
+        agents = Some((
+            bound.listener,
+            Door::new(konnectivity, &common.server_id, bound.tls, bound.tenant).await?,
+        ));
+    }
     let pulse = Pulse::default();
     let start = Start {
         common: common.clone(),
-        material: material.clone(),
-        secret,
-        udp: bound.udp,
+        tunnel: tunnel.zip(bound.udp),
         accepting,
         unix: bound.unix,
         tls: bound.tls,
+        agents,
         pulse: pulse.clone(),
     };
+    let calls = common.metrics.konnectivity.leases.clone();
+    let leases = leases::hold(&config, &common.server_id, calls, phases.clone()).await?;
     let (started, starting) = oneshot::channel();
     // Dropped with the shard, however it ends.
     let (alive, mut shard_ended) = watch::channel(());
@@ -165,12 +221,23 @@ pub async fn run(
 
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     tokio::spawn(admin::serve(bound.admin, admin.clone().router()));
-    tokio::spawn(admin::serve(bound.health, admin.health_router()));
-    tokio::spawn(material.watch(|| {}));
+    if let Some(probes) = bound.probes {
+        let pages = admin::konnectivity::server_router(admin.clone());
+        tokio::spawn(admin::serve(probes, pages));
+    }
+    if let Some(health) = bound.health {
+        tokio::spawn(admin::serve(health, admin.health_router()));
+    }
+    if let Some(material) = material {
+        tokio::spawn(material.watch(|| {}));
+    }
     tokio::spawn(lifecycle::watchdog(pulse));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(attachments::forward_log(config.redirect.clone()));
-    tracing::info!(%listening, %identity, admin = %config.admin, "server is up");
+    tracing::info!(
+        tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
+        "server is up"
+    );
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
     let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
@@ -194,12 +261,15 @@ pub async fn run(
         let _ = shard_lost.changed().await;
     });
     tokio::select! {
-        done = lifecycle::until_stopped(&phase, config.limits.drain, idle) => done?,
+        done = lifecycle::until_stopped(&phase, Some(config.limits.drain), idle) => done?,
         () = reload => {}
         () = lost => return Err(ServerError::Shard),
     }
     // Its last words are short: the shard ends its links and returns.
     let _ = thread.join();
+    if let Some(leases) = leases {
+        let _ = leases.await;
+    }
     tracing::info!("server has ended");
     Ok(())
 }

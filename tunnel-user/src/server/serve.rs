@@ -1,8 +1,7 @@
 //! What runs on a shard: its endpoint, its accept loops, and their end.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::Endpoint;
@@ -10,18 +9,19 @@ use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 
-use super::ServerError;
 use super::attachments::Accepting;
 use super::bind::{TlsBound, UnixBound};
-use super::frontend::{http_connect, redirect};
+use super::frontend::listener::{self, Protocol, Service};
+use super::frontend::redirect;
 use super::link;
+use super::link::konnectivity::{Agents, Door};
 use super::shard::{Common, Shard};
+use super::{ServerError, Tunnel};
 use crate::datapath::socket::prepare_listener;
 use crate::process::host;
 use crate::process::lifecycle::{self, Pulse};
-use crate::tls::Material;
-use crate::transport::endpoint;
-use crate::transport::secret::Secret;
+use crate::tls::TrustDomain;
+use crate::transport::{endpoint, error_code};
 
 /// How often a draining shard looks whether its connections have ended.
 const IDLE_POLL: Duration = Duration::from_millis(50);
@@ -33,34 +33,40 @@ const GOODBYE: Duration = Duration::from_millis(500);
 pub(super) struct Start {
     /// What every shard knows.
     pub common: Common,
-    /// Our certificate.
-    pub material: Arc<Material>,
-    /// Our secret.
-    pub secret: Secret,
-    /// The tunnel's socket.
-    pub udp: UdpSocket,
+    /// The tunnel and its socket.
+    pub tunnel: Option<(Tunnel, UdpSocket)>,
     /// Attachments of the redirect.
     pub accepting: Vec<Accepting>,
-    /// HTTP CONNECT on Unix sockets.
+    /// Frontends on Unix sockets.
     pub unix: Vec<UnixBound>,
-    /// HTTP CONNECT on TCP with TLS.
+    /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
+    /// Where agents of Konnectivity come in.
+    pub agents: Option<(TcpListener, Door)>,
     /// Our sign of life.
     pub pulse: Pulse,
 }
 
+/// Where a shard's tunnel listens, or why it did not start.
+pub(super) type Started = Result<Option<SocketAddr>, ServerError>;
+
 /// Runs a shard from start to end; `started` is told where it listens.
-pub(super) async fn run(start: Start, started: oneshot::Sender<Result<SocketAddr, ServerError>>) {
+pub(super) async fn run(start: Start, started: oneshot::Sender<Started>) {
     let phase = start.common.phase.clone();
     tokio::task::spawn_local(start.pulse.clone().beat());
-    let (shard, endpoint) = match open(start) {
+    let Open {
+        shard,
+        endpoint,
+        agents,
+    } = match open(start) {
         Ok(opened) => opened,
         Err(error) => {
             let _ = started.send(Err(error));
             return;
         }
     };
-    let _ = started.send(endpoint.local_addr().map_err(ServerError::Io));
+    let listening = endpoint.as_ref().map(Endpoint::local_addr).transpose();
+    let _ = started.send(listening.map_err(ServerError::Io));
     let idle = async {
         lifecycle::stopping(phase.clone()).await;
         while !shard.is_idle() {
@@ -71,16 +77,33 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<SocketAddr
         () = idle => CloseReason::Shutdown,
         () = lifecycle::ended(phase.clone()) => CloseReason::Drained,
     };
-    shard.close_links(&endpoint, reason);
-    // For the goodbyes; agents that are away get a stateless reset from whoever comes next.
-    let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
+    shard.close_links(reason);
+    if let Some(endpoint) = endpoint {
+        endpoint.close(error_code(reason), reason.label().as_bytes());
+        // For the goodbyes; agents that are away get a stateless reset from whoever comes next.
+        let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
+    }
+    if let Some(agents) = agents {
+        let _ = timeout(GOODBYE, agents.leave()).await;
+    }
 }
 
-fn open(start: Start) -> Result<(Rc<Shard>, Endpoint), ServerError> {
-    let opened = endpoint::server(start.udp, &start.material, &start.secret, 0)?;
-    host::complain(&opened.complaints);
+/// What runs on a shard and must be told of its end.
+struct Open {
+    shard: Rc<Shard>,
+    endpoint: Option<Endpoint>,
+    agents: Option<Rc<Agents>>,
+}
+
+fn open(start: Start) -> Result<Open, ServerError> {
     let shard = Shard::new(0, start.common);
-    tokio::task::spawn_local(link::accept(shard.clone(), opened.endpoint.clone()));
+    let mut endpoint = None;
+    if let Some((tunnel, udp)) = start.tunnel {
+        let opened = endpoint::server(udp, &tunnel.material, &tunnel.secret, 0)?;
+        host::complain(&opened.complaints);
+        tokio::task::spawn_local(link::accept(shard.clone(), opened.endpoint.clone()));
+        endpoint = Some(opened.endpoint);
+    }
     for Accepting {
         name,
         tenant,
@@ -105,27 +128,47 @@ fn open(start: Start) -> Result<(Rc<Shard>, Endpoint), ServerError> {
             until_stopping(&shard, accept);
         }
     }
-    for UnixBound { listener, tenant } in start.unix {
+    for UnixBound {
+        listener,
+        tenant,
+        protocol,
+    } in start.unix
+    {
         let listener = tokio::net::UnixListener::from_std(listener)?;
-        until_stopping(
-            &shard,
-            http_connect::accept_unix(shard.clone(), tenant, listener),
-        );
+        let service = service(&shard, tenant, protocol);
+        until_stopping(&shard, listener::accept_unix(service, listener));
     }
     for TlsBound {
         listener,
         tenant,
+        protocol,
         tls,
     } in start.tls
     {
-        prepare_listener(&listener)?;
+        protocol.prepare(&listener)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        until_stopping(
-            &shard,
-            http_connect::accept_tls(shard.clone(), tenant, listener, tls),
-        );
+        let service = service(&shard, tenant, protocol);
+        until_stopping(&shard, listener::accept_tls(service, listener, tls));
     }
-    Ok((shard, opened.endpoint))
+    let mut agents = None;
+    if let Some((listener, door)) = start.agents {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let door = agents.insert(Agents::new(shard.clone(), door));
+        until_stopping(&shard, door.clone().accept(listener));
+    }
+    Ok(Open {
+        shard,
+        endpoint,
+        agents,
+    })
+}
+
+fn service(shard: &Rc<Shard>, tenant: TrustDomain, protocol: Protocol) -> Rc<Service> {
+    Rc::new(Service {
+        shard: shard.clone(),
+        tenant,
+        protocol,
+    })
 }
 
 /// Runs an endless task until the process drains, and drops what it holds then, a listener first

@@ -7,21 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::metrics::gauge::Gauge;
-use quinn::Endpoint;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::InstanceId;
 
 use super::control::ControlHandle;
-use super::link::QuicLink;
+use super::link::Link;
 use super::metrics::ServerMetrics;
 use super::routes::LinkId;
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
-use crate::transport::error_code;
 
 /// What every shard of a server knows.
 #[derive(Clone)]
@@ -53,7 +51,7 @@ pub(super) struct Shard {
     /// Which one.
     pub index: usize,
     /// The agents that are connected to it.
-    pub links: RefCell<HashMap<LinkId, Rc<QuicLink>>>,
+    pub links: RefCell<HashMap<LinkId, Link>>,
     connections: Gate,
     common: Common,
 }
@@ -101,11 +99,10 @@ impl Shard {
     }
 
     /// Ends every link, and what lives on it.
-    pub(super) fn close_links(&self, endpoint: &Endpoint, reason: CloseReason) {
+    pub(super) fn close_links(&self, reason: CloseReason) {
         for link in self.links.borrow().values() {
             link.close(reason);
         }
-        endpoint.close(error_code(reason), reason.label().as_bytes());
     }
 }
 

@@ -19,6 +19,8 @@ use crate::config::ServerConfig;
 use crate::datapath::Budget;
 use crate::process::lifecycle::Phase;
 use crate::redirect::{self, Redirect};
+use crate::telemetry::konnectivity::ProxyServerMetrics;
+use crate::telemetry::metrics::ours;
 use crate::telemetry::millis;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -37,6 +39,7 @@ pub(super) struct View {
     events: Family<EventLabels, Counter>,
     ready: Gauge,
     stalled: Gauge,
+    konnectivity: ProxyServerMetrics,
 }
 
 impl View {
@@ -57,7 +60,9 @@ impl View {
             events: Family::default(),
             ready: Gauge::default(),
             stalled: Gauge::default(),
+            konnectivity: common.metrics.konnectivity.clone(),
         };
+        let registry = ours(registry);
         registry.register(
             "redirect_events",
             "What the kernel programs did with connects, by attachment",
@@ -123,6 +128,10 @@ impl Source for View {
         self.ready.set(self.ready().is_ok().into());
         self.stalled
             .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
+        let backends = self.control.backends();
+        let by_strategy = backends.by_strategy.iter();
+        let by_strategy = by_strategy.map(|(strategy, count)| (strategy.label(), *count));
+        self.konnectivity.set_backends(backends.all, by_strategy);
         for attachment in self.attachments().unwrap_or_default() {
             for (event, count) in attachment.counters {
                 let labels = EventLabels {
@@ -150,6 +159,7 @@ fn row(session: &SessionView) -> AgentRow {
     let path = (info.probe.0)();
     AgentRow {
         identity: info.identity.to_string(),
+        protocol: info.kind.label().into(),
         address: path.remote.to_string(),
         state: state.into(),
         rtt_ms: millis(path.rtt),
