@@ -5,20 +5,22 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::address::resolve;
-use super::plan::{Plan, Verdict};
-use super::stats::TunnelStats;
-use super::tunnel::{self, DialError, Dialled, Reached, Tunnel, reason_of};
+use super::held::Tunnels;
+use super::plan::{Plan, Verdict, Way, Wire};
+use super::quic::Reached;
+use super::tunnel::{About, DialError, Dialled, End, Tunnel};
 use super::worker::Worker;
+use super::{konnectivity, quic};
+use crate::config::agent::Protocol;
 use crate::process::lifecycle;
-use crate::transport::control_stream::ControlEnd;
 
 /// How often names are resolved anew.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -26,103 +28,93 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
 /// A resolver that has not answered by then is asked again later.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A tunnel, for people.
-#[derive(Clone, Debug)]
-pub(super) struct TunnelView {
-    /// Which server.
-    pub server_id: Arc<str>,
-    /// Where it was reached.
-    pub address: SocketAddr,
-    /// How it does.
-    pub stats: Arc<TunnelStats>,
-    /// Its path.
-    pub connection: quinn::Connection,
-}
-
-/// The tunnels that are held, for people. Written by the connector.
-#[derive(Debug, Default)]
-pub(super) struct Tunnels {
-    held: Mutex<HashMap<u64, TunnelView>>,
-    server_count: std::sync::atomic::AtomicU32,
-}
-
-impl Tunnels {
-    /// All of them, by server.
-    pub(super) fn view(&self) -> Vec<TunnelView> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut view: Vec<_> = held.values().cloned().collect();
-        view.sort_by(|a, b| a.server_id.cmp(&b.server_id));
-        view
-    }
-
-    /// Whether a server is reached.
-    pub(super) fn any_live(&self) -> bool {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.values().any(|tunnel| tunnel.stats.is_live())
-    }
-
-    /// How many servers there are, as the last one said.
-    pub(super) fn server_count(&self) -> u32 {
-        self.server_count.load(std::sync::atomic::Ordering::Relaxed)
-    }
+/// Where servers are found.
+pub(super) struct Servers {
+    /// "host:port", and what is spoken there.
+    pub addresses: Vec<(Rc<str>, Protocol)>,
+    /// How many proxy-servers there are by their leases, where those are watched.
+    pub leases: watch::Receiver<Option<u32>>,
+    /// Whether what proxy-servers say counts as well.
+    pub count_both: bool,
 }
 
 enum Event {
-    Resolved(String, io::Result<Vec<SocketAddr>>),
-    Reached(SocketAddr, Box<Reached>),
-    Dialled(SocketAddr, Box<Result<Dialled, DialError>>),
+    Resolved(Rc<str>, io::Result<Vec<SocketAddr>>),
+    Reached(Way, Box<Reached>),
+    Dialled(Way, Box<Result<Dialled, DialError>>),
     Changed(u64),
-    Ended(u64, ControlEnd),
+    Ended(u64, End),
 }
 
 /// Connects for ever, until the process drains; then waits for the end and closes everything.
-pub(super) async fn run(worker: Rc<Worker>, servers: Vec<String>, view: Arc<Tunnels>) {
+pub(super) async fn run(worker: Rc<Worker>, servers: Servers, view: Arc<Tunnels>) {
+    let Servers {
+        addresses,
+        leases,
+        count_both,
+    } = servers;
+    let mut plan = Plan::default();
+    if count_both {
+        plan.count_both();
+    }
     let (events, inbox) = mpsc::unbounded_channel();
     let mut connector = Connector {
         worker: worker.clone(),
-        plan: Plan::default(),
+        plan,
         tunnels: HashMap::new(),
         complaints: HashMap::new(),
-        addresses: HashMap::new(),
+        names: HashMap::new(),
         unresolved: HashSet::new(),
         last: 0,
         events,
         view,
     };
-    for server in servers {
+    for (server, protocol) in addresses {
+        connector
+            .names
+            .insert(server.clone(), (protocol, Vec::new()));
         tokio::task::spawn_local(keep_resolving(server, connector.events.clone()));
     }
-    connector.connect(inbox, worker).await;
+    connector.connect(inbox, leases, worker).await;
 }
 
 struct Connector {
     worker: Rc<Worker>,
     plan: Plan,
-    tunnels: HashMap<u64, Rc<Tunnel>>,
-    complaints: HashMap<SocketAddr, String>,
-    addresses: HashMap<String, Vec<SocketAddr>>,
-    unresolved: HashSet<String>,
+    tunnels: HashMap<u64, Tunnel>,
+    complaints: HashMap<Way, String>,
+    /// What the names of servers lead to.
+    names: HashMap<Rc<str>, (Protocol, Vec<SocketAddr>)>,
+    unresolved: HashSet<Rc<str>>,
     last: u64,
     events: mpsc::UnboundedSender<Event>,
     view: Arc<Tunnels>,
 }
 
 impl Connector {
-    async fn connect(&mut self, mut inbox: mpsc::UnboundedReceiver<Event>, worker: Rc<Worker>) {
+    async fn connect(
+        &mut self,
+        mut inbox: mpsc::UnboundedReceiver<Event>,
+        mut leases: watch::Receiver<Option<u32>>,
+        worker: Rc<Worker>,
+    ) {
         let stopping = lifecycle::stopping(worker.phase.clone());
         let ended = lifecycle::ended(worker.phase.clone());
         let (mut stopping, mut ended) = (std::pin::pin!(stopping), std::pin::pin!(ended));
         let mut draining = false;
         loop {
             if !draining {
-                for address in self.plan.due(Instant::now()) {
-                    self.dial(address);
+                for way in self.plan.due(Instant::now()) {
+                    self.dial(way);
                 }
             }
+            // Leases change it, a welcome, and a tunnel's end.
+            self.view.set_server_count(self.plan.server_count());
             let next = self.plan.next_timeout().filter(|_| !draining);
             tokio::select! {
                 Some(event) = inbox.recv() => self.handle(event),
                 () = sleep_until(next) => {}
+                Ok(()) = leases.changed() => self.plan.set_leases(*leases.borrow_and_update()),
                 () = &mut stopping, if !draining => draining = true,
                 () = &mut ended => break,
             }
@@ -141,44 +133,67 @@ impl Connector {
         }
     }
 
-    fn dial(&self, address: SocketAddr) {
-        tracing::debug!(%address, "dialling");
+    fn dial(&self, way: Way) {
+        let Way { address, wire } = way;
+        tracing::debug!(%address, protocol = wire.label(), "dialling");
         let (worker, events) = (self.worker.clone(), self.events.clone());
+        let server = self.name_of(way);
         tokio::task::spawn_local(async move {
-            let event = match tunnel::reach(&worker, address).await {
-                Ok(reached) => Event::Reached(address, Box::new(reached)),
-                Err(error) => Event::Dialled(address, Box::new(Err(error))),
+            let event = match reach(&worker, way, server.as_deref()).await {
+                Ok(Progress::Reached(reached)) => Event::Reached(way, reached),
+                Ok(Progress::Dialled(dialled)) => Event::Dialled(way, Box::new(Ok(*dialled))),
+                Err(error) => Event::Dialled(way, Box::new(Err(error))),
             };
             // The connector outlives its dials, except at the very end.
             let _ = events.send(event);
         });
     }
 
-    fn introduce(&self, address: SocketAddr, reached: Reached) {
+    fn introduce(&self, way: Way, reached: Reached) {
         let (worker, events) = (self.worker.clone(), self.events.clone());
         tokio::task::spawn_local(async move {
             let dialled = reached.introduce(&worker).await;
-            let _ = events.send(Event::Dialled(address, Box::new(dialled)));
+            let dialled = dialled.map(Dialled::Quic).map_err(DialError::from);
+            let _ = events.send(Event::Dialled(way, Box::new(dialled)));
         });
     }
 
-    fn resolved(&mut self, server: String, resolved: io::Result<Vec<SocketAddr>>, now: Instant) {
+    /// How the server is called that `way` was resolved from.
+    fn name_of(&self, way: Way) -> Option<Rc<str>> {
+        let leads = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
+            let other = match way.wire {
+                Wire::Quic => Protocol::Konnectivity,
+                Wire::Grpc => Protocol::Quic,
+            };
+            *protocol != other && addresses.contains(&way.address)
+        };
+        let mut names = self.names.iter();
+        let name = names.find_map(|(name, leads_to)| leads(leads_to).then_some(name));
+        name.cloned()
+    }
+
+    fn resolved(&mut self, server: Rc<str>, resolved: io::Result<Vec<SocketAddr>>, now: Instant) {
         match resolved {
             Ok(addresses) => {
                 self.unresolved.remove(&server);
-                self.addresses.insert(server, addresses);
+                if let Some((_, known)) = self.names.get_mut(&server) {
+                    *known = addresses;
+                }
             }
             // What was known before may still be right. Said once, not at every try.
             Err(error) => {
                 if self.unresolved.insert(server.clone()) {
-                    tracing::warn!(server, %error, "name not resolved, asking for ever");
+                    tracing::warn!(%server, %error, "name not resolved, asking for ever");
                 }
                 return;
             }
         }
-        let addresses: Vec<_> = self.addresses.values().flatten().copied().collect();
-        self.complaints
-            .retain(|address, _| addresses.contains(address));
+        let names = self.names.values();
+        let addresses: Vec<_> = names
+            .flat_map(|(protocol, addresses)| addresses.iter().map(|addr| (*addr, *protocol)))
+            .collect();
+        let known = |way: &Way| addresses.iter().any(|(address, _)| *address == way.address);
+        self.complaints.retain(|way, _| known(way));
         self.plan.set_addresses(&addresses, now);
     }
 
@@ -186,116 +201,157 @@ impl Connector {
         let now = Instant::now();
         match event {
             Event::Resolved(server, resolved) => self.resolved(server, resolved, now),
-            Event::Reached(address, reached) => {
+            Event::Reached(way, reached) => {
                 let server = &reached.identity.name;
-                if self.plan.reached(address, server, now, chance()) {
-                    self.introduce(address, *reached);
+                if self.plan.reached(way, server, now, chance()) {
+                    self.introduce(way, *reached);
                 } else {
                     tokio::task::spawn_local(reached.decline(CloseReason::DuplicateServer));
                 }
             }
-            Event::Dialled(address, dialled) => match *dialled {
-                Ok(dialled) => self.welcomed(address, dialled, now),
+            Event::Dialled(way, dialled) => match *dialled {
+                Ok(dialled) => self.welcomed(way, dialled, now),
                 Err(error) => {
-                    self.plan.failed(address, now, chance());
-                    self.complain(address, &error);
+                    self.plan.failed(way, now, chance());
+                    self.complain(way, &error);
                 }
             },
             Event::Changed(number) => {
-                let Some(tunnel) = self.tunnels.get(&number) else {
+                let Some(tunnel) = self.tunnels.get(&number).cloned() else {
                     return;
                 };
-                let live = tunnel.stats.is_live();
-                self.plan.changed(&tunnel.server_id, number, live);
-                if live && !self.plan.holds(&tunnel.server_id, number) {
-                    tokio::task::spawn_local(tunnel.clone().retire());
+                let About {
+                    server_id, stats, ..
+                } = tunnel.about();
+                let (wire, live) = (tunnel.wire(), stats.is_live());
+                self.plan.changed(wire, server_id, number, live, now);
+                if live && !self.plan.holds(wire, server_id, number) {
+                    tokio::task::spawn_local(tunnel.retire());
+                } else {
+                    self.retire_superseded();
                 }
             }
             Event::Ended(number, end) => {
                 let Some(tunnel) = self.tunnels.remove(&number) else {
                     return;
                 };
-                tracing::warn!(
-                    server = %tunnel.server_id, address = %tunnel.address,
-                    reason = reason_of(&end).label(), why = %end, "tunnel ended"
-                );
-                self.held().remove(&number);
-                self.plan.ended(&tunnel.server_id, number, now, chance());
+                let About { server_id, way, .. } = tunnel.about();
+                let (address, protocol) = (way.address, way.wire.label());
+                let (reason, why) = (end.reason.label(), end.why);
+                if end.reason == CloseReason::Replaced || self.worker.is_draining() {
+                    tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
+                } else {
+                    tracing::warn!(server = %server_id, %address, protocol, reason, %why, "tunnel ended");
+                }
+                self.view.remove(number);
+                let (wire, chance) = (way.wire, chance());
+                self.plan.ended(wire, server_id, number, now, chance);
             }
         }
     }
 
-    fn welcomed(&mut self, address: SocketAddr, dialled: Dialled, now: Instant) {
+    fn welcomed(&mut self, way: Way, dialled: Dialled, now: Instant) {
         self.last += 1;
         let number = self.last;
-        let tunnel = dialled.tunnel.clone();
-        let server = (tunnel.server_id.clone(), tunnel.server_instance, number);
-        let count = dialled.server_count;
-        let verdict = self.plan.welcomed(address, server, count, now, chance());
-        self.view
-            .server_count
-            .store(count, std::sync::atomic::Ordering::Relaxed);
+        let tunnel = dialled.tunnel();
+        let About {
+            server_id, stats, ..
+        } = tunnel.about();
+        let leads = dialled.leads();
+        let verdict = self.plan.welcomed(way, number, leads, now, chance());
         if let Verdict::Conflict(other) = verdict {
-            let id = &tunnel.server_id;
             self.complain(
-                address,
-                &format_args!("{other} is a server {id} too; give each an id of its own"),
+                way,
+                &format_args!("{other} is a server {server_id} too; give each an id of its own"),
             );
         } else {
-            self.complaints.remove(&address);
+            self.complaints.remove(&way);
         }
+        let worker = self.worker.clone();
         if verdict != Verdict::Keep {
-            tokio::task::spawn_local(dialled.decline(CloseReason::DuplicateServer));
+            let declined = dialled.decline(worker, CloseReason::DuplicateServer);
+            tokio::task::spawn_local(declined);
             return;
         }
-        let refused = tunnel
-            .stats
+        let refused = stats
             .refused
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         if let Some(first) = refused.first() {
             tracing::warn!(
-                server = %tunnel.server_id, refused = refused.len(), claim = %first.claim, why = %first.why,
+                server = %server_id, refused = refused.len(), claim = %first.claim, why = %first.why,
                 "the server refuses claims; `cpc status` shows all"
             );
         }
-        tracing::info!(server = %tunnel.server_id, %address, servers = count, "tunnel is up");
-        let view = TunnelView {
-            server_id: tunnel.server_id.clone(),
-            address,
-            stats: tunnel.stats.clone(),
-            connection: tunnel.connection.clone(),
-        };
-        self.held().insert(number, view);
+        tracing::info!(
+            server = %server_id, address = %way.address, protocol = way.wire.label(),
+            servers = self.plan.server_count(), "tunnel is up"
+        );
+        self.view.insert(number, &tunnel);
         self.tunnels.insert(number, tunnel);
-        let (worker, events) = (self.worker.clone(), self.events.clone());
+        let events = self.events.clone();
         tokio::task::spawn_local(async move {
             let changed = || drop(events.send(Event::Changed(number)));
             let end = dialled.serve(worker, changed).await;
             let _ = events.send(Event::Ended(number, end));
         });
+        self.retire_superseded();
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, HashMap<u64, TunnelView>> {
-        self.view
-            .held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Once for each kind of trouble with an address, not at every try.
-    fn complain(&mut self, address: SocketAddr, error: &dyn fmt::Display) {
-        let text = error.to_string();
-        if self.complaints.get(&address) != Some(&text) {
-            tracing::warn!(%address, error = %text, "server not reached, trying for ever");
-            self.complaints.insert(address, text);
+    /// Lets go of gRPC where QUIC does the same: what lives on it lives on.
+    fn retire_superseded(&mut self) {
+        for number in self.plan.superseded() {
+            if let Some(tunnel) = self.tunnels.get(&number) {
+                let About { server_id, way, .. } = tunnel.about();
+                tracing::info!(server = %server_id, address = %way.address, "QUIC takes over");
+                tokio::task::spawn_local(tunnel.clone().retire());
+            }
         }
+    }
+
+    /// Once for each kind of trouble with a way, not at every try. That a server does not speak
+    /// QUIC is no trouble where the other protocol leads to it.
+    fn complain(&mut self, way: Way, error: &dyn fmt::Display) {
+        let text = error.to_string();
+        if self.complaints.get(&way) == Some(&text) {
+            return;
+        }
+        let Way { address, wire } = way;
+        let protocol = wire.label();
+        let reached = |tunnel: &Tunnel| tunnel.about().way.address == address;
+        if self.tunnels.values().any(reached) {
+            tracing::info!(%address, protocol, error = %text, "server not reached this way, trying for ever");
+        } else {
+            tracing::warn!(%address, protocol, error = %text, "server not reached, trying for ever");
+        }
+        self.complaints.insert(way, text);
+    }
+}
+
+/// How far a dial has come.
+enum Progress {
+    Reached(Box<Reached>),
+    Dialled(Box<Dialled>),
+}
+
+async fn reach(worker: &Worker, way: Way, server: Option<&str>) -> Result<Progress, DialError> {
+    match (way.wire, &worker.material, &worker.konnectivity, server) {
+        (Wire::Quic, Some(material), _, _) => {
+            let reached = quic::reach(material, way.address).await?;
+            Ok(Progress::Reached(Box::new(reached)))
+        }
+        (Wire::Grpc, _, Some(client), Some(server)) => {
+            let metrics = &worker.proxy_metrics.streams;
+            let dialled = konnectivity::dial(client, way, server, metrics).await?;
+            Ok(Progress::Dialled(Box::new(Dialled::Grpc(dialled))))
+        }
+        _ => Err(DialError::NotConfigured),
     }
 }
 
 /// Resolves one name again and again, apart from the others: one that hangs delays nobody.
-async fn keep_resolving(server: String, events: mpsc::UnboundedSender<Event>) {
+async fn keep_resolving(server: Rc<str>, events: mpsc::UnboundedSender<Event>) {
     loop {
         let resolved = timeout(RESOLVE_TIMEOUT, resolve(&server)).await;
         let resolved = resolved.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));

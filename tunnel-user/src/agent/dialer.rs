@@ -16,11 +16,12 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
 use super::stats::{OnTunnel, TunnelStats};
-use super::worker::Worker;
+use super::worker::{Admitted, Worker};
 use crate::datapath::socket::prepare;
-use crate::datapath::stream::{SendEnd, SendHalf};
+use crate::datapath::stream::{RecvHalf, SendEnd, SendHalf};
 use crate::datapath::{ClosedBy, Outbound, relay};
 use crate::telemetry::access::{ConnectionMeter, Record};
+use crate::telemetry::konnectivity::DialTrouble;
 use crate::telemetry::metrics::{Closer, FrontendKind};
 use crate::transport::stream::{HeadError, Recv, Send};
 
@@ -34,7 +35,40 @@ struct Failure {
     detail: String,
 }
 
-/// Serves one stream that a server has opened.
+/// The half of a stream on which a server is answered what became of its dial.
+pub(super) trait Answer: SendHalf {
+    /// Whether the server asks another agent when we say that we drain.
+    const ASKS_OTHERS: bool;
+
+    /// Says what became of the dial; a refusal ends the stream. A server that is gone shows in what
+    /// follows.
+    fn answer(&mut self, response: DialResponse) -> impl Future<Output = ()>;
+
+    /// Makes a target fit for what the tunnel expects of it.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn fit(&self, target: &TcpStream) -> io::Result<()>;
+}
+
+impl Answer for Send {
+    const ASKS_OTHERS: bool = true;
+
+    async fn answer(&mut self, response: DialResponse) {
+        let mut bytes = BytesMut::new();
+        response.encode(&mut bytes);
+        let _ = self.send(&mut bytes.freeze()).await;
+        if response != DialResponse::Connected {
+            self.finish();
+        }
+    }
+
+    fn fit(&self, _target: &TcpStream) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Serves one QUIC stream that a server has opened.
 pub(super) async fn serve(
     worker: Rc<Worker>,
     (server_id, stats): (Arc<str>, Arc<TunnelStats>),
@@ -49,33 +83,54 @@ pub(super) async fn serve(
                 reason: error.reason(),
                 detail: error.to_string(),
             };
-            answer(&mut send, &refused).await;
-            return send.finish();
+            return send.answer(refused).await;
         }
         // Given up by the server, or with the tunnel: nobody is there to be answered.
         Ok(Err(HeadError::End(_))) | Err(_) => return,
     };
+    connection(&worker, (&server_id, &stats), &request, (send, recv)).await;
+}
+
+/// Dials for a request, answers and relays.
+pub(super) async fn connection(
+    worker: &Worker,
+    (server_id, stats): (&str, &TunnelStats),
+    request: &DialRequest,
+    halves: (impl Answer, impl RecvHalf),
+) {
     let mut record = Record::new(
         request.id,
         FrontendKind::Tunnel,
         request.destination.clone(),
     );
-    record.peer = Some(server_id.to_string());
+    record.peer = Some(server_id.to_owned());
     let span = record.span();
-    let served = connection(&worker, &stats, &request, record, (send, recv));
+    let served = dial_and_relay(worker, stats, request, record, halves);
     served.instrument(span).await;
 }
 
-/// Dials for a request, answers and relays.
-async fn connection(
-    worker: &Rc<Worker>,
+async fn dial_and_relay<S: Answer>(
+    worker: &Worker,
     stats: &TunnelStats,
     request: &DialRequest,
     mut record: Record,
-    (mut send, recv): (Send, Recv),
+    (mut send, recv): (S, impl RecvHalf),
 ) {
     let dialled = {
-        let connected = admit_and_connect(worker, request);
+        let connected = async {
+            if S::ASKS_OTHERS && worker.is_draining() {
+                return Err(Failure {
+                    reason: CloseReason::Draining,
+                    detail: "the agent is ending".into(),
+                });
+            }
+            let (socket, admitted) = admit_and_connect(worker, request).await?;
+            send.fit(&socket).map_err(|error| Failure {
+                reason: CloseReason::DialFailed,
+                detail: error.to_string(),
+            })?;
+            Ok((socket, admitted))
+        };
         tokio::select! {
             connected = connected => connected,
             // The client has gone, or the server gives up: so do we.
@@ -96,14 +151,13 @@ async fn connection(
         Ok(dialled) => dialled,
         Err(Failure { reason, detail }) => {
             record.end(Closer::Agent, reason, &detail, &worker.metrics);
-            answer(&mut send, &DialResponse::Refused { reason, detail }).await;
-            return send.finish();
+            return send.answer(DialResponse::Refused { reason, detail }).await;
         }
     };
-    answer(&mut send, &DialResponse::Connected).await;
+    send.answer(DialResponse::Connected).await;
     record.reached(&worker.metrics);
 
-    let _on_tunnel = OnTunnel::new(stats);
+    let (_on_tunnel, _open) = (OnTunnel::new(stats), worker.proxy_metrics.endpoint());
     let meter = ConnectionMeter {
         bytes: &record.bytes,
         totals: &stats.totals,
@@ -127,30 +181,32 @@ async fn connection(
     record.end(closer, ending.reason, &ending.reason, &worker.metrics);
 }
 
-async fn answer(send: &mut Send, response: &DialResponse) {
-    let mut bytes = BytesMut::new();
-    response.encode(&mut bytes);
-    // A server that is gone shows in what follows.
-    let _ = send.send(&mut bytes.freeze()).await;
-}
-
 async fn admit_and_connect(
-    worker: &Rc<Worker>,
+    worker: &Worker,
     request: &DialRequest,
-) -> Result<(TcpStream, super::worker::Admitted), Failure> {
+) -> Result<(TcpStream, Admitted), Failure> {
     let admitted = worker
         .admit()
         .map_err(|(reason, detail)| Failure { reason, detail })?;
-    let deadline = Instant::now() + request.deadline;
+    let start = Instant::now();
+    let deadline = start + request.deadline;
     let connected = connect(worker, &request.destination, deadline);
-    let socket = timeout_at(deadline, connected).await.unwrap_or_else(|_| {
+    let connected = timeout_at(deadline, connected).await.unwrap_or_else(|_| {
         let detail = format!("{} did not answer in time", request.destination);
         Err(Failure {
             reason: CloseReason::DialTimeout,
             detail,
         })
-    })?;
-    Ok((socket, admitted))
+    });
+    let metrics = &worker.proxy_metrics;
+    match &connected {
+        Ok(_) => metrics.dialled(start.elapsed()),
+        Err(failure) if failure.reason == CloseReason::DialTimeout => {
+            metrics.dial_failed(DialTrouble::Timeout);
+        }
+        Err(_) => metrics.dial_failed(DialTrouble::Unknown),
+    }
+    Ok((connected?, admitted))
 }
 
 async fn connect(

@@ -31,6 +31,17 @@ const GUARDED: [&str; 13] = [
     "::ffff:0:0/96",
 ];
 
+/// Rules that allow everything, what is guarded too.
+pub fn everything() -> Vec<Rule> {
+    let rule = |net: &&str| {
+        let cidr = net.parse().ok()?;
+        let ports = Vec::new();
+        Some(Rule { cidr, ports })
+    };
+    let all = ["0.0.0.0/0", "::/0"];
+    all.iter().chain(&GUARDED).filter_map(rule).collect()
+}
+
 /// An agent's allow-list.
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -113,5 +124,14 @@ mod tests {
             assert!(!allows(&wide, addr, 80), "{addr}");
         }
         assert!(allows(&policy(&["127.0.0.1:80"]), "127.0.0.1", 80));
+        let all = Policy::new(Some(everything()), &[]);
+        for net in GUARDED {
+            let net: IpNet = net.parse().unwrap();
+            assert!(
+                all.allows(net.network(), 80) && all.allows(net.broadcast(), 80),
+                "{net}"
+            );
+        }
+        assert!(allows(&all, "10.1.2.3", 80) && allows(&all, "2001:db8::1", 80));
     }
 }

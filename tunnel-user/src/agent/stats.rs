@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use tunnel_proto::route::Claim;
-use tunnel_proto::session::{Refusal, Welcome};
+use tunnel_proto::session::Refusal;
 
 use crate::telemetry::access::Totals;
 
@@ -29,8 +29,8 @@ pub(super) struct TunnelStats {
 }
 
 impl TunnelStats {
-    /// Of a fresh tunnel.
-    pub(super) fn new(welcome: &Welcome) -> Self {
+    /// Of a fresh tunnel, with what the server says to our offer.
+    pub(super) fn new(accepted: &[Claim], refused: Vec<Refusal>) -> Self {
         let stats = Self {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
@@ -40,7 +40,7 @@ impl TunnelStats {
             refused: Mutex::default(),
             accepted: Mutex::default(),
         };
-        stats.set_verdict(&welcome.accepted, welcome.refused.clone());
+        stats.set_verdict(accepted, refused);
         stats
     }
 

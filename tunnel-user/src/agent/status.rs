@@ -9,12 +9,14 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
-use super::connector::{TunnelView, Tunnels};
+use super::held::{TunnelView, Tunnels};
 use super::policy::Policy;
+use super::tunnel::About;
 use crate::admin::Source;
 use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
 use crate::datapath::Budget;
 use crate::process::lifecycle::Phase;
+use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::millis;
 
 /// Looks at a running agent.
@@ -26,6 +28,7 @@ pub(super) struct View {
     phase: watch::Receiver<Phase>,
     servers: Gauge,
     stalled: Gauge,
+    proxy_metrics: ProxyAgentMetrics,
 }
 
 impl View {
@@ -37,6 +40,7 @@ impl View {
         policy: Arc<ArcSwap<Policy>>,
         budget: Budget,
         phase: watch::Receiver<Phase>,
+        proxy_metrics: ProxyAgentMetrics,
     ) -> Self {
         let (servers, stalled) = (Gauge::default(), Gauge::default());
         registry.register(
@@ -57,6 +61,7 @@ impl View {
             phase,
             servers,
             stalled,
+            proxy_metrics,
         }
     }
 }
@@ -90,16 +95,22 @@ impl Source for View {
             .tunnels
             .view()
             .iter()
-            .filter(|tunnel| tunnel.stats.is_live())
+            .filter(|tunnel| tunnel.about.stats.is_live())
             .count();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
+        let known = self.tunnels.server_count().max(1);
+        self.proxy_metrics.set_servers(live, known as usize);
         self.stalled
             .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
     }
 }
 
 fn row(tunnel: &TunnelView) -> ServerRow {
-    let stats = &tunnel.stats;
+    let About {
+        server_id,
+        way,
+        stats,
+    } = &tunnel.about;
     let state = if stats.silent.load(Ordering::Relaxed) {
         "silent"
     } else if stats.draining.load(Ordering::Relaxed) {
@@ -109,10 +120,11 @@ fn row(tunnel: &TunnelView) -> ServerRow {
     };
     let refused = stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
     ServerRow {
-        server_id: tunnel.server_id.to_string(),
-        address: tunnel.address.to_string(),
+        server_id: server_id.to_string(),
+        address: way.address.to_string(),
+        protocol: way.wire.label().into(),
         state: state.into(),
-        rtt_ms: millis(tunnel.connection.rtt()),
+        rtt_ms: tunnel.rtt().map(millis),
         streams: stats.streams.load(Ordering::Relaxed),
         up_bytes: stats.totals.up.load(Ordering::Relaxed),
         down_bytes: stats.totals.down.load(Ordering::Relaxed),

@@ -1,305 +1,159 @@
-//! One tunnel: dial a server, introduce ourselves, serve the streams that it opens.
+//! A tunnel, whatever it speaks.
 
-use std::net::SocketAddr;
+use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use quinn::{Connection, ConnectionError, Endpoint};
-use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::control::VERSION;
-use tunnel_proto::session::{AgentEvent, AgentSession, Hello, InstanceId, SessionError, Timers};
 
-use super::dialer;
+use super::plan::{Leads, Way, Wire};
 use super::stats::TunnelStats;
 use super::worker::Worker;
-use crate::process::host;
-use crate::process::lifecycle::Phase;
-use crate::tls::Identity;
-use crate::tls::identity::IdentityError;
-use crate::transport::control_stream::{ControlEnd, ControlStream, Shared};
-use crate::transport::endpoint::{self, EndpointError};
-use crate::transport::{error_code, link_reason, peer_identity};
-
-/// A server that has not finished its handshake by then is tried again later.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+use super::{konnectivity, quic};
 
 /// How often a tunnel that is to end looks whether its streams have.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// What a server is told of a tunnel that will end with its last stream: not before long.
-const RETIREMENT: Duration = Duration::from_secs(24 * 3600);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Room that a goodbye is given to arrive.
-const GOODBYE: Duration = Duration::from_millis(500);
+pub(super) const GOODBYE: Duration = Duration::from_millis(500);
+
+/// What a tunnel is.
+#[derive(Clone, Debug)]
+pub(super) struct About {
+    /// Which server it leads to.
+    pub server_id: Arc<str>,
+    /// Which way.
+    pub way: Way,
+    /// How it does.
+    pub stats: Arc<TunnelStats>,
+}
+
+/// An established tunnel.
+#[derive(Clone, Debug)]
+pub(super) enum Tunnel {
+    /// Over QUIC.
+    Quic(Rc<quic::Tunnel>),
+    /// Over gRPC.
+    Grpc(Rc<konnectivity::Tunnel>),
+}
+
+/// An established tunnel that is not served yet.
+pub(super) enum Dialled {
+    /// Over QUIC.
+    Quic(quic::Dialled),
+    /// Over gRPC.
+    Grpc(konnectivity::Dialled),
+}
 
 /// Why a tunnel did not come to be.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DialError {
-    /// No socket.
+    /// Over QUIC.
     #[error(transparent)]
-    Endpoint(#[from] EndpointError),
-    /// quinn refuses to try.
+    Quic(#[from] quic::DialError),
+    /// Over gRPC.
     #[error(transparent)]
-    Connect(#[from] quinn::ConnectError),
-    /// The handshake failed.
-    #[error(transparent)]
-    Connection(#[from] ConnectionError),
-    /// The handshake took too long.
-    #[error("no answer within {} s; is UDP let through?", HANDSHAKE_TIMEOUT.as_secs())]
-    Timeout,
-    /// The server has no stream for us to introduce ourselves on.
-    #[error("the server allows no control stream")]
-    NoStream,
-    /// The server's certificate has a problem that the verifier let pass.
-    #[error("the server's certificate names nobody: {0}")]
-    Identity(#[from] IdentityError),
-    /// A server is who its certificate says, whatever it says of itself.
-    #[error("{identity} calls itself {claimed}: it was refused")]
-    Impostor {
-        /// Who it is.
-        identity: Identity,
-        /// Whose place it wanted.
-        claimed: String,
-    },
-    /// The session failed.
-    #[error(transparent)]
-    Control(#[from] ControlEnd),
-    /// Our own first message can't be sent.
-    #[error(transparent)]
-    Session(#[from] SessionError),
+    Grpc(#[from] konnectivity::DialError),
+    /// The configuration has nothing to dial with.
+    #[error("the configuration does not say how: `tls` for quic, `konnectivity` for that")]
+    NotConfigured,
 }
 
-/// An established tunnel.
+/// Why a tunnel ended.
 #[derive(Debug)]
-pub(super) struct Tunnel {
-    /// Which server it leads to.
-    pub server_id: Arc<str>,
-    /// That server's process.
-    pub server_instance: InstanceId,
-    /// Where it was reached.
-    pub address: SocketAddr,
+pub(super) struct End {
+    /// For machines.
+    pub reason: CloseReason,
     /// For people.
-    pub stats: Arc<TunnelStats>,
-    /// The connection itself.
-    pub connection: Connection,
-    endpoint: Endpoint,
-    session: Rc<Shared<AgentSession>>,
+    pub why: String,
 }
 
-/// A tunnel that nobody drives yet, and what the server said.
-#[derive(Debug)]
-pub(super) struct Dialled {
-    /// The tunnel.
-    pub tunnel: Rc<Tunnel>,
-    /// How many servers there are.
-    pub server_count: u32,
-    control: ControlStream<AgentSession>,
-}
-
-/// A server that has shown its certificate.
-#[derive(Debug)]
-pub(super) struct Reached {
-    /// Who it is.
-    pub identity: Identity,
-    address: SocketAddr,
-    connection: Connection,
-    endpoint: Endpoint,
-}
-
-/// Dials `address`.
-///
-/// # Errors
-/// [`DialError`].
-pub(super) async fn reach(worker: &Worker, address: SocketAddr) -> Result<Reached, DialError> {
-    let opened = endpoint::client(address, &worker.material)?;
-    host::complain(&opened.complaints);
-    let endpoint = opened.endpoint;
-    // Never checked: a server is known by its identity.
-    let connecting = endpoint.connect(address, "cpc.invalid")?;
-    let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
-        .await
-        .map_err(|_| DialError::Timeout)??;
-    Ok(Reached {
-        identity: peer_identity(&connection)?,
-        address,
-        connection,
-        endpoint,
-    })
-}
-
-impl Reached {
-    /// Ends a connection that is not wanted.
-    pub(super) async fn decline(self, reason: CloseReason) {
-        decline(&self.connection, &self.endpoint, reason).await;
+impl End {
+    pub(super) fn new(reason: CloseReason, why: impl fmt::Display) -> Self {
+        let why = why.to_string();
+        Self { reason, why }
     }
-
-    /// Introduces us and waits to be welcomed.
-    ///
-    /// # Errors
-    /// [`DialError`].
-    pub(super) async fn introduce(self, worker: &Worker) -> Result<Dialled, DialError> {
-        let Self {
-            identity,
-            address,
-            connection,
-            endpoint,
-        } = self;
-        let stream = timeout(HANDSHAKE_TIMEOUT, connection.open_bi())
-            .await
-            .map_err(|_| DialError::NoStream)??;
-        // Before the streams of dials: a heartbeat must not wait for them.
-        let _ = stream.0.set_priority(1);
-        let hello = Hello {
-            version: VERSION,
-            agent_id: worker.node.to_string(),
-            instance_id: worker.instance,
-            node: worker.node.to_string(),
-            software_version: env!("CARGO_PKG_VERSION").into(),
-            features: Vec::new(),
-            offer: worker.offer(),
-        };
-        let session = Shared::new(AgentSession::new(hello, Timers::default(), Instant::now())?);
-        let mut control = ControlStream::new(session.clone(), stream);
-        let welcome = loop {
-            if let AgentEvent::Welcomed(welcome) = control.next().await? {
-                break welcome;
-            }
-        };
-        if *identity.name != *welcome.server_id {
-            let claimed = welcome.server_id;
-            return Err(DialError::Impostor { identity, claimed });
-        }
-        let server_count = welcome.server_count;
-        let tunnel = Rc::new(Tunnel {
-            server_id: welcome.server_id.as_str().into(),
-            server_instance: welcome.instance_id,
-            address,
-            stats: Arc::new(TunnelStats::new(&welcome)),
-            connection,
-            endpoint,
-            session,
-        });
-        Ok(Dialled {
-            tunnel,
-            server_count,
-            control,
-        })
-    }
-}
-
-async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReason) {
-    connection.close(error_code(reason), reason.label().as_bytes());
-    let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
 }
 
 impl Tunnel {
-    /// Ends the tunnel when its last stream has ended: another one took its place while it was
-    /// silent.
-    pub(super) async fn retire(self: Rc<Self>) {
-        let told = self
-            .session
-            .with(|s| s.drain(RETIREMENT, CloseReason::Replaced));
-        while told.is_ok() && self.stats.streams.load(Ordering::Relaxed) > 0 {
-            tokio::time::sleep(LOOK_INTERVAL).await;
+    /// What it is.
+    pub(super) fn about(&self) -> &About {
+        match self {
+            Self::Quic(tunnel) => &tunnel.about,
+            Self::Grpc(tunnel) => &tunnel.about,
         }
-        self.close(CloseReason::Replaced);
     }
 
-    /// Ends the tunnel and everything on it.
+    /// What it speaks.
+    pub(super) fn wire(&self) -> Wire {
+        self.about().way.wire
+    }
+
+    /// Its path, where that can tell how it does.
+    pub(super) fn path(&self) -> Option<quinn::Connection> {
+        match self {
+            Self::Quic(tunnel) => Some(tunnel.connection().clone()),
+            Self::Grpc(_) => None,
+        }
+    }
+
+    /// Ends it and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
-        self.connection
-            .close(error_code(reason), reason.label().as_bytes());
+        match self {
+            Self::Quic(tunnel) => tunnel.close(reason),
+            Self::Grpc(tunnel) => tunnel.close(reason),
+        }
+    }
+
+    /// Ends it when its last stream has ended: another one took its place.
+    pub(super) async fn retire(self) {
+        match self {
+            Self::Quic(tunnel) => tunnel.retire().await,
+            Self::Grpc(tunnel) => tunnel.retire().await,
+        }
     }
 }
 
 impl Dialled {
+    /// The tunnel.
+    pub(super) fn tunnel(&self) -> Tunnel {
+        match self {
+            Self::Quic(dialled) => Tunnel::Quic(dialled.tunnel.clone()),
+            Self::Grpc(dialled) => Tunnel::Grpc(dialled.tunnel.clone()),
+        }
+    }
+
+    /// Where it leads.
+    pub(super) fn leads(&self) -> Leads {
+        let (instance, server_count) = match self {
+            Self::Quic(dialled) => (Some(dialled.tunnel.server_instance), dialled.server_count),
+            Self::Grpc(dialled) => (None, dialled.server_count),
+        };
+        Leads {
+            server: self.tunnel().about().server_id.clone(),
+            instance,
+            server_count,
+        }
+    }
+
     /// Ends a tunnel that is not wanted, and lets the server know.
-    pub(super) async fn decline(self, reason: CloseReason) {
-        decline(&self.tunnel.connection, &self.tunnel.endpoint, reason).await;
+    pub(super) async fn decline(self, worker: Rc<Worker>, reason: CloseReason) {
+        match self {
+            Self::Quic(dialled) => dialled.decline(reason).await,
+            Self::Grpc(dialled) => dialled.decline(worker).await,
+        }
     }
 
     /// Serves the tunnel until it ends, and says why it did. `changed` is called when the server
     /// falls silent, is heard again, or drains.
-    pub(super) async fn serve(mut self, worker: Rc<Worker>, changed: impl Fn()) -> ControlEnd {
-        let tunnel = self.tunnel.clone();
-        let mut serve = worker.serve.clone();
-        let mut phase = worker.phase.clone();
-        let end = loop {
-            tokio::select! {
-                event = self.control.next() => match event {
-                    Ok(event) => tunnel.note(event, &changed),
-                    Err(end) => break end,
-                },
-                stream = tunnel.connection.accept_bi() => match stream {
-                    Ok(stream) => {
-                        tunnel.session.note_traffic(Instant::now());
-                        let who = (tunnel.server_id.clone(), tunnel.stats.clone());
-                        let served = dialer::serve(worker.clone(), who, stream);
-                        tokio::task::spawn_local(served);
-                    }
-                    Err(error) => break error.into(),
-                },
-                Ok(()) = serve.changed() => {
-                    serve.mark_unchanged();
-                    if let Err(error) = tunnel.session.with(|s| s.offer(worker.offer())) {
-                        break error.into();
-                    }
-                }
-                Ok(()) = phase.changed() => {
-                    let phase = *phase.borrow_and_update();
-                    if let Phase::Draining(deadline) = phase {
-                        let left = deadline.saturating_duration_since(Instant::now());
-                        let drained = tunnel.session.with(|s| s.drain(left, CloseReason::Shutdown));
-                        if let Err(error) = drained {
-                            break error.into();
-                        }
-                    }
-                }
+    pub(super) async fn serve(self, worker: Rc<Worker>, changed: impl Fn()) -> End {
+        match self {
+            Self::Quic(dialled) => {
+                let end = dialled.serve(worker, changed).await;
+                End::new(quic::reason_of(&end), end)
             }
-        };
-        if let ControlEnd::Session(_) | ControlEnd::Closed = &end {
-            tunnel
-                .connection
-                .close(error_code(reason_of(&end)), end.to_string().as_bytes());
+            Self::Grpc(dialled) => dialled.serve(worker).await,
         }
-        let _ = timeout(GOODBYE, tunnel.endpoint.wait_idle()).await;
-        end
-    }
-}
-
-impl Tunnel {
-    fn note(&self, event: AgentEvent, changed: &impl Fn()) {
-        let stats = &self.stats;
-        match event {
-            AgentEvent::Silent => {
-                tracing::warn!(server = %self.server_id, "server is silent");
-                stats.silent.store(true, Ordering::Relaxed);
-                changed();
-            }
-            AgentEvent::Alive => {
-                tracing::info!(server = %self.server_id, "server is heard again");
-                stats.silent.store(false, Ordering::Relaxed);
-                changed();
-            }
-            AgentEvent::Draining { reason, .. } => {
-                tracing::info!(server = %self.server_id, reason = reason.label(), "server is draining");
-                stats.draining.store(true, Ordering::Relaxed);
-                changed();
-            }
-            AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
-            AgentEvent::Welcomed(_) => {}
-        }
-    }
-}
-
-/// The reason behind a tunnel's end.
-pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
-    match end {
-        ControlEnd::Session(error) => error.reason(),
-        ControlEnd::Connection(error) => link_reason(error),
-        ControlEnd::Closed => CloseReason::ProtocolError,
     }
 }

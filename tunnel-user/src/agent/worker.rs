@@ -9,17 +9,21 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
+use super::konnectivity::Client;
 use super::policy::Policy;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
+use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::metrics::DialMetrics;
 use crate::tls::Material;
 
 /// What every tunnel of an agent shares.
 pub(super) struct Worker {
-    /// Our certificate.
-    pub material: Arc<Material>,
+    /// Our certificate, without which nothing speaks QUIC.
+    pub material: Option<Arc<Material>>,
+    /// How proxy-servers are dialled.
+    pub konnectivity: Option<Client>,
     /// Our name.
     pub node: Arc<str>,
     /// This process.
@@ -30,6 +34,8 @@ pub(super) struct Worker {
     pub policy: Arc<ArcSwap<Policy>>,
     /// Counters.
     pub metrics: DialMetrics,
+    /// What proxy-agent counts.
+    pub proxy_metrics: ProxyAgentMetrics,
     /// The bound on stopped targets.
     pub budget: Budget,
     /// Where the process is in its life.
@@ -41,11 +47,17 @@ pub(super) struct Worker {
 impl Worker {
     /// What we offer: the node addresses in our certificate as it is now, and what is configured.
     pub(super) fn offer(&self) -> Vec<Claim> {
-        let addresses = self.material.identity().addresses;
-        let own = addresses
-            .iter()
-            .map(|addr| Claim::Address(addr.to_canonical()));
+        let material = self.material.as_ref();
+        let own = material
+            .map(|material| material.identity().addresses)
+            .unwrap_or_default();
+        let own = own.iter().map(|addr| Claim::Address(addr.to_canonical()));
         own.chain(self.serve.borrow().iter().cloned()).collect()
+    }
+
+    /// Whether connections had better go elsewhere.
+    pub(super) fn is_draining(&self) -> bool {
+        *self.phase.borrow() != Phase::Running
     }
 
     /// Counts a connection, or says why none is taken.
@@ -53,9 +65,6 @@ impl Worker {
     /// # Errors
     /// The reason, and a text for the person who asked.
     pub(super) fn admit(&self) -> Result<Admitted, (CloseReason, String)> {
-        if *self.phase.borrow() != Phase::Running {
-            return Err((CloseReason::Draining, "the agent is ending".into()));
-        }
         if !self.budget.has_room() {
             let text = format!(
                 "{} stopped targets use up limits.stalled_bytes",
