@@ -8,6 +8,7 @@
 //! | `/status` | JSON, what `cpc status` prints |
 //! | `PUT /log` | puts the body in force as log filter |
 
+pub mod konnectivity;
 mod listener;
 pub mod status;
 

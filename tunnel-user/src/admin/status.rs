@@ -38,6 +38,9 @@ pub struct ServerStatus {
 pub struct AgentRow {
     /// Who it is.
     pub identity: String,
+    /// `quic` or `konnectivity`.
+    #[serde(default)]
+    pub protocol: String,
     /// Its address as the server sees it.
     pub address: String,
     /// `live`, `silent` or `draining`.
@@ -79,7 +82,7 @@ pub struct AgentStatus {
     /// Why it can't.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
-    /// How many servers there are, as they say.
+    /// How many servers there are, as they say or by their leases.
     pub server_count: u32,
     /// Servers that hold a tunnel.
     pub servers: Vec<ServerRow>,
@@ -94,10 +97,13 @@ pub struct ServerRow {
     pub server_id: String,
     /// Where it was reached.
     pub address: String,
+    /// `quic` or `konnectivity`.
+    pub protocol: String,
     /// `live`, `silent` or `draining`.
     pub state: String,
-    /// Round-trip time, milliseconds.
-    pub rtt_ms: f64,
+    /// Round-trip time, milliseconds, where the protocol measures it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_ms: Option<f64>,
     /// Open streams.
     pub streams: i64,
     /// Bytes from clients to targets.
