@@ -76,7 +76,16 @@ fn subcommands(above: &[String]) -> Result<Vec<Vec<String>>> {
 #[test]
 fn every_subcommand_explains_itself() -> Result<()> {
     let all = subcommands(&[])?;
-    for expected in ["server", "agent", "status", "log", "completions", "man"] {
+    for expected in [
+        "server",
+        "agent",
+        "proxy-server",
+        "proxy-agent",
+        "status",
+        "log",
+        "completions",
+        "man",
+    ] {
         ensure!(
             all.contains(&vec![expected.to_owned()]),
             "no {expected} in {all:?}"
@@ -122,7 +131,15 @@ fn manual_pages_render() -> Result<()> {
     let folder = Folder::new("man")?;
     let path = folder.path().to_str().context("not UTF-8")?;
     ensure!(cpc(&["man", path])?.status.success());
-    for page in ["cpc", "cpc-server", "cpc-agent", "cpc-status", "cpc-pki"] {
+    for page in [
+        "cpc",
+        "cpc-server",
+        "cpc-agent",
+        "cpc-status",
+        "cpc-pki",
+        "cpc-proxy-server",
+        "cpc-proxy-agent",
+    ] {
         let file = folder.path().join(format!("{page}.1"));
         let text = fs::read_to_string(&file).context(page)?;
         ensure!(

@@ -9,6 +9,7 @@ pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod kubernetes;
 pub mod process;
 pub mod redirect;
 pub mod server;

@@ -47,7 +47,8 @@ impl Args {
         let given = |empty: bool| (!empty).then_some(());
         overlay(
             &mut config.servers,
-            given(self.servers.is_empty()).map(|()| self.servers.clone()),
+            given(self.servers.is_empty())
+                .map(|()| self.servers.iter().cloned().map(Into::into).collect()),
         );
         overlay(
             &mut config.allow,

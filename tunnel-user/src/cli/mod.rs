@@ -2,6 +2,7 @@
 
 mod agent;
 mod common;
+mod konnectivity;
 mod log;
 mod man;
 mod pki;
@@ -10,6 +11,8 @@ mod server;
 mod status;
 
 use clap::{Parser, Subcommand};
+
+use konnectivity::{proxy_agent, proxy_server};
 
 /// Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network that
 /// nobody can reach from outside.
@@ -33,6 +36,8 @@ pub struct Cli {
 enum Command {
     Server(server::Args),
     Agent(agent::Args),
+    ProxyServer(Box<proxy_server::Args>),
+    ProxyAgent(Box<proxy_agent::Args>),
     Status(status::Args),
     Redirect(redirect::Args),
     Pki(pki::Args),
@@ -42,6 +47,13 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads the command line of this process; prints help and errors, and exits then.
+    ///
+    /// Called by the name of one of Konnectivity's programs it is that one.
+    pub fn from_command_line() -> Self {
+        Self::parse_from(konnectivity::by_name(std::env::args_os()))
+    }
+
     /// Runs the subcommand.
     ///
     /// # Errors
@@ -50,6 +62,8 @@ impl Cli {
         match self.command {
             Command::Server(args) => args.run(),
             Command::Agent(args) => args.run(),
+            Command::ProxyServer(args) => args.run(),
+            Command::ProxyAgent(args) => args.run(),
             Command::Status(args) => args.run(),
             Command::Redirect(args) => args.run(),
             Command::Pki(args) => args.run(),

@@ -147,7 +147,7 @@ fn render_server(server: &ServerStatus) -> String {
     let ready = readiness(server.not_ready.as_deref());
     let mut text = format!("{}  {}  {ready}\n\n", server.identity, server.version);
     let mut agents = table(&[
-        "agent", "address", "state", "rtt", "streams", "up", "down", "routes", "since",
+        "agent", "protocol", "address", "state", "rtt", "streams", "up", "down", "routes", "since",
     ]);
     for agent in &server.agents {
         agents.add_row(agent_row(agent));
@@ -165,9 +165,10 @@ fn render_server(server: &ServerStatus) -> String {
     text
 }
 
-fn agent_row(agent: &AgentRow) -> [String; 9] {
+fn agent_row(agent: &AgentRow) -> [String; 10] {
     [
         agent.identity.clone(),
+        agent.protocol.clone(),
         agent.address.clone(),
         agent.state.clone(),
         format!("{:.2} ms", agent.rtt_ms),
@@ -183,7 +184,7 @@ fn render_agent(agent: &AgentStatus) -> String {
     let ready = readiness(agent.not_ready.as_deref());
     let mut text = format!("{}  {}  {ready}\n\n", agent.identity, agent.version);
     let mut servers = table(&[
-        "server", "address", "state", "rtt", "streams", "up", "down", "routes", "since",
+        "server", "address", "protocol", "state", "rtt", "streams", "up", "down", "routes", "since",
     ]);
     for server in &agent.servers {
         servers.add_row(server_row(server));
@@ -200,12 +201,14 @@ fn render_agent(agent: &AgentStatus) -> String {
     text
 }
 
-fn server_row(server: &ServerRow) -> [String; 9] {
+fn server_row(server: &ServerRow) -> [String; 10] {
+    let rtt = server.rtt_ms.map(|rtt| format!("{rtt:.2} ms"));
     [
         server.server_id.clone(),
         server.address.clone(),
+        server.protocol.clone(),
         server.state.clone(),
-        format!("{:.2} ms", server.rtt_ms),
+        rtt.unwrap_or_default(),
         server.streams.to_string(),
         bytes(server.up_bytes),
         bytes(server.down_bytes),
