@@ -376,8 +376,12 @@ impl Daemon {
     }
 }
 
-/// A GET without a library: the answer ends with the connection.
-fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+/// A GET without a library: the answer ends with the connection. Gives the status and the body.
+///
+/// # Errors
+///
+/// Nobody listens, or there is no answer in 2 s.
+pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
     stream.set_read_timeout(Some(ANSWER))?;
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
