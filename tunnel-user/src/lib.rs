@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod agent;
+mod buffers;
 pub mod cli;
 pub mod config;
 pub mod datapath;
