@@ -10,8 +10,15 @@ use serde::de::Error;
 
 use super::konnectivity::ProxyServerConfig;
 use super::rule::{self, Rule};
-use super::{ConfigError, LogConfig, TlsConfig, Version, base_of};
+use super::{
+    ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version, base_of,
+    check_shards,
+};
 use crate::process::lifecycle::LONGEST_DRAIN;
+use crate::process::shard;
+
+/// The most tunnels to one server: two processes of an agent, as in a rollout, find room for theirs.
+pub const MAX_TUNNELS: u8 = 16;
 
 /// Everything an agent is told.
 #[derive(Clone, Debug, Deserialize)]
@@ -23,10 +30,18 @@ pub struct AgentConfig {
     pub servers: Vec<ServerAddress>,
     /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
     pub tls: TlsConfig,
+    /// How packets travel.
+    pub transport: TransportConfig,
+    /// How bytes are moved.
+    pub datapath: DatapathConfig,
     /// How proxy-servers of Konnectivity are dialled.
     pub konnectivity: Option<ProxyServerConfig>,
     /// What we offer to serve, beyond the node addresses in our certificate.
     pub serve: ServeConfig,
+    /// Threads that carry tunnels.
+    pub shards: usize,
+    /// Tunnels to each server, over QUIC.
+    pub tunnels: u8,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
     pub allow: Option<Vec<Rule>>,
     /// Address of health, metrics and status.
@@ -45,8 +60,12 @@ impl Default for AgentConfig {
             version: Version,
             servers: Vec::new(),
             tls: TlsConfig::default(),
+            transport: TransportConfig::default(),
+            datapath: DatapathConfig::default(),
             konnectivity: None,
             serve: ServeConfig::default(),
+            shards: shard::usual(),
+            tunnels: 1,
             allow: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8136)),
             health: None,
@@ -174,12 +193,20 @@ impl AgentConfig {
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
     pub fn check(&self) -> Result<(), ConfigError> {
+        check_shards(self.shards)?;
+        if !(1..=MAX_TUNNELS).contains(&self.tunnels) {
+            return Err(ConfigError::Value {
+                key: "tunnels",
+                why: format!("must be 1 to {MAX_TUNNELS}"),
+            });
+        }
         if self.limits.drain > Some(LONGEST_DRAIN) {
             return Err(ConfigError::Value {
                 key: "limits.drain",
                 why: "must be at most 24 h".into(),
             });
         }
+        self.transport.check()?;
         if self.servers.is_empty() {
             return Err(ConfigError::Value {
                 key: "servers",

@@ -6,10 +6,12 @@
 
 pub mod address;
 pub mod agent;
+pub mod datapath;
 pub mod frontend;
 pub mod konnectivity;
 pub mod rule;
 pub mod server;
+pub mod transport;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,14 +19,28 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::process::shard;
 use crate::tls::{Files, TrustDomain};
 
 pub use agent::AgentConfig;
+pub use datapath::DatapathConfig;
 pub use rule::{PortRange, Rule};
 pub use server::ServerConfig;
+pub use transport::TransportConfig;
 
 /// UDP port of the tunnel, and TCP port of the health answer beside it.
 pub const TUNNEL_PORT: u16 = 8132;
+
+/// Checks a number of shards.
+fn check_shards(shards: usize) -> Result<(), ConfigError> {
+    if (1..=shard::MAX).contains(&shards) {
+        return Ok(());
+    }
+    Err(ConfigError::Value {
+        key: "shards",
+        why: format!("must be 1 to {}", shard::MAX),
+    })
+}
 
 /// Why a configuration was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -312,6 +328,33 @@ mod tests {
         assert_eq!(drain("1m 30s").unwrap(), Some(seconds));
         let error = drain("soon").unwrap_err().to_string();
         assert!(error.contains("forever"), "{error}");
+    }
+
+    #[test]
+    fn a_transport_is_within_bounds() {
+        use transport::{Congestion, Mtu};
+        let check = |keys: &str| {
+            let tls = "tls: {cert: a, key: b, ca: c}";
+            let config = parse(&format!("{tls}\ntransport: {{{keys}}}\n"))?;
+            config.check().map(|()| config.transport)
+        };
+        assert_eq!(check("").unwrap(), TransportConfig::default());
+        assert_eq!(check("mtu: auto").unwrap().mtu, Mtu::Auto);
+        assert_eq!(check("mtu: 1400").unwrap().mtu, Mtu::Fixed(1400));
+        let congestion = |keys| check(keys).unwrap().congestion;
+        assert_eq!(congestion("congestion: newreno"), Congestion::NewReno);
+        assert_eq!(congestion("congestion: bbr"), Congestion::Bbr);
+        for (wrong, named) in [
+            ("mtu: 1279", "transport.mtu: must be in 1280..=65535"),
+            ("mtu: large", "auto or the size"),
+            ("mtu: 70000", "out of range"),
+            ("max_mtu: 576", "transport.max_mtu"),
+            ("congestion: vegas", "newreno"),
+            ("ack_every: 0", "transport.ack_every: must be in 1..=64"),
+        ] {
+            let error = check(wrong).unwrap_err().to_string();
+            assert!(error.contains(named), "{wrong:?}: {error}");
+        }
     }
 
     #[test]

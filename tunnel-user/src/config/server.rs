@@ -11,8 +11,12 @@ use tunnel_proto::preface::MAX_DEADLINE;
 use super::frontend::FrontendsConfig;
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
-use super::{ConfigError, LogConfig, TUNNEL_PORT, TlsConfig, Version, base_of};
+use super::{
+    ConfigError, DatapathConfig, LogConfig, TUNNEL_PORT, TlsConfig, TransportConfig, Version,
+    base_of, check_shards,
+};
 use crate::process::lifecycle::LONGEST_DRAIN;
+use crate::process::shard;
 use crate::tls::TrustDomain;
 
 /// Everything a server is told.
@@ -27,11 +31,17 @@ pub struct ServerConfig {
     pub server_id: Option<String>,
     /// How many servers an agent must find.
     pub server_count: u32,
+    /// Threads that carry tunnels.
+    pub shards: usize,
     /// Where the one persisted secret lies.
     pub state_dir: PathBuf,
     /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
     /// sense only beside `konnectivity`.
     pub tls: TlsConfig,
+    /// How packets travel.
+    pub transport: TransportConfig,
+    /// How bytes are moved.
+    pub datapath: DatapathConfig,
     /// Who may serve what.
     pub policy: PolicyConfig,
     /// How an agent is chosen.
@@ -61,8 +71,11 @@ impl Default for ServerConfig {
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TUNNEL_PORT)),
             server_id: None,
             server_count: 1,
+            shards: shard::usual(),
             state_dir: "/var/lib/cpc".into(),
             tls: TlsConfig::default(),
+            transport: TransportConfig::default(),
+            datapath: DatapathConfig::default(),
             policy: PolicyConfig::default(),
             routing: RoutingConfig::default(),
             frontends: FrontendsConfig::default(),
@@ -183,6 +196,9 @@ pub struct AttachmentConfig {
     /// What happens to what is captured while the server is dead or stuck.
     #[serde(default)]
     pub fail: FailMode,
+    /// Whether clients' bytes go past TCP on loopback.
+    #[serde(default)]
+    pub shortcut: bool,
 }
 
 /// What happens to captured connections while the server is dead or stuck.
@@ -212,7 +228,7 @@ pub struct LimitsConfig {
     pub forget: Duration,
     /// Connections at once.
     pub connections: usize,
-    /// Agents at once.
+    /// Tunnels of agents at once; one of Konnectivity counts once, however many streams it has.
     pub agents: usize,
     /// Bytes that stopped readers may hold before new dials are refused.
     pub stalled_bytes: u64,
@@ -261,6 +277,7 @@ impl ServerConfig {
         if self.server_count == 0 {
             return value("server_count", "must be at least 1");
         }
+        check_shards(self.shards)?;
         if self.limits.dial_timeout.is_zero() || self.limits.dial_timeout > MAX_DEADLINE {
             return value("limits.dial_timeout", "must be over 0 s and at most 10 min");
         }
@@ -276,6 +293,7 @@ impl ServerConfig {
         if self.routing.strategies.is_empty() {
             return value("routing.strategies", "must name at least one");
         }
+        self.transport.check()?;
         self.frontends.check()?;
         if let Some(konnectivity) = &self.konnectivity {
             konnectivity.check()?;

@@ -1,0 +1,118 @@
+//! `transport`: how packets travel between an agent and a server. Each side's own sending.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde::Deserialize;
+use serde::de::{Error, Visitor};
+
+use super::ConfigError;
+
+/// Sizes that an IP packet may be told to have. What IPv6 promises on every path is enough for
+/// QUIC's floor of 1200 bytes of payload; more than 65535 does not fit an IP header.
+const MTUS: RangeInclusive<u16> = 1280..=u16::MAX;
+
+/// Packets that the other side may be told to gather before it acknowledges them.
+const ACK_EVERY: RangeInclusive<u32> = 1..=64;
+
+/// `transport`: how packets travel between an agent and a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TransportConfig {
+    /// The largest IP packet, or that it is searched for.
+    pub mtu: Mtu,
+    /// Up to where it is searched for.
+    pub max_mtu: u16,
+    /// Who decides how much may be under way.
+    pub congestion: Congestion,
+    /// Packets after which the other side acknowledges them at once.
+    pub ack_every: u32,
+}
+
+impl Default for TransportConfig {
+    fn default() -> Self {
+        Self {
+            mtu: Mtu::Auto,
+            max_mtu: 9000,
+            congestion: Congestion::Cubic,
+            ack_every: 2,
+        }
+    }
+}
+
+impl TransportConfig {
+    /// Checks what serde can't.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let bounds = |key, range: &dyn fmt::Debug, remedy: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: format!("must be in {range:?}{remedy}"),
+            })
+        };
+        if let Mtu::Fixed(mtu) = self.mtu
+            && !MTUS.contains(&mtu)
+        {
+            let remedy = ", the size of an IP packet in bytes, or auto";
+            return bounds("transport.mtu", &MTUS, remedy);
+        }
+        if !MTUS.contains(&self.max_mtu) {
+            let remedy = ", the size of an IP packet in bytes";
+            return bounds("transport.max_mtu", &MTUS, remedy);
+        }
+        if !ACK_EVERY.contains(&self.ack_every) {
+            return bounds("transport.ack_every", &ACK_EVERY, " packets");
+        }
+        Ok(())
+    }
+}
+
+/// The largest IP packet that is sent, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mtu {
+    /// What is found by trying.
+    #[default]
+    Auto,
+    /// This one, without trying.
+    Fixed(u16),
+}
+
+impl<'de> Deserialize<'de> for Mtu {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Size;
+        impl Visitor<'_> for Size {
+            type Value = Mtu;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("auto or the size of an IP packet in bytes, such as 1400")
+            }
+
+            fn visit_u64<E: Error>(self, size: u64) -> Result<Mtu, E> {
+                u16::try_from(size).map(Mtu::Fixed).map_err(E::custom)
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Mtu, E> {
+                match text {
+                    "auto" => Ok(Mtu::Auto),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+        d.deserialize_any(Size)
+    }
+}
+
+/// Who decides how much may be under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Congestion {
+    /// CUBIC (RFC 9438), as the kernel's TCP by default.
+    #[default]
+    Cubic,
+    /// BBR, version 1: by measured bandwidth instead of losses.
+    Bbr,
+    /// NewReno (RFC 9002).
+    NewReno,
+}
