@@ -5,12 +5,11 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
 use tokio::sync::Notify;
 use tunnel_proto::session::{AgentSession, ServerSession, SessionError};
 
-/// The most that is read from a control stream at once.
-const READ_SIZE: usize = 64 << 10;
+use super::quic::{ConnectionError, Recv, Send};
+use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// What the two sessions have in common.
 pub trait Machine {
@@ -122,19 +121,22 @@ impl<M: Machine> Shared<M> {
 #[derive(Debug)]
 pub struct ControlStream<M> {
     session: Rc<Shared<M>>,
-    send: SendStream,
-    recv: RecvStream,
+    send: Send,
+    recv: Recv,
     pending: Bytes,
+    /// What has arrived and was not handled yet.
+    arrived: Vec<Bytes>,
 }
 
 impl<M: Machine> ControlStream<M> {
     /// Over a fresh stream.
-    pub fn new(session: Rc<Shared<M>>, (send, recv): (SendStream, RecvStream)) -> Self {
+    pub fn new(session: Rc<Shared<M>>, (send, recv): (Send, Recv)) -> Self {
         Self {
             session,
             send,
             recv,
             pending: Bytes::new(),
+            arrived: Vec::new(),
         }
     }
 
@@ -155,14 +157,17 @@ impl<M: Machine> ControlStream<M> {
                 machine.poll_timeout()
             };
             tokio::select! {
-                read = self.recv.read_chunk(READ_SIZE, true) => {
-                    let chunk = read.map_err(read_end)?.ok_or(ControlEnd::Closed)?;
+                read = self.recv.recv(&mut self.arrived) => {
+                    read.map_err(|end| read_end(end, &self.recv))?;
                     let mut machine = self.session.machine.borrow_mut();
-                    machine.handle_bytes(&chunk.bytes, Instant::now())?;
+                    for bytes in self.arrived.drain(..) {
+                        machine.handle_bytes(&bytes, Instant::now())?;
+                    }
                 }
-                // Changes `pending` only when it completes.
-                sent = self.send.write_chunks(std::slice::from_mut(&mut self.pending)),
-                    if !self.pending.is_empty() => { sent.map_err(write_end)?; }
+                // What was not taken is still in `pending`.
+                sent = self.send.send(&mut self.pending), if !self.pending.is_empty() => {
+                    sent.map_err(|end| write_end(end, &self.send))?;
+                }
                 () = sleep_until(timeout) => {
                     self.session.machine.borrow_mut().handle_timeout(Instant::now())?;
                 }
@@ -180,12 +185,7 @@ impl<M: Machine> ControlStream<M> {
                     None => break,
                 }
             }
-            if self
-                .send
-                .write_chunks(std::slice::from_mut(&mut self.pending))
-                .await
-                .is_err()
-            {
+            if self.send.send(&mut self.pending).await.is_err() {
                 break;
             }
         }
@@ -199,16 +199,16 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
-fn read_end(error: ReadError) -> ControlEnd {
-    match error {
-        ReadError::ConnectionLost(e) => e.into(),
+fn read_end(end: RecvEnd, recv: &Recv) -> ControlEnd {
+    match (end, recv.connection_error()) {
+        (RecvEnd::Link(_), Some(error)) => error.into(),
         _ => ControlEnd::Closed,
     }
 }
 
-fn write_end(error: WriteError) -> ControlEnd {
-    match error {
-        WriteError::ConnectionLost(e) => e.into(),
+fn write_end(end: SendEnd, send: &Send) -> ControlEnd {
+    match (end, send.connection_error()) {
+        (SendEnd::Link(_), Some(error)) => error.into(),
         _ => ControlEnd::Closed,
     }
 }

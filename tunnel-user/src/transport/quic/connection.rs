@@ -1,0 +1,371 @@
+//! One connection: its state, who waits for what, and the handle that its users hold.
+
+use std::cell::{RefCell, RefMut};
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quinn_proto::{ConnectionError, ConnectionHandle, Dir, Event, StreamEvent, StreamId, VarInt};
+use rustc_hash::FxBuildHasher;
+use rustls::pki_types::CertificateDer;
+use tokio::sync::Notify;
+
+use super::endpoint::Shared;
+use super::path;
+use super::stream::{Recv, Send};
+use super::timers::Timer;
+
+/// A connection. The last handle that goes closes it, with all its streams.
+#[derive(Clone)]
+pub struct Connection(Rc<Handle>);
+
+struct Handle(Rc<Inner>);
+
+/// A connection as its endpoint and its streams know it.
+pub(super) struct Inner {
+    pub(super) handle: ConnectionHandle,
+    /// Gone when the endpoint's driver is.
+    endpoint: Weak<Shared>,
+    state: RefCell<State>,
+    view: Arc<PathView>,
+    /// Something has become of the handshake, the connection or the peer's credit for streams.
+    changed: Notify,
+}
+
+pub(super) struct State {
+    pub(super) proto: quinn_proto::Connection,
+    pub(super) timer: Timer,
+    /// What the socket has not taken yet, and its contents.
+    pub(super) unsent: Option<(quinn_proto::Transmit, Vec<u8>)>,
+    /// Why there is no connection any more.
+    error: Option<ConnectionError>,
+    is_connected: bool,
+    /// The driver knows that there may be something to send.
+    is_noted: bool,
+    /// Who waits for a stream.
+    waiting: HashMap<StreamId, Waiting, FxBuildHasher>,
+}
+
+/// Who waits for what of one stream.
+#[derive(Debug, Default)]
+struct Waiting([Option<Waker>; 3]);
+
+/// What can be waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Interest {
+    /// Bytes, the end of them, or a reset.
+    Read,
+    /// Credit.
+    Write,
+    /// The end of the sending half.
+    Ended,
+}
+
+/// The path as others see it, from any thread. It follows the connection.
+#[derive(Debug)]
+pub struct PathView {
+    rtt_micros: AtomicU64,
+    payload: AtomicU16,
+    remote: Mutex<SocketAddr>,
+}
+
+impl PathView {
+    /// Smoothed round-trip time.
+    pub fn rtt(&self) -> Duration {
+        Duration::from_micros(self.rtt_micros.load(Ordering::Relaxed))
+    }
+
+    /// The largest IP packet, in bytes, that is sent to the peer.
+    pub fn mtu(&self) -> u16 {
+        let payload = self.payload.load(Ordering::Relaxed);
+        payload.saturating_add(path::overhead(self.remote().ip()))
+    }
+
+    /// The peer's address as it is now.
+    pub fn remote(&self) -> SocketAddr {
+        *self.remote.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_remote(&self, remote: SocketAddr) {
+        *self.remote.lock().unwrap_or_else(PoisonError::into_inner) = remote;
+    }
+}
+
+impl State {
+    /// Whether anything can be done with it.
+    pub(super) fn check(&self) -> Result<(), ConnectionError> {
+        match &self.error {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Has `waker` woken when there may be news.
+    pub(super) fn wait(&mut self, id: StreamId, interest: Interest, waker: &Waker) {
+        let Waiting(wakers) = self.waiting.entry(id).or_default();
+        match &mut wakers[interest as usize] {
+            Some(old) => old.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+    }
+
+    /// Nobody waits for that any more.
+    pub(super) fn forget(&mut self, id: StreamId, interest: Interest) {
+        if let Some(Waiting(wakers)) = self.waiting.get_mut(&id) {
+            wakers[interest as usize] = None;
+            if wakers.iter().all(Option::is_none) {
+                self.waiting.remove(&id);
+            }
+        }
+    }
+
+    fn wake(&mut self, id: StreamId, interest: Interest) {
+        let waiting = self.waiting.get_mut(&id);
+        let waker = waiting.and_then(|Waiting(wakers)| wakers[interest as usize].take());
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn end(&mut self, error: ConnectionError) {
+        self.error.get_or_insert(error);
+        for (_, Waiting(wakers)) in self.waiting.drain() {
+            wakers.into_iter().flatten().for_each(Waker::wake);
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn new(
+        handle: ConnectionHandle,
+        proto: quinn_proto::Connection,
+        endpoint: Weak<Shared>,
+    ) -> Rc<Self> {
+        let view = PathView {
+            rtt_micros: AtomicU64::new(0),
+            payload: AtomicU16::new(proto.current_mtu()),
+            remote: Mutex::new(proto.remote_address()),
+        };
+        let state = State {
+            proto,
+            timer: Timer::default(),
+            unsent: None,
+            error: None,
+            is_connected: false,
+            is_noted: false,
+            waiting: HashMap::default(),
+        };
+        Rc::new(Self {
+            handle,
+            endpoint,
+            state: state.into(),
+            view: view.into(),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Its state. Never held while something else runs.
+    pub(super) fn state(&self) -> RefMut<'_, State> {
+        self.state.borrow_mut()
+    }
+
+    /// There may be something to send: the driver's next pass looks.
+    pub(super) fn note(&self, state: &mut State) {
+        if !std::mem::replace(&mut state.is_noted, true)
+            && let Some(endpoint) = self.endpoint.upgrade()
+        {
+            endpoint.note(self.handle);
+        }
+    }
+
+    /// The driver looks now.
+    pub(super) fn taken_note(&self) -> RefMut<'_, State> {
+        let mut state = self.state();
+        state.is_noted = false;
+        state
+    }
+
+    /// Passes on what has become of the connection.
+    pub(super) fn announce(&self, state: &mut State) {
+        while let Some(event) = state.proto.poll() {
+            match event {
+                Event::Connected => {
+                    state.is_connected = true;
+                    self.changed.notify_waiters();
+                }
+                Event::ConnectionLost { reason } => {
+                    state.end(reason);
+                    self.changed.notify_waiters();
+                }
+                Event::Stream(StreamEvent::Readable { id }) => state.wake(id, Interest::Read),
+                Event::Stream(StreamEvent::Writable { id }) => state.wake(id, Interest::Write),
+                Event::Stream(StreamEvent::Finished { id }) => state.wake(id, Interest::Ended),
+                Event::Stream(StreamEvent::Stopped { id, .. }) => {
+                    state.wake(id, Interest::Ended);
+                    state.wake(id, Interest::Write);
+                }
+                Event::Stream(StreamEvent::Opened { .. } | StreamEvent::Available { .. }) => {
+                    self.changed.notify_waiters();
+                }
+                // Nobody asks before it is connected, and there are no datagrams.
+                Event::HandshakeDataReady | Event::DatagramReceived | Event::DatagramsUnblocked => {
+                }
+            }
+        }
+        let rtt = u64::try_from(state.proto.rtt().as_micros()).unwrap_or(u64::MAX);
+        self.view.rtt_micros.store(rtt, Ordering::Relaxed);
+        let payload = state.proto.current_mtu();
+        self.view.payload.store(payload, Ordering::Relaxed);
+        let remote = state.proto.remote_address();
+        if remote != self.view.remote() {
+            self.view.set_remote(remote);
+        }
+    }
+
+    /// Ends it and everything on it; without effect on one that has ended.
+    pub(super) fn close(&self, code: VarInt, reason: Bytes) {
+        let mut state = self.state();
+        if state.error.is_some() {
+            return;
+        }
+        state.proto.close(Instant::now(), code, reason);
+        state.end(ConnectionError::LocallyClosed);
+        self.changed.notify_waiters();
+        self.note(&mut state);
+    }
+
+    /// The endpoint has gone.
+    pub(super) fn abandon(&self) {
+        self.state().end(ConnectionError::LocallyClosed);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until `ready` has something to give, looking whenever something has changed.
+    async fn when<T>(
+        &self,
+        mut ready: impl FnMut(&mut State) -> Poll<T>,
+    ) -> Result<T, ConnectionError> {
+        loop {
+            // Nothing else runs between the look and the wait.
+            let changed = self.changed.notified();
+            {
+                let mut state = self.state();
+                if let Poll::Ready(done) = ready(&mut state) {
+                    self.note(&mut state);
+                    return Ok(done);
+                }
+                state.check()?;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl Connection {
+    /// Takes a connection under way and waits until the peer is known.
+    ///
+    /// # Errors
+    /// Why the handshake failed.
+    pub(super) async fn established(inner: Rc<Inner>) -> Result<Self, ConnectionError> {
+        // From here on giving up closes it.
+        let connection = Self(Rc::new(Handle(inner)));
+        let connected = |state: &mut State| match state.is_connected {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        };
+        connection.inner().when(connected).await?;
+        Ok(connection)
+    }
+
+    fn inner(&self) -> &Rc<Inner> {
+        &self.0.0
+    }
+
+    /// Opens a bidirectional stream. Waits for the peer's permission.
+    ///
+    /// # Errors
+    /// Why the connection is gone.
+    pub async fn open_bi(&self) -> Result<(Send, Recv), ConnectionError> {
+        let open = |state: &mut State| match state.check().is_ok() {
+            true => state.proto.streams().open(Dir::Bi).into_poll(),
+            false => Poll::Pending,
+        };
+        let id = self.inner().when(open).await?;
+        Ok(self.halves(id))
+    }
+
+    /// Waits for a bidirectional stream of the peer's.
+    ///
+    /// # Errors
+    /// Why the connection is gone.
+    pub async fn accept_bi(&self) -> Result<(Send, Recv), ConnectionError> {
+        let accept = |state: &mut State| state.proto.streams().accept(Dir::Bi).into_poll();
+        let id = self.inner().when(accept).await?;
+        Ok(self.halves(id))
+    }
+
+    fn halves(&self, id: StreamId) -> (Send, Recv) {
+        let inner = self.inner();
+        (Send::new(inner.clone(), id), Recv::new(inner.clone(), id))
+    }
+
+    /// Ends it and everything on it.
+    pub fn close(&self, code: VarInt, reason: &[u8]) {
+        self.inner().close(code, Bytes::copy_from_slice(reason));
+    }
+
+    /// The peer's address.
+    pub fn remote_address(&self) -> SocketAddr {
+        self.inner().view.remote()
+    }
+
+    /// The path, for other threads.
+    pub fn path(&self) -> Arc<PathView> {
+        self.inner().view.clone()
+    }
+
+    /// The peer's certificate; its verifier has let it in.
+    pub fn peer_certificate(&self) -> Option<CertificateDer<'static>> {
+        let state = self.inner().state();
+        // As rustls hands it on.
+        let chain = state.proto.crypto_session().peer_identity()?;
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        chain.into_iter().next()
+    }
+}
+
+trait IntoPoll<T> {
+    fn into_poll(self) -> Poll<T>;
+}
+
+impl<T> IntoPoll<T> for Option<T> {
+    fn into_poll(self) -> Poll<T> {
+        self.map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.close(VarInt::from_u32(0), Bytes::new());
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.inner(), f)
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("remote", &self.view.remote())
+            .finish_non_exhaustive()
+    }
+}

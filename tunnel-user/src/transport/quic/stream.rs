@@ -1,0 +1,335 @@
+//! The two halves of a QUIC stream as the datapath sees them.
+//!
+//! Invariant: a half that is dropped before its orderly end tells the peer so. quinn-proto forgets
+//! nothing by itself: a half that is neither finished nor reset would stay open for ever.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use quinn_proto::{ConnectionError, FinishError, ReadError, StreamId, WriteError};
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::PrefaceError;
+
+use super::connection::{Inner, Interest, State};
+use super::{error_code, link_reason, reason_of};
+use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+
+/// The most that is taken from a stream at once, in chunks: one vectored write's worth.
+const CHUNKS: usize = 64;
+
+/// Chunks that room is made for at first: a few packets, or the better part of a GRO batch.
+const BATCH: usize = 16;
+
+/// Sends; resets on drop unless finished.
+#[derive(Debug)]
+pub struct Send {
+    connection: Rc<Inner>,
+    id: StreamId,
+    ended: bool,
+}
+
+impl Send {
+    pub(super) fn new(connection: Rc<Inner>, id: StreamId) -> Self {
+        Self {
+            connection,
+            id,
+            ended: false,
+        }
+    }
+
+    /// Streams with a higher one go first; all have 0 by themselves.
+    pub fn set_priority(&self, priority: i32) {
+        let mut state = self.connection.state();
+        // Fails only when the stream has ended.
+        let _ = state.proto.send_stream(self.id).set_priority(priority);
+    }
+
+    /// Why the connection is gone, if it is.
+    pub fn connection_error(&self) -> Option<ConnectionError> {
+        self.connection.state().check().err()
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<Result<(), SendEnd>> {
+        let mut state = self.connection.state();
+        while !chunk.is_empty() {
+            if let Err(error) = state.check() {
+                return Poll::Ready(Err(SendEnd::Link(link_reason(&error))));
+            }
+            let chunks = std::slice::from_mut(chunk);
+            match state.proto.send_stream(self.id).write_chunks(chunks) {
+                Ok(_) => self.connection.note(&mut state),
+                Err(WriteError::Blocked) => {
+                    // The peer is told that it holds us up.
+                    self.connection.note(&mut state);
+                    state.wait(self.id, Interest::Write, cx.waker());
+                    return Poll::Pending;
+                }
+                Err(WriteError::Stopped(code)) => {
+                    return Poll::Ready(Err(SendEnd::Stopped(reason_of(code))));
+                }
+                Err(WriteError::ClosedStream) => {
+                    return Poll::Ready(Err(SendEnd::Link(CloseReason::Internal)));
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// How the sending half has ended, if it has.
+fn send_end(state: &mut State, id: StreamId) -> Option<SendEnd> {
+    match state.proto.send_stream(id).stopped() {
+        Ok(Some(code)) => Some(SendEnd::Stopped(reason_of(code))),
+        // Its state goes with the last acknowledgement.
+        Err(_) => Some(SendEnd::Acknowledged),
+        Ok(None) => {
+            let error = state.check().err()?;
+            Some(SendEnd::Link(link_reason(&error)))
+        }
+    }
+}
+
+impl SendHalf for Send {
+    async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
+        poll_fn(|cx| self.poll_send(cx, chunk)).await
+    }
+
+    fn finish(&mut self) {
+        self.ended = true;
+        let mut state = self.connection.state();
+        let mut stream = state.proto.send_stream(self.id);
+        if let Err(FinishError::Stopped(code)) = stream.finish() {
+            // Nothing more arrives, but the stream lives on until the peer is told so.
+            let _ = stream.reset(code);
+        }
+        self.connection.note(&mut state);
+    }
+
+    fn reset(&mut self, reason: CloseReason) {
+        self.ended = true;
+        let mut state = self.connection.state();
+        // Fails only when the stream has ended.
+        let _ = state.proto.send_stream(self.id).reset(error_code(reason));
+        self.connection.note(&mut state);
+    }
+
+    fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
+        let ended = Ended(self.connection.clone(), self.id);
+        async move {
+            poll_fn(|cx| {
+                let mut state = ended.0.state();
+                match send_end(&mut state, ended.1) {
+                    Some(end) => Poll::Ready(end),
+                    None => {
+                        state.wait(ended.1, Interest::Ended, cx.waker());
+                        Poll::Pending
+                    }
+                }
+            })
+            .await
+        }
+    }
+}
+
+/// Somebody waits for the end of a sending half.
+struct Ended(Rc<Inner>, StreamId);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.state().forget(self.1, Interest::Ended);
+    }
+}
+
+impl Drop for Send {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reset(CloseReason::Aborted);
+        }
+        self.connection.state().forget(self.id, Interest::Write);
+    }
+}
+
+/// Receives; asks the peer to stop on drop unless the end was reached.
+#[derive(Debug)]
+pub struct Recv {
+    connection: Rc<Inner>,
+    id: StreamId,
+    /// Bytes behind the head that have been read with it.
+    unread: Vec<Bytes>,
+    /// The end that came with the last bytes.
+    end: Option<RecvEnd>,
+    ended: bool,
+}
+
+/// Why there is no head.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// The peer sent something else.
+    #[error(transparent)]
+    Malformed(#[from] PrefaceError),
+    /// The stream ended before it.
+    #[error("the stream ended early")]
+    End(RecvEnd),
+}
+
+impl Recv {
+    pub(super) fn new(connection: Rc<Inner>, id: StreamId) -> Self {
+        Self {
+            connection,
+            id,
+            unread: Vec::new(),
+            end: None,
+            ended: false,
+        }
+    }
+
+    /// Why the connection is gone, if it is.
+    pub fn connection_error(&self) -> Option<ConnectionError> {
+        self.connection.state().check().err()
+    }
+
+    /// Reads what stands at the head of the stream. What follows it is there to be received.
+    /// Cancelling loses what was read: give the stream up then.
+    ///
+    /// # Errors
+    /// [`HeadError`].
+    pub async fn read_head<T>(
+        &mut self,
+        decode: impl Fn(&[u8]) -> Result<Option<(T, usize)>, PrefaceError>,
+    ) -> Result<T, HeadError> {
+        // `decode` bounds it: a head that is too long is malformed.
+        let mut head = BytesMut::new();
+        loop {
+            let mut chunks = Vec::new();
+            self.recv(&mut chunks).await.map_err(HeadError::End)?;
+            chunks
+                .iter()
+                .for_each(|chunk| head.extend_from_slice(chunk));
+            if let Some((message, used)) = decode(&head)? {
+                let rest = head.freeze().slice(used..);
+                if !rest.is_empty() {
+                    self.unread.push(rest);
+                }
+                return Ok(message);
+            }
+        }
+    }
+
+    /// Takes what is there; `Pending` when that is nothing.
+    fn poll_recv(&mut self, cx: &mut Context<'_>, into: &mut Vec<Bytes>) -> Poll<RecvEnd> {
+        let mut state = self.connection.state();
+        let mut stream = state.proto.recv_stream(self.id);
+        let Ok(mut chunks) = stream.read(true) else {
+            return Poll::Ready(RecvEnd::Link(CloseReason::Internal));
+        };
+        let mut end = None;
+        let before = into.len();
+        while into.len() - before < CHUNKS {
+            match chunks.next(usize::MAX) {
+                Ok(Some(chunk)) => {
+                    if into.capacity() == 0 {
+                        into.reserve(BATCH);
+                    }
+                    into.push(chunk.bytes);
+                }
+                Ok(None) => end = Some(RecvEnd::Finished),
+                Err(ReadError::Reset(code)) => end = Some(RecvEnd::Reset(reason_of(code))),
+                Err(ReadError::Blocked) => break,
+            }
+            if end.is_some() {
+                break;
+            }
+        }
+        let credit = chunks.finalize().should_transmit();
+        // An end gives credit for another stream.
+        if credit || end.is_some() {
+            self.connection.note(&mut state);
+        }
+        if let Some(end) = end {
+            return Poll::Ready(end);
+        }
+        if into.len() == before {
+            if let Err(error) = state.check() {
+                return Poll::Ready(RecvEnd::Link(link_reason(&error)));
+            }
+            state.wait(self.id, Interest::Read, cx.waker());
+        }
+        Poll::Pending
+    }
+}
+
+impl RecvHalf for Recv {
+    async fn recv(&mut self, into: &mut Vec<Bytes>) -> Result<(), RecvEnd> {
+        if !self.unread.is_empty() {
+            into.append(&mut self.unread);
+            return Ok(());
+        }
+        if let Some(end) = self.end {
+            return Err(end);
+        }
+        let before = into.len();
+        poll_fn(|cx| {
+            let polled = self.poll_recv(cx, into);
+            let some = into.len() > before;
+            match polled {
+                Poll::Ready(end) => {
+                    if !matches!(end, RecvEnd::Link(_)) {
+                        self.ended = true;
+                        self.end = Some(end);
+                    }
+                    Poll::Ready(if some { Ok(()) } else { Err(end) })
+                }
+                Poll::Pending if some => Poll::Ready(Ok(())),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    async fn reset(&mut self) -> CloseReason {
+        if self.ended {
+            return std::future::pending().await;
+        }
+        let code = poll_fn(|cx| {
+            let mut state = self.connection.state();
+            match state.proto.recv_stream(self.id).received_reset() {
+                Ok(Some(code)) => {
+                    // Credit for another stream.
+                    self.connection.note(&mut state);
+                    Poll::Ready(code)
+                }
+                Ok(None) => {
+                    if state.check().is_ok() {
+                        state.wait(self.id, Interest::Read, cx.waker());
+                    }
+                    Poll::Pending
+                }
+                Err(_) => Poll::Pending,
+            }
+        })
+        .await;
+        self.ended = true;
+        let reason = reason_of(code);
+        self.end = Some(RecvEnd::Reset(reason));
+        reason
+    }
+
+    fn stop(&mut self, reason: CloseReason) {
+        self.ended = true;
+        let mut state = self.connection.state();
+        // Fails only when the stream has ended.
+        let _ = state.proto.recv_stream(self.id).stop(error_code(reason));
+        self.connection.note(&mut state);
+    }
+}
+
+impl Drop for Recv {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.stop(CloseReason::Aborted);
+        }
+        self.connection.state().forget(self.id, Interest::Read);
+    }
+}
