@@ -7,8 +7,8 @@
 //! ```
 //!
 //! The tag is an HMAC-SHA256 over what stands before it, cut to four bytes, so that made-up ids
-//! are told apart without a look-up. The shard stands in clear at a fixed place: packets can be
-//! steered to their shard by a socket filter that can't compute an HMAC. The key derives from the
+//! are told apart without a look-up. The shard stands in clear at a fixed place: packets are steered
+//! to their shard by a socket filter, which can't compute an HMAC ([`steering`](super::steering)). The key derives from the
 //! persisted secret, so ids of before a restart are still recognised as ours and answered with a
 //! stateless reset.
 
@@ -17,8 +17,9 @@ use std::time::Duration;
 use aws_lc_rs::{hmac, rand};
 use quinn_proto::{ConnectionId, ConnectionIdGenerator, InvalidCid};
 
-const LAYOUT: u8 = 1;
-const LEN: usize = 16;
+pub(super) const LAYOUT: u8 = 1;
+pub(super) const LEN: usize = 16;
+pub(super) const SHARD_AT: usize = 1;
 const TAG_AT: usize = 12;
 
 /// Makes and checks the connection ids of one shard of one server.
@@ -49,7 +50,7 @@ impl ConnectionIdGenerator for Generator {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut id = [0; LEN];
         id[0] = LAYOUT;
-        id[1] = self.shard;
+        id[SHARD_AT] = self.shard;
         id[2..4].copy_from_slice(&self.server);
         // Without random numbers ids would repeat; quinn then draws again, and TLS fails first.
         let _ = rand::fill(&mut id[4..TAG_AT]);

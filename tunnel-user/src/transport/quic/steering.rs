@@ -1,0 +1,152 @@
+//! Which shard a packet goes to: decided in the kernel, before any thread wakes.
+//!
+//! The shards' sockets share one port (`SO_REUSEPORT`, socket(7)), and a classic BPF program picks
+//! one of them for each packet by its number in the order of their binding. It needs no capability.
+//!
+//! * A packet with a connection id of ours goes to the shard that made it, wherever it comes from:
+//!   a new NAT mapping or address stays on its shard. With fewer shards than before a restart any
+//!   will do: each knows that the id is ours and answers with a stateless reset.
+//! * A client's first packets have an id that the client chose. Its first two bytes choose the shard,
+//!   and all packets of the flight have the same ones. Whoever chooses at random lands anywhere; our
+//!   agents have their tunnels land on different shards, without knowing how many there are
+//!   ([`Spread`]). A stranger may choose too: what he gains is a shard's handshakes, which are
+//!   bounded for all shards together.
+//! * What is no QUIC goes somewhere, and is dropped there.
+
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use aws_lc_rs::rand;
+use quinn_proto::ConnectionId;
+
+use super::connection_id::{LAYOUT, LEN, SHARD_AT};
+
+/// The destination connection id of a packet with a short header (RFC 9000 section 17.3)..
+const SHORT_ID: u32 = 1;
+
+/// ..and of one with a long header, behind the id's length (section 17.2).
+const LONG_ID: u32 = 6;
+
+/// Set in the first byte of a long header.
+const LONG_HEADER: u32 = 0x80;
+
+/// The longest id, in bytes: never mistaken for one of ours.
+const CHOSEN: usize = 20;
+
+/// Has the kernel steer packets to the sockets of `group`, which share a port and are in the order of
+/// their binding.
+///
+/// # Errors
+/// What the system says; then packets go by a hash of their addresses.
+pub(super) fn steer(group: &[UdpSocket]) -> io::Result<()> {
+    let (Some(any), Ok(shards)) = (group.first(), u32::try_from(group.len())) else {
+        return Ok(());
+    };
+    let mut program = program(shards);
+    let program = libc::sock_fprog {
+        // A handful of instructions.
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads a sock_fprog and the instructions behind it, which both live through
+    // the call, and keeps a copy of its own.
+    let done = unsafe {
+        libc::setsockopt(
+            any.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The program: it sees a packet from the UDP payload on. A load beyond the packet's end returns 0.
+fn program(shards: u32) -> Vec<libc::sock_filter> {
+    let load = |size: u32, at: u32| statement(libc::BPF_LD | size | libc::BPF_ABS, at);
+    let choose = || {
+        [
+            statement(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, shards),
+            statement(libc::BPF_RET | libc::BPF_A, 0),
+        ]
+    };
+    let shard_at = SHARD_AT as u32;
+    let mut program = vec![
+        load(libc::BPF_B, 0),
+        // A short header goes on behind the next three.
+        jump(libc::BPF_JSET, LONG_HEADER, 0, 3),
+        load(libc::BPF_B, LONG_ID - 1),
+        jump(libc::BPF_JEQ, LEN as u32, 4, 0),
+        statement(libc::BPF_JMP | libc::BPF_JA, 8),
+        // Short: ours has no length in the packet.
+        load(libc::BPF_B, SHORT_ID + shard_at),
+    ];
+    program.extend(choose());
+    // Long, of our length.
+    program.extend([
+        load(libc::BPF_B, LONG_ID),
+        jump(libc::BPF_JEQ, LAYOUT.into(), 0, 3),
+        load(libc::BPF_B, LONG_ID + shard_at),
+    ]);
+    program.extend(choose());
+    // Long, chosen by a client.
+    program.push(load(libc::BPF_H, LONG_ID));
+    program.extend(choose());
+    program
+}
+
+fn statement(code: u32, k: u32) -> libc::sock_filter {
+    libc::sock_filter {
+        // All codes are below 2^8.
+        code: code as u16,
+        jt: 0,
+        jf: 0,
+        k,
+    }
+}
+
+fn jump(condition: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    libc::sock_filter {
+        jt,
+        jf,
+        ..statement(libc::BPF_JMP | condition | libc::BPF_K, k)
+    }
+}
+
+/// Has the tunnels of one agent land on different shards of a server: consecutive numbers do,
+/// however many shards there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread(u16);
+
+impl Spread {
+    /// Starts anywhere, so that agents with one tunnel each don't all choose the same shard.
+    pub fn random() -> Self {
+        let mut bytes = [0; 2];
+        // Without random numbers TLS has failed before.
+        let _ = rand::fill(&mut bytes);
+        Self(u16::from_be_bytes(bytes))
+    }
+
+    /// Makes the first connection ids of tunnel `number`.
+    pub(super) fn ids(self, number: u8) -> Arc<dyn Fn() -> ConnectionId + Send + Sync> {
+        // Not around the end: the numbers there leave other remainders.
+        let number = self.0.min(u16::MAX - u16::from(u8::MAX)) + u16::from(number);
+        Arc::new(move || {
+            let mut id = [0; CHOSEN];
+            // What must not be guessed is behind it (RFC 9000 section 7.2).
+            let _ = rand::fill(&mut id);
+            id[..2].copy_from_slice(&number.to_be_bytes());
+            ConnectionId::new(&id)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
