@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::io;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+
+use crate::buffers::Buffers;
 
 /// The most that one read takes.
 const READ_SIZE: usize = 64 << 10;
@@ -12,38 +14,39 @@ const READ_SIZE: usize = 64 << 10;
 /// whole buffer.
 const COPY_BELOW: usize = 8 << 10;
 
+/// Buffers that wait for credit or acknowledgement on one thread, at most; what is read beyond is
+/// copied.
+const MOST: usize = 128;
+
 thread_local! {
-    static SCRATCH: RefCell<BytesMut> = RefCell::new(BytesMut::with_capacity(READ_SIZE));
+    static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers::new(READ_SIZE, MOST));
 }
 
-/// Calls `read` with room for [`READ_SIZE`] bytes and returns what it appended; empty is the end.
+/// Calls `read` with room for [`READ_SIZE`] bytes and returns as many as it says; none is the end.
 ///
 /// # Errors
 /// Those of `read`.
-pub(super) fn read_owned(
-    read: impl FnOnce(&mut BytesMut) -> io::Result<usize>,
-) -> io::Result<Bytes> {
-    SCRATCH.with_borrow_mut(|scratch| {
-        scratch.clear();
-        scratch.reserve(READ_SIZE);
-        let n = read(scratch)?;
-        if n < COPY_BELOW {
-            return Ok(Bytes::copy_from_slice(&scratch[..n]));
-        }
-        Ok(scratch.split_to(n).freeze())
+pub(super) fn read_owned(read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<Bytes> {
+    BUFFERS.with_borrow_mut(|buffers| {
+        let mut room = buffers.take();
+        let read = read(&mut room.bytes).map(|n| match n {
+            n if n < COPY_BELOW => Bytes::copy_from_slice(&room.bytes[..n]),
+            n => room.part(n, n).freeze(),
+        });
+        buffers.give_back(room);
+        read
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bytes::BufMut;
 
     #[test]
     fn short_and_long_reads_come_out_whole() {
         for n in [0, 1, COPY_BELOW - 1, COPY_BELOW, READ_SIZE] {
-            let bytes = read_owned(|buf| {
-                buf.put_bytes(7, n);
+            let bytes = read_owned(|room| {
+                room[..n].fill(7);
                 Ok(n)
             });
             assert_eq!(bytes.unwrap(), vec![7; n]);

@@ -1,8 +1,10 @@
 //! One connection: two directions between a local socket and a stream, until both have ended.
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -72,16 +74,47 @@ enum Rest {
     Refused,
 }
 
-/// Relays until both directions have ended. Takes `local` with reset-on-close set, and closes it.
-pub async fn relay<L: LocalSocket, S: SendHalf, R: RecvHalf>(
-    local: L,
-    mut send: S,
-    mut recv: R,
-    start: Outbound,
+/// Relays until both directions have ended. `local` is to have reset-on-close set; it and the halves
+/// are to be dropped afterwards, which closes what is still open.
+///
+/// The future is most of what an idle connection costs: what is rarely waited for is boxed when it
+/// is, and what is large is borrowed.
+pub async fn relay(
+    local: &impl LocalSocket,
+    send: &mut impl SendHalf,
+    recv: &mut impl RecvHalf,
+    start: &mut Outbound,
     budget: &Budget,
     meter: &impl Meter,
 ) -> Ending {
-    match run(&local, &mut send, &mut recv, start, budget, meter).await {
+    let about = About {
+        local,
+        budget,
+        meter,
+        first: Cell::new(None),
+    };
+    let ended = async {
+        let (mut out, mut inn) = (None, None);
+        {
+            let mut outward = pin!(outward(&about, send, start));
+            let mut inward = pin!(inward(&about, recv));
+            let mut broken = pin!(lazily(|| local.broken()));
+            while out.is_none() || inn.is_none() {
+                tokio::select! {
+                    rest = &mut outward, if out.is_none() => out = Some(rest?),
+                    rest = &mut inward, if inn.is_none() => inn = Some(rest?),
+                    // While somebody reads, the reader tells a reset from an end of file.
+                    () = &mut broken, if out.is_some() => break,
+                }
+            }
+        }
+        Ok((out, inn))
+    };
+    let ended = match ended.await {
+        Ok((out, inn)) => close(&about, recv, (out, inn)).await,
+        Err(ending) => Err(ending),
+    };
+    match ended {
         Ok(ending) => {
             local.reset_on_close(false);
             ending
@@ -94,30 +127,27 @@ pub async fn relay<L: LocalSocket, S: SendHalf, R: RecvHalf>(
     }
 }
 
-/// `Ok` is an orderly close, `Err` one that must reset what is left.
-async fn run<L: LocalSocket>(
-    local: &L,
-    send: &mut impl SendHalf,
-    recv: &mut impl RecvHalf,
-    start: Outbound,
-    budget: &Budget,
-    meter: &impl Meter,
-) -> Result<Ending, Ending> {
-    let first = Cell::new(None);
-    let (mut out, mut inn) = (None, None);
-    {
-        let mut outward = pin!(outward(local, send, start, meter, &first));
-        let mut inward = pin!(inward(local, recv, budget, meter, &first));
-        let mut broken = pin!(local.broken());
-        while out.is_none() || inn.is_none() {
-            tokio::select! {
-                rest = &mut outward, if out.is_none() => out = Some(rest?),
-                rest = &mut inward, if inn.is_none() => inn = Some(rest?),
-                // While somebody reads, the reader tells a reset from an end of file.
-                () = &mut broken, if out.is_some() => break,
-            }
-        }
+/// What both directions share.
+struct About<'a, L, M> {
+    local: &'a L,
+    budget: &'a Budget,
+    meter: &'a M,
+    /// The side that finished first.
+    first: Cell<Option<ClosedBy>>,
+}
+
+impl<L, M> About<'_, L, M> {
+    fn note(&self, by: ClosedBy) {
+        self.first.set(self.first.get().or(Some(by)));
     }
+}
+
+/// Where neither direction can go on. `Ok` is an orderly close, `Err` one that must reset what is left.
+async fn close(
+    about: &About<'_, impl LocalSocket, impl Meter>,
+    recv: &mut impl RecvHalf,
+    (out, inn): (Option<Rest>, Option<Rest>),
+) -> Result<Ending, Ending> {
     if inn.is_none() {
         if out != Some(Rest::Finished) {
             return Err(RESET_BY_LOCAL);
@@ -126,10 +156,11 @@ async fn run<L: LocalSocket>(
         recv.stop(CloseReason::PeerGone);
     }
     let ending = Ending {
-        by: first.get().unwrap_or(ClosedBy::Remote),
+        by: about.first.get().unwrap_or(ClosedBy::Remote),
         reason: CloseReason::Finished,
     };
-    if (out, inn) != (Some(Rest::Finished), Some(Rest::Finished)) && !linger(local).await {
+    let is_orderly = (out, inn) == (Some(Rest::Finished), Some(Rest::Finished));
+    if !is_orderly && !Box::pin(linger(about.local)).await {
         return Err(ending);
     }
     Ok(ending)
@@ -149,48 +180,54 @@ fn reset_by_remote(reason: CloseReason) -> Ending {
 
 /// From the local socket to the stream. Ends when the far side has acknowledged everything.
 async fn outward(
-    local: &impl LocalSocket,
+    about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
-    start: Outbound,
-    meter: &impl Meter,
-    first: &Cell<Option<ClosedBy>>,
+    next: &mut Outbound,
 ) -> Result<Rest, Ending> {
     let mut stopped = pin!(send.stopped());
-    let Outbound {
-        mut pending,
-        mut eof,
-    } = start;
     loop {
-        let n = pending.len();
-        let sent = tokio::select! {
-            biased;
-            sent = send.send(&mut pending) => sent,
-            // Without credit nobody reads, which would tell.
-            () = local.revoked() => return Err(RESET_BY_LOCAL),
+        let n = next.pending.len();
+        let sent = match at_once(|| send.send(&mut next.pending)).await {
+            Some(sent) => Ok(sent),
+            None => Box::pin(send_all(about.local, send, &mut next.pending)).await,
         };
-        if let Err(end) = sent {
-            return send_rest(end, first);
+        if let Err(end) = sent? {
+            return send_rest(end, about);
         }
-        meter.outbound(n);
-        if eof {
+        about.meter.outbound(n);
+        if next.eof {
             break;
         }
         tokio::select! {
-            end = &mut stopped => return send_rest(end, first),
-            read = local.read() => pending = read.map_err(|_| RESET_BY_LOCAL)?,
+            end = &mut stopped => return send_rest(end, about),
+            read = about.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
         }
-        eof = pending.is_empty();
+        next.eof = next.pending.is_empty();
     }
-    note(first, ClosedBy::Local);
+    about.note(ClosedBy::Local);
     send.finish();
-    send_rest(stopped.await, first)
+    send_rest(stopped.await, about)
 }
 
-fn send_rest(end: SendEnd, first: &Cell<Option<ClosedBy>>) -> Result<Rest, Ending> {
+/// Waits for credit. An `Err` is the local socket's.
+async fn send_all(
+    local: &impl LocalSocket,
+    send: &mut impl SendHalf,
+    pending: &mut Bytes,
+) -> Result<Result<(), SendEnd>, Ending> {
+    tokio::select! {
+        biased;
+        sent = send.send(pending) => Ok(sent),
+        // Without credit nobody reads, which would tell.
+        () = local.revoked() => Err(RESET_BY_LOCAL),
+    }
+}
+
+fn send_rest<L, M>(end: SendEnd, about: &About<'_, L, M>) -> Result<Rest, Ending> {
     match end {
         SendEnd::Acknowledged => Ok(Rest::Finished),
         SendEnd::Stopped(CloseReason::PeerGone) => {
-            note(first, ClosedBy::Remote);
+            about.note(ClosedBy::Remote);
             Ok(Rest::Refused)
         }
         SendEnd::Stopped(reason) => Err(reset_by_remote(reason)),
@@ -203,23 +240,23 @@ fn send_rest(end: SendEnd, first: &Cell<Option<ClosedBy>>) -> Result<Rest, Endin
 
 /// From the stream to the local socket.
 async fn inward(
-    local: &impl LocalSocket,
+    about: &About<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
-    budget: &Budget,
-    meter: &impl Meter,
-    first: &Cell<Option<ClosedBy>>,
 ) -> Result<Rest, Ending> {
-    let mut chunks = Vec::new();
     loop {
+        // Whoever waits has no room for chunks.
+        let mut chunks = Vec::new();
         let received = recv.recv(&mut chunks).await;
         let written = match received {
-            Ok(()) => tokio::select! {
-                biased;
-                written = write_all(local, &mut chunks, budget, meter) => written,
-                // A reader that has stopped must not keep what its target has taken back.
-                reason = recv.reset() => return Err(reset_by_remote(reason)),
+            Ok(()) => match write_now(about, &mut chunks) {
+                Ok(done) if done == chunks.len() && about.local.is_flushed() => Ok(()),
+                Ok(done) => {
+                    let rest = chunks.split_off(done);
+                    Box::pin(write_all(about, recv, rest)).await?
+                }
+                Err(error) => Err(error),
             },
-            Err(RecvEnd::Finished) => local.finish().await,
+            Err(RecvEnd::Finished) => Box::pin(about.local.finish()).await,
             Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
             Err(RecvEnd::Link(reason)) => {
                 return Err(Ending {
@@ -231,13 +268,13 @@ async fn inward(
         match written {
             Ok(()) if received.is_ok() => {}
             Ok(()) => {
-                note(first, ClosedBy::Remote);
+                about.note(ClosedBy::Remote);
                 return Ok(Rest::Finished);
             }
             // A reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or one that
             // the reader has yet to see. What the peer sent is there to be read.
             Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::NotConnected) => {
-                note(first, ClosedBy::Local);
+                about.note(ClosedBy::Local);
                 recv.stop(CloseReason::PeerGone);
                 return Ok(Rest::Refused);
             }
@@ -246,12 +283,34 @@ async fn inward(
     }
 }
 
+/// Writes `chunks` as the socket takes them. The outer `Err` is the stream's.
 async fn write_all(
-    local: &impl LocalSocket,
-    chunks: &mut Vec<Bytes>,
-    budget: &Budget,
-    meter: &impl Meter,
-) -> io::Result<()> {
+    about: &About<'_, impl LocalSocket, impl Meter>,
+    recv: &mut impl RecvHalf,
+    mut chunks: Vec<Bytes>,
+) -> Result<io::Result<()>, Ending> {
+    let written = async {
+        let mut done = 0;
+        while done < chunks.len() || !about.local.is_flushed() {
+            wait_for(about.local, about.budget).await?;
+            done += write_now(about, &mut chunks[done..])?;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        biased;
+        written = written => Ok(written),
+        // A reader that has stopped must not keep what its target has taken back.
+        reason = recv.reset() => Err(reset_by_remote(reason)),
+    }
+}
+
+/// Writes what the socket takes without waiting: so many whole chunks, and a part of the next, which
+/// is cut off it.
+fn write_now(
+    about: &About<'_, impl LocalSocket, impl Meter>,
+    chunks: &mut [Bytes],
+) -> io::Result<usize> {
     let mut done = 0;
     while done < chunks.len() {
         let mut slices = [IoSlice::new(&[]); SLICES];
@@ -259,11 +318,10 @@ async fn write_all(
         for (slice, chunk) in slices.iter_mut().zip(&chunks[done..]) {
             *slice = IoSlice::new(chunk);
         }
-        let Some(mut n) = local.try_write(&slices[..used])? else {
-            wait_for(local, budget).await?;
-            continue;
+        let Some(mut n) = about.local.try_write(&slices[..used])? else {
+            break;
         };
-        meter.inbound(n);
+        about.meter.inbound(n);
         while done < chunks.len() && n >= chunks[done].len() {
             n -= chunks[done].len();
             done += 1;
@@ -272,12 +330,7 @@ async fn write_all(
             chunks[done].advance(n);
         }
     }
-    // Keeps its room: the next chunks come without an allocation.
-    chunks.clear();
-    if !local.is_flushed() {
-        wait_for(local, budget).await?;
-    }
-    Ok(())
+    Ok(done)
 }
 
 /// Waits until the socket takes bytes again. One that takes none for long counts as stalled.
@@ -313,8 +366,22 @@ pub async fn linger(local: &impl LocalSocket) -> bool {
     taken
 }
 
-fn note(first: &Cell<Option<ClosedBy>>, by: ClosedBy) {
-    first.set(first.get().or(Some(by)));
+/// Polls a future that loses nothing by being dropped, once; `None` where it would wait.
+async fn at_once<F: Future>(make: impl FnOnce() -> F) -> Option<F::Output> {
+    let mut make = Some(make);
+    poll_fn(|cx| {
+        let polled = make.take().map(|make| pin!(make()).poll(cx));
+        Poll::Ready(polled.and_then(|polled| match polled {
+            Poll::Ready(output) => Some(output),
+            Poll::Pending => None,
+        }))
+    })
+    .await
+}
+
+/// Makes a future when it is first polled, in a box.
+async fn lazily<F: Future>(make: impl FnOnce() -> F) -> F::Output {
+    Box::pin(make()).await
 }
 
 #[cfg(test)]

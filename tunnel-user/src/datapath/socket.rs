@@ -3,7 +3,7 @@
 //! Reads and writes take `&self`, so that both directions run in one task without a lock.
 
 use std::cell::RefCell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::buffer::read_owned;
 
-/// A connected local socket.
+/// A connected local socket, used by one task at a time.
 pub trait LocalSocket {
     /// Waits for bytes; empty is the end of file. Holds no buffer while it waits. Cancelling loses
     /// nothing.
@@ -45,6 +45,65 @@ pub trait LocalSocket {
     fn discard_input(&self) {}
     /// Bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
     fn unsent(&self) -> usize;
+}
+
+/// A socket that can go to another thread: it leaves one reactor and joins another. Nothing of the
+/// connection is lost on the way; one that is dropped there is closed as it was set to be.
+pub trait Portable: LocalSocket + Sized + 'static {
+    /// The socket on its way.
+    type Packed: Send + 'static;
+
+    /// Leaves the running runtime.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn pack(self) -> io::Result<Self::Packed>;
+
+    /// Joins the running runtime.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn unpack(packed: Self::Packed) -> io::Result<Self>;
+}
+
+impl Portable for TcpStream {
+    type Packed = std::net::TcpStream;
+
+    fn pack(self) -> io::Result<Self::Packed> {
+        self.into_std()
+    }
+
+    fn unpack(packed: Self::Packed) -> io::Result<Self> {
+        Self::from_std(packed)
+    }
+}
+
+impl Portable for UnixStream {
+    type Packed = std::os::unix::net::UnixStream;
+
+    fn pack(self) -> io::Result<Self::Packed> {
+        self.into_std()
+    }
+
+    fn unpack(packed: Self::Packed) -> io::Result<Self> {
+        Self::from_std(packed)
+    }
+}
+
+/// With its session, and what that has yet to be read and sent.
+impl Portable for TlsSocket {
+    type Packed = (std::net::TcpStream, Box<RefCell<ServerConnection>>);
+
+    fn pack(self) -> io::Result<Self::Packed> {
+        Ok((self.tcp.into_std()?, self.session))
+    }
+
+    fn unpack((tcp, session): Self::Packed) -> io::Result<Self> {
+        Ok(Self {
+            tcp: TcpStream::from_std(tcp)?,
+            session,
+        })
+    }
 }
 
 /// Sets a TCP socket to reset when it is closed, until an orderly close is earned: so a killed
@@ -89,7 +148,7 @@ fn keepalive() -> TcpKeepalive {
         .with_retries(9)
 }
 
-async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
+pub(super) async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
     // An error here means that the reactor is gone, and then so is everything else.
     let _ = ready.await;
 }
@@ -97,14 +156,14 @@ async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
 /// Takes the error of a broken socket: it is `EPIPE` when the peer had ended its half before
 /// (tcp_reset in CLOSE_WAIT). A later read finds the end of file in its place, so only who gives
 /// the socket up at any other error may ask.
-async fn unless_ended(error: io::Result<Option<io::Error>>) {
+pub(super) async fn unless_ended(error: io::Result<Option<io::Error>>) {
     match error {
         Ok(Some(error)) if error.kind() != io::ErrorKind::BrokenPipe => {}
         _ => std::future::pending().await,
     }
 }
 
-fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
+pub(super) fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(n) => Ok(Some(n)),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -112,7 +171,7 @@ fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     }
 }
 
-fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
+pub(super) fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
     let mut unsent: libc::c_int = 0;
     // SAFETY: TIOCOUTQ (the same as SIOCOUTQ) writes one int, to a place that lives through the call.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
@@ -123,13 +182,53 @@ fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
+/// Sequence numbers that TCP has received on a connection: a byte each, and one for the end of file
+/// (tcp(7), `TCP_INFO`).
+///
+/// # Errors
+/// What the system says.
+pub fn received(socket: &TcpStream) -> io::Result<u64> {
+    /// Where `tcpi_bytes_received` lies in `struct tcp_info` (Linux 4.1).
+    const BYTES_RECEIVED: usize = 128;
+    let mut info = [0_u64; BYTES_RECEIVED / 8 + 1];
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, to a place that lives through the call.
+    let done = unsafe {
+        libc::getsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(socket),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info[BYTES_RECEIVED / 8])
+}
+
 /// The methods that TCP and Unix sockets share to the letter.
 macro_rules! stream_socket {
     () => {
         async fn read(&self) -> io::Result<Bytes> {
             loop {
-                self.readable().await?;
-                match read_owned(|buf| self.try_read_buf(buf)) {
+                poll_fn(|cx| self.poll_read_ready(cx)).await?;
+                let mut last = None;
+                let read = read_owned(|room| {
+                    let read = self.try_io(Interest::READABLE, || {
+                        let n = (&*SockRef::from(self)).read(room)?;
+                        if n > 0 && n < room.len() {
+                            // There was no more: what follows is news (epoll(7), edge-triggered),
+                            // and nobody has to ask in vain.
+                            last = Some(n);
+                            return Err(io::ErrorKind::WouldBlock.into());
+                        }
+                        Ok(n)
+                    });
+                    last.map_or(read, Ok)
+                });
+                match read {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                     done => return done,
                 }
@@ -141,7 +240,7 @@ macro_rules! stream_socket {
         }
 
         async fn writable(&self) -> io::Result<()> {
-            self.writable().await
+            poll_fn(|cx| self.poll_write_ready(cx)).await
         }
 
         async fn finish(&self) -> io::Result<()> {
@@ -193,7 +292,7 @@ impl LocalSocket for UnixStream {
 #[derive(Debug)]
 pub struct TlsSocket {
     tcp: TcpStream,
-    session: RefCell<ServerConnection>,
+    session: Box<RefCell<ServerConnection>>,
 }
 
 impl TlsSocket {
@@ -202,7 +301,7 @@ impl TlsSocket {
         let (tcp, session) = stream.into_inner();
         Self {
             tcp,
-            session: RefCell::new(session),
+            session: Box::new(session.into()),
         }
     }
 
@@ -251,7 +350,7 @@ impl LocalSocket for TlsSocket {
             if let Some(bytes) = self.take_plaintext()? {
                 return Ok(bytes);
             }
-            self.tcp.readable().await?;
+            poll_fn(|cx| self.tcp.poll_read_ready(cx)).await?;
             self.take_records()?;
             // Answers to the session's own messages, such as key updates. An error here is the
             // writer's to see: what the peer sent before it is still there to be read.
@@ -272,7 +371,7 @@ impl LocalSocket for TlsSocket {
 
     async fn writable(&self) -> io::Result<()> {
         while !self.flush()? {
-            self.tcp.writable().await?;
+            poll_fn(|cx| self.tcp.poll_write_ready(cx)).await?;
         }
         Ok(())
     }

@@ -14,6 +14,8 @@ use tokio::sync::Notify;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
 use super::*;
+use crate::datapath::Socket;
+use crate::datapath::engine::testing::on_each;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const ORDERLY: CloseReason = CloseReason::Finished;
@@ -145,13 +147,13 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(local: impl LocalSocket + 'static, start: Outbound) -> Self {
+    fn start(local: impl LocalSocket + 'static, mut start: Outbound) -> Self {
         local.reset_on_close(true);
         let far = Rc::<Far>::default();
-        let (send, recv, meter) = (FarSend(far.clone()), FarRecv(far.clone()), far.clone());
+        let (mut send, mut recv, meter) = (FarSend(far.clone()), FarRecv(far.clone()), far.clone());
         let relay = spawn_local(async move {
             let budget = Budget::new(1 << 30, 1 << 20);
-            relay(local, send, recv, start, &budget, &meter).await
+            relay(&local, &mut send, &mut recv, &mut start, &budget, &meter).await
         });
         Self { far, relay }
     }
@@ -224,11 +226,12 @@ fn only_stopped(reason: CloseReason) -> GivenUp {
     }
 }
 
-async fn pair() -> (TcpStream, TcpStream) {
+async fn pair() -> (TcpStream, Socket) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let peer = TcpStream::connect(listener.local_addr().unwrap());
     let (peer, accepted) = tokio::join!(peer, listener.accept());
-    (peer.unwrap(), accepted.unwrap().0)
+    let local = Socket::new(accepted.unwrap().0).unwrap();
+    (peer.unwrap(), local)
 }
 
 /// A relay and the peer of its socket.
@@ -280,286 +283,308 @@ async fn until_blocked(rig: &Rig) {
     }
 }
 
-#[tokio::test]
-async fn both_halves_end_in_order_and_the_first_to_end_is_named() {
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        let rig = rig.with_credit();
-        peer.write_all(b"question").await.unwrap();
-        peer.shutdown().await.unwrap();
-        rig.until_finished().await;
-        rig.until_taken(b"question").await;
-        rig.give(b"answer");
-        rig.end_recv(RecvEnd::Finished);
-        assert_eq!(read_all(&mut peer).await, (b"answer".into(), None));
-        assert_eq!(rig.far.change(|it| (it.outbound, it.inbound)), (8, 6));
-        assert_eq!(rig.end().await, (ClosedBy::Local, ORDERLY, NOT));
-    })
-    .await;
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        let rig = rig.with_credit();
-        rig.give(b"banner");
-        rig.end_recv(RecvEnd::Finished);
-        assert_eq!(read_all(&mut peer).await, (b"banner".into(), None));
-        peer.write_all(b"late").await.unwrap();
-        drop(peer);
-        rig.until_finished().await;
-        rig.until_taken(b"late").await;
-        assert_eq!(rig.end().await, (ClosedBy::Remote, ORDERLY, NOT));
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn what_was_read_before_comes_first_and_its_end_is_kept() {
-    for eof in [false, true] {
+#[test]
+fn both_halves_end_in_order_and_the_first_to_end_is_named() {
+    on_each(async || {
         soon(async {
-            let (mut peer, local) = pair().await;
-            let pending = Bytes::from_static(b"early ");
-            let rig = Rig::start(local, Outbound { pending, eof }).with_credit();
-            if !eof {
-                peer.write_all(b"and late").await.unwrap();
-                peer.shutdown().await.unwrap();
-            }
+            let (rig, mut peer) = rig().await;
+            let rig = rig.with_credit();
+            peer.write_all(b"question").await.unwrap();
+            peer.shutdown().await.unwrap();
             rig.until_finished().await;
-            rig.until_taken(if eof { b"early " } else { b"early and late" })
-                .await;
+            rig.until_taken(b"question").await;
+            rig.give(b"answer");
             rig.end_recv(RecvEnd::Finished);
+            assert_eq!(read_all(&mut peer).await, (b"answer".into(), None));
+            assert_eq!(rig.far.change(|it| (it.outbound, it.inbound)), (8, 6));
             assert_eq!(rig.end().await, (ClosedBy::Local, ORDERLY, NOT));
         })
         .await;
-    }
-}
-
-#[tokio::test]
-async fn a_local_reset_is_a_reset_also_while_there_is_no_credit() {
-    for credit in [usize::MAX, 0] {
         soon(async {
             let (rig, mut peer) = rig().await;
-            rig.far.change(|it| it.credit = credit);
-            peer.write_all(b"bytes").await.unwrap();
-            sleep(Duration::from_millis(50)).await;
-            reset(peer);
-            let end = (
-                ClosedBy::Local,
-                CloseReason::PeerReset,
-                both(CloseReason::PeerReset),
-            );
-            assert_eq!(rig.end().await, end, "credit {credit}");
+            let rig = rig.with_credit();
+            rig.give(b"banner");
+            rig.end_recv(RecvEnd::Finished);
+            assert_eq!(read_all(&mut peer).await, (b"banner".into(), None));
+            peer.write_all(b"late").await.unwrap();
+            drop(peer);
+            rig.until_finished().await;
+            rig.until_taken(b"late").await;
+            assert_eq!(rig.end().await, (ClosedBy::Remote, ORDERLY, NOT));
         })
         .await;
-    }
+    });
+}
+
+#[test]
+fn what_was_read_before_comes_first_and_its_end_is_kept() {
+    on_each(async || {
+        for eof in [false, true] {
+            soon(async {
+                let (mut peer, local) = pair().await;
+                let pending = Bytes::from_static(b"early ");
+                let rig = Rig::start(local, Outbound { pending, eof }).with_credit();
+                if !eof {
+                    peer.write_all(b"and late").await.unwrap();
+                    peer.shutdown().await.unwrap();
+                }
+                rig.until_finished().await;
+                rig.until_taken(if eof { b"early " } else { b"early and late" })
+                    .await;
+                rig.end_recv(RecvEnd::Finished);
+                assert_eq!(rig.end().await, (ClosedBy::Local, ORDERLY, NOT));
+            })
+            .await;
+        }
+    });
+}
+
+#[test]
+fn a_local_reset_is_a_reset_also_while_there_is_no_credit() {
+    on_each(async || {
+        for credit in [usize::MAX, 0] {
+            soon(async {
+                let (rig, mut peer) = rig().await;
+                rig.far.change(|it| it.credit = credit);
+                peer.write_all(b"bytes").await.unwrap();
+                sleep(Duration::from_millis(50)).await;
+                reset(peer);
+                let end = (
+                    ClosedBy::Local,
+                    CloseReason::PeerReset,
+                    both(CloseReason::PeerReset),
+                );
+                assert_eq!(rig.end().await, end, "credit {credit}");
+            })
+            .await;
+        }
+    });
 }
 
 /// The peer has sent everything and left; what is written to it provokes a reset, which takes
 /// nothing of that back.
-#[tokio::test]
-async fn a_reset_behind_an_end_of_file_takes_nothing_back() {
-    for has_credit in [true, false] {
-        soon(async {
-            let (rig, mut peer) = rig().await;
-            let bytes = &much()[..50_000];
-            // The first byte is taken: then the relay reads no more before the peer has left.
-            rig.far.change(|it| it.credit = 1);
-            peer.write_all(bytes).await.unwrap();
-            rig.until_taken(&bytes[..1]).await;
-            drop(peer);
-            if has_credit {
-                rig.far.change(|it| it.credit = bytes.len());
+#[test]
+fn a_reset_behind_an_end_of_file_takes_nothing_back() {
+    on_each(async || {
+        for has_credit in [true, false] {
+            soon(async {
+                let (rig, mut peer) = rig().await;
+                let bytes = &much()[..50_000];
+                // The first byte is taken: then the relay reads no more before the peer has left.
+                rig.far.change(|it| it.credit = 1);
+                peer.write_all(bytes).await.unwrap();
+                rig.until_taken(&bytes[..1]).await;
+                drop(peer);
+                if has_credit {
+                    rig.far.change(|it| it.credit = bytes.len());
+                    rig.until_finished().await;
+                }
+                rig.give(b"is anybody there?");
+                sleep(Duration::from_millis(50)).await;
+                rig.give(b"hello?");
+                sleep(Duration::from_millis(50)).await;
+                rig.far.change(|it| it.credit = usize::MAX);
                 rig.until_finished().await;
-            }
-            rig.give(b"is anybody there?");
-            sleep(Duration::from_millis(50)).await;
-            rig.give(b"hello?");
-            sleep(Duration::from_millis(50)).await;
-            rig.far.change(|it| it.credit = usize::MAX);
+                rig.until_taken(bytes).await;
+                let end = (
+                    ClosedBy::Local,
+                    ORDERLY,
+                    only_stopped(CloseReason::PeerGone),
+                );
+                assert_eq!(rig.end().await, end, "credit {has_credit}");
+            })
+            .await;
+        }
+    });
+}
+
+/// A Unix peer can refuse to read and go on writing.
+#[test]
+fn a_peer_that_takes_nothing_is_still_heard() {
+    on_each(async || {
+        soon(async {
+            let (mut peer, local) = UnixStream::pair().unwrap();
+            let rig = Rig::start(local, Outbound::default()).with_credit();
+            SockRef::from(&peer)
+                .shutdown(std::net::Shutdown::Read)
+                .unwrap();
+            rig.give(b"unwanted");
+            rig.far.until(|it| it.stopped).await;
+            peer.write_all(b"but listen").await.unwrap();
+            drop(peer);
             rig.until_finished().await;
-            rig.until_taken(bytes).await;
+            rig.until_taken(b"but listen").await;
             let end = (
                 ClosedBy::Local,
                 ORDERLY,
                 only_stopped(CloseReason::PeerGone),
             );
-            assert_eq!(rig.end().await, end, "credit {has_credit}");
+            assert_eq!(rig.end().await, end);
         })
         .await;
-    }
+    });
 }
 
-/// A Unix peer can refuse to read and go on writing.
-#[tokio::test]
-async fn a_peer_that_takes_nothing_is_still_heard() {
-    soon(async {
-        let (mut peer, local) = UnixStream::pair().unwrap();
-        let rig = Rig::start(local, Outbound::default()).with_credit();
-        SockRef::from(&peer)
-            .shutdown(std::net::Shutdown::Read)
-            .unwrap();
-        rig.give(b"unwanted");
-        rig.far.until(|it| it.stopped).await;
-        peer.write_all(b"but listen").await.unwrap();
-        drop(peer);
-        rig.until_finished().await;
-        rig.until_taken(b"but listen").await;
-        let end = (
-            ClosedBy::Local,
-            ORDERLY,
-            only_stopped(CloseReason::PeerGone),
-        );
-        assert_eq!(rig.end().await, end);
-    })
-    .await;
+#[test]
+fn a_remote_reset_is_a_reset_also_for_a_peer_that_does_not_read() {
+    on_each(async || {
+        const WHY: CloseReason = CloseReason::IdleTimeout;
+        for (reads, half_closed) in [(true, false), (false, false), (false, true)] {
+            soon(async {
+                let (rig, mut peer) = rig().await;
+                let rig = rig.with_credit();
+                if half_closed {
+                    peer.shutdown().await.unwrap();
+                    rig.until_finished().await;
+                }
+                if !reads {
+                    rig.give(&much());
+                    until_blocked(&rig).await;
+                }
+                rig.end_recv(RecvEnd::Reset(WHY));
+                assert_eq!(rig.end().await, (ClosedBy::Remote, WHY, both(WHY)));
+                assert_reset(&mut peer).await;
+            })
+            .await;
+        }
+    });
 }
 
-#[tokio::test]
-async fn a_remote_reset_is_a_reset_also_for_a_peer_that_does_not_read() {
-    const WHY: CloseReason = CloseReason::IdleTimeout;
-    for (reads, half_closed) in [(true, false), (false, false), (false, true)] {
+#[test]
+fn a_remote_stop_is_a_reset_unless_it_only_takes_no_more() {
+    on_each(async || {
         soon(async {
             let (rig, mut peer) = rig().await;
-            let rig = rig.with_credit();
-            if half_closed {
-                peer.shutdown().await.unwrap();
-                rig.until_finished().await;
-            }
-            if !reads {
-                rig.give(&much());
-                until_blocked(&rig).await;
-            }
-            rig.end_recv(RecvEnd::Reset(WHY));
-            assert_eq!(rig.end().await, (ClosedBy::Remote, WHY, both(WHY)));
+            rig.end_send(SendEnd::Stopped(CloseReason::PeerReset));
+            let why = CloseReason::PeerReset;
+            assert_eq!(rig.end().await, (ClosedBy::Remote, why, both(why)));
             assert_reset(&mut peer).await;
         })
         .await;
-    }
+        // The target takes no more, but what it sends still arrives, at a peer that talks all the
+        // while: closing with its words unread would reset it.
+        soon(async {
+            let (rig, mut peer) = rig().await;
+            let bytes = much();
+            rig.give(&bytes);
+            rig.end_recv(RecvEnd::Finished);
+            rig.end_send(SendEnd::Stopped(CloseReason::PeerGone));
+            let mut received = Vec::new();
+            let mut buffer = vec![0; 1 << 16];
+            let end = loop {
+                // It fails when nobody listens any more; what was sent before is there to be read.
+                let _ = peer.try_write(b"chatter");
+                match AsyncReadExt::read(&mut peer, &mut buffer).await {
+                    Ok(0) => break None,
+                    Ok(n) => received.extend_from_slice(&buffer[..n]),
+                    Err(error) => break Some(error.kind()),
+                }
+            };
+            assert_eq!(end, None);
+            assert!(received == bytes, "{} bytes", received.len());
+            assert_eq!(rig.end().await, (ClosedBy::Remote, ORDERLY, NOT));
+        })
+        .await;
+    });
 }
 
-#[tokio::test]
-async fn a_remote_stop_is_a_reset_unless_it_only_takes_no_more() {
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        rig.end_send(SendEnd::Stopped(CloseReason::PeerReset));
-        let why = CloseReason::PeerReset;
-        assert_eq!(rig.end().await, (ClosedBy::Remote, why, both(why)));
-        assert_reset(&mut peer).await;
-    })
-    .await;
-    // The target takes no more, but what it sends still arrives, at a peer that talks all the
-    // while: closing with its words unread would reset it.
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        let bytes = much();
-        rig.give(&bytes);
-        rig.end_recv(RecvEnd::Finished);
-        rig.end_send(SendEnd::Stopped(CloseReason::PeerGone));
-        let mut received = Vec::new();
-        let mut buffer = vec![0; 1 << 16];
-        let end = loop {
-            // It fails when nobody listens any more; what was sent before is there to be read.
-            let _ = peer.try_write(b"chatter");
-            match AsyncReadExt::read(&mut peer, &mut buffer).await {
-                Ok(0) => break None,
-                Ok(n) => received.extend_from_slice(&buffer[..n]),
-                Err(error) => break Some(error.kind()),
-            }
-        };
-        assert_eq!(end, None);
-        assert!(received == bytes, "{} bytes", received.len());
-        assert_eq!(rig.end().await, (ClosedBy::Remote, ORDERLY, NOT));
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_reset_of_a_peer_that_is_not_heard_any_more_is_seen() {
-    let reset_by_local = (
-        ClosedBy::Local,
-        CloseReason::PeerReset,
-        both(CloseReason::PeerReset),
-    );
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        rig.end_send(SendEnd::Stopped(CloseReason::PeerGone));
-        rig.give(b"x");
-        peer.read_exact(&mut [0]).await.unwrap();
-        reset(peer);
-        assert_eq!(rig.end().await, reset_by_local);
-    })
-    .await;
-    // Behind its end of file, all of which has been passed on, it only means that it wants no
-    // answer: one that falls silent must not keep the connection.
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        let rig = rig.with_credit();
-        peer.write_all(b"all").await.unwrap();
-        drop(peer);
-        rig.until_finished().await;
-        rig.give(b"is anybody there?");
-        let far = rig.far.clone();
-        let end = (
+#[test]
+fn a_reset_of_a_peer_that_is_not_heard_any_more_is_seen() {
+    on_each(async || {
+        let reset_by_local = (
             ClosedBy::Local,
-            ORDERLY,
-            only_stopped(CloseReason::PeerGone),
+            CloseReason::PeerReset,
+            both(CloseReason::PeerReset),
         );
-        assert_eq!(rig.end().await, end);
-        far.change(|it| assert_eq!(it.taken, b"all"));
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_lost_link_is_a_reset() {
-    const WHY: CloseReason = CloseReason::LinkLost;
-    let lose_send: fn(&Rig) = |rig| rig.end_send(SendEnd::Link(WHY));
-    let lose_recv: fn(&Rig) = |rig| rig.end_recv(RecvEnd::Link(WHY));
-    for (lose, half_closed) in [(lose_send, false), (lose_recv, false), (lose_recv, true)] {
+        soon(async {
+            let (rig, mut peer) = rig().await;
+            rig.end_send(SendEnd::Stopped(CloseReason::PeerGone));
+            rig.give(b"x");
+            peer.read_exact(&mut [0]).await.unwrap();
+            reset(peer);
+            assert_eq!(rig.end().await, reset_by_local);
+        })
+        .await;
+        // Behind its end of file, all of which has been passed on, it only means that it wants no
+        // answer: one that falls silent must not keep the connection.
         soon(async {
             let (rig, mut peer) = rig().await;
             let rig = rig.with_credit();
-            if half_closed {
-                peer.shutdown().await.unwrap();
-                rig.until_finished().await;
-            }
-            rig.give(b"half an ans");
-            peer.read_exact(&mut [0; 11]).await.unwrap();
-            lose(&rig);
-            assert_eq!(rig.end().await, (ClosedBy::Link, WHY, both(WHY)));
-            assert_reset(&mut peer).await;
+            peer.write_all(b"all").await.unwrap();
+            drop(peer);
+            rig.until_finished().await;
+            rig.give(b"is anybody there?");
+            let far = rig.far.clone();
+            let end = (
+                ClosedBy::Local,
+                ORDERLY,
+                only_stopped(CloseReason::PeerGone),
+            );
+            assert_eq!(rig.end().await, end);
+            far.change(|it| assert_eq!(it.taken, b"all"));
         })
         .await;
-    }
+    });
+}
+
+#[test]
+fn a_lost_link_is_a_reset() {
+    on_each(async || {
+        const WHY: CloseReason = CloseReason::LinkLost;
+        let lose_send: fn(&Rig) = |rig| rig.end_send(SendEnd::Link(WHY));
+        let lose_recv: fn(&Rig) = |rig| rig.end_recv(RecvEnd::Link(WHY));
+        for (lose, half_closed) in [(lose_send, false), (lose_recv, false), (lose_recv, true)] {
+            soon(async {
+                let (rig, mut peer) = rig().await;
+                let rig = rig.with_credit();
+                if half_closed {
+                    peer.shutdown().await.unwrap();
+                    rig.until_finished().await;
+                }
+                rig.give(b"half an ans");
+                peer.read_exact(&mut [0; 11]).await.unwrap();
+                lose(&rig);
+                assert_eq!(rig.end().await, (ClosedBy::Link, WHY, both(WHY)));
+                assert_reset(&mut peer).await;
+            })
+            .await;
+        }
+    });
 }
 
 /// A link that is lost behind an answer that has arrived whole does not take it from a reader
 /// that is slow.
-#[tokio::test]
-async fn what_has_arrived_outlives_the_link() {
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        let rig = rig.with_credit();
-        peer.shutdown().await.unwrap();
-        rig.until_finished().await;
-        let bytes = much();
-        rig.give(&bytes);
-        until_blocked(&rig).await;
-        rig.end_send(SendEnd::Link(CloseReason::LinkLost));
-        rig.end_recv(RecvEnd::Finished);
-        let (received, end) = read_all(&mut peer).await;
-        assert!(received == bytes && end.is_none(), "{end:?}");
-        assert_eq!(rig.end().await, (ClosedBy::Local, ORDERLY, NOT));
-    })
-    .await;
+#[test]
+fn what_has_arrived_outlives_the_link() {
+    on_each(async || {
+        soon(async {
+            let (rig, mut peer) = rig().await;
+            let rig = rig.with_credit();
+            peer.shutdown().await.unwrap();
+            rig.until_finished().await;
+            let bytes = much();
+            rig.give(&bytes);
+            until_blocked(&rig).await;
+            rig.end_send(SendEnd::Link(CloseReason::LinkLost));
+            rig.end_recv(RecvEnd::Finished);
+            let (received, end) = read_all(&mut peer).await;
+            assert!(received == bytes && end.is_none(), "{end:?}");
+            assert_eq!(rig.end().await, (ClosedBy::Local, ORDERLY, NOT));
+        })
+        .await;
+    });
 }
 
-#[tokio::test]
-async fn a_relay_that_is_given_up_resets_its_peer() {
-    soon(async {
-        let (rig, mut peer) = rig().await;
-        rig.give(b"x");
-        peer.read_exact(&mut [0]).await.unwrap();
-        rig.relay.abort();
-        assert_reset(&mut peer).await;
-    })
-    .await;
+#[test]
+fn a_relay_that_is_given_up_resets_its_peer() {
+    on_each(async || {
+        soon(async {
+            let (rig, mut peer) = rig().await;
+            rig.give(b"x");
+            peer.read_exact(&mut [0]).await.unwrap();
+            rig.relay.abort();
+            assert_reset(&mut peer).await;
+        })
+        .await;
+    });
 }
