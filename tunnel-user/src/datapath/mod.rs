@@ -11,10 +11,12 @@
 
 pub mod budget;
 mod buffer;
+pub mod engine;
 pub mod relay;
 pub mod socket;
 pub mod stream;
 
 pub use budget::Budget;
+pub use engine::{Engine, Engines, Socket};
 pub use relay::{ClosedBy, Ending, Meter, Outbound, linger, relay};
 pub use socket::LocalSocket;
