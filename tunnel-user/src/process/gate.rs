@@ -1,45 +1,47 @@
-//! Counts what is under way on one thread, up to a bound.
+//! Counts what is under way, up to a bound: on one thread or on all shards of a process.
 
-use std::cell::Cell;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A bound on things under way.
+/// A bound on things under way. Its clones share it.
 #[derive(Clone, Debug)]
 pub struct Gate {
-    inside: Rc<Cell<usize>>,
+    inside: Arc<AtomicUsize>,
     most: usize,
 }
 
 /// One thing under way, until it is dropped.
 #[derive(Debug)]
-pub struct Entered(Rc<Cell<usize>>);
+pub struct Entered(Arc<AtomicUsize>);
 
 impl Gate {
     /// Lets `most` in at once.
     pub fn new(most: usize) -> Self {
         Self {
-            inside: Rc::default(),
+            inside: Arc::default(),
             most,
         }
     }
 
     /// One more; `None` at the bound.
     pub fn enter(&self) -> Option<Entered> {
-        (self.inside.get() < self.most).then(|| {
-            self.inside.set(self.inside.get() + 1);
-            Entered(self.inside.clone())
-        })
+        let before = self.inside.fetch_add(1, Ordering::Relaxed);
+        // Leaves again when it is dropped: others may be refused meanwhile, but never one too many
+        // let in.
+        let entered = Entered(self.inside.clone());
+        (before < self.most).then_some(entered)
     }
 
     /// How many are inside.
     pub fn inside(&self) -> usize {
-        self.inside.get()
+        self.inside.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        // What its holder did is done for whoever sees that it has left.
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -55,5 +57,17 @@ mod tests {
         drop(entered);
         assert_eq!(gate.inside(), 0);
         assert!(gate.enter().is_some());
+    }
+
+    #[test]
+    fn threads_share_the_bound() {
+        let gate = Gate::new(3);
+        let entered = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| gate.enter())).collect();
+            let entered = threads.into_iter().map(|thread| thread.join().unwrap());
+            entered.flatten().collect::<Vec<_>>()
+        });
+        assert!((1..=3).contains(&entered.len()));
+        assert_eq!(gate.inside(), entered.len());
     }
 }

@@ -61,8 +61,8 @@ pub async fn until_stopped(
     Ok(())
 }
 
-/// Waits until `shard_ended` completes while everything is to be served. A shard that drains ends by
-/// itself: that is no loss, and this never completes.
+/// Waits until `shard_ended` completes while everything is to be served. A shard that drains ends
+/// by itself: that is no loss, and this never completes.
 pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output = ()>) {
     shard_ended.await;
     if *phase.borrow() != Phase::Running {
@@ -93,8 +93,15 @@ pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
 pub struct Pulse(Arc<AtomicU64>);
 
 impl Pulse {
-    /// Beats for ever, for as long as the runtime turns that this is run on.
-    pub async fn beat(self) {
+    /// Lets it beat for as long as the runtime turns that this is called on. Only where somebody
+    /// listens: a shard that has nothing to do sleeps.
+    pub fn start(self) {
+        if sd_notify::watchdog_enabled().is_some() {
+            tokio::task::spawn_local(self.beat());
+        }
+    }
+
+    async fn beat(self) {
         let mut tick = tokio::time::interval(PULSE);
         loop {
             tick.tick().await;
@@ -107,17 +114,21 @@ impl Pulse {
 const PULSE: Duration = Duration::from_millis(200);
 
 /// Sends systemd's watchdog its life signs (`WatchdogSec=`) for as long as both this runtime turns
-/// and the shard's.
-pub async fn watchdog(pulse: Pulse) {
+/// and every shard's.
+pub async fn watchdog(pulses: Vec<Pulse>) {
     let Some(interval) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;
     };
     let mut tick = tokio::time::interval((interval / 2).max(2 * PULSE));
-    let mut last = None;
+    let mut last = vec![None; pulses.len()];
     loop {
         tick.tick().await;
-        let beats = pulse.0.load(Ordering::Relaxed);
-        if last.replace(beats) != Some(beats) {
+        let mut beating = true;
+        for (pulse, last) in pulses.iter().zip(&mut last) {
+            let beats = pulse.0.load(Ordering::Relaxed);
+            beating &= last.replace(beats) != Some(beats);
+        }
+        if beating {
             notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }

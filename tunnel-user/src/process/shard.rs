@@ -1,26 +1,171 @@
-//! A shard: a thread with a runtime of its own, and everything that belongs to its tunnels. What
-//! lives on a shard is `!Send` and never leaves it.
+//! Shards: threads with a runtime of their own each, and everything that belongs to their tunnels.
+//! What lives on a shard is `!Send` and never leaves it.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
+use std::task::Poll;
 use std::thread::JoinHandle;
 
 use tokio::runtime::Builder;
+use tokio::sync::watch;
 use tokio::task::LocalSet;
 
-/// Starts a shard. `main` runs on its thread, may `spawn_local`, and ends the shard by returning.
-///
-/// # Errors
-/// When no thread can be had.
-pub fn spawn<F>(name: &str, main: impl FnOnce() -> F + Send + 'static) -> io::Result<JoinHandle<()>>
+use super::lifecycle::Pulse;
+use crate::datapath::engine::{self, Engines, Ring};
+
+/// The most shards that a process may have.
+pub const MAX: usize = 64;
+
+/// One for each core that we may run on.
+pub fn usual() -> usize {
+    let cores = std::thread::available_parallelism();
+    cores.map_or(1, usize::from).clamp(1, MAX)
+}
+
+/// The shards of a process.
+#[derive(Debug, Default)]
+pub struct Shards {
+    threads: Vec<JoinHandle<()>>,
+    /// Each ends with its shard, however that ends.
+    alive: Vec<watch::Receiver<()>>,
+    /// Their signs of life.
+    pulses: Vec<Pulse>,
+    /// What moves bytes on those that are still to come.
+    engines: Engines,
+}
+
+impl Shards {
+    /// None yet; `engines` has enough for all of them.
+    pub fn new(engines: Engines) -> Self {
+        Self {
+            engines,
+            ..Self::default()
+        }
+    }
+
+    /// Starts another shard. `main` runs on its thread, may `spawn_local`, and ends the shard by
+    /// returning.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn spawn<F>(&mut self, main: impl FnOnce() -> F + Send + 'static) -> io::Result<()>
+    where
+        F: Future<Output = ()>,
+    {
+        let (alive, ended) = watch::channel(());
+        let pulse = Pulse::default();
+        self.pulses.push(pulse.clone());
+        self.alive.push(ended);
+        let name = format!("shard-{}", self.threads.len());
+        let ring = self.engines.next_ring();
+        self.threads.push(spawn(&name, ring, move || async move {
+            let _alive = alive;
+            pulse.start();
+            main().await;
+        })?);
+        Ok(())
+    }
+
+    /// The sign of life of each.
+    pub fn pulses(&self) -> Vec<Pulse> {
+        self.pulses.clone()
+    }
+
+    /// Waits until one of them has ended.
+    pub fn any_ended(&self) -> impl Future<Output = ()> + use<> {
+        let ends = self.alive.iter().cloned().map(ended).map(Box::pin);
+        let mut ends: Vec<_> = ends.collect();
+        poll_fn(move |cx| {
+            let is_over = ends.iter_mut().any(|end| end.as_mut().poll(cx).is_ready());
+            if is_over {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+    }
+
+    /// Waits until all of them have.
+    pub fn all_ended(&self) -> impl Future<Output = ()> + use<> {
+        let alive = self.alive.clone();
+        async move {
+            for shard in alive {
+                ended(shard).await;
+            }
+        }
+    }
+
+    /// Waits for their threads, which have been told to end.
+    pub fn join(self) {
+        for thread in self.threads {
+            // One that has panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn ended(mut alive: watch::Receiver<()>) {
+    let mut changed = pin!(alive.changed());
+    // Nothing is ever sent, so this is the end of the sender.
+    let _ = changed.as_mut().await;
+}
+
+fn spawn<F>(
+    name: &str,
+    ring: Option<Ring>,
+    main: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<JoinHandle<()>>
 where
     F: Future<Output = ()>,
 {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let mut builder = Builder::new_current_thread();
+    if ring.is_some() {
+        builder.on_thread_park(engine::before_park);
+    }
+    let runtime = builder.enable_all().build()?;
     std::thread::Builder::new()
         .name(name.into())
         .spawn(move || {
-            LocalSet::new().block_on(&runtime, main());
+            let ran =
+                LocalSet::new().block_on(&runtime, engine::run(ring, async move || main().await));
+            engine::leave();
+            if let Err(error) = ran {
+                // The end of a shard ends the process.
+                tracing::error!(%error, "the shard's ring can't be used");
+            }
             // Look-ups of names that still run on helper threads must not hold up the end.
             runtime.shutdown_background();
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_one_is_told_from_the_end_of_all() {
+        let mut shards = Shards::default();
+        let (first, gone) = oneshot::channel::<()>();
+        let (second, gone_too) = oneshot::channel::<()>();
+        for end in [gone, gone_too] {
+            shards
+                .spawn(move || async move { drop(end.await) })
+                .unwrap();
+        }
+        let (any, all) = (shards.any_ended(), shards.all_ended());
+        let mut all = pin!(all);
+        drop(first);
+        any.await;
+        let early = timeout(Duration::from_millis(20), all.as_mut()).await;
+        assert!(early.is_err());
+        drop(second);
+        all.await;
+        shards.join();
+    }
 }
