@@ -3,24 +3,20 @@
 //! The callback runs when the SYN-ACK has arrived and before the ACK is sent, so that the flow
 //! is always there when the listener accepts.
 
-use core::ptr;
-
 use aya_ebpf::{
-    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, bpf_sock_ops},
-    helpers::bpf_ktime_get_ns,
+    bindings::BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, helpers::bpf_ktime_get_ns,
     programs::SockOpsContext,
 };
-use tunnel_ebpf_common::{Address, Counter, Endpoint, Flow, FlowKey};
+use tunnel_ebpf_common::{Counter, Flow, FlowKey};
 
 use crate::{
+    endpoints::endpoints,
     maps::{FLOWS, attachment, count},
     origin,
 };
 
 /// What every callback here answers.
 const DONE: u32 = 1;
-
-const AF_INET: u32 = 2;
 
 /// Callback `BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB`; all others are left alone.
 #[inline(always)]
@@ -58,48 +54,4 @@ pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
         count(Counter::Established);
     }
     DONE
-}
-
-/// Local and remote end. A v4-mapped socket connects over IPv4: the same key either way.
-#[inline(always)]
-fn endpoints(ops: *const bpf_sock_ops) -> (Endpoint, Endpoint) {
-    // SAFETY: `ops` is the hook's context, which has the fields of both families whatever the
-    // socket's is.
-    let word = |field: *const u32| unsafe { ptr::read_volatile(field) };
-    let words = |field: *const u32| {
-        Address([
-            word(field),
-            word(field.wrapping_add(1)),
-            word(field.wrapping_add(2)),
-            word(field.wrapping_add(3)),
-        ])
-    };
-    // SAFETY: only addresses within the context are formed.
-    let (family, local4, remote4, local6, remote6, local_port, remote_port) = unsafe {
-        (
-            word(&raw const (*ops).family),
-            word(&raw const (*ops).local_ip4),
-            word(&raw const (*ops).remote_ip4),
-            words((&raw const (*ops).local_ip6).cast()),
-            words((&raw const (*ops).remote_ip6).cast()),
-            // Host order, unlike the remote port: that is in network order in the upper half.
-            word(&raw const (*ops).local_port),
-            u32::from_be(word(&raw const (*ops).remote_port)),
-        )
-    };
-    let (local, remote) = if family == AF_INET {
-        (Address::mapped(local4), Address::mapped(remote4))
-    } else {
-        (local6, remote6)
-    };
-    (
-        Endpoint {
-            address: local,
-            port: local_port,
-        },
-        Endpoint {
-            address: remote,
-            port: remote_port,
-        },
-    )
 }

@@ -9,10 +9,10 @@ use crate::{ebpf, sh};
 /// Builds them with the kernel programs that were built last, and says where they are.
 pub(crate) fn build() -> Result<Programs> {
     sh::heading("Programs");
-    if !ebpf::object().exists() {
+    if let Some(object) = ebpf::missing() {
         eprintln!(
             "    without the redirect: {} is not there",
-            ebpf::object().display()
+            object.display()
         );
     }
     let mut cargo = workspace::cargo();

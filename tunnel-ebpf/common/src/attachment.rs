@@ -9,6 +9,8 @@ pub const NAME_LENGTH: usize = 32;
 pub mod flags {
     /// While the connector is dead or stuck, connections take the ordinary route.
     pub const FAIL_OPEN: u32 = 1;
+    /// Clients' bytes may go past TCP on loopback.
+    pub const SHORTCUT: u32 = 2;
 }
 
 /// One attachment, under its number.

@@ -15,6 +15,7 @@ mod counter;
 mod flow;
 mod prefix;
 mod route;
+mod shortcut;
 #[cfg(feature = "user")]
 mod user;
 
@@ -25,6 +26,7 @@ pub use counter::{Counter, counter_index};
 pub use flow::{Flow, FlowKey, Origin};
 pub use prefix::{Family, PREFIX_BITS, Prefix};
 pub use route::Verdict;
+pub use shortcut::{MAX_SHORTCUTS, SHORTCUT_BYTES, Writer};
 
 /// Version of the layouts in this crate; part of the directory in which the maps are pinned.
 pub const SCHEMA: u32 = 1;

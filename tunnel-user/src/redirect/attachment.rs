@@ -42,7 +42,7 @@ impl Attachment {
         pin.create(&spec.name)?;
         let _lock = pin.lock()?;
         let id = settings::number(pin, &spec.name)?;
-        let programs = Programs::load(pin, id, refusal)?;
+        let programs = Programs::load(pin, id, refusal, spec.shortcut)?;
         settings::write(pin, id, spec)?;
         let (pin, name, cgroup) = (pin.clone(), spec.name.clone(), spec.cgroup.clone());
         Ok(Self {
@@ -103,13 +103,20 @@ impl Attachment {
                 Link::create(program.as_fd(), &cgroup, hook)?.pin(&pin)?;
                 Ok(Linked::Created)
             };
-            let failed = |source: io::Error| RedirectError::Link {
+            let refused = |source: io::Error| RedirectError::Link {
                 name: hook.name(),
                 cgroup: self.cgroup.clone(),
                 source,
             };
-            if put().map_err(failed)? == Linked::Created {
+            if put().map_err(refused)? == Linked::Created {
                 linked = Linked::Created;
+            }
+        }
+        for hook in Hook::ALL {
+            // An option that was taken back.
+            if !self.programs.has(hook) {
+                let link = self.pin.link(&self.name, hook);
+                remove_pin(&link).map_err(|error| failed(&link, error))?;
             }
         }
         Ok(linked)

@@ -3,6 +3,8 @@
 /// One program and the hook it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
+    /// Notes clients for the shortcut, where the attachment has one (`BPF_CGROUP_SOCK_OPS`).
+    Shortcut,
     /// Hands the origin to the accepting side (`BPF_CGROUP_SOCK_OPS`).
     Established,
     /// Answers getpeername(2) for IPv4 sockets.
@@ -18,7 +20,8 @@ pub enum Hook {
 impl Hook {
     /// All of them in the order of attaching: what a redirected socket needs comes before what
     /// redirects it. Detaching goes the other way.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Shortcut,
         Self::Established,
         Self::Getpeername4,
         Self::Getpeername6,
@@ -26,9 +29,19 @@ impl Hook {
         Self::Connect6,
     ];
 
-    /// Name of the program in the object, and of its link's pin.
+    /// Those that every attachment has.
+    pub const REQUIRED: [Self; 5] = [
+        Self::Established,
+        Self::Getpeername4,
+        Self::Getpeername6,
+        Self::Connect4,
+        Self::Connect6,
+    ];
+
+    /// Name of the program in its object, and of its link's pin.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Shortcut => "shortcut_begin",
             Self::Established => "established",
             Self::Getpeername4 => "getpeername4",
             Self::Getpeername6 => "getpeername6",
@@ -40,7 +53,7 @@ impl Hook {
     /// `enum bpf_attach_type` of linux/bpf.h.
     pub(super) const fn attach_type(self) -> u32 {
         match self {
-            Self::Established => 3,
+            Self::Shortcut | Self::Established => 3,
             Self::Connect4 => 10,
             Self::Connect6 => 11,
             Self::Getpeername4 => 29,

@@ -2,7 +2,7 @@
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash},
 };
 use tunnel_ebpf_common::{Attachment, Flow, FlowKey, PortSet, Prefix};
 
@@ -20,6 +20,17 @@ pub(super) const NAMES: [&str; 8] = [
     "ROUTES",
 ];
 
+/// Every map of the shortcut's object; the first two are the redirect's.
+pub(super) const SHORTCUT_NAMES: [&str; 7] = [
+    "ATTACHMENTS",
+    "ORIGINS",
+    "SHORTCUT_READ",
+    "SHORTCUT_READERS",
+    "SHORTCUT_TAKEN",
+    "SHORTCUT_WRITERS",
+    "SHORTCUT_WRITTEN",
+];
+
 /// Attachments by number.
 pub(super) type Attachments = HashMap<MapData, u32, Attachment>;
 /// Captured prefixes.
@@ -32,6 +43,13 @@ pub(super) type Heartbeats = Array<MapData, u64>;
 pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
 /// Counters by attachment and kind.
 pub(super) type CounterMap = PerCpuArray<MapData, u64>;
+
+/// Our ends of shortcuts.
+pub(super) type ShortcutReaders = SockHash<MapData, FlowKey>;
+/// The clients' ends.
+pub(super) type ShortcutWriters = SockHash<MapData, FlowKey>;
+/// Bytes, by connection.
+pub(super) type ShortcutCounts = HashMap<MapData, FlowKey, u64>;
 
 pub(super) fn attachments(pin: &Pin) -> Result<Attachments, RedirectError> {
     open(pin, "ATTACHMENTS")
@@ -55,6 +73,22 @@ pub(super) fn flows(pin: &Pin) -> Result<FlowMap, RedirectError> {
 
 pub(super) fn counters(pin: &Pin) -> Result<CounterMap, RedirectError> {
     open(pin, "COUNTERS")
+}
+
+pub(super) fn shortcut_readers(pin: &Pin) -> Result<ShortcutReaders, RedirectError> {
+    open(pin, "SHORTCUT_READERS")
+}
+
+pub(super) fn shortcut_writers(pin: &Pin) -> Result<ShortcutWriters, RedirectError> {
+    open(pin, "SHORTCUT_WRITERS")
+}
+
+pub(super) fn shortcut_read(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
+    open(pin, "SHORTCUT_READ")
+}
+
+pub(super) fn shortcut_taken(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
+    open(pin, "SHORTCUT_TAKEN")
 }
 
 /// Opens a pinned map. That its keys and values have our sizes is checked.

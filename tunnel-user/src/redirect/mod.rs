@@ -38,6 +38,7 @@ mod prefix;
 mod program;
 mod routes;
 mod settings;
+mod shortcut;
 mod spec;
 mod status;
 
@@ -53,6 +54,7 @@ pub use netns::{cookie, within};
 pub use object::object;
 pub use program::Refusal;
 pub use routes::Routes;
+pub use shortcut::{SHORTCUT_BYTES, Shortcut, Shortcuts};
 pub use spec::{AttachmentSpec, FailMode, Rule, tenant_number};
 pub use status::{LinkState, Status};
 pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};
@@ -118,6 +120,11 @@ impl Redirect {
         Flows::open(&self.pin, name)
     }
 
+    /// The shortcuts of an attachment that has them.
+    pub fn shortcuts(&self, name: &str) -> Result<Shortcuts, RedirectError> {
+        Shortcuts::open(&self.pin, name)
+    }
+
     /// The sign of life of an attachment's connector.
     pub fn heartbeat(&self, name: &str) -> Result<Heartbeat, RedirectError> {
         Heartbeat::open(&self.pin, name)
@@ -163,5 +170,6 @@ mod tests {
         is_send::<Flows>();
         is_send::<Heartbeat>();
         is_send::<Routes>();
+        is_send::<Shortcuts>();
     }
 }

@@ -8,7 +8,7 @@ use aya::{
 };
 use serde::Serialize;
 
-use super::{Hook, RedirectError, maps, object, pin::Pin};
+use super::{Hook, RedirectError, maps, object::object, pin::Pin, shortcut};
 
 /// What the caller of connect(2) sees of a refusal; depends on the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -23,7 +23,7 @@ pub enum Refusal {
 /// The programs in the kernel, not attached to anything by themselves.
 #[derive(Debug)]
 pub(super) struct Programs {
-    fds: [(Hook, OwnedFd); Hook::ALL.len()],
+    fds: Vec<(Hook, OwnedFd)>,
     refusal: Refusal,
 }
 
@@ -34,13 +34,19 @@ impl Programs {
         pin: &Pin,
         attachment: u32,
         refusal: Option<Refusal>,
+        with_shortcut: bool,
     ) -> Result<Self, RedirectError> {
-        match refusal {
+        let mut programs = match refusal {
             Some(refusal) => Self::load_as(pin, attachment, refusal),
             // Whether the helper may be called shows only when a program that does is loaded.
             None => Self::load_as(pin, attachment, Refusal::Errno)
                 .or_else(|_| Self::load_as(pin, attachment, Refusal::Reset)),
+        }?;
+        if with_shortcut {
+            let program = shortcut::load(pin, attachment)?;
+            programs.fds.insert(0, (Hook::Shortcut, program));
         }
+        Ok(programs)
     }
 
     fn load_as(pin: &Pin, attachment: u32, refusal: Refusal) -> Result<Self, RedirectError> {
@@ -57,23 +63,21 @@ impl Programs {
         let mut ebpf = loader
             .load(object)
             .map_err(|error| RedirectError::Prepare(Box::new(error)))?;
-        let [established, getpeername4, getpeername6, connect4, connect6] =
-            Hook::ALL.map(|hook| Ok((hook, load(&mut ebpf, hook)?)));
-        Ok(Self {
-            fds: [
-                established?,
-                getpeername4?,
-                getpeername6?,
-                connect4?,
-                connect6?,
-            ],
-            refusal,
-        })
+        let fds = Hook::REQUIRED
+            .into_iter()
+            .map(|hook| Ok((hook, load(&mut ebpf, hook)?)))
+            .collect::<Result<_, RedirectError>>()?;
+        Ok(Self { fds, refusal })
     }
 
     /// The programs in the order of attaching.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Hook, &OwnedFd)> {
         self.fds.iter().map(|(hook, fd)| (*hook, fd))
+    }
+
+    /// Whether there is one for this hook.
+    pub(super) fn has(&self, hook: Hook) -> bool {
+        self.fds.iter().any(|(there, _)| *there == hook)
     }
 
     /// How they refuse.

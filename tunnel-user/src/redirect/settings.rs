@@ -44,11 +44,7 @@ pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), Red
     let entry = Attachment {
         netns,
         tenant: spec.tenant,
-        flags: if spec.fail == FailMode::Open {
-            flags::FAIL_OPEN
-        } else {
-            0
-        },
+        flags: flags(spec),
         listener4: spec.listen4.map_or(Endpoint::NONE, |listen| {
             Endpoint::from(std::net::SocketAddr::V4(listen))
         }),
@@ -68,6 +64,12 @@ pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), Red
     attachments
         .insert(id, entry, 0)
         .map_err(failed("ATTACHMENTS"))
+}
+
+fn flags(spec: &AttachmentSpec) -> u32 {
+    let open = (spec.fail == FailMode::Open).then_some(flags::FAIL_OPEN);
+    let shortcut = spec.shortcut.then_some(flags::SHORTCUT);
+    open.unwrap_or(0) | shortcut.unwrap_or(0)
 }
 
 /// Forgets what was written. The programs must be detached already.

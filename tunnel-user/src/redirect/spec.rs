@@ -57,6 +57,8 @@ pub struct AttachmentSpec {
     pub exclude: Vec<Rule>,
     /// What happens while the connector is away.
     pub fail: FailMode,
+    /// Whether clients' bytes may go past TCP on loopback: see [`super::Shortcuts`].
+    pub shortcut: bool,
 }
 
 impl AttachmentSpec {

@@ -46,6 +46,8 @@ pub struct Status {
     pub listeners: Vec<SocketAddr>,
     /// What happens while the connector is away.
     pub fail: FailMode,
+    /// Whether clients' bytes go past TCP on loopback.
+    pub shortcut: bool,
     /// Prefixes in the compiled capture set.
     pub prefixes: usize,
     /// Milliseconds since the connector's last sign of life; `None`: it never gave one, or said
@@ -94,10 +96,11 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
         } else {
             FailMode::Closed
         },
+        shortcut: attachment.flags & flags::SHORTCUT != 0,
         prefixes: captures.len(),
         heartbeat_age_ms: (heartbeat != 0)
             .then(|| monotonic_ns().saturating_sub(heartbeat) / 1_000_000),
-        links: links(pin, &name)?,
+        links: links(pin, &name, attachment)?,
         counters: counted
             .into_iter()
             .map(|(counter, n)| (Counter::label(counter), n))
@@ -106,7 +109,12 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
     })
 }
 
-fn links(pin: &Pin, name: &str) -> Result<BTreeMap<&'static str, LinkState>, RedirectError> {
+fn links(
+    pin: &Pin,
+    name: &str,
+    attachment: &Attachment,
+) -> Result<BTreeMap<&'static str, LinkState>, RedirectError> {
+    let wanted = |hook: &Hook| *hook != Hook::Shortcut || attachment.flags & flags::SHORTCUT != 0;
     let state = |hook: Hook| {
         let path = pin.link(name, hook);
         let info = Link::open(&path).and_then(|link| link.map(|link| link.info()).transpose());
@@ -120,5 +128,5 @@ fn links(pin: &Pin, name: &str) -> Result<BTreeMap<&'static str, LinkState>, Red
         };
         Ok((hook.name(), state))
     };
-    Hook::ALL.into_iter().map(state).collect()
+    Hook::ALL.into_iter().filter(wanted).map(state).collect()
 }

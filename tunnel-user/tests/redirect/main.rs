@@ -14,6 +14,7 @@ mod lab;
 mod lifetime;
 mod origin;
 mod refusal;
+mod shortcut;
 
 use std::{
     collections::BTreeMap,
