@@ -1,28 +1,30 @@
 //! Accepting tunnels: handshakes, their bounds, and who comes in.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use quinn::{Connection, ConnectionError, Endpoint, Incoming};
-use tokio::sync::Notify;
 use tokio::time::timeout;
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
 
 use super::{QuicLink, session};
-use crate::process::gate::{Entered, Gate};
+use crate::process::gate::Entered;
 use crate::process::lifecycle::Phase;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::transport::control_stream::{ControlStream, Shared};
-use crate::transport::{error_code, link_reason, peer_identity};
+use crate::transport::quic::{
+    Connection, ConnectionError, Endpoint, Incoming, Recv, Send, error_code, link_reason,
+    peer_identity,
+};
 
 /// A peer that has not shown its certificate and opened its control stream by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Handshakes under way at once; above it strangers are refused.
-const MAX_HANDSHAKES: usize = 1024;
+/// Handshakes under way at once on all shards; above it strangers are refused.
+pub(in crate::server) const MAX_HANDSHAKES: usize = 1024;
 
 /// Handshakes under way above which a peer must first prove its address (Retry, RFC 9000
 /// section 8.1.2).
@@ -30,14 +32,13 @@ const RETRY_ABOVE: usize = 64;
 
 /// Accepts tunnels for ever.
 pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
-    let handshakes = Gate::new(MAX_HANDSHAKES);
+    let handshakes = &shard.handshakes;
     while let Some(incoming) = endpoint.accept().await {
         if *shard.phase.borrow() != Phase::Running {
             // Agents look elsewhere, and here again for our successor.
             incoming.refuse();
         } else if handshakes.inside() >= RETRY_ABOVE && incoming.may_retry() {
-            // Fails only when it may not be retried.
-            let _ = incoming.retry();
+            incoming.retry();
         } else if let Some(under_way) = handshakes.enter() {
             tokio::task::spawn_local(serve(shard.clone(), incoming, under_way));
         } else {
@@ -66,10 +67,11 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
     };
     let session = Shared::new(ServerSession::new(Timers::default(), Instant::now()));
     let mut control = ControlStream::new(session.clone(), stream);
-    let probed = connection.clone();
+    let path = connection.path();
     let probe = Probe(Box::new(move || Path {
-        remote: probed.remote_address(),
-        rtt: probed.rtt(),
+        remote: path.remote(),
+        rtt: path.rtt(),
+        mtu: Some(path.mtu()),
     }));
     let info = LinkInfo::new(
         (shard.next_link(), shard.index),
@@ -81,7 +83,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         connection: connection.clone(),
         session,
         info,
-        silenced: Notify::new(),
+        place: RefCell::default(),
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);
@@ -89,6 +91,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         .instrument(span)
         .await;
     shard.links.borrow_mut().remove(&link.info.id);
+    link.place.take();
     shard.control.disconnect(link.info.id).await;
     let reason = session::reason_of(&end);
     tracing::info!(
@@ -99,16 +102,13 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
     connection.close(error_code(reason), end.to_string().as_bytes());
 }
 
-async fn handshake(
-    shard: &Shard,
-    incoming: Incoming,
-) -> Option<(Connection, (quinn::SendStream, quinn::RecvStream))> {
+async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Send, Recv))> {
     let remote = incoming.remote_address();
     let accepted = async {
-        let connection = incoming.await?;
+        let connection = incoming.accept().await?;
         let stream = connection.accept_bi().await?;
         // Before the streams of dials: a heartbeat must not wait for them.
-        let _ = stream.0.set_priority(1);
+        stream.0.set_priority(1);
         Ok::<_, ConnectionError>((connection, stream))
     };
     match timeout(HANDSHAKE_TIMEOUT, accepted).await {

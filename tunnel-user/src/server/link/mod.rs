@@ -1,25 +1,22 @@
 //! Links: what a connected agent looks like to a dial, whatever it speaks.
 //!
 //! A link carries dials, each as the two halves in [`crate::datapath::stream`]; it lives on one
-//! shard and never leaves it. [`accept()`] lets agents in over QUIC, [`session`] listens to them;
-//! [`konnectivity`] does both for agents of Konnectivity.
+//! shard and never leaves it; a [`bridge`] leads to one from another shard. [`accept()`] lets agents
+//! in over QUIC, [`session`] listens to them; [`konnectivity`] does both for agents of Konnectivity.
 
 mod accept;
+pub(super) mod bridge;
 pub(super) mod konnectivity;
 mod quic;
 mod session;
 mod stream;
 
 use std::rc::Rc;
-use std::sync::Arc;
 
-use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 
-use super::routes::LinkInfo;
-
-pub(super) use accept::accept;
+pub(super) use accept::{MAX_HANDSHAKES, accept};
 pub(super) use konnectivity::KonnectivityLink;
 pub(super) use quic::QuicLink;
 use session::report;
@@ -35,31 +32,6 @@ pub(super) enum Link {
 }
 
 impl Link {
-    /// What others may know of it.
-    pub(super) fn info(&self) -> &Arc<LinkInfo> {
-        match self {
-            Self::Quic(link) => &link.info,
-            Self::Konnectivity(link) => &link.info,
-        }
-    }
-
-    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
-    pub(super) fn silenced(&self) -> &Notify {
-        match self {
-            Self::Quic(link) => &link.silenced,
-            Self::Konnectivity(link) => &link.silenced,
-        }
-    }
-
-    /// Whether bytes may follow a request before it is answered.
-    pub(super) fn sends_early(&self) -> bool {
-        match self {
-            Self::Quic(_) => true,
-            // There is no connection yet that they could belong to.
-            Self::Konnectivity(_) => false,
-        }
-    }
-
     /// Sends `request`. May wait for the agent's permission, so bound it.
     ///
     /// # Errors

@@ -1,21 +1,20 @@
 //! An agent over QUIC: streams for dials.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
-use quinn::Connection;
-use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 use tunnel_proto::session::ServerSession;
 
 use crate::datapath::stream::{SendEnd, SendHalf};
+use crate::process::gate::Entered;
 use crate::server::routes::LinkInfo;
 use crate::transport::control_stream::Shared;
-use crate::transport::stream::{Recv, Send};
-use crate::transport::{error_code, link_reason};
+use crate::transport::quic::{Connection, Recv, Send, error_code, link_reason};
 
 /// A connected agent.
 #[derive(Debug)]
@@ -24,26 +23,25 @@ pub(crate) struct QuicLink {
     pub(super) session: Rc<Shared<ServerSession>>,
     /// What others may know of it.
     pub info: Arc<LinkInfo>,
-    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
-    pub silenced: Notify,
+    /// Its place among all tunnels, once it is welcome.
+    pub(super) place: RefCell<Option<Entered>>,
 }
 
 impl QuicLink {
     /// Opens a stream and sends `request` on it. Waits for the agent's permission when
     /// [`MAX_DIALS`] are open, so bound it.
     ///
-    /// [`MAX_DIALS`]: crate::transport::endpoint::MAX_DIALS
+    /// [`MAX_DIALS`]: crate::transport::quic::config::MAX_DIALS
     ///
     /// # Errors
     /// Why the tunnel is gone.
     pub(crate) async fn open(&self, request: &DialRequest) -> Result<(Send, Recv), CloseReason> {
         self.session.note_traffic(Instant::now());
-        let (send, recv) = self
+        let (mut send, recv) = self
             .connection
             .open_bi()
             .await
             .map_err(|e| link_reason(&e))?;
-        let (mut send, recv) = (Send::new(send), Recv::new(recv));
         let mut preface = BytesMut::new();
         request.encode(&mut preface);
         let sent = send.send(&mut preface.freeze()).await;

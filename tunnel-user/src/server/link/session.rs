@@ -15,13 +15,10 @@ use crate::process::lifecycle::Phase;
 use crate::server::shard::Shard;
 use crate::tls::Identity;
 use crate::transport::control_stream::{ControlEnd, ControlStream};
-use crate::transport::link_reason;
+use crate::transport::quic::link_reason;
 
 /// Refused claims that stand in the log.
 const SHOWN_CLAIMS: usize = 16;
-
-/// Tunnels of one identity at once: a few for each process, and several processes in a rollout.
-const MAX_LINKS: usize = 32;
 
 /// Drives the session until it ends.
 pub(super) async fn run(
@@ -43,6 +40,10 @@ pub(super) async fn run(
                         return e.into();
                     }
                 }
+                continue;
+            }
+            () = link.info.replaced.notified() => {
+                link.close(CloseReason::Replaced);
                 continue;
             }
         };
@@ -70,7 +71,7 @@ async fn handle(
         ServerEvent::Silent => {
             tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
             info.silent.store(true, Ordering::Relaxed);
-            link.silenced.notify_waiters();
+            info.silenced.notify_waiters();
             shard.control.changed().await;
         }
         ServerEvent::Alive => {
@@ -89,7 +90,7 @@ async fn handle(
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {
-    if shard.links.borrow().len() >= shard.limits.agents {
+    let Some(place) = shard.tunnels.enter() else {
         let text = format!(
             "the server serves {} agents (limits.agents)",
             shard.limits.agents
@@ -97,8 +98,8 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
         return Err(link
             .session
             .with(|s| s.refuse(CloseReason::Overloaded, text)));
-    }
-    make_room(shard, link);
+    };
+    link.place.replace(Some(place));
     // Before the routes are in force: a dial may come at once.
     shard
         .links
@@ -146,21 +147,6 @@ pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
         agent = %identity, refused = refused.len(), claims = claims.join(" "), why = %first.why,
         "claims refused; `cpc status` shows all"
     );
-}
-
-/// Ends the oldest link of an identity that has more than enough: one stolen certificate must not
-/// use up the places of all the others.
-fn make_room(shard: &Shard, link: &QuicLink) {
-    let links = shard.links.borrow();
-    let mut own: Vec<_> = links
-        .values()
-        .filter(|l| l.info().identity == link.info.identity)
-        .collect();
-    if own.len() >= MAX_LINKS {
-        own.sort_by_key(|link| link.info().id);
-        tracing::warn!(agent = %link.info.identity, "too many tunnels of one agent, the oldest ends");
-        own[0].close(CloseReason::Replaced);
-    }
 }
 
 /// The reason behind the end of a session.

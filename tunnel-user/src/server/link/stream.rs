@@ -1,13 +1,17 @@
 //! The halves of one dial, over whichever kind of link it went.
+//!
+//! The futures of the other kinds are boxed, so that a connection over QUIC, the usual one, does not
+//! pay for their size.
 
 use bytes::Bytes;
-use futures_util::future::Either;
+use futures_util::future::{Either, FutureExt};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialResponse;
 
+use super::bridge::{BridgeRecv, BridgeSend};
 use super::konnectivity::{KonnectivityRecv, KonnectivitySend};
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use crate::transport::stream::{HeadError, Recv, Send};
+use crate::transport::quic::{HeadError, Recv, Send};
 
 /// Towards the target.
 #[derive(Debug)]
@@ -16,6 +20,8 @@ pub(in crate::server) enum LinkSend {
     Quic(Send),
     /// A share of a gRPC stream.
     Konnectivity(KonnectivitySend),
+    /// Either, on another shard.
+    Bridge(BridgeSend),
 }
 
 /// From the target, behind the agent's answer.
@@ -25,6 +31,8 @@ pub(in crate::server) enum LinkRecv {
     Quic(Recv),
     /// A share of a gRPC stream.
     Konnectivity(KonnectivityRecv),
+    /// Either, on another shard.
+    Bridge(BridgeRecv),
 }
 
 impl LinkRecv {
@@ -37,6 +45,7 @@ impl LinkRecv {
         match self {
             Self::Quic(recv) => recv.read_head(DialResponse::decode).await,
             Self::Konnectivity(recv) => recv.answer().await,
+            Self::Bridge(recv) => recv.answer().await,
         }
     }
 }
@@ -45,7 +54,8 @@ impl SendHalf for LinkSend {
     async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
         match self {
             Self::Quic(send) => send.send(chunk).await,
-            Self::Konnectivity(send) => send.send(chunk).await,
+            Self::Konnectivity(send) => Box::pin(send.send(chunk)).await,
+            Self::Bridge(send) => Box::pin(send.send(chunk)).await,
         }
     }
 
@@ -53,6 +63,7 @@ impl SendHalf for LinkSend {
         match self {
             Self::Quic(send) => send.finish(),
             Self::Konnectivity(send) => send.finish(),
+            Self::Bridge(send) => send.finish(),
         }
     }
 
@@ -60,13 +71,15 @@ impl SendHalf for LinkSend {
         match self {
             Self::Quic(send) => send.reset(reason),
             Self::Konnectivity(send) => send.reset(reason),
+            Self::Bridge(send) => send.reset(reason),
         }
     }
 
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
         match self {
             Self::Quic(send) => Either::Left(send.stopped()),
-            Self::Konnectivity(send) => Either::Right(send.stopped()),
+            Self::Konnectivity(send) => Either::Right(send.stopped().boxed_local()),
+            Self::Bridge(send) => Either::Right(send.stopped().boxed_local()),
         }
     }
 }
@@ -75,14 +88,16 @@ impl RecvHalf for LinkRecv {
     async fn recv(&mut self, into: &mut Vec<Bytes>) -> Result<(), RecvEnd> {
         match self {
             Self::Quic(recv) => recv.recv(into).await,
-            Self::Konnectivity(recv) => recv.recv(into).await,
+            Self::Konnectivity(recv) => Box::pin(recv.recv(into)).await,
+            Self::Bridge(recv) => Box::pin(recv.recv(into)).await,
         }
     }
 
     async fn reset(&mut self) -> CloseReason {
         match self {
             Self::Quic(recv) => recv.reset().await,
-            Self::Konnectivity(recv) => recv.reset().await,
+            Self::Konnectivity(recv) => Box::pin(recv.reset()).await,
+            Self::Bridge(recv) => Box::pin(recv.reset()).await,
         }
     }
 
@@ -90,6 +105,7 @@ impl RecvHalf for LinkRecv {
         match self {
             Self::Quic(recv) => recv.stop(reason),
             Self::Konnectivity(recv) => recv.stop(reason),
+            Self::Bridge(recv) => recv.stop(reason),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,6 @@ use tokio::time::{sleep, timeout};
 use tunnel_proto::konnectivity::CONNECT;
 
 use super::door::Door;
-use super::server_ids::ServerIds;
 use super::session;
 use crate::process::gate::{Entered, Gate};
 use crate::server::shard::Shard;
@@ -45,7 +44,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(in crate::server) struct Agents {
     pub(super) shard: Rc<Shard>,
     pub(super) door: Door,
-    pub(super) ids: Rc<ServerIds>,
     settings: Settings,
     strangers: Gate,
     connections: Gate,
@@ -76,22 +74,23 @@ impl Peer {
 impl Agents {
     /// None yet.
     pub(in crate::server) fn new(shard: Rc<Shard>, door: Door) -> Rc<Self> {
-        let ids = ServerIds::new(door.server_ids.clone());
         let settings = Settings {
             keepalive: Some(door.keepalive),
             // An agent needs one; a stranger may fill its window.
             streams: 1,
             ..Settings::AGENT
         };
-        Rc::new(Self {
+        let agents = Rc::new(Self {
             shard,
             door,
-            ids,
             settings,
             strangers: Gate::new(MAX_STRANGERS),
             connections: Gate::new(usize::MAX),
             ending: Notify::new(),
-        })
+        });
+        // Once a shard.
+        let _ = agents.shard.agents.set(Rc::downgrade(&agents));
+        agents
     }
 
     /// Ends the connections whose streams have ended, and waits until all have.
@@ -107,10 +106,7 @@ impl Agents {
         loop {
             match listener.accept().await {
                 Ok((socket, remote)) => match self.strangers.enter() {
-                    Some(stranger) => {
-                        let serving = self.clone().serve(socket, remote, stranger);
-                        tokio::task::spawn_local(serving);
-                    }
+                    Some(stranger) => self.deal(socket, remote, stranger),
                     None => {
                         self.shard.metrics.handshake_failed("overload");
                         tracing::warn!(%remote, "too many handshakes at once, connection is closed");
@@ -124,6 +120,20 @@ impl Agents {
                 }
             }
         }
+    }
+
+    /// Gives a stranger to the shard whose turn it is: his links will live there.
+    fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: Entered) {
+        let Ok(socket) = socket.into_std() else {
+            return;
+        };
+        self.shard
+            .run_on(self.shard.turn(), move |shard| async move {
+                let agents = shard.agents.get().and_then(Weak::upgrade);
+                if let (Some(agents), Ok(socket)) = (agents, TcpStream::from_std(socket)) {
+                    agents.serve(socket, remote, stranger).await;
+                }
+            });
     }
 
     /// Serves one connection to its end.

@@ -1,16 +1,20 @@
 //! What agents find when they come: made of the configuration, before anything is served.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::server_ids::ServerIds;
 use super::tls::AgentTls;
 use super::who::Proof;
 use crate::config::konnectivity::KonnectivityConfig;
 use crate::kubernetes::token::TokenReviewer;
 use crate::kubernetes::{self, AccessError};
+use crate::process::gate::Gate;
 use crate::server::routes::Trust;
 use crate::tls::TrustDomain;
 
-/// How agents are let in.
+/// How agents are let in, on any shard.
+#[derive(Clone)]
 pub(in crate::server) struct Door {
     /// What vouches for them.
     pub(super) proof: Proof,
@@ -20,14 +24,15 @@ pub(in crate::server) struct Door {
     pub(super) tenant: TrustDomain,
     /// Our certificate.
     pub(super) tls: AgentTls,
-    /// The ids that we go by, at least one.
-    pub(super) server_ids: Vec<String>,
+    /// The ids that we go by.
+    pub(super) ids: Arc<ServerIds>,
     /// How often an idle one is pinged over HTTP/2.
     pub(super) keepalive: Duration,
 }
 
 impl Door {
-    /// As `config` says. Tokens are reviewed from the runtime that this is called on.
+    /// As `config` says, for as many agents as have `places`. Tokens are reviewed from the runtime that
+    /// this is called on.
     ///
     /// # Errors
     /// [`AccessError`]: how to reach the API that reviews tokens is not known.
@@ -36,6 +41,7 @@ impl Door {
         server_id: &str,
         tls: AgentTls,
         tenant: TrustDomain,
+        places: Gate,
     ) -> Result<Self, AccessError> {
         let proof = match (&config.client_ca, &config.token) {
             (Some(_), _) => Proof::Certificate,
@@ -60,7 +66,7 @@ impl Door {
             trust,
             tenant,
             tls,
-            server_ids: config.ids(server_id).collect(),
+            ids: ServerIds::new(config.ids(server_id).collect(), places),
             keepalive: config.keepalive,
         })
     }

@@ -33,8 +33,6 @@ pub(super) struct Waiting {
 pub(in crate::server) struct KonnectivityLink {
     /// What others may know of it.
     pub info: Arc<LinkInfo>,
-    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
-    pub silenced: Notify,
     /// Told when the session has to look at the machine again.
     pub(super) changed: Notify,
     pub(super) outbox: Rc<Outbox>,
@@ -65,7 +63,6 @@ impl KonnectivityLink {
     pub(super) fn new(info: Arc<LinkInfo>, metrics: ProxyServerMetrics) -> Rc<Self> {
         let link = Rc::new(Self {
             info,
-            silenced: Notify::new(),
             changed: Notify::new(),
             outbox: Outbox::new(),
             end: RefCell::new(ServerEnd::new(Instant::now())),

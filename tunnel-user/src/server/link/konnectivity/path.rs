@@ -17,6 +17,7 @@ pub(super) fn probe(remote: SocketAddr, socket: &Arc<OwnedFd>) -> Probe {
             .upgrade()
             .and_then(|socket| rtt(socket.as_fd()))
             .unwrap_or_default(),
+        mtu: None,
     }))
 }
 

@@ -1,12 +1,12 @@
 //! The ids under which this server is known to agents: its own, and more, which lead an agent to
 //! open a stream for each.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tunnel_proto::session::InstanceId;
 
+use crate::process::gate::{Entered, Gate};
 use crate::tls::Identity;
 
 /// Streams of one agent beyond one for each id: some that it is about to find superfluous, and
@@ -16,19 +16,38 @@ const SPARE: usize = 8;
 /// An agent: what vouches for it, and what it calls itself. The latter alone may be anybody's.
 type Key = (String, InstanceId);
 
-/// The ids, and who has a stream to which.
+/// The ids, and who has a stream to which, on whatever shard.
 #[derive(Debug)]
 pub(super) struct ServerIds {
     ids: Vec<String>,
-    taken: RefCell<HashMap<Key, Vec<usize>>>,
+    places: Gate,
+    taken: Mutex<HashMap<Key, Streams>>,
+}
+
+/// The streams of one agent, which has one place.
+#[derive(Debug)]
+struct Streams {
+    /// By id.
+    counts: Vec<usize>,
+    _place: Entered,
+}
+
+/// Why an agent has no place for a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoPlace {
+    /// There are enough agents.
+    Agents,
+    /// It has far too many streams.
+    Streams,
 }
 
 impl ServerIds {
-    /// These, at least one.
-    pub(super) fn new(ids: Vec<String>) -> Rc<Self> {
-        Rc::new(Self {
+    /// These, at least one, for as many agents as have `places`.
+    pub(super) fn new(ids: Vec<String>, places: Gate) -> Arc<Self> {
+        Arc::new(Self {
             ids,
-            taken: RefCell::default(),
+            places,
+            taken: Mutex::default(),
         })
     }
 
@@ -37,46 +56,49 @@ impl ServerIds {
         self.ids.len()
     }
 
-    /// How many agents have a stream.
-    pub(super) fn agents(&self) -> usize {
-        self.taken.borrow().len()
-    }
-
-    /// Whether this agent has a stream.
-    pub(super) fn knows(&self, identity: &Identity, instance: InstanceId) -> bool {
-        let key = (identity.uri(), instance);
-        self.taken.borrow().contains_key(&key)
-    }
-
     /// The first id that this agent has no stream to; the first of all when it has one to each,
-    /// which tells it so. `None`: it has far too many.
+    /// which tells it so.
+    ///
+    /// # Errors
+    /// [`NoPlace`].
     pub(super) fn take(
-        self: &Rc<Self>,
+        self: &Arc<Self>,
         identity: &Identity,
         instance: InstanceId,
-    ) -> Option<Taken> {
+    ) -> Result<Taken, NoPlace> {
         let key = (identity.uri(), instance);
-        let mut taken = self.taken.borrow_mut();
-        let streams = taken
-            .entry(key.clone())
-            .or_insert_with(|| vec![0; self.ids.len()]);
-        if streams.iter().sum::<usize>() >= self.ids.len() + SPARE {
-            return None;
+        let mut taken = self.taken();
+        let counts = match taken.get_mut(&key) {
+            Some(streams) => &mut streams.counts,
+            None => {
+                let streams = Streams {
+                    counts: vec![0; self.ids.len()],
+                    _place: self.places.enter().ok_or(NoPlace::Agents)?,
+                };
+                &mut taken.entry(key.clone()).or_insert(streams).counts
+            }
+        };
+        if counts.iter().sum::<usize>() >= self.ids.len() + SPARE {
+            return Err(NoPlace::Streams);
         }
-        let index = streams.iter().position(|count| *count == 0).unwrap_or(0);
-        streams[index] += 1;
-        Some(Taken {
+        let index = counts.iter().position(|count| *count == 0).unwrap_or(0);
+        counts[index] += 1;
+        Ok(Taken {
             of: self.clone(),
             key,
             index,
         })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, HashMap<Key, Streams>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// An id that an agent has a stream to, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Taken {
-    of: Rc<ServerIds>,
+    of: Arc<ServerIds>,
     key: Key,
     index: usize,
 }
@@ -90,10 +112,10 @@ impl Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        let mut taken = self.of.taken.borrow_mut();
-        if let Some(streams) = taken.get_mut(&self.key) {
-            streams[self.index] -= 1;
-            if streams.iter().all(|count| *count == 0) {
+        let mut taken = self.of.taken();
+        if let Some(Streams { counts, .. }) = taken.get_mut(&self.key) {
+            counts[self.index] -= 1;
+            if counts.iter().all(|count| *count == 0) {
                 taken.remove(&self.key);
             }
         }
@@ -105,9 +127,9 @@ mod tests {
     use super::*;
     use crate::tls::Role;
 
-    fn ids(count: usize) -> Rc<ServerIds> {
+    fn ids(count: usize) -> Arc<ServerIds> {
         let all = ["s", "s-2", "s-3"].map(str::to_owned);
-        ServerIds::new(all[..count].to_vec())
+        ServerIds::new(all[..count].to_vec(), Gate::new(3))
     }
 
     fn agent(name: &str) -> Identity {
@@ -143,10 +165,23 @@ mod tests {
     #[test]
     fn an_agent_has_only_so_many_streams_and_leaves_no_trace() {
         let ids = ids(2);
-        let taken: Vec<_> = std::iter::from_fn(|| ids.take(&agent("w1"), FIRST)).collect();
+        let taken: Vec<_> = std::iter::from_fn(|| ids.take(&agent("w1"), FIRST).ok()).collect();
         assert_eq!(taken.len(), 2 + SPARE);
-        assert!(ids.knows(&agent("w1"), FIRST));
+        assert_eq!(ids.take(&agent("w1"), FIRST).err(), Some(NoPlace::Streams));
+        assert_eq!(ids.places.inside(), 1);
         drop(taken);
-        assert_eq!(ids.agents(), 0);
+        assert_eq!(ids.places.inside(), 0);
+        assert!(ids.taken().is_empty());
+    }
+
+    #[test]
+    fn an_agent_has_one_place_for_all_its_streams() {
+        let ids = ids(2);
+        let first = ids.take(&agent("w1"), FIRST).unwrap();
+        let _second = ids.take(&agent("w1"), FIRST).unwrap();
+        let _others = ["w2", "w4"].map(|name| ids.take(&agent(name), FIRST).unwrap());
+        assert_eq!(ids.take(&agent("w3"), FIRST).err(), Some(NoPlace::Agents));
+        drop(first);
+        assert_eq!(ids.take(&agent("w3"), FIRST).err(), Some(NoPlace::Agents));
     }
 }

@@ -17,7 +17,7 @@ use tunnel_proto::session::InstanceId;
 use super::accept::{Agents, Peer};
 use super::link::{KonnectivityLink, News};
 use super::path::probe;
-use super::server_ids::Taken;
+use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
 use crate::process::lifecycle::Phase;
 use crate::server::link::{Link, report};
@@ -153,24 +153,19 @@ fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<T
         return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
     }
     let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
-    // An agent has several streams and one place.
-    let links = shard.links.borrow();
-    let others = links
-        .values()
-        .filter(|link| link.info().kind == LinkKind::Quic);
-    let most = shard.limits.agents;
-    if !agents.ids.knows(identity, instance) && others.count() + agents.ids.agents() >= most {
-        return Err(full(format!(
-            "the server serves {most} agents (limits.agents)"
-        )));
-    }
-    let taken = agents.ids.take(identity, instance);
-    taken.ok_or_else(|| full("this agent has too many streams to this server".into()))
+    let taken = agents.door.ids.take(identity, instance);
+    taken.map_err(|none| match none {
+        NoPlace::Agents => full(format!(
+            "the server serves {} agents (limits.agents)",
+            shard.limits.agents
+        )),
+        NoPlace::Streams => full("this agent has too many streams to this server".into()),
+    })
 }
 
 /// How many servers an agent sees.
 fn servers(agents: &Agents) -> u64 {
-    u64::from(agents.shard.server_count) * agents.ids.len() as u64
+    u64::from(agents.shard.server_count) * agents.door.ids.len() as u64
 }
 
 struct Session<'a> {
@@ -236,7 +231,7 @@ impl Session<'_> {
             News::Silent => {
                 tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
                 info.silent.store(true, Ordering::Relaxed);
-                self.link.silenced.notify_waiters();
+                info.silenced.notify_waiters();
             }
             News::Draining => {
                 tracing::info!(agent = %info.identity, "agent is draining");

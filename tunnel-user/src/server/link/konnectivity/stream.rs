@@ -13,7 +13,7 @@ use tunnel_proto::preface::DialResponse;
 
 use super::link::{KonnectivityLink, Waiting};
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use crate::transport::stream::HeadError;
+use crate::transport::quic::HeadError;
 
 /// What the halves share; given up with the last of them.
 #[derive(Debug)]
@@ -220,6 +220,7 @@ mod tests {
         let path = Path {
             remote: "127.0.0.1:1".parse().unwrap(),
             rtt: Duration::ZERO,
+            mtu: None,
         };
         let identity = Identity::new("a".parse().unwrap(), Role::Agent, "w1").unwrap();
         let info = LinkInfo::new(
