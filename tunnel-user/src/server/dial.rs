@@ -1,42 +1,45 @@
 //! One dial: choose a link, ask its agent, and if that is safe ask another.
 //!
+//! A dial goes to the shard of the link that is asked: usually once, before anybody is asked. A client
+//! that can't go along has his dial carried over a bridge instead.
+//!
 //! Invariant: a request never runs twice. Another agent is asked only when the first one answered
 //! that it did not dial, or when nothing of the client's had been sent on its stream.
 
+mod error;
+
+use std::collections::VecDeque;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 use tunnel_proto::close::{CloseClass, CloseReason};
-use tunnel_proto::konnectivity::text::go_error;
-use tunnel_proto::preface::{
-    ConnectionId, Destination, DialRequest, DialResponse, Host, StreamKind,
-};
+use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse, Host, StreamKind};
 
+use self::error::{no_route, too_late};
 use super::early::{Cursor, EarlyBytes, EarlyEnd};
-use super::link::{LinkRecv, LinkSend};
-use super::routes::{LinkInfo, LinkKind, RouteError};
+use super::link::{LinkRecv, LinkSend, bridge};
+use super::routes::{LinkId, LinkInfo, MAX_CANDIDATES, RouteError};
 use super::shard::Shard;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use crate::datapath::{LocalSocket, Outbound};
 use crate::process::lifecycle::Phase;
 use crate::telemetry::access::Record;
-use crate::telemetry::konnectivity::DialFailure;
+use crate::telemetry::konnectivity::Counted;
 use crate::telemetry::metrics::Closer;
 use crate::tls::TrustDomain;
-use crate::transport::stream::HeadError;
+use crate::transport::quic::HeadError;
+
+pub(super) use error::DialError;
 
 /// Agents are back so soon after a server's start.
 const HOMECOMING: Duration = Duration::from_secs(3);
 
 /// How often is looked whether they are.
 const HOMECOMING_POLL: Duration = Duration::from_millis(20);
-
-/// The most characters of an agent's answer that are passed on: errors are a line long.
-const MAX_ANSWER: usize = 4096;
 
 /// A dial that succeeded.
 #[derive(Debug)]
@@ -53,75 +56,28 @@ pub(super) struct Dialled {
     pub on_link: OnLink,
 }
 
-/// A dial that failed. `Display` is for the person who asked.
-#[derive(Debug, thiserror::Error)]
-#[error("{text}")]
-pub(super) struct DialError {
-    /// Why.
-    pub reason: CloseReason,
-    /// Whose doing it was.
-    pub by: Closer,
-    text: String,
-    /// The agent's answer, in the form of Go's dialler.
-    answer: Option<String>,
+/// How far a dial has come.
+pub(super) enum Step {
+    /// To its end.
+    Dialled(Box<Dialled>),
+    /// The link to ask next lives on another shard: go there.
+    Elsewhere(usize),
 }
 
-impl DialError {
-    /// A failure with a text of its own.
-    pub(super) fn new(reason: CloseReason, by: Closer, text: impl Into<String>) -> Self {
-        Self {
-            reason,
-            by,
-            text: text.into(),
-            answer: None,
-        }
-    }
-
-    /// What the agent `name` answered.
-    pub(super) fn refused(
-        (kind, name): (LinkKind, &str),
-        destination: &Destination,
-        reason: CloseReason,
-        mut detail: String,
-    ) -> Self {
-        if detail.is_empty() {
-            detail = reason.to_string();
-        }
-        if let Some((end, _)) = detail.char_indices().nth(MAX_ANSWER) {
-            detail.truncate(end);
-        }
-        let text = format!("{name}: {}", printable(&detail));
-        let answer = match kind {
-            LinkKind::Konnectivity => detail,
-            LinkKind::Quic => go_error(&destination.to_string(), reason, &detail),
-        };
-        Self {
-            answer: Some(answer),
-            ..Self::new(reason, Closer::Agent, text)
-        }
-    }
-
-    /// What the agent answered, if it did, for programs that look for the words of Go's dialler: an
-    /// agent of Konnectivity's own text, unchanged.
-    pub(super) fn answer(&self) -> Option<&str> {
-        self.answer.as_deref()
-    }
-
-    /// Whether it was our own limit that ended the dial, not the agent's.
-    pub(super) fn is_too_late(&self) -> bool {
-        self.reason == CloseReason::DialTimeout && self.by != Closer::Agent
-    }
-
-    /// As Konnectivity's metrics have it.
-    fn konnectivity(&self) -> DialFailure {
-        match (self.by, self.reason) {
-            (Closer::Agent, _) => DialFailure::ErrorResponse,
-            (Closer::Client, _) => DialFailure::FrontendClose,
-            (_, CloseReason::NoRoute | CloseReason::NoAgent) => DialFailure::NoAgent,
-            (_, CloseReason::DialTimeout) => DialFailure::BackendDialTimeout,
-            _ => DialFailure::BackendClose,
-        }
-    }
+/// A dial under way, which may go from shard to shard.
+pub(super) struct Dial {
+    /// What is asked, and what becomes of it.
+    pub record: Box<Record>,
+    tenant: TrustDomain,
+    early: EarlyBytes,
+    deadline: Instant,
+    /// Whom to ask, the best first; `None` before they are looked up, anew for each try.
+    candidates: Option<VecDeque<Arc<LinkInfo>>>,
+    asked: Vec<LinkId>,
+    attempt: u8,
+    last: Option<DialError>,
+    /// Counts it while it is under way.
+    pending: Option<Counted>,
 }
 
 /// One try, and whether another may follow.
@@ -130,82 +86,159 @@ struct Failed {
     safe: bool,
 }
 
-/// Dials `record`'s destination for a client of `tenant`.
-///
-/// # Errors
-/// [`DialError`]; the client has been sent nothing.
-pub(super) async fn dial(
-    shard: &Rc<Shard>,
-    record: &mut Record,
-    tenant: &TrustDomain,
-    local: &impl LocalSocket,
-    early: EarlyBytes,
-) -> Result<Dialled, DialError> {
-    let metrics = &shard.metrics.konnectivity;
-    let _pending = metrics.pending_dial();
-    let dialled = try_links(shard, record, tenant, local, early).await;
-    match &dialled {
-        Ok(_) => metrics.dialled(record.start.elapsed()),
-        Err(error) => metrics.dial_failed(error.konnectivity()),
+impl Dial {
+    /// Of `record`'s destination, for a client of `tenant`.
+    pub(super) fn new(
+        shard: &Shard,
+        record: Record,
+        tenant: &TrustDomain,
+        early: EarlyBytes,
+    ) -> Self {
+        Self {
+            record: Box::new(record),
+            tenant: tenant.clone(),
+            early,
+            deadline: Instant::now() + shard.limits.dial_timeout,
+            candidates: None,
+            asked: Vec::new(),
+            attempt: 0,
+            last: None,
+            pending: Some(shard.metrics.konnectivity.pending_dial()),
+        }
     }
-    dialled
-}
 
-async fn try_links(
-    shard: &Rc<Shard>,
-    record: &mut Record,
-    tenant: &TrustDomain,
-    local: &impl LocalSocket,
-    mut early: EarlyBytes,
-) -> Result<Dialled, DialError> {
-    let deadline = Instant::now() + shard.limits.dial_timeout;
-    let candidates = candidates(shard, tenant, &record.destination.host, deadline).await;
-    let candidates = candidates.map_err(|e| no_route(e, record))?;
-    let mut last = None;
-    let count = candidates.len();
-    for (attempt, info) in (0..).zip(candidates) {
-        record.peer = Some(info.identity.name.to_string());
-        let left = deadline.saturating_duration_since(Instant::now());
+    /// What is left of it when it has succeeded.
+    pub(super) fn into_record(self) -> Box<Record> {
+        self.record
+    }
+
+    /// Dials as far as the links of this shard go.
+    ///
+    /// # Errors
+    /// [`DialError`]; the client has been sent nothing.
+    pub(super) async fn advance(
+        &mut self,
+        shard: &Rc<Shard>,
+        local: &impl LocalSocket,
+    ) -> Result<Step, DialError> {
+        self.counted(shard, local, true).await
+    }
+
+    /// Dials from this shard, wherever the links live.
+    ///
+    /// # Errors
+    /// [`DialError`]; the client has been sent nothing.
+    pub(super) async fn finish(
+        &mut self,
+        shard: &Rc<Shard>,
+        local: &impl LocalSocket,
+    ) -> Result<Dialled, DialError> {
+        match self.counted(shard, local, false).await? {
+            Step::Dialled(dialled) => Ok(*dialled),
+            // It was not to go anywhere.
+            Step::Elsewhere(_) => Err(no_route(RouteError::NoRoute, &self.record)),
+        }
+    }
+
+    async fn counted(
+        &mut self,
+        shard: &Rc<Shard>,
+        local: &impl LocalSocket,
+        goes: bool,
+    ) -> Result<Step, DialError> {
+        let metrics = &shard.metrics.konnectivity;
+        let step = self.try_links(shard, local, goes).await;
+        match &step {
+            Ok(Step::Dialled(_)) => metrics.dialled(self.record.start.elapsed()),
+            Ok(Step::Elsewhere(_)) => return step,
+            Err(error) => metrics.dial_failed(error.konnectivity()),
+        }
+        self.pending = None;
+        step
+    }
+
+    async fn try_links(
+        &mut self,
+        shard: &Rc<Shard>,
+        local: &impl LocalSocket,
+        goes: bool,
+    ) -> Result<Step, DialError> {
+        while let Some(info) = self.next(shard).await? {
+            if goes && info.shard != shard.index {
+                let at = info.shard;
+                self.candidates.get_or_insert_default().push_front(info);
+                return Ok(Step::Elsewhere(at));
+            }
+            match self.ask(shard, &info, local).await {
+                Ok(dialled) => return Ok(Step::Dialled(Box::new(dialled))),
+                Err(Failed { error, safe: false }) => return Err(error),
+                Err(Failed { error, .. }) => {
+                    tracing::debug!(agent = %info.identity, %error, "trying another agent");
+                    self.last = Some(error);
+                    self.asked.push(info.id);
+                    // Its successor may be there by now.
+                    self.candidates = None;
+                }
+            }
+        }
+        let last = self.last.take();
+        Err(last.unwrap_or_else(|| no_route(RouteError::NoRoute, &self.record)))
+    }
+
+    /// Whom to ask next, if anybody.
+    async fn next(&mut self, shard: &Shard) -> Result<Option<Arc<LinkInfo>>, DialError> {
+        if self.asked.len() >= MAX_CANDIDATES {
+            return Ok(None);
+        }
+        if self.candidates.is_none() {
+            let host = &self.record.destination.host;
+            let found = match candidates(shard, &self.tenant, host, self.deadline).await {
+                Ok(found) => found,
+                Err(_) if self.last.is_some() => Vec::new(),
+                Err(error) => return Err(no_route(error, &self.record)),
+            };
+            let is_new = |info: &Arc<LinkInfo>| !self.asked.contains(&info.id);
+            self.candidates = Some(found.into_iter().filter(is_new).collect());
+        }
+        Ok(self.candidates.as_mut().and_then(VecDeque::pop_front))
+    }
+
+    async fn ask(
+        &mut self,
+        shard: &Rc<Shard>,
+        info: &Arc<LinkInfo>,
+        local: &impl LocalSocket,
+    ) -> Result<Dialled, Failed> {
+        self.record.peer = Some(info.identity.name.to_string());
+        let left = self.deadline.saturating_duration_since(Instant::now());
         let request = DialRequest {
             kind: StreamKind::Tcp,
-            id: record.id,
-            destination: record.destination.clone(),
+            id: self.record.id,
+            destination: self.record.destination.clone(),
             deadline: left,
-            attempt,
+            attempt: self.attempt,
         };
-        let is_last = usize::from(attempt) + 1 == count;
+        self.attempt += 1;
+        let is_last = self.candidates.as_ref().is_none_or(VecDeque::is_empty);
         let patience = (!is_last).then_some(left / 3);
         let on_link = OnLink::new(info.clone());
         let mut cursor = Cursor::default();
-        let tried = try_link(
-            shard,
-            &info,
-            &request,
-            local,
-            (&mut early, &mut cursor),
-            patience,
-        );
-        let failed = match timeout_at(deadline, tried).await {
-            Ok(Ok((send, recv))) => {
-                let (rest, given) = early.rest(cursor);
-                return Ok(Dialled {
-                    send,
-                    recv,
-                    rest,
-                    given,
-                    on_link,
-                });
-            }
-            Ok(Err(failed)) => failed,
-            Err(_) => return Err(too_late(shard, record)),
+        let early = (&mut self.early, &mut cursor);
+        let tried = Box::pin(try_link(shard, info, &request, local, early, patience));
+        let Ok(tried) = timeout_at(self.deadline, tried).await else {
+            let error = too_late(shard, &self.record);
+            return Err(Failed { error, safe: false });
         };
-        if !failed.safe {
-            return Err(failed.error);
-        }
-        tracing::debug!(agent = %info.identity, error = %failed.error, "trying another agent");
-        last = Some(failed.error);
+        let (send, recv) = tried?;
+        let (rest, given) = self.early.rest(cursor);
+        Ok(Dialled {
+            send,
+            recv,
+            rest,
+            given,
+            on_link,
+        })
     }
-    Err(last.unwrap_or_else(|| no_route(RouteError::NoRoute, record)))
 }
 
 /// Who serves `host`. A server that has just started waits for its agents to come back: what waited
@@ -229,7 +262,7 @@ async fn candidates(
 /// Asks one agent. With `patience` there is another one to ask: a link that falls silent, or has
 /// not answered by then, is given up while that is safe.
 async fn try_link(
-    shard: &Shard,
+    shard: &Rc<Shard>,
     info: &LinkInfo,
     request: &DialRequest,
     local: &impl LocalSocket,
@@ -247,10 +280,15 @@ async fn try_link(
         ),
         safe,
     };
-    // Its link may have ended since the routes were published.
-    let link = shard.links.borrow().get(&info.id).cloned();
-    let link = link.ok_or_else(|| lost(CloseReason::LinkLost, true))?;
-    let opened = link.open(request).await;
+    let opened = if info.shard == shard.index {
+        // Its link may have ended since the routes were published.
+        let link = shard.links.borrow().get(&info.id).cloned();
+        let link = link.ok_or_else(|| lost(CloseReason::LinkLost, true))?;
+        link.open(request).await
+    } else {
+        let (send, recv) = bridge::open(shard, info, request);
+        Ok((LinkSend::Bridge(send), LinkRecv::Bridge(recv)))
+    };
     let (mut send, mut recv) = opened.map_err(|reason| lost(reason, true))?;
 
     let touched = cursor.touched.clone();
@@ -259,7 +297,7 @@ async fn try_link(
             return std::future::pending().await;
         };
         tokio::select! {
-            () = link.silenced().notified() => {}
+            () = info.silenced.notified() => {}
             () = sleep(patience) => {}
         }
         if touched.get() {
@@ -268,7 +306,7 @@ async fn try_link(
     };
     let answer = {
         let mut answer = pin!(recv.answer());
-        let stream = link.sends_early().then_some(&mut send);
+        let stream = info.sends_early().then_some(&mut send);
         tokio::select! {
             // An answer that is there counts, whatever else has happened.
             biased;
@@ -329,45 +367,6 @@ enum Answer {
     Unwanted,
 }
 
-fn no_route(error: RouteError, record: &Record) -> DialError {
-    let host = &record.destination.host;
-    match error {
-        RouteError::NoRoute => DialError::new(
-            CloseReason::NoRoute,
-            Closer::Server,
-            format!("no agent serves {host}"),
-        ),
-        RouteError::NoAgent(departed) => {
-            let ago = SystemTime::now()
-                .duration_since(departed.last_seen)
-                .unwrap_or_default();
-            let ago = humantime::format_duration(Duration::from_secs(ago.as_secs()));
-            let text = format!(
-                "agent {} is not connected (last seen {ago} ago)",
-                departed.name
-            );
-            DialError::new(CloseReason::NoAgent, Closer::Server, text)
-        }
-    }
-}
-
-fn too_late(shard: &Shard, record: &Record) -> DialError {
-    let limit = humantime::format_duration(shard.limits.dial_timeout);
-    let peer = record.peer.as_deref().unwrap_or("no agent");
-    let text = format!(
-        "{} did not answer within {limit} (asked {peer})",
-        record.destination
-    );
-    DialError::new(CloseReason::DialTimeout, Closer::Target, text)
-}
-
-/// A peer's text, for a line of a log or of HTTP.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
-}
-
 /// A fresh connection id.
 pub(super) fn connection_id() -> ConnectionId {
     let mut id = [0; 16];
@@ -399,41 +398,5 @@ impl std::ops::Deref for OnLink {
 impl Drop for OnLink {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn refused(kind: LinkKind, detail: &str) -> DialError {
-        let destination = "web.svc:443".parse().unwrap();
-        let reason = CloseReason::NameNotFound;
-        DialError::refused((kind, "w1"), &destination, reason, detail.into())
-    }
-
-    #[test]
-    fn what_an_agent_of_konnectivity_says_is_kept_as_it_is() {
-        let said = "dial tcp: lookup web.svc on 10.96.0.10:53:\tno such host";
-        let error = refused(LinkKind::Konnectivity, said);
-        assert_eq!(error.answer(), Some(said));
-        assert_eq!(
-            error.to_string(),
-            format!("w1: {}", said.replace('\t', " "))
-        );
-
-        let long = refused(LinkKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
-        assert_eq!(long.answer().unwrap().chars().count(), MAX_ANSWER);
-    }
-
-    #[test]
-    fn what_ours_says_is_put_in_words_of_go() {
-        let error = refused(LinkKind::Quic, "");
-        assert_eq!(
-            error.answer(),
-            Some("dial tcp: lookup web.svc: no such host")
-        );
-        let sentence = CloseReason::NameNotFound.to_string();
-        assert_eq!(error.to_string(), format!("w1: {sentence}"));
     }
 }

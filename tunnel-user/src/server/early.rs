@@ -82,7 +82,7 @@ impl EarlyBytes {
                 return EarlyEnd::Stream(end);
             }
             if self.eof || self.len >= KEPT {
-                local.broken().await;
+                Box::pin(local.broken()).await;
                 return EarlyEnd::Client;
             }
             match local.read().await {
@@ -117,7 +117,7 @@ impl EarlyBytes {
     }
 
     /// What the stream has yet to be given, once the dial has succeeded, and how many bytes it has.
-    pub(super) fn rest(self, cursor: Cursor) -> (Outbound, usize) {
+    pub(super) fn rest(&self, cursor: Cursor) -> (Outbound, usize) {
         let mut rest = BytesMut::from(cursor.current);
         self.kept[cursor.next..]
             .iter()

@@ -8,18 +8,23 @@
 //! Agents of Konnectivity usually share one certificate or service account: there each process
 //! takes dials beside the others. Those that are believed at their word own nothing.
 
+mod claims;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ipnet::IpNet;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
+use self::claims::{certified, for_entries, key};
 use super::grants::Grants;
-use super::routes::{DEFAULT_ROUTES, Departed, Entry, LinkId, LinkInfo, LinkKind, Routes, Trust};
+use super::routes::{Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
 use crate::config::server::Strategy;
 use crate::tls::TrustDomain;
+
+/// Tunnels of one identity at once: a few for each process, and several processes in a rollout.
+const MAX_LINKS: usize = 32;
 
 /// Claims of departed agents that are remembered at most.
 const MAX_DEPARTED: usize = 20_000;
@@ -99,6 +104,7 @@ impl Registry {
         offer: Vec<Claim>,
         now: Instant,
     ) -> Verdict {
+        self.make_room(&info);
         let verdict = self.judge(&info, offer.clone());
         let displaced = self.weaker_holders(&info, &verdict.accepted);
         self.hold(&info, &verdict.accepted);
@@ -112,6 +118,23 @@ impl Registry {
         self.sessions.insert(session.info.id, session);
         self.judge_again(now, |session| displaced.contains(&session.info.id));
         verdict
+    }
+
+    /// Ends the oldest links of an identity that has more than enough: one stolen certificate must
+    /// not use up the places of all the others. Agents of Konnectivity may share one.
+    fn make_room(&self, info: &LinkInfo) {
+        if info.kind != LinkKind::Quic {
+            return;
+        }
+        let links = self.sessions.values().map(|session| &session.info);
+        let own = links.filter(|l| l.kind == LinkKind::Quic && l.identity == info.identity);
+        let own: Vec<_> = own.collect();
+        // Those that were told before are still there until they have ended.
+        let surplus = (own.len() + 1).saturating_sub(MAX_LINKS);
+        for link in &own[..surplus] {
+            tracing::warn!(agent = %link.identity, "too many tunnels of one agent, the oldest ends");
+            link.replaced.notify_one();
+        }
     }
 
     /// Replaces what a session offers. `None` when the session is gone.
@@ -351,38 +374,6 @@ impl Registry {
                     at: now,
                 };
                 self.departed.insert(key, memory);
-            }
-        }
-    }
-}
-
-/// Whether a node address stands in an agent's certificate.
-fn certified(info: &LinkInfo, claim: &Claim) -> bool {
-    let own = |addr| {
-        let mut addresses = info.identity.addresses.iter();
-        addresses.any(|own| own.to_canonical() == addr)
-    };
-    matches!(claim, Claim::Address(addr) if own(*addr))
-}
-
-fn key(info: &LinkInfo, claim: &Claim) -> Key {
-    (info.identity.trust_domain.clone(), claim.clone())
-}
-
-fn for_entries(
-    routes: &mut Routes,
-    tenant: &TrustDomain,
-    claim: &Claim,
-    mut change: impl FnMut(&mut Entry),
-) {
-    let routes = routes.tenants.entry(tenant.clone()).or_default();
-    match claim {
-        Claim::Address(addr) => change(routes.prefixes.entry(IpNet::from(*addr)).or_default()),
-        Claim::Cidr(net) => change(routes.prefixes.entry(net.trunc()).or_default()),
-        Claim::Name(name) => change(routes.names.entry(name.clone()).or_default()),
-        Claim::DefaultRoute => {
-            for net in DEFAULT_ROUTES {
-                change(routes.prefixes.entry(net).or_default());
             }
         }
     }

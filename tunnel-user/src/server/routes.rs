@@ -16,15 +16,21 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
+use tokio::sync::Notify;
 use tunnel_proto::preface::{Host, Name};
 use tunnel_proto::route::NamePattern;
 
+use crate::config::agent::MAX_TUNNELS;
 use crate::config::server::Strategy;
 use crate::telemetry::access::Totals;
 use crate::tls::{Identity, TrustDomain};
 
 /// The most links that one dial may try.
-const MAX_CANDIDATES: usize = 4;
+pub(super) const MAX_CANDIDATES: usize = 4;
+
+/// Links that are looked at: among so many of the least loaded there are several agents, if there are
+/// at all.
+const MAX_EQUALS: usize = MAX_CANDIDATES * MAX_TUNNELS as usize;
 
 /// A link in this process, for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,6 +43,8 @@ pub struct Path {
     pub remote: SocketAddr,
     /// Smoothed round-trip time.
     pub rtt: Duration,
+    /// The largest IP packet that is sent, in bytes, where we decide on it.
+    pub mtu: Option<u16>,
 }
 
 /// Looks at a link's path, from any thread.
@@ -103,6 +111,10 @@ pub struct LinkInfo {
     pub totals: Totals,
     /// Looks at its path.
     pub probe: Probe,
+    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
+    pub silenced: Notify,
+    /// Told when its place is given to another link.
+    pub replaced: Notify,
 }
 
 impl LinkInfo {
@@ -126,7 +138,18 @@ impl LinkInfo {
             streams: AtomicI64::default(),
             totals: Totals::default(),
             probe,
+            silenced: Notify::new(),
+            replaced: Notify::new(),
         })
+    }
+
+    /// Whether bytes may follow a request before it is answered.
+    pub fn sends_early(&self) -> bool {
+        match self.kind {
+            LinkKind::Quic => true,
+            // There is no connection yet that they could belong to.
+            LinkKind::Konnectivity => false,
+        }
     }
 
     /// Whether new dials may go to it.
@@ -175,8 +198,9 @@ impl Entry {
         self.links.iter().any(asked)
     }
 
-    /// At most [`MAX_CANDIDATES`] of those that `may` be chosen, held up ones last; among equals the
-    /// newest first.
+    /// The least loaded of those that `may` be chosen, held up ones last; among equals the newest
+    /// first. One link of each agent comes before further ones of any: what ails an agent ails all of
+    /// its tunnels.
     fn least_loaded(&self, may: impl Fn(&LinkInfo) -> bool) -> Vec<&Arc<LinkInfo>> {
         let load = |link: &&Arc<LinkInfo>| {
             let held_up = link.held_up.load(Ordering::Relaxed);
@@ -184,12 +208,22 @@ impl Entry {
             (held_up, streams, Reverse(link.id))
         };
         let mut links: Vec<_> = self.links.iter().filter(|link| may(link)).collect();
-        if links.len() > MAX_CANDIDATES {
-            links.select_nth_unstable_by_key(MAX_CANDIDATES, load);
-            links.truncate(MAX_CANDIDATES);
+        if links.len() > MAX_EQUALS {
+            links.select_nth_unstable_by_key(MAX_EQUALS, load);
+            links.truncate(MAX_EQUALS);
         }
         links.sort_by_key(load);
-        links
+        let mut agents: Vec<&Arc<str>> = Vec::new();
+        let (mut first, further): (Vec<_>, Vec<_>) = links.into_iter().partition(|link| {
+            let name = &link.identity.name;
+            let is_new = !agents.contains(&name);
+            if is_new {
+                agents.push(name);
+            }
+            is_new
+        });
+        first.extend(further);
+        first
     }
 
     fn unavailable(&self) -> Option<Departed> {

@@ -2,6 +2,7 @@ use super::*;
 use crate::config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use crate::server::routes::{Path, Probe, RouteError};
 use crate::tls::{Identity, Role};
+use ipnet::IpNet;
 use std::sync::atomic::Ordering;
 use tunnel_proto::preface::Host;
 
@@ -51,6 +52,7 @@ fn link_of(id: u64, name: &str, address: &str, kind: LinkKind, trust: Trust) -> 
     let path = Path {
         remote: "127.0.0.1:1".parse().unwrap(),
         rtt: Duration::ZERO,
+        mtu: None,
     };
     let probe = Probe(Box::new(move || path));
     LinkInfo::new((LinkId(id), 0), kind, (identity, trust), probe)
@@ -359,4 +361,49 @@ fn agents_are_counted_by_what_each_strategy_may_choose() {
     assert_eq!(counts(&registry), (2, vec![2, 1, 1]));
     silent.silent.store(true, Ordering::Relaxed);
     assert_eq!(counts(&registry), (1, vec![1, 1, 1]));
+}
+
+#[tokio::test]
+async fn an_identity_with_too_many_links_loses_the_oldest() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let links: Vec<_> = (1..=MAX_LINKS as u64 + 2)
+        .map(|id| link(id, "w1", "10.0.0.1"))
+        .collect();
+    for link in &links {
+        registry.connect(link.clone(), InstanceId([1; 16]), Vec::new(), now);
+    }
+    let told = links.iter().map(|link| async {
+        let told = tokio::time::timeout(Duration::from_millis(1), link.replaced.notified());
+        told.await.is_ok()
+    });
+    let mut ended = 0;
+    for told in told {
+        ended += usize::from(told.await);
+    }
+    assert_eq!(ended, 2);
+    let one_more = link(1000, "w2", "10.0.0.2");
+    registry.connect(one_more, InstanceId([1; 16]), Vec::new(), now);
+}
+
+#[test]
+fn further_tunnels_of_an_agent_come_behind_other_agents() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let range = vec![Claim::Cidr("10.1.0.0/16".parse().unwrap())];
+    for id in 1..=5 {
+        registry.connect(
+            link(id, "gw1", "192.0.2.1"),
+            InstanceId([1; 16]),
+            range.clone(),
+            now,
+        );
+    }
+    let other = link(6, "gw2", "192.0.2.2");
+    other.streams.store(100, Ordering::Relaxed);
+    registry.connect(other, InstanceId([2; 16]), range, now);
+    let host = Host::Ip("10.1.2.3".parse().unwrap());
+    let found = registry.routes().candidates(&"a".parse().unwrap(), &host);
+    let found: Vec<_> = found.unwrap().iter().map(|link| link.id.0).collect();
+    assert_eq!(found, [5, 6, 4, 3]);
 }
