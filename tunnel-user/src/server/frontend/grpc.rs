@@ -28,7 +28,7 @@ use tunnel_proto::preface::Destination;
 use self::socket::ProxySocket;
 use super::{failed, overloaded, serve};
 use crate::process::lifecycle;
-use crate::server::dial::{DialError, connection_id, dial};
+use crate::server::dial::{Dial, DialError, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
@@ -62,7 +62,7 @@ pub(super) async fn connection(
 }
 
 /// What a client wants.
-struct Dial {
+struct Wanted {
     protocol: String,
     address: String,
     random: i64,
@@ -96,7 +96,7 @@ async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<String>,
 async fn read_dial(
     sender: &mut PacketSender,
     receiver: &mut PacketReceiver,
-) -> Result<Option<Dial>, StreamEnd> {
+) -> Result<Option<Wanted>, StreamEnd> {
     let mut close = async |connect_id, error: &str| {
         let error = error.to_owned();
         let mut answer = Packet::CloseResponse { error, connect_id }.frame();
@@ -109,7 +109,7 @@ async fn read_dial(
                 address,
                 random,
             }) => {
-                return Ok(Some(Dial {
+                return Ok(Some(Wanted {
                     protocol,
                     address,
                     random,
@@ -133,7 +133,7 @@ async fn serve_dial(
     shard: &Rc<Shard>,
     tenant: &TrustDomain,
     client: Option<String>,
-    request: &Dial,
+    request: &Wanted,
     socket: &ProxySocket,
 ) {
     let destination = match destination(request) {
@@ -149,20 +149,26 @@ async fn serve_dial(
     };
     let early = EarlyBytes::new(Early::Hold, Bytes::new());
     let span = record.span();
+    let mut dial = Dial::new(shard, record, tenant, early);
     let served = async {
-        match dial(shard, &mut record, tenant, &socket, early).await {
-            Ok(dialled) => {
+        // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
+        // only this stream's.
+        match dial.finish(shard, &socket).await {
+            Ok(mut dialled) => {
+                let mut record = dial.into_record();
                 record.reached(&shard.metrics.dials);
                 // A client that is gone by now shows in the relay as well; so does one that takes no
                 // answer, once there is something for it.
                 let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
-                let reason = serve(shard, record, socket, dialled).await;
+                let reason = serve(shard, &record, &socket, &mut dialled).await;
+                // Before the client is told the end: its halves tell theirs.
+                drop(dialled);
                 socket.end(&socket.close(reason));
                 // It counts until its last words have left: a process that drains waits for that.
                 let _ = timeout(GOODBYE, socket.left()).await;
             }
             Err(error) => {
-                failed(shard, &record, &error);
+                failed(shard, &dial.record, &error);
                 drop(admitted);
                 refuse(socket, explain(&error).as_ref()).await;
             }
@@ -171,7 +177,7 @@ async fn serve_dial(
     served.instrument(span).await
 }
 
-fn destination(request: &Dial) -> Result<Destination, String> {
+fn destination(request: &Wanted) -> Result<Destination, String> {
     if request.protocol != "tcp" {
         let protocol = request.protocol.escape_debug();
         return Err(format!("dial {protocol}: only tcp is served here"));

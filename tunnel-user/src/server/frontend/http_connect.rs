@@ -4,42 +4,59 @@
 //! The reason phrase of a refusal is what the person at kubectl reads. Success is answered only
 //! when the target is connected, and before its first byte.
 
-use std::io::{self, IoSlice};
 use std::rc::Rc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::time::timeout;
-use tracing::Instrument;
-use tunnel_proto::http_connect::{ConnectError, ConnectRequest, ESTABLISHED, parse, response};
+use tunnel_proto::http_connect::{ConnectError, ConnectRequest, parse, response};
 
-use super::{answers, failed, overloaded, serve};
+use super::client::{Client, Manner, REQUEST_TIMEOUT, answer_and_close, serve_once};
+use super::{answers, failed, overloaded};
 use crate::config::frontend::Answers;
 use crate::datapath::LocalSocket;
-use crate::server::dial::{connection_id, dial};
+use crate::datapath::socket::Portable;
+use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
 use crate::tls::TrustDomain;
 
-/// A client that has not sent its request by then is dropped.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Serves one client.
-pub(super) async fn connection(
-    shard: &Rc<Shard>,
-    tenant: &TrustDomain,
+pub(super) fn connection(
+    shard: Rc<Shard>,
+    tenant: TrustDomain,
     answers: Answers,
     client: Option<String>,
-    local: impl LocalSocket,
-) {
-    let _open = shard.metrics.konnectivity.http_connection();
+    local: impl Portable,
+) -> impl Future<Output = ()> {
+    let asked = ask(shard.clone(), tenant, answers, client, local);
+    let serving = shard.clone();
+    let dialled = async move { Box::pin(asked).await?.dial(serving).await };
+    serve_once(shard, Box::pin(dialled))
+}
+
+/// Learns what a client wants. `None`: nothing, or nothing that it can have.
+async fn ask<L: Portable>(
+    shard: Rc<Shard>,
+    tenant: TrustDomain,
+    answers: Answers,
+    client: Option<String>,
+    local: L,
+) -> Option<Box<Client<L>>> {
+    let counted = shard.metrics.konnectivity.http_connection();
     let (request, first) = match timeout(REQUEST_TIMEOUT, read_request(&local)).await {
         Ok(Ok(Some(read))) => read,
-        Ok(Ok(None)) => return,
-        Ok(Err(error)) => return refuse(&local, answers::bad_request(answers, &error)).await,
-        Err(_) => return refuse(&local, response(408, "the request did not arrive in time")).await,
+        Ok(Ok(None)) => return None,
+        Ok(Err(error)) => {
+            answer_and_close(&local, answers::bad_request(answers, &error)).await;
+            return None;
+        }
+        Err(_) => {
+            let late = response(408, "the request did not arrive in time");
+            answer_and_close(&local, late).await;
+            return None;
+        }
     };
     let mut record = Record::new(
         connection_id(),
@@ -47,28 +64,20 @@ pub(super) async fn connection(
         request.destination,
     );
     record.client = client;
-    let Some(_admitted) = shard.admit() else {
-        let error = overloaded(shard);
-        failed(shard, &record, &error);
-        return refuse(&local, answers::failure(answers, &error)).await;
+    let Some(admitted) = shard.admit() else {
+        let error = overloaded(&shard);
+        failed(&shard, &record, &error);
+        answer_and_close(&local, answers::failure(answers, &error)).await;
+        return None;
     };
     let early = EarlyBytes::new(Early::Hold, first);
-    let span = record.span();
-    let served = async {
-        match dial(shard, &mut record, tenant, &local, early).await {
-            Ok(dialled) => {
-                record.reached(&shard.metrics.dials);
-                // A client that is gone by now shows in the relay as well.
-                let _ = write(&local, ESTABLISHED).await;
-                serve(shard, record, local, dialled).await;
-            }
-            Err(error) => {
-                failed(shard, &record, &error);
-                refuse(&local, answers::failure(answers, &error)).await;
-            }
-        }
-    };
-    served.instrument(span).await;
+    Some(Box::new(Client {
+        dial: Dial::new(&shard, record, &tenant, early),
+        manner: Manner::HttpConnect(answers),
+        local,
+        admitted,
+        counted: Some(counted),
+    }))
 }
 
 /// Reads the request and what came behind it. `None`: the client left without a word.
@@ -88,28 +97,4 @@ async fn read_request(
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Answers and closes in order, so that the answer arrives.
-async fn refuse(local: &impl LocalSocket, answer: Bytes) {
-    let told = async {
-        write(local, &answer).await?;
-        local.finish().await
-    };
-    if timeout(REQUEST_TIMEOUT, told)
-        .await
-        .is_ok_and(|done| done.is_ok())
-    {
-        local.reset_on_close(false);
-    }
-}
-
-async fn write(local: &impl LocalSocket, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match local.try_write(&[IoSlice::new(bytes)])? {
-            Some(n) => bytes = &bytes[n..],
-            None => local.writable().await?,
-        }
-    }
-    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::TcpListener as StdTcpListener;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::tls::FrontendTls;
 use super::{accept_failed, grpc, http_connect};
 use crate::config::frontend::{Answers, UnixFrontend};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
-use crate::process::gate::Gate;
+use crate::process::gate::{Entered, Gate};
 use crate::server::shard::Shard;
 use crate::tls::{TlsFloor, TlsVersion, TrustDomain};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
@@ -110,9 +111,8 @@ fn aside(path: &Path) -> PathBuf {
 }
 
 /// Who is served at a listener, and how.
+#[derive(Clone, Debug)]
 pub(in crate::server) struct Service {
-    /// Where.
-    pub shard: Rc<Shard>,
     /// The tenant that callers are.
     pub tenant: TrustDomain,
     /// What they speak.
@@ -120,80 +120,112 @@ pub(in crate::server) struct Service {
 }
 
 impl Service {
-    async fn unix(&self, socket: UnixStream) {
-        match self.protocol {
-            Protocol::HttpConnect(answers) => {
-                http_connect::connection(&self.shard, &self.tenant, answers, None, socket).await;
-            }
-            Protocol::Grpc => {
-                let socket = AnyAuthority::new(socket);
-                grpc::connection(&self.shard, &self.tenant, None, socket).await;
-            }
+    /// Serves a client in clear: here, until its link is known; one that is to stay where it is taken
+    /// in goes to the shard whose turn it is.
+    fn take_unix(&self, shard: &Rc<Shard>, socket: UnixStream) -> io::Result<()> {
+        let tenant = self.tenant.clone();
+        if let Protocol::HttpConnect(answers) = self.protocol {
+            let served = http_connect::connection(shard.clone(), tenant, answers, None, socket);
+            tokio::task::spawn_local(served);
+            return Ok(());
         }
+        let socket = socket.into_std()?;
+        shard.run_on(shard.turn(), move |shard| async move {
+            match UnixStream::from_std(socket) {
+                Ok(socket) => {
+                    let socket = AnyAuthority::new(socket);
+                    grpc::connection(&shard, &tenant, None, socket).await;
+                }
+                Err(error) => tracing::warn!(%error, "client not taken over"),
+            }
+        });
+        Ok(())
     }
 
-    async fn tls(&self, client: String, session: TlsStream<TcpStream>) {
-        let client = Some(client);
+    /// Serves a client with TLS, whose handshake is work for the shard whose turn it is.
+    fn take_tls(
+        &self,
+        shard: &Rc<Shard>,
+        (socket, client): (TcpStream, SocketAddr),
+        (acceptor, stranger): (TlsAcceptor, Entered),
+    ) -> io::Result<()> {
+        let (service, socket) = (self.clone(), socket.into_std()?);
+        shard.run_on(shard.turn(), move |shard| async move {
+            let client = client.to_string();
+            let secured = async { acceptor.accept(TcpStream::from_std(socket)?).await };
+            let known = timeout(HANDSHAKE, secured).await;
+            drop(stranger);
+            match known {
+                Ok(Ok(session)) => service.serve_tls(shard, client, session),
+                Ok(Err(error)) => {
+                    tracing::warn!(client, %error, "frontend handshake failed");
+                }
+                Err(_) => tracing::warn!(client, "frontend handshake not finished in time"),
+            }
+        });
+        Ok(())
+    }
+
+    /// As a task of its own, which does not keep what the handshake took.
+    fn serve_tls(self, shard: Rc<Shard>, client: String, session: TlsStream<TcpStream>) {
+        let (tenant, client) = (self.tenant, Some(client));
         match self.protocol {
             Protocol::HttpConnect(answers) => {
                 let local = TlsSocket::new(session);
-                http_connect::connection(&self.shard, &self.tenant, answers, client, local).await;
+                let served = http_connect::connection(shard, tenant, answers, client, local);
+                tokio::task::spawn_local(served);
             }
-            Protocol::Grpc => grpc::connection(&self.shard, &self.tenant, client, session).await,
+            Protocol::Grpc => {
+                let served =
+                    async move { grpc::connection(&shard, &tenant, client, session).await };
+                tokio::task::spawn_local(served);
+            }
         }
     }
 }
 
 /// Accepts on a Unix socket for ever.
-pub(in crate::server) async fn accept_unix(service: Rc<Service>, listener: UnixListener) {
+pub(in crate::server) async fn accept_unix(
+    shard: Rc<Shard>,
+    service: Service,
+    listener: UnixListener,
+) {
     loop {
-        match listener.accept().await {
-            Ok((socket, _)) => {
-                let service = service.clone();
-                tokio::task::spawn_local(async move { service.unix(socket).await });
-            }
-            Err(error) => {
-                let name = format!("{} unix", service.protocol.name());
-                accept_failed(&name, &error).await;
-            }
+        let taken = match listener.accept().await {
+            Ok((socket, _)) => service.take_unix(&shard, socket),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            let name = format!("{} unix", service.protocol.name());
+            accept_failed(&name, &error).await;
         }
     }
 }
 
 /// Accepts on TCP for ever.
 pub(in crate::server) async fn accept_tls(
-    service: Rc<Service>,
+    shard: Rc<Shard>,
+    service: Service,
     listener: TcpListener,
     tls: FrontendTls,
 ) {
     let strangers = Gate::new(MAX_STRANGERS);
     loop {
-        match listener.accept().await {
-            Ok((socket, client)) => {
+        let taken = match listener.accept().await {
+            Ok(accepted) => match strangers.enter() {
+                Some(stranger) => service.take_tls(&shard, accepted, (tls.acceptor(), stranger)),
                 // Dropped with its socket at the bound.
-                let Some(stranger) = strangers.enter() else {
+                None => {
+                    let (_, client) = accepted;
                     tracing::warn!(%client, "too many handshakes at once, connection is reset");
-                    continue;
-                };
-                let service = service.clone();
-                let acceptor = tls.acceptor();
-                tokio::task::spawn_local(async move {
-                    let client = client.to_string();
-                    let known = timeout(HANDSHAKE, acceptor.accept(socket)).await;
-                    drop(stranger);
-                    match known {
-                        Ok(Ok(session)) => service.tls(client, session).await,
-                        Ok(Err(error)) => {
-                            tracing::warn!(client, %error, "frontend handshake failed");
-                        }
-                        Err(_) => tracing::warn!(client, "frontend handshake not finished in time"),
-                    }
-                });
-            }
-            Err(error) => {
-                let name = format!("{} tcp", service.protocol.name());
-                accept_failed(&name, &error).await;
-            }
+                    Ok(())
+                }
+            },
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            let name = format!("{} tcp", service.protocol.name());
+            accept_failed(&name, &error).await;
         }
     }
 }

@@ -2,16 +2,17 @@
 //! and relays.
 
 mod answers;
+mod client;
 mod grpc;
 mod http_connect;
 pub(super) mod listener;
 pub(super) mod redirect;
+mod shortcut;
 mod tls;
 
 pub(super) use tls::FrontendTls;
 
-use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tunnel_proto::close::CloseReason;
 
@@ -26,10 +27,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Relays a client that was dialled for, and writes its record at the end. Returns why it ended.
 async fn serve(
-    shard: &Rc<Shard>,
-    record: Record,
-    local: impl LocalSocket,
-    dialled: Dialled,
+    shard: &Shard,
+    record: &Record,
+    local: &impl LocalSocket,
+    dialled: &mut Dialled,
 ) -> CloseReason {
     let Dialled {
         send,
@@ -44,11 +45,11 @@ async fn serve(
         metrics: &shard.metrics.dials,
         local_is_client: true,
     };
-    meter.outbound(given);
-    let metrics = &shard.metrics.konnectivity;
-    let (_established, since) = (metrics.established(), Instant::now());
+    meter.outbound(*given);
+    let _established = shard.metrics.konnectivity.established();
     let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
-    metrics.ended(since.elapsed());
+    let established = record.connected.unwrap_or(record.start);
+    shard.metrics.konnectivity.ended(established.elapsed());
     let closer = match ending.by {
         ClosedBy::Local => Closer::Client,
         ClosedBy::Remote => Closer::Target,

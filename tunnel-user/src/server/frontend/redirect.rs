@@ -4,18 +4,22 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::net::{TcpListener, TcpStream};
-use tracing::Instrument;
 use tunnel_proto::preface::Destination;
 
-use super::{accept_failed, failed, overloaded, serve};
-use crate::redirect::{Flows, Heartbeat};
-use crate::server::dial::{connection_id, dial};
+use super::client::{Client, Manner};
+use super::shortcut::ShortcutSocket;
+use super::{accept_failed, failed, overloaded};
+use crate::datapath::Socket;
+use crate::datapath::socket::Portable;
+use crate::redirect::{Flows, Heartbeat, Shortcuts};
+use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
-use crate::server::shard::Shard;
+use crate::server::shard::{Admitted, Shard};
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
 use crate::tls::TrustDomain;
@@ -28,6 +32,8 @@ pub(crate) struct Attachment {
     pub tenant: TrustDomain,
     /// Where origins are looked up.
     pub flows: RefCell<Flows>,
+    /// Their way past TCP on loopback, where it is wanted.
+    pub shortcuts: Option<Arc<Mutex<Shortcuts>>>,
 }
 
 /// Twice a second, well below the 3 s after which the kernel takes us for stuck.
@@ -49,45 +55,57 @@ pub(crate) async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listene
     loop {
         match listener.accept().await {
             Ok((socket, client)) => {
-                let (shard, attachment) = (shard.clone(), attachment.clone());
-                tokio::task::spawn_local(async move {
-                    connection(shard, &attachment, socket, client).await;
-                });
+                take_in(&shard, &attachment, socket, client);
             }
             Err(error) => accept_failed(&attachment.name, &error).await,
         }
     }
 }
 
-async fn connection(
-    shard: Rc<Shard>,
-    attachment: &Attachment,
-    socket: TcpStream,
-    client: SocketAddr,
-) {
-    let Some(destination) = origin(&shard, attachment, &socket, client) else {
+/// Has a client served, or drops it, which resets it.
+fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client: SocketAddr) {
+    let Some(destination) = origin(shard, attachment, &socket, client) else {
         return;
     };
     let destination = Destination::new(destination.ip(), destination.port());
     let mut record = Record::new(connection_id(), FrontendKind::Redirect, destination);
     record.client = Some(client.to_string());
-    let Some(_admitted) = shard.admit() else {
-        failed(&shard, &record, &overloaded(&shard));
+    let Some(admitted) = shard.admit() else {
+        failed(shard, &record, &overloaded(shard));
         return;
     };
-    let early = EarlyBytes::new(Early::Send, Bytes::new());
-    let span = record.span();
-    let served = async {
-        match dial(&shard, &mut record, &attachment.tenant, &socket, early).await {
-            Ok(dialled) => {
-                record.reached(&shard.metrics.dials);
-                serve(&shard, record, socket, dialled).await;
+    let socket = match &attachment.shortcuts {
+        None => socket,
+        Some(shortcuts) => match ShortcutSocket::open(socket, client, shortcuts) {
+            Ok(socket) => return serve(shard, attachment, record, admitted, socket),
+            Err((socket, error)) => {
+                tracing::debug!(%client, %error, "no shortcut for this connection");
+                socket
             }
-            // The local handshake is done, so a reset is all that the client can be told.
-            Err(error) => failed(&shard, &record, &error),
-        }
+        },
     };
-    served.instrument(span).await;
+    match Socket::new(socket) {
+        Ok(socket) => serve(shard, attachment, record, admitted, socket),
+        Err(error) => tracing::warn!(%error, "connection is reset"),
+    }
+}
+
+fn serve(
+    shard: &Rc<Shard>,
+    attachment: &Attachment,
+    record: Record,
+    admitted: Admitted,
+    local: impl Portable,
+) {
+    let early = EarlyBytes::new(Early::Send, Bytes::new());
+    let client = Client {
+        dial: Dial::new(shard, record, &attachment.tenant, early),
+        manner: Manner::Redirected,
+        local,
+        admitted,
+        counted: None,
+    };
+    tokio::task::spawn_local(Box::new(client).serve(shard.clone()));
 }
 
 /// Where the client had wanted to go; `None` where it is to be reset.
