@@ -8,7 +8,7 @@ use crate::config::server::{AttachmentConfig, FailMode, RedirectConfig};
 use crate::process::inherited::{self, Inherited};
 use crate::redirect::{
     self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
-    RedirectError, Routes, Verdict, tenant_number,
+    RedirectError, Routes, Shortcuts, Verdict, tenant_number,
 };
 use crate::server::routes;
 use crate::tls::TrustDomain;
@@ -55,6 +55,8 @@ pub(super) struct Accepting {
     pub listeners: Vec<TcpListener>,
     /// What they had wanted.
     pub flows: Flows,
+    /// Their way past TCP on loopback, where it is wanted.
+    pub shortcuts: Option<Shortcuts>,
     /// Our sign of life.
     pub heartbeat: Heartbeat,
 }
@@ -104,6 +106,7 @@ pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
             FailMode::Closed => redirect::FailMode::Closed,
             FailMode::Open => redirect::FailMode::Open,
         },
+        shortcut: config.shortcut,
     }
 }
 
@@ -140,6 +143,18 @@ impl Attachments {
             let mut heartbeat = redirect.heartbeat(name).map_err(failed)?;
             heartbeat.beat().map_err(failed)?;
             let flows = redirect.flows(name).map_err(failed)?;
+            let shortcuts = attachment
+                .shortcut
+                .then(|| redirect.shortcuts(name).map_err(failed))
+                .transpose()?;
+            if attachment.shortcut {
+                tracing::warn!(
+                    attachment = name,
+                    "the shortcut past TCP on loopback is on: it breaks programs that read from \
+                     blocking sockets or have TLS in the kernel (kTLS), and hides bytes from \
+                     tcpdump and ss"
+                );
+            }
             let (kernel, follower) = follow(attachment, prepared)?;
             all.attached.push(Running { spec, kernel });
             all._followers.push(follower);
@@ -149,6 +164,7 @@ impl Attachments {
                 tenant,
                 listeners,
                 flows,
+                shortcuts,
                 heartbeat,
             });
         }

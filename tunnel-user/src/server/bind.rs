@@ -12,12 +12,12 @@ use crate::config::ServerConfig;
 use crate::config::frontend::FrontendConfig;
 use crate::process::inherited::Inherited;
 use crate::tls::TrustDomain;
-use crate::transport::socket::{bind, enlarge};
+use crate::transport::quic::udp::{beside, bind, bind_to_share, enlarge};
 
 /// Sockets that listen.
 pub(super) struct Bound {
-    /// The tunnel's, if there is one.
-    pub udp: Option<UdpSocket>,
+    /// The tunnel's, one for each of the first shards; none where there is no tunnel.
+    pub udp: Vec<UdpSocket>,
     /// Health for load balancers, at the tunnel's port, unless agents come there over gRPC.
     pub health: Option<TcpListener>,
     /// Everything that is to be seen.
@@ -74,9 +74,9 @@ impl Bound {
         own: &TrustDomain,
         inherited: &mut Inherited,
     ) -> Result<Self, ServerError> {
-        let (mut udp, mut health) = (None, None);
+        let (mut udp, mut health) = (Vec::new(), None);
         if config.tls.cert.is_some() {
-            udp = Some(tunnel(inherited, config.listen)?);
+            udp = tunnel(inherited, config.listen, config.shards)?;
             let konnectivity = config.konnectivity.as_ref().map(|k| k.listen.port());
             // Agents of both kinds may come to one number: then a load balancer's TCP check meets
             // those that speak gRPC.
@@ -158,12 +158,36 @@ impl Bound {
     }
 }
 
-fn tunnel(inherited: &mut Inherited, addr: SocketAddr) -> Result<UdpSocket, ServerError> {
-    if let Some(udp) = inherited.udp(addr) {
-        enlarge(&udp);
-        return Ok(udp);
+/// One socket for each shard, or one alone where the port can't be shared.
+fn tunnel(
+    inherited: &mut Inherited,
+    addr: SocketAddr,
+    shards: usize,
+) -> Result<Vec<UdpSocket>, ServerError> {
+    let name = || format!("UDP {addr}");
+    let open = || match shards {
+        1 => bind(addr),
+        _ => bind_to_share(addr),
+    };
+    let first = match inherited.udp(addr) {
+        Some(udp) => {
+            enlarge(&udp);
+            udp
+        }
+        None => named(name(), open())?,
+    };
+    if shards == 1 {
+        return Ok(vec![first]);
     }
-    named(format!("UDP {addr}"), bind(addr))
+    let kept = named(name(), first.try_clone())?;
+    beside(first, shards).or_else(|error| {
+        tracing::warn!(
+            %addr, %error,
+            "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
+             a service manager needs ReusePort=yes in its unit, and to be opened by our user"
+        );
+        Ok(vec![kept])
+    })
 }
 
 fn listen(inherited: &mut Inherited, addr: SocketAddr) -> Result<TcpListener, ServerError> {

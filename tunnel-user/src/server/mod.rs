@@ -29,6 +29,7 @@ mod status;
 pub use attachments::{AttachError, spec};
 
 use std::io;
+use std::net::UdpSocket;
 use std::sync::Arc;
 
 use tokio::sync::{oneshot, watch};
@@ -36,18 +37,21 @@ use tunnel_proto::session::InstanceId;
 
 use crate::admin::{self, Admin};
 use crate::config::{ConfigError, ServerConfig};
-use crate::datapath::Budget;
+use crate::datapath::{Budget, Engines};
 use crate::kubernetes::AccessError;
+use crate::process::gate::Gate;
 use crate::process::inherited::Inherited;
-use crate::process::lifecycle::{self, Phase, Pulse};
+use crate::process::lifecycle::{self, Phase};
+use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::redirect::{Redirect, RedirectError};
 use crate::telemetry::logging::LogHandle;
+use crate::telemetry::metrics::ours;
 use crate::tls::identity::name_of;
 use crate::tls::material::MaterialError;
 use crate::tls::{Identity, Material, Role, provider};
-use crate::transport::endpoint::{EndpointError, STREAM_HELD};
-use crate::transport::secret::{Secret, SecretError};
+use crate::transport::quic::config::{EndpointError, STREAM_HELD, Setup};
+use crate::transport::quic::secret::{Secret, SecretError};
 use attachments::{Attachments, kernel_routes};
 use bind::Bound;
 use control::Control;
@@ -55,8 +59,8 @@ use grants::Grants;
 use link::konnectivity::Door;
 use metrics::ServerMetrics;
 use registry::Registry;
-use serve::Start;
-use shard::Common;
+use serve::{Listeners, Start};
+use shard::{Common, Peers};
 
 /// Why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -99,20 +103,26 @@ pub enum ServerError {
 }
 
 /// What tunnels over QUIC need.
+#[derive(Clone)]
 struct Tunnel {
     material: Arc<Material>,
-    secret: Secret,
+    secret: Arc<Secret>,
+    setup: Setup,
 }
 
 impl Tunnel {
     /// `None` where no certificate is configured.
-    fn load(config: &ServerConfig) -> Result<Option<Self>, ServerError> {
+    fn load(
+        config: &ServerConfig,
+        metrics: &mut prometheus_client::registry::Registry,
+    ) -> Result<Option<Self>, ServerError> {
         if config.tls.cert.is_none() {
             return Ok(None);
         }
         Ok(Some(Self {
             material: Material::load(config.tls.files()?, Role::Server, provider())?,
-            secret: Secret::load_or_create(&config.state_dir)?,
+            secret: Secret::load_or_create(&config.state_dir)?.into(),
+            setup: Setup::new(config.transport, ours(metrics)),
         }))
     }
 }
@@ -149,7 +159,8 @@ pub async fn run(
 ) -> Result<(), ServerError> {
     config.check()?;
     host::raise_file_limit(config.limits.connections);
-    let tunnel = Tunnel::load(&config)?;
+    let mut metrics = prometheus_client::registry::Registry::default();
+    let tunnel = Tunnel::load(&config, &mut metrics)?;
     let identity = own_identity(&config, tunnel.as_ref())?;
     let own = identity.trust_domain.clone();
     let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
@@ -160,7 +171,8 @@ pub async fn run(
     let (attached, accepting) = Attachments::attach(&config.redirect, &own, &mut inherited)?;
     inherited.report_leftovers();
 
-    let mut metrics = prometheus_client::registry::Registry::default();
+    let engines = Engines::choose(config.datapath.engine, config.shards);
+    engines.register(ours(&mut metrics));
     let server_metrics = ServerMetrics::register(&mut metrics, &config);
     let publish: control::Publish = if config.redirect.attachments.is_empty() {
         Box::new(|_| {})
@@ -173,51 +185,69 @@ pub async fn run(
     let (phase, phases) = watch::channel(Phase::Running);
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
+    let (peers, inboxes) = Peers::new(config.shards);
     let common = Common {
         control: control.handle(),
         metrics: server_metrics,
         budget: Budget::new(config.limits.stalled_bytes, STREAM_HELD),
         limits: config.limits.clone(),
+        connections: Gate::new(config.limits.connections),
+        tunnels: Gate::new(config.limits.agents),
+        handshakes: Gate::new(link::MAX_HANDSHAKES),
         server_id: identity.name.clone(),
         server_count: config.server_count,
         instance: InstanceId(instance),
         started: tokio::time::Instant::now(),
         phase: phases.clone(),
         last_link: Arc::default(),
+        peers,
     };
-    let view = status::View::register(&mut metrics, &config, identity.to_string(), &common);
+    let engine = engines.engine();
+    let view = status::View::register(&mut metrics, &config, identity.to_string(), engine, &common);
     for frontend in &bound.tls {
         tokio::spawn(frontend.tls.clone().watch());
     }
-    let mut agents = None;
+    let (mut door, mut agents) = (None, None);
     if let (Some(konnectivity), Some(bound)) = (&config.konnectivity, bound.agents) {
         tokio::spawn(bound.tls.clone().watch());
-        agents = Some((
-            bound.listener,
-            Door::new(konnectivity, &common.server_id, bound.tls, bound.tenant).await?,
-        ));
+        let (places, id) = (common.tunnels.clone(), &common.server_id);
+        door = Some(Door::new(konnectivity, id, bound.tls, bound.tenant, places).await?);
+        agents = Some(bound.listener);
     }
-    let pulse = Pulse::default();
-    let start = Start {
-        common: common.clone(),
-        tunnel: tunnel.zip(bound.udp),
+    let listeners = Listeners {
         accepting,
         unix: bound.unix,
         tls: bound.tls,
         agents,
-        pulse: pulse.clone(),
     };
+    let listening = bound.udp.first().map(UdpSocket::local_addr).transpose()?;
+    let tunnels = bound.udp.len();
+    // The kernel counts the sockets that there are: each stays until the last shard has ended.
+    let kept = bound.udp.iter().map(UdpSocket::try_clone);
+    let _kept = kept.collect::<io::Result<Vec<_>>>()?;
+    let mut udp = bound.udp.into_iter();
+    let starts = inboxes.into_iter().zip(listeners.deal(config.shards));
+    let starts = starts.enumerate().map(|(index, (inbox, listeners))| Start {
+        index,
+        common: common.clone(),
+        inbox,
+        tunnel: tunnel.clone().zip(udp.next()),
+        listeners,
+        door: door.clone(),
+    });
     let calls = common.metrics.konnectivity.leases.clone();
     let leases = leases::hold(&config, &common.server_id, calls, phases.clone()).await?;
-    let (started, starting) = oneshot::channel();
-    // Dropped with the shard, however it ends.
-    let (alive, mut shard_ended) = watch::channel(());
-    let thread = crate::process::shard::spawn("shard-0", move || async move {
-        let _alive = alive;
-        serve::run(start, started).await;
-    })?;
+    let mut shards = Shards::new(engines);
+    let mut starting = Vec::new();
+    for start in starts {
+        let (started, outcome) = oneshot::channel();
+        shards.spawn(move || serve::run(start, started))?;
+        starting.push(outcome);
+    }
     tokio::spawn(control.run());
-    let listening = starting.await.map_err(|_| ServerError::Shard)??;
+    for outcome in starting {
+        outcome.await.map_err(|_| ServerError::Shard)??;
+    }
 
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     tokio::spawn(admin::serve(bound.admin, admin.clone().router()));
@@ -231,11 +261,12 @@ pub async fn run(
     if let Some(material) = material {
         tokio::spawn(material.watch(|| {}));
     }
-    tokio::spawn(lifecycle::watchdog(pulse));
+    tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(attachments::forward_log(config.redirect.clone()));
     tracing::info!(
         tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
+        shards = config.shards, tunnel_shards = tunnels,
         "server is up"
     );
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
@@ -253,20 +284,15 @@ pub async fn run(
         }
         Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
     });
-    let mut shard_lost = shard_ended.clone();
-    let idle = async {
-        let _ = shard_ended.changed().await;
-    };
-    let lost = lifecycle::lost(&phase, async {
-        let _ = shard_lost.changed().await;
-    });
+    let idle = shards.all_ended();
+    let lost = lifecycle::lost(&phase, shards.any_ended());
     tokio::select! {
         done = lifecycle::until_stopped(&phase, Some(config.limits.drain), idle) => done?,
         () = reload => {}
         () = lost => return Err(ServerError::Shard),
     }
-    // Its last words are short: the shard ends its links and returns.
-    let _ = thread.join();
+    // Their last words are short: each ends its links and returns.
+    shards.join();
     if let Some(leases) = leases {
         let _ = leases.await;
     }

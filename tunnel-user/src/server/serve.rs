@@ -1,27 +1,26 @@
 //! What runs on a shard: its endpoint, its accept loops, and their end.
 
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{TcpListener, UdpSocket};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use quinn::Endpoint;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 
 use super::attachments::Accepting;
 use super::bind::{TlsBound, UnixBound};
-use super::frontend::listener::{self, Protocol, Service};
+use super::frontend::listener::{self, Service};
 use super::frontend::redirect;
 use super::link;
 use super::link::konnectivity::{Agents, Door};
-use super::shard::{Common, Shard};
+use super::shard::{Common, Inbox, Shard};
 use super::{ServerError, Tunnel};
 use crate::datapath::socket::prepare_listener;
 use crate::process::host;
-use crate::process::lifecycle::{self, Pulse};
-use crate::tls::TrustDomain;
-use crate::transport::{endpoint, error_code};
+use crate::process::lifecycle;
+use crate::transport::quic::{Endpoint, config, error_code};
 
 /// How often a draining shard looks whether its connections have ended.
 const IDLE_POLL: Duration = Duration::from_millis(50);
@@ -31,42 +30,65 @@ const GOODBYE: Duration = Duration::from_millis(500);
 
 /// What a shard is started with.
 pub(super) struct Start {
+    /// Which one it is.
+    pub index: usize,
     /// What every shard knows.
     pub common: Common,
+    /// Where it is told what to do.
+    pub inbox: Inbox,
     /// The tunnel and its socket.
     pub tunnel: Option<(Tunnel, UdpSocket)>,
+    /// Listeners that it accepts on.
+    pub listeners: Listeners,
+    /// How agents of Konnectivity come in.
+    pub door: Option<Door>,
+}
+
+/// Listeners, each of which is one shard's.
+#[derive(Default)]
+pub(super) struct Listeners {
     /// Attachments of the redirect.
     pub accepting: Vec<Accepting>,
     /// Frontends on Unix sockets.
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
-    /// Where agents of Konnectivity come in.
-    pub agents: Option<(TcpListener, Door)>,
-    /// Our sign of life.
-    pub pulse: Pulse,
+    /// Agents of Konnectivity.
+    pub agents: Option<TcpListener>,
 }
 
-/// Where a shard's tunnel listens, or why it did not start.
-pub(super) type Started = Result<Option<SocketAddr>, ServerError>;
+impl Listeners {
+    /// Deals them to `shards`.
+    pub(super) fn deal(self, shards: usize) -> Vec<Self> {
+        let mut dealt: Vec<_> = (0..shards).map(|_| Self::default()).collect();
+        let mut turn = (0..shards).cycle();
+        let mut next = || turn.next().unwrap_or_default();
+        for accepting in self.accepting {
+            dealt[next()].accepting.push(accepting);
+        }
+        for unix in self.unix {
+            dealt[next()].unix.push(unix);
+        }
+        for tls in self.tls {
+            dealt[next()].tls.push(tls);
+        }
+        dealt[next()].agents = self.agents;
+        dealt
+    }
+}
 
-/// Runs a shard from start to end; `started` is told where it listens.
-pub(super) async fn run(start: Start, started: oneshot::Sender<Started>) {
+/// Runs a shard from start to end; `started` is told how the first went.
+pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), ServerError>>) {
     let phase = start.common.phase.clone();
-    tokio::task::spawn_local(start.pulse.clone().beat());
     let Open {
         shard,
         endpoint,
         agents,
     } = match open(start) {
         Ok(opened) => opened,
-        Err(error) => {
-            let _ = started.send(Err(error));
-            return;
-        }
+        Err(error) => return drop(started.send(Err(error))),
     };
-    let listening = endpoint.as_ref().map(Endpoint::local_addr).transpose();
-    let _ = started.send(listening.map_err(ServerError::Io));
+    let _ = started.send(Ok(()));
     let idle = async {
         lifecycle::stopping(phase.clone()).await;
         while !shard.is_idle() {
@@ -96,10 +118,18 @@ struct Open {
 }
 
 fn open(start: Start) -> Result<Open, ServerError> {
-    let shard = Shard::new(0, start.common);
+    let shard = Shard::new(start.index, start.common);
+    tokio::task::spawn_local(shard.clone().listen(start.inbox));
     let mut endpoint = None;
     if let Some((tunnel, udp)) = start.tunnel {
-        let opened = endpoint::server(udp, &tunnel.material, &tunnel.secret, 0)?;
+        // Below the bound on shards.
+        let index = start.index as u8;
+        let Tunnel {
+            material,
+            secret,
+            setup,
+        } = &tunnel;
+        let opened = config::server(udp, material, secret, index, setup)?;
         host::complain(&opened.complaints);
         tokio::task::spawn_local(link::accept(shard.clone(), opened.endpoint.clone()));
         endpoint = Some(opened.endpoint);
@@ -109,14 +139,17 @@ fn open(start: Start) -> Result<Open, ServerError> {
         tenant,
         listeners,
         flows,
+        shortcuts,
         heartbeat,
-    } in start.accepting
+    } in start.listeners.accepting
     {
         let flows = flows.into();
+        let shortcuts = shortcuts.map(|shortcuts| Arc::new(Mutex::new(shortcuts)));
         let attachment = Rc::new(redirect::Attachment {
             name,
             tenant,
             flows,
+            shortcuts,
         });
         // Once it drains, what still comes may wait for a successor for as long as the last beat
         // counts, and is refused after that.
@@ -132,42 +165,38 @@ fn open(start: Start) -> Result<Open, ServerError> {
         listener,
         tenant,
         protocol,
-    } in start.unix
+    } in start.listeners.unix
     {
         let listener = tokio::net::UnixListener::from_std(listener)?;
-        let service = service(&shard, tenant, protocol);
-        until_stopping(&shard, listener::accept_unix(service, listener));
+        let service = Service { tenant, protocol };
+        let accept = listener::accept_unix(shard.clone(), service, listener);
+        until_stopping(&shard, accept);
     }
     for TlsBound {
         listener,
         tenant,
         protocol,
         tls,
-    } in start.tls
+    } in start.listeners.tls
     {
         protocol.prepare(&listener)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let service = service(&shard, tenant, protocol);
-        until_stopping(&shard, listener::accept_tls(service, listener, tls));
+        let service = Service { tenant, protocol };
+        let accept = listener::accept_tls(shard.clone(), service, listener, tls);
+        until_stopping(&shard, accept);
     }
     let mut agents = None;
-    if let Some((listener, door)) = start.agents {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        let door = agents.insert(Agents::new(shard.clone(), door));
-        until_stopping(&shard, door.clone().accept(listener));
+    if let Some(door) = start.door {
+        let agents = agents.insert(Agents::new(shard.clone(), door));
+        if let Some(listener) = start.listeners.agents {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            until_stopping(&shard, agents.clone().accept(listener));
+        }
     }
     Ok(Open {
         shard,
         endpoint,
         agents,
-    })
-}
-
-fn service(shard: &Rc<Shard>, tenant: TrustDomain, protocol: Protocol) -> Rc<Service> {
-    Rc::new(Service {
-        shard: shard.clone(),
-        tenant,
-        protocol,
     })
 }
 

@@ -1,19 +1,21 @@
-//! What belongs to one shard of a server: its endpoint, its links, and what dials need.
+//! What belongs to one shard of a server: its endpoint, its links, and what dials need; and how the
+//! shards hand over to each other.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::InstanceId;
 
 use super::control::ControlHandle;
 use super::link::Link;
+use super::link::konnectivity::Agents;
 use super::metrics::ServerMetrics;
 use super::routes::LinkId;
 use crate::config::server::LimitsConfig;
@@ -32,6 +34,12 @@ pub(super) struct Common {
     pub budget: Budget,
     /// Bounds.
     pub limits: LimitsConfig,
+    /// Open connections.
+    pub connections: Gate,
+    /// Tunnels.
+    pub tunnels: Gate,
+    /// Handshakes of tunnels over QUIC.
+    pub handshakes: Gate,
     /// Our name.
     pub server_id: Arc<str>,
     /// How many of us there are.
@@ -44,6 +52,40 @@ pub(super) struct Common {
     pub phase: watch::Receiver<Phase>,
     /// The last link id that was given out.
     pub last_link: Arc<AtomicU64>,
+    /// All shards.
+    pub peers: Peers,
+}
+
+/// What one shard has another do.
+type Task = Box<dyn FnOnce(&Rc<Shard>) + Send>;
+
+/// The ways to the shards. What waits there is bounded where it comes in: by the connections that
+/// are admitted, by the strangers that a listener takes.
+#[derive(Clone)]
+pub(super) struct Peers {
+    inboxes: Arc<[mpsc::UnboundedSender<Task>]>,
+    dealt: Arc<AtomicUsize>,
+}
+
+/// Where a shard is told what to do.
+pub(super) struct Inbox(mpsc::UnboundedReceiver<Task>);
+
+impl Peers {
+    /// Of `count` shards.
+    pub(super) fn new(count: usize) -> (Self, Vec<Inbox>) {
+        let channels = (0..count).map(|_| mpsc::unbounded_channel());
+        let (inboxes, outlets): (Vec<_>, Vec<_>) = channels.unzip();
+        let peers = Self {
+            inboxes: inboxes.into(),
+            dealt: Arc::default(),
+        };
+        (peers, outlets.into_iter().map(Inbox).collect())
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.inboxes.len()
+    }
 }
 
 /// One shard. Dereferences to what all of them know.
@@ -52,7 +94,8 @@ pub(super) struct Shard {
     pub index: usize,
     /// The agents that are connected to it.
     pub links: RefCell<HashMap<LinkId, Link>>,
-    connections: Gate,
+    /// Where agents of Konnectivity come in.
+    pub agents: OnceCell<Weak<Agents>>,
     common: Common,
 }
 
@@ -70,9 +113,37 @@ impl Shard {
         Rc::new(Self {
             index,
             links: RefCell::default(),
-            connections: Gate::new(common.limits.connections),
+            agents: OnceCell::new(),
             common,
         })
+    }
+
+    /// Does what other shards ask for, for ever.
+    pub(super) async fn listen(self: Rc<Self>, mut inbox: Inbox) {
+        while let Some(task) = inbox.0.recv().await {
+            task(&self);
+        }
+    }
+
+    /// Runs a task on shard `index`. One that has ended drops it: then all of us are ending.
+    pub(super) fn run_on<F>(
+        self: &Rc<Self>,
+        index: usize,
+        task: impl FnOnce(Rc<Self>) -> F + Send + 'static,
+    ) where
+        F: Future<Output = ()> + 'static,
+    {
+        if index == self.index {
+            tokio::task::spawn_local(task(self.clone()));
+        } else if let Some(inbox) = self.peers.inboxes.get(index) {
+            let task = |shard: &Rc<Self>| drop(tokio::task::spawn_local(task(shard.clone())));
+            let _ = inbox.send(Box::new(task));
+        }
+    }
+
+    /// Whose turn it is to take somebody in who costs more than to be handed over: TLS, HTTP/2.
+    pub(super) fn turn(&self) -> usize {
+        self.peers.dealt.fetch_add(1, Ordering::Relaxed) % self.peers.len()
     }
 
     /// A link id that was never used.
@@ -93,7 +164,7 @@ impl Shard {
         })
     }
 
-    /// Whether no connection is open.
+    /// Whether no connection is open, here or elsewhere: one that is handed over is on its way.
     pub(super) fn is_idle(&self) -> bool {
         self.connections.inside() == 0
     }
@@ -106,7 +177,7 @@ impl Shard {
     }
 }
 
-/// One connection that counts until it is dropped.
+/// One connection that counts until it is dropped, on whichever shard.
 pub(super) struct Admitted {
     _entered: Entered,
     open: Gauge,

@@ -16,7 +16,7 @@ use super::shard::Common;
 use crate::admin::Source;
 use crate::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
 use crate::config::ServerConfig;
-use crate::datapath::Budget;
+use crate::datapath::{Budget, Engine};
 use crate::process::lifecycle::Phase;
 use crate::redirect::{self, Redirect};
 use crate::telemetry::konnectivity::ProxyServerMetrics;
@@ -34,6 +34,8 @@ pub(super) struct View {
     identity: String,
     control: ControlHandle,
     budget: Budget,
+    shards: usize,
+    engine: Engine,
     phase: watch::Receiver<Phase>,
     pin: Option<PathBuf>,
     events: Family<EventLabels, Counter>,
@@ -48,6 +50,7 @@ impl View {
         registry: &mut Registry,
         config: &ServerConfig,
         identity: String,
+        engine: Engine,
         common: &Common,
     ) -> Self {
         let redirects = !config.redirect.attachments.is_empty();
@@ -55,6 +58,8 @@ impl View {
             identity,
             control: common.control.clone(),
             budget: common.budget.clone(),
+            shards: config.shards,
+            engine,
             phase: common.phase.clone(),
             pin: redirects.then(|| config.redirect.pin.clone()),
             events: Family::default(),
@@ -113,6 +118,8 @@ impl Source for View {
                 version: env!("CARGO_PKG_VERSION").into(),
                 ready: self.ready().is_ok(),
                 not_ready: self.ready().err(),
+                shards: self.shards,
+                engine: self.engine.label().into(),
                 agents,
                 attachments: attachments
                     .iter()
@@ -161,8 +168,10 @@ fn row(session: &SessionView) -> AgentRow {
         identity: info.identity.to_string(),
         protocol: info.kind.label().into(),
         address: path.remote.to_string(),
+        shard: info.shard,
         state: state.into(),
         rtt_ms: millis(path.rtt),
+        mtu: path.mtu,
         streams: info.streams.load(Ordering::Relaxed),
         up_bytes: info.totals.up.load(Ordering::Relaxed),
         down_bytes: info.totals.down.load(Ordering::Relaxed),
