@@ -1,66 +1,66 @@
-//! Holds tunnels to every server, for ever: resolves, dials as [`Plan`] says, and serves.
+//! Holds tunnels to every server, for ever: resolves, has shards dial as [`Plan`] says, and decides
+//! which tunnels are kept. It runs beside the shards, where each tunnel lives ([`errand`]).
+//!
+//! [`errand`]: super::errand
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
-use super::address::resolve;
-use super::held::Tunnels;
+use super::address::{Resolved, keep_resolving};
+use super::errand::{Errand, Event, Order, Welcomed};
+use super::held::{TunnelView, Tunnels};
 use super::plan::{Plan, Verdict, Way, Wire};
-use super::quic::Reached;
-use super::tunnel::{About, DialError, Dialled, End, Tunnel};
-use super::worker::Worker;
-use super::{konnectivity, quic};
+use super::shards::Dispatch;
+use super::tunnel::{About, End, GOODBYE};
 use crate::config::agent::Protocol;
-use crate::process::lifecycle;
+use crate::process::lifecycle::{self, Phase};
+use crate::transport::quic::steering::Spread;
 
-/// How often names are resolved anew.
-const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
-
-/// A resolver that has not answered by then is asked again later.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Where servers are found.
+/// Where servers are found, and how many tunnels there are to be.
 pub(super) struct Servers {
     /// "host:port", and what is spoken there.
-    pub addresses: Vec<(Rc<str>, Protocol)>,
+    pub addresses: Vec<(Arc<str>, Protocol)>,
     /// How many proxy-servers there are by their leases, where those are watched.
     pub leases: watch::Receiver<Option<u32>>,
     /// Whether what proxy-servers say counts as well.
     pub count_both: bool,
-}
-
-enum Event {
-    Resolved(Rc<str>, io::Result<Vec<SocketAddr>>),
-    Reached(Way, Box<Reached>),
-    Dialled(Way, Box<Result<Dialled, DialError>>),
-    Changed(u64),
-    Ended(u64, End),
+    /// Tunnels to each server over QUIC.
+    pub tunnels: u8,
 }
 
 /// Connects for ever, until the process drains; then waits for the end and closes everything.
-pub(super) async fn run(worker: Rc<Worker>, servers: Servers, view: Arc<Tunnels>) {
+pub(super) async fn run(
+    shards: Dispatch,
+    phase: watch::Receiver<Phase>,
+    servers: Servers,
+    view: Arc<Tunnels>,
+) {
     let Servers {
         addresses,
         leases,
         count_both,
+        tunnels,
     } = servers;
     let mut plan = Plan::default();
+    plan.set_tunnels(tunnels.into());
     if count_both {
         plan.count_both();
     }
     let (events, inbox) = mpsc::unbounded_channel();
     let mut connector = Connector {
-        worker: worker.clone(),
+        shards,
+        phase,
         plan,
+        spread: Spread::random(),
+        dialling: HashMap::new(),
         tunnels: HashMap::new(),
         complaints: HashMap::new(),
         names: HashMap::new(),
@@ -69,37 +69,64 @@ pub(super) async fn run(worker: Rc<Worker>, servers: Servers, view: Arc<Tunnels>
         events,
         view,
     };
+    let (answers, resolved) = mpsc::unbounded_channel();
     for (server, protocol) in addresses {
         connector
             .names
             .insert(server.clone(), (protocol, Vec::new()));
-        tokio::task::spawn_local(keep_resolving(server, connector.events.clone()));
+        tokio::spawn(keep_resolving(server, answers.clone()));
     }
-    connector.connect(inbox, leases, worker).await;
+    connector.connect(inbox, resolved, leases).await;
 }
 
 struct Connector {
-    worker: Rc<Worker>,
+    shards: Dispatch,
+    phase: watch::Receiver<Phase>,
     plan: Plan,
-    tunnels: HashMap<u64, Tunnel>,
+    spread: Spread,
+    /// Where the tunnels go that are being dialled.
+    dialling: HashMap<u64, Place>,
+    tunnels: HashMap<u64, Held>,
     complaints: HashMap<Way, String>,
     /// What the names of servers lead to.
-    names: HashMap<Rc<str>, (Protocol, Vec<SocketAddr>)>,
-    unresolved: HashSet<Rc<str>>,
+    names: HashMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
+    unresolved: HashSet<Arc<str>>,
     last: u64,
     events: mpsc::UnboundedSender<Event>,
     view: Arc<Tunnels>,
+}
+
+/// Where a tunnel lives.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    shard: usize,
+    /// Which of those at its address it is: one that follows it gets the same number.
+    slot: u8,
+}
+
+/// A tunnel that is kept.
+struct Held {
+    about: About,
+    place: Place,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+impl Held {
+    /// Without effect on a tunnel that is ending.
+    fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+    }
 }
 
 impl Connector {
     async fn connect(
         &mut self,
         mut inbox: mpsc::UnboundedReceiver<Event>,
+        mut resolved: mpsc::UnboundedReceiver<Resolved>,
         mut leases: watch::Receiver<Option<u32>>,
-        worker: Rc<Worker>,
     ) {
-        let stopping = lifecycle::stopping(worker.phase.clone());
-        let ended = lifecycle::ended(worker.phase.clone());
+        let stopping = lifecycle::stopping(self.phase.clone());
+        let ended = lifecycle::ended(self.phase.clone());
         let (mut stopping, mut ended) = (std::pin::pin!(stopping), std::pin::pin!(ended));
         let mut draining = false;
         loop {
@@ -113,6 +140,9 @@ impl Connector {
             let next = self.plan.next_timeout().filter(|_| !draining);
             tokio::select! {
                 Some(event) = inbox.recv() => self.handle(event),
+                Some((server, answer)) = resolved.recv() => {
+                    self.resolved(server, answer, Instant::now());
+                }
                 () = sleep_until(next) => {}
                 Ok(()) = leases.changed() => self.plan.set_leases(*leases.borrow_and_update()),
                 () = &mut stopping, if !draining => draining = true,
@@ -120,46 +150,54 @@ impl Connector {
             }
         }
         for tunnel in self.tunnels.values() {
-            tunnel.close(CloseReason::Shutdown);
+            tunnel.order(Order::Close(CloseReason::Shutdown));
         }
-        // Each tunnel's task says goodbye and reports its end. What is still being dialled ends
-        // with the runtime.
-        while !self.tunnels.is_empty() {
-            match inbox.recv().await {
-                Some(event @ Event::Ended(..)) => self.handle(event),
-                Some(_) => {}
-                None => break,
+        // Each tunnel says goodbye and reports its end. What is still being dialled ends with its
+        // shard.
+        let goodbyes = async {
+            while !self.tunnels.is_empty() {
+                match inbox.recv().await {
+                    Some(event @ Event::Ended(..)) => self.handle(event),
+                    Some(_) => {}
+                    None => break,
+                }
             }
-        }
+        };
+        let _ = timeout(2 * GOODBYE, goodbyes).await;
     }
 
-    fn dial(&self, way: Way) {
+    fn dial(&mut self, way: Way) {
         let Way { address, wire } = way;
-        tracing::debug!(%address, protocol = wire.label(), "dialling");
-        let (worker, events) = (self.worker.clone(), self.events.clone());
-        let server = self.name_of(way);
-        tokio::task::spawn_local(async move {
-            let event = match reach(&worker, way, server.as_deref()).await {
-                Ok(Progress::Reached(reached)) => Event::Reached(way, reached),
-                Ok(Progress::Dialled(dialled)) => Event::Dialled(way, Box::new(Ok(*dialled))),
-                Err(error) => Event::Dialled(way, Box::new(Err(error))),
-            };
-            // The connector outlives its dials, except at the very end.
-            let _ = events.send(event);
-        });
-    }
-
-    fn introduce(&self, way: Way, reached: Reached) {
-        let (worker, events) = (self.worker.clone(), self.events.clone());
-        tokio::task::spawn_local(async move {
-            let dialled = reached.introduce(&worker).await;
-            let dialled = dialled.map(Dialled::Quic).map_err(DialError::from);
-            let _ = events.send(Event::Dialled(way, Box::new(dialled)));
-        });
+        self.last += 1;
+        let number = self.last;
+        let held = self.tunnels.values();
+        let held: Vec<_> = held
+            .map(|held| (held.about.way.address, held.place))
+            .collect();
+        let taken = |slot: &u8| {
+            let mut held = held.iter();
+            held.any(|(to, place)| *to == address && place.slot == *slot)
+        };
+        let slot = (0..u8::MAX).find(|slot| !taken(slot)).unwrap_or_default();
+        let held = held.iter().map(|(to, place)| (*to, place.shard));
+        let (shard, Some(place)) = self.shards.place(address, held) else {
+            return;
+        };
+        tracing::debug!(%address, protocol = wire.label(), shard, "dialling");
+        self.dialling.insert(number, Place { shard, slot });
+        let errand = Errand {
+            number,
+            way,
+            server: self.name_of(way),
+            spread: (self.spread, slot),
+            events: self.events.clone(),
+            place,
+        };
+        self.shards.send(shard, errand);
     }
 
     /// How the server is called that `way` was resolved from.
-    fn name_of(&self, way: Way) -> Option<Rc<str>> {
+    fn name_of(&self, way: Way) -> Option<Arc<str>> {
         let leads = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
             let other = match way.wire {
                 Wire::Quic => Protocol::Konnectivity,
@@ -172,7 +210,7 @@ impl Connector {
         name.cloned()
     }
 
-    fn resolved(&mut self, server: Rc<str>, resolved: io::Result<Vec<SocketAddr>>, now: Instant) {
+    fn resolved(&mut self, server: Arc<str>, resolved: io::Result<Vec<SocketAddr>>, now: Instant) {
         match resolved {
             Ok(addresses) => {
                 self.unresolved.remove(&server);
@@ -200,64 +238,74 @@ impl Connector {
     fn handle(&mut self, event: Event) {
         let now = Instant::now();
         match event {
-            Event::Resolved(server, resolved) => self.resolved(server, resolved, now),
-            Event::Reached(way, reached) => {
-                let server = &reached.identity.name;
-                if self.plan.reached(way, server, now, chance()) {
-                    self.introduce(way, *reached);
-                } else {
-                    tokio::task::spawn_local(reached.decline(CloseReason::DuplicateServer));
+            Event::Reached(way, number, server, introduce) => {
+                let wanted = self.plan.reached(way, &server, now, chance());
+                if !wanted {
+                    self.dialling.remove(&number);
                 }
+                let _ = introduce.send(wanted);
             }
-            Event::Dialled(way, dialled) => match *dialled {
-                Ok(dialled) => self.welcomed(way, dialled, now),
-                Err(error) => {
-                    self.plan.failed(way, now, chance());
-                    self.complain(way, &error);
-                }
-            },
+            Event::Failed(way, number, error) => {
+                self.dialling.remove(&number);
+                self.plan.failed(way, now, chance());
+                self.complain(way, &error);
+            }
+            Event::Welcomed(tunnel) => self.welcomed(*tunnel, now),
             Event::Changed(number) => {
-                let Some(tunnel) = self.tunnels.get(&number).cloned() else {
+                let Some(tunnel) = self.tunnels.get(&number) else {
                     return;
                 };
                 let About {
-                    server_id, stats, ..
-                } = tunnel.about();
-                let (wire, live) = (tunnel.wire(), stats.is_live());
+                    server_id,
+                    way,
+                    stats,
+                } = &tunnel.about;
+                let (wire, live) = (way.wire, stats.is_live());
                 self.plan.changed(wire, server_id, number, live, now);
                 if live && !self.plan.holds(wire, server_id, number) {
-                    tokio::task::spawn_local(tunnel.retire());
+                    tunnel.order(Order::Retire);
                 } else {
                     self.retire_superseded();
                 }
             }
-            Event::Ended(number, end) => {
-                let Some(tunnel) = self.tunnels.remove(&number) else {
-                    return;
-                };
-                let About { server_id, way, .. } = tunnel.about();
-                let (address, protocol) = (way.address, way.wire.label());
-                let (reason, why) = (end.reason.label(), end.why);
-                if end.reason == CloseReason::Replaced || self.worker.is_draining() {
-                    tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
-                } else {
-                    tracing::warn!(server = %server_id, %address, protocol, reason, %why, "tunnel ended");
-                }
-                self.view.remove(number);
-                let (wire, chance) = (way.wire, chance());
-                self.plan.ended(wire, server_id, number, now, chance);
-            }
+            Event::Ended(number, end) => self.ended(number, &end, now),
         }
     }
 
-    fn welcomed(&mut self, way: Way, dialled: Dialled, now: Instant) {
-        self.last += 1;
-        let number = self.last;
-        let tunnel = dialled.tunnel();
+    fn ended(&mut self, number: u64, end: &End, now: Instant) {
+        let Some(Held { about, .. }) = self.tunnels.remove(&number) else {
+            return;
+        };
+        let About { server_id, way, .. } = &about;
+        let (address, protocol) = (way.address, way.wire.label());
+        let (reason, why) = (end.reason.label(), &end.why);
+        if end.reason == CloseReason::Replaced || *self.phase.borrow() != Phase::Running {
+            tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
+        } else {
+            tracing::warn!(server = %server_id, %address, protocol, reason, %why, "tunnel ended");
+        }
+        self.view.remove(number);
+        self.plan.ended(way.wire, server_id, number, now, chance());
+    }
+
+    fn welcomed(&mut self, tunnel: Welcomed, now: Instant) {
+        let Welcomed {
+            number,
+            about,
+            leads,
+            path,
+            orders,
+            keep,
+        } = tunnel;
+        let Some(place) = self.dialling.remove(&number) else {
+            return;
+        };
         let About {
-            server_id, stats, ..
-        } = tunnel.about();
-        let leads = dialled.leads();
+            server_id,
+            way,
+            stats,
+        } = &about;
+        let way = *way;
         let verdict = self.plan.welcomed(way, number, leads, now, chance());
         if let Verdict::Conflict(other) = verdict {
             self.complain(
@@ -267,10 +315,8 @@ impl Connector {
         } else {
             self.complaints.remove(&way);
         }
-        let worker = self.worker.clone();
         if verdict != Verdict::Keep {
-            let declined = dialled.decline(worker, CloseReason::DuplicateServer);
-            tokio::task::spawn_local(declined);
+            let _ = keep.send(false);
             return;
         }
         let refused = stats
@@ -286,16 +332,18 @@ impl Connector {
         }
         tracing::info!(
             server = %server_id, address = %way.address, protocol = way.wire.label(),
-            servers = self.plan.server_count(), "tunnel is up"
+            servers = self.plan.server_count(), shard = place.shard, "tunnel is up"
         );
-        self.view.insert(number, &tunnel);
-        self.tunnels.insert(number, tunnel);
-        let events = self.events.clone();
-        tokio::task::spawn_local(async move {
-            let changed = || drop(events.send(Event::Changed(number)));
-            let end = dialled.serve(worker, changed).await;
-            let _ = events.send(Event::Ended(number, end));
-        });
+        let view = TunnelView::new(about.clone(), path, place.shard);
+        self.view.insert(number, view);
+        let held = Held {
+            about,
+            place,
+            orders,
+        };
+        self.tunnels.insert(number, held);
+        // Without effect on one that has been lost meanwhile: it tells its end.
+        let _ = keep.send(true);
         self.retire_superseded();
     }
 
@@ -303,9 +351,9 @@ impl Connector {
     fn retire_superseded(&mut self) {
         for number in self.plan.superseded() {
             if let Some(tunnel) = self.tunnels.get(&number) {
-                let About { server_id, way, .. } = tunnel.about();
+                let About { server_id, way, .. } = &tunnel.about;
                 tracing::info!(server = %server_id, address = %way.address, "QUIC takes over");
-                tokio::task::spawn_local(tunnel.clone().retire());
+                tunnel.order(Order::Retire);
             }
         }
     }
@@ -319,49 +367,13 @@ impl Connector {
         }
         let Way { address, wire } = way;
         let protocol = wire.label();
-        let reached = |tunnel: &Tunnel| tunnel.about().way.address == address;
+        let reached = |tunnel: &Held| tunnel.about.way.address == address;
         if self.tunnels.values().any(reached) {
             tracing::info!(%address, protocol, error = %text, "server not reached this way, trying for ever");
         } else {
             tracing::warn!(%address, protocol, error = %text, "server not reached, trying for ever");
         }
         self.complaints.insert(way, text);
-    }
-}
-
-/// How far a dial has come.
-enum Progress {
-    Reached(Box<Reached>),
-    Dialled(Box<Dialled>),
-}
-
-async fn reach(worker: &Worker, way: Way, server: Option<&str>) -> Result<Progress, DialError> {
-    match (way.wire, &worker.material, &worker.konnectivity, server) {
-        (Wire::Quic, Some(material), _, _) => {
-            let reached = quic::reach(material, way.address).await?;
-            Ok(Progress::Reached(Box::new(reached)))
-        }
-        (Wire::Grpc, _, Some(client), Some(server)) => {
-            let metrics = &worker.proxy_metrics.streams;
-            let dialled = konnectivity::dial(client, way, server, metrics).await?;
-            Ok(Progress::Dialled(Box::new(Dialled::Grpc(dialled))))
-        }
-        _ => Err(DialError::NotConfigured),
-    }
-}
-
-/// Resolves one name again and again, apart from the others: one that hangs delays nobody.
-async fn keep_resolving(server: Rc<str>, events: mpsc::UnboundedSender<Event>) {
-    loop {
-        let resolved = timeout(RESOLVE_TIMEOUT, resolve(&server)).await;
-        let resolved = resolved.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        if events
-            .send(Event::Resolved(server.clone(), resolved))
-            .is_err()
-        {
-            return;
-        }
-        tokio::time::sleep(RESOLVE_INTERVAL).await;
     }
 }
 

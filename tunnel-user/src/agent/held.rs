@@ -1,24 +1,37 @@
 //! The tunnels that are held, for people.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::tunnel::{About, Tunnel};
+use super::tunnel::About;
+use crate::transport::quic::PathView;
 
 /// A tunnel, for people.
 #[derive(Clone, Debug)]
 pub(super) struct TunnelView {
     /// What it is.
     pub about: About,
-    path: Option<quinn::Connection>,
+    /// Where it lives.
+    pub shard: usize,
+    path: Option<Arc<PathView>>,
 }
 
 impl TunnelView {
+    /// A fresh one.
+    pub(super) fn new(about: About, path: Option<Arc<PathView>>, shard: usize) -> Self {
+        Self { about, shard, path }
+    }
+
     /// Round-trip time, where the protocol measures it.
     pub(super) fn rtt(&self) -> Option<Duration> {
-        self.path.as_ref().map(quinn::Connection::rtt)
+        self.path.as_ref().map(|path| path.rtt())
+    }
+
+    /// The largest IP packet that is sent, in bytes, where we decide on it.
+    pub(super) fn mtu(&self) -> Option<u16> {
+        self.path.as_ref().map(|path| path.mtu())
     }
 }
 
@@ -40,11 +53,13 @@ impl Tunnels {
         view
     }
 
-    /// Whether a server is reached.
-    pub(super) fn any_live(&self) -> bool {
-        self.held()
-            .values()
-            .any(|tunnel| tunnel.about.stats.is_live())
+    /// How many servers are reached, each over one tunnel or several.
+    pub(super) fn live_servers(&self) -> usize {
+        let held = self.held();
+        let live = held.values().filter(|t| t.about.stats.is_live());
+        live.map(|t| &t.about.server_id)
+            .collect::<HashSet<_>>()
+            .len()
     }
 
     /// How many servers there are, as they say or by their leases.
@@ -58,11 +73,7 @@ impl Tunnels {
     }
 
     /// Notes a tunnel.
-    pub(super) fn insert(&self, number: u64, tunnel: &Tunnel) {
-        let view = TunnelView {
-            about: tunnel.about().clone(),
-            path: tunnel.path(),
-        };
+    pub(super) fn insert(&self, number: u64, view: TunnelView) {
         self.held().insert(number, view);
     }
 

@@ -5,6 +5,7 @@
 mod address;
 mod connector;
 mod dialer;
+mod errand;
 mod held;
 mod konnectivity;
 mod leases;
@@ -12,6 +13,7 @@ mod me;
 pub mod plan;
 pub mod policy;
 mod quic;
+mod shards;
 mod stats;
 mod status;
 mod tunnel;
@@ -19,34 +21,35 @@ mod worker;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tunnel_proto::route::{Claim, MAX_CLAIMS};
 use tunnel_proto::session::InstanceId;
 
 use crate::admin::{self, Admin};
-use crate::config::agent::{Protocol, ServeConfig};
+use crate::config::agent::ServeConfig;
 use crate::config::konnectivity::CountSource;
 use crate::config::{AgentConfig, ConfigError, Rule};
-use crate::datapath::Budget;
+use crate::datapath::{Budget, Engines};
 use crate::kubernetes::AccessError;
 use crate::process::gate::Gate;
-use crate::process::lifecycle::{self, Phase, Pulse};
+use crate::process::lifecycle::{self, Phase};
+use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
 use crate::tls::material::MaterialError;
-use crate::transport::endpoint::STREAM_HELD;
+use crate::transport::quic::config::{STREAM_HELD, Setup};
 use connector::Servers;
 use held::Tunnels;
 use konnectivity::ClientError;
 use me::Me;
 use policy::Policy;
+use shards::Dispatch;
 use worker::Worker;
 
 /// Why an agent did not start, or stopped.
@@ -75,8 +78,8 @@ pub enum AgentError {
     /// Something that the system should have given.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The shard has ended by itself.
-    #[error("the shard has ended by itself; its panic is above")]
+    /// A shard has ended by itself.
+    #[error("a shard has ended by itself; its panic is above")]
     Shard,
 }
 
@@ -114,6 +117,9 @@ pub async fn run(
         proxy_metrics.register(&mut metrics);
     }
     let dials = DialMetrics::register(ours(&mut metrics), config.log.access);
+    let engines = Engines::choose(config.datapath.engine, config.shards);
+    engines.register(ours(&mut metrics));
+    let setup = Setup::new(config.transport, ours(&mut metrics));
     let tunnels = Arc::new(Tunnels::default());
     let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
     let (phase, phases) = watch::channel(Phase::Running);
@@ -122,64 +128,43 @@ pub async fn run(
         me.to_string(),
         tunnels.clone(),
         policy.clone(),
-        budget.clone(),
+        (budget.clone(), config.shards, engines.engine()),
         phases.clone(),
         proxy_metrics.clone(),
     );
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
 
-    let (idle_tx, idle) = oneshot::channel();
-    // Dropped with the shard, however it ends.
-    let (alive, mut shard_lost) = watch::channel(());
-    let pulse = Pulse::default();
-    let (shard_pulse, shard_budget) = (pulse.clone(), budget.clone());
     let servers = config.servers.iter();
-    let servers: Vec<(String, Protocol)> = servers
-        .map(|server| (server.address.clone(), config.protocol(server)))
-        .collect();
+    let addresses = servers.map(|server| (server.address.as_str().into(), config.protocol(server)));
     let leases = leases::count(&config, proxy_metrics.leases.clone()).await?;
     let konnectivity = config.konnectivity.as_ref();
-    let count_both = konnectivity.is_some_and(|k| k.server_count == CountSource::Max);
-    let most = config.limits.connections;
-    let (shard_me, shard_policy) = (me.clone(), policy.clone());
-    let thread = crate::process::shard::spawn("shard-0", move || async move {
-        let _alive = alive;
-        tokio::task::spawn_local(shard_pulse.beat());
-        let worker = Rc::new(Worker {
-            node: shard_me.name(),
-            material: shard_me.material,
-            konnectivity: shard_me.konnectivity,
-            instance: InstanceId(instance),
-            serve,
-            policy: shard_policy,
-            metrics: dials,
-            proxy_metrics,
-            budget: shard_budget,
-            phase: phases.clone(),
-            connections: Gate::new(most),
-        });
-        let watched = worker.clone();
-        tokio::task::spawn_local(async move {
-            lifecycle::stopping(phases).await;
-            if watched.konnectivity.is_some() {
-                tokio::time::sleep(DRAIN_HEARD).await;
-            }
-            while watched.connections.inside() > 0 {
-                tokio::time::sleep(IDLE_POLL).await;
-            }
-            let _ = idle_tx.send(());
-        });
-        let addresses = servers.into_iter();
-        let servers = Servers {
-            addresses: addresses
-                .map(|(server, protocol)| (server.into(), protocol))
-                .collect(),
-            leases,
-            count_both,
-        };
-        connector::run(worker, servers, tunnels).await;
-    })?;
+    let servers = Servers {
+        addresses: addresses.collect(),
+        leases,
+        count_both: konnectivity.is_some_and(|k| k.server_count == CountSource::Max),
+        tunnels: config.tunnels,
+    };
+    let connections = Gate::new(config.limits.connections);
+    let worker = Worker {
+        node: me.name(),
+        material: me.material.clone(),
+        setup,
+        konnectivity: me.konnectivity.clone(),
+        instance: InstanceId(instance),
+        serve,
+        policy: policy.clone(),
+        metrics: dials,
+        proxy_metrics,
+        budget: budget.clone(),
+        phase: phases.clone(),
+        connections: connections.clone(),
+    };
+    let mut shards = Shards::new(engines);
+    let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;
+    // It keeps the shards as long as it lives.
+    let connector = connector::run(dispatch, phases.clone(), servers, tunnels);
+    let connector = tokio::spawn(connector);
 
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     if let Some(listener) = probes {
@@ -194,9 +179,9 @@ pub async fn run(
         let renew = move || policy.store(Arc::new(current_policy(&allow, &me)));
         tokio::spawn(material.watch(renew));
     }
-    tokio::spawn(lifecycle::watchdog(pulse));
+    tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(budget));
-    tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, "agent is up");
+    tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
     let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
@@ -214,20 +199,29 @@ pub async fn run(
         }
         Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
     });
-    let idle = async {
-        let _ = idle.await;
-    };
-    let lost = lifecycle::lost(&phase, async {
-        let _ = shard_lost.changed().await;
-    });
+    let idle = idle(&phase, &connections, config.konnectivity.is_some());
+    let lost = lifecycle::lost(&phase, shards.any_ended());
     tokio::select! {
         done = lifecycle::until_stopped(&phase, config.limits.drain, idle) => done?,
         () = reload => {}
         () = lost => return Err(AgentError::Shard),
     }
-    let _ = thread.join();
+    let _ = connector.await;
+    shards.join();
     tracing::info!("agent has ended");
     Ok(())
+}
+
+/// Waits until a draining agent has no connection left. Proxy-servers may ask for some until they
+/// have heard of it.
+async fn idle(phase: &watch::Sender<Phase>, connections: &Gate, proxies: bool) {
+    lifecycle::stopping(phase.subscribe()).await;
+    if proxies {
+        tokio::time::sleep(DRAIN_HEARD).await;
+    }
+    while connections.inside() > 0 {
+        tokio::time::sleep(IDLE_POLL).await;
+    }
 }
 
 fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {

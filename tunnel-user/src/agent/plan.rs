@@ -1,20 +1,26 @@
 //! Which server address to dial next, and over what. Sans-IO: time and chance are arguments.
 //!
-//! The aim: a live tunnel to every server, told apart by server id, since several addresses may
-//! lead to one server and one address (a virtual IP) to several. Dialling never ends; only its
+//! The aim: a live tunnel to every server, or several over QUIC where that is configured, told apart
+//! by server id, since several addresses may lead to one server and one address (a virtual IP) to
+//! several. Dialling never ends; only its
 //! pace changes.
 //!
 //! Where both protocols may be spoken QUIC is preferred: gRPC is dialled a little later, and only
 //! while QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC
 //! tunnels that may end with their last connection.
 
-use std::collections::{BTreeMap, HashMap};
+mod tunnels;
+mod way;
+
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tunnel_proto::session::InstanceId;
 
+use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
+pub use self::way::{Leads, Verdict, Way, Wire};
 use crate::config::agent::Protocol;
 
 /// The pace of dialling an address: from this..
@@ -36,57 +42,6 @@ const RECONCILE: Duration = Duration::from_secs(60);
 /// The most tunnels to proxy-servers: what one says of their number is not believed beyond.
 const MAX_PROXY_SERVERS: usize = 256;
 
-/// What a tunnel speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Wire {
-    /// Ours, over UDP.
-    Quic,
-    /// Konnectivity's, over TCP.
-    Grpc,
-}
-
-impl Wire {
-    /// For people: what the configuration calls it.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Quic => "quic",
-            Self::Grpc => "konnectivity",
-        }
-    }
-}
-
-/// One way to a server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Way {
-    /// Where.
-    pub address: SocketAddr,
-    /// Over what.
-    pub wire: Wire,
-}
-
-/// Where a fresh tunnel leads.
-#[derive(Clone, Debug)]
-pub struct Leads {
-    /// The server's id.
-    pub server: Arc<str>,
-    /// Its process, where the protocol tells.
-    pub instance: Option<InstanceId>,
-    /// How many servers there are, as it says.
-    pub server_count: u32,
-}
-
-/// What to do with a fresh tunnel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Serve it.
-    Keep,
-    /// There is a live one to that server.
-    Decline,
-    /// Another process of that name is live at this address: two servers have one id. It is left
-    /// alone, or each of them would end the other's connections.
-    Conflict(SocketAddr),
-}
-
 #[derive(Debug)]
 struct Candidate {
     leads_to: Option<Arc<str>>,
@@ -101,23 +56,14 @@ struct Candidate {
     pace: Duration,
 }
 
-#[derive(Debug)]
-struct Held {
-    tunnel: u64,
-    instance: Option<InstanceId>,
-    address: SocketAddr,
-    since: Instant,
-    /// It is no longer wanted once QUIC reaches the same server.
-    fallback: bool,
-    live: bool,
-}
-
 /// What is known of addresses and servers.
 #[derive(Debug, Default)]
 pub struct Plan {
     candidates: BTreeMap<Way, Candidate>,
-    quic: HashMap<Arc<str>, Held>,
-    grpc: HashMap<Arc<str>, Held>,
+    quic: Tunnels,
+    grpc: Tunnels,
+    /// Tunnels to one server over QUIC, beyond the first.
+    further: usize,
     /// As the last server said.
     quic_count: u32,
     grpc_count: u32,
@@ -128,6 +74,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Holds so many tunnels to each server over QUIC, one at least.
+    pub fn set_tunnels(&mut self, count: usize) {
+        self.further = count.saturating_sub(1);
+    }
+
     /// The addresses that the configured names have now, and what may be spoken there.
     pub fn set_addresses(&mut self, addresses: &[(SocketAddr, Protocol)], now: Instant) {
         for candidate in self.candidates.values_mut() {
@@ -205,12 +156,14 @@ impl Plan {
     }
 
     /// A dial reached `server`, as its certificate says. Whether to introduce ourselves: not where
-    /// this address is known to lead to it and a live tunnel does, too, since the server would
+    /// this address is known to lead to it and enough live tunnels do, too, since the server would
     /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
     pub fn reached(&mut self, way: Way, server: &str, now: Instant, chance: f64) -> bool {
-        let live = is_live(self.held(way.wire), server);
+        let full = self.is_full(way.wire, server);
+        let known = self.held(way.wire).get(server).into_iter().flatten();
+        let known = { known }.any(|held| held.address == way.address);
         match self.candidates.get_mut(&way) {
-            Some(candidate) if live && candidate.leads_to.as_deref() == Some(server) => {
+            Some(candidate) if full && (known || candidate.leads_to.as_deref() == Some(server)) => {
                 candidate.dialling = false;
                 slow_down(candidate, now, chance);
                 false
@@ -219,11 +172,10 @@ impl Plan {
         }
     }
 
-    /// Whether `tunnel` is the one that is held to `server`.
+    /// Whether `tunnel` is one of those that are held to `server`.
     pub fn holds(&self, wire: Wire, server: &str, tunnel: u64) -> bool {
-        self.held(wire)
-            .get(server)
-            .is_some_and(|held| held.tunnel == tunnel)
+        let mut held = self.held(wire).get(server).into_iter().flatten();
+        held.any(|held| held.tunnel == tunnel)
     }
 
     /// A dial led to a server. `tunnel` tells this tunnel from others, `chance` is in 0..1.
@@ -249,44 +201,76 @@ impl Plan {
             Wire::Grpc if superseded => {}
             Wire::Grpc => self.grpc_count = server_count,
         }
-        let verdict = match self.held(way.wire).get(&server) {
-            _ if superseded => Verdict::Decline,
-            Some(held) if held.live && held.instance == instance => Verdict::Decline,
-            Some(held) if held.live && held.address != way.address => {
-                Verdict::Conflict(held.address)
-            }
-            None if way.wire == Wire::Grpc && self.grpc.len() >= MAX_PROXY_SERVERS => {
-                Verdict::Decline
-            }
-            _ => Verdict::Keep,
+        let verdict = if superseded {
+            Verdict::Decline
+        } else {
+            self.judge(way, &server, instance)
         };
+        if verdict == Verdict::Keep {
+            self.hold(way, tunnel, &server, instance, (fallback, now));
+        }
+        let is_full = self.is_full(way.wire, &server);
         if let Some(candidate) = self.candidates.get_mut(&way) {
             candidate.dialling = false;
-            candidate.leads_to = Some(server.clone());
+            candidate.leads_to = Some(server);
             slow_down(candidate, now, chance);
             if verdict == Verdict::Keep {
                 candidate.pace = FASTEST;
-                candidate.next = now + FASTEST;
+                // Further tunnels come at once.
+                candidate.next = if is_full { now + FASTEST } else { now };
             }
-        }
-        if verdict == Verdict::Keep {
-            let held = Held {
-                tunnel,
-                instance,
-                address: way.address,
-                since: now,
-                fallback,
-                live: true,
-            };
-            self.held_mut(way.wire).insert(server, held);
         }
         verdict
     }
 
+    fn judge(&self, way: Way, server: &str, instance: Option<InstanceId>) -> Verdict {
+        let map = self.held(way.wire);
+        let held = map.get(server).into_iter().flatten();
+        let live = held.filter(|held| held.live);
+        let (same, other): (Vec<_>, Vec<_>) = live.partition(|held| held.instance == instance);
+        if same.len() >= self.most(way.wire) {
+            return Verdict::Decline;
+        }
+        let mut elsewhere = other.iter().filter(|held| held.address != way.address);
+        match elsewhere.next() {
+            Some(held) if same.is_empty() => Verdict::Conflict(held.address),
+            _ if way.wire == Wire::Quic || map.contains_key(server) => Verdict::Keep,
+            _ if map.len() >= MAX_PROXY_SERVERS => Verdict::Decline,
+            _ => Verdict::Keep,
+        }
+    }
+
+    fn hold(
+        &mut self,
+        way: Way,
+        tunnel: u64,
+        server: &Arc<str>,
+        instance: Option<InstanceId>,
+        (fallback, now): (bool, Instant),
+    ) {
+        let most = self.most(way.wire);
+        let held = self.held_mut(way.wire).entry(server.clone()).or_default();
+        // What leads to another process of that name has had its time.
+        held.retain(|held| held.instance == instance);
+        if held.len() >= most
+            && let Some(silent) = held.iter().position(|held| !held.live)
+        {
+            held.remove(silent);
+        }
+        held.push(Held {
+            tunnel,
+            instance,
+            address: way.address,
+            since: now,
+            fallback,
+            live: true,
+        });
+    }
+
     /// A server fell silent, drains, or is heard again.
     pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, live: bool, now: Instant) {
-        let held = self.held_mut(wire).get_mut(server);
-        let Some(held) = held.filter(|held| held.tunnel == tunnel) else {
+        let mut held = self.held_mut(wire).get_mut(server).into_iter().flatten();
+        let Some(held) = held.find(|held| held.tunnel == tunnel) else {
             return;
         };
         held.live = live;
@@ -299,10 +283,7 @@ impl Plan {
     /// A tunnel has ended: its server is dialled at once, unless the tunnel had hardly begun.
     /// `chance` is in 0..1.
     pub fn ended(&mut self, wire: Wire, server: &str, tunnel: u64, now: Instant, chance: f64) {
-        if !self.holds(wire, server, tunnel) {
-            return;
-        }
-        let Some(Held { address, since, .. }) = self.held_mut(wire).remove(server) else {
+        let Some(Held { address, since, .. }) = take(self.held_mut(wire), server, tunnel) else {
             return;
         };
         // A server that lets agents in and then ends them would be dialled without a pause.
@@ -320,16 +301,17 @@ impl Plan {
 
     /// The gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
     pub fn superseded(&mut self) -> Vec<u64> {
-        let superseded = |(server, held): (&Arc<str>, &Held)| {
-            let superseded = held.fallback && self.is_superseded(server, held.address);
-            superseded.then(|| (server.clone(), held.tunnel))
+        let superseded = |(server, held): &(&Arc<str>, &Held)| {
+            held.fallback && self.is_superseded(server, held.address)
         };
-        let superseded: Vec<_> = self.grpc.iter().filter_map(superseded).collect();
-        let given_up = superseded.into_iter().map(|(server, tunnel)| {
-            self.grpc.remove(&server);
-            tunnel
-        });
-        given_up.collect()
+        let superseded = all(&self.grpc).filter(superseded);
+        let superseded: Vec<_> = superseded
+            .map(|(s, held)| (s.clone(), held.tunnel))
+            .collect();
+        for (server, tunnel) in &superseded {
+            take(&mut self.grpc, server, *tunnel);
+        }
+        superseded.into_iter().map(|(_, tunnel)| tunnel).collect()
     }
 
     /// How many servers there are, by their leases or as they said; 0 before any did.
@@ -342,14 +324,29 @@ impl Plan {
         }
     }
 
-    fn held(&self, wire: Wire) -> &HashMap<Arc<str>, Held> {
+    /// How many tunnels there may be to one server.
+    fn most(&self, wire: Wire) -> usize {
+        match wire {
+            Wire::Quic => self.further + 1,
+            // Its proxy-servers present an id for each.
+            Wire::Grpc => 1,
+        }
+    }
+
+    /// Whether there are enough live ones to `server`.
+    fn is_full(&self, wire: Wire, server: &str) -> bool {
+        let held = self.held(wire).get(server).into_iter().flatten();
+        held.filter(|held| held.live).count() >= self.most(wire)
+    }
+
+    fn held(&self, wire: Wire) -> &Tunnels {
         match wire {
             Wire::Quic => &self.quic,
             Wire::Grpc => &self.grpc,
         }
     }
 
-    fn held_mut(&mut self, wire: Wire) -> &mut HashMap<Arc<str>, Held> {
+    fn held_mut(&mut self, wire: Wire) -> &mut Tunnels {
         match wire {
             Wire::Quic => &mut self.quic,
             Wire::Grpc => &mut self.grpc,
@@ -393,12 +390,17 @@ impl Plan {
     }
 
     fn is_wanted(&self, way: &Way, candidate: &Candidate) -> bool {
-        if way.wire == Wire::Grpc && live(&self.grpc).count() >= MAX_PROXY_SERVERS {
+        if way.wire == Wire::Grpc && reached(&self.grpc).count() >= MAX_PROXY_SERVERS {
             return false;
+        }
+        // A virtual address may lead to another one than last time.
+        let mut here = live(self.held(way.wire)).filter(|(_, held)| held.address == way.address);
+        if here.any(|(server, _)| !self.is_full(way.wire, server)) {
+            return true;
         }
         let served = match &candidate.leads_to {
             Some(server) => {
-                is_live(self.held(way.wire), server)
+                self.is_full(way.wire, server)
                     || candidate.fallback && self.is_superseded(server, way.address)
             }
             // Nobody knows what gRPC would lead to, but QUIC leads somewhere.
@@ -417,7 +419,7 @@ impl Plan {
 
     /// Whether there are servers that no live tunnel leads to.
     fn is_missing(&self, wire: Wire, fallback: bool) -> bool {
-        let quic_missing = live(&self.quic).count() < self.quic_count as usize;
+        let quic_missing = reached(&self.quic).count() < self.quic_count as usize;
         match wire {
             Wire::Quic => quic_missing,
             Wire::Grpc if fallback && self.quic_count > 0 && !quic_missing => false,
@@ -426,8 +428,8 @@ impl Plan {
                     0 if fallback => self.quic_count,
                     expected => expected,
                 };
-                let over_quic = live(&self.quic).filter(|(s, _)| !is_live(&self.grpc, s));
-                let known = live(&self.grpc).count() + over_quic.count();
+                let over_quic = reached(&self.quic).filter(|s| !is_reached(&self.grpc, s));
+                let known = reached(&self.grpc).count() + over_quic.count();
                 known < expected as usize
             }
         }
@@ -448,14 +450,6 @@ impl Plan {
 fn is_number(suffix: &str) -> bool {
     let digits = suffix.strip_prefix('-').unwrap_or_default();
     !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
-}
-
-fn live(held: &HashMap<Arc<str>, Held>) -> impl Iterator<Item = (&Arc<str>, &Held)> {
-    held.iter().filter(|(_, held)| held.live)
-}
-
-fn is_live(held: &HashMap<Arc<str>, Held>, server: &str) -> bool {
-    held.get(server).is_some_and(|held| held.live)
 }
 
 fn slow_down(candidate: &mut Candidate, now: Instant, chance: f64) {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use quinn::{Connection, ConnectionError, Endpoint};
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
@@ -22,8 +21,12 @@ use crate::process::lifecycle::Phase;
 use crate::tls::identity::IdentityError;
 use crate::tls::{Identity, Material};
 use crate::transport::control_stream::{ControlEnd, ControlStream, Shared};
-use crate::transport::endpoint::{self, EndpointError};
-use crate::transport::{error_code, link_reason, peer_identity};
+use crate::transport::quic::config::{self, EndpointError, Setup};
+use crate::transport::quic::steering::Spread;
+use crate::transport::quic::{
+    ConnectError, Connection, ConnectionError, Endpoint, PathView, error_code, link_reason,
+    peer_identity,
+};
 
 /// A server that has not finished its handshake by then is tried again later.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -37,9 +40,9 @@ pub(super) enum DialError {
     /// No socket.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    /// quinn refuses to try.
+    /// quinn-proto refuses to try.
     #[error(transparent)]
-    Connect(#[from] quinn::ConnectError),
+    Connect(#[from] ConnectError),
     /// The handshake failed.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
@@ -100,19 +103,21 @@ pub(super) struct Reached {
     endpoint: Endpoint,
 }
 
-/// Dials `address`.
+/// Dials `address`. `spread` is for the server's shards.
 ///
 /// # Errors
 /// [`DialError`].
 pub(super) async fn reach(
     material: &Arc<Material>,
+    setup: &Setup,
     address: SocketAddr,
+    spread: (Spread, u8),
 ) -> Result<Reached, DialError> {
-    let opened = endpoint::client(address, material)?;
+    let (opened, config) = config::client(address, material, spread, setup)?;
     host::complain(&opened.complaints);
     let endpoint = opened.endpoint;
     // Never checked: a server is known by its identity.
-    let connecting = endpoint.connect(address, "cpc.invalid")?;
+    let connecting = endpoint.connect(config, address, "cpc.invalid")?;
     let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
         .await
         .map_err(|_| DialError::Timeout)??;
@@ -145,7 +150,7 @@ impl Reached {
             .await
             .map_err(|_| DialError::NoStream)??;
         // Before the streams of dials: a heartbeat must not wait for them.
-        let _ = stream.0.set_priority(1);
+        stream.0.set_priority(1);
         let hello = Hello {
             version: VERSION,
             agent_id: worker.node.to_string(),
@@ -195,9 +200,9 @@ async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReas
 }
 
 impl Tunnel {
-    /// The connection itself.
-    pub(super) fn connection(&self) -> &Connection {
-        &self.connection
+    /// How the path to the server does.
+    pub(super) fn path(&self) -> Arc<PathView> {
+        self.connection.path()
     }
 
     /// Ends the tunnel when its last stream has ended: another one took its place while it was

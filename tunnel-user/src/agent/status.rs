@@ -14,7 +14,7 @@ use super::policy::Policy;
 use super::tunnel::About;
 use crate::admin::Source;
 use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
-use crate::datapath::Budget;
+use crate::datapath::{Budget, Engine};
 use crate::process::lifecycle::Phase;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::millis;
@@ -25,6 +25,8 @@ pub(super) struct View {
     tunnels: Arc<Tunnels>,
     policy: Arc<ArcSwap<Policy>>,
     budget: Budget,
+    shards: usize,
+    engine: Engine,
     phase: watch::Receiver<Phase>,
     servers: Gauge,
     stalled: Gauge,
@@ -38,7 +40,7 @@ impl View {
         identity: String,
         tunnels: Arc<Tunnels>,
         policy: Arc<ArcSwap<Policy>>,
-        budget: Budget,
+        (budget, shards, engine): (Budget, usize, Engine),
         phase: watch::Receiver<Phase>,
         proxy_metrics: ProxyAgentMetrics,
     ) -> Self {
@@ -58,6 +60,8 @@ impl View {
             tunnels,
             policy,
             budget,
+            shards,
+            engine,
             phase,
             servers,
             stalled,
@@ -71,7 +75,7 @@ impl Source for View {
         if *self.phase.borrow() != Phase::Running {
             return Err("draining".into());
         }
-        if self.tunnels.any_live() {
+        if self.tunnels.live_servers() > 0 {
             return Ok(());
         }
         Err("no server is reached".into())
@@ -84,6 +88,8 @@ impl Source for View {
             ready: self.ready().is_ok(),
             not_ready: self.ready().err(),
             server_count: self.tunnels.server_count(),
+            shards: self.shards,
+            engine: self.engine.label().into(),
             servers: self.tunnels.view().iter().map(row).collect(),
             allow: self.policy.load().rules().collect(),
         });
@@ -91,12 +97,7 @@ impl Source for View {
     }
 
     fn refresh(&self) {
-        let live = self
-            .tunnels
-            .view()
-            .iter()
-            .filter(|tunnel| tunnel.about.stats.is_live())
-            .count();
+        let live = self.tunnels.live_servers();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
         let known = self.tunnels.server_count().max(1);
         self.proxy_metrics.set_servers(live, known as usize);
@@ -122,9 +123,11 @@ fn row(tunnel: &TunnelView) -> ServerRow {
     ServerRow {
         server_id: server_id.to_string(),
         address: way.address.to_string(),
+        shard: tunnel.shard,
         protocol: way.wire.label().into(),
         state: state.into(),
         rtt_ms: tunnel.rtt().map(millis),
+        mtu: tunnel.mtu(),
         streams: stats.streams.load(Ordering::Relaxed),
         up_bytes: stats.totals.up.load(Ordering::Relaxed),
         down_bytes: stats.totals.down.load(Ordering::Relaxed),

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use tunnel_proto::close::CloseReason;
 
-use super::plan::{Leads, Way, Wire};
+use super::plan::{Leads, Way};
 use super::stats::TunnelStats;
 use super::worker::Worker;
 use super::{konnectivity, quic};
+use crate::transport::quic::PathView;
 
 /// How often a tunnel that is to end looks whether its streams have.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -85,15 +86,10 @@ impl Tunnel {
         }
     }
 
-    /// What it speaks.
-    pub(super) fn wire(&self) -> Wire {
-        self.about().way.wire
-    }
-
     /// Its path, where that can tell how it does.
-    pub(super) fn path(&self) -> Option<quinn::Connection> {
+    pub(super) fn path(&self) -> Option<Arc<PathView>> {
         match self {
-            Self::Quic(tunnel) => Some(tunnel.connection().clone()),
+            Self::Quic(tunnel) => Some(tunnel.path()),
             Self::Grpc(_) => None,
         }
     }

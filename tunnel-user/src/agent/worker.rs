@@ -17,11 +17,15 @@ use crate::process::lifecycle::Phase;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::metrics::DialMetrics;
 use crate::tls::Material;
+use crate::transport::quic::config::Setup;
 
-/// What every tunnel of an agent shares.
+/// What every tunnel of an agent shares. Each shard has a clone.
+#[derive(Clone)]
 pub(super) struct Worker {
     /// Our certificate, without which nothing speaks QUIC.
     pub material: Option<Arc<Material>>,
+    /// What tunnels over QUIC have in common.
+    pub setup: Setup,
     /// How proxy-servers are dialled.
     pub konnectivity: Option<Client>,
     /// Our name.

@@ -245,5 +245,8 @@ async fn serve(worker: Rc<Worker>, tunnel: Rc<Tunnel>, asked: Asked) {
     let About {
         server_id, stats, ..
     } = &tunnel.about;
-    dialer::connection(&worker, (server_id, stats), &request, (send, recv)).await;
+    let dialled = Box::pin(dialer::dial(&worker, server_id, &request, (send, recv))).await;
+    if let Some(mut dialled) = dialled {
+        dialled.relay(&worker, stats).await;
+    }
 }

@@ -337,3 +337,73 @@ fn a_proxy_server_that_was_asked_for_is_held_beside_quic() {
     assert_eq!(greet(&mut plan, A, "s1", 2, 1, now), Verdict::Keep);
     assert!(plan.superseded().is_empty());
 }
+
+#[test]
+fn several_tunnels_to_a_server_come_one_behind_the_other() {
+    let mut now = Instant::now();
+    let mut plan = plan(&[A], now);
+    plan.set_tunnels(3);
+    for tunnel in 1..=3 {
+        assert_eq!(plan.due(now), [quic(A)], "{tunnel}");
+        assert!(plan.reached(quic(A), "s1", now, 0.5));
+        let verdict = welcome(&mut plan, A, "s1", 1, tunnel, 1, now);
+        assert_eq!(verdict, Verdict::Keep, "{tunnel}");
+    }
+    assert_eq!(plan.next_timeout(), None);
+    assert!((1..=3).all(|tunnel| plan.holds(Wire::Quic, "s1", tunnel)));
+    assert_eq!(plan.server_count(), 1);
+
+    // One is lost, and dialled again; one falls silent, and another takes its place.
+    now += FASTEST;
+    plan.ended(Wire::Quic, "s1", 2, now, 0.0);
+    assert_eq!(plan.due(now), [quic(A)]);
+    assert_eq!(welcome(&mut plan, A, "s1", 1, 4, 1, now), Verdict::Keep);
+    plan.changed(Wire::Quic, "s1", 3, false, now);
+    now = plan.next_timeout().unwrap();
+    assert_eq!(plan.due(now), [quic(A)]);
+    assert_eq!(welcome(&mut plan, A, "s1", 1, 5, 1, now), Verdict::Keep);
+    assert!(!plan.holds(Wire::Quic, "s1", 3));
+    assert_eq!(plan.next_timeout(), None);
+}
+
+#[test]
+fn enough_tunnels_to_a_server_are_enough_from_any_address() {
+    let now = Instant::now();
+    let mut plan = plan(&[A, B], now);
+    plan.set_tunnels(2);
+    assert_eq!(plan.due(now), [quic(A), quic(B)]);
+    assert_eq!(welcome(&mut plan, A, "s1", 1, 1, 1, now), Verdict::Keep);
+    assert_eq!(welcome(&mut plan, B, "s1", 1, 2, 1, now), Verdict::Keep);
+    assert_eq!(welcome(&mut plan, B, "s1", 1, 3, 1, now), Verdict::Decline);
+    // Its successor at either address takes the place of both.
+    assert_eq!(
+        welcome(&mut plan, A, "s1", 2, 4, 1, now),
+        Verdict::Conflict(B.into())
+    );
+    plan.ended(Wire::Quic, "s1", 2, now, 0.5);
+    assert_eq!(welcome(&mut plan, A, "s1", 2, 5, 1, now), Verdict::Keep);
+    assert!(!plan.holds(Wire::Quic, "s1", 1));
+}
+
+#[test]
+fn a_virtual_address_is_dialled_until_every_server_has_its_tunnels() {
+    let mut now = Instant::now();
+    let mut plan = plan(&[A], now);
+    plan.set_tunnels(2);
+    for (tunnel, server) in [(1, "s1"), (2, "s2"), (3, "s1")] {
+        assert_eq!(plan.due(now), [quic(A)]);
+        let instance = server.as_bytes()[1];
+        let verdict = welcome(&mut plan, A, server, instance, tunnel, 2, now);
+        assert_eq!(verdict, Verdict::Keep);
+        now = plan.next_timeout().unwrap();
+    }
+    // It leads to one that has enough.
+    assert_eq!(plan.due(now), [quic(A)]);
+    assert!(!plan.reached(quic(A), "s1", now, 0.5));
+    now = plan.next_timeout().unwrap();
+    assert_eq!(plan.due(now), [quic(A)]);
+    assert!(plan.reached(quic(A), "s2", now, 0.5));
+    let verdict = welcome(&mut plan, A, "s2", b'2', 4, 2, now);
+    assert_eq!(verdict, Verdict::Keep);
+    assert_eq!(plan.next_timeout(), None);
+}
