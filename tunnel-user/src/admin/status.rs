@@ -24,6 +24,12 @@ pub struct ServerStatus {
     /// Why it can't.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
+    /// Threads that carry tunnels.
+    #[serde(default)]
+    pub shards: usize,
+    /// What moves bytes: `epoll` or `io_uring`.
+    #[serde(default)]
+    pub engine: String,
     /// Connected agents, by name.
     pub agents: Vec<AgentRow>,
     /// Attachments of the redirect, as the kernel has them.
@@ -43,10 +49,16 @@ pub struct AgentRow {
     pub protocol: String,
     /// Its address as the server sees it.
     pub address: String,
+    /// Where this tunnel lives.
+    #[serde(default)]
+    pub shard: usize,
     /// `live`, `silent` or `draining`.
     pub state: String,
     /// Round-trip time, milliseconds.
     pub rtt_ms: f64,
+    /// The largest IP packet that is sent on this path, in bytes, where we decide on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
     /// Open streams.
     pub streams: i64,
     /// Bytes from clients to targets.
@@ -84,7 +96,13 @@ pub struct AgentStatus {
     pub not_ready: Option<String>,
     /// How many servers there are, as they say or by their leases.
     pub server_count: u32,
-    /// Servers that hold a tunnel.
+    /// Threads that carry tunnels.
+    #[serde(default)]
+    pub shards: usize,
+    /// What moves bytes: `epoll` or `io_uring`.
+    #[serde(default)]
+    pub engine: String,
+    /// Tunnels, by server.
     pub servers: Vec<ServerRow>,
     /// What may be dialled.
     pub allow: Vec<String>,
@@ -97,6 +115,9 @@ pub struct ServerRow {
     pub server_id: String,
     /// Where it was reached.
     pub address: String,
+    /// Where this tunnel lives.
+    #[serde(default)]
+    pub shard: usize,
     /// `quic` or `konnectivity`.
     pub protocol: String,
     /// `live`, `silent` or `draining`.
@@ -104,6 +125,9 @@ pub struct ServerRow {
     /// Round-trip time, milliseconds, where the protocol measures it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtt_ms: Option<f64>,
+    /// The largest IP packet that is sent on this path, in bytes, where we decide on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
     /// Open streams.
     pub streams: i64,
     /// Bytes from clients to targets.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::common::{LogArgs, TlsArgs, overlay};
 use crate::config::{AgentConfig, ConfigError, Rule};
+use crate::datapath::engine::Choice;
 use crate::telemetry::logging;
 
 /// Run an agent, on a worker
@@ -29,12 +30,21 @@ pub(super) struct Args {
         value_delimiter = ','
     )]
     servers: Vec<String>,
+    /// Threads that carry tunnels [default: one a core]
+    #[arg(long, env = "CPC_SHARDS", value_name = "N")]
+    shards: Option<usize>,
+    /// Tunnels to each server [default: 1]
+    #[arg(long, env = "CPC_TUNNELS", value_name = "N")]
+    tunnels: Option<u8>,
     /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
     #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
     allow: Vec<Rule>,
     /// Address of health, metrics and status [default: 127.0.0.1:8136]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,
+    /// What moves bytes [default: auto]
+    #[arg(long, env = "CPC_ENGINE", value_enum)]
+    engine: Option<Choice>,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -54,7 +64,10 @@ impl Args {
             &mut config.allow,
             given(self.allow.is_empty()).map(|()| Some(self.allow.clone())),
         );
+        overlay(&mut config.shards, self.shards);
+        overlay(&mut config.tunnels, self.tunnels);
         overlay(&mut config.admin, self.admin);
+        overlay(&mut config.datapath.engine, self.engine);
         self.tls.apply(&mut config.tls);
         self.log.apply(&mut config.log);
         let file = self.config.as_deref();

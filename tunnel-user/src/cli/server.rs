@@ -8,6 +8,7 @@ use anyhow::Context;
 use super::common::{LogArgs, TlsArgs, overlay};
 
 use crate::config::{ConfigError, ServerConfig};
+use crate::datapath::engine::Choice;
 use crate::process::inherited::Inherited;
 use crate::telemetry::logging;
 
@@ -30,12 +31,18 @@ pub(super) struct Args {
     /// How many servers an agent must find [default: 1]
     #[arg(long, env = "CPC_SERVER_COUNT", value_name = "N")]
     server_count: Option<u32>,
+    /// Threads that carry tunnels [default: one a core]
+    #[arg(long, env = "CPC_SHARDS", value_name = "N")]
+    shards: Option<usize>,
     /// Where the persisted secret lies [default: /var/lib/cpc]
     #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Address of health, metrics and status [default: 127.0.0.1:8135]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,
+    /// What moves bytes [default: auto]
+    #[arg(long, env = "CPC_ENGINE", value_enum)]
+    engine: Option<Choice>,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -47,8 +54,10 @@ impl Args {
         let mut config = ServerConfig::load(self.config.as_deref())?;
         overlay(&mut config.listen, self.listen);
         overlay(&mut config.server_count, self.server_count);
+        overlay(&mut config.shards, self.shards);
         overlay(&mut config.state_dir, self.state_dir.clone());
         overlay(&mut config.admin, self.admin);
+        overlay(&mut config.datapath.engine, self.engine);
         self.tls.apply(&mut config.tls);
         self.log.apply(&mut config.log);
         let file = self.config.as_deref();

@@ -1,5 +1,6 @@
 //! `cpc status`, and the client of the admin port.
 
+use std::collections::HashSet;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -147,12 +148,18 @@ fn render_server(server: &ServerStatus) -> String {
     let ready = readiness(server.not_ready.as_deref());
     let mut text = format!("{}  {}  {ready}\n\n", server.identity, server.version);
     let mut agents = table(&[
-        "agent", "protocol", "address", "state", "rtt", "streams", "up", "down", "routes", "since",
+        "agent", "protocol", "address", "shard", "state", "rtt", "mtu", "streams", "up", "down",
+        "routes", "since",
     ]);
     for agent in &server.agents {
         agents.add_row(agent_row(agent));
     }
-    text += &format!("{agents}\n");
+    let shards = server.agents.iter().map(|agent| agent.shard);
+    text += &format!(
+        "{agents}\n{}; datapath: {}\n",
+        spread(server.shards, shards),
+        server.engine
+    );
     for agent in &server.agents {
         text += &refused(&agent.identity, &agent.refused);
     }
@@ -165,13 +172,19 @@ fn render_server(server: &ServerStatus) -> String {
     text
 }
 
-fn agent_row(agent: &AgentRow) -> [String; 10] {
+fn agent_row(agent: &AgentRow) -> [String; 12] {
     [
         agent.identity.clone(),
         agent.protocol.clone(),
         agent.address.clone(),
+        agent.shard.to_string(),
         agent.state.clone(),
         format!("{:.2} ms", agent.rtt_ms),
+        agent
+            .mtu
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
         agent.streams.to_string(),
         bytes(agent.up_bytes),
         bytes(agent.down_bytes),
@@ -184,15 +197,20 @@ fn render_agent(agent: &AgentStatus) -> String {
     let ready = readiness(agent.not_ready.as_deref());
     let mut text = format!("{}  {}  {ready}\n\n", agent.identity, agent.version);
     let mut servers = table(&[
-        "server", "address", "protocol", "state", "rtt", "streams", "up", "down", "routes", "since",
+        "server", "address", "protocol", "shard", "state", "rtt", "mtu", "streams", "up", "down",
+        "routes", "since",
     ]);
     for server in &agent.servers {
         servers.add_row(server_row(server));
     }
+    let reached: HashSet<_> = agent.servers.iter().map(|row| &row.server_id).collect();
+    let shards = agent.servers.iter().map(|server| server.shard);
     text += &format!(
-        "{servers}\n{} of {} servers\n",
-        agent.servers.len(),
-        agent.server_count
+        "{servers}\n{} of {} servers; {}; datapath: {}\n",
+        reached.len(),
+        agent.server_count,
+        spread(agent.shards, shards),
+        agent.engine
     );
     for server in &agent.servers {
         text += &refused(&server.server_id, &server.refused);
@@ -201,20 +219,38 @@ fn render_agent(agent: &AgentStatus) -> String {
     text
 }
 
-fn server_row(server: &ServerRow) -> [String; 10] {
+fn server_row(server: &ServerRow) -> [String; 12] {
     let rtt = server.rtt_ms.map(|rtt| format!("{rtt:.2} ms"));
     [
         server.server_id.clone(),
         server.address.clone(),
         server.protocol.clone(),
+        server.shard.to_string(),
         server.state.clone(),
         rtt.unwrap_or_default(),
+        server
+            .mtu
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
         server.streams.to_string(),
         bytes(server.up_bytes),
         bytes(server.down_bytes),
         server.routes.join("\n"),
         server.since.clone(),
     ]
+}
+
+/// How many tunnels each shard has.
+fn spread(shards: usize, tunnels: impl Iterator<Item = usize>) -> String {
+    let mut counts = vec![0; shards];
+    for shard in tunnels {
+        if let Some(count) = counts.get_mut(shard) {
+            *count += 1;
+        }
+    }
+    let counts: Vec<_> = counts.iter().map(usize::to_string).collect();
+    format!("tunnels by shard: {}", counts.join(" "))
 }
 
 fn refused(who: &str, refused: &[Refused]) -> String {
@@ -242,7 +278,13 @@ fn bytes(n: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::bytes;
+    use super::{bytes, spread};
+
+    #[test]
+    fn every_shard_is_counted() {
+        let tunnels = [0, 2, 2].into_iter();
+        assert_eq!(spread(4, tunnels), "tunnels by shard: 1 0 2 0");
+    }
 
     #[test]
     fn byte_counts() {
