@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::address;
 use super::netns::{Netns, run};
+use super::shaper::Shaper;
 
 /// Ports of a mapping: each generation has a range of its own, so that a new one never happens to
 /// give a flow its old port back.
@@ -38,23 +39,8 @@ impl Router {
             netns,
             generation: 0,
         };
-        router.netns.ip(&format!(
-            "link add cp type veth peer name eth0 netns {}\n\
-             address add {}/24 dev cp\n\
-             address add {}/64 dev cp nodad\n\
-             link set cp up\n",
-            control_plane.name(),
-            address::ROUTER,
-            address::ROUTER_V6,
-        ))?;
-        control_plane.ip("link set eth0 up\n")?;
-        for k in 1..=servers {
-            control_plane.ip(&format!(
-                "address add {}/24 dev eth0\naddress add {}/64 dev eth0 nodad\n",
-                address::server(k),
-                address::server_v6(k),
-            ))?;
-        }
+        router.add_veth("cp", control_plane)?;
+        router.address_control_plane(control_plane, servers)?;
         router.netns.sysctl("ipv4/ip_forward", "1")?;
         router.netns.sysctl("ipv6/conf/all/forwarding", "1")?;
         router.apply_rules()?;
@@ -67,12 +53,60 @@ impl Router {
     ///
     /// What the kernel refuses, as `ip` says it.
     pub fn connect(&self, worker: &Netns, n: u8) -> Result<()> {
+        self.add_veth(&format!("w{n}"), worker)?;
+        self.address_worker(worker, n)
+    }
+
+    /// Puts a path that can be impaired in the place of that to the control plane.
+    pub(super) fn shape_control_plane(&self, control_plane: &Netns, servers: u8) -> Result<Shaper> {
+        let shaper = self.replace("cp", control_plane)?;
+        self.address_control_plane(control_plane, servers)?;
+        Ok(shaper)
+    }
+
+    /// Puts a path that can be impaired in the place of that to worker `n`.
+    pub(super) fn shape_worker(&self, worker: &Netns, n: u8) -> Result<Shaper> {
+        let shaper = self.replace(&format!("w{n}"), worker)?;
+        self.address_worker(worker, n)?;
+        Ok(shaper)
+    }
+
+    fn replace(&self, link: &str, other: &Netns) -> Result<Shaper> {
+        // Both ends of it, and all addresses and routes over them.
+        self.netns.ip(&format!("link delete {link}\n"))?;
+        Shaper::start((&self.netns, link), (other, "eth0"))
+    }
+
+    fn add_veth(&self, link: &str, other: &Netns) -> Result<()> {
+        let other = other.name();
+        let pair = format!("link add {link} type veth peer name eth0 netns {other}\n");
+        self.netns.ip(&pair)
+    }
+
+    fn address_control_plane(&self, control_plane: &Netns, servers: u8) -> Result<()> {
         self.netns.ip(&format!(
-            "link add w{n} type veth peer name eth0 netns {}\n\
-             address add {}/24 dev w{n}\n\
+            "address add {}/24 dev cp\n\
+             address add {}/64 dev cp nodad\n\
+             link set cp up\n",
+            address::ROUTER,
+            address::ROUTER_V6,
+        ))?;
+        control_plane.ip("link set eth0 up\n")?;
+        for k in 1..=servers {
+            control_plane.ip(&format!(
+                "address add {}/24 dev eth0\naddress add {}/64 dev eth0 nodad\n",
+                address::server(k),
+                address::server_v6(k),
+            ))?;
+        }
+        Ok(())
+    }
+
+    fn address_worker(&self, worker: &Netns, n: u8) -> Result<()> {
+        self.netns.ip(&format!(
+            "address add {}/24 dev w{n}\n\
              address add {}/64 dev w{n} nodad\n\
              link set w{n} up\n",
-            worker.name(),
             address::gateway(n),
             address::gateway_v6(n),
         ))?;
@@ -86,8 +120,8 @@ impl Router {
             "link set eth0 up\n\
              address add {}/24 dev eth0\n\
              address add {}/64 dev eth0 nodad\n\
-             address add {}/32 dev lo\n\
-             address add {}/128 dev lo nodad\n\
+             address replace {}/32 dev lo\n\
+             address replace {}/128 dev lo nodad\n\
              route add default via {}\n\
              route add default via {}\n",
             address::node(n),
