@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use socket2::{Domain, Socket, Type};
 use tunnel_tests::client::round_trips;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
@@ -146,12 +147,17 @@ fn folder(name: &str) -> Folder {
     Folder(std::env::temp_dir().join(format!("cpc-{name}-{}", std::process::id())))
 }
 
-/// The sockets of the units in `deploy/systemd`, and the admin port's.
-fn listening(lab: &Lab) -> Result<Sockets> {
+/// The sockets of the units in `deploy/systemd`, and the admin port's. Whether the tunnel's is
+/// `shared` is for the unit to say.
+fn listening(lab: &Lab, shared: bool) -> Result<Sockets> {
     let sockets = &lab.control_plane.servers[0].sockets;
     let (udp, health, admin) = lab.control_plane.netns.enter(|| {
+        let domain = Domain::for_address(sockets.tunnel);
+        let udp = Socket::new(domain, Type::DGRAM, None)?;
+        udp.set_reuse_port(shared)?;
+        udp.bind(&sockets.tunnel.into())?;
         Ok((
-            UdpSocket::bind(sockets.tunnel)?,
+            UdpSocket::from(udp),
             TcpListener::bind(sockets.tunnel)?,
             TcpListener::bind(sockets.admin)?,
         ))
@@ -170,13 +176,28 @@ fn listening(lab: &Lab) -> Result<Sockets> {
 /// the backlog and is answered by the next one.
 #[test]
 fn sockets_outlive_the_process() -> Result<()> {
+    outlive("activation", true)
+}
+
+/// A UDP socket that was not made to be shared has all tunnels on one shard.
+#[test]
+fn a_socket_that_is_not_shared_outlives_the_process_too() -> Result<()> {
+    outlive("alone", false)
+}
+
+fn outlive(name: &str, shared: bool) -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    let folder = folder("activation");
+    let folder = folder(name);
     let mut lab = lab(&folder.0, false)?;
     let mut manager = Manager::new(&folder.0)?;
-    let sockets = listening(&lab)?;
+    let sockets = listening(&lab, shared)?;
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.configure(|config| config["shards"] = 2.into())?;
+    lab.workers[0]
+        .agent()?
+        .configure(|config| config["tunnels"] = 2.into())?;
     lab.control_plane.servers[0]
         .daemon
         .start_with(|command| manager.prepare(command, &sockets))?;
@@ -185,6 +206,11 @@ fn sockets_outlive_the_process() -> Result<()> {
     lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
     let log = lab.control_plane.servers[0].daemon.log();
     ensure!(!log.contains("is not used"), "{log}");
+    ensure!(
+        log.contains("one shard serves all tunnels") != shared,
+        "{log}"
+    );
+    two_tunnels(&lab, shared)?;
     let of = lab.control_plane.servers[0].sockets.clone();
     let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
     let stream = tunnel_tests::client::connect_through(&of.connect_unix, &echo.to_string())?;
@@ -223,7 +249,21 @@ fn sockets_outlive_the_process() -> Result<()> {
     read.context("no answer at the Unix socket")?;
     ensure!(answer.starts_with("HTTP/1.1 405"), "{answer}");
     lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    two_tunnels(&lab, shared)?;
     manager.hear("READY=1")
+}
+
+/// Waits for them; each has a shard of its own where the socket can be shared.
+fn two_tunnels(lab: &Lab, shared: bool) -> Result<()> {
+    let server = &lab.control_plane.servers[0].daemon;
+    let on = if shared { [0, 1] } else { [0, 0] };
+    server.wait_status(SOON, |status| {
+        let agents = status["agents"].as_array().into_iter().flatten();
+        let mut shards: Vec<_> = agents.filter_map(|row| row["shard"].as_u64()).collect();
+        shards.sort_unstable();
+        shards == on
+    })?;
+    Ok(())
 }
 
 /// A handed-over socket that belongs to no address of the configuration is complained about.

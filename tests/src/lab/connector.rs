@@ -1,10 +1,11 @@
 //! Putting the connector into a laboratory: certificates, configuration, servers, agents.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Lab;
 use super::address;
@@ -44,11 +45,13 @@ impl Lab {
         for worker in &mut self.workers {
             let agent = worker.agent()?;
             agent.wait_ready(READY)?;
-            agent.wait_status(READY, |status| live(status, "servers") == servers)?;
+            agent.wait_status(READY, |status| {
+                live(status, "servers", "server_id") == servers
+            })?;
         }
         for server in &mut self.control_plane.servers {
             server.daemon.wait_ready(READY)?;
-            let all = |status: &Value| live(status, "agents") == workers;
+            let all = |status: &Value| live(status, "agents", "identity") == workers;
             server.daemon.wait_status(READY, all)?;
         }
         self.describe().write(&self.site)
@@ -77,6 +80,12 @@ impl Lab {
         Ok(())
     }
 
+    fn choose_engine(&self, config: &mut Value) {
+        if let Some(engine) = self.spec.engine {
+            config["datapath"] = json!({"engine": engine.name()});
+        }
+    }
+
     fn server(&self, pki: &ConnectorPki, k: u8) -> Result<Server> {
         let id = format!("s{k}");
         let folder = self.site.subfolder(&id)?;
@@ -93,7 +102,8 @@ impl Lab {
             sockets.redirect = config::REDIRECT_LISTENERS.into();
         }
         let (servers, workers) = (self.spec.servers, self.spec.workers);
-        let config = config::server(&folder, &sockets, servers, redirect, workers);
+        let mut config = config::server(&folder, &sockets, servers, redirect, workers);
+        self.choose_engine(&mut config);
         let place = Some((
             self.control_plane.netns.clone(),
             self.site.cgroup("servers")?,
@@ -113,17 +123,19 @@ impl Lab {
             "agent",
             &[&["--node", &name, "--out", out], &addresses[..]].concat(),
         )?;
-        let config = config::agent(n, servers, &self.spec.allow);
+        let mut config = config::agent(n, servers, &self.spec.allow);
+        self.choose_engine(&mut config);
         let place = Some((self.site.netns(&name), self.site.cgroup("agents")?));
         let cpc = &self.spec.programs.cpc;
         Daemon::new(Role::Agent, &name, cpc, folder, place, config)
     }
 }
 
-/// How many of the rows called `of` in a status are live.
-fn live(status: &Value, of: &str) -> usize {
-    let rows = status[of].as_array();
-    rows.map_or(0, |rows| {
-        rows.iter().filter(|row| row["state"] == "live").count()
-    })
+/// How many of those that the rows called `of` in a status name in `by` are live. Each may have
+/// several tunnels.
+fn live(status: &Value, of: &str, by: &str) -> usize {
+    let rows = status[of].as_array().into_iter().flatten();
+    let live = rows.filter(|row| row["state"] == "live");
+    let names = live.filter_map(|row| row[by].as_str());
+    names.collect::<HashSet<_>>().len()
 }

@@ -20,6 +20,7 @@ pub mod netns;
 pub mod process;
 pub mod router;
 pub mod server;
+pub mod shaper;
 pub mod site;
 pub mod usage;
 pub mod worker;
@@ -107,8 +108,51 @@ pub struct LabSpec {
     pub allow: Vec<Allow>,
     /// Whether the first server redirects the API server's sockets.
     pub redirect: bool,
+    /// What moves bytes on servers and agents (`datapath.engine`); their default when missing.
+    pub engine: Option<Engine>,
     /// The programs to run.
     pub programs: Programs,
+}
+
+/// What moves bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// epoll(7)
+    Epoll,
+    /// io_uring(7)
+    IoUring,
+}
+
+impl Engine {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Epoll, Self::IoUring];
+
+    /// Its name in configuration and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Epoll => "epoll",
+            Self::IoUring => "io_uring",
+        }
+    }
+
+    /// Whether the kernel has it; a test returns early where it has not.
+    ///
+    /// # Errors
+    ///
+    /// It has not and this is CI, where a test that did not run has failed.
+    pub fn available(self) -> Result<bool> {
+        // SAFETY: without parameters nothing is read or written: EFAULT where it is let.
+        let refused = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, 0) } < 0
+            && std::io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT);
+        if self == Self::Epoll || !refused {
+            return Ok(true);
+        }
+        if std::env::var_os("CI").is_some() {
+            bail!("io_uring is refused here, and CI has to run it");
+        }
+        eprintln!("skipped: io_uring is refused here");
+        Ok(false)
+    }
 }
 
 impl LabSpec {
@@ -119,6 +163,7 @@ impl LabSpec {
             servers: 1,
             allow: Vec::new(),
             redirect: true,
+            engine: None,
             programs,
         }
     }

@@ -35,6 +35,7 @@ mod server_dial;
 mod server_http;
 mod server_session;
 mod service;
+mod shards;
 mod tls_floor;
 mod token;
 mod wire;

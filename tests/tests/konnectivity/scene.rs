@@ -54,6 +54,7 @@ impl Scene {
             servers: 1,
             allow: vec![Puppet::allow()?],
             redirect: false,
+            engine: None,
             programs: Programs::of_this_test()?,
         })?;
         lab.configure_connector()?;
