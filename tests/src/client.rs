@@ -126,8 +126,19 @@ pub fn median(samples: &mut [Duration]) -> Duration {
 ///
 /// The socket can't be reached, or the answer is not 200; the error holds the answer's first line.
 pub fn connect_through(proxy: &Path, destination: &str) -> Result<UnixStream> {
-    let mut stream = UnixStream::connect(proxy)
+    let stream = UnixStream::connect(proxy)
         .with_context(|| format!("cannot reach the proxy at {}", proxy.display()))?;
+    ask_proxy(&stream, destination)?;
+    Ok(stream)
+}
+
+/// Asks the HTTP CONNECT proxy behind `stream` for `destination` (`host:port`); what follows is the
+/// destination's.
+///
+/// # Errors
+///
+/// The answer is not 200; the error holds its first line.
+pub fn ask_proxy(mut stream: &UnixStream, destination: &str) -> Result<()> {
     stream.write_all(
         format!("CONNECT {destination} HTTP/1.1\r\nHost: {destination}\r\n\r\n").as_bytes(),
     )?;
@@ -146,7 +157,7 @@ pub fn connect_through(proxy: &Path, destination: &str) -> Result<UnixStream> {
     if status.split(' ').nth(1) != Some("200") {
         bail!("the proxy answered: {status}");
     }
-    Ok(stream)
+    Ok(())
 }
 
 /// Writes the first `bytes` of the [`pattern`].

@@ -4,6 +4,7 @@
 //! * [`target`]: the servers that stand on the workers, beside a real nginx;
 //! * [`puppet`]: a target that a test holds in its hands;
 //! * [`frontend`]: the ways into the tunnel;
+//! * [`bench`](mod@bench): the benchmark: paths, measures and the run that joins them;
 //! * [`client`]: what connects to them, with checks and measurements;
 //! * [`ledger`]: a server that remembers every request that it was asked;
 //! * [`load`]: clients that ask again and again while something happens;
@@ -13,6 +14,7 @@
 //!
 //! The library starts programs and asks the kernel; it knows nothing of the connector's inside.
 
+pub mod bench;
 pub mod client;
 pub mod frontend;
 pub mod lab;

@@ -1,0 +1,235 @@
+//! A measure: what is done over a path, and the figures that it gives.
+
+mod bulk;
+mod dial;
+mod idle;
+mod neighbours;
+mod requests;
+mod scale;
+
+use std::time::Duration;
+
+use anyhow::Result;
+use nix::unistd::Pid;
+
+use super::path::{Path, Running, SIDES, Way};
+use super::scene::Wire;
+use super::usage;
+
+pub use bulk::Direction;
+pub use neighbours::Neighbour;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// As many bytes as go through.
+    Bulk(Direction, usize),
+    /// From connect(2) to the first byte that comes back, one connection after another.
+    Dial,
+    /// Requests of 100 bytes and answers, on so many connections, each waiting for its answer.
+    Requests(usize),
+    /// As many connections as can be opened, used for a byte and closed, by so many dialers.
+    Rate(usize),
+    /// Memory of so many connections that do nothing.
+    Idle(usize),
+    /// A request loop beside somebody else.
+    Beside(Neighbour),
+    /// What so many agents more cost the server while they do nothing.
+    Agents(usize),
+    /// What so many routes more cost.
+    Routes(usize),
+}
+
+/// How much of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// How long one measurement lasts, about.
+    pub time: Duration,
+    /// The most that bulk may move at once, in bytes.
+    pub bytes: u64,
+    /// How long thousands of connections are left alone before they are looked at.
+    pub settle: Duration,
+}
+
+/// One number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Figure {
+    /// What it is, in words that are the same for all paths.
+    pub name: &'static str,
+    /// In what.
+    pub unit: &'static str,
+    /// How much.
+    pub value: f64,
+}
+
+impl Figure {
+    fn new(name: &'static str, unit: &'static str, value: f64) -> Self {
+        Self { name, unit, value }
+    }
+
+    fn micros(name: &'static str, time: Duration) -> Self {
+        Self::new(name, "µs", time.as_secs_f64() * 1e6)
+    }
+}
+
+impl Measure {
+    /// All of them, in the order of a report.
+    pub fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for direction in [Direction::Down, Direction::Up] {
+            all.extend([1, 8, 64].map(|streams| Self::Bulk(direction, streams)));
+        }
+        all.push(Self::Dial);
+        all.extend([1, 16, 64].map(Self::Requests));
+        all.push(Self::Rate(8));
+        all.extend([1000, 10_000].map(Self::Idle));
+        all.extend(Neighbour::ALL.map(Self::Beside));
+        all.extend([1, 100, 2000].map(Self::Agents));
+        all.extend([10, 1000, 10_000, 100_000].map(Self::Routes));
+        all
+    }
+
+    /// The shortest list that says how a path does.
+    pub fn few() -> Vec<Self> {
+        vec![
+            Self::Bulk(Direction::Down, 1),
+            Self::Bulk(Direction::Up, 1),
+            Self::Dial,
+            Self::Requests(1),
+            Self::Requests(64),
+            Self::Rate(8),
+            Self::Idle(1000),
+        ]
+    }
+
+    /// A title for reports, by which it is also chosen.
+    pub fn name(self) -> String {
+        match self {
+            Self::Bulk(Direction::Down, 1) => "bulk down, 1 stream".to_owned(),
+            Self::Bulk(Direction::Up, 1) => "bulk up, 1 stream".to_owned(),
+            Self::Bulk(Direction::Down, streams) => format!("bulk down, {streams} streams"),
+            Self::Bulk(Direction::Up, streams) => format!("bulk up, {streams} streams"),
+            Self::Dial => "dial to first byte".to_owned(),
+            Self::Requests(1) => "100 B request and response, 1 connection".to_owned(),
+            Self::Requests(count) => format!("100 B request and response, {count} connections"),
+            Self::Rate(dialers) => format!("new connections, {dialers} dialers"),
+            Self::Idle(count) => format!("{count} idle connections"),
+            Self::Beside(neighbour) => format!("requests beside {}", neighbour.name()),
+            Self::Agents(1) => "1 agent more".to_owned(),
+            Self::Agents(count) => format!("{count} agents more"),
+            Self::Routes(count) => format!("{count} routes more"),
+        }
+    }
+
+    /// Whether it needs programs that have done nothing yet: memory that was used once and is free
+    /// again would hide what connections take.
+    pub fn needs_fresh_path(self) -> bool {
+        matches!(self, Self::Idle(_) | Self::Agents(_) | Self::Routes(_))
+    }
+
+    /// Why it is not done over this path, if it makes no sense.
+    pub fn pointless(self, path: &Path) -> Option<&'static str> {
+        let bulk = matches!(self, Self::Bulk(..));
+        if matches!(path.wire, Wire::JUMBO | Wire::NO_USO) && !bulk {
+            return Some("the wire matters to bulk alone");
+        }
+        if matches!(self, Self::Agents(_) | Self::Routes(_)) && path.name != "connect" {
+            return Some("no program of it has agents, or another path shows the same");
+        }
+        let idle = matches!(self, Self::Idle(_));
+        if idle && matches!(path.way, Way::Direct | Way::OpenVpn) {
+            return Some("no program holds the connections");
+        }
+        None
+    }
+
+    /// Does it once.
+    ///
+    /// # Errors
+    ///
+    /// A connection that fails or stalls, which for some paths is the result.
+    pub fn take(self, path: &Running, effort: &Effort) -> Result<Vec<Figure>> {
+        path.enter(|| match self {
+            Self::Bulk(direction, streams) => bulk::take(path, direction, streams, effort),
+            Self::Dial => dial::first_byte(path, effort),
+            Self::Requests(connections) => requests::take(path, connections, effort),
+            Self::Rate(dialers) => dial::rate(path, dialers, effort),
+            Self::Idle(connections) => idle::take(path, connections, effort),
+            Self::Beside(neighbour) => neighbours::take(path, neighbour, effort),
+            Self::Agents(count) => scale::take(path, count, 0, effort),
+            Self::Routes(count) => scale::take(path, 0, count, effort),
+        })
+    }
+}
+
+/// The processor time of both sides.
+struct Meter<'a> {
+    path: &'a Running,
+    before: [Duration; 2],
+}
+
+impl<'a> Meter<'a> {
+    fn start(path: &'a Running) -> Result<Self> {
+        let before = Self::read(path)?;
+        Ok(Self { path, before })
+    }
+
+    fn read(path: &Running) -> Result<[Duration; 2]> {
+        let of = |side| usage::processor_time(&path.processes(side));
+        Ok([of(0)?, of(1)?])
+    }
+
+    /// Seconds since the start, for each side; nothing for a way without programs.
+    fn stop(self) -> Result<Option<[f64; 2]>> {
+        let after = Self::read(self.path)?;
+        let any = !self.path.processes(0).is_empty();
+        let seconds = |side: usize| (after[side] - self.before[side]).as_secs_f64();
+        Ok(any.then(|| [seconds(0), seconds(1)]))
+    }
+}
+
+/// What each side holds, in bytes.
+fn memory(path: &Running) -> Result<[u64; 2]> {
+    let of = |side| usage::memory(&path.processes(side) as &[Pid]);
+    debug_assert_eq!(SIDES.len(), 2);
+    Ok([of(0)?, of(1)?])
+}
+
+/// The value below which `part` of the sorted `times` lie.
+fn percentile(times: &[Duration], part: f64) -> Duration {
+    let last = times.len().saturating_sub(1);
+    let index = (times.len() as f64 * part) as usize;
+    times.get(index.min(last)).copied().unwrap_or_default()
+}
+
+/// The middle and the slow end of `times`.
+fn latency(mut times: Vec<Duration>) -> Vec<Figure> {
+    times.sort_unstable();
+    vec![
+        Figure::micros("p50", percentile(&times, 0.5)),
+        Figure::micros("p99", percentile(&times, 0.99)),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_members() {
+        let times: Vec<_> = (1..=100).map(Duration::from_micros).collect();
+        assert_eq!(percentile(&times, 0.5), Duration::from_micros(51));
+        assert_eq!(percentile(&times, 0.99), Duration::from_micros(100));
+        assert_eq!(percentile(&times[..1], 0.99), Duration::from_micros(1));
+        assert_eq!(percentile(&[], 0.5), Duration::ZERO);
+    }
+
+    #[test]
+    fn names_tell_measures_apart() {
+        let mut names: Vec<_> = Measure::all().into_iter().map(Measure::name).collect();
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

@@ -1,0 +1,85 @@
+//! Many agents' sessions with one server, held by one small process (`tests/benches/crowd.rs`), to
+//! see what agents and routes cost that server.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::bench::scene::Place;
+use crate::client::eventually;
+use crate::lab::config::ConnectorPki;
+use crate::lab::process::Process;
+
+/// What the names of these agents begin with.
+pub(super) const CROWD: &str = "crowd";
+/// What all of them may serve.
+pub(super) const CROWD_NETWORK: &str = "10.128.0.0/9";
+/// Sessions of one identity; the server takes no more than 32.
+const SESSIONS: usize = 30;
+/// Routes of one session at most; an offer holds 1,024 and a message 64 KiB.
+const ROUTES: usize = 1000;
+/// How long the server may take to let all of them in.
+const READY: Duration = Duration::from_secs(60);
+
+/// Where they come in.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) program: PathBuf,
+    pub(super) server: SocketAddr,
+    pub(super) pki: ConnectorPki,
+    pub(super) folder: PathBuf,
+    pub(super) place: Place,
+}
+
+/// A crowd that is in. Dropping it ends it.
+#[derive(Debug)]
+pub struct Crowd {
+    /// How long it took from its start until the server had taken all of it in.
+    pub admitted: Duration,
+    process: Process,
+}
+
+impl Gate {
+    pub(super) fn open(&self, sessions: usize, routes: usize) -> Result<Crowd> {
+        let sessions = sessions.max(routes.div_ceil(ROUTES));
+        for number in 0..sessions.div_ceil(SESSIONS) {
+            let name = format!("{CROWD}-{number}");
+            let out = self.folder.join(&name);
+            let out = out.to_str().context("the folder's name is not UTF-8")?;
+            self.pki.run("agent", &["--node", &name, "--out", out])?;
+        }
+        let log = self.folder.join("crowd.log");
+        let mut command = Command::new(&self.program);
+        command.arg(self.server.to_string()).arg(&self.folder);
+        command.args([sessions, SESSIONS, routes].map(|number| number.to_string()));
+        self.place.put(&mut command)?;
+        let start = Instant::now();
+        let mut crowd = Crowd {
+            admitted: Duration::ZERO,
+            process: Process::start(CROWD, &mut command, &log)?,
+        };
+        eventually(READY, || {
+            if crowd.process.check().is_err() {
+                return Ok(Err(crowd.process.log_tail()));
+            }
+            let text = crowd.process.log_tail();
+            match text.lines().any(|line| line == "ready") {
+                true => Ok(Ok(())),
+                false => bail!("not all {sessions} agents are in: {text}"),
+            }
+        })?
+        .map_err(anyhow::Error::msg)?;
+        crowd.admitted = start.elapsed();
+        Ok(crowd)
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.process.kill();
+    }
+}
