@@ -4,9 +4,11 @@
 //! cargo. Each subcommand is a module; what several of them share is in [`sh`] (running other
 //! programs) and [`workspace`] (where things are).
 
+mod bench;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod interrupt;
 mod lab;
 mod lint;
 mod programs;
@@ -33,7 +35,9 @@ enum Task {
     Setup(setup::Args),
     /// Show what the connector does, on this machine; as root with everything.
     Demo,
-    /// Build the kernel programs into target/bpf/cpc-redirect.o.
+    /// Measure the connector beside direct TCP, stock quinn, Konnectivity and OpenVPN; needs root.
+    Bench(bench::Args),
+    /// Build the kernel programs into target/bpf.
     BuildEbpf,
     /// Check formatting, clippy, documentation, licences and advisories.
     Lint,
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Setup(args) => setup::run(&args),
         Task::Demo => demo::run(),
+        Task::Bench(args) => bench::run(&args),
         Task::BuildEbpf => ebpf::build(),
         Task::Lint => lint::run(),
         Task::Lab(args) => lab::run(args),

@@ -12,9 +12,9 @@ use tunnel_tests::lab::{Lab, LabSpec, Programs};
 use tunnel_tests::target::Behaviour;
 
 use super::measure::{self, Duplex};
-use super::story::{self, Evidence, Seen, step};
+use super::story::{Evidence, Seen, step};
 use crate::setup::{self, Purpose};
-use crate::{ebpf, programs, sh};
+use crate::{ebpf, interrupt, programs, sh};
 
 const PICTURE: &str = r#"
 Control Plane Connector: an API server reaches kubelets that nothing can reach.
@@ -41,7 +41,7 @@ pub(super) fn run() -> Result<()> {
     ebpf::build()?;
     let programs = programs::build()?;
     println!();
-    story::catch_interrupts()?;
+    interrupt::catch()?;
     let shown = show(programs);
     if shown.is_ok() {
         println!("Every step did what it said. Try it yourself: cargo xtask lab up");

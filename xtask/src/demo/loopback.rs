@@ -18,10 +18,10 @@ use tunnel_tests::lab::process::{Process, end_with_parent};
 use tunnel_tests::target::Behaviour;
 
 use super::measure::{self, Duplex};
-use super::story::{self, Evidence, step};
-use crate::programs;
+use super::story::{Evidence, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::AS_ROOT;
+use crate::{interrupt, programs};
 
 const PICTURE: &str = r#"
 Control Plane Connector: an API server reaches kubelets that nothing can reach.
@@ -46,7 +46,7 @@ pub(super) fn run() -> Result<()> {
     setup::ensure(Purpose::Loopback)?;
     let programs = programs::build()?;
     println!();
-    story::catch_interrupts()?;
+    interrupt::catch()?;
     show(&programs)?;
     println!("Every step did what it said, as far as it goes without root.");
     Ok(())

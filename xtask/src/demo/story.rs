@@ -3,34 +3,12 @@
 //! A step holds only if its check does. The first that does not ends the demonstration.
 
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-use crate::sh;
-
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn note_interrupt(_: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
-}
-
-/// From now on Ctrl-C, SIGTERM and a closed terminal end the demonstration between two steps, so that it cleans up.
-pub(super) fn catch_interrupts() -> Result<()> {
-    let action = SigAction::new(
-        SigHandler::Handler(note_interrupt),
-        SaFlags::SA_RESTART,
-        SigSet::empty(),
-    );
-    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
-        // SAFETY: the handler does nothing but store to an atomic, which a handler may do.
-        unsafe { sigaction(signal, &action) }?;
-    }
-    Ok(())
-}
+use crate::{interrupt, sh};
 
 /// What was observed, line by line, as it will be printed below the step.
 #[derive(Default)]
@@ -106,8 +84,6 @@ pub(super) fn step<T>(title: &str, work: impl FnOnce(&mut Evidence) -> Result<T>
         println!("      {line}");
     }
     println!();
-    if INTERRUPTED.load(Ordering::Relaxed) {
-        bail!("interrupted");
-    }
+    interrupt::check()?;
     result.with_context(|| format!("this step did not hold: {title}"))
 }
