@@ -6,6 +6,8 @@
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::layer::SubscriberExt;
@@ -16,6 +18,13 @@ use crate::config::{LogConfig, LogFormat};
 
 /// Target of the access log, for filters: `cpc::access=off`.
 pub const ACCESS: &str = "cpc::access";
+
+/// The writing thread rests for so long after it has written: what is logged meanwhile wakes nobody
+/// and is written by one call. With a line a connection, waking it for each costs more than the line.
+const REST: Duration = Duration::from_millis(5);
+
+/// Lines that are written by one call, at most, in bytes.
+const BATCH: usize = 64 << 10;
 
 /// Changes the filter of the running process. Lines that are still to be written are, when the last
 /// handle is dropped.
@@ -56,7 +65,9 @@ pub fn init(config: &LogConfig) -> Result<LogHandle, FilterError> {
     let registry = tracing_subscriber::registry().with(filter);
     // A thread of its own writes: a reader of the log that is stuck must not stop the tunnels. What
     // it has no room for is dropped.
-    let (writer, guard) = NonBlockingBuilder::default().lossy(true).finish(OneLine);
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .finish(Lines::new(io::stderr()));
     let lines = fmt::layer().with_writer(writer);
     let done = match config.format {
         // Colours are control characters too.
@@ -73,18 +84,46 @@ pub fn init(config: &LogConfig) -> Result<LogHandle, FilterError> {
     })
 }
 
-/// Standard error, where each write is an event and the control characters in it are escaped:
+/// A log, where each write is an event and the control characters in it are escaped:
 /// tracing-subscriber does that for messages, not for the values of fields. JSON does by itself.
-struct OneLine;
+///
+/// What has been written goes out when the writing thread has found nothing more, which is when it
+/// flushes.
+struct Lines<W> {
+    batch: Vec<u8>,
+    to: W,
+}
 
-impl Write for OneLine {
+impl<W: Write> Lines<W> {
+    fn new(to: W) -> Self {
+        Self {
+            batch: Vec::new(),
+            to,
+        }
+    }
+
+    fn write_out(&mut self) -> io::Result<()> {
+        let written = self.to.write_all(&self.batch);
+        self.batch.clear();
+        written
+    }
+}
+
+impl<W: Write> Write for Lines<W> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        io::stderr().write_all(one_line(&String::from_utf8_lossy(event)).as_bytes())?;
+        let line = String::from_utf8_lossy(event);
+        self.batch.extend_from_slice(one_line(&line).as_bytes());
+        if self.batch.len() >= BATCH {
+            self.write_out()?;
+        }
         Ok(event.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        self.write_out()?;
+        self.to.flush()?;
+        thread::sleep(REST);
+        Ok(())
     }
 }
 
@@ -138,6 +177,19 @@ mod tests {
         ] {
             assert_eq!(one_line(event), line);
         }
+    }
+
+    #[test]
+    fn lines_go_out_together() {
+        let mut lines = Lines::new(Vec::new());
+        lines.write_all(b"a\n").unwrap();
+        lines.write_all(b"b\x07\n").unwrap();
+        assert!(lines.to.is_empty());
+        lines.flush().unwrap();
+        assert_eq!(lines.to, b"a\nb\\u{7}\n");
+        let long = [b'x'; BATCH];
+        lines.write_all(&long).unwrap();
+        assert!(lines.to.ends_with(&long) && lines.batch.is_empty());
     }
 
     #[test]
