@@ -236,7 +236,11 @@ macro_rules! stream_socket {
         }
 
         fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-            would_block(self.try_write_vectored(slices))
+            would_block(match slices {
+                // send(2), which is the cheaper call: a message is one slice, as a rule.
+                [one] => self.try_write(one),
+                several => self.try_write_vectored(several),
+            })
         }
 
         async fn writable(&self) -> io::Result<()> {
