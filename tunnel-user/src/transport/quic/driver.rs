@@ -62,8 +62,9 @@ impl Driver {
                     }
                 }
                 // An error is that of an earlier send, such as a port that is closed: it has been
-                // taken off the socket, and QUIC finds out by itself.
-                Poll::Ready(Err(_)) => {}
+                // taken off the socket, and QUIC finds out by itself. One that stays leaves others
+                // their turn.
+                Poll::Ready(Err(_)) => taken += RECEIVE / 8,
                 Poll::Pending => return false,
             }
         }
