@@ -14,9 +14,8 @@ const PLOTS: &str = "performance";
 
 const HEAD: &str = "# Performance
 
-Written by `cargo xtask bench`; run it to have the figures of your machine, `cargo xtask bench --help` for parts
-of it. Every path was measured in turns in one run; figures are the middle of the rounds, in brackets the least and
-the most. Differences under 10 % are ties. Compare within a table, not across machines.
+Run `cargo xtask bench` to have the figures of your machine; `cargo xtask bench --help` for parts of it. Every path was measured in turns in one run; figures are the middle of the rounds, in brackets the least and the most.
+Differences under 10 % are ties. Compare within a table, not across machines.
 
 ";
 
@@ -45,6 +44,8 @@ pub(super) fn write(report: &Report, folder: &Path) -> Result<()> {
     let plots = folder.join(PLOTS);
     fs::create_dir_all(&plots).with_context(|| format!("cannot make {}", plots.display()))?;
     let mut page = HEAD.to_owned();
+    let asked: Vec<_> = std::env::args().skip(1).collect();
+    writeln!(page, "Written by `cargo xtask {}`.", asked.join(" "))?;
     writeln!(page, "{}", report.machine.sentence())?;
     writeln!(
         page,
