@@ -234,7 +234,7 @@ fn variants() -> Vec<Path> {
             json!({"datapath": {"engine": "io_uring"}}),
         ),
         variant(
-            "redirect, sockmap",
+            "redirect, shortcut",
             json!({"redirect": {"attachments": [{"shortcut": true}]}}),
             json!({}),
         ),
