@@ -1,7 +1,7 @@
 //! What people want to see of a tunnel.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use tunnel_proto::route::Claim;
@@ -58,17 +58,25 @@ impl TunnelStats {
 }
 
 /// Counts a stream on its tunnel until it is dropped.
-pub(super) struct OnTunnel<'a>(&'a TunnelStats);
+pub(super) struct OnTunnel(Arc<TunnelStats>);
 
-impl<'a> OnTunnel<'a> {
+impl OnTunnel {
     /// Counts one.
-    pub(super) fn new(stats: &'a TunnelStats) -> Self {
+    pub(super) fn new(stats: Arc<TunnelStats>) -> Self {
         stats.streams.fetch_add(1, Ordering::Relaxed);
         Self(stats)
     }
 }
 
-impl Drop for OnTunnel<'_> {
+impl std::ops::Deref for OnTunnel {
+    type Target = TunnelStats;
+
+    fn deref(&self) -> &TunnelStats {
+        &self.0
+    }
+}
+
+impl Drop for OnTunnel {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
     }

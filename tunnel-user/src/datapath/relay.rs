@@ -1,4 +1,12 @@
 //! One connection: two directions between a local socket and a stream, until both have ended.
+//!
+//! These futures are most of what an idle connection costs. So what is rarely waited for is boxed when
+//! it is, what is large is borrowed, and those that wait long are `async` blocks.
+
+#![expect(
+    clippy::manual_async_fn,
+    reason = "an async fn keeps its arguments twice"
+)]
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -76,53 +84,45 @@ enum Rest {
 
 /// Relays until both directions have ended. `local` is to have reset-on-close set; it and the halves
 /// are to be dropped afterwards, which closes what is still open.
-///
-/// The future is most of what an idle connection costs: what is rarely waited for is boxed when it
-/// is, and what is large is borrowed.
-pub async fn relay(
-    local: &impl LocalSocket,
-    send: &mut impl SendHalf,
-    recv: &mut impl RecvHalf,
-    start: &mut Outbound,
-    budget: &Budget,
-    meter: &impl Meter,
-) -> Ending {
+pub fn relay<'a>(
+    local: &'a impl LocalSocket,
+    send: &'a mut impl SendHalf,
+    recv: &'a mut impl RecvHalf,
+    start: &'a mut Outbound,
+    budget: &'a Budget,
+    meter: &'a impl Meter,
+) -> impl Future<Output = Ending> {
     let about = About {
         local,
         budget,
         meter,
-        first: Cell::new(None),
+        first: Cell::default(),
+        out: Cell::default(),
+        inn: Cell::default(),
     };
-    let ended = async {
-        let (mut out, mut inn) = (None, None);
-        {
+    async move {
+        let ended = {
             let mut outward = pin!(outward(&about, send, start));
             let mut inward = pin!(inward(&about, recv));
-            let mut broken = pin!(lazily(|| local.broken()));
-            while out.is_none() || inn.is_none() {
-                tokio::select! {
-                    rest = &mut outward, if out.is_none() => out = Some(rest?),
-                    rest = &mut inward, if inn.is_none() => inn = Some(rest?),
-                    // While somebody reads, the reader tells a reset from an end of file.
-                    () = &mut broken, if out.is_some() => break,
-                }
+            tokio::select! {
+                ended = &mut outward => ended,
+                ended = &mut inward => ended,
             }
-        }
-        Ok((out, inn))
-    };
-    let ended = match ended.await {
-        Ok((out, inn)) => close(&about, recv, (out, inn)).await,
-        Err(ending) => Err(ending),
-    };
-    match ended {
-        Ok(ending) => {
-            local.reset_on_close(false);
-            ending
-        }
-        Err(ending) => {
-            send.reset(ending.reason);
-            recv.stop(ending.reason);
-            ending
+        };
+        let ended = match ended {
+            Ok(()) => close(&about, recv).await,
+            Err(ending) => Err(ending),
+        };
+        match ended {
+            Ok(ending) => {
+                about.local.reset_on_close(false);
+                ending
+            }
+            Err(ending) => {
+                send.reset(ending.reason);
+                recv.stop(ending.reason);
+                ending
+            }
         }
     }
 }
@@ -134,6 +134,9 @@ struct About<'a, L, M> {
     meter: &'a M,
     /// The side that finished first.
     first: Cell<Option<ClosedBy>>,
+    /// How either direction came to rest.
+    out: Cell<Option<Rest>>,
+    inn: Cell<Option<Rest>>,
 }
 
 impl<L, M> About<'_, L, M> {
@@ -146,8 +149,8 @@ impl<L, M> About<'_, L, M> {
 async fn close(
     about: &About<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
-    (out, inn): (Option<Rest>, Option<Rest>),
 ) -> Result<Ending, Ending> {
+    let (out, inn) = (about.out.get(), about.inn.get());
     if inn.is_none() {
         if out != Some(Rest::Finished) {
             return Err(RESET_BY_LOCAL);
@@ -178,35 +181,45 @@ fn reset_by_remote(reason: CloseReason) -> Ending {
     }
 }
 
-/// From the local socket to the stream. Ends when the far side has acknowledged everything.
-async fn outward(
+/// From the local socket to the stream, until the far side has acknowledged everything. Returns when
+/// the connection is at its end.
+fn outward(
     about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     next: &mut Outbound,
-) -> Result<Rest, Ending> {
-    let mut stopped = pin!(send.stopped());
-    loop {
-        let n = next.pending.len();
-        let sent = match at_once(|| send.send(&mut next.pending)).await {
-            Some(sent) => Ok(sent),
-            None => Box::pin(send_all(about.local, send, &mut next.pending)).await,
+) -> impl Future<Output = Result<(), Ending>> {
+    async move {
+        let end = {
+            let mut stopped = pin!(send.stopped());
+            loop {
+                let n = next.pending.len();
+                let sent = match at_once(|| send.send(&mut next.pending)).await {
+                    Some(sent) => Ok(sent),
+                    None => Box::pin(send_all(about.local, send, &mut next.pending)).await,
+                };
+                if let Err(end) = sent? {
+                    break end;
+                }
+                about.meter.outbound(n);
+                if next.eof {
+                    about.note(ClosedBy::Local);
+                    send.finish();
+                    break stopped.await;
+                }
+                tokio::select! {
+                    end = &mut stopped => break end,
+                    read = about.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
+                }
+                next.eof = next.pending.is_empty();
+            }
         };
-        if let Err(end) = sent? {
-            return send_rest(end, about);
+        about.out.set(Some(send_rest(end, about)?));
+        if about.inn.get().is_none() {
+            // While somebody reads, the reader tells a reset from an end of file.
+            Box::pin(about.local.broken()).await;
         }
-        about.meter.outbound(n);
-        if next.eof {
-            break;
-        }
-        tokio::select! {
-            end = &mut stopped => return send_rest(end, about),
-            read = about.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
-        }
-        next.eof = next.pending.is_empty();
+        Ok(())
     }
-    about.note(ClosedBy::Local);
-    send.finish();
-    send_rest(stopped.await, about)
 }
 
 /// Waits for credit. An `Err` is the local socket's.
@@ -238,48 +251,56 @@ fn send_rest<L, M>(end: SendEnd, about: &About<'_, L, M>) -> Result<Rest, Ending
     }
 }
 
-/// From the stream to the local socket.
-async fn inward(
+/// From the stream to the local socket. Returns when the connection is at its end.
+fn inward(
     about: &About<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
-) -> Result<Rest, Ending> {
-    loop {
-        // Whoever waits has no room for chunks.
-        let mut chunks = Vec::new();
-        let received = recv.recv(&mut chunks).await;
-        let written = match received {
-            Ok(()) => match write_now(about, &mut chunks) {
-                Ok(done) if done == chunks.len() && about.local.is_flushed() => Ok(()),
-                Ok(done) => {
-                    let rest = chunks.split_off(done);
-                    Box::pin(write_all(about, recv, rest)).await?
+) -> impl Future<Output = Result<(), Ending>> {
+    async move {
+        let rest = loop {
+            // Whoever waits has no room for chunks.
+            let mut chunks = Vec::new();
+            let received = recv.recv(&mut chunks).await;
+            let written = match received {
+                Ok(()) => match write_now(about, &mut chunks) {
+                    Ok(done) if done == chunks.len() && about.local.is_flushed() => Ok(()),
+                    Ok(done) => {
+                        let rest = chunks.split_off(done);
+                        Box::pin(write_all(about, recv, rest)).await?
+                    }
+                    Err(error) => Err(error),
+                },
+                Err(RecvEnd::Finished) => Box::pin(about.local.finish()).await,
+                Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
+                Err(RecvEnd::Link(reason)) => {
+                    return Err(Ending {
+                        by: ClosedBy::Link,
+                        reason,
+                    });
                 }
-                Err(error) => Err(error),
-            },
-            Err(RecvEnd::Finished) => Box::pin(about.local.finish()).await,
-            Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
-            Err(RecvEnd::Link(reason)) => {
-                return Err(Ending {
-                    by: ClosedBy::Link,
-                    reason,
-                });
+            };
+            match written {
+                Ok(()) if received.is_ok() => {}
+                Ok(()) => {
+                    about.note(ClosedBy::Remote);
+                    break Rest::Finished;
+                }
+                // A reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or one that
+                // the reader has yet to see. What the peer sent is there to be read.
+                Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::NotConnected) => {
+                    about.note(ClosedBy::Local);
+                    recv.stop(CloseReason::PeerGone);
+                    break Rest::Refused;
+                }
+                Err(_) => return Err(RESET_BY_LOCAL),
             }
         };
-        match written {
-            Ok(()) if received.is_ok() => {}
-            Ok(()) => {
-                about.note(ClosedBy::Remote);
-                return Ok(Rest::Finished);
-            }
-            // A reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or one that
-            // the reader has yet to see. What the peer sent is there to be read.
-            Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::NotConnected) => {
-                about.note(ClosedBy::Local);
-                recv.stop(CloseReason::PeerGone);
-                return Ok(Rest::Refused);
-            }
-            Err(_) => return Err(RESET_BY_LOCAL),
+        about.inn.set(Some(rest));
+        if about.out.get().is_none() {
+            // The other direction sees it.
+            std::future::pending::<()>().await;
         }
+        Ok(())
     }
 }
 
@@ -377,11 +398,6 @@ async fn at_once<F: Future>(make: impl FnOnce() -> F) -> Option<F::Output> {
         }))
     })
     .await
-}
-
-/// Makes a future when it is first polled, in a box.
-async fn lazily<F: Future>(make: impl FnOnce() -> F) -> F::Output {
-    Box::pin(make()).await
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -211,28 +212,30 @@ pub fn received(socket: &TcpStream) -> io::Result<u64> {
 /// The methods that TCP and Unix sockets share to the letter.
 macro_rules! stream_socket {
     () => {
-        async fn read(&self) -> io::Result<Bytes> {
-            loop {
-                poll_fn(|cx| self.poll_read_ready(cx)).await?;
-                let mut last = None;
-                let read = read_owned(|room| {
-                    let read = self.try_io(Interest::READABLE, || {
-                        let n = (&*SockRef::from(self)).read(room)?;
-                        if n > 0 && n < room.len() {
-                            // There was no more: what follows is news (epoll(7), edge-triggered),
-                            // and nobody has to ask in vain.
-                            last = Some(n);
-                            return Err(io::ErrorKind::WouldBlock.into());
-                        }
-                        Ok(n)
+        fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
+            poll_fn(move |cx| {
+                loop {
+                    ready!(self.poll_read_ready(cx))?;
+                    let mut last = None;
+                    let read = read_owned(|room| {
+                        let read = self.try_io(Interest::READABLE, || {
+                            let n = (&*SockRef::from(self)).read(room)?;
+                            if n > 0 && n < room.len() {
+                                // There was no more: what follows is news (epoll(7),
+                                // edge-triggered), and nobody has to ask in vain.
+                                last = Some(n);
+                                return Err(io::ErrorKind::WouldBlock.into());
+                            }
+                            Ok(n)
+                        });
+                        last.map_or(read, Ok)
                     });
-                    last.map_or(read, Ok)
-                });
-                match read {
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    done => return done,
+                    match read {
+                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                        done => return Poll::Ready(done),
+                    }
                 }
-            }
+            })
         }
 
         fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {

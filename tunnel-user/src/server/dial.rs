@@ -209,7 +209,7 @@ impl Dial {
         info: &Arc<LinkInfo>,
         local: &impl LocalSocket,
     ) -> Result<Dialled, Failed> {
-        self.record.peer = Some(info.identity.name.to_string());
+        self.record.peer = Some(info.identity.name.clone());
         let left = self.deadline.saturating_duration_since(Instant::now());
         let request = DialRequest {
             kind: StreamKind::Tcp,
@@ -287,7 +287,10 @@ async fn try_link(
         link.open(request).await
     } else {
         let (send, recv) = bridge::open(shard, info, request);
-        Ok((LinkSend::Bridge(send), LinkRecv::Bridge(recv)))
+        Ok((
+            LinkSend::Bridge(Box::new(send)),
+            LinkRecv::Bridge(Box::new(recv)),
+        ))
     };
     let (mut send, mut recv) = opened.map_err(|reason| lost(reason, true))?;
 

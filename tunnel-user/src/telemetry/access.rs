@@ -4,6 +4,8 @@
 
 use std::cell::Cell;
 use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -41,11 +43,11 @@ pub struct Record {
     /// Where it came in.
     pub frontend: FrontendKind,
     /// The client, if it has an address.
-    pub client: Option<String>,
+    pub client: Option<SocketAddr>,
     /// What it asked for.
     pub destination: Destination,
     /// Who served it: an agent's name, or on an agent the server's.
-    pub peer: Option<String>,
+    pub peer: Option<Arc<str>>,
     /// Bytes so far.
     pub bytes: Bytes,
     /// Since when.
@@ -96,7 +98,7 @@ impl Record {
             target: ACCESS,
             id = %self.id,
             frontend = self.frontend.label(),
-            client = self.client.as_deref(),
+            client = self.client.map(tracing::field::display),
             destination = %self.destination,
             peer = self.peer.as_deref(),
             up = self.bytes.up.get(),
@@ -110,20 +112,19 @@ impl Record {
     }
 }
 
-/// Counts the bytes of a connection, of its tunnel and of the process.
+/// Counts the bytes of a connection, of its tunnel and of the process. The local socket is the client's
+/// (on a server) or the target's (on an agent).
 #[derive(Debug)]
-pub struct ConnectionMeter<'a> {
+pub struct ConnectionMeter<'a, const LOCAL_IS_CLIENT: bool> {
     /// The connection's.
     pub bytes: &'a Bytes,
     /// The tunnel's.
     pub totals: &'a Totals,
     /// The process's.
     pub metrics: &'a DialMetrics,
-    /// Whether the local socket is the client's (on a server) or the target's (on an agent).
-    pub local_is_client: bool,
 }
 
-impl ConnectionMeter<'_> {
+impl<const LOCAL_IS_CLIENT: bool> ConnectionMeter<'_, LOCAL_IS_CLIENT> {
     fn up(&self, n: usize) {
         self.bytes.up.set(self.bytes.up.get() + n as u64);
         self.totals.up.fetch_add(n as u64, Ordering::Relaxed);
@@ -137,9 +138,9 @@ impl ConnectionMeter<'_> {
     }
 }
 
-impl Meter for ConnectionMeter<'_> {
+impl<const LOCAL_IS_CLIENT: bool> Meter for ConnectionMeter<'_, LOCAL_IS_CLIENT> {
     fn outbound(&self, n: usize) {
-        if self.local_is_client {
+        if LOCAL_IS_CLIENT {
             self.up(n)
         } else {
             self.down(n)
@@ -147,7 +148,7 @@ impl Meter for ConnectionMeter<'_> {
     }
 
     fn inbound(&self, n: usize) {
-        if self.local_is_client {
+        if LOCAL_IS_CLIENT {
             self.down(n)
         } else {
             self.up(n)

@@ -18,7 +18,7 @@ use super::client::{Client, ClientError};
 use super::session::{Asked, Session};
 use crate::agent::dialer;
 use crate::agent::plan::Way;
-use crate::agent::stats::TunnelStats;
+use crate::agent::stats::{OnTunnel, TunnelStats};
 use crate::agent::tunnel::{About, End, GOODBYE, LOOK_INTERVAL};
 use crate::agent::worker::Worker;
 use crate::config::address::split;
@@ -247,6 +247,7 @@ async fn serve(worker: Rc<Worker>, tunnel: Rc<Tunnel>, asked: Asked) {
     } = &tunnel.about;
     let dialled = Box::pin(dialer::dial(&worker, server_id, &request, (send, recv))).await;
     if let Some(mut dialled) = dialled {
-        dialled.relay(&worker, stats).await;
+        let on_tunnel = OnTunnel::new(stats.clone());
+        dialled.relay(&worker, on_tunnel).await;
     }
 }

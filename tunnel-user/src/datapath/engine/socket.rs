@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice};
 
 use bytes::Bytes;
+use futures_util::future::Either;
 use tokio::net::TcpStream;
 
 use super::tcp::{Packed, RingSocket};
@@ -43,8 +44,11 @@ macro_rules! either {
 }
 
 impl LocalSocket for Socket {
-    async fn read(&self) -> io::Result<Bytes> {
-        either!(self, socket => socket.read().await)
+    fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
+        match self {
+            Self::Epoll(socket) => Either::Left(socket.read()),
+            Self::Ring(socket) => Either::Right(socket.read()),
+        }
     }
 
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {

@@ -227,8 +227,8 @@ impl RingSocket {
 }
 
 impl LocalSocket for RingSocket {
-    async fn read(&self) -> io::Result<Bytes> {
-        poll_fn(|cx| self.poll_read(cx)).await
+    fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
+        poll_fn(|cx| self.poll_read(cx))
     }
 
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {

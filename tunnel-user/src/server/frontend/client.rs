@@ -7,18 +7,16 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::{FutureExt, OptionFuture};
 use tokio::time::timeout;
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 use tunnel_proto::http_connect::ESTABLISHED;
 
-use super::{answers, failed, serve};
+use super::{Served, answers, failed, serve};
 use crate::config::frontend::Answers;
 use crate::datapath::LocalSocket;
 use crate::datapath::socket::Portable;
 use crate::server::dial::{Dial, DialError, Dialled, Step};
 use crate::server::shard::{Admitted, Shard};
-use crate::telemetry::access::Record;
 use crate::telemetry::konnectivity::Counted;
 
 /// A client that takes no answer by then is dropped.
@@ -49,10 +47,8 @@ pub(super) struct Client<L> {
 
 /// A client whose target is connected.
 pub(super) struct Established<L> {
-    span: Span,
     local: L,
-    record: Box<Record>,
-    dialled: Dialled,
+    served: Served,
     _admitted: Admitted,
     _counted: Option<Counted>,
 }
@@ -69,15 +65,10 @@ impl<L: Portable> Client<L> {
     /// dial, and not by what stays.
     pub(super) async fn dial(self: Box<Self>, shard: Rc<Shard>) -> Option<Box<Established<L>>> {
         let span = self.dial.record.span();
-        let dialled = self.dial_in(shard, span.clone());
-        dialled.instrument(span).await
+        self.dial_in(shard).instrument(span).await
     }
 
-    async fn dial_in(
-        mut self: Box<Self>,
-        shard: Rc<Shard>,
-        span: Span,
-    ) -> Option<Box<Established<L>>> {
+    async fn dial_in(mut self: Box<Self>, shard: Rc<Shard>) -> Option<Box<Established<L>>> {
         match self.dial.advance(&shard, &self.local).await {
             Ok(Step::Dialled(dialled)) => {
                 self.dial.record.reached(&shard.metrics.dials);
@@ -85,7 +76,7 @@ impl<L: Portable> Client<L> {
                     // A client that is gone by now shows in the relay as well.
                     let _ = write(&self.local, ESTABLISHED).await;
                 }
-                return Some(Box::new(self.established(span, *dialled)));
+                return Some(Box::new(self.established(&shard, *dialled)));
             }
             Ok(Step::Elsewhere(at)) => self.hand_over(&shard, at),
             Err(error) => self.refuse(&shard, &error).await,
@@ -93,12 +84,10 @@ impl<L: Portable> Client<L> {
         None
     }
 
-    fn established(self, span: Span, dialled: Dialled) -> Established<L> {
+    fn established(self, shard: &Shard, dialled: Dialled) -> Established<L> {
         Established {
-            span,
             local: self.local,
-            record: self.dial.into_record(),
-            dialled,
+            served: Served::new(shard, *self.dial.into_record(), dialled),
             _admitted: self.admitted,
             _counted: self.counted,
         }
@@ -119,21 +108,20 @@ impl<L: Portable> Client<L> {
             Err(error) => return tracing::warn!(%error, "client not handed over"),
         };
         shard.run_on(at, move |shard| {
-            let unpacked = L::unpack(packed).map(|local| Self {
-                local,
-                manner,
-                dial,
-                admitted,
-                counted,
-            });
-            let served = match unpacked {
-                Ok(client) => Some(Box::new(client).serve(shard)),
-                Err(error) => {
-                    tracing::warn!(%error, "client not taken over");
-                    None
-                }
+            let there = shard.clone();
+            let dialled = async move {
+                let unpacked = L::unpack(packed);
+                let refused = |error| tracing::warn!(%error, "client not taken over");
+                let client = Self {
+                    local: unpacked.map_err(refused).ok()?,
+                    manner,
+                    dial,
+                    admitted,
+                    counted,
+                };
+                Box::new(client).dial(there).await
             };
-            OptionFuture::from(served).map(drop)
+            serve_once(shard, Box::pin(dialled))
         });
     }
 
@@ -147,14 +135,19 @@ impl<L: Portable> Client<L> {
 
 /// Serves a client once it is `dialled`; what that took is given back before bytes are moved, for
 /// days perhaps.
-pub(super) async fn serve_once<L: LocalSocket>(
+#[expect(
+    clippy::manual_async_fn,
+    reason = "an async fn keeps its arguments twice"
+)]
+pub(super) fn serve_once<L: LocalSocket>(
     shard: Rc<Shard>,
     dialled: Pin<Box<impl Future<Output = Option<Box<Established<L>>>>>>,
-) {
-    if let Some(mut client) = dialled.await {
-        let span = client.span.clone();
-        let served = serve(&shard, &client.record, &client.local, &mut client.dialled);
-        served.instrument(span).await;
+) -> impl Future<Output = ()> {
+    async move {
+        let Some(mut client) = dialled.await else {
+            return;
+        };
+        serve(&shard, &client.local, &mut client.served).await;
     }
 }
 
@@ -204,6 +197,6 @@ mod tests {
             served::<UnixStream>(),
             served::<TlsSocket>(),
         ];
-        assert!(sizes.iter().all(|size| *size < 800), "{sizes:?}");
+        assert!(sizes.iter().all(|size| *size <= 424), "{sizes:?}");
     }
 }

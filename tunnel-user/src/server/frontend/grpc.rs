@@ -14,6 +14,7 @@
 mod socket;
 
 use std::borrow::Cow;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use tunnel_proto::konnectivity::{PROXY, Packet, text};
 use tunnel_proto::preface::Destination;
 
 use self::socket::ProxySocket;
-use super::{failed, overloaded, serve};
+use super::{Served, failed, overloaded, serve};
 use crate::process::lifecycle;
 use crate::server::dial::{Dial, DialError, connection_id};
 use crate::server::early::{Early, EarlyBytes};
@@ -48,16 +49,16 @@ const GOODBYE: Duration = Duration::from_millis(500);
 pub(super) async fn connection(
     shard: &Rc<Shard>,
     tenant: &TrustDomain,
-    client: Option<String>,
+    client: Option<SocketAddr>,
     io: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let stopping = lifecycle::stopping(shard.phase.clone());
     let on_call = |call| {
-        let (shard, tenant, client) = (shard.clone(), tenant.clone(), client.clone());
+        let (shard, tenant) = (shard.clone(), tenant.clone());
         tokio::task::spawn_local(async move { stream(&shard, &tenant, client, call).await });
     };
     if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
-        tracing::debug!(client = client.as_deref(), %error, "gRPC client has left");
+        tracing::debug!(client = client.map(tracing::field::display), %error, "gRPC client has left");
     }
 }
 
@@ -68,7 +69,7 @@ struct Wanted {
     random: i64,
 }
 
-async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<String>, call: Call) {
+async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<SocketAddr>, call: Call) {
     let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
         return;
     };
@@ -82,7 +83,7 @@ async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<String>,
             sender.finish(&Status::ok());
         }
         Ok(Err(end)) => {
-            tracing::debug!(client = client.as_deref(), error = %end, "no DIAL_REQ");
+            tracing::debug!(client = client.map(tracing::field::display), error = %end, "no DIAL_REQ");
             sender.finish(&end.status());
         }
         Err(_) => sender.finish(&Status::new(
@@ -132,7 +133,7 @@ async fn read_dial(
 async fn serve_dial(
     shard: &Rc<Shard>,
     tenant: &TrustDomain,
-    client: Option<String>,
+    client: Option<SocketAddr>,
     request: &Wanted,
     socket: &ProxySocket,
 ) {
@@ -154,15 +155,15 @@ async fn serve_dial(
         // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
         // only this stream's.
         match dial.finish(shard, &socket).await {
-            Ok(mut dialled) => {
-                let mut record = dial.into_record();
-                record.reached(&shard.metrics.dials);
+            Ok(dialled) => {
+                let mut served = Served::new(shard, *dial.into_record(), dialled);
+                served.record.reached(&shard.metrics.dials);
                 // A client that is gone by now shows in the relay as well; so does one that takes no
                 // answer, once there is something for it.
                 let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
-                let reason = serve(shard, &record, &socket, &mut dialled).await;
+                let reason = serve(shard, &socket, &mut served).await;
                 // Before the client is told the end: its halves tell theirs.
-                drop(dialled);
+                drop(served);
                 socket.end(&socket.close(reason));
                 // It counts until its last words have left: a process that drains waits for that.
                 let _ = timeout(GOODBYE, socket.left()).await;

@@ -4,6 +4,7 @@
 //! The reason phrase of a refusal is what the person at kubectl reads. Success is answered only
 //! when the target is connected, and before its first byte.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
@@ -27,7 +28,7 @@ pub(super) fn connection(
     shard: Rc<Shard>,
     tenant: TrustDomain,
     answers: Answers,
-    client: Option<String>,
+    client: Option<SocketAddr>,
     local: impl Portable,
 ) -> impl Future<Output = ()> {
     let asked = ask(shard.clone(), tenant, answers, client, local);
@@ -41,7 +42,7 @@ async fn ask<L: Portable>(
     shard: Rc<Shard>,
     tenant: TrustDomain,
     answers: Answers,
-    client: Option<String>,
+    client: Option<SocketAddr>,
     local: L,
 ) -> Option<Box<Client<L>>> {
     let counted = shard.metrics.konnectivity.http_connection();

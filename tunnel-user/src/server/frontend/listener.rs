@@ -151,23 +151,22 @@ impl Service {
     ) -> io::Result<()> {
         let (service, socket) = (self.clone(), socket.into_std()?);
         shard.run_on(shard.turn(), move |shard| async move {
-            let client = client.to_string();
             let secured = async { acceptor.accept(TcpStream::from_std(socket)?).await };
             let known = timeout(HANDSHAKE, secured).await;
             drop(stranger);
             match known {
                 Ok(Ok(session)) => service.serve_tls(shard, client, session),
                 Ok(Err(error)) => {
-                    tracing::warn!(client, %error, "frontend handshake failed");
+                    tracing::warn!(%client, %error, "frontend handshake failed");
                 }
-                Err(_) => tracing::warn!(client, "frontend handshake not finished in time"),
+                Err(_) => tracing::warn!(%client, "frontend handshake not finished in time"),
             }
         });
         Ok(())
     }
 
     /// As a task of its own, which does not keep what the handshake took.
-    fn serve_tls(self, shard: Rc<Shard>, client: String, session: TlsStream<TcpStream>) {
+    fn serve_tls(self, shard: Rc<Shard>, client: SocketAddr, session: TlsStream<TcpStream>) {
         let (tenant, client) = (self.tenant, Some(client));
         match self.protocol {
             Protocol::HttpConnect(answers) => {

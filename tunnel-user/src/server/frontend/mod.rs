@@ -20,43 +20,67 @@ use super::dial::{DialError, Dialled};
 use super::shard::Shard;
 use crate::datapath::{ClosedBy, LocalSocket, Meter, relay};
 use crate::telemetry::access::{ConnectionMeter, Record};
+use crate::telemetry::konnectivity::Counted;
 use crate::telemetry::metrics::Closer;
 
 /// How long a listener rests when there are no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Relays a client that was dialled for, and writes its record at the end. Returns why it ended.
-async fn serve(
+/// A connection of a client that was dialled for.
+struct Served {
+    record: Record,
+    dialled: Dialled,
+    _established: Counted,
+}
+
+impl Served {
+    fn new(shard: &Shard, record: Record, dialled: Dialled) -> Self {
+        Self {
+            record,
+            dialled,
+            _established: shard.metrics.konnectivity.established(),
+        }
+    }
+}
+
+/// Relays it, and writes its record at the end. Returns why it ended.
+#[expect(
+    clippy::manual_async_fn,
+    reason = "an async fn keeps its arguments twice"
+)]
+fn serve(
     shard: &Shard,
-    record: &Record,
     local: &impl LocalSocket,
-    dialled: &mut Dialled,
-) -> CloseReason {
-    let Dialled {
-        send,
-        recv,
-        rest,
-        given,
-        on_link,
-    } = dialled;
-    let meter = ConnectionMeter {
-        bytes: &record.bytes,
-        totals: &on_link.totals,
-        metrics: &shard.metrics.dials,
-        local_is_client: true,
-    };
-    meter.outbound(*given);
-    let _established = shard.metrics.konnectivity.established();
-    let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
-    let established = record.connected.unwrap_or(record.start);
-    shard.metrics.konnectivity.ended(established.elapsed());
-    let closer = match ending.by {
-        ClosedBy::Local => Closer::Client,
-        ClosedBy::Remote => Closer::Target,
-        ClosedBy::Link => Closer::Tunnel,
-    };
-    record.end(closer, ending.reason, &ending.reason, &shard.metrics.dials);
-    ending.reason
+    served: &mut Served,
+) -> impl Future<Output = CloseReason> {
+    async move {
+        let Served {
+            record, dialled, ..
+        } = served;
+        let Dialled {
+            send,
+            recv,
+            rest,
+            given,
+            on_link,
+        } = dialled;
+        let meter = ConnectionMeter::<true> {
+            bytes: &record.bytes,
+            totals: &on_link.totals,
+            metrics: &shard.metrics.dials,
+        };
+        meter.outbound(*given);
+        let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
+        let established = record.connected.unwrap_or(record.start);
+        shard.metrics.konnectivity.ended(established.elapsed());
+        let closer = match ending.by {
+            ClosedBy::Local => Closer::Client,
+            ClosedBy::Remote => Closer::Target,
+            ClosedBy::Link => Closer::Tunnel,
+        };
+        record.end(closer, ending.reason, &ending.reason, &shard.metrics.dials);
+        ending.reason
+    }
 }
 
 /// Writes the record of a dial that failed.

@@ -69,7 +69,7 @@ fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client
     };
     let destination = Destination::new(destination.ip(), destination.port());
     let mut record = Record::new(connection_id(), FrontendKind::Redirect, destination);
-    record.client = Some(client.to_string());
+    record.client = Some(client);
     let Some(admitted) = shard.admit() else {
         failed(shard, &record, &overloaded(shard));
         return;

@@ -47,7 +47,10 @@ impl Link {
             }
             Self::Konnectivity(link) => {
                 let (send, recv) = link.open(request)?;
-                Ok((LinkSend::Konnectivity(send), LinkRecv::Konnectivity(recv)))
+                Ok((
+                    LinkSend::Konnectivity(Box::new(send)),
+                    LinkRecv::Konnectivity(Box::new(recv)),
+                ))
             }
         }
     }

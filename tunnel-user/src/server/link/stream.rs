@@ -1,6 +1,6 @@
 //! The halves of one dial, over whichever kind of link it went.
 //!
-//! The futures of the other kinds are boxed, so that a connection over QUIC, the usual one, does not
+//! Those of the other kinds and their futures are boxed, so that a connection over QUIC, the usual one, does not
 //! pay for their size.
 
 use bytes::Bytes;
@@ -19,9 +19,9 @@ pub(in crate::server) enum LinkSend {
     /// A QUIC stream.
     Quic(Send),
     /// A share of a gRPC stream.
-    Konnectivity(KonnectivitySend),
+    Konnectivity(Box<KonnectivitySend>),
     /// Either, on another shard.
-    Bridge(BridgeSend),
+    Bridge(Box<BridgeSend>),
 }
 
 /// From the target, behind the agent's answer.
@@ -30,9 +30,9 @@ pub(in crate::server) enum LinkRecv {
     /// A QUIC stream.
     Quic(Recv),
     /// A share of a gRPC stream.
-    Konnectivity(KonnectivityRecv),
+    Konnectivity(Box<KonnectivityRecv>),
     /// Either, on another shard.
-    Bridge(BridgeRecv),
+    Bridge(Box<BridgeRecv>),
 }
 
 impl LinkRecv {
@@ -51,11 +51,11 @@ impl LinkRecv {
 }
 
 impl SendHalf for LinkSend {
-    async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
+    fn send(&mut self, chunk: &mut Bytes) -> impl Future<Output = Result<(), SendEnd>> {
         match self {
-            Self::Quic(send) => send.send(chunk).await,
-            Self::Konnectivity(send) => Box::pin(send.send(chunk)).await,
-            Self::Bridge(send) => Box::pin(send.send(chunk)).await,
+            Self::Quic(send) => Either::Left(send.send(chunk)),
+            Self::Konnectivity(send) => Either::Right(Either::Left(Box::pin(send.send(chunk)))),
+            Self::Bridge(send) => Either::Right(Either::Right(Box::pin(send.send(chunk)))),
         }
     }
 
@@ -85,19 +85,19 @@ impl SendHalf for LinkSend {
 }
 
 impl RecvHalf for LinkRecv {
-    async fn recv(&mut self, into: &mut Vec<Bytes>) -> Result<(), RecvEnd> {
+    fn recv(&mut self, into: &mut Vec<Bytes>) -> impl Future<Output = Result<(), RecvEnd>> {
         match self {
-            Self::Quic(recv) => recv.recv(into).await,
-            Self::Konnectivity(recv) => Box::pin(recv.recv(into)).await,
-            Self::Bridge(recv) => Box::pin(recv.recv(into)).await,
+            Self::Quic(recv) => Either::Left(recv.recv(into)),
+            Self::Konnectivity(recv) => Either::Right(Either::Left(Box::pin(recv.recv(into)))),
+            Self::Bridge(recv) => Either::Right(Either::Right(Box::pin(recv.recv(into)))),
         }
     }
 
-    async fn reset(&mut self) -> CloseReason {
+    fn reset(&mut self) -> impl Future<Output = CloseReason> {
         match self {
-            Self::Quic(recv) => recv.reset().await,
-            Self::Konnectivity(recv) => Box::pin(recv.reset()).await,
-            Self::Bridge(recv) => Box::pin(recv.reset()).await,
+            Self::Quic(recv) => Either::Left(recv.reset()),
+            Self::Konnectivity(recv) => Either::Right(Either::Left(Box::pin(recv.reset()))),
+            Self::Bridge(recv) => Either::Right(Either::Right(Box::pin(recv.reset()))),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cell::{RefCell, RefMut};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
@@ -20,6 +21,7 @@ use super::endpoint::Shared;
 use super::path;
 use super::stream::{Recv, Send};
 use super::timers::Timer;
+use super::waiting::{Interest, Waiting};
 
 /// A connection. The last handle that goes closes it, with all its streams.
 #[derive(Clone)]
@@ -50,21 +52,6 @@ pub(super) struct State {
     is_noted: bool,
     /// Who waits for a stream.
     waiting: HashMap<StreamId, Waiting, FxBuildHasher>,
-}
-
-/// Who waits for what of one stream.
-#[derive(Debug, Default)]
-struct Waiting([Option<Waker>; 3]);
-
-/// What can be waited for.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Interest {
-    /// Bytes, the end of them, or a reset.
-    Read,
-    /// Credit.
-    Write,
-    /// The end of the sending half.
-    Ended,
 }
 
 /// The path as others see it, from any thread. It follows the connection.
@@ -108,36 +95,36 @@ impl State {
 
     /// Has `waker` woken when there may be news.
     pub(super) fn wait(&mut self, id: StreamId, interest: Interest, waker: &Waker) {
-        let Waiting(wakers) = self.waiting.entry(id).or_default();
-        match &mut wakers[interest as usize] {
-            Some(old) => old.clone_from(waker),
-            none => *none = Some(waker.clone()),
+        match self.waiting.entry(id) {
+            Entry::Occupied(mut waiting) => waiting.get_mut().add(interest, waker),
+            Entry::Vacant(place) => drop(place.insert(Waiting::new(interest, waker))),
         }
+    }
+
+    /// Whether `waker` still waits for that: nothing has happened since it asked.
+    pub(super) fn still_waits(&self, id: StreamId, interest: Interest, waker: &Waker) -> bool {
+        let waiting = self.waiting.get(&id);
+        waiting.is_some_and(|waiting| waiting.is_for(interest, waker))
     }
 
     /// Nobody waits for that any more.
     pub(super) fn forget(&mut self, id: StreamId, interest: Interest) {
-        if let Some(Waiting(wakers)) = self.waiting.get_mut(&id) {
-            wakers[interest as usize] = None;
-            if wakers.iter().all(Option::is_none) {
-                self.waiting.remove(&id);
-            }
+        if let Entry::Occupied(mut waiting) = self.waiting.entry(id)
+            && waiting.get_mut().remove(interest)
+        {
+            waiting.remove();
         }
     }
 
     fn wake(&mut self, id: StreamId, interest: Interest) {
-        let waiting = self.waiting.get_mut(&id);
-        let waker = waiting.and_then(|Waiting(wakers)| wakers[interest as usize].take());
-        if let Some(waker) = waker {
-            waker.wake();
+        if let Some(waiting) = self.waiting.get_mut(&id) {
+            waiting.wake(interest);
         }
     }
 
     fn end(&mut self, error: ConnectionError) {
         self.error.get_or_insert(error);
-        for (_, Waiting(wakers)) in self.waiting.drain() {
-            wakers.into_iter().flatten().for_each(Waker::wake);
-        }
+        self.waiting.drain().for_each(|(_, waiting)| waiting.end());
     }
 }
 

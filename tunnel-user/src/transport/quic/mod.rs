@@ -27,6 +27,7 @@ pub mod steering;
 mod stream;
 mod timers;
 pub mod udp;
+mod waiting;
 
 pub use connection::{Connection, PathView};
 pub use endpoint::{Endpoint, Incoming};

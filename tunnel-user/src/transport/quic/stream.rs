@@ -12,7 +12,8 @@ use quinn_proto::{ConnectionError, FinishError, ReadError, StreamId, WriteError}
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::PrefaceError;
 
-use super::connection::{Inner, Interest, State};
+use super::connection::{Inner, State};
+use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
@@ -92,8 +93,8 @@ fn send_end(state: &mut State, id: StreamId) -> Option<SendEnd> {
 }
 
 impl SendHalf for Send {
-    async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
-        poll_fn(|cx| self.poll_send(cx, chunk)).await
+    fn send(&mut self, chunk: &mut Bytes) -> impl Future<Output = Result<(), SendEnd>> {
+        poll_fn(|cx| self.poll_send(cx, chunk))
     }
 
     fn finish(&mut self) {
@@ -117,24 +118,29 @@ impl SendHalf for Send {
 
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
         let ended = Ended(self.connection.clone(), self.id);
-        async move {
-            poll_fn(|cx| {
-                let mut state = ended.0.state();
-                match send_end(&mut state, ended.1) {
-                    Some(end) => Poll::Ready(end),
-                    None => {
-                        state.wait(ended.1, Interest::Ended, cx.waker());
-                        Poll::Pending
-                    }
-                }
-            })
-            .await
-        }
+        poll_fn(move |cx| ended.poll(cx))
     }
 }
 
 /// Somebody waits for the end of a sending half.
 struct Ended(Rc<Inner>, StreamId);
+
+impl Ended {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<SendEnd> {
+        let &Self(ref connection, id) = self;
+        let mut state = connection.state();
+        if state.still_waits(id, Interest::Ended, cx.waker()) {
+            return Poll::Pending;
+        }
+        match send_end(&mut state, id) {
+            Some(end) => Poll::Ready(end),
+            None => {
+                state.wait(id, Interest::Ended, cx.waker());
+                Poll::Pending
+            }
+        }
+    }
+}
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -156,11 +162,13 @@ impl Drop for Send {
 pub struct Recv {
     connection: Rc<Inner>,
     id: StreamId,
-    /// Bytes behind the head that have been read with it.
-    unread: Vec<Bytes>,
+    /// Bytes behind the head that have been read with it; rarely any.
+    unread: Option<Box<Bytes>>,
     /// The end that came with the last bytes.
     end: Option<RecvEnd>,
     ended: bool,
+    /// Whether there was nothing to be read when it was looked last.
+    is_empty: bool,
 }
 
 /// Why there is no head.
@@ -179,9 +187,10 @@ impl Recv {
         Self {
             connection,
             id,
-            unread: Vec::new(),
+            unread: None,
             end: None,
             ended: false,
+            is_empty: false,
         }
     }
 
@@ -210,16 +219,50 @@ impl Recv {
             if let Some((message, used)) = decode(&head)? {
                 let rest = head.freeze().slice(used..);
                 if !rest.is_empty() {
-                    self.unread.push(rest);
+                    self.unread = Some(Box::new(rest));
                 }
                 return Ok(message);
             }
         }
     }
 
+    /// Takes what is there, and last the end.
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut Vec<Bytes>,
+    ) -> Poll<Result<(), RecvEnd>> {
+        if let Some(unread) = self.unread.take() {
+            into.push(*unread);
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(end) = self.end {
+            return Poll::Ready(Err(end));
+        }
+        let before = into.len();
+        let polled = self.poll_recv(cx, into);
+        let some = into.len() > before;
+        match polled {
+            Poll::Ready(end) => {
+                if !matches!(end, RecvEnd::Link(_)) {
+                    self.ended = true;
+                    self.end = Some(end);
+                }
+                Poll::Ready(if some { Ok(()) } else { Err(end) })
+            }
+            Poll::Pending if some => Poll::Ready(Ok(())),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
     /// Takes what is there; `Pending` when that is nothing.
     fn poll_recv(&mut self, cx: &mut Context<'_>, into: &mut Vec<Bytes>) -> Poll<RecvEnd> {
         let mut state = self.connection.state();
+        // A relay is polled for either direction: one that has no news costs next to nothing.
+        if self.is_empty && state.still_waits(self.id, Interest::Read, cx.waker()) {
+            return Poll::Pending;
+        }
+        self.is_empty = false;
         let mut stream = state.proto.recv_stream(self.id);
         let Ok(mut chunks) = stream.read(true) else {
             return Poll::Ready(RecvEnd::Link(CloseReason::Internal));
@@ -255,43 +298,23 @@ impl Recv {
                 return Poll::Ready(RecvEnd::Link(link_reason(&error)));
             }
             state.wait(self.id, Interest::Read, cx.waker());
+            self.is_empty = true;
         }
         Poll::Pending
     }
 }
 
 impl RecvHalf for Recv {
-    async fn recv(&mut self, into: &mut Vec<Bytes>) -> Result<(), RecvEnd> {
-        if !self.unread.is_empty() {
-            into.append(&mut self.unread);
-            return Ok(());
-        }
-        if let Some(end) = self.end {
-            return Err(end);
-        }
-        let before = into.len();
-        poll_fn(|cx| {
-            let polled = self.poll_recv(cx, into);
-            let some = into.len() > before;
-            match polled {
-                Poll::Ready(end) => {
-                    if !matches!(end, RecvEnd::Link(_)) {
-                        self.ended = true;
-                        self.end = Some(end);
-                    }
-                    Poll::Ready(if some { Ok(()) } else { Err(end) })
-                }
-                Poll::Pending if some => Poll::Ready(Ok(())),
-                Poll::Pending => Poll::Pending,
-            }
-        })
-        .await
+    fn recv(&mut self, into: &mut Vec<Bytes>) -> impl Future<Output = Result<(), RecvEnd>> {
+        poll_fn(|cx| self.poll_next(cx, into))
     }
 
     async fn reset(&mut self) -> CloseReason {
         if self.ended {
             return std::future::pending().await;
         }
+        // There may be bytes while nobody reads.
+        self.is_empty = false;
         let code = poll_fn(|cx| {
             let mut state = self.connection.state();
             match state.proto.recv_stream(self.id).received_reset() {
