@@ -10,8 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Shared by all that a process relays.
 #[derive(Clone, Debug)]
 pub struct Budget {
-    stalled: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     most: usize,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    stalled: AtomicUsize,
+    peak: AtomicUsize,
 }
 
 impl Budget {
@@ -19,7 +25,7 @@ impl Budget {
     pub fn new(bytes: u64, held: u32) -> Self {
         let most = usize::try_from(bytes / u64::from(held.max(1))).unwrap_or(usize::MAX);
         Self {
-            stalled: Arc::default(),
+            counts: Arc::default(),
             most,
         }
     }
@@ -31,12 +37,18 @@ impl Budget {
 
     /// Streams whose local socket takes nothing at the moment.
     pub fn stalled(&self) -> usize {
-        self.stalled.load(Ordering::Relaxed)
+        self.counts.stalled.load(Ordering::Relaxed)
+    }
+
+    /// The most streams that were stalled at once since it was last asked.
+    pub fn take_peak(&self) -> usize {
+        self.counts.peak.swap(self.stalled(), Ordering::Relaxed)
     }
 
     /// Counts a stalled stream until the guard is dropped.
     pub(super) fn stall(&self) -> Stalled<'_> {
-        self.stalled.fetch_add(1, Ordering::Relaxed);
+        let before = self.counts.stalled.fetch_add(1, Ordering::Relaxed);
+        self.counts.peak.fetch_max(before + 1, Ordering::Relaxed);
         Stalled(self)
     }
 }
@@ -46,7 +58,7 @@ pub(super) struct Stalled<'a>(&'a Budget);
 
 impl Drop for Stalled<'_> {
     fn drop(&mut self) {
-        self.0.stalled.fetch_sub(1, Ordering::Relaxed);
+        self.0.counts.stalled.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -61,5 +73,14 @@ mod tests {
         assert!(!budget.has_room());
         drop(stalled);
         assert!(budget.has_room());
+    }
+
+    #[test]
+    fn a_peak_between_two_looks_is_seen_once() {
+        let budget = Budget::new(1000, 1);
+        let stalled = [budget.stall(), budget.stall()];
+        drop(stalled);
+        let _one = budget.stall();
+        assert_eq!((budget.take_peak(), budget.take_peak()), (2, 1));
     }
 }

@@ -19,7 +19,7 @@ pub async fn give_back(budget: Budget) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let now = budget.stalled();
-        most = most.max(now);
+        most = most.max(budget.take_peak());
         if has_shrunk(most, now) {
             most = now;
             // Milliseconds for each 100 MB, but none of a shard's time. It fails only when the
