@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
-use self::claims::{certified, for_entries, key};
+use self::claims::{addresses, alone, certified, for_entries, key};
 use super::grants::Grants;
 use super::routes::{Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
 use crate::config::server::Strategy;
@@ -51,6 +51,15 @@ pub struct Backends {
     pub all: usize,
     /// By the configured strategies, in their order.
     pub by_strategy: Vec<(Strategy, usize)>,
+}
+
+impl Session {
+    fn verdict(&self) -> Verdict {
+        Verdict {
+            accepted: self.claims.clone(),
+            refused: self.refused.clone(),
+        }
+    }
 }
 
 /// What the server says to an offer.
@@ -105,19 +114,17 @@ impl Registry {
         now: Instant,
     ) -> Verdict {
         self.make_room(&info);
-        let verdict = self.judge(&info, offer.clone());
-        let displaced = self.weaker_holders(&info, &verdict.accepted);
-        self.hold(&info, &verdict.accepted);
+        let link = info.id;
         let session = Session {
-            instance,
-            offer,
-            claims: verdict.accepted.clone(),
-            refused: verdict.refused.clone(),
             info,
+            instance,
+            offer: offer.into_iter().map(alone).collect(),
+            claims: Vec::new(),
+            refused: Vec::new(),
         };
-        self.sessions.insert(session.info.id, session);
-        self.judge_again(now, |session| displaced.contains(&session.info.id));
-        verdict
+        self.sessions.insert(link, session);
+        self.settle([link].into(), now);
+        self.sessions[&link].verdict()
     }
 
     /// Ends the oldest links of an identity that has more than enough: one stolen certificate must
@@ -139,53 +146,78 @@ impl Registry {
 
     /// Replaces what a session offers. `None` when the session is gone.
     pub fn offer(&mut self, link: LinkId, offer: Vec<Claim>, now: Instant) -> Option<Verdict> {
-        let info = self.sessions.get(&link)?.info.clone();
-        let verdict = self.judge(&info, offer.clone());
-        let session = self.sessions.get_mut(&link)?;
-        session.offer = offer;
-        session.refused = verdict.refused.clone();
-        let before = std::mem::replace(&mut session.claims, verdict.accepted.clone());
-        self.release(&info, before, now);
-        let displaced = self.weaker_holders(&info, &verdict.accepted);
-        self.hold(&info, &verdict.accepted);
-        // Ends: who displaces another can't be displaced by it.
-        self.judge_again(now, |session| displaced.contains(&session.info.id));
-        Some(verdict)
+        self.sessions.get_mut(&link)?.offer = offer.into_iter().map(alone).collect();
+        self.settle([link].into(), now);
+        self.sessions.get(&link).map(Session::verdict)
     }
 
     /// Forgets a session, and remembers what it served. What others were refused because it served
     /// it may be theirs now.
     pub fn disconnect(&mut self, link: LinkId, now: Instant) {
         if let Some(session) = self.sessions.remove(&link) {
-            let addresses = session.claims.iter();
-            let freed: HashSet<_> = addresses
-                .filter(|claim| matches!(claim, Claim::Address(_)))
-                .map(ToString::to_string)
-                .collect();
+            let freed = addresses(&session.info, &session.claims).collect();
             self.release(&session.info, session.claims, now);
-            // Nothing else is refused for somebody's sake.
-            let waits =
-                |session: &Session| session.refused.iter().any(|r| freed.contains(&r.claim));
-            self.judge_again(now, |session| !freed.is_empty() && waits(session));
-        }
-    }
-
-    fn judge_again(&mut self, now: Instant, whom: impl Fn(&Session) -> bool) {
-        let again: Vec<_> = self
-            .sessions
-            .values()
-            .filter(|session| whom(session))
-            .collect();
-        let again: Vec<_> = again.iter().map(|s| (s.info.id, s.offer.clone())).collect();
-        for (link, offer) in again {
-            self.offer(link, offer, now);
+            self.settle(self.waiting_for(&freed), now);
         }
     }
 
     /// Puts another policy in force: every session's offer is judged by it.
     pub fn set_grants(&mut self, grants: Grants, now: Instant) {
         self.grants = grants;
-        self.judge_again(now, |_| true);
+        self.settle(self.sessions.keys().copied().collect(), now);
+    }
+
+    /// Judges the offers of `links`, and of everybody who gains or loses by what becomes of theirs.
+    ///
+    /// Ends: who has displaced another can't be displaced, and one who gains a node address gives up
+    /// none for it.
+    fn settle(&mut self, mut links: BTreeSet<LinkId>, now: Instant) {
+        while !links.is_empty() {
+            let (mut freed, mut again) = (HashSet::new(), BTreeSet::new());
+            for link in links {
+                self.judge_one(link, now, &mut freed, &mut again);
+            }
+            again.extend(self.waiting_for(&freed));
+            links = again;
+        }
+    }
+
+    /// Judges an offer. Adds node addresses that were given up, and links that lose theirs.
+    fn judge_one(
+        &mut self,
+        link: LinkId,
+        now: Instant,
+        freed: &mut HashSet<Key>,
+        displaced: &mut BTreeSet<LinkId>,
+    ) {
+        let Some(session) = self.sessions.get(&link) else {
+            return;
+        };
+        let info = session.info.clone();
+        let verdict = self.judge(&info, session.offer.clone());
+        let before = session.claims.clone();
+        let kept: HashSet<_> = verdict.accepted.iter().collect();
+        freed.extend(addresses(&info, &before).filter(|(_, claim)| !kept.contains(claim)));
+        self.release(&info, before, now);
+        displaced.extend(self.weaker_holders(&info, &verdict.accepted));
+        self.hold(&info, &verdict.accepted);
+        if let Some(session) = self.sessions.get_mut(&link) {
+            session.claims = verdict.accepted;
+            session.refused = verdict.refused;
+        }
+    }
+
+    /// Who offers one of these node addresses and does not serve it.
+    fn waiting_for(&self, freed: &HashSet<Key>) -> BTreeSet<LinkId> {
+        if freed.is_empty() {
+            return BTreeSet::new();
+        }
+        let waits = |session: &&Session| {
+            let mut offered = addresses(&session.info, &session.offer);
+            offered.any(|key| freed.contains(&key) && !session.claims.contains(&key.1))
+        };
+        let waiting = self.sessions.values().filter(waits);
+        waiting.map(|session| session.info.id).collect()
     }
 
     /// Drops memories that are older than `forget`. Returns whether any was.
@@ -317,7 +349,7 @@ impl Registry {
     }
 
     /// Who holds node addresses that `info`'s certificate gives to `info`.
-    fn weaker_holders(&self, info: &LinkInfo, claims: &[Claim]) -> HashSet<LinkId> {
+    fn weaker_holders(&self, info: &LinkInfo, claims: &[Claim]) -> BTreeSet<LinkId> {
         let weaker = |claim| {
             let rivals = self.rivals(info, claim);
             rivals.filter(move |holder| certified(info, claim) && !certified(holder, claim))
@@ -379,5 +411,7 @@ impl Registry {
     }
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

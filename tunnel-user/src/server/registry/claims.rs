@@ -15,6 +15,23 @@ pub(super) fn certified(info: &LinkInfo, claim: &Claim) -> bool {
     matches!(claim, Claim::Address(addr) if own(*addr))
 }
 
+/// A claim in its one form: a network of one address is that address, and has one owner like it.
+pub(super) fn alone(claim: Claim) -> Claim {
+    match claim {
+        Claim::Cidr(net) if net.prefix_len() == net.max_prefix_len() => Claim::Address(net.addr()),
+        claim => claim,
+    }
+}
+
+/// The node addresses among `claims`.
+pub(super) fn addresses<'a>(
+    info: &'a LinkInfo,
+    claims: &'a [Claim],
+) -> impl Iterator<Item = super::Key> + use<'a> {
+    let addresses = claims.iter().filter(|c| matches!(c, Claim::Address(_)));
+    addresses.map(|claim| key(info, claim))
+}
+
 pub(super) fn key(info: &LinkInfo, claim: &Claim) -> super::Key {
     (info.identity.trust_domain.clone(), claim.clone())
 }
