@@ -23,7 +23,9 @@ use axum::routing::{get, put};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
+use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
+use crate::telemetry::metrics::ours;
 
 /// What a server and an agent tell in their own ways.
 pub trait Source: Send + Sync {
@@ -45,7 +47,10 @@ pub struct Admin {
 
 impl Admin {
     /// Over what the process knows of itself.
-    pub fn new(registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
+    pub fn new(mut registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
+        if let Some(audit) = log.audit() {
+            audit.register(ours(&mut registry));
+        }
         Self {
             registry: Arc::new(registry),
             log,
@@ -109,6 +114,7 @@ async fn set_log(State(admin): State<Admin>, filter: String) -> Response {
     match admin.log.set(filter.trim()) {
         Ok(()) => {
             tracing::info!(filter = filter.trim(), "log filter changed");
+            audit::changed("log filter", Ok(()));
             "ok\n".into_response()
         }
         Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),

@@ -39,6 +39,7 @@ use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::shard::Shards;
 use crate::process::{host, memory};
+use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
@@ -116,7 +117,7 @@ pub async fn run(
     if config.konnectivity.is_some() {
         proxy_metrics.register(&mut metrics);
     }
-    let dials = DialMetrics::register(ours(&mut metrics), config.log.access);
+    let dials = DialMetrics::register(ours(&mut metrics));
     let engines = Engines::choose(config.datapath.engine, config.shards);
     engines.register(ours(&mut metrics));
     let setup = Setup::new(config.transport, ours(&mut metrics));
@@ -176,12 +177,16 @@ pub async fn run(
     if let Some(material) = me.material.clone() {
         let (me, policy, allow) = (me.clone(), policy.clone(), allow.clone());
         // By default the allow-list is the node addresses, which a certificate may change.
-        let renew = move || policy.store(Arc::new(current_policy(&allow, &me)));
+        let renew = move || {
+            policy.store(Arc::new(current_policy(&allow, &me)));
+            audit::changed("certificates", Ok(()));
+        };
         tokio::spawn(material.watch(renew));
     }
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(budget));
     tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");
+    audit::process("started", "agent", &me);
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
     let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
@@ -196,8 +201,12 @@ pub async fn run(
                 tracing::warn!(%error, "log filter not reloaded, the old one stays");
             }
             tracing::info!("allow-list and offer reloaded");
+            audit::changed("allow-list and offer", Ok(()));
         }
-        Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
+        Err(error) => {
+            tracing::warn!(%error, "configuration not reloaded, the old one stays");
+            audit::changed("configuration", Err(&error));
+        }
     });
     let idle = idle(&phase, &connections, config.konnectivity.is_some());
     let lost = lifecycle::lost(&phase, shards.any_ended());
@@ -209,6 +218,7 @@ pub async fn run(
     let _ = connector.await;
     shards.join();
     tracing::info!("agent has ended");
+    audit::process("ended", "agent", &me);
     Ok(())
 }
 

@@ -77,7 +77,7 @@ impl Args {
 
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = self.config()?;
-        let log = logging::init(&config.log)?;
+        let log = logging::init(&config.log, &config.audit)?;
         super::runtime()?.block_on(crate::agent::run(config, log, || self.config()))?;
         Ok(())
     }

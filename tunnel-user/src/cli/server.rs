@@ -67,7 +67,7 @@ impl Args {
 
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = self.config()?;
-        let log = logging::init(&config.log)?;
+        let log = logging::init(&config.log, &config.audit)?;
         let inherited =
             Inherited::from_environment().context("sockets from the service manager")?;
         let served = crate::server::run(config, log, inherited, || self.config());

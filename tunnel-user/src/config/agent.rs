@@ -11,8 +11,8 @@ use serde::de::Error;
 use super::konnectivity::ProxyServerConfig;
 use super::rule::{self, Rule};
 use super::{
-    ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version, base_of,
-    check_shards,
+    AuditConfig, ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version,
+    base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::shard;
@@ -52,6 +52,8 @@ pub struct AgentConfig {
     pub limits: AgentLimits,
     /// Logging.
     pub log: LogConfig,
+    /// The record of who reached what.
+    pub audit: AuditConfig,
 }
 
 impl Default for AgentConfig {
@@ -71,6 +73,7 @@ impl Default for AgentConfig {
             health: None,
             limits: AgentLimits::default(),
             log: LogConfig::default(),
+            audit: AuditConfig::default(),
         }
     }
 }
@@ -182,6 +185,7 @@ impl AgentConfig {
         let mut config: Self = super::load(path)?;
         let base = base_of(path);
         config.tls.resolve(&base);
+        config.audit.resolve(&base);
         if let Some(konnectivity) = &mut config.konnectivity {
             konnectivity.resolve(&base);
         }
@@ -207,6 +211,7 @@ impl AgentConfig {
             });
         }
         self.transport.check()?;
+        self.audit.check()?;
         if self.servers.is_empty() {
             return Err(ConfigError::Value {
                 key: "servers",

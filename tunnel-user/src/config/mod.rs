@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod agent;
+pub mod audit;
 pub mod datapath;
 pub mod frontend;
 pub mod konnectivity;
@@ -23,6 +24,7 @@ use crate::process::shard;
 use crate::tls::{Files, TrustDomain};
 
 pub use agent::AgentConfig;
+pub use audit::AuditConfig;
 pub use datapath::DatapathConfig;
 pub use rule::{PortRange, Rule};
 pub use server::ServerConfig;

@@ -12,8 +12,8 @@ use super::frontend::FrontendsConfig;
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
 use super::{
-    ConfigError, DatapathConfig, LogConfig, TUNNEL_PORT, TlsConfig, TransportConfig, Version,
-    base_of, check_shards,
+    AuditConfig, ConfigError, DatapathConfig, LogConfig, TUNNEL_PORT, TlsConfig, TransportConfig,
+    Version, base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::shard;
@@ -62,6 +62,8 @@ pub struct ServerConfig {
     pub limits: LimitsConfig,
     /// Logging.
     pub log: LogConfig,
+    /// The record of who reached what.
+    pub audit: AuditConfig,
 }
 
 impl Default for ServerConfig {
@@ -86,6 +88,7 @@ impl Default for ServerConfig {
             health: None,
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
+            audit: AuditConfig::default(),
         }
     }
 }
@@ -294,6 +297,7 @@ impl ServerConfig {
             return value("routing.strategies", "must name at least one");
         }
         self.transport.check()?;
+        self.audit.check()?;
         self.frontends.check()?;
         if let Some(konnectivity) = &self.konnectivity {
             konnectivity.check()?;
@@ -342,6 +346,7 @@ impl ServerConfig {
     fn resolve(&mut self, base: &Path) {
         self.tls.resolve(base);
         self.state_dir = base.join(&self.state_dir);
+        self.audit.resolve(base);
         self.frontends.resolve(base);
         if let Some(konnectivity) = &mut self.konnectivity {
             konnectivity.resolve(base);

@@ -40,7 +40,7 @@ impl ServerMetrics {
         }
         let registry = ours(registry);
         let metrics = Self {
-            dials: DialMetrics::register(registry, config.log.access),
+            dials: DialMetrics::register(registry),
             claims_refused: Counter::default(),
             origins_missing: Counter::default(),
             konnectivity,

@@ -45,6 +45,7 @@ use crate::process::lifecycle::{self, Phase};
 use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::redirect::{Redirect, RedirectError};
+use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
 use crate::tls::identity::name_of;
@@ -259,7 +260,7 @@ pub async fn run(
         tokio::spawn(admin::serve(health, admin.health_router()));
     }
     if let Some(material) = material {
-        tokio::spawn(material.watch(|| {}));
+        tokio::spawn(material.watch(|| audit::changed("certificates", Ok(()))));
     }
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
@@ -269,20 +270,30 @@ pub async fn run(
         shards = config.shards, tunnel_shards = tunnels,
         "server is up"
     );
+    audit::process("started", "server", &identity);
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
     let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
         Ok(config) => {
             match Grants::new(&config.policy) {
-                Ok(grants) => common.control.set_grants(grants).await,
-                Err(error) => tracing::warn!(%error, "policy not reloaded, the old one stays"),
+                Ok(grants) => {
+                    common.control.set_grants(grants).await;
+                    audit::changed("policy", Ok(()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "policy not reloaded, the old one stays");
+                    audit::changed("policy", Err(&error));
+                }
             }
             attached.update(&config.redirect, &own);
             if let Err(error) = log.set(&config.log.filter) {
                 tracing::warn!(%error, "log filter not reloaded, the old one stays");
             }
         }
-        Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
+        Err(error) => {
+            tracing::warn!(%error, "configuration not reloaded, the old one stays");
+            audit::changed("configuration", Err(&error));
+        }
     });
     let idle = shards.all_ended();
     let lost = lifecycle::lost(&phase, shards.any_ended());
@@ -297,5 +308,6 @@ pub async fn run(
         let _ = leases.await;
     }
     tracing::info!("server has ended");
+    audit::process("ended", "server", &identity);
     Ok(())
 }

@@ -91,9 +91,6 @@ impl Record {
         to: &DialMetrics,
     ) {
         to.ended(self.frontend, closer, reason);
-        if !to.log_access {
-            return;
-        }
         tracing::info!(
             target: ACCESS,
             id = %self.id,

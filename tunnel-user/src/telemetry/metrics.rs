@@ -80,8 +80,6 @@ struct FrontendLabels {
 /// What each connection counts, on a server and on an agent alike.
 #[derive(Clone, Debug)]
 pub struct DialMetrics {
-    /// Whether each connection writes a line.
-    pub log_access: bool,
     closed: Family<ClosedLabels, Counter>,
     dialled: Family<FrontendLabels, Histogram>,
     /// Open connections.
@@ -94,9 +92,8 @@ pub struct DialMetrics {
 
 impl DialMetrics {
     /// Registers them.
-    pub fn register(registry: &mut Registry, log_access: bool) -> Self {
+    pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
-            log_access,
             closed: Family::default(),
             dialled: Family::new_with_constructor(|| Histogram::new(DIAL_SECONDS)),
             open: Gauge::default(),

@@ -1,8 +1,10 @@
 //! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
-//! feeds both ([`access`]). Beside our own metrics stand those of [`konnectivity`].
+//! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`].
 
 pub mod access;
+pub mod audit;
 pub mod konnectivity;
+mod lines;
 pub mod logging;
 pub mod metrics;
 

@@ -213,7 +213,7 @@ impl Args {
     pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
         self.check_files()?;
         let Translated { config, notes } = self.translate()?;
-        let log = logging::init(&config.log)?;
+        let log = logging::init(&config.log, &config.audit)?;
         for note in notes {
             tracing::warn!("{note}");
         }

@@ -20,6 +20,7 @@ use crate::config::frontend::{Answers, UnixFrontend};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::gate::{Entered, Gate};
 use crate::server::shard::Shard;
+use crate::telemetry::audit::events as audit;
 use crate::tls::{TlsFloor, TlsVersion, TrustDomain};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
 
@@ -158,6 +159,7 @@ impl Service {
                 Ok(Ok(session)) => service.serve_tls(shard, client, session),
                 Ok(Err(error)) => {
                     tracing::warn!(%client, %error, "frontend handshake failed");
+                    audit::peer_refused(client, &error);
                 }
                 Err(_) => tracing::warn!(%client, "frontend handshake not finished in time"),
             }

@@ -14,6 +14,7 @@ use crate::process::gate::Entered;
 use crate::process::lifecycle::Phase;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
+use crate::telemetry::audit::events as audit;
 use crate::transport::control_stream::{ControlStream, Shared};
 use crate::transport::quic::{
     Connection, ConnectionError, Endpoint, Incoming, Recv, Send, error_code, link_reason,
@@ -60,6 +61,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         Err(error) => {
             shard.metrics.handshake_failed("identity");
             tracing::warn!(%remote, %error, "agent refused");
+            audit::peer_refused(remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
             connection.close(reason, error.to_string().as_bytes());
             return;
@@ -98,6 +100,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         agent = %link.info.identity, remote = %connection.remote_address(),
         reason = reason.label(), why = %end, "agent disconnected"
     );
+    audit::agent_disconnected(&link.info.identity, reason);
     // The reason travels with the close. Without effect on a connection that is gone.
     connection.close(error_code(reason), end.to_string().as_bytes());
 }
@@ -125,6 +128,7 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
         }
         Ok(Err(error)) => {
             tracing::warn!(%remote, %error, "handshake failed");
+            audit::peer_refused(remote, &error);
             shard.metrics.handshake_failed("tls");
         }
         Err(_) => {

@@ -13,6 +13,7 @@ use tunnel_proto::session::{
 use super::{Link, QuicLink};
 use crate::process::lifecycle::Phase;
 use crate::server::shard::Shard;
+use crate::telemetry::audit::events as audit;
 use crate::tls::Identity;
 use crate::transport::control_stream::{ControlEnd, ControlStream};
 use crate::transport::quic::link_reason;
@@ -120,6 +121,13 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
         version = %hello.software_version, offered, accepted = verdict.accepted.len(),
         "agent connected"
     );
+    let (info, remote) = (&link.info, link.connection.remote_address());
+    audit::agent_connected(
+        &info.identity,
+        remote,
+        info.kind.label(),
+        verdict.accepted.len(),
+    );
     let welcome = Welcome {
         version: VERSION,
         server_id: shard.server_id.to_string(),
@@ -138,6 +146,7 @@ pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
         return;
     };
     shard.metrics.claims_refused.inc_by(refused.len() as u64);
+    audit::claims_refused(identity, refused);
     let claims: Vec<_> = refused
         .iter()
         .take(SHOWN_CLAIMS)

@@ -22,6 +22,7 @@ use super::who::{Introduction, MAX_SHOWN, Refusal};
 use crate::process::lifecycle::Phase;
 use crate::server::link::{Link, report};
 use crate::server::routes::{LinkInfo, LinkKind};
+use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::Service;
 use crate::tls::Identity;
 use crate::transport::grpc::server::Call;
@@ -75,6 +76,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
         Err(refusal) => {
             agents.shard.metrics.handshake_failed("identity");
             tracing::warn!(%remote, error = %refusal, "agent refused");
+            audit::peer_refused(remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
         }
     };
@@ -277,6 +279,8 @@ impl Session<'_> {
             remote = %self.peer.remote, server_id = self.server_id.id(), offered,
             accepted = verdict.accepted.len(), "agent of Konnectivity connected"
         );
+        let (remote, accepted) = (self.peer.remote, verdict.accepted.len());
+        audit::agent_connected(&info.identity, remote, info.kind.label(), accepted);
         Ok(())
     }
 
@@ -299,5 +303,6 @@ impl Session<'_> {
             agent = %info.identity, remote = %self.peer.remote, server_id = self.server_id.id(),
             reason = reason.label(), why = %end, "agent disconnected"
         );
+        audit::agent_disconnected(&info.identity, reason);
     }
 }

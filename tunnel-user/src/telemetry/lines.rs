@@ -1,0 +1,105 @@
+//! Events as lines, many of them in one call.
+
+use std::borrow::Cow;
+use std::io::{self, Write};
+use std::thread;
+use std::time::Duration;
+
+/// The writing thread rests for so long after it has written: what is logged meanwhile wakes nobody
+/// and is written by one call. With a line a connection, waking it for each costs more than the line.
+const REST: Duration = Duration::from_millis(5);
+
+/// Lines that are written by one call, at most, in bytes.
+const BATCH: usize = 64 << 10;
+
+/// A log, where each write is an event and the control characters in it are escaped:
+/// tracing-subscriber does that for messages, not for the values of fields. JSON does by itself.
+///
+/// What has been written goes out when the writing thread has found nothing more, which is when it
+/// flushes.
+pub(super) struct Lines<W> {
+    batch: Vec<u8>,
+    to: W,
+}
+
+impl<W: Write> Lines<W> {
+    /// Written to `to`.
+    pub(super) fn new(to: W) -> Self {
+        Self {
+            batch: Vec::new(),
+            to,
+        }
+    }
+
+    fn write_out(&mut self) -> io::Result<()> {
+        let written = self.to.write_all(&self.batch);
+        self.batch.clear();
+        written
+    }
+}
+
+impl<W: Write> Write for Lines<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let line = String::from_utf8_lossy(event);
+        self.batch.extend_from_slice(one_line(&line).as_bytes());
+        if self.batch.len() >= BATCH {
+            self.write_out()?;
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.write_out()?;
+        self.to.flush()?;
+        thread::sleep(REST);
+        Ok(())
+    }
+}
+
+fn one_line(event: &str) -> Cow<'_, str> {
+    let text = event.strip_suffix('\n').unwrap_or(event);
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(event);
+    }
+    let mut line = String::with_capacity(event.len() + 16);
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line.push_str(&event[text.len()..]);
+    Cow::Owned(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line() {
+        for (event, line) in [
+            ("a \u{e4}\n", "a \u{e4}\n"),
+            ("a\r\nb\n", "a\\r\\nb\n"),
+            ("a\nb", "a\\nb"),
+            ("\u{1b}[2J\u{9b}\n", "\\u{1b}[2J\\u{9b}\n"),
+            ("", ""),
+        ] {
+            assert_eq!(one_line(event), line);
+        }
+    }
+
+    #[test]
+    fn lines_go_out_together() {
+        let mut lines = Lines::new(Vec::new());
+        lines.write_all(b"a\n").unwrap();
+        lines.write_all(b"b\x07\n").unwrap();
+        assert!(lines.to.is_empty());
+        lines.flush().unwrap();
+        assert_eq!(lines.to, b"a\nb\\u{7}\n");
+        let long = [b'x'; BATCH];
+        lines.write_all(&long).unwrap();
+        assert!(lines.to.ends_with(&long) && lines.batch.is_empty());
+    }
+}
