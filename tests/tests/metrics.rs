@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 use tunnel_tests::client::{connect_through, round_trips};
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
@@ -91,7 +92,11 @@ fn metrics_are_as_documented() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    let mut lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
+    let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;
+    lab.configure_connector()?;
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.configure(|config| config["audit"] = json!({"directory": "audit"}))?;
+    lab.start_configured()?;
     through(&lab, echo(1))?;
     redirected(&lab, echo(1))?;
     ensure!(through(&lab, "10.9.9.9:1".parse()?).is_err());
