@@ -412,10 +412,17 @@ fn a_request_is_never_made_twice() -> Result<()> {
     let mut random = Random::new()?;
     let mut killed = Vec::new();
     let end = Instant::now() + Duration::from_secs(6);
-    while Instant::now() < end {
-        let worker = ["w1", "w2"][random.below(2)];
+    // Everything once to either, then whatever comes.
+    let mut planned = (0..4).flat_map(|what| [("w1", what), ("w2", what)]);
+    loop {
+        let planned = planned.next();
+        if planned.is_none() && Instant::now() >= end {
+            break;
+        }
+        let by_chance = (["w1", "w2"][random.below(2)], random.below(4));
+        let (worker, what) = planned.unwrap_or(by_chance);
         let agent = lab.worker(worker)?.agent()?;
-        match random.below(4) {
+        match what {
             0 => {
                 killed.push(Instant::now());
                 agent.kill()?;

@@ -201,6 +201,9 @@ fn outlive(name: &str, shared: bool) -> Result<()> {
     lab.control_plane.servers[0]
         .daemon
         .start_with(|command| manager.prepare(command, &sockets))?;
+    // Packets that come before the sockets are steered go anywhere.
+    let server = &lab.control_plane.servers[0].daemon;
+    server.wait_log(SOON, 0, &["server is up"])?;
     lab.workers[0].agent()?.start()?;
     lab.workers[0].agent()?.wait_ready(SOON)?;
     lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
