@@ -124,6 +124,7 @@ impl Registry {
         };
         self.sessions.insert(link, session);
         self.settle([link].into(), now);
+        // It was put in above, and judging removes nobody.
         self.sessions[&link].verdict()
     }
 
