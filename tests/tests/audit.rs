@@ -104,6 +104,10 @@ fn the_audit_records_who_reached_what() -> Result<()> {
         &of_server,
         &json!({"event": "configuration", "what": "policy", "done": true}),
     )?;
+    wait_for(
+        &of_server,
+        &json!({"event": "configuration", "what": "capture set", "done": true}),
+    )?;
     for record in records(&of_server)?.iter().chain(&records(&of_agent)?) {
         ensure!(!record.to_string().contains("secret"), "{record}");
     }

@@ -11,6 +11,7 @@ use crate::redirect::{
     RedirectError, Routes, Shortcuts, Verdict, tenant_number,
 };
 use crate::server::routes;
+use crate::telemetry::audit::events as audit;
 use crate::tls::TrustDomain;
 
 /// Why an attachment is not in place.
@@ -192,8 +193,14 @@ impl Attachments {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             match attached.update(&changed) {
-                Ok(()) => tracing::info!(attachment = name, "capture set reloaded"),
-                Err(error) => tracing::warn!(attachment = name, %error, "capture set not reloaded"),
+                Ok(()) => {
+                    tracing::info!(attachment = name, "capture set reloaded");
+                    audit::changed("capture set", Ok(()));
+                }
+                Err(error) => {
+                    tracing::warn!(attachment = name, %error, "capture set not reloaded");
+                    audit::changed("capture set", Err(&error));
+                }
             }
         }
     }

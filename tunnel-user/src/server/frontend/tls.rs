@@ -8,6 +8,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::listener::Protocol;
 use crate::config::frontend::TcpFrontend;
+use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
 use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
@@ -60,6 +61,7 @@ impl FrontendTls {
                 self.acceptor.store(Arc::new(fresh));
                 last = now;
                 tracing::info!(frontend = %self.config.tcp, "certificates reloaded");
+                audit::changed("certificates of a frontend", Ok(()));
             }
             Ok(())
         };

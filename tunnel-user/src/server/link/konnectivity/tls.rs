@@ -9,6 +9,7 @@ use rustls::server::{NoClientAuth, WebPkiClientVerifier};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::konnectivity::KonnectivityConfig;
+use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
 use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
@@ -73,6 +74,7 @@ impl AgentTls {
                 self.acceptor.store(Arc::new(acceptor(&self.files)?));
                 last = now;
                 tracing::info!("certificates for agents of Konnectivity reloaded");
+                audit::changed("certificates for agents of Konnectivity", Ok(()));
             }
             Ok(())
         };
