@@ -3,11 +3,12 @@
 //! Invariant: an event is one line of visible characters. Texts of peers stand in it, and none of
 //! them can begin another line or drive a terminal.
 
-use std::io;
 use std::sync::Arc;
+use std::{io, iter};
 
+use tracing::Subscriber;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
@@ -71,6 +72,18 @@ pub enum LogError {
 /// # Errors
 /// [`LogError`] when the filter can't be read, something logs already, or the audit can't be kept.
 pub fn init(config: &LogConfig, audit: &AuditConfig) -> Result<LogHandle, LogError> {
+    let (subscriber, handle) = subscriber(config, audit)?;
+    subscriber.try_init().map_err(|e| FilterError {
+        filter: config.filter.clone(),
+        why: e.to_string(),
+    })?;
+    Ok(handle)
+}
+
+fn subscriber(
+    config: &LogConfig,
+    audit: &AuditConfig,
+) -> Result<(impl Subscriber + Send + Sync + use<>, LogHandle), LogError> {
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
     // A thread of its own writes: a reader of the log that is stuck must not stop the tunnels. What
     // it has no room for is dropped.
@@ -84,7 +97,8 @@ pub fn init(config: &LogConfig, audit: &AuditConfig) -> Result<LogHandle, LogErr
         ACCESS => access,
         _ => true,
     });
-    let filter = filter.and(is_logged);
+    // Without a hint of its own it would hide the other's.
+    let filter = filter.and(is_logged.with_max_level_hint(LevelFilter::TRACE));
     let lines = match config.format {
         // Colours are control characters too.
         LogFormat::Text => lines.with_ansi(false).with_filter(filter).boxed(),
@@ -94,16 +108,15 @@ pub fn init(config: &LogConfig, audit: &AuditConfig) -> Result<LogHandle, LogErr
         true => Some(Audit::start(audit)?).unzip(),
         false => (None, None),
     };
-    let subscriber = tracing_subscriber::registry().with(lines).with(records);
-    subscriber.try_init().map_err(|e| FilterError {
-        filter: config.filter.clone(),
-        why: e.to_string(),
-    })?;
-    Ok(LogHandle {
+    // Not `.with(records)`: a layer that is `None` has no filter, so all that nobody logs would be
+    // recorded for it, a span a packet.
+    let layers: Vec<_> = iter::once(lines).chain(records).collect();
+    let log = LogHandle {
         filter: handle,
         audit,
         _writer: Arc::new(guard),
-    })
+    };
+    Ok((tracing_subscriber::registry().with(layers), log))
 }
 
 /// `cpc` stands for this program's own modules, whose crate has another name.
@@ -127,6 +140,26 @@ fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// There is a span for each packet and each frame, which must cost nothing unless it is asked for.
+    #[test]
+    fn what_is_not_logged_is_not_recorded() {
+        let directory = tempfile::tempdir().unwrap();
+        let kept = AuditConfig {
+            directory: Some(directory.path().into()),
+            ..AuditConfig::default()
+        };
+        for audit in [AuditConfig::default(), kept] {
+            let (subscriber, log) = subscriber(&LogConfig::default(), &audit).unwrap();
+            let span = || tracing::trace_span!("recv");
+            tracing::subscriber::with_default(subscriber, || {
+                assert_eq!(LevelFilter::current(), LevelFilter::INFO);
+                assert!(span().is_disabled());
+                log.set("trace").unwrap();
+                assert!(!span().is_disabled());
+            });
+        }
+    }
 
     #[test]
     fn filters() {

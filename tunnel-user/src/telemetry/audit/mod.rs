@@ -21,7 +21,7 @@ use prometheus_client::registry::Registry;
 use tracing::{Metadata, Subscriber};
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::registry::LookupSpan;
 
 use self::sink::Sink;
@@ -64,7 +64,7 @@ impl Audit {
     /// [`AuditError`]: whoever wants an audit does not want to run without.
     pub fn start<S>(
         config: &AuditConfig,
-    ) -> Result<(Self, impl Layer<S> + Send + Sync + use<S>), AuditError>
+    ) -> Result<(Self, Box<dyn Layer<S> + Send + Sync>), AuditError>
     where
         S: Subscriber + for<'a> LookupSpan<'a>,
     {
@@ -86,7 +86,8 @@ impl Audit {
             .with_span_list(false)
             .with_level(false)
             .with_writer(writer);
-        Ok((audit, records.with_filter(filter_fn(is_record))))
+        let records_only = filter_fn(is_record).with_max_level_hint(LevelFilter::INFO);
+        Ok((audit, records.with_filter(records_only).boxed()))
     }
 
     /// Records that were written.
