@@ -146,11 +146,11 @@ impl Reached {
             connection,
             endpoint,
         } = self;
-        let stream = timeout(HANDSHAKE_TIMEOUT, connection.open_bi())
+        let mut stream = timeout(HANDSHAKE_TIMEOUT, connection.open_bi())
             .await
             .map_err(|_| DialError::NoStream)??;
         // Before the streams of dials: a heartbeat must not wait for them.
-        stream.0.set_priority(1);
+        stream.0.go_first();
         let hello = Hello {
             version: VERSION,
             agent_id: worker.node.to_string(),

@@ -109,9 +109,9 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
     let remote = incoming.remote_address();
     let accepted = async {
         let connection = incoming.accept().await?;
-        let stream = connection.accept_bi().await?;
+        let mut stream = connection.accept_bi().await?;
         // Before the streams of dials: a heartbeat must not wait for them.
-        stream.0.set_priority(1);
+        stream.0.go_first();
         Ok::<_, ConnectionError>((connection, stream))
     };
     match timeout(HANDSHAKE_TIMEOUT, accepted).await {

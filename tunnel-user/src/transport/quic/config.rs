@@ -249,6 +249,8 @@ fn transport() -> TransportConfig {
         // hold is bounded by the stream window and the budget of stalled streams (see `datapath`).
         .receive_window(VarInt::MAX)
         .send_window(SEND_WINDOW)
+        // Runs, see `turns`.
+        .send_fairness(false)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .initial_rtt(INITIAL_RTT)
         .packet_threshold(OVERTAKEN_BY)

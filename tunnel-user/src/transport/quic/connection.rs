@@ -21,6 +21,7 @@ use super::endpoint::Shared;
 use super::path;
 use super::stream::{Recv, Send};
 use super::timers::Timer;
+use super::turns::Turns;
 use super::waiting::{Interest, Waiting};
 
 /// A connection. The last handle that goes closes it, with all its streams.
@@ -50,6 +51,9 @@ pub(super) struct State {
     is_connected: bool,
     /// The driver knows that there may be something to send.
     is_noted: bool,
+    pub(super) turns: Turns,
+    /// Streams that wait for the next turn.
+    late: Vec<StreamId>,
     /// Who waits for a stream.
     waiting: HashMap<StreamId, Waiting, FxBuildHasher>,
 }
@@ -122,6 +126,21 @@ impl State {
         }
     }
 
+    /// Has `waker` woken in the next turn.
+    pub(super) fn wait_for_turn(&mut self, id: StreamId, waker: &Waker) {
+        self.late.push(id);
+        self.wait(id, Interest::Write, waker);
+    }
+
+    /// Everything has been sent: who has had its turn may write again.
+    pub(super) fn next_turn(&mut self) {
+        let window = self.proto.congestion_state().window();
+        self.turns.next(window, self.proto.rtt());
+        while let Some(id) = self.late.pop() {
+            self.wake(id, Interest::Write);
+        }
+    }
+
     fn end(&mut self, error: ConnectionError) {
         self.error.get_or_insert(error);
         self.waiting.drain().for_each(|(_, waiting)| waiting.end());
@@ -146,6 +165,8 @@ impl Inner {
             error: None,
             is_connected: false,
             is_noted: false,
+            turns: Turns::default(),
+            late: Vec::new(),
             waiting: HashMap::default(),
         };
         Rc::new(Self {

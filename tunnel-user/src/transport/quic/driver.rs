@@ -16,7 +16,7 @@ use tokio::time::Sleep;
 use super::connection::State;
 use super::endpoint::Shared;
 use super::timers::Timers;
-use super::udp;
+use super::{turns, udp};
 
 /// Bytes that a pass takes in, about: then connections answer, and streams run.
 const RECEIVE: usize = 256 << 10;
@@ -151,7 +151,12 @@ impl Driver {
                 .shared
                 .udp
                 .batch(usize::from(state.proto.current_mtu()));
-            let Some(transmit) = state.proto.poll_transmit(now, batch, &mut self.packets) else {
+            let (transmit, wants_more) =
+                turns::watch(|| state.proto.poll_transmit(now, batch, &mut self.packets));
+            let Some(transmit) = transmit else {
+                if !wants_more {
+                    state.next_turn();
+                }
                 return false;
             };
             if !self.shared.udp.try_send(&transmit, &self.packets) {

@@ -26,6 +26,7 @@ pub mod secret;
 pub mod steering;
 mod stream;
 mod timers;
+mod turns;
 pub mod udp;
 mod waiting;
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use quinn_proto::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn_proto::{AckFrequencyConfig, MtuDiscoveryConfig, VarInt};
 
+use super::turns::Watched;
 use crate::config::TransportConfig;
 use crate::config::transport::{Congestion, Mtu};
 
@@ -55,7 +56,7 @@ pub(super) fn apply(
     };
     transport
         .mtu_discovery_config(Some(discovery))
-        .congestion_controller_factory(congestion);
+        .congestion_controller_factory(Arc::new(Watched(congestion)));
     if config.ack_every != USUAL_ACK_EVERY {
         let mut acks = AckFrequencyConfig::default();
         // How many may come without an acknowledgement of theirs.

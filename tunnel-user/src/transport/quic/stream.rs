@@ -13,6 +13,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::PrefaceError;
 
 use super::connection::{Inner, State};
+use super::turns::Turn;
 use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
@@ -29,6 +30,7 @@ pub struct Send {
     connection: Rc<Inner>,
     id: StreamId,
     ended: bool,
+    turn: Turn,
 }
 
 impl Send {
@@ -37,11 +39,13 @@ impl Send {
             connection,
             id,
             ended: false,
+            turn: Turn::default(),
         }
     }
 
-    /// Streams with a higher one go first; all have 0 by themselves.
-    pub fn set_priority(&self, priority: i32) {
+    /// What is sent on it goes before everything else, and never waits for its turn.
+    pub fn go_first(&mut self) {
+        let priority = self.turn.go_first();
         let mut state = self.connection.state();
         // Fails only when the stream has ended.
         let _ = state.proto.send_stream(self.id).set_priority(priority);
@@ -52,15 +56,29 @@ impl Send {
         self.connection.state().check().err()
     }
 
-    fn poll_send(&self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<Result<(), SendEnd>> {
+    fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<Result<(), SendEnd>> {
         let mut state = self.connection.state();
         while !chunk.is_empty() {
             if let Err(error) = state.check() {
                 return Poll::Ready(Err(SendEnd::Link(link_reason(&error))));
             }
-            let chunks = std::slice::from_mut(chunk);
-            match state.proto.send_stream(self.id).write_chunks(chunks) {
-                Ok(_) => self.connection.note(&mut state),
+            if !self.turn.allows_more(&state.turns) {
+                // The driver's next pass tells whether there is anything to wait for.
+                self.connection.note(&mut state);
+                state.wait_for_turn(self.id, cx.waker());
+                return Poll::Pending;
+            }
+            let priority = self.turn.priority(chunk.len());
+            let mut stream = state.proto.send_stream(self.id);
+            if let Some(priority) = priority {
+                // Fails only when the stream has ended.
+                let _ = stream.set_priority(priority);
+            }
+            match stream.write_chunks(std::slice::from_mut(chunk)) {
+                Ok(written) => {
+                    self.turn.add(written.bytes);
+                    self.connection.note(&mut state);
+                }
                 Err(WriteError::Blocked) => {
                     // The peer is told that it holds us up.
                     self.connection.note(&mut state);

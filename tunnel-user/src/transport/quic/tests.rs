@@ -1,12 +1,15 @@
 //! Two endpoints over loopback, on one thread.
 
+use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
 use tempfile::TempDir;
+use tokio::sync::Notify;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
@@ -228,6 +231,55 @@ fn a_reader_that_stops_holds_up_its_own_stream_alone() {
         };
         let (all, ()) = tokio::join!(take(&mut agents_recv, 8 << 20), rest);
         assert!(all.unwrap() == pattern(8 << 20, 1));
+    });
+}
+
+/// Eight streams send 1 MiB each. What is small then waits for no more than a run of one of them,
+/// and for the packets that are under way.
+#[test]
+fn what_is_small_overtakes_what_is_large() {
+    const LARGE: usize = 1 << 20;
+    run(async |pair| {
+        let ((mut small, _recv), (_agents_send, mut agents_small)) = pair.stream().await;
+        let mut streams = Vec::new();
+        for _ in 0..8 {
+            streams.push(pair.stream().await);
+        }
+        let (arrived, begun) = (Rc::new(Cell::new(0)), Rc::new(Notify::new()));
+        let large = streams.into_iter().enumerate().map(|(seed, stream)| {
+            let ((mut send, recv), (agents_send, mut agents_recv)) = stream;
+            let (arrived, begun) = (arrived.clone(), begun.clone());
+            let sends = async move {
+                let mut left = pattern(LARGE, seed);
+                while !left.is_empty() {
+                    let mut chunk = left.split_to(64 << 10);
+                    send.send(&mut chunk).await.unwrap();
+                }
+                send
+            };
+            let receives = async move {
+                let mut all = Vec::new();
+                while all.len() < LARGE {
+                    let more = take(&mut agents_recv, 1).await.unwrap();
+                    arrived.set(arrived.get() + more.len());
+                    begun.notify_one();
+                    all.extend(more);
+                }
+                assert!(all == pattern(LARGE, seed));
+                (recv, agents_send, agents_recv)
+            };
+            tokio::task::spawn_local(async { tokio::join!(sends, receives) })
+        });
+        let large: Vec<_> = large.collect();
+        begun.notified().await;
+        let before = arrived.get();
+        small.send(&mut pattern(100, 9)).await.unwrap();
+        assert!(take(&mut agents_small, 100).await.unwrap() == pattern(100, 9));
+        let waited_for = arrived.get() - before;
+        assert!(waited_for < LARGE / 2, "{waited_for} bytes went ahead");
+        for one in large {
+            one.await.unwrap();
+        }
     });
 }
 
