@@ -12,6 +12,7 @@ use super::tunnel::{About, DialError, Dialled, End, Tunnel};
 use super::worker::Worker;
 use super::{konnectivity, quic};
 use crate::process::gate::Entered;
+use crate::telemetry::audit::events as audit;
 use crate::transport::quic::PathView;
 use crate::transport::quic::steering::Spread;
 
@@ -111,9 +112,11 @@ impl Errand {
             return dialled.decline(worker.clone(), reason).await;
         }
         let changed = || tell(Event::Changed(*number));
+        let struck = struck(worker, tunnel.clone());
         let end = tokio::select! {
             end = dialled.serve(worker.clone(), changed) => end,
             end = obey(tunnel, told) => end,
+            end = struck => end,
         };
         tell(Event::Ended(*number, end));
     }
@@ -142,6 +145,18 @@ impl Errand {
             _ => Err(DialError::NotConfigured),
         }
     }
+}
+
+/// Ends a tunnel to a server that counts no more.
+async fn struck(worker: &Worker, tunnel: Tunnel) -> End {
+    let (Some(material), Tunnel::Quic(quic)) = (&worker.material, &tunnel) else {
+        return std::future::pending().await;
+    };
+    let revoked = material.revocations().strike(&quic.peer()).await;
+    audit::cut("tunnel", quic.about.way.address, &revoked);
+    let reason = CloseReason::IdentityRefused;
+    tunnel.close(reason);
+    End::new(reason, revoked)
 }
 
 /// Does what a tunnel is told, for ever: its end is its own to tell.

@@ -183,6 +183,10 @@ pub async fn run(
         };
         tokio::spawn(material.watch(renew));
     }
+    if let Some(material) = &me.material {
+        let changed = || audit::changed("list of revoked peers", Ok(()));
+        tokio::spawn(material.revocations().watch(changed));
+    }
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(budget));
     tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");

@@ -19,6 +19,7 @@ use super::worker::Worker;
 use crate::process::host;
 use crate::process::lifecycle::Phase;
 use crate::tls::identity::IdentityError;
+use crate::tls::revoked::Peer;
 use crate::tls::{Identity, Material};
 use crate::transport::control_stream::{ControlEnd, ControlStream, Shared};
 use crate::transport::quic::config::{self, EndpointError, Setup};
@@ -200,6 +201,12 @@ async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReas
 }
 
 impl Tunnel {
+    /// The server, as a list of revoked peers may know it.
+    pub(super) fn peer(&self) -> Peer {
+        let leaf = self.connection.peer_certificate();
+        leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default()
+    }
+
     /// How the path to the server does.
     pub(super) fn path(&self) -> Arc<PathView> {
         self.connection.path()

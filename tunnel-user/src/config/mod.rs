@@ -131,6 +131,8 @@ pub struct TlsConfig {
     pub ca: Option<PathBuf>,
     /// Roots of further trust domains.
     pub trust: Vec<TrustConfig>,
+    /// Identities and serial numbers that count no more, a line each.
+    pub revoked: Option<PathBuf>,
 }
 
 /// One further trust domain.
@@ -164,13 +166,19 @@ impl TlsConfig {
                 .iter()
                 .map(|t| (t.domain.clone(), t.ca.clone()))
                 .collect(),
+            revoked: self.revoked.clone(),
         })
     }
 
     fn resolve(&mut self, base: &Path) {
-        let own = [&mut self.cert, &mut self.key, &mut self.ca]
-            .into_iter()
-            .flatten();
+        let own = [
+            &mut self.cert,
+            &mut self.key,
+            &mut self.ca,
+            &mut self.revoked,
+        ]
+        .into_iter()
+        .flatten();
         for path in own.chain(self.trust.iter_mut().map(|t| &mut t.ca)) {
             *path = base.join(&*path);
         }

@@ -3,8 +3,10 @@
 //! Reads and writes take `&self`, so that both directions run in one task without a lock.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::pin::Pin;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
@@ -38,6 +40,10 @@ pub trait LocalSocket {
     /// As [`broken`](Self::broken), but never completes for a reset that follows the peer's end of
     /// file: then what it sent before is there to be read, and still counts.
     fn revoked(&self) -> impl Future<Output = ()>;
+    /// Waits until the connection has to end, whatever it does.
+    fn cut(&self) -> impl Future<Output = ()> {
+        std::future::pending()
+    }
     /// Whether closing sends a reset and discards what was not sent yet (`SO_LINGER` of 0,
     /// socket(7)). A Unix socket knows no reset.
     fn reset_on_close(&self, reset: bool);
@@ -93,16 +99,16 @@ impl Portable for UnixStream {
 
 /// With its session, and what that has yet to be read and sent.
 impl Portable for TlsSocket {
-    type Packed = (std::net::TcpStream, Box<RefCell<ServerConnection>>);
+    type Packed = (std::net::TcpStream, Box<Secured>);
 
     fn pack(self) -> io::Result<Self::Packed> {
-        Ok((self.tcp.into_std()?, self.session))
+        Ok((self.tcp.into_std()?, self.secured))
     }
 
-    fn unpack((tcp, session): Self::Packed) -> io::Result<Self> {
+    fn unpack((tcp, secured): Self::Packed) -> io::Result<Self> {
         Ok(Self {
             tcp: TcpStream::from_std(tcp)?,
-            session,
+            secured,
         })
     }
 }
@@ -299,22 +305,38 @@ impl LocalSocket for UnixStream {
 #[derive(Debug)]
 pub struct TlsSocket {
     tcp: TcpStream,
-    session: Box<RefCell<ServerConnection>>,
+    secured: Box<Secured>,
+}
+
+/// What TLS makes of a connection.
+pub struct Secured {
+    session: RefCell<ServerConnection>,
+    cut: RefCell<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl fmt::Debug for Secured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.session.fmt(f)
+    }
 }
 
 impl TlsSocket {
-    /// Takes an established session.
-    pub fn new(stream: TlsStream<TcpStream>) -> Self {
+    /// Takes an established session, which has to end when `cut` is ready.
+    pub fn new(
+        stream: TlsStream<TcpStream>,
+        cut: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
         let (tcp, session) = stream.into_inner();
-        Self {
-            tcp,
-            session: Box::new(session.into()),
-        }
+        let secured = Box::new(Secured {
+            session: session.into(),
+            cut: RefCell::new(Box::pin(cut)),
+        });
+        Self { tcp, secured }
     }
 
     /// What has arrived in whole records; `None` when the socket must be read first.
     fn take_plaintext(&self) -> io::Result<Option<Bytes>> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.secured.session.borrow_mut();
         let mut reader = session.reader();
         // A TCP end of file without close_notify is an error here: it may have been cut.
         match reader.fill_buf() {
@@ -329,7 +351,7 @@ impl TlsSocket {
     }
 
     fn take_records(&self) -> io::Result<()> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.secured.session.borrow_mut();
         match session.read_tls(&mut TryIo(&self.tcp)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             done => done?,
@@ -340,7 +362,7 @@ impl TlsSocket {
 
     /// Sends the records that are ready; `false` when the socket takes no more for now.
     fn flush(&self) -> io::Result<bool> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.secured.session.borrow_mut();
         while session.wants_write() {
             match session.write_tls(&mut TryIo(&self.tcp)) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -366,14 +388,19 @@ impl LocalSocket for TlsSocket {
     }
 
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-        let taken = self.session.borrow_mut().writer().write_vectored(slices)?;
+        let taken = self
+            .secured
+            .session
+            .borrow_mut()
+            .writer()
+            .write_vectored(slices)?;
         self.flush()?;
         // rustls takes nothing while its own buffer is full.
         Ok((taken > 0).then_some(taken))
     }
 
     fn is_flushed(&self) -> bool {
-        !self.session.borrow().wants_write()
+        !self.secured.session.borrow().wants_write()
     }
 
     async fn writable(&self) -> io::Result<()> {
@@ -384,7 +411,7 @@ impl LocalSocket for TlsSocket {
     }
 
     async fn finish(&self) -> io::Result<()> {
-        self.session.borrow_mut().send_close_notify();
+        self.secured.session.borrow_mut().send_close_notify();
         self.writable().await?;
         LocalSocket::finish(&self.tcp).await
     }
@@ -395,6 +422,10 @@ impl LocalSocket for TlsSocket {
 
     async fn revoked(&self) {
         self.tcp.revoked().await;
+    }
+
+    fn cut(&self) -> impl Future<Output = ()> {
+        poll_fn(|cx| self.secured.cut.borrow_mut().as_mut().poll(cx))
     }
 
     fn reset_on_close(&self, reset: bool) {

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use super::ServerError;
 use super::frontend::FrontendTls;
@@ -12,6 +13,7 @@ use crate::config::ServerConfig;
 use crate::config::frontend::FrontendConfig;
 use crate::process::inherited::Inherited;
 use crate::tls::TrustDomain;
+use crate::tls::revoked::Revocations;
 use crate::transport::quic::udp::{beside, bind, bind_to_share, enlarge};
 
 /// Sockets that listen.
@@ -72,6 +74,7 @@ impl Bound {
     pub(super) fn open(
         config: &ServerConfig,
         own: &TrustDomain,
+        revocations: &Arc<Revocations>,
         inherited: &mut Inherited,
     ) -> Result<Self, ServerError> {
         let (mut udp, mut health) = (Vec::new(), None);
@@ -100,7 +103,7 @@ impl Bound {
             let listener = listen(inherited, konnectivity.listen)?;
             let tenant = konnectivity.tenant.as_ref().unwrap_or(own).clone();
             let own = (config.tls.cert.as_deref(), config.tls.key.as_deref());
-            let tls = AgentTls::load(konnectivity, own, tenant.clone())?;
+            let tls = AgentTls::load(konnectivity, own, tenant.clone(), revocations.clone())?;
             bound.agents = Some(AgentsBound {
                 listener,
                 tenant,
@@ -111,12 +114,12 @@ impl Bound {
             bound.frontend(
                 frontend,
                 Protocol::HttpConnect(frontend.answers()),
-                own,
+                (own, revocations),
                 inherited,
             )?;
         }
         for frontend in &config.frontends.grpc {
-            bound.frontend(frontend, Protocol::Grpc, own, inherited)?;
+            bound.frontend(frontend, Protocol::Grpc, (own, revocations), inherited)?;
         }
         Ok(bound)
     }
@@ -125,7 +128,7 @@ impl Bound {
         &mut self,
         config: &FrontendConfig,
         protocol: Protocol,
-        own: &TrustDomain,
+        (own, revocations): (&TrustDomain, &Arc<Revocations>),
         inherited: &mut Inherited,
     ) -> Result<(), ServerError> {
         let tenant = |given: &Option<TrustDomain>| given.as_ref().unwrap_or(own).clone();
@@ -145,7 +148,8 @@ impl Bound {
             FrontendConfig::Tcp(frontend) => {
                 let listener = listen(inherited, frontend.tcp)?;
                 let tenant = tenant(&frontend.tenant);
-                let tls = FrontendTls::load(frontend.clone(), tenant.clone(), protocol)?;
+                let (files, revocations) = (frontend.clone(), revocations.clone());
+                let tls = FrontendTls::load(files, tenant.clone(), protocol, revocations)?;
                 self.tls.push(TlsBound {
                     listener,
                     tenant,

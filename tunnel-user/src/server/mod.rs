@@ -50,6 +50,7 @@ use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
 use crate::tls::identity::name_of;
 use crate::tls::material::MaterialError;
+use crate::tls::revoked::Revocations;
 use crate::tls::{Identity, Material, Role, provider};
 use crate::transport::quic::config::{EndpointError, STREAM_HELD, Setup};
 use crate::transport::quic::secret::{Secret, SecretError};
@@ -167,8 +168,13 @@ pub async fn run(
     let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
     let grants = Grants::new(&config.policy)?;
 
+    let revocations = match &material {
+        Some(material) => material.revocations(),
+        None => Revocations::load(config.tls.revoked.clone())?,
+    };
+
     let mut hangups = lifecycle::hangups()?;
-    let bound = Bound::open(&config, &own, &mut inherited)?;
+    let bound = Bound::open(&config, &own, &revocations, &mut inherited)?;
     let (attached, accepting) = Attachments::attach(&config.redirect, &own, &mut inherited)?;
     inherited.report_leftovers();
 
@@ -197,6 +203,7 @@ pub async fn run(
         handshakes: Gate::new(link::MAX_HANDSHAKES),
         server_id: identity.name.clone(),
         server_count: config.server_count,
+        revocations: revocations.clone(),
         instance: InstanceId(instance),
         started: tokio::time::Instant::now(),
         phase: phases.clone(),
@@ -262,6 +269,8 @@ pub async fn run(
     if let Some(material) = material {
         tokio::spawn(material.watch(|| audit::changed("certificates", Ok(()))));
     }
+    let changed = || audit::changed("list of revoked peers", Ok(()));
+    tokio::spawn(revocations.watch(changed));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(attachments::forward_log(config.redirect.clone()));

@@ -22,6 +22,7 @@ use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
+use crate::tls::revoked::Revocations;
 
 /// What every shard of a server knows.
 #[derive(Clone)]
@@ -44,6 +45,8 @@ pub(super) struct Common {
     pub server_id: Arc<str>,
     /// How many of us there are.
     pub server_count: u32,
+    /// Peers who count no more.
+    pub revocations: Arc<Revocations>,
     /// This process.
     pub instance: InstanceId,
     /// Since when it runs.

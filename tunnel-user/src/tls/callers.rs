@@ -15,6 +15,7 @@ use rustls::{
 };
 
 use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::revoked::{Revocations, Revoked};
 use super::verify::unknown_issuer;
 
 /// Lets in whom the CA vouches for, unless the certificate is for another role or tenant.
@@ -23,15 +24,22 @@ pub struct Callers {
     inner: Arc<dyn ClientCertVerifier>,
     role: Role,
     tenant: TrustDomain,
+    revocations: Arc<Revocations>,
 }
 
 impl Callers {
-    /// Lets in whom `inner` does. Those with an identity must play `role` and be of `tenant`.
-    pub fn new(inner: Arc<dyn ClientCertVerifier>, role: Role, tenant: TrustDomain) -> Arc<Self> {
+    /// Lets in whom `inner` does and `revocations` do not name. Those with an identity must play
+    /// `role` and be of `tenant`.
+    pub fn new(
+        inner: Arc<dyn ClientCertVerifier>,
+        (role, tenant): (Role, TrustDomain),
+        revocations: Arc<Revocations>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             inner,
             role,
             tenant,
+            revocations,
         })
     }
 }
@@ -45,6 +53,8 @@ enum Refusal {
     Tenant(Identity, TrustDomain),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
 }
 
 /// rustls shows a refusal of ours with `Debug`, and people are to read it.
@@ -81,9 +91,13 @@ impl ClientCertVerifier for Callers {
             Err(IdentityError::UriCount(0)) => {}
             Err(error) => return Err(Refusal::from(error).into()),
         }
-        self.inner
+        let verified = self
+            .inner
             .verify_client_cert(leaf, intermediates, now)
-            .map_err(unknown_issuer)
+            .map_err(unknown_issuer)?;
+        let checked = self.revocations.check_certificate(leaf);
+        checked.map_err(Refusal::from)?;
+        Ok(verified)
     }
 
     fn verify_tls12_signature(

@@ -18,6 +18,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, SignatureScheme};
 
 use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 
 /// How often the files are looked at.
@@ -34,6 +35,8 @@ pub struct Files {
     pub ca: PathBuf,
     /// Further trust domains and the PEM roots that vouch for each.
     pub trust: Vec<(TrustDomain, PathBuf)>,
+    /// Peers who count no more.
+    pub revoked: Option<PathBuf>,
 }
 
 impl Files {
@@ -150,6 +153,7 @@ pub struct Material {
     provider: Arc<CryptoProvider>,
     current: ArcSwap<Own>,
     trust: Arc<ArcSwap<TrustStore>>,
+    revocations: Arc<Revocations>,
 }
 
 #[derive(Debug)]
@@ -170,7 +174,9 @@ impl Material {
         provider: Arc<CryptoProvider>,
     ) -> Result<Arc<Self>, MaterialError> {
         let (own, trust) = read(&files, role, &provider)?;
+        let revocations = Revocations::load(files.revoked.clone())?;
         Ok(Arc::new(Self {
+            revocations,
             files,
             role,
             provider,
@@ -186,7 +192,13 @@ impl Material {
 
     /// A verifier for peers of `role` that follows reloads.
     pub fn verifier(&self, role: Role) -> Arc<PeerVerifier> {
-        PeerVerifier::new(role, self.trust.clone(), self.provider.clone())
+        let (trust, revocations) = (self.trust.clone(), self.revocations.clone());
+        PeerVerifier::new(role, trust, revocations, self.provider.clone())
+    }
+
+    /// Peers who count no more; to be watched beside the material.
+    pub fn revocations(&self) -> Arc<Revocations> {
+        self.revocations.clone()
     }
 
     /// Reads the files again if one of them changed. Returns whether something new is in force.

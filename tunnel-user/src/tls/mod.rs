@@ -2,8 +2,8 @@
 //!
 //! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
 //! domain only ([`verify`]), or for the callers of one listener ([`callers`]); certificates, keys and
-//! CAs are files that are watched and read anew without a restart ([`material`]); `cpc pki` makes
-//! them ([`issue`]). What others than we speak TLS with is in [`floor`].
+//! CAs are files that are watched and read anew without a restart ([`material`]), and so is the list of
+//! those who count no more ([`revoked`]); `cpc pki` makes certificates ([`issue`]). What others than we speak TLS with is in [`floor`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
@@ -12,6 +12,7 @@ pub mod floor;
 pub mod identity;
 pub mod issue;
 pub mod material;
+pub mod revoked;
 pub mod verify;
 
 pub use floor::{TlsFloor, TlsVersion};

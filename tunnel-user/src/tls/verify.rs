@@ -22,6 +22,7 @@ use rustls::{
 };
 
 use super::identity::{Identity, Role, TrustDomain};
+use super::revoked::{Revocations, Revoked};
 
 /// The roots of each trust domain.
 #[derive(Clone, Default)]
@@ -74,6 +75,8 @@ enum Refusal {
     Role { identity: Identity, expected: Role },
     #[error("{0} is of a trust domain that is not trusted here; add its CA to tls.trust")]
     Domain(Identity),
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
     #[error("{0} was not issued by a CA that vouches for its trust domain here; see tls.ca")]
     Issuer(Identity),
 }
@@ -117,6 +120,7 @@ pub fn unknown_issuer(error: Error) -> Error {
 pub struct PeerVerifier {
     expected: Role,
     trust: Arc<ArcSwap<TrustStore>>,
+    revocations: Arc<Revocations>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -125,13 +129,21 @@ impl PeerVerifier {
     pub fn new(
         expected: Role,
         trust: Arc<ArcSwap<TrustStore>>,
+        revocations: Arc<Revocations>,
         provider: Arc<CryptoProvider>,
     ) -> Arc<Self> {
         Arc::new(Self {
             expected,
             trust,
+            revocations,
             provider,
         })
+    }
+
+    /// Last: who is not vouched for has nothing that could be revoked.
+    fn check_revoked(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
+        let checked = self.revocations.check_certificate(leaf);
+        checked.map_err(|revoked| Refusal::Revoked(revoked).into())
     }
 
     /// Who the leaf names, and the roots that would have to vouch for it.
@@ -167,10 +179,12 @@ impl ClientCertVerifier for PeerVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let (identity, anchors) = self.anchors(leaf)?;
-        anchors
+        let verified = anchors
             .clients
             .verify_client_cert(leaf, intermediates, now)
-            .map_err(|error| named(error, identity))
+            .map_err(|error| named(error, identity))?;
+        self.check_revoked(leaf)?;
+        Ok(verified)
     }
 
     fn verify_tls12_signature(
@@ -218,6 +232,7 @@ impl ServerCertVerifier for PeerVerifier {
             self.provider.signature_verification_algorithms.all,
         )
         .map_err(|error| named(error, identity))?;
+        self.check_revoked(leaf)?;
         Ok(ServerCertVerified::assertion())
     }
 

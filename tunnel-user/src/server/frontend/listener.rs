@@ -21,6 +21,7 @@ use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::gate::{Entered, Gate};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events as audit;
+use crate::tls::revoked::Peer;
 use crate::tls::{TlsFloor, TlsVersion, TrustDomain};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
 
@@ -169,17 +170,29 @@ impl Service {
 
     /// As a task of its own, which does not keep what the handshake took.
     fn serve_tls(self, shard: Rc<Shard>, client: SocketAddr, session: TlsStream<TcpStream>) {
-        let (tenant, client) = (self.tenant, Some(client));
+        let certificates = session.get_ref().1.peer_certificates();
+        let peer = certificates.and_then(|chain| chain.first()).map(Peer::of);
+        let peer = peer.unwrap_or_default();
+        let revocations = shard.revocations.clone();
+        let cut = async move {
+            let revoked = revocations.strike(&peer).await;
+            tracing::warn!(%client, why = %revoked, "client's connection is ended");
+            audit::cut("client", client, &revoked);
+        };
+        let tenant = self.tenant;
         match self.protocol {
             Protocol::HttpConnect(answers) => {
-                let local = TlsSocket::new(session);
-                let served = http_connect::connection(shard, tenant, answers, client, local);
+                let local = TlsSocket::new(session, cut);
+                let served = http_connect::connection(shard, tenant, answers, Some(client), local);
                 tokio::task::spawn_local(served);
             }
             Protocol::Grpc => {
-                let served =
-                    async move { grpc::connection(&shard, &tenant, client, session).await };
-                tokio::task::spawn_local(served);
+                tokio::task::spawn_local(async move {
+                    tokio::select! {
+                        () = grpc::connection(&shard, &tenant, Some(client), session) => {}
+                        () = cut => {}
+                    }
+                });
             }
         }
     }

@@ -70,16 +70,22 @@ fn serve(
             metrics: &shard.metrics.dials,
         };
         meter.outbound(*given);
-        let ending = relay(local, send, recv, rest, &shard.budget, &meter).await;
+        let relayed = relay(local, send, recv, rest, &shard.budget, &meter);
+        let (closer, reason) = tokio::select! {
+            ending = relayed => {
+                let closer = match ending.by {
+                    ClosedBy::Local => Closer::Client,
+                    ClosedBy::Remote => Closer::Target,
+                    ClosedBy::Link => Closer::Tunnel,
+                };
+                (closer, ending.reason)
+            }
+            () = local.cut() => (Closer::Server, CloseReason::IdentityRefused),
+        };
         let established = record.connected.unwrap_or(record.start);
         shard.metrics.konnectivity.ended(established.elapsed());
-        let closer = match ending.by {
-            ClosedBy::Local => Closer::Client,
-            ClosedBy::Remote => Closer::Target,
-            ClosedBy::Link => Closer::Tunnel,
-        };
-        record.end(closer, ending.reason, &ending.reason, &shard.metrics.dials);
-        ending.reason
+        record.end(closer, reason, &reason, &shard.metrics.dials);
+        reason
     }
 }
 

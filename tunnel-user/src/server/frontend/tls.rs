@@ -12,6 +12,7 @@ use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
 use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
+use crate::tls::revoked::Revocations;
 use crate::tls::{Role, TrustDomain};
 
 /// The TLS of one frontend, read anew when its files change.
@@ -20,6 +21,7 @@ pub(in crate::server) struct FrontendTls {
     config: TcpFrontend,
     tenant: TrustDomain,
     protocol: Protocol,
+    revocations: Arc<Revocations>,
     acceptor: Arc<ArcSwap<TlsAcceptor>>,
 }
 
@@ -32,13 +34,15 @@ impl FrontendTls {
         config: TcpFrontend,
         tenant: TrustDomain,
         protocol: Protocol,
+        revocations: Arc<Revocations>,
     ) -> Result<Self, MaterialError> {
-        let acceptor = Arc::new(ArcSwap::from_pointee(acceptor(&config, &tenant, protocol)?));
+        let first = acceptor(&config, &tenant, protocol, &revocations)?;
         Ok(Self {
             config,
             tenant,
             protocol,
-            acceptor,
+            revocations,
+            acceptor: Arc::new(ArcSwap::from_pointee(first)),
         })
     }
 
@@ -57,7 +61,7 @@ impl FrontendTls {
         let reload = || {
             let now = files();
             if now != last {
-                let fresh = acceptor(&self.config, &self.tenant, self.protocol)?;
+                let fresh = acceptor(&self.config, &self.tenant, self.protocol, &self.revocations)?;
                 self.acceptor.store(Arc::new(fresh));
                 last = now;
                 tracing::info!(frontend = %self.config.tcp, "certificates reloaded");
@@ -78,6 +82,7 @@ fn acceptor(
     config: &TcpFrontend,
     tenant: &TrustDomain,
     protocol: Protocol,
+    revocations: &Arc<Revocations>,
 ) -> Result<TlsAcceptor, MaterialError> {
     let file = |path: &std::path::Path, why: String| MaterialError::File {
         path: path.into(),
@@ -92,7 +97,7 @@ fn acceptor(
     let inner = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
         .build()
         .map_err(|e| file(&config.client_ca, e.to_string()))?;
-    let callers = Callers::new(inner, Role::Client, tenant.clone());
+    let callers = Callers::new(inner, (Role::Client, tenant.clone()), revocations.clone());
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)
         .map_err(|e| file(&config.cert, e.to_string()))?

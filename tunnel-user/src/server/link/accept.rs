@@ -15,6 +15,7 @@ use crate::process::lifecycle::Phase;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events as audit;
+use crate::tls::revoked::Peer;
 use crate::transport::control_stream::{ControlStream, Shared};
 use crate::transport::quic::{
     Connection, ConnectionError, Endpoint, Incoming, Recv, Send, error_code, link_reason,
@@ -89,20 +90,28 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);
-    let end = session::run(&shard, &link, &mut control)
-        .instrument(span)
-        .await;
+    let leaf = connection.peer_certificate();
+    let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
+    let peer = peer.known_as(&link.info.identity);
+    let (reason, why) = tokio::select! {
+        end = session::run(&shard, &link, &mut control).instrument(span) => {
+            (session::reason_of(&end), end.to_string())
+        }
+        revoked = shard.revocations.strike(&peer) => {
+            audit::cut("tunnel", connection.remote_address(), &revoked);
+            (CloseReason::IdentityRefused, revoked.to_string())
+        }
+    };
     shard.links.borrow_mut().remove(&link.info.id);
     link.place.take();
     shard.control.disconnect(link.info.id).await;
-    let reason = session::reason_of(&end);
     tracing::info!(
         agent = %link.info.identity, remote = %connection.remote_address(),
-        reason = reason.label(), why = %end, "agent disconnected"
+        reason = reason.label(), %why, "agent disconnected"
     );
     audit::agent_disconnected(&link.info.identity, reason);
     // The reason travels with the close. Without effect on a connection that is gone.
-    connection.close(error_code(reason), end.to_string().as_bytes());
+    connection.close(error_code(reason), why.as_bytes());
 }
 
 async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Send, Recv))> {

@@ -10,6 +10,7 @@ use tunnel_proto::session::Refusal;
 
 use super::AUDIT;
 use crate::tls::Identity;
+use crate::tls::revoked::Revoked;
 
 /// Refused claims that a record names; it counts all.
 const NAMED: usize = 100;
@@ -39,6 +40,13 @@ pub fn agent_connected(agent: &Identity, remote: SocketAddr, kind: &'static str,
 pub fn agent_disconnected(agent: &Identity, reason: CloseReason) {
     tracing::info!(
         target: AUDIT, event = "agent_disconnected", %agent, reason = reason.label(),
+    );
+}
+
+/// Something of a peer's that was under way has been ended, because the peer counts no more.
+pub fn cut(what: &'static str, remote: SocketAddr, revoked: &Revoked) {
+    tracing::info!(
+        target: AUDIT, event = "revoked", what, %remote, why = %revoked,
     );
 }
 

@@ -54,6 +54,7 @@ fn material(dir: &TempDir, role: Role, name: &str) -> Arc<Material> {
         key: out.join(format!("{kind}.key")),
         ca: out.join("ca.crt"),
         trust: Vec::new(),
+        revoked: None,
     };
     Material::load(files, role, provider()).unwrap()
 }

@@ -24,7 +24,7 @@ use crate::server::link::{Link, report};
 use crate::server::routes::{LinkInfo, LinkKind};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::Service;
-use crate::tls::Identity;
+use crate::tls::{Identity, revoked};
 use crate::transport::grpc::server::Call;
 use crate::transport::grpc::{Code, PacketReceiver, Status, StreamEnd};
 
@@ -52,6 +52,9 @@ enum End {
     /// We ended it.
     #[error("{0}")]
     Told(CloseReason),
+    /// The agent counts no more.
+    #[error(transparent)]
+    Revoked(#[from] revoked::Revoked),
 }
 
 impl End {
@@ -63,6 +66,7 @@ impl End {
             Self::Machine(error) => error.reason(),
             Self::Unanswered => CloseReason::HandshakeTimeout,
             Self::Told(reason) => *reason,
+            Self::Revoked(_) => CloseReason::IdentityRefused,
         }
     }
 }
@@ -115,9 +119,14 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let span = tracing::debug_span!("session", agent = %session.link.info.identity);
     let outbox = session.link.outbox.clone();
     let mut sending = pin!(outbox.drive(sender));
+    let known = known(&peer, &session.link.info.identity);
     let served = async {
         tokio::select! {
             end = &mut sending => (End::Stream(end), true),
+            why = shard.revocations.strike(&known) => {
+                audit::cut("tunnel", remote, &why);
+                (End::Revoked(why), false)
+            }
             end = session.listen(receiver) => (end, false),
         }
     };
@@ -145,7 +154,16 @@ async fn introduce(
             &agents.door.tenant,
         )
         .await?;
+    agents.shard.revocations.check(&known(peer, &identity))?;
     Ok((introduction, identity))
+}
+
+/// What a list of revoked peers may know it by.
+fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
+    let leaf = peer.certificate.as_ref();
+    leaf.map(revoked::Peer::of)
+        .unwrap_or_default()
+        .known_as(identity)
 }
 
 /// Gives an agent its place, or says why there is none.

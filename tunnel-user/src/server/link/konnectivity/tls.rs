@@ -13,6 +13,7 @@ use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
 use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
+use crate::tls::revoked::Revocations;
 use crate::tls::{Role, TlsFloor, TrustDomain};
 use crate::transport::grpc;
 
@@ -30,6 +31,7 @@ struct Files {
     client_ca: Option<PathBuf>,
     floor: TlsFloor,
     tenant: TrustDomain,
+    revocations: Arc<Revocations>,
 }
 
 impl AgentTls {
@@ -42,6 +44,7 @@ impl AgentTls {
         config: &KonnectivityConfig,
         (own_cert, own_key): (Option<&Path>, Option<&Path>),
         tenant: TrustDomain,
+        revocations: Arc<Revocations>,
     ) -> Result<Self, MaterialError> {
         // The configuration has been checked: one of the two is there.
         let first = |path: &Option<PathBuf>, own: Option<&Path>| {
@@ -53,6 +56,7 @@ impl AgentTls {
             client_ca: config.client_ca.clone(),
             floor: config.tls_floor.clone(),
             tenant,
+            revocations,
         };
         let acceptor = Arc::new(ArcSwap::from_pointee(acceptor(&files)?));
         Ok(Self { files, acceptor })
@@ -105,7 +109,11 @@ fn acceptor(files: &Files) -> Result<TlsAcceptor, MaterialError> {
             let inner = WebPkiClientVerifier::builder_with_provider(roots, provider)
                 .build()
                 .map_err(|e| wrong(ca, e.to_string()))?;
-            let agents = Callers::new(inner, Role::Agent, files.tenant.clone());
+            let agents = Callers::new(
+                inner,
+                (Role::Agent, files.tenant.clone()),
+                files.revocations.clone(),
+            );
             builder.with_client_cert_verifier(agents)
         }
         None => builder.with_client_cert_verifier(Arc::new(NoClientAuth)),

@@ -11,6 +11,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::kubernetes::token::{ReviewError, TokenReviewer};
 use crate::tls::identity::{IdentityError, ip_from_octets, name_of};
+use crate::tls::revoked::Revoked;
 use crate::tls::{Identity, Role, TrustDomain};
 use crate::transport::grpc::server::Call;
 
@@ -65,6 +66,9 @@ pub(super) enum Refusal {
     /// It is not good.
     #[error("Failed to validate authentication token, err:{0}")]
     Token(#[from] ReviewError),
+    /// It counts no more.
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
     /// The certificate is missing, or names nobody.
     #[error("the agent's certificate does not say who it is: {0}")]
     Certificate(#[from] IdentityError),
