@@ -308,8 +308,11 @@ impl Session<'_> {
         let reason = end.reason();
         self.link.close(reason);
         if !self.registered {
-            if !matches!(end, End::Left | End::Stream(_)) {
-                self.agents.shard.metrics.handshake_failed("timeout");
+            let metrics = &self.agents.shard.metrics;
+            match end {
+                End::Left | End::Stream(_) => {}
+                End::Revoked(_) => metrics.handshake_failed("identity"),
+                _ => metrics.handshake_failed("timeout"),
             }
             tracing::debug!(agent = %info.identity, why = %end, "agent never came");
             return;
