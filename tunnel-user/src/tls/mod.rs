@@ -3,7 +3,8 @@
 //! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
 //! domain only ([`verify`]), or for the callers of one listener ([`callers`]); certificates, keys and
 //! CAs are files that are watched and read anew without a restart ([`material`]), and so is the list of
-//! those who count no more ([`revoked`]); `cpc pki` makes certificates ([`issue`]). What others than we speak TLS with is in [`floor`].
+//! those who count no more ([`revoked`]); `cpc pki` makes certificates ([`issue`]). What others than we
+//! speak TLS with is in [`floor`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 

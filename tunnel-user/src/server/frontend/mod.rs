@@ -72,6 +72,8 @@ fn serve(
         meter.outbound(*given);
         let relayed = relay(local, send, recv, rest, &shard.budget, &meter);
         let (closer, reason) = tokio::select! {
+            // Without a random number a poll.
+            biased;
             ending = relayed => {
                 let closer = match ending.by {
                     ClosedBy::Local => Closer::Client,
