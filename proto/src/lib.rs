@@ -8,6 +8,8 @@
 //! | [`preface`] | the dial request and response at the head of each tunnelled stream |
 //! | [`control`] | the messages of the control stream and their framing |
 //! | [`route`] | what an agent claims to serve |
+//! | [`certificate`] | asking for a certificate, and the answer |
+//! | [`join`] | the same for who has none yet |
 //! | [`session`] | the agent's and the server's end of a control stream, without I/O |
 //! | [`http_connect`] | the HTTP `CONNECT` request and its answers |
 //! | [`konnectivity`] | the messages of Kubernetes' Konnectivity and what goes with them |
@@ -17,11 +19,14 @@
 //! `Ok(None)`, never takes more than it was given, and does not panic whatever it is given.
 #![forbid(unsafe_code)]
 
+pub mod certificate;
 pub mod close;
 pub mod control;
 pub mod http_connect;
+pub mod join;
 pub mod konnectivity;
 pub mod preface;
 pub mod route;
 pub mod session;
+mod text;
 pub mod varint;

@@ -8,6 +8,8 @@
 //!                                  <-    RoutesVerdict
 //!   Ping, Pong, Drain             <->    Ping, Pong, Drain
 //!   Statistics                     ->
+//!   CertificateRequest             ->
+//!                                  <-    CertificateAnswer
 //! ```
 //!
 //! [`AgentSession`] and [`ServerSession`] decide; a driver moves the bytes and keeps the time. It
@@ -33,6 +35,7 @@ mod server;
 pub use self::agent::{AgentEvent, AgentSession};
 pub use self::error::{MessageError, SessionError};
 pub use self::liveness::{BUSY_WINDOW, MIN_HEARTBEAT, Timers};
+pub(crate) use self::message::message_name;
 pub use self::message::{Hello, InstanceId, MAX_FEATURES, MAX_TEXT, Refusal, Welcome};
 pub use self::outbox::MAX_QUEUED;
 pub use self::server::{ServerEvent, ServerSession};

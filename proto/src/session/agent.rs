@@ -9,9 +9,10 @@ use super::SessionError;
 use super::line::{Line, from_drain};
 use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_verdict, message_name};
+use crate::certificate::{Answer, from_answer};
 use crate::close::CloseReason;
 use crate::control::envelope::Message;
-use crate::control::{Routes, Statistics};
+use crate::control::{CertificateRequest, Routes, Statistics};
 use crate::route::{Claim, to_offer};
 
 /// What an agent's driver is told.
@@ -26,6 +27,9 @@ pub enum AgentEvent {
         /// Why the rest is not; see [`Welcome::refused`].
         refused: Vec<Refusal>,
     },
+    /// The answer to a [`request_certificate`](AgentSession::request_certificate); answers come in the
+    /// order of the requests.
+    Certificate(Answer),
     /// Nothing was heard of the server for too long.
     Silent,
     /// The silent server was heard again.
@@ -147,6 +151,16 @@ impl AgentSession {
         self.line.send(Message::Statistics(statistics))
     }
 
+    /// Asks for another certificate, with a PKCS #10 of at most
+    /// [`MAX_CSR`](crate::certificate::MAX_CSR) bytes. A server of an earlier release does not answer.
+    ///
+    /// # Errors
+    /// [`SessionError::Backlog`].
+    pub fn request_certificate(&mut self, csr: Vec<u8>) -> Result<(), SessionError> {
+        self.line
+            .send(Message::CertificateRequest(CertificateRequest { csr }))
+    }
+
     /// A stream was opened or bytes moved: for a while, silence is noticed sooner.
     pub fn note_traffic(&mut self, now: Instant) {
         self.line.note_traffic(now);
@@ -189,6 +203,13 @@ impl AgentSession {
                 let (accepted, refused) = from_verdict(verdict)?;
                 self.events
                     .push_back(AgentEvent::Verdict { accepted, refused });
+            }
+            (Phase::Established, Message::CertificateAnswer(answer)) => {
+                let answer = from_answer(answer).map_err(|error| SessionError::Invalid {
+                    message: "CertificateAnswer",
+                    error,
+                })?;
+                self.events.push_back(AgentEvent::Certificate(answer));
             }
             (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
             (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),

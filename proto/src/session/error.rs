@@ -4,6 +4,7 @@ use thiserror::Error;
 
 use super::message::{MAX_FEATURES, MAX_TEXT};
 use super::outbox::MAX_QUEUED;
+use crate::certificate::{MAX_ADDRESSES, MAX_CERTIFICATES, MAX_CSR, MAX_TOKEN};
 use crate::close::CloseReason;
 use crate::control::{FrameError, VERSION, Version};
 use crate::route::ClaimError;
@@ -95,4 +96,19 @@ pub enum MessageError {
     /// The offer can't be read.
     #[error(transparent)]
     Claim(#[from] ClaimError),
+    /// A request for a certificate is too long.
+    #[error("a request for a certificate has {0} bytes, over the limit of {MAX_CSR}")]
+    RequestTooLong(usize),
+    /// There are too many certificates.
+    #[error("{0} certificates are over the limit of {MAX_CERTIFICATES}")]
+    TooManyCertificates(usize),
+    /// A token is too long.
+    #[error("a token of {0} bytes is over the limit of {MAX_TOKEN}")]
+    TokenTooLong(usize),
+    /// A node has too many addresses.
+    #[error("{0} addresses are over the limit of {MAX_ADDRESSES}")]
+    TooManyAddresses(usize),
+    /// Not an address.
+    #[error("{0:?} is no IP address")]
+    Address(String),
 }

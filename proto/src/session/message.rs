@@ -1,7 +1,4 @@
 //! The messages that carry more than numbers, in checked form, and the way to and from the wire.
-//!
-//! What a name is made of is checked strictly, since it becomes a key; free text is made fit
-//! instead, since nobody should lose a session over the wording of a refusal.
 
 use std::fmt;
 use std::time::Duration;
@@ -12,6 +9,7 @@ use super::{MessageError, SessionError};
 use crate::control::envelope::Message;
 use crate::control::{self, MAX_FRAME, Offer, VERSION, Version};
 use crate::route::{Claim, MAX_CLAIMS, from_offer, to_offer};
+use crate::text::{made_fit, name};
 
 /// The longest text in a message (a name, a release, a refusal), in bytes.
 pub const MAX_TEXT: usize = 253;
@@ -192,7 +190,7 @@ pub(super) fn from_routes(wire: control::Routes) -> Result<Vec<Claim>, SessionEr
 }
 
 /// The name of a message, for errors.
-pub(super) fn message_name(message: &Message) -> &'static str {
+pub(crate) fn message_name(message: &Message) -> &'static str {
     match message {
         Message::Hello(_) => "Hello",
         Message::Welcome(_) => "Welcome",
@@ -202,6 +200,9 @@ pub(super) fn message_name(message: &Message) -> &'static str {
         Message::Pong(_) => "Pong",
         Message::Drain(_) => "Drain",
         Message::Statistics(_) => "Statistics",
+        Message::CertificateRequest(_) => "CertificateRequest",
+        Message::CertificateAnswer(_) => "CertificateAnswer",
+        Message::JoinRequest(_) => "JoinRequest",
     }
 }
 
@@ -215,19 +216,6 @@ fn supported(version: Option<Version>) -> Result<Version, SessionError> {
         version if version.major == VERSION.major => Ok(version),
         version => Err(SessionError::UnsupportedVersion(version)),
     }
-}
-
-fn name(field: &'static str, text: String) -> Result<String, MessageError> {
-    if text.len() > MAX_TEXT {
-        return Err(MessageError::TextTooLong {
-            field,
-            length: text.len(),
-        });
-    }
-    if text.chars().any(char::is_control) {
-        return Err(MessageError::ControlCharacters { field });
-    }
-    Ok(text)
 }
 
 fn instance_id(bytes: &[u8]) -> Result<InstanceId, MessageError> {
@@ -279,9 +267,4 @@ fn refusals_that_fit(refusals: &[Refusal], used: usize) -> Vec<control::Refusal>
             used <= MAX_FRAME
         })
         .collect()
-}
-
-fn made_fit(text: &str) -> String {
-    let text = &text[..text.floor_char_boundary(MAX_TEXT)];
-    text.replace(char::is_control, "?")
 }

@@ -9,6 +9,7 @@ use super::SessionError;
 use super::line::{Line, from_drain};
 use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_routes, message_name, verdict};
+use crate::certificate::{Answer, from_request};
 use crate::close::CloseReason;
 use crate::control::Statistics;
 use crate::control::envelope::Message;
@@ -25,6 +26,9 @@ pub enum ServerEvent {
     Offer(Vec<Claim>),
     /// How the agent does.
     Statistics(Statistics),
+    /// The agent asks for another certificate, with this PKCS #10; to be answered with
+    /// [`certificate`](ServerSession::certificate).
+    CertificateRequest(Vec<u8>),
     /// Nothing was heard of the agent for too long.
     Silent,
     /// The silent agent was heard again.
@@ -153,6 +157,15 @@ impl ServerSession {
             .send(Message::RoutesVerdict(verdict(&accepted, &refused)))
     }
 
+    /// Answers the oldest unanswered [`ServerEvent::CertificateRequest`].
+    ///
+    /// # Errors
+    /// [`SessionError::Unsendable`] if the certificates do not fit into a message; the session goes
+    /// on. [`SessionError::Backlog`].
+    pub fn certificate(&mut self, answer: &Answer) -> Result<(), SessionError> {
+        self.line.send(Message::CertificateAnswer(answer.into()))
+    }
+
     /// Tells the agent that the server is about to leave: no new streams will come, and what lives
     /// may go on for `deadline`. Before the Welcome it waits for that.
     ///
@@ -205,6 +218,13 @@ impl ServerSession {
             }
             (Phase::Established, Message::Statistics(statistics)) => {
                 self.events.push_back(ServerEvent::Statistics(statistics));
+            }
+            (Phase::Established, Message::CertificateRequest(request)) => {
+                let csr = from_request(request).map_err(|error| SessionError::Invalid {
+                    message: "CertificateRequest",
+                    error,
+                })?;
+                self.events.push_back(ServerEvent::CertificateRequest(csr));
             }
             (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
             (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),

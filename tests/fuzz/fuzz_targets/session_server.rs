@@ -7,6 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::{take_byte, take_piece};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
+use tunnel_proto::certificate::MAX_CSR;
 use tunnel_proto::session::{
     InstanceId, MAX_QUEUED, Refusal, ServerEvent, ServerSession, SessionError, Timers, Welcome,
 };
@@ -33,7 +34,10 @@ fn answer(server: &mut ServerSession, now: Instant, hellos: &mut u32) -> Result<
             }
             other => {
                 assert_eq!(*hellos, 1, "{other:?} before the Hello");
-                if let ServerEvent::Offer(claims) = other {
+                if let ServerEvent::CertificateRequest(csr) = &other {
+                    assert!(csr.len() <= MAX_CSR);
+                    server.certificate(&Err("none is issued here".to_owned()))?;
+                } else if let ServerEvent::Offer(claims) = other {
                     let why = "not granted".to_owned();
                     let refused = claims.iter().map(|claim| Refusal {
                         claim: claim.to_string(),

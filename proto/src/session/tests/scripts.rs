@@ -152,6 +152,7 @@ impl Session {
                 ServerEvent::Draining { .. } => told.agent_drains += 1,
                 ServerEvent::Silent => server.0.push((*at, true)),
                 ServerEvent::Alive => server.0.push((*at, false)),
+                ServerEvent::CertificateRequest(_) => prop_assert!(false, "nobody asked"),
             }
         }
         prop_assert_eq!(
@@ -165,6 +166,7 @@ impl Session {
                 AgentEvent::Draining { .. } => told.server_drains += 1,
                 AgentEvent::Silent => agent.0.push((*at, true)),
                 AgentEvent::Alive => agent.0.push((*at, false)),
+                AgentEvent::Certificate(_) => prop_assert!(false, "nobody answered"),
             }
         }
         Ok((told, server.check()?, agent.check()?))

@@ -31,6 +31,58 @@ fn server_error(bytes: &[u8]) -> SessionError {
 }
 
 #[test]
+fn certificates_are_asked_for_and_answered_in_order() {
+    use crate::certificate::{Issued, MAX_CSR};
+    let mut pair = Pair::established(usize::MAX);
+    for csr in [vec![1; MAX_CSR], vec![2]] {
+        pair.agent.request_certificate(csr).unwrap();
+    }
+    pair.run(2 * LATENCY).unwrap();
+    let asked = [vec![1; MAX_CSR], vec![2]].map(ServerEvent::CertificateRequest);
+    let told: Vec<_> = pair
+        .server_events
+        .drain(..)
+        .map(|(_, event)| event)
+        .collect();
+    assert_eq!(told, asked);
+    let issued = Issued {
+        chain: vec![vec![3; 800]],
+        roots: vec![vec![4; 800], vec![5; 800]],
+    };
+    let answers = [Ok(issued), Err("this server issues none".to_owned())];
+    for answer in &answers {
+        pair.server.certificate(answer).unwrap();
+    }
+    pair.run(2 * LATENCY).unwrap();
+    let told: Vec<_> = pair
+        .agent_events
+        .drain(..)
+        .map(|(_, event)| event)
+        .collect();
+    assert_eq!(told, answers.map(AgentEvent::Certificate));
+}
+
+#[test]
+fn a_request_out_of_bounds_or_turn_ends_the_session() {
+    use crate::certificate::MAX_CSR;
+    use crate::control::{CertificateRequest, JoinRequest};
+    let request = |length| {
+        frame(Message::CertificateRequest(CertificateRequest {
+            csr: vec![0; length],
+        }))
+    };
+    let mut pair = Pair::established(usize::MAX);
+    let error = pair.server.handle_bytes(&request(MAX_CSR + 1), pair.now);
+    assert!(matches!(error, Err(SessionError::Invalid { .. })));
+    let before_hello = server_error(&request(1));
+    assert_eq!(before_hello, SessionError::OutOfTurn("CertificateRequest"));
+    let mut pair = Pair::established(usize::MAX);
+    let join = frame(Message::JoinRequest(JoinRequest::default()));
+    let error = pair.server.handle_bytes(&join, pair.now);
+    assert_eq!(error, Err(SessionError::OutOfTurn("JoinRequest")));
+}
+
+#[test]
 fn neither_side_waits_for_ever() {
     for silent_agent in [true, false] {
         let mut pair = Pair::new(usize::MAX);
