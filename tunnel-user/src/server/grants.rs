@@ -12,6 +12,7 @@ use tunnel_proto::session::Refusal;
 use crate::config::ConfigError;
 use crate::config::server::PolicyConfig;
 use crate::tls::Identity;
+use crate::tls::identity::matches;
 
 /// The server's policy.
 #[derive(Debug, Default)]
@@ -114,20 +115,6 @@ impl Grant {
     fn covers_net(&self, net: &IpNet) -> bool {
         self.cidrs.iter().any(|granted| granted.contains(net))
     }
-}
-
-/// Whether `text` fits `pattern`, in which `*` stands for any characters but `/`.
-fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(text) = text.strip_prefix(head) else {
-        return false;
-    };
-    let end = text.find('/').unwrap_or(text.len());
-    (0..=end)
-        .filter(|at| text.is_char_boundary(*at))
-        .any(|at| matches(rest, &text[at..]))
 }
 
 #[cfg(test)]

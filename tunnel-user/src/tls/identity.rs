@@ -224,6 +224,20 @@ pub fn check_name(name: &str) -> Result<(), IdentityError> {
     Ok(())
 }
 
+/// Whether `text` fits `pattern`, in which `*` stands for any characters but `/`.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let Some((head, rest)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let Some(text) = text.strip_prefix(head) else {
+        return false;
+    };
+    let end = text.find('/').unwrap_or(text.len());
+    (0..=end)
+        .filter(|at| text.is_char_boundary(*at))
+        .any(|at| matches(rest, &text[at..]))
+}
+
 fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> {
     let wrong = || IdentityError::Uri(uri.chars().take(300).collect());
     let mut parts = uri.strip_prefix("spiffe://").ok_or_else(wrong)?.split('/');

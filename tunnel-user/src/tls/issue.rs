@@ -1,4 +1,5 @@
-//! Making a cluster CA and issuing certificates with the right URI, key usage and addresses.
+//! Making a cluster CA and issuing certificates with the right URI, key usage and addresses: with a key
+//! made here, or for somebody's own.
 
 use std::fs;
 use std::io::Write;
@@ -8,11 +9,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    SerialNumber,
 };
 
+use rustls::pki_types::CertificateDer;
+
 use super::identity::{self, Identity, IdentityError, Role, TrustDomain};
+use super::pin::KeyHash;
 
 /// Validity that starts a little in the past, for clocks that disagree.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
@@ -45,6 +50,28 @@ pub enum IssueError {
     /// The certificate could not be made.
     #[error("the certificate could not be made: {0}")]
     Rcgen(#[from] rcgen::Error),
+    /// The system has no random numbers.
+    #[error("no random numbers for a serial number")]
+    Random,
+}
+
+/// Somebody's public key, with proof that they hold the private one.
+#[derive(Debug)]
+pub struct Applicant(CertificateSigningRequestParams);
+
+impl Applicant {
+    /// Reads a PKCS #10 (RFC 2986, DER). Nothing counts of it but the key.
+    ///
+    /// # Errors
+    /// What is wrong with it, which may be that its signature is another key's.
+    pub fn read(csr: &[u8]) -> Result<Self, rcgen::Error> {
+        CertificateSigningRequestParams::from_der(&csr.into()).map(Self)
+    }
+
+    /// The key, as others know it: the SHA-256 of its `SubjectPublicKeyInfo`.
+    pub fn key(&self) -> KeyHash {
+        KeyHash::of_spki(&self.0.public_key.subject_public_key_info())
+    }
 }
 
 /// What to issue.
@@ -66,6 +93,7 @@ pub struct Request {
 #[derive(Debug)]
 pub struct Authority {
     trust_domain: TrustDomain,
+    not_after: SystemTime,
     pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -110,20 +138,40 @@ impl Authority {
             path: path.clone(),
             why,
         };
-        let trust_domain = domain_of(pem.as_bytes()).map_err(wrong)?;
+        let (trust_domain, not_after) = read_ca(pem.as_bytes()).map_err(wrong)?;
         let issuer = Issuer::from_ca_cert_pem(&pem, key)?;
         Ok(Self {
             trust_domain,
+            not_after,
             pem,
             issuer,
         })
     }
 
-    /// Issues a certificate into `out`: `<role>.crt`, `<role>.key` and a copy of `ca.crt`.
+    /// Whom it vouches for.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The last moment at which it is valid, and with it whatever it issues.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// Issues a certificate for the key of `applicant`.
     ///
     /// # Errors
-    /// [`IssueError`]; nothing that was there is overwritten.
-    pub fn issue(&self, request: &Request, out: &Path) -> Result<Identity, IssueError> {
+    /// [`IssueError`].
+    pub fn certify(
+        &self,
+        request: &Request,
+        applicant: &Applicant,
+    ) -> Result<CertificateDer<'static>, IssueError> {
+        let certificate = self.sign(request, &applicant.0.public_key)?;
+        Ok(certificate.der().clone())
+    }
+
+    fn sign(&self, request: &Request, key: &impl PublicKeyData) -> Result<Certificate, IssueError> {
         identity::check_name(&request.name)?;
         let uri = identity::uri(&self.trust_domain, request.role, &request.name);
         let mut params = CertificateParams::default();
@@ -144,9 +192,18 @@ impl Authority {
             Role::Agent | Role::Client => ExtendedKeyUsagePurpose::ClientAuth,
         }];
         params.use_authority_key_identifier_extension = true;
+        params.serial_number = Some(serial()?);
         set_validity(&mut params, request.not_after);
+        Ok(params.signed_by(key, &self.issuer)?)
+    }
+
+    /// Issues a certificate into `out`: `<role>.crt`, `<role>.key` and a copy of `ca.crt`.
+    ///
+    /// # Errors
+    /// [`IssueError`]; nothing that was there is overwritten.
+    pub fn issue(&self, request: &Request, out: &Path) -> Result<Identity, IssueError> {
         let key = KeyPair::generate()?;
-        let cert = params.signed_by(&key, &self.issuer)?;
+        let cert = self.sign(request, &key)?;
         fs::create_dir_all(out).map_err(|why| IssueError::Io {
             path: out.into(),
             why,
@@ -171,10 +228,21 @@ fn ca_uri(trust_domain: &TrustDomain) -> String {
     format!("spiffe://{trust_domain}")
 }
 
-fn domain_of(pem: &[u8]) -> Result<TrustDomain, String> {
+/// Unpredictable and never given twice (RFC 5280 section 4.1.2.2): positive, 16 octets.
+fn serial() -> Result<SerialNumber, IssueError> {
+    let mut octets = [0; 16];
+    aws_lc_rs::rand::fill(&mut octets).map_err(|_| IssueError::Random)?;
+    // A leading zero would be left out, and a leading one mean a negative number.
+    octets[0] = octets[0] & 0x7f | 0x40;
+    Ok(SerialNumber::from_slice(&octets))
+}
+
+/// Whom a CA vouches for, and until when.
+fn read_ca(pem: &[u8]) -> Result<(TrustDomain, SystemTime), String> {
     use x509_parser::prelude::GeneralName;
     let (_, pem) = x509_parser::pem::parse_x509_pem(pem).map_err(|e| e.to_string())?;
     let cert = pem.parse_x509().map_err(|e| e.to_string())?;
+    let not_after = cert.validity().not_after.to_datetime().into();
     let names = cert.subject_alternative_name().map_err(|e| e.to_string())?;
     let names = names.into_iter().flat_map(|san| &san.value.general_names);
     let uri = names.filter_map(|name| match name {
@@ -182,7 +250,10 @@ fn domain_of(pem: &[u8]) -> Result<TrustDomain, String> {
         _ => None,
     });
     match uri.collect::<Vec<_>>()[..] {
-        [domain] => domain.parse().map_err(|e: IdentityError| e.to_string()),
+        [domain] => {
+            let domain = domain.parse().map_err(|e: IdentityError| e.to_string())?;
+            Ok((domain, not_after))
+        }
         _ => Err("names no trust domain".into()),
     }
 }

@@ -128,7 +128,11 @@ pub fn load_roots(path: &Path) -> Result<RootCertStore, MaterialError> {
     Ok(roots)
 }
 
-fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
+/// Reads PEM certificates, at least one.
+///
+/// # Errors
+/// [`MaterialError::File`].
+pub fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
     let certs = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|e| file(path, &e))?;
@@ -160,6 +164,7 @@ pub struct Material {
 struct Own {
     identity: Identity,
     key: Arc<CertifiedKey>,
+    roots: Vec<CertificateDer<'static>>,
     fingerprint: Vec<u8>,
 }
 
@@ -188,6 +193,21 @@ impl Material {
     /// Our own identity, as the certificate in force has it.
     pub fn identity(&self) -> Identity {
         self.current.load().identity.clone()
+    }
+
+    /// Our own chain and key, as they are in force.
+    pub fn key(&self) -> Arc<CertifiedKey> {
+        self.current.load().key.clone()
+    }
+
+    /// The roots that vouch for our own trust domain.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.current.load().roots.clone()
+    }
+
+    /// Where all of it lies.
+    pub fn files(&self) -> &Files {
+        &self.files
     }
 
     /// A verifier for peers of `role` that follows reloads.
@@ -305,6 +325,7 @@ fn read(
         Own {
             identity,
             key: Arc::new(key),
+            roots: load_certificates(&files.ca)?,
             fingerprint,
         },
         trust,

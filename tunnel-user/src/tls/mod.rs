@@ -3,22 +3,26 @@
 //! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
 //! domain only ([`verify`]), or for the callers of one listener ([`callers`]); certificates, keys and
 //! CAs are files that are watched and read anew without a restart ([`material`]), and so is the list of
-//! those who count no more ([`revoked`]); `cpc pki` makes certificates ([`issue`]). What others than we
-//! speak TLS with is in [`floor`].
+//! those who count no more ([`revoked`]); a CA of ours makes certificates ([`issue`]), which who joins asks
+//! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
+//! we speak TLS with is in [`floor`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
 pub mod callers;
+pub mod credential;
 pub mod floor;
 pub mod identity;
 pub mod issue;
 pub mod material;
+pub mod pin;
 pub mod revoked;
 pub mod verify;
 
 pub use floor::{TlsFloor, TlsVersion};
 pub use identity::{Identity, Role, TrustDomain};
 pub use material::{Files, Material};
+pub use pin::KeyHash;
 
 use std::sync::Arc;
 

@@ -52,6 +52,14 @@ impl Peer {
         }
     }
 
+    /// Whoever is called so, by any certificate.
+    pub fn called(uri: String) -> Self {
+        Self {
+            identity: Some(uri),
+            serial: None,
+        }
+    }
+
     /// The same, as who it has been taken for.
     #[must_use]
     pub fn known_as(self, identity: &Identity) -> Self {
@@ -74,6 +82,14 @@ impl Revocations {
         };
         let list = watch::Sender::new(list);
         Ok(Arc::new(Self { file, list }))
+    }
+
+    /// A list that names nobody, for good.
+    pub fn none() -> Arc<Self> {
+        Arc::new(Self {
+            file: None,
+            list: watch::Sender::new(List::default()),
+        })
     }
 
     /// Whether the list names `peer`.
