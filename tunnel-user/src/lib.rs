@@ -10,6 +10,7 @@ mod buffers;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod join;
 pub mod kubernetes;
 pub mod process;
 pub mod redirect;

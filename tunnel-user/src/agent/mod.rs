@@ -7,12 +7,14 @@ mod connector;
 mod dialer;
 mod errand;
 mod held;
+pub mod join;
 mod konnectivity;
 mod leases;
 mod me;
 pub mod plan;
 pub mod policy;
 mod quic;
+mod renew;
 mod shards;
 mod stats;
 mod status;
@@ -50,6 +52,7 @@ use held::Tunnels;
 use konnectivity::ClientError;
 use me::Me;
 use policy::Policy;
+use renew::Renewals;
 use shards::Dispatch;
 use worker::Worker;
 
@@ -147,6 +150,7 @@ pub async fn run(
         tunnels: config.tunnels,
     };
     let connections = Gate::new(config.limits.connections);
+    let renewals = Renewals::default();
     let worker = Worker {
         node: me.name(),
         material: me.material.clone(),
@@ -154,6 +158,7 @@ pub async fn run(
         konnectivity: me.konnectivity.clone(),
         instance: InstanceId(instance),
         serve,
+        renewals: renewals.clone(),
         policy: policy.clone(),
         metrics: dials,
         proxy_metrics,
@@ -184,6 +189,9 @@ pub async fn run(
         tokio::spawn(material.watch(renew));
     }
     if let Some(material) = &me.material {
+        if config.tls.renew {
+            tokio::spawn(renew::keep(material.clone(), renewals));
+        }
         let changed = || audit::changed("list of revoked peers", Ok(()));
         tokio::spawn(material.revocations().watch(changed));
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
@@ -13,6 +14,7 @@ use tunnel_proto::session::{AgentEvent, AgentSession, Hello, InstanceId, Session
 
 use super::dialer;
 use super::plan::{Way, Wire};
+use super::renew::Request;
 use super::stats::TunnelStats;
 use super::tunnel::{About, GOODBYE, LOOK_INTERVAL};
 use super::worker::Worker;
@@ -243,9 +245,17 @@ impl Dialled {
         let tunnel = self.tunnel.clone();
         let mut serve = worker.serve.clone();
         let mut phase = worker.phase.clone();
+        // A certificate that was asked for on this tunnel.
+        let mut asked = None;
         let end = loop {
             tokio::select! {
                 event = self.control.next() => match event {
+                    Ok(AgentEvent::Certificate(answer)) => {
+                        if let Some(asked) = asked.take() {
+                            // Whoever asked may have given up.
+                            let _ = oneshot::Sender::send(asked, answer);
+                        }
+                    }
                     Ok(event) => tunnel.note(event, &changed),
                     Err(end) => break end,
                 },
@@ -258,6 +268,13 @@ impl Dialled {
                     }
                     Err(error) => break error.into(),
                 },
+                request = worker.renewals.next() => {
+                    let Request { csr, answer } = request;
+                    asked = Some(answer);
+                    if let Err(error) = tunnel.session.with(|s| s.request_certificate(csr)) {
+                        break error.into();
+                    }
+                }
                 Ok(()) = serve.changed() => {
                     serve.mark_unchanged();
                     if let Err(error) = tunnel.session.with(|s| s.offer(worker.offer())) {
@@ -308,7 +325,7 @@ impl Tunnel {
                 changed();
             }
             AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
-            AgentEvent::Welcomed(_) => {}
+            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) => {}
         }
     }
 }

@@ -11,6 +11,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::konnectivity::Client;
 use super::policy::Policy;
+use super::renew::Renewals;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
@@ -34,6 +35,8 @@ pub(super) struct Worker {
     pub instance: InstanceId,
     /// What we offer to serve beyond the node addresses in our certificate.
     pub serve: watch::Receiver<Vec<Claim>>,
+    /// What asks for another certificate.
+    pub renewals: Renewals,
     /// What may be dialled.
     pub policy: Arc<ArcSwap<Policy>>,
     /// Counters.

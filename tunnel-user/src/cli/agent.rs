@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::common::{LogArgs, TlsArgs, overlay};
+use super::join;
 use crate::config::{AgentConfig, ConfigError, Rule};
 use crate::datapath::engine::Choice;
 use crate::telemetry::logging;
@@ -18,7 +19,10 @@ use crate::telemetry::logging;
 /// anew.
 /// Certificates are watched.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Configuration file (YAML, version 1)
     #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -47,8 +51,16 @@ pub(super) struct Args {
     engine: Option<Choice>,
     #[command(flatten)]
     tls: TlsArgs,
+    /// Ask a server for another certificate in time; --cert and --key have to be one file
+    #[arg(long, env = "CPC_TLS_RENEW", help_heading = "TLS")]
+    renew: bool,
     #[command(flatten)]
     log: LogArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Join(join::Args),
 }
 
 impl Args {
@@ -69,13 +81,17 @@ impl Args {
         overlay(&mut config.admin, self.admin);
         overlay(&mut config.datapath.engine, self.engine);
         self.tls.apply(&mut config.tls);
+        config.tls.renew |= self.renew;
         self.log.apply(&mut config.log);
         let file = self.config.as_deref();
         config.check().map_err(|error| error.within(file))?;
         Ok(config)
     }
 
-    pub(super) fn run(self) -> anyhow::Result<()> {
+    pub(super) fn run(mut self) -> anyhow::Result<()> {
+        if let Some(Command::Join(args)) = self.command.take() {
+            return args.run();
+        }
         let config = self.config()?;
         let log = logging::init(&config.log, &config.audit)?;
         super::runtime()?.block_on(crate::agent::run(config, log, || self.config()))?;

@@ -1,6 +1,9 @@
 //! Flags that several subcommands share.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
+
+use ipnet::IpNet;
 
 use crate::config::{LogConfig, LogFormat, TlsConfig};
 
@@ -9,6 +12,13 @@ pub(super) fn overlay<T>(value: &mut T, given: Option<T>) {
     if let Some(given) = given {
         *value = given;
     }
+}
+
+/// A range of addresses; a single one may stand without its prefix length.
+pub(super) fn net(text: &str) -> Result<IpNet, String> {
+    let single = text.parse::<IpAddr>().map(IpNet::from);
+    let net = single.or_else(|_| text.parse::<IpNet>().map(|net| net.trunc()));
+    net.map_err(|_| format!("{text:?} is no address and no range: 10.99.1.2 and 10.99.0.0/16 are"))
 }
 
 /// Our certificate and whom we trust.

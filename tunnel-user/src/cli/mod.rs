@@ -2,6 +2,7 @@
 
 mod agent;
 mod common;
+mod join;
 mod konnectivity;
 mod log;
 mod man;
@@ -9,6 +10,7 @@ mod pki;
 mod redirect;
 mod server;
 mod status;
+mod token;
 
 use clap::{Parser, Subcommand};
 
@@ -41,6 +43,7 @@ enum Command {
     Status(status::Args),
     Redirect(redirect::Args),
     Pki(pki::Args),
+    Token(token::Args),
     Log(log::Args),
     Completions(man::CompletionsArgs),
     Man(man::ManArgs),
@@ -67,6 +70,7 @@ impl Cli {
             Command::Status(args) => args.run(),
             Command::Redirect(args) => args.run(),
             Command::Pki(args) => args.run(),
+            Command::Token(args) => args.run(),
             Command::Log(args) => args.run(),
             Command::Completions(args) => args.run(),
             Command::Man(args) => args.run(),

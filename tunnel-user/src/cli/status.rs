@@ -128,7 +128,8 @@ fn render(status: &Status) -> String {
     }
 }
 
-fn table(header: &[&str]) -> Table {
+/// A table as wide as the terminal.
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_style(UTF8_HORIZONTAL_ONLY)

@@ -212,6 +212,14 @@ impl AgentConfig {
         }
         self.transport.check()?;
         self.audit.check()?;
+        if self.tls.renew && self.tls.cert != self.tls.key {
+            return Err(ConfigError::Value {
+                key: "tls.renew",
+                why: "needs key and certificate in one file, as `cpc agent join` writes it, named by \
+                      tls.cert and tls.key: two can't be replaced in one step"
+                    .into(),
+            });
+        }
         if self.servers.is_empty() {
             return Err(ConfigError::Value {
                 key: "servers",

@@ -9,6 +9,7 @@ pub mod agent;
 pub mod audit;
 pub mod datapath;
 pub mod frontend;
+pub mod join;
 pub mod konnectivity;
 pub mod rule;
 pub mod server;
@@ -26,6 +27,7 @@ use crate::tls::{Files, TrustDomain};
 pub use agent::AgentConfig;
 pub use audit::AuditConfig;
 pub use datapath::DatapathConfig;
+pub use join::JoinConfig;
 pub use rule::{PortRange, Rule};
 pub use server::ServerConfig;
 pub use transport::TransportConfig;
@@ -133,6 +135,8 @@ pub struct TlsConfig {
     pub trust: Vec<TrustConfig>,
     /// Identities and serial numbers that count no more, a line each.
     pub revoked: Option<PathBuf>,
+    /// An agent asks a server for another certificate when two thirds of this one's life are over.
+    pub renew: bool,
 }
 
 /// One further trust domain.

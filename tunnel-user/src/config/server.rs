@@ -12,8 +12,8 @@ use super::frontend::FrontendsConfig;
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
 use super::{
-    AuditConfig, ConfigError, DatapathConfig, LogConfig, TUNNEL_PORT, TlsConfig, TransportConfig,
-    Version, base_of, check_shards,
+    AuditConfig, ConfigError, DatapathConfig, JoinConfig, LogConfig, TUNNEL_PORT, TlsConfig,
+    TransportConfig, Version, base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::shard;
@@ -52,6 +52,8 @@ pub struct ServerConfig {
     pub redirect: RedirectConfig,
     /// The agents of Konnectivity.
     pub konnectivity: Option<KonnectivityConfig>,
+    /// Workers without a certificate get one.
+    pub join: Option<JoinConfig>,
     /// Leases that tell agents how many servers there are.
     pub leases: Option<LeaseConfig>,
     /// Address of health, metrics and status.
@@ -83,6 +85,7 @@ impl Default for ServerConfig {
             frontends: FrontendsConfig::default(),
             redirect: RedirectConfig::default(),
             konnectivity: None,
+            join: None,
             leases: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8135)),
             health: None,
@@ -256,6 +259,11 @@ impl ServerConfig {
         self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
     }
 
+    /// Where join tokens stand, and what was issued.
+    pub fn join_directory(&self) -> PathBuf {
+        self.state_dir.join("join")
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors
@@ -308,6 +316,15 @@ impl ServerConfig {
         if let Some(leases) = &self.leases {
             leases.labels()?;
         }
+        if let Some(join) = &self.join {
+            join.check()?;
+            if self.tls.cert.is_none() {
+                return value("join", "needs a certificate to show: tls.cert");
+            }
+        }
+        if self.tls.renew {
+            return value("tls.renew", "is for agents");
+        }
         let mut names = std::collections::HashSet::new();
         for attachment in &self.redirect.attachments {
             if !names.insert(&attachment.name) {
@@ -348,6 +365,9 @@ impl ServerConfig {
         self.state_dir = base.join(&self.state_dir);
         self.audit.resolve(base);
         self.frontends.resolve(base);
+        if let Some(join) = &mut self.join {
+            join.resolve(base);
+        }
         if let Some(konnectivity) = &mut self.konnectivity {
             konnectivity.resolve(base);
         }

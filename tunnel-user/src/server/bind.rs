@@ -26,6 +26,8 @@ pub(super) struct Bound {
     pub admin: TcpListener,
     /// Health as Konnectivity's programs tell it.
     pub probes: Option<TcpListener>,
+    /// Workers that join.
+    pub join: Option<TcpListener>,
     /// Frontends on Unix sockets.
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
@@ -94,6 +96,9 @@ impl Bound {
             probes: config
                 .health
                 .map(|addr| listen(inherited, addr))
+                .transpose()?,
+            join: { config.join.as_ref() }
+                .map(|join| listen(inherited, join.listen))
                 .transpose()?,
             unix: Vec::new(),
             tls: Vec::new(),

@@ -17,6 +17,7 @@ mod dial;
 mod early;
 mod frontend;
 pub mod grants;
+mod join;
 mod leases;
 mod link;
 mod metrics;
@@ -38,6 +39,7 @@ use tunnel_proto::session::InstanceId;
 use crate::admin::{self, Admin};
 use crate::config::{ConfigError, ServerConfig};
 use crate::datapath::{Budget, Engines};
+use crate::join::BookError;
 use crate::kubernetes::AccessError;
 use crate::process::gate::Gate;
 use crate::process::inherited::Inherited;
@@ -49,9 +51,10 @@ use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
 use crate::tls::identity::name_of;
+use crate::tls::issue::IssueError;
 use crate::tls::material::MaterialError;
 use crate::tls::revoked::Revocations;
-use crate::tls::{Identity, Material, Role, provider};
+use crate::tls::{Identity, Material, Role, TrustDomain, provider};
 use crate::transport::quic::config::{EndpointError, STREAM_HELD, Setup};
 use crate::transport::quic::secret::{Secret, SecretError};
 use attachments::{Attachments, kernel_routes};
@@ -99,6 +102,22 @@ pub enum ServerError {
     /// Something that the system should have given.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// The CA that is to issue.
+    #[error("join.ca: {0}")]
+    Authority(#[from] IssueError),
+    /// The file of tokens.
+    #[error("join: {0}")]
+    Book(#[from] BookError),
+    /// A CA that our agents would not be known by.
+    #[error(
+        "join.ca is of {ca}, and our own certificate of {own}: agents join the trust domain of their servers"
+    )]
+    JoinDomain {
+        /// The CA's.
+        ca: TrustDomain,
+        /// Ours.
+        own: TrustDomain,
+    },
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,
@@ -193,8 +212,13 @@ pub async fn run(
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
     let (peers, inboxes) = Peers::new(config.shards);
+    let desk = join::desk(&config, &identity, material.as_ref()).await?;
+    if let Some(desk) = &desk {
+        desk.metrics.register(ours(&mut metrics));
+    }
     let common = Common {
         control: control.handle(),
+        desk: desk.clone(),
         metrics: server_metrics,
         budget: Budget::new(config.limits.stalled_bytes, STREAM_HELD),
         limits: config.limits.clone(),
@@ -257,6 +281,9 @@ pub async fn run(
         outcome.await.map_err(|_| ServerError::Shard)??;
     }
 
+    if let (Some(listener), Some(desk)) = (bound.join, desk) {
+        join::serve(listener, desk).await?;
+    }
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     tokio::spawn(admin::serve(bound.admin, admin.clone().router()));
     if let Some(probes) = bound.probes {

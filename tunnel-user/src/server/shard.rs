@@ -20,6 +20,7 @@ use super::metrics::ServerMetrics;
 use super::routes::LinkId;
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
+use crate::join::Desk;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
 use crate::tls::revoked::Revocations;
@@ -29,6 +30,8 @@ use crate::tls::revoked::Revocations;
 pub(super) struct Common {
     /// The control task.
     pub control: ControlHandle,
+    /// Where certificates are issued, if they are.
+    pub desk: Option<Arc<Desk>>,
     /// Counters.
     pub metrics: ServerMetrics,
     /// The bound on stopped readers.

@@ -1,6 +1,6 @@
 //! Accepting tunnels: handshakes, their bounds, and who comes in.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
         session,
         info,
         place: RefCell::default(),
+        asked: Cell::default(),
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);

@@ -1,6 +1,6 @@
 //! An agent over QUIC: streams for dials.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,6 +25,8 @@ pub(crate) struct QuicLink {
     pub info: Arc<LinkInfo>,
     /// Its place among all tunnels, once it is welcome.
     pub(super) place: RefCell<Option<Entered>>,
+    /// When it last asked for a certificate.
+    pub(super) asked: Cell<Option<Instant>>,
 }
 
 impl QuicLink {

@@ -2,8 +2,9 @@
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use tunnel_proto::certificate::Answer;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
 use tunnel_proto::session::{
@@ -20,6 +21,9 @@ use crate::transport::quic::link_reason;
 
 /// Refused claims that stand in the log.
 const SHOWN_CLAIMS: usize = 16;
+
+/// An agent that asks for certificates faster is not heard.
+const ASKED_AFTER: Duration = Duration::from_secs(10);
 
 /// Drives the session until it ends.
 pub(super) async fn run(
@@ -86,8 +90,24 @@ async fn handle(
             shard.control.changed().await;
         }
         ServerEvent::Statistics(_) => {}
+        ServerEvent::CertificateRequest(csr) => {
+            let answer = certificate(shard, link, csr).await;
+            link.session.with(|s| s.certificate(&answer))?;
+        }
     }
     Ok(())
+}
+
+/// Asks the desk, which has more work with a request than an agent with asking.
+async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
+    let Some(desk) = &shard.desk else {
+        return Err("this server issues no certificates: it has no `join`".into());
+    };
+    let last = link.asked.replace(Some(Instant::now()));
+    if last.is_some_and(|last| last.elapsed() < ASKED_AFTER) {
+        return Err("asked again too soon".into());
+    }
+    desk.renew(link.info.identity.clone(), csr).await
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {

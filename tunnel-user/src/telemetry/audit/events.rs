@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::Refusal;
@@ -41,6 +41,20 @@ pub fn agent_disconnected(agent: &Identity, reason: CloseReason) {
     tracing::info!(
         target: AUDIT, event = "agent_disconnected", %agent, reason = reason.label(),
     );
+}
+
+/// A worker without a certificate got one. `by` is the id of its token, or who vouched for it.
+pub fn joined(agent: &str, remote: SocketAddr, by: &str, (serial, until): (&str, SystemTime)) {
+    let until = humantime::format_rfc3339_seconds(until);
+    tracing::info!(
+        target: AUDIT, event = "joined", agent, %remote, token = by, serial, %until,
+    );
+}
+
+/// An agent's certificate was renewed over its tunnel.
+pub fn renewed(agent: &str, (serial, until): (&str, SystemTime)) {
+    let until = humantime::format_rfc3339_seconds(until);
+    tracing::info!(target: AUDIT, event = "renewed", agent, serial, %until);
 }
 
 /// Something of a peer's that was under way has been ended, because the peer counts no more.

@@ -1,0 +1,195 @@
+//! `cpc token`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, bail};
+use clap::Subcommand;
+use ipnet::IpNet;
+use serde_json::json;
+
+use super::common::net;
+use super::status::table;
+use crate::config::ServerConfig;
+use crate::join::admit::Ticket;
+use crate::join::{Book, BookError, Token};
+use crate::tls::KeyHash;
+use crate::tls::material::load_certificates;
+
+/// Make and end the tokens that workers join with
+///
+/// A worker shows a token to the join listener of a server (`join` in its configuration) and gets the
+/// certificate that makes it an agent. Tokens are kept in the server's state_dir; a running server knows
+/// of each change at once. Run it on the server's host.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The server's configuration file
+    #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a token, and print the command that a worker joins with
+    Create {
+        /// The node that it is for; `*` stands for any characters. A name without `*` may also be given
+        /// to another key while its certificate is valid
+        #[arg(long, value_name = "NAME")]
+        node: String,
+        /// An address or a range that the node's addresses may be in; may be repeated. An address
+        /// without a range may also be moved from a node that has it
+        #[arg(long, value_name = "CIDR", required = true, value_parser = net)]
+        ip: Vec<IpNet>,
+        /// How many nodes may use it
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        uses: u32,
+        /// How long it is good, at most 30 days
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+        ttl: Duration,
+        /// Where workers reach the join listener, for the printed command
+        #[arg(long, value_name = "HOST:PORT")]
+        server: Option<String>,
+        /// Print the token alone
+        #[arg(long, short)]
+        quiet: bool,
+    },
+    /// Show the tokens, and who used them
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End a token: nobody joins by it any more. Who has joined stays; `tls.revoked` ends that
+    Revoke {
+        /// What stands before the dot of the token
+        id: String,
+    },
+}
+
+/// The longest life of a token.
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
+
+impl Args {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let file = self.config.as_deref();
+        let config = ServerConfig::load(file)?;
+        config.check().map_err(|error| error.within(file))?;
+        let Some(join) = &config.join else {
+            bail!(
+                "the configuration has no `join`: then nobody takes tokens (docs/configuration.md)"
+            );
+        };
+        let book = Book::open(&config.join_directory())?;
+        match self.command {
+            Command::Create {
+                node,
+                ip,
+                uses,
+                ttl,
+                server,
+                quiet,
+            } => {
+                if ttl.is_zero() || ttl > LONGEST {
+                    bail!("--ttl: must be over 0 s and at most 30 days");
+                }
+                let token = Token::generate().ok().context("no random numbers")?;
+                let ticket = Ticket {
+                    digest: token.digest(),
+                    nodes: node.clone(),
+                    addresses: ip,
+                    uses,
+                    expires: SystemTime::now() + ttl,
+                    used: BTreeMap::new(),
+                };
+                let id = token.id().to_owned();
+                book.change(|pages| {
+                    pages.forget(SystemTime::now());
+                    pages.tokens.insert(id, ticket);
+                    Ok::<_, BookError>(())
+                })?;
+                if quiet {
+                    println!("{}", token.reveal());
+                    return Ok(());
+                }
+                let server = server.unwrap_or_else(|| format!("HOST:{}", join.listen.port()));
+                let mut command = format!(
+                    "cpc agent join --server {server} --token {}",
+                    token.reveal()
+                );
+                let ca = config.tls.files()?.ca;
+                for root in load_certificates(&ca)? {
+                    command.push_str(&format!(" --ca-hash {}", KeyHash::of(&root)?));
+                }
+                if !node.contains('*') {
+                    command.push_str(&format!(" --node {node}"));
+                }
+                println!("{command}");
+            }
+            Command::List { json } => list(&book, json)?,
+            Command::Revoke { id } => {
+                // Somebody may have the whole of it at hand.
+                let id = id.split('.').next().unwrap_or_default().to_owned();
+                let found =
+                    book.change(|pages| Ok::<_, BookError>(pages.tokens.remove(&id).is_some()))?;
+                if !found {
+                    bail!("there is no token {id}; `cpc token list` shows those that there are");
+                }
+                println!("token {id} is revoked");
+            }
+        }
+        Ok(())
+    }
+}
+
+fn list(book: &Book, json: bool) -> anyhow::Result<()> {
+    let pages = book.read()?;
+    let now = SystemTime::now();
+    let time = |at| humantime::format_rfc3339_seconds(at).to_string();
+    let addresses = |ticket: &Ticket| -> Vec<_> {
+        let nets = ticket.addresses.iter();
+        nets.map(ToString::to_string).collect()
+    };
+    if json {
+        let tokens = pages.tokens.iter().map(|(id, ticket)| {
+            json!({
+                "id": id,
+                "nodes": ticket.nodes,
+                "addresses": addresses(ticket),
+                "uses_left": ticket.uses,
+                "expires": time(ticket.expires),
+                "expired": ticket.expires <= now,
+                "used_by": ticket.used.keys().collect::<Vec<_>>(),
+            })
+        });
+        println!("{:#}", json!(tokens.collect::<Vec<_>>()));
+        return Ok(());
+    }
+    let mut table = table(&[
+        "ID",
+        "NODES",
+        "ADDRESSES",
+        "USES LEFT",
+        "EXPIRES",
+        "USED BY",
+    ]);
+    for (id, ticket) in &pages.tokens {
+        let expires = match ticket.expires <= now {
+            true => "expired".into(),
+            false => time(ticket.expires),
+        };
+        let used: Vec<_> = ticket.used.keys().cloned().collect();
+        table.add_row([
+            id.clone(),
+            ticket.nodes.clone(),
+            addresses(ticket).join("\n"),
+            ticket.uses.to_string(),
+            expires,
+            used.join("\n"),
+        ]);
+    }
+    println!("{table}");
+    Ok(())
+}
