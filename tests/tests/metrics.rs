@@ -94,8 +94,12 @@ fn metrics_are_as_documented() -> Result<()> {
     }
     let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;
     lab.configure_connector()?;
+    let ca = lab.folder().join("pki");
     let server = &mut lab.control_plane.servers[0].daemon;
-    server.configure(|config| config["audit"] = json!({"directory": "audit"}))?;
+    server.configure(|config| {
+        config["audit"] = json!({"directory": "audit"});
+        config["join"] = json!({"listen": "127.0.0.1:8138", "ca": ca});
+    })?;
     lab.start_configured()?;
     through(&lab, echo(1))?;
     redirected(&lab, echo(1))?;
