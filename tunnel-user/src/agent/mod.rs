@@ -39,6 +39,7 @@ use crate::datapath::{Budget, Engines};
 use crate::kubernetes::AccessError;
 use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
+use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
 use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::telemetry::audit::events as audit;
@@ -71,6 +72,9 @@ pub enum AgentError {
     /// The API server, which knows of leases.
     #[error("konnectivity.leases: {0}")]
     Leases(#[from] AccessError),
+    /// Capabilities that won't go.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
     /// A listener of health and metrics.
     #[error("TCP {addr}: {why}")]
     Admin {
@@ -123,6 +127,7 @@ pub async fn run(
     let dials = DialMetrics::register(ours(&mut metrics));
     let engines = Engines::choose(config.datapath.engine, config.shards);
     engines.register(ours(&mut metrics));
+    privileges::finish(CapabilitySet::empty(), "")?;
     let setup = Setup::new(config.transport, ours(&mut metrics));
     let tunnels = Arc::new(Tunnels::default());
     let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);

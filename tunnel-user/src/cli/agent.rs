@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::common::{LogArgs, TlsArgs, overlay};
+use super::common::{LogArgs, TlsArgs, begin, overlay};
 use super::join;
 use crate::config::{AgentConfig, ConfigError, Rule};
 use crate::datapath::engine::Choice;
-use crate::telemetry::logging;
+use crate::process::privileges::ANY_START;
 
 /// Run an agent, on a worker
 ///
@@ -93,7 +93,7 @@ impl Args {
             return args.run();
         }
         let config = self.config()?;
-        let log = logging::init(&config.log, &config.audit)?;
+        let log = begin(ANY_START, &config.log, &config.audit)?;
         super::runtime()?.block_on(crate::agent::run(config, log, || self.config()))?;
         Ok(())
     }

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::config::{LogConfig, LogFormat, TlsConfig};
+use crate::config::{AuditConfig, LogConfig, LogFormat, TlsConfig};
+use crate::process::privileges::{self, CapabilitySet};
+use crate::telemetry::logging::{self, LogHandle};
 
 /// Puts what was given in the place of what stood there.
 pub(super) fn overlay<T>(value: &mut T, given: Option<T>) {
@@ -19,6 +21,18 @@ pub(super) fn net(text: &str) -> Result<IpNet, String> {
     let single = text.parse::<IpAddr>().map(IpNet::from);
     let net = single.or_else(|_| text.parse::<IpNet>().map(|net| net.trunc()));
     net.map_err(|_| format!("{text:?} is no address and no range: 10.99.1.2 and 10.99.0.0/16 are"))
+}
+
+/// What comes before everything else in a process that serves: of its capabilities those stay that
+/// its start may take, and it logs.
+pub(super) fn begin(
+    for_start: CapabilitySet,
+    log: &LogConfig,
+    audit: &AuditConfig,
+) -> anyhow::Result<LogHandle> {
+    privileges::begin(for_start)?;
+    // The thread that writes the log outlives the start.
+    Ok(privileges::without(|| logging::init(log, audit))??)
 }
 
 /// Our certificate and whom we trust.

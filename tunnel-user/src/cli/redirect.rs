@@ -12,9 +12,12 @@ use crate::tls::{Material, Role, provider};
 
 /// Attach, detach and look at the eBPF redirect
 ///
-/// `cpc server` attaches by itself when its configuration names attachments. These commands do it
-/// apart: programs and maps are pinned under redirect.pin and outlive every process. While no server
+/// Programs and maps are pinned under redirect.pin and outlive every process. While no server
 /// answers, what is captured is refused (or passes, where the attachment fails open).
+///
+/// A `cpc server` that has CAP_NET_ADMIN attaches by itself. One without capabilities uses what
+/// `attach` has put in place, if it is a member of redirect.group; `attach` is then to be run at each
+/// boot before it, and again for a changed capture set and for a cgroup that was made anew.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -72,7 +75,7 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
     if config.redirect.attachments.is_empty() {
         bail!("the configuration names no attachment (redirect.attachments)");
     }
-    let redirect = Redirect::new(&config.redirect.pin);
+    let redirect = crate::server::redirect(&config.redirect)?;
     let material = Material::load(config.tls.files()?, Role::Server, provider())?;
     let own = material.identity().trust_domain;
     for attachment in &config.redirect.attachments {
@@ -145,7 +148,7 @@ pub(super) fn render(attachment: &Value) -> String {
     }
     for (hook, link) in attachment["links"].as_object().into_iter().flatten() {
         let state = link["state"].as_str().unwrap_or("?");
-        if state != "attached" {
+        if !matches!(state, "attached" | "hidden") {
             out += &format!("  {hook} is {state}\n");
         }
     }

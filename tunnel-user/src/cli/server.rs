@@ -5,12 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use super::common::{LogArgs, TlsArgs, overlay};
+use super::common::{LogArgs, TlsArgs, begin, overlay};
 
 use crate::config::{ConfigError, ServerConfig};
 use crate::datapath::engine::Choice;
 use crate::process::inherited::Inherited;
-use crate::telemetry::logging;
 
 /// Run the server, on the control plane
 ///
@@ -67,7 +66,8 @@ impl Args {
 
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = self.config()?;
-        let log = logging::init(&config.log, &config.audit)?;
+        let for_start = crate::server::for_start(&config);
+        let log = begin(for_start, &config.log, &config.audit)?;
         let inherited =
             Inherited::from_environment().context("sockets from the service manager")?;
         let served = crate::server::run(config, log, inherited, || self.config());

@@ -164,6 +164,8 @@ impl Strategy {
 pub struct RedirectConfig {
     /// Directory on a bpffs where programs and maps outlive the process.
     pub pin: PathBuf,
+    /// Whose members may use the maps, so that a server needs no capability; nobody when missing.
+    pub group: Option<GroupConfig>,
     /// Whose sockets are redirected, and which.
     pub attachments: Vec<AttachmentConfig>,
 }
@@ -172,9 +174,20 @@ impl Default for RedirectConfig {
     fn default() -> Self {
         Self {
             pin: "/sys/fs/bpf/cpc".into(),
+            group: None,
             attachments: Vec::new(),
         }
     }
+}
+
+/// A group of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum GroupConfig {
+    /// By number.
+    Id(u32),
+    /// By name.
+    Name(String),
 }
 
 /// One attachment of the redirect.

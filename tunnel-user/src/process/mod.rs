@@ -1,10 +1,12 @@
 //! What a process needs from its host: threads ([`shard`]), signals and the service manager
 //! ([`lifecycle`]), sockets that outlive it ([`inherited`]), memory that goes back to it
-//! ([`memory`]), and limits, the host's ([`host`]) and our own ([`gate`]).
+//! ([`memory`]), capabilities that it gives back ([`privileges`]), and limits, the host's ([`host`])
+//! and our own ([`gate`]).
 
 pub mod gate;
 pub mod host;
 pub mod inherited;
 pub mod lifecycle;
 pub mod memory;
+pub mod privileges;
 pub mod shard;

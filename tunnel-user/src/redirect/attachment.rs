@@ -44,6 +44,7 @@ impl Attachment {
         let id = settings::number(pin, &spec.name)?;
         let programs = Programs::load(pin, id, refusal, spec.shortcut)?;
         settings::write(pin, id, spec)?;
+        pin.share(&spec.name)?;
         let (pin, name, cgroup) = (pin.clone(), spec.name.clone(), spec.cgroup.clone());
         Ok(Self {
             pin,
@@ -119,6 +120,7 @@ impl Attachment {
                 remove_pin(&link).map_err(|error| failed(&link, error))?;
             }
         }
+        self.pin.remember_cgroup(&self.name, cgroup.id())?;
         Ok(linked)
     }
 }
@@ -129,7 +131,7 @@ pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
         return Ok(false);
     }
     let _lock = pin.lock()?;
-    let Some((id, _)) = maps::find(&maps::attachments(pin)?, name)? else {
+    let Some((id, _)) = maps::find(&maps::attachments(pin, maps::Access::Read)?, name)? else {
         return Ok(false);
     };
     for hook in Hook::ALL.into_iter().rev() {

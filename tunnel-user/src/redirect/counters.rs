@@ -4,7 +4,7 @@ use tunnel_ebpf_common::{Counter, counter_index};
 
 use super::{
     RedirectError,
-    maps::{self, failed},
+    maps::{self, Access, failed},
     pin::Pin,
     spec,
 };
@@ -29,8 +29,8 @@ pub struct Counters {
 impl Counters {
     pub(super) fn open(pin: &Pin) -> Result<Self, RedirectError> {
         Ok(Self {
-            attachments: maps::attachments(pin)?,
-            map: maps::counters(pin)?,
+            attachments: maps::attachments(pin, Access::Read)?,
+            map: maps::counters(pin, Access::Read)?,
         })
     }
 

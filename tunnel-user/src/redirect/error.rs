@@ -87,8 +87,33 @@ pub enum RedirectError {
     #[error("no attachment named {0} here: attach it first (`cpc redirect attach`)")]
     NotAttached(String),
 
+    /// Something else is pinned than is configured.
+    #[error(
+        "attachment {name} was attached with another {what} than is configured: \
+         attach it again (`cpc redirect attach`)"
+    )]
+    Outdated {
+        /// Its name.
+        name: String,
+        /// What differs.
+        what: &'static str,
+    },
+
+    /// This process did not attach, and may not change what is captured.
+    #[error(
+        "without capabilities what is captured can't be changed: \
+         run `cpc redirect attach` (systemd: `systemctl reload cpc-redirect`)"
+    )]
+    NotOurs,
+
+    /// There is no such group.
+    #[error("there is no group {0} (redirect.group): make it, or name a number")]
+    Group(String),
+
     /// A map can't be opened, read or written.
-    #[error("the map {name} can't be opened, read or written (this takes root, or CAP_BPF)")]
+    #[error(
+        "the map {name} can't be opened, read or written (this takes root or a member of `redirect.group`, and CAP_BPF before Linux 5.19)"
+    )]
     Map {
         /// Its name.
         name: &'static str,

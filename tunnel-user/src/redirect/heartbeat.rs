@@ -24,7 +24,7 @@ impl Heartbeat {
     pub(super) fn open(pin: &Pin, name: &str) -> Result<Self, RedirectError> {
         let (attachment, _) = maps::attached(pin, name)?;
         Ok(Self {
-            map: maps::heartbeats(pin)?,
+            map: maps::heartbeats(pin, maps::Access::Write)?,
             attachment,
         })
     }

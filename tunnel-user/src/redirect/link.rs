@@ -54,6 +54,32 @@ impl Cgroup {
     }
 }
 
+/// What is to be done with something that is pinned. The pin's owner and mode decide, no capability
+/// (from Linux 5.19 on).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Looking.
+    Read,
+    /// Looking and changing; the only one for links and programs.
+    Write,
+}
+
+/// Opens what is pinned.
+pub(super) fn open_pin(path: &Path, access: Access) -> io::Result<OwnedFd> {
+    /// `BPF_F_RDONLY` of linux/bpf.h.
+    const READ_ONLY: u32 = 1 << 3;
+    let pathname = c_path(path)?;
+    let attr = ObjectAttr {
+        pathname: pathname.as_ptr() as u64,
+        fd: 0,
+        flags: match access {
+            Access::Read => READ_ONLY,
+            Access::Write => 0,
+        },
+    };
+    bpf_fd(Command::ObjGet, &attr)
+}
+
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LinkInfo {
@@ -70,13 +96,7 @@ pub(super) struct Link(OwnedFd);
 impl Link {
     /// Opens a pinned link; `None` when nothing is pinned there.
     pub(super) fn open(path: &Path) -> io::Result<Option<Self>> {
-        let pathname = c_path(path)?;
-        let attr = ObjectAttr {
-            pathname: pathname.as_ptr() as u64,
-            fd: 0,
-            flags: 0,
-        };
-        match bpf_fd(Command::ObjGet, &attr) {
+        match open_pin(path, Access::Write) {
             Ok(fd) => Ok(Some(Self(fd))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),

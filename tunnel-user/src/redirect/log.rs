@@ -9,8 +9,11 @@ use super::{
     pin::{Pin, failed},
 };
 
-/// Forwards for ever; see [`super::Redirect::forward_log`].
-pub(super) async fn forward(pin: &Pin, name: &str) -> Result<(), RedirectError> {
+/// Opens the log; what is returned forwards for ever. See [`super::Redirect::forward_log`].
+pub(super) fn forward(
+    pin: &Pin,
+    name: &str,
+) -> Result<impl Future<Output = Result<(), RedirectError>> + Send + use<>, RedirectError> {
     let path = pin.link(name, Hook::Connect4);
     let link = Link::open(&path).map_err(|error| failed(&path, error))?;
     let link = link.ok_or_else(|| RedirectError::NotAttached(name.to_owned()))?;
@@ -20,13 +23,15 @@ pub(super) async fn forward(pin: &Pin, name: &str) -> Result<(), RedirectError> 
     // when the programs are replaced.
     let logger =
         EbpfLogger::init_from_id(program).map_err(|error| RedirectError::Log(Box::new(error)))?;
-    let io = |error: std::io::Error| RedirectError::Log(Box::new(error));
-    // SAFETY: the logger owns its ring, whose descriptor stays the same and open until both go.
-    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
-        .map_err(|error| io(error.into_parts().1))?;
-    loop {
-        let mut ready = logger.readable_mut().await.map_err(io)?;
-        ready.get_inner_mut().flush();
-        ready.clear_ready();
-    }
+    Ok(async move {
+        let io = |error: std::io::Error| RedirectError::Log(Box::new(error));
+        // SAFETY: the logger owns its ring, whose descriptor stays the same and open until both go.
+        let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
+            .map_err(|error| io(error.into_parts().1))?;
+        loop {
+            let mut ready = logger.readable_mut().await.map_err(io)?;
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    })
 }

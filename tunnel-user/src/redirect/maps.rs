@@ -3,10 +3,12 @@
 use aya::{
     Pod,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash},
+    sys::SyscallError,
 };
 use tunnel_ebpf_common::{Attachment, Flow, FlowKey, PortSet, Prefix};
 
-use super::{RedirectError, pin::Pin, spec};
+pub(super) use super::link::Access;
+use super::{RedirectError, link::open_pin, pin::Pin, spec};
 
 /// Every map of the object, to be pinned under its name.
 pub(super) const NAMES: [&str; 8] = [
@@ -51,52 +53,73 @@ pub(super) type ShortcutWriters = SockHash<MapData, FlowKey>;
 /// Bytes, by connection.
 pub(super) type ShortcutCounts = HashMap<MapData, FlowKey, u64>;
 
-pub(super) fn attachments(pin: &Pin) -> Result<Attachments, RedirectError> {
-    open(pin, "ATTACHMENTS")
+pub(super) fn attachments(pin: &Pin, access: Access) -> Result<Attachments, RedirectError> {
+    open(pin, "ATTACHMENTS", access)
 }
 
-pub(super) fn captures(pin: &Pin) -> Result<Captures, RedirectError> {
-    open(pin, "CAPTURES")
+pub(super) fn captures(pin: &Pin, access: Access) -> Result<Captures, RedirectError> {
+    open(pin, "CAPTURES", access)
 }
 
 pub(super) fn routes(pin: &Pin) -> Result<RouteTrie, RedirectError> {
-    open(pin, "ROUTES")
+    open(pin, "ROUTES", Access::Write)
 }
 
-pub(super) fn heartbeats(pin: &Pin) -> Result<Heartbeats, RedirectError> {
-    open(pin, "HEARTBEATS")
+pub(super) fn heartbeats(pin: &Pin, access: Access) -> Result<Heartbeats, RedirectError> {
+    open(pin, "HEARTBEATS", access)
 }
 
 pub(super) fn flows(pin: &Pin) -> Result<FlowMap, RedirectError> {
-    open(pin, "FLOWS")
+    open(pin, "FLOWS", Access::Write)
 }
 
-pub(super) fn counters(pin: &Pin) -> Result<CounterMap, RedirectError> {
-    open(pin, "COUNTERS")
+pub(super) fn counters(pin: &Pin, access: Access) -> Result<CounterMap, RedirectError> {
+    open(pin, "COUNTERS", access)
 }
 
 pub(super) fn shortcut_readers(pin: &Pin) -> Result<ShortcutReaders, RedirectError> {
-    open(pin, "SHORTCUT_READERS")
+    open(pin, "SHORTCUT_READERS", Access::Write)
 }
 
 pub(super) fn shortcut_writers(pin: &Pin) -> Result<ShortcutWriters, RedirectError> {
-    open(pin, "SHORTCUT_WRITERS")
+    open(pin, "SHORTCUT_WRITERS", Access::Write)
 }
 
 pub(super) fn shortcut_read(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
-    open(pin, "SHORTCUT_READ")
+    open(pin, "SHORTCUT_READ", Access::Write)
 }
 
 pub(super) fn shortcut_taken(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
-    open(pin, "SHORTCUT_TAKEN")
+    open(pin, "SHORTCUT_TAKEN", Access::Write)
 }
+
+/// What a server without capabilities does with the maps, where it may use them
+/// ([`super::Redirect::shared_with`]). It can't change what is captured, nor where that goes.
+pub(super) const SHARED: [(&str, Access); 9] = [
+    ("ATTACHMENTS", Access::Read),
+    ("CAPTURES", Access::Read),
+    ("COUNTERS", Access::Read),
+    ("FLOWS", Access::Write),
+    ("HEARTBEATS", Access::Write),
+    ("ROUTES", Access::Write),
+    ("SHORTCUT_READ", Access::Write),
+    ("SHORTCUT_READERS", Access::Write),
+    ("SHORTCUT_TAKEN", Access::Write),
+];
 
 /// Opens a pinned map. That its keys and values have our sizes is checked.
 fn open<M: TryFrom<Map, Error = MapError>>(
     pin: &Pin,
     name: &'static str,
+    access: Access,
 ) -> Result<M, RedirectError> {
-    MapData::from_pin(pin.map(name))
+    let refused = |io_error| {
+        let call = "BPF_OBJ_GET";
+        MapError::from(SyscallError { call, io_error })
+    };
+    open_pin(&pin.map(name), access)
+        .map_err(refused)
+        .and_then(MapData::from_fd)
         .and_then(Map::from_map_data)
         .and_then(M::try_from)
         .map_err(failed(name))
@@ -137,5 +160,5 @@ pub(super) fn attached(pin: &Pin, name: &str) -> Result<(u32, Attachment), Redir
     if !pin.exists() {
         return Err(missing());
     }
-    find(&attachments(pin)?, name)?.ok_or_else(missing)
+    find(&attachments(pin, Access::Read)?, name)?.ok_or_else(missing)
 }

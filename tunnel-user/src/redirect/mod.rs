@@ -6,6 +6,7 @@
 //! ```text
 //! PIN/maps-v1/NAME           maps, shared by all attachments; the number is the schema
 //! PIN/links/ATTACHMENT/HOOK  what holds the programs in their cgroup
+//! PIN/links/ATTACHMENT/cgroup  the number of that cgroup
 //! ```
 //!
 //! Invariants:
@@ -61,6 +62,7 @@ pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};
 
 use std::path::PathBuf;
 
+use nix::unistd::Gid;
 use pin::Pin;
 
 /// Everything that is pinned under one directory.
@@ -86,6 +88,32 @@ impl Redirect {
     pub fn refusing_by(mut self, refusal: Refusal) -> Self {
         self.refusal = Some(refusal);
         self
+    }
+
+    /// Lets the members of a group do what a server does that did not attach: read the settings,
+    /// write heartbeats and routes, take flows. In force for an attachment with [`Self::prepare`].
+    ///
+    /// They may neither change what is captured nor take the programs away.
+    #[must_use]
+    pub fn shared_with(mut self, group: Option<Gid>) -> Self {
+        self.pin = self.pin.shared_with(group);
+        self
+    }
+
+    /// Compares what is attached with `spec`, for a process that may not attach. Returns what of it
+    /// differs without harm, for people.
+    ///
+    /// # Errors
+    ///
+    /// When it is not attached, or so differently that it would not work.
+    pub fn compare(&self, spec: &AttachmentSpec) -> Result<Vec<&'static str>, RedirectError> {
+        spec.check()?;
+        settings::compare(&self.pin, spec)
+    }
+
+    /// The number of the cgroup that the attachment of this name was put into last.
+    pub fn cgroup(&self, name: &str) -> Option<u64> {
+        self.pin.remembered_cgroup(name)
     }
 
     /// Configures and attaches: [`Self::prepare`], then [`Attachment::link`].
@@ -145,16 +173,20 @@ impl Redirect {
         status::read(&self.pin)
     }
 
-    /// Hands what the programs log (each refusal, level DEBUG) to the `log` crate, for ever.
+    /// Opens what the programs log (each refusal, level DEBUG). What is returned hands it to the `log`
+    /// crate, for ever.
     ///
-    /// Needs a tokio runtime with I/O, and CAP_SYS_ADMIN. All attachments share one log: run one
-    /// of these for a pin directory.
+    /// Opening takes CAP_SYS_ADMIN, handing on a tokio runtime with I/O. All attachments share one
+    /// log: run one of these for a pin directory.
     ///
     /// # Errors
     ///
-    /// When no attachment of this name has its programs in place.
-    pub async fn forward_log(&self, name: &str) -> Result<(), RedirectError> {
-        log::forward(&self.pin, name).await
+    /// When no attachment of this name has its programs in place, or without the capability.
+    pub fn forward_log(
+        &self,
+        name: &str,
+    ) -> Result<impl Future<Output = Result<(), RedirectError>> + Send + use<>, RedirectError> {
+        log::forward(&self.pin, name)
     }
 }
 

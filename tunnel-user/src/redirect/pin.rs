@@ -3,32 +3,51 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::{PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
 };
 
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::Gid,
 };
 use tunnel_ebpf_common::SCHEMA;
 
-use super::{Hook, RedirectError};
+use super::{
+    Hook, RedirectError,
+    link::remove_pin,
+    maps::{self, Access},
+};
+
+/// Beside an attachment's links: the number of the cgroup that they are in, for those who may not
+/// open links. A symbolic link, since nothing else on a BPF file system holds text.
+const CGROUP: &str = "cgroup";
 
 /// A pin directory.
 #[derive(Clone, Debug)]
-pub(super) struct Pin(PathBuf);
+pub(super) struct Pin {
+    path: PathBuf,
+    /// Whose members may use the maps, beside their owner.
+    group: Option<Gid>,
+}
 
 /// Held while something below a pin directory is changed.
 pub(super) struct Lock(#[expect(dead_code, reason = "held, not used")] Flock<File>);
 
 impl Pin {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self(path)
+        Self { path, group: None }
+    }
+
+    /// Lets the members of a group use the maps as a server does: [`maps::SHARED`].
+    pub(super) fn shared_with(self, group: Option<Gid>) -> Self {
+        Self { group, ..self }
     }
 
     /// Directory of the maps of this version's schema.
     fn maps(&self) -> PathBuf {
-        self.0.join(format!("maps-v{SCHEMA}"))
+        self.path.join(format!("maps-v{SCHEMA}"))
     }
 
     /// Where a map is pinned.
@@ -38,7 +57,7 @@ impl Pin {
 
     /// Directory of an attachment's links.
     pub(super) fn links(&self, attachment: &str) -> PathBuf {
-        self.0.join("links").join(attachment)
+        self.path.join("links").join(attachment)
     }
 
     /// Where a link is pinned.
@@ -54,13 +73,13 @@ impl Pin {
     /// Makes the directories that attaching needs.
     pub(super) fn create(&self, attachment: &str) -> Result<(), RedirectError> {
         let existing = self
-            .0
+            .path
             .ancestors()
             .find(|path| path.exists())
             .unwrap_or(Path::new("/"));
         let kind = statfs(existing).map_err(|error| failed(existing, error.into()))?;
         if kind.filesystem_type() != BPF_FS_MAGIC {
-            return Err(RedirectError::NotBpffs(self.0.clone()));
+            return Err(RedirectError::NotBpffs(self.path.clone()));
         }
         for directory in [self.maps(), self.links(attachment)] {
             fs::create_dir_all(&directory).map_err(|error| failed(&directory, error))?;
@@ -68,12 +87,57 @@ impl Pin {
         Ok(())
     }
 
+    /// Sets group and mode of what is there for an attachment, so that a server without capabilities
+    /// can use it. Links and programs stay their owner's: who may open them may take them away.
+    pub(super) fn share(&self, attachment: &str) -> Result<(), RedirectError> {
+        let Some(group) = self.group else {
+            return Ok(());
+        };
+        let give = |path: &Path, mode| {
+            chown(path, None, Some(group.as_raw()))
+                .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+                .map_err(|error| failed(path, error))
+        };
+        let links = self.links(attachment);
+        let directories = [Some(&*self.path), links.parent(), Some(&links)];
+        for directory in directories.into_iter().flatten().chain([&*self.maps()]) {
+            give(directory, 0o750)?;
+        }
+        for (name, access) in maps::SHARED {
+            let mode = match access {
+                Access::Read => 0o640,
+                Access::Write => 0o660,
+            };
+            match give(&self.map(name), mode) {
+                // The shortcut's, where no attachment has it.
+                Err(RedirectError::Pin { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound => {}
+                given => given?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes which cgroup an attachment's links are in.
+    pub(super) fn remember_cgroup(&self, attachment: &str, id: u64) -> Result<(), RedirectError> {
+        let note = self.links(attachment).join(CGROUP);
+        remove_pin(&note)
+            .and_then(|()| symlink(id.to_string(), &note))
+            .map_err(|error| failed(&note, error))
+    }
+
+    /// Which cgroup an attachment was linked to last, if it ever was.
+    pub(super) fn remembered_cgroup(&self, attachment: &str) -> Option<u64> {
+        let note = fs::read_link(self.links(attachment).join(CGROUP)).ok()?;
+        note.to_str()?.parse().ok()
+    }
+
     /// Waits until nobody else changes anything here.
     pub(super) fn lock(&self) -> Result<Lock, RedirectError> {
-        let directory = File::open(&self.0).map_err(|error| failed(&self.0, error))?;
+        let directory = File::open(&self.path).map_err(|error| failed(&self.path, error))?;
         Flock::lock(directory, FlockArg::LockExclusive)
             .map(Lock)
-            .map_err(|(_, error)| failed(&self.0, error.into()))
+            .map_err(|(_, error)| failed(&self.path, error.into()))
     }
 }
 

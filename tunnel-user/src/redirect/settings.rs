@@ -11,7 +11,7 @@ use tunnel_ebpf_common::{Attachment, Counter, Endpoint, MAX_ATTACHMENTS, flags};
 
 use super::{
     AttachmentSpec, FailMode, RedirectError, capture,
-    maps::{self, failed},
+    maps::{self, Access, failed},
     netns,
     pin::Pin,
     prefix, spec,
@@ -24,7 +24,7 @@ pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
     if !pin.map("ATTACHMENTS").exists() {
         return Ok(0);
     }
-    let attachments = maps::attachments(pin)?;
+    let attachments = maps::attachments(pin, Access::Read)?;
     if let Some((id, _)) = maps::find(&attachments, name)? {
         return Ok(id);
     }
@@ -41,7 +41,62 @@ pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
 pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), RedirectError> {
     let (netns, own) = namespace(spec.netns.as_deref())?;
     let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
-    let entry = Attachment {
+    let entry = entry(spec, netns)?;
+
+    let mut attachments = maps::attachments(pin, Access::Write)?;
+    if maps::find(&attachments, &spec.name)?.is_none() {
+        reset(pin, id)?;
+    }
+    let mut captures = maps::captures(pin, Access::Write)?;
+    let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
+    prefix::apply(&mut captures, &prefix::plan(&old, &table)).map_err(failed("CAPTURES"))?;
+    attachments
+        .insert(id, entry, 0)
+        .map_err(failed("ATTACHMENTS"))
+}
+
+/// Compares what is in force with a spec, for who may not write it. Returns what differs and yet
+/// does no harm, for people.
+///
+/// Needs no capability: a namespace that can't be entered is not compared.
+pub(super) fn compare(
+    pin: &Pin,
+    spec: &AttachmentSpec,
+) -> Result<Vec<&'static str>, RedirectError> {
+    let (id, there) = maps::attached(pin, &spec.name)?;
+    let now = namespace(spec.netns.as_deref()).ok();
+    let netns = now.as_ref().map_or(there.netns, |(netns, _)| *netns);
+    let wanted = entry(spec, netns)?;
+    let endpoints = |entry: &Attachment| (entry.listener4, entry.listener6);
+    let fails = |entry: &Attachment| entry.flags & flags::FAIL_OPEN;
+    let shortcut = |entry: &Attachment| entry.flags & flags::SHORTCUT;
+    for (what, differs) in [
+        ("network namespace", there.netns != wanted.netns),
+        ("tenant", there.tenant != wanted.tenant),
+        ("listen", endpoints(&there) != endpoints(&wanted)),
+        ("shortcut", shortcut(&there) != shortcut(&wanted)),
+    ] {
+        if differs {
+            let name = spec.name.clone();
+            return Err(RedirectError::Outdated { name, what });
+        }
+    }
+    let mut differs = Vec::new();
+    if fails(&there) != fails(&wanted) {
+        differs.push("fail");
+    }
+    if let Some((_, own)) = now {
+        let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
+        let captures = maps::captures(pin, Access::Read)?;
+        if prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))? != table {
+            differs.push("capture set");
+        }
+    }
+    Ok(differs)
+}
+
+fn entry(spec: &AttachmentSpec, netns: u64) -> Result<Attachment, RedirectError> {
+    Ok(Attachment {
         netns,
         tenant: spec.tenant,
         flags: flags(spec),
@@ -52,18 +107,7 @@ pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), Red
             Endpoint::from(std::net::SocketAddr::V6(listen))
         }),
         name: spec::padded(&spec.name)?,
-    };
-
-    let mut attachments = maps::attachments(pin)?;
-    if maps::find(&attachments, &spec.name)?.is_none() {
-        reset(pin, id)?;
-    }
-    let mut captures = maps::captures(pin)?;
-    let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
-    prefix::apply(&mut captures, &prefix::plan(&old, &table)).map_err(failed("CAPTURES"))?;
-    attachments
-        .insert(id, entry, 0)
-        .map_err(failed("ATTACHMENTS"))
+    })
 }
 
 fn flags(spec: &AttachmentSpec) -> u32 {
@@ -74,21 +118,21 @@ fn flags(spec: &AttachmentSpec) -> u32 {
 
 /// Forgets what was written. The programs must be detached already.
 pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
-    let mut captures = maps::captures(pin)?;
+    let mut captures = maps::captures(pin, Access::Write)?;
     let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
     let none = prefix::Table::new();
     prefix::apply(&mut captures, &prefix::plan(&old, &none)).map_err(failed("CAPTURES"))?;
-    maps::attachments(pin)?
+    maps::attachments(pin, Access::Write)?
         .remove(&id)
         .map_err(failed("ATTACHMENTS"))
 }
 
 /// What an earlier attachment left under this number is not the new one's.
 fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
-    maps::heartbeats(pin)?
+    maps::heartbeats(pin, Access::Write)?
         .set(id, 0, 0)
         .map_err(failed("HEARTBEATS"))?;
-    let mut counters = maps::counters(pin)?;
+    let mut counters = maps::counters(pin, Access::Write)?;
     for slot in 0..Counter::SLOTS {
         let index = id * Counter::SLOTS + slot;
         let cpus = counters.get(&index, 0).map_err(failed("COUNTERS"))?.len();

@@ -1,6 +1,6 @@
 //! What is attached, as the kernel has it.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, io, net::SocketAddr};
 
 use serde::Serialize;
 use tunnel_ebpf_common::{Attachment, Counter, Endpoint, flags};
@@ -9,7 +9,7 @@ use super::{
     FailMode, Hook, RedirectError, counters,
     heartbeat::monotonic_ns,
     link::Link,
-    maps::{self, failed},
+    maps::{self, Access, failed},
     pin::{self, Pin},
     prefix, spec,
 };
@@ -29,6 +29,8 @@ pub enum LinkState {
     Orphaned,
     /// Nothing is pinned.
     Missing,
+    /// Who asks may not look: links are their owner's.
+    Hidden,
 }
 
 /// One attachment.
@@ -65,7 +67,7 @@ pub(super) fn read(pin: &Pin) -> Result<Vec<Status>, RedirectError> {
         return Ok(Vec::new());
     }
     let mut all = Vec::new();
-    for entry in maps::attachments(pin)?.iter() {
+    for entry in maps::attachments(pin, Access::Read)?.iter() {
         let (id, attachment) = entry.map_err(failed("ATTACHMENTS"))?;
         all.push(one(pin, id, &attachment)?);
     }
@@ -75,13 +77,14 @@ pub(super) fn read(pin: &Pin) -> Result<Vec<Status>, RedirectError> {
 
 fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectError> {
     let name = spec::unpadded(&attachment.name);
-    let heartbeat = maps::heartbeats(pin)?
+    let heartbeat = maps::heartbeats(pin, Access::Read)?
         .get(&id, 0)
         .map_err(failed("HEARTBEATS"))?;
-    let captures = prefix::read(&maps::captures(pin)?, Some(id)).map_err(failed("CAPTURES"))?;
+    let captures = maps::captures(pin, Access::Read)?;
+    let captures = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
     let listeners = [attachment.listener4, attachment.listener6];
     let open = attachment.flags & flags::FAIL_OPEN != 0;
-    let counted = counters::of(&maps::counters(pin)?, id)?;
+    let counted = counters::of(&maps::counters(pin, Access::Read)?, id)?;
     Ok(Status {
         id,
         tenant: attachment.tenant,
@@ -118,10 +121,12 @@ fn links(
     let state = |hook: Hook| {
         let path = pin.link(name, hook);
         let info = Link::open(&path).and_then(|link| link.map(|link| link.info()).transpose());
-        let state = match info.map_err(|error| pin::failed(&path, error))? {
-            None => LinkState::Missing,
-            Some(info) if info.cgroup == 0 => LinkState::Orphaned,
-            Some(info) => LinkState::Attached {
+        let state = match info {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => LinkState::Hidden,
+            Err(error) => return Err(pin::failed(&path, error)),
+            Ok(None) => LinkState::Missing,
+            Ok(Some(info)) if info.cgroup == 0 => LinkState::Orphaned,
+            Ok(Some(info)) => LinkState::Attached {
                 cgroup: info.cgroup,
                 program: info.program,
             },

@@ -1,11 +1,17 @@
 //! Puts the configured attachments of the redirect in place: programs, listeners, followers.
+//!
+//! A process that may load programs does so. One that may not takes what `cpc redirect attach` has
+//! put in place, compares it, and says where it is not what it should be.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::config::server::{AttachmentConfig, FailMode, RedirectConfig};
+use nix::unistd::{Gid, Group};
+
+use crate::config::server::{AttachmentConfig, FailMode, GroupConfig, RedirectConfig};
 use crate::process::inherited::{self, Inherited};
+use crate::process::privileges::{self, CapabilitySet};
 use crate::redirect::{
     self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
     RedirectError, Routes, Shortcuts, Verdict, tenant_number,
@@ -14,9 +20,16 @@ use crate::server::routes;
 use crate::telemetry::audit::events as audit;
 use crate::tls::TrustDomain;
 
+/// What to do about a cgroup that the programs are not in, where we may not put them there.
+const ATTACH: &str = "run `cpc redirect attach` (systemd: `systemctl reload cpc-redirect`); until then its \
+     connections take the ordinary route";
+
 /// Why an attachment is not in place.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
+    /// The kernel side of all of them.
+    #[error("redirect: {0}")]
+    All(#[from] RedirectError),
     /// The kernel side.
     #[error("redirect attachment {name}")]
     Redirect {
@@ -64,14 +77,39 @@ pub(super) struct Accepting {
 
 /// Attachments that are in place for as long as this lives, and pinned beyond it.
 pub(super) struct Attachments {
+    redirect: Redirect,
     attached: Vec<Running>,
-    _followers: Vec<Follower>,
+    followers: Vec<Follower>,
 }
 
 /// An attachment as it was put in place.
 struct Running {
     spec: AttachmentSpec,
-    kernel: Arc<Mutex<Attachment>>,
+    /// `None`: somebody else attached.
+    kernel: Option<Arc<Mutex<Attachment>>>,
+}
+
+/// The redirect that is configured.
+///
+/// # Errors
+/// [`RedirectError::Group`].
+pub fn redirect(config: &RedirectConfig) -> Result<Redirect, RedirectError> {
+    let group = match &config.group {
+        None => None,
+        Some(GroupConfig::Id(id)) => Some(Gid::from_raw(*id)),
+        Some(GroupConfig::Name(name)) => {
+            let found = Group::from_name(name).ok().flatten();
+            let missing = || RedirectError::Group(name.clone());
+            Some(found.ok_or_else(missing)?.gid)
+        }
+    };
+    Ok(Redirect::new(&config.pin).shared_with(group))
+}
+
+/// Whether this process may load programs and attach them; everything that does takes this
+/// capability among others.
+fn may_attach() -> bool {
+    privileges::have(CapabilitySet::NET_ADMIN)
 }
 
 /// Translates a configured attachment.
@@ -126,11 +164,12 @@ impl Attachments {
         own: &TrustDomain,
         inherited: &mut Inherited,
     ) -> Result<(Self, Vec<Accepting>), AttachError> {
-        let redirect = Redirect::new(&config.pin);
-        let mut all = Self {
-            attached: Vec::new(),
-            _followers: Vec::new(),
+        let may_attach = may_attach();
+        let redirect = match may_attach {
+            true => redirect(config)?,
+            false => Redirect::new(&config.pin),
         };
+        let mut attached = Vec::new();
         let mut accepting = Vec::new();
         for attachment in &config.attachments {
             let name = &attachment.name;
@@ -139,7 +178,20 @@ impl Attachments {
                 why,
             };
             let spec = spec(attachment, own);
-            let prepared = redirect.prepare(&spec).map_err(failed)?;
+            let prepared = match may_attach {
+                true => Some(redirect.prepare(&spec).map_err(failed)?),
+                false => {
+                    for differs in redirect.compare(&spec).map_err(failed)? {
+                        tracing::warn!(
+                            attachment = name,
+                            differs,
+                            "what is attached is not what is configured; {}",
+                            RedirectError::NotOurs
+                        );
+                    }
+                    None
+                }
+            };
             let listeners = listeners(attachment, inherited)?;
             let mut heartbeat = redirect.heartbeat(name).map_err(failed)?;
             heartbeat.beat().map_err(failed)?;
@@ -156,9 +208,13 @@ impl Attachments {
                      tcpdump and ss"
                 );
             }
-            let (kernel, follower) = follow(attachment, prepared)?;
-            all.attached.push(Running { spec, kernel });
-            all._followers.push(follower);
+            if let Some(prepared) = &prepared
+                && attachment.cgroup.is_dir()
+            {
+                prepared.link().map_err(failed)?;
+            }
+            let kernel = prepared.map(Mutex::new).map(Arc::new);
+            attached.push(Running { spec, kernel });
             let (name, tenant) = (name.clone(), tenant(attachment, own));
             accepting.push(Accepting {
                 name,
@@ -169,7 +225,34 @@ impl Attachments {
                 heartbeat,
             });
         }
+        let all = Self {
+            redirect,
+            attached,
+            followers: Vec::new(),
+        };
         Ok((all, accepting))
+    }
+
+    /// Whether the programs were attached by this process.
+    pub(super) fn ours(&self) -> bool {
+        self.attached.iter().any(|running| running.kernel.is_some())
+    }
+
+    /// Starts to follow the cgroups, on threads that keep the capabilities of the calling one:
+    /// putting programs that are loaded into a cgroup takes none.
+    ///
+    /// # Errors
+    /// [`AttachError`] naming the attachment.
+    pub(super) fn follow(&mut self) -> Result<(), AttachError> {
+        for running in &self.attached {
+            let follower = running.follow(&self.redirect);
+            let follower = follower.map_err(|why| AttachError::Follow {
+                name: running.spec.name.clone(),
+                why,
+            })?;
+            self.followers.push(follower);
+        }
+        Ok(())
     }
 
     /// Puts changed capture sets and fail modes in force. What else changed waits for a restart,
@@ -182,17 +265,21 @@ impl Attachments {
                 continue;
             };
             let wanted = spec(attachment, own);
+            let spec = &running.spec;
+            let is_same = (&wanted.capture, &wanted.exclude, wanted.fail)
+                == (&spec.capture, &spec.exclude, spec.fail);
             let changed = AttachmentSpec {
                 capture: wanted.capture,
                 exclude: wanted.exclude,
                 fail: wanted.fail,
-                ..running.spec.clone()
+                ..spec.clone()
             };
-            let mut attached = running
-                .kernel
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            match attached.update(&changed) {
+            let updated = match &running.kernel {
+                Some(kernel) => lock(kernel).update(&changed),
+                None if is_same => continue,
+                None => Err(RedirectError::NotOurs),
+            };
+            match updated {
                 Ok(()) => {
                     tracing::info!(attachment = name, "capture set reloaded");
                     audit::changed("capture set", Ok(()));
@@ -228,44 +315,33 @@ fn listeners(
     config.listen.iter().map(open).collect()
 }
 
-/// Attaches now if the cgroup is there, and again whenever it is made anew.
-fn follow(
-    config: &AttachmentConfig,
-    attachment: Attachment,
-) -> Result<(Arc<Mutex<Attachment>>, Follower), AttachError> {
-    if config.cgroup.is_dir() {
-        let failed = |why| AttachError::Redirect {
-            name: config.name.clone(),
-            why,
-        };
-        attachment.link().map_err(failed)?;
-    }
-    let attachment = Arc::new(Mutex::new(attachment));
-    let (followed, name, cgroup) = (
-        attachment.clone(),
-        config.name.clone(),
-        config.cgroup.clone(),
-    );
-    let changed = move |presence| match presence {
-        Presence::Absent => {
-            tracing::warn!(attachment = name, cgroup = %cgroup.display(), "the cgroup is not there");
-        }
-        Presence::Present(_) => {
-            let linked = followed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .link();
-            match linked {
+fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {
+    attachment.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Running {
+    /// Attaches whenever the cgroup is made anew, or says that somebody should.
+    fn follow(&self, redirect: &Redirect) -> io::Result<Follower> {
+        let (kernel, redirect) = (self.kernel.clone(), redirect.clone());
+        let (name, cgroup) = (self.spec.name.clone(), self.spec.cgroup.clone());
+        let changed = move |presence| match (presence, &kernel) {
+            (Presence::Absent, _) => {
+                tracing::warn!(attachment = name, cgroup = %cgroup.display(), "the cgroup is not there");
+            }
+            (Presence::Present(_), Some(kernel)) => match lock(kernel).link() {
                 Ok(linked) => tracing::info!(attachment = name, ?linked, "redirect in place"),
                 Err(error) => tracing::error!(attachment = name, %error, "redirect NOT in place"),
+            },
+            (Presence::Present(id), None) if redirect.cgroup(&name) == Some(id) => {
+                tracing::info!(attachment = name, "redirect in place");
             }
-        }
-    };
-    let follower = Follower::spawn(&config.cgroup, changed).map_err(|why| AttachError::Follow {
-        name: config.name.clone(),
-        why,
-    })?;
-    Ok((attachment, follower))
+            (Presence::Present(_), None) => tracing::error!(
+                attachment = name, cgroup = %cgroup.display(),
+                "redirect NOT in place: the cgroup was made after the programs were attached; {ATTACH}"
+            ),
+        };
+        Follower::spawn(&self.spec.cgroup, changed)
+    }
 }
 
 /// What the control task calls to carry routes to the kernel.
@@ -288,15 +364,20 @@ pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
     })
 }
 
-/// Writes what the kernel programs log, for ever; all attachments share one log.
-pub(super) async fn forward_log(config: RedirectConfig) {
-    let Some(attachment) = config.attachments.first() else {
-        return;
-    };
-    if let Err(error) = Redirect::new(&config.pin)
-        .forward_log(&attachment.name)
-        .await
-    {
-        tracing::debug!(%error, "what the kernel programs log is not seen here");
+/// Opens the kernel programs' log, where we may; what is returned writes it to ours, for ever.
+pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + Send + use<> {
+    let log = config.attachments.first().map(|attachment| {
+        let redirect = Redirect::new(&config.pin);
+        redirect.forward_log(&attachment.name)
+    });
+    async {
+        let written = match log {
+            Some(Ok(forwarding)) => forwarding.await,
+            Some(Err(error)) => Err(error),
+            None => return,
+        };
+        if let Err(error) = written {
+            tracing::debug!(%error, "what the kernel programs log is not seen here");
+        }
     }
 }

@@ -21,13 +21,15 @@ mod join;
 mod leases;
 mod link;
 mod metrics;
+mod privileges;
 pub mod registry;
 pub mod routes;
 mod serve;
 mod shard;
 mod status;
 
-pub use attachments::{AttachError, spec};
+pub use attachments::{AttachError, redirect, spec};
+pub use privileges::for_start;
 
 use std::io;
 use std::net::UdpSocket;
@@ -44,6 +46,7 @@ use crate::kubernetes::AccessError;
 use crate::process::gate::Gate;
 use crate::process::inherited::Inherited;
 use crate::process::lifecycle::{self, Phase};
+use crate::process::privileges::{PrivilegeError, finish};
 use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::redirect::{Redirect, RedirectError};
@@ -82,6 +85,9 @@ pub enum ServerError {
     /// The redirect.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// Capabilities that won't go.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
     /// The redirect's maps.
     #[error("redirect: {0}")]
     Redirect(#[from] RedirectError),
@@ -194,7 +200,7 @@ pub async fn run(
 
     let mut hangups = lifecycle::hangups()?;
     let bound = Bound::open(&config, &own, &revocations, &mut inherited)?;
-    let (attached, accepting) = Attachments::attach(&config.redirect, &own, &mut inherited)?;
+    let (mut attached, accepting) = Attachments::attach(&config.redirect, &own, &mut inherited)?;
     inherited.report_leftovers();
 
     let engines = Engines::choose(config.datapath.engine, config.shards);
@@ -205,6 +211,11 @@ pub async fn run(
     } else {
         kernel_routes(Redirect::new(&config.redirect.pin).routes()?)
     };
+    let kernel_log = attachments::kernel_log(&config.redirect);
+    // Everything below, its threads among it, has what is left.
+    let (kept, why) = privileges::kept(&config, attached.ours());
+    finish(kept, why)?;
+    attached.follow()?;
     let strategies = &config.routing.strategies;
     let registered = Registry::new(grants, strategies, config.limits.forget);
     let control = Control::new(registered, publish);
@@ -300,7 +311,7 @@ pub async fn run(
     tokio::spawn(revocations.watch(changed));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
-    tokio::spawn(attachments::forward_log(config.redirect.clone()));
+    tokio::spawn(kernel_log);
     tracing::info!(
         tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
         shards = config.shards, tunnel_shards = tunnels,

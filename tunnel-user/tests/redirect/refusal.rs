@@ -196,7 +196,8 @@ fn refusals_are_logged() {
         .unwrap();
     let redirect = it.redirect.clone();
     // Ends with the process: it would go on for ever.
-    thread::spawn(move || runtime.block_on(redirect.forward_log("test")).unwrap());
+    let forwarding = redirect.forward_log("test").unwrap();
+    thread::spawn(move || runtime.block_on(forwarding).unwrap());
 
     ask(&it.client, at(V4)).unwrap();
     routes(&it.redirect, &[]);

@@ -9,7 +9,7 @@ use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
 use crate::config::agent::Protocol;
 use crate::config::{AgentConfig, ConfigError, Rule};
-use crate::telemetry::logging;
+use crate::process::privileges::ANY_START;
 
 /// Run an agent with the flags of Konnectivity's proxy-agent
 ///
@@ -169,7 +169,7 @@ impl Args {
     pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
         self.check_files()?;
         let Translated { config, notes } = self.translate()?;
-        let log = logging::init(&config.log, &config.audit)?;
+        let log = crate::cli::common::begin(ANY_START, &config.log, &config.audit)?;
         for note in notes {
             tracing::warn!("{note}");
         }

@@ -11,7 +11,6 @@ use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
 use crate::config::{ConfigError, ServerConfig};
 use crate::process::inherited::Inherited;
-use crate::telemetry::logging;
 
 /// Run the server with the flags of Konnectivity's proxy-server
 ///
@@ -213,7 +212,8 @@ impl Args {
     pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
         self.check_files()?;
         let Translated { config, notes } = self.translate()?;
-        let log = logging::init(&config.log, &config.audit)?;
+        let for_start = crate::server::for_start(&config);
+        let log = crate::cli::common::begin(for_start, &config.log, &config.audit)?;
         for note in notes {
             tracing::warn!("{note}");
         }
