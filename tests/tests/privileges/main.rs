@@ -1,0 +1,316 @@
+//! Server and agent with the privileges that `deploy/` gives them: a user of their own, no
+//! capability, a file system that they can read alone, the seccomp profile. They do the main job.
+
+mod profile;
+mod sandbox;
+
+use std::fs::{self, Permissions};
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, setgid};
+use serde_json::json;
+use tunnel_tests::client::{self, eventually, round_trips};
+use tunnel_tests::frontend::Frontend;
+use tunnel_tests::lab::daemon::Daemon;
+use tunnel_tests::lab::{self, Engine, Lab, LabSpec, Programs, address};
+use tunnel_tests::target::Behaviour;
+
+use profile::{IO_URING, Profile};
+use sandbox::{ATTACHING, ID, Sandbox, check, keep_of_bounding_set};
+
+const SOON: Duration = Duration::from_secs(15);
+const BYTES: u64 = 50_000_000;
+
+/// A laboratory whose programs can be started as another user. Its folder goes with it.
+struct Scene {
+    lab: Lab,
+    /// Outside of the build's folder, which other users need not be able to enter.
+    programs: PathBuf,
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.programs);
+    }
+}
+
+impl Scene {
+    /// Configured and not started; `None` where there can be none.
+    fn new() -> Result<Option<Self>> {
+        if !lab::available()? {
+            return Ok(None);
+        }
+        let built = Programs::of_this_test()?;
+        let folder = std::env::temp_dir().join(format!("cpc-privileges-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
+        let cpc = folder.join("cpc");
+        fs::copy(&built.cpc, &cpc)?;
+        let programs = Programs { cpc, ..built };
+        let mut scene = Self {
+            lab: Lab::without_connector(LabSpec::new(programs))?,
+            programs: folder,
+        };
+        scene.lab.configure_connector()?;
+        // As systemd mounts it.
+        fs::set_permissions(
+            scene.lab.folder().join("bpf"),
+            Permissions::from_mode(0o700),
+        )?;
+        let server = scene.server();
+        server.configure(|config| config["redirect"]["group"] = ID.into())?;
+        Ok(Some(scene))
+    }
+
+    fn server(&mut self) -> &mut Daemon {
+        &mut self.lab.control_plane.servers[0].daemon
+    }
+
+    fn agent(&mut self) -> Result<&mut Daemon> {
+        self.lab.workers[0].agent()
+    }
+
+    fn daemons(&mut self) -> Result<[&mut Daemon; 2]> {
+        let agent = self.lab.workers[0].agent.as_mut().context("no agent")?;
+        Ok([&mut self.lab.control_plane.servers[0].daemon, agent])
+    }
+
+    /// Runs `cpc redirect COMMAND` on the control plane, prepared by `place`.
+    fn redirect(&self, command: &str, place: impl FnOnce(&mut Command)) -> Result<Output> {
+        let cpc = self.programs.join("cpc");
+        let mut program = self.lab.control_plane.netns.command(cpc)?;
+        program.args(["redirect", command, "--config"]);
+        program.arg(self.lab.control_plane.servers[0].daemon.config_file());
+        place(&mut program);
+        Ok(program.output()?)
+    }
+
+    /// `cpc redirect attach` as its unit starts it: root of the server's group, three capabilities.
+    fn attach(&self) -> Result<()> {
+        let output = self.redirect("attach", |command| {
+            let enter = || {
+                keep_of_bounding_set(&ATTACHING)?;
+                Ok(setgid(Gid::from_raw(ID))?)
+            };
+            // SAFETY: bare system calls.
+            unsafe { command.pre_exec(enter) };
+        })?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "attach: {said}");
+        Ok(())
+    }
+
+    /// Starts both as their units do, with these profiles, and waits for them.
+    fn start(&mut self, server: &Profile, agent: &Profile) -> Result<()> {
+        let folder = own(self.server())?;
+        let sandbox = Sandbox::new(&folder, server.compile()?)?.with_pins_of(&self.lab)?;
+        self.server().start_with(|command| sandbox.place(command))?;
+        let folder = own(self.agent()?)?;
+        let sandbox = Sandbox::new(&folder, agent.compile()?)?;
+        self.agent()?.start_with(|command| sandbox.place(command))?;
+        self.server().wait_ready(SOON)
+    }
+}
+
+/// Lets the group of the user whom a daemon will run as read its files, and write beside them; they
+/// stay root's.
+fn own(daemon: &Daemon) -> Result<PathBuf> {
+    let file = daemon.config_file();
+    let folder = file.parent().context("no folder")?;
+    give(folder)?;
+    Ok(folder.to_owned())
+}
+
+fn give(path: &Path) -> Result<()> {
+    chown(path, None, Some(ID)).with_context(|| format!("{}", path.display()))?;
+    let mode = if path.is_dir() { 0o770 } else { 0o640 };
+    fs::set_permissions(path, Permissions::from_mode(mode))?;
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            give(&entry?.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn to(behaviour: Behaviour) -> SocketAddr {
+    (address::node(1), behaviour.port()).into()
+}
+
+fn confined() -> [(&'static str, &'static str); 3] {
+    // The text of ID.
+    [("Uid", "61234"), ("Gid", "61234"), ("Seccomp", "2")]
+}
+
+/// Without any capability both do the main job: curl through the redirect, bytes both ways over each
+/// way in, a drain. What attached has ended.
+#[test]
+fn the_main_job_takes_no_privilege() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    assert_eq!(confined()[0].1, ID.to_string());
+    scene.attach()?;
+    scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
+
+    let lab = &scene.lab;
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--show-error", "--max-time", "10", "--fail"]);
+    curl.arg("--cacert").arg(lab.cluster_pki.ca());
+    curl.arg("--cert").arg(lab.cluster_pki.client_cert());
+    curl.arg("--key").arg(lab.cluster_pki.client_key());
+    curl.arg(format!("https://{}:10250/healthz", address::node(1)));
+    lab.control_plane.place(&mut curl)?;
+    let curl = curl.output()?;
+    let said = String::from_utf8_lossy(&curl.stdout);
+    ensure!(said.contains(r#""node":"w1""#), "{curl:?}");
+    for frontend in Frontend::ALL {
+        let up = frontend.dial(lab, to(Behaviour::Sink))?;
+        client::upload(up, BYTES, |it| it.shutdown(std::net::Shutdown::Write))?;
+        client::download(frontend.dial(lab, to(Behaviour::Source))?, BYTES)?;
+    }
+    check(scene.server().pid(), &confined())?;
+    check(scene.agent()?.pid(), &confined())?;
+    let (_, metrics) = scene.server().get("/metrics")?;
+    ensure!(metrics.contains("cpc_redirect_events_total"), "{metrics}");
+    for daemon in scene.daemons()? {
+        daemon.wait_log(SOON, 0, &["serves without capabilities"])?;
+    }
+
+    let open = Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))?;
+    round_trips(&open, 1)?;
+    scene.server().signal(Signal::SIGTERM)?;
+    let lab = &scene.lab;
+    eventually(SOON, || {
+        let dialled = lab
+            .control_plane
+            .as_apiserver(|| Ok(TcpStream::connect(to(Behaviour::Echo)).map(drop)))?;
+        let kind = dialled.err().map(|error| error.kind());
+        ensure!(kind == Some(ErrorKind::ConnectionRefused), "{kind:?}");
+        Ok(())
+    })?;
+    round_trips(&open, 3)?;
+    drop(open);
+    scene.server().wait_ended(SOON)?;
+    scene.agent()?.terminate()
+}
+
+/// What a server without capabilities can't do, whoever has taken it over: change what is captured,
+/// or take the programs away. What it then needs somebody else for, it says.
+#[test]
+fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    // Before anything is attached it does not start.
+    let folder = own(scene.server())?;
+    let compiled = Profile::of("server")?.compile()?;
+    let sandbox = Sandbox::new(&folder, compiled.clone())?;
+    scene.server().start_with(|it| sandbox.place(it))?;
+    let missing = ["no attachment named kube-apiserver", "cpc redirect attach"];
+    scene.server().wait_log(SOON, 0, &missing)?;
+    ensure!(scene.server().wait_ended(SOON).is_err());
+
+    scene.attach()?;
+    scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
+    let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
+    round_trips(dial(&scene)?, 1)?;
+    for command in ["attach", "detach"] {
+        let sandbox = Sandbox::new(&folder, Vec::new())?.with_pins_of(&scene.lab)?;
+        let output = scene.redirect(command, |it| sandbox.place(it))?;
+        ensure!(!output.status.success(), "{command}: {output:?}");
+    }
+    round_trips(dial(&scene)?, 1)?;
+
+    // A changed capture set, and a cgroup that is made anew.
+    let before = scene.server().log().len();
+    scene.server().configure(|config| {
+        let port = json!({"cidr": "0.0.0.0/0", "ports": [Behaviour::Echo.port()]});
+        config["redirect"]["attachments"][0]["exclude"] = json!([port]);
+    })?;
+    scene.server().signal(Signal::SIGHUP)?;
+    let told = ["capture set not reloaded", "cpc redirect attach"];
+    scene.server().wait_log(SOON, before, &told)?;
+    round_trips(dial(&scene)?, 1)?;
+    scene.attach()?;
+    ensure!(dial(&scene).is_err(), "it is captured still");
+    scene
+        .server()
+        .configure(|config| config["redirect"]["attachments"][0]["exclude"] = json!([]))?;
+    scene.attach()?;
+    round_trips(dial(&scene)?, 1)?;
+
+    let cgroup = &scene.lab.control_plane.apiserver;
+    cgroup.remove()?;
+    fs::create_dir(cgroup.path())?;
+    let told = ["redirect NOT in place", "cpc redirect attach"];
+    scene.server().wait_log(SOON, before, &told)?;
+    ensure!(dial(&scene).is_err(), "the laboratory has a route");
+    scene.attach()?;
+    round_trips(dial(&scene)?, 1)?;
+    Ok(())
+}
+
+/// Started by root with everything, both keep nothing: the server attaches by itself first, and puts
+/// its programs into a cgroup that is made anew with nothing at all.
+#[test]
+fn root_gives_everything_back() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
+    let cgroup = lab.control_plane.apiserver.clone();
+    let server = &mut lab.control_plane.servers[0].daemon;
+    check(server.pid(), &[("Uid", "0")])?;
+    check(lab.workers[0].agent()?.pid(), &[("Uid", "0")])?;
+    let server = &lab.control_plane.servers[0].daemon;
+    let before = server.log().len();
+    cgroup.remove()?;
+    fs::create_dir(cgroup.path())?;
+    server.wait_log(SOON, before, &["redirect in place", "Created"])?;
+    round_trips(Frontend::Redirect.dial(&lab, to(Behaviour::Echo))?, 1)?;
+    Ok(())
+}
+
+/// io_uring under the profiles: refused, which is told once, and epoll does the job; with its calls
+/// allowed it is io_uring that does.
+#[test]
+fn io_uring_is_refused_by_the_profile_or_let() -> Result<()> {
+    if !Engine::IoUring.available()? {
+        return Ok(());
+    }
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    scene.attach()?;
+    for (engine, further) in [("epoll", &[][..]), ("io_uring", &IO_URING)] {
+        let mut before = Vec::new();
+        for daemon in scene.daemons()? {
+            before.push(daemon.log().len());
+            daemon.configure(|config| config["datapath"] = json!({"engine": "io_uring"}))?;
+        }
+        let [server, agent] = ["server", "agent"].map(|role| Profile::of(role)?.and(further));
+        scene.start(&server?, &agent?)?;
+        for frontend in Frontend::ALL {
+            let up = frontend.dial(&scene.lab, to(Behaviour::Sink))?;
+            client::upload(up, BYTES, |it| it.shutdown(std::net::Shutdown::Write))?;
+        }
+        for (daemon, before) in scene.daemons()?.into_iter().zip(before) {
+            daemon.wait_status(SOON, |status| status["engine"] == engine)?;
+            check(daemon.pid(), &confined())?;
+            let log = daemon.log();
+            let told = log[before..].matches("epoll takes its place").count();
+            assert_eq!(told, usize::from(engine == "epoll"), "{log}");
+            daemon.terminate()?;
+        }
+    }
+    Ok(())
+}
