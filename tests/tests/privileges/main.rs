@@ -7,7 +7,7 @@ mod sandbox;
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -220,6 +220,18 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     ensure!(scene.server().wait_ended(SOON).is_err());
 
     scene.attach()?;
+    let pins = scene.lab.folder().join("bpf/cpc");
+    for (pin, wanted) in [
+        ("maps-v1/ATTACHMENTS", 0o640),
+        ("maps-v1/CAPTURES", 0o640),
+        ("maps-v1/ROUTES", 0o660),
+        ("maps-v1/HEARTBEATS", 0o660),
+        ("links/kube-apiserver", 0o750),
+        ("links/kube-apiserver/connect4", 0o600),
+    ] {
+        let pin = fs::metadata(pins.join(pin)).with_context(|| pin.to_owned())?;
+        assert_eq!((pin.uid(), pin.mode() & 0o777), (0, wanted));
+    }
     scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
     let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
     round_trips(dial(&scene)?, 1)?;

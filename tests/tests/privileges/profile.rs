@@ -8,8 +8,7 @@ use anyhow::{Context, Result, ensure};
 use seccompiler::{BpfProgram, compile_from_json};
 use serde_json::{Value, json};
 
-/// What a container's runtime calls once more after the filter is in force, and the laboratory as
-/// well: each program has a session of its own.
+/// What the laboratory still calls after the filter is in force: each program has a session of its own.
 const LABORATORY: &str = "setsid";
 /// The calls of io_uring, which the profiles leave out.
 pub(crate) const IO_URING: [&str; 3] = ["io_uring_enter", "io_uring_register", "io_uring_setup"];

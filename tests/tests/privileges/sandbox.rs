@@ -122,10 +122,12 @@ pub(crate) fn keep_of_bounding_set(kept: &[libc::c_int]) -> io::Result<()> {
             // Beyond the kernel's last.
             break;
         }
+        if kept.contains(&capability) {
+            continue;
+        }
         // SAFETY: as above.
-        if !kept.contains(&capability)
-            && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0
-        {
+        let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        if dropped < 0 {
             return Err(io::Error::last_os_error());
         }
     }
