@@ -84,7 +84,10 @@ pub enum RedirectError {
     },
 
     /// Nothing of this name is pinned.
-    #[error("no attachment named {0} here: attach it first (`cpc redirect attach`)")]
+    #[error(
+        "no attachment named {0} here: attach it first (`cpc redirect attach`), with a \
+         `redirect.group` that this user is in"
+    )]
     NotAttached(String),
 
     /// Something else is pinned than is configured.
