@@ -44,6 +44,7 @@ use crate::process::shard::Shards;
 use crate::process::{host, memory};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
+use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
 use crate::tls::material::MaterialError;
@@ -55,7 +56,7 @@ use me::Me;
 use policy::Policy;
 use renew::Renewals;
 use shards::Dispatch;
-use worker::Worker;
+use worker::{CONNECTIONS, STALLED_BYTES, Worker};
 
 /// Why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -131,13 +132,22 @@ pub async fn run(
     let setup = Setup::new(config.transport, ours(&mut metrics));
     let tunnels = Arc::new(Tunnels::default());
     let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
+    let connections = Gate::new(config.limits.connections);
+    let limits = LimitMetrics::register(
+        ours(&mut metrics),
+        [
+            (CONNECTIONS, u64::try_from(config.limits.connections).ok()),
+            (STALLED_BYTES, Some(config.limits.stalled_bytes)),
+        ],
+    );
     let (phase, phases) = watch::channel(Phase::Running);
     let view = status::View::register(
         ours(&mut metrics),
         me.to_string(),
         tunnels.clone(),
         policy.clone(),
-        (budget.clone(), config.shards, engines.engine()),
+        (budget.clone(), connections.clone(), limits.clone()),
+        (config.shards, engines.engine()),
         phases.clone(),
         proxy_metrics.clone(),
     );
@@ -154,7 +164,6 @@ pub async fn run(
         count_both: konnectivity.is_some_and(|k| k.server_count == CountSource::Max),
         tunnels: config.tunnels,
     };
-    let connections = Gate::new(config.limits.connections);
     let renewals = Renewals::default();
     let worker = Worker {
         node: me.name(),
@@ -170,6 +179,7 @@ pub async fn run(
         budget: budget.clone(),
         phase: phases.clone(),
         connections: connections.clone(),
+        limits,
     };
     let mut shards = Shards::new(engines);
     let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;

@@ -12,12 +12,16 @@ use tokio::sync::watch;
 use super::held::{TunnelView, Tunnels};
 use super::policy::Policy;
 use super::tunnel::About;
+use super::worker::{CONNECTIONS, STALLED_BYTES};
 use crate::admin::Source;
 use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
 use crate::datapath::{Budget, Engine};
+use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
+use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::millis;
+use crate::transport::quic::config::STREAM_HELD;
 
 /// Looks at a running agent.
 pub(super) struct View {
@@ -25,6 +29,8 @@ pub(super) struct View {
     tunnels: Arc<Tunnels>,
     policy: Arc<ArcSwap<Policy>>,
     budget: Budget,
+    connections: Gate,
+    limits: LimitMetrics,
     shards: usize,
     engine: Engine,
     phase: watch::Receiver<Phase>,
@@ -40,7 +46,8 @@ impl View {
         identity: String,
         tunnels: Arc<Tunnels>,
         policy: Arc<ArcSwap<Policy>>,
-        (budget, shards, engine): (Budget, usize, Engine),
+        (budget, connections, limits): (Budget, Gate, LimitMetrics),
+        (shards, engine): (usize, Engine),
         phase: watch::Receiver<Phase>,
         proxy_metrics: ProxyAgentMetrics,
     ) -> Self {
@@ -60,6 +67,8 @@ impl View {
             tunnels,
             policy,
             budget,
+            connections,
+            limits,
             shards,
             engine,
             phase,
@@ -101,8 +110,12 @@ impl Source for View {
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
         let known = self.tunnels.server_count().max(1);
         self.proxy_metrics.set_servers(live, known as usize);
-        self.stalled
-            .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
+        let stalled = self.budget.stalled();
+        self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
+        let held = stalled as u64 * u64::from(STREAM_HELD);
+        self.limits.set_used(STALLED_BYTES, held);
+        let connections = self.connections.inside() as u64;
+        self.limits.set_used(CONNECTIONS, connections);
     }
 }
 

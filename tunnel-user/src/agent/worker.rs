@@ -16,6 +16,7 @@ use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
+use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::metrics::DialMetrics;
 use crate::tls::Material;
 use crate::transport::quic::config::Setup;
@@ -49,7 +50,15 @@ pub(super) struct Worker {
     pub phase: watch::Receiver<Phase>,
     /// Open connections.
     pub connections: Gate,
+    /// What the bounds refuse.
+    pub limits: LimitMetrics,
 }
+
+/// The bound on connections in metrics.
+pub(super) const CONNECTIONS: &str = "connections";
+
+/// The bound on stopped targets in metrics.
+pub(super) const STALLED_BYTES: &str = "stalled_bytes";
 
 impl Worker {
     /// What we offer: the node addresses in our certificate as it is now, and what is configured.
@@ -73,6 +82,7 @@ impl Worker {
     /// The reason, and a text for the person who asked.
     pub(super) fn admit(&self) -> Result<Admitted, (CloseReason, String)> {
         if !self.budget.has_room() {
+            self.limits.refuse(STALLED_BYTES);
             let text = format!(
                 "{} stopped targets use up limits.stalled_bytes",
                 self.budget.stalled()
@@ -80,6 +90,7 @@ impl Worker {
             return Err((CloseReason::Overloaded, text));
         }
         let Some(entered) = self.connections.enter() else {
+            self.limits.refuse(CONNECTIONS);
             let text = format!(
                 "the agent holds {} connections (limits.connections)",
                 self.connections.inside()

@@ -17,7 +17,9 @@ use super::{
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::shard;
+use crate::process::sources::Bounds;
 use crate::tls::TrustDomain;
+use crate::transport::quic::config::MAX_DIALS;
 
 /// Everything a server is told.
 #[derive(Clone, Debug, Deserialize)]
@@ -247,10 +249,97 @@ pub struct LimitsConfig {
     pub forget: Duration,
     /// Connections at once.
     pub connections: usize,
+    /// The same for each tenant, if it is to be less.
+    pub connections_per_tenant: Option<usize>,
+    /// Connections over one tunnel at once, below [`MAX_DIALS`].
+    ///
+    /// [`MAX_DIALS`]: crate::transport::quic::config::MAX_DIALS
+    pub connections_per_tunnel: usize,
+    /// Dials under way at once.
+    pub dials: usize,
+    /// The same for each tenant, if it is to be less.
+    pub dials_per_tenant: Option<usize>,
+    /// Dials at once that the agent of one tunnel has not answered.
+    pub dials_per_tunnel: usize,
     /// Tunnels of agents at once; one of Konnectivity counts once, however many streams it has.
     pub agents: usize,
+    /// The same for each tenant, if it is to be less.
+    pub agents_per_tenant: Option<usize>,
     /// Bytes that stopped readers may hold before new dials are refused.
     pub stalled_bytes: u64,
+    /// The same for each tenant, if it is to be less.
+    pub stalled_bytes_per_tenant: Option<u64>,
+    /// Handshakes, at each port that strangers come to.
+    pub handshakes: HandshakesConfig,
+}
+
+/// `limits.handshakes`: how many strangers a port takes in, from everywhere and from one source.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HandshakesConfig {
+    /// Under way at once, from everywhere.
+    pub at_once: usize,
+    /// Of a source in the long run.
+    pub per_second: u32,
+    /// Of a source that has long been quiet.
+    pub burst: u32,
+    /// Length of the prefix that is a source of IPv4.
+    pub ipv4_prefix: u8,
+    /// Length of the prefix that is a source of IPv6.
+    pub ipv6_prefix: u8,
+}
+
+impl Default for HandshakesConfig {
+    fn default() -> Self {
+        Self {
+            at_once: 1024,
+            // An eighth of a core: a handshake takes 0.6 ms.
+            per_second: 200,
+            // For 2,000 agents behind one address that come back, each with a second try.
+            burst: 4000,
+            ipv4_prefix: 32,
+            // What a customer of a provider gets.
+            ipv6_prefix: 56,
+        }
+    }
+}
+
+impl HandshakesConfig {
+    /// As a port keeps them.
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            at_once: self.at_once,
+            per_second: self.per_second,
+            burst: self.burst,
+            ipv4_prefix: self.ipv4_prefix,
+            ipv6_prefix: self.ipv6_prefix,
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if self.at_once == 0 {
+            return wrong("limits.handshakes.at_once", "must be at least 1");
+        }
+        if !(1..=1_000_000).contains(&self.per_second) {
+            return wrong("limits.handshakes.per_second", "must be 1 to 1000000");
+        }
+        if self.burst < 2 {
+            return wrong("limits.handshakes.burst", "must be at least 2");
+        }
+        if self.ipv4_prefix > 32 {
+            return wrong("limits.handshakes.ipv4_prefix", "must be at most 32");
+        }
+        if self.ipv6_prefix > 128 {
+            return wrong("limits.handshakes.ipv6_prefix", "must be at most 128");
+        }
+        Ok(())
+    }
 }
 
 impl Default for LimitsConfig {
@@ -260,8 +349,17 @@ impl Default for LimitsConfig {
             drain: Duration::from_secs(30),
             forget: Duration::from_secs(3600),
             connections: 16_000,
+            connections_per_tenant: None,
+            connections_per_tunnel: 8000,
+            dials: 8000,
+            dials_per_tenant: None,
+            // Half of all: an agent that answers nothing leaves the others theirs.
+            dials_per_tunnel: 4000,
             agents: 10_000,
+            agents_per_tenant: None,
             stalled_bytes: 2 << 30,
+            stalled_bytes_per_tenant: None,
+            handshakes: HandshakesConfig::default(),
         }
     }
 }
@@ -317,6 +415,11 @@ impl ServerConfig {
         if self.routing.strategies.is_empty() {
             return value("routing.strategies", "must name at least one");
         }
+        if self.limits.connections_per_tunnel > MAX_DIALS as usize {
+            // Agents let no more streams in: further ones would wait.
+            return value("limits.connections_per_tunnel", "must be at most 8192");
+        }
+        self.limits.handshakes.check()?;
         self.transport.check()?;
         self.audit.check()?;
         self.frontends.check()?;

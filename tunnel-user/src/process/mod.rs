@@ -1,7 +1,7 @@
 //! What a process needs from its host: threads ([`shard`]), signals and the service manager
 //! ([`lifecycle`]), sockets that outlive it ([`inherited`]), memory that goes back to it
 //! ([`memory`]), capabilities that it gives back ([`privileges`]), and limits, the host's ([`host`])
-//! and our own ([`gate`]).
+//! and our own ([`gate`], [`sources`]).
 
 pub mod gate;
 pub mod host;
@@ -10,3 +10,4 @@ pub mod lifecycle;
 pub mod memory;
 pub mod privileges;
 pub mod shard;
+pub mod sources;

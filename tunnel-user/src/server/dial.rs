@@ -19,11 +19,14 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tunnel_proto::close::{CloseClass, CloseReason};
 use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse, Host, StreamKind};
 
-use self::error::{no_route, too_late};
+use self::error::{full, no_route, too_late};
 use super::early::{Cursor, EarlyBytes, EarlyEnd};
+use super::limits::Limit;
 use super::link::{LinkRecv, LinkSend, bridge};
 use super::routes::{LinkId, LinkInfo, MAX_CANDIDATES, RouteError};
-use super::shard::Shard;
+use super::shard::{Dialling, Shard};
+use crate::config::server::LimitsConfig;
+use crate::datapath::Budget;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use crate::datapath::{LocalSocket, Outbound};
 use crate::process::lifecycle::Phase;
@@ -54,6 +57,8 @@ pub(super) struct Dialled {
     pub given: usize,
     /// Who serves it, where it counts from its first packet.
     pub on_link: OnLink,
+    /// What bounds its reader, should it stop.
+    pub budget: Budget,
 }
 
 /// How far a dial has come.
@@ -77,7 +82,7 @@ pub(super) struct Dial {
     attempt: u8,
     last: Option<DialError>,
     /// Counts it while it is under way.
-    pending: Option<Counted>,
+    pending: Option<(Counted, Dialling)>,
 }
 
 /// One try, and whether another may follow.
@@ -92,7 +97,7 @@ impl Dial {
         shard: &Shard,
         record: Record,
         tenant: &TrustDomain,
-        early: EarlyBytes,
+        (early, dialling): (EarlyBytes, Dialling),
     ) -> Self {
         Self {
             record: Box::new(record),
@@ -103,7 +108,7 @@ impl Dial {
             asked: Vec::new(),
             attempt: 0,
             last: None,
-            pending: Some(shard.metrics.konnectivity.pending_dial()),
+            pending: Some((shard.metrics.konnectivity.pending_dial(), dialling)),
         }
     }
 
@@ -210,6 +215,11 @@ impl Dial {
         local: &impl LocalSocket,
     ) -> Result<Dialled, Failed> {
         self.record.peer = Some(info.identity.name.clone());
+        let (on_link, _unanswered) = OnLink::new(info, &shard.limits).map_err(|limit| {
+            shard.metrics.limits.refuse(limit.label());
+            let error = full(shard, info, limit);
+            Failed { error, safe: true }
+        })?;
         let left = self.deadline.saturating_duration_since(Instant::now());
         let request = DialRequest {
             kind: StreamKind::Tcp,
@@ -221,7 +231,6 @@ impl Dial {
         self.attempt += 1;
         let is_last = self.candidates.as_ref().is_none_or(VecDeque::is_empty);
         let patience = (!is_last).then_some(left / 3);
-        let on_link = OnLink::new(info.clone());
         let mut cursor = Cursor::default();
         let early = (&mut self.early, &mut cursor);
         let tried = Box::pin(try_link(shard, info, &request, local, early, patience));
@@ -237,6 +246,7 @@ impl Dial {
             rest,
             given,
             on_link,
+            budget: shard.tenants.of(&self.tenant).budget.clone(),
         })
     }
 }
@@ -383,10 +393,33 @@ pub(super) fn connection_id() -> ConnectionId {
 pub(super) struct OnLink(Arc<LinkInfo>);
 
 impl OnLink {
-    /// Counts one.
-    pub(super) fn new(link: Arc<LinkInfo>) -> Self {
-        link.streams.fetch_add(1, Ordering::Relaxed);
-        Self(link)
+    /// Counts one, and that its agent has not answered yet.
+    ///
+    /// # Errors
+    /// The bound that lets no more on this link.
+    fn new(link: &Arc<LinkInfo>, limits: &LimitsConfig) -> Result<(Self, Unanswered), Limit> {
+        let is_over = |count: i64, most| usize::try_from(count).is_ok_and(|count| count >= most);
+        // Dropped, they count no more.
+        let streams = link.streams.fetch_add(1, Ordering::Relaxed);
+        let on_link = Self(link.clone());
+        let dials = link.unanswered.fetch_add(1, Ordering::Relaxed);
+        let unanswered = Unanswered(link.clone());
+        if is_over(streams, limits.connections_per_tunnel) {
+            Err(Limit::ConnectionsPerTunnel)
+        } else if is_over(dials, limits.dials_per_tunnel) {
+            Err(Limit::DialsPerTunnel)
+        } else {
+            Ok((on_link, unanswered))
+        }
+    }
+}
+
+/// A dial that counts on its link until it is dropped.
+struct Unanswered(Arc<LinkInfo>);
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        self.0.unanswered.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -5,8 +5,11 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
+use super::doorstep::Why;
+use super::limits;
 use crate::config::ServerConfig;
 use crate::telemetry::konnectivity::ProxyServerMetrics;
+use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::metrics::{DialMetrics, ours};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -14,8 +17,26 @@ struct FailureLabels {
     why: &'static str,
 }
 
-/// Why handshakes fail, as metric labels.
-const HANDSHAKE_FAILURES: [&str; 5] = ["tls", "identity", "peer", "timeout", "overload"];
+/// Handshakes that failed, by [`Why`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failures(Family<FailureLabels, Counter>);
+
+impl Failures {
+    fn register(&self, registry: &mut Registry, name: &str, help: &str) {
+        for why in Why::ALL {
+            // A counter that begins at its first event hides that event from a rate.
+            drop(self.0.get_or_create(&FailureLabels { why: why.label() }));
+        }
+        registry.register(name, help, self.0.clone());
+    }
+
+    /// Counts one.
+    pub(super) fn count(&self, why: Why) {
+        self.0
+            .get_or_create(&FailureLabels { why: why.label() })
+            .inc();
+    }
+}
 
 /// Counters of one server.
 #[derive(Clone, Debug)]
@@ -28,7 +49,12 @@ pub(super) struct ServerMetrics {
     pub origins_missing: Counter,
     /// What proxy-server counts.
     pub konnectivity: ProxyServerMetrics,
-    handshakes: Family<FailureLabels, Counter>,
+    /// Bounds.
+    pub limits: LimitMetrics,
+    /// Handshakes of tunnels, of both kinds.
+    pub handshakes: Failures,
+    /// Handshakes of frontends.
+    pub frontend_handshakes: Failures,
 }
 
 impl ServerMetrics {
@@ -44,7 +70,9 @@ impl ServerMetrics {
             claims_refused: Counter::default(),
             origins_missing: Counter::default(),
             konnectivity,
-            handshakes: Family::default(),
+            limits: limits::register(registry, &config.limits),
+            handshakes: Failures::default(),
+            frontend_handshakes: Failures::default(),
         };
         registry.register(
             "claims_refused",
@@ -56,20 +84,16 @@ impl ServerMetrics {
             "Redirected connections whose origin was not known, and which were reset",
             metrics.origins_missing.clone(),
         );
-        for why in HANDSHAKE_FAILURES {
-            // A counter that begins at its first event hides that event from a rate.
-            drop(metrics.handshakes.get_or_create(&FailureLabels { why }));
-        }
-        registry.register(
+        metrics.handshakes.register(
+            registry,
             "handshakes_failed",
             "Tunnel handshakes that failed",
-            metrics.handshakes.clone(),
+        );
+        metrics.frontend_handshakes.register(
+            registry,
+            "frontend_handshakes_failed",
+            "TLS handshakes of frontends' clients that failed",
         );
         metrics
-    }
-
-    /// Counts a failed handshake. `why` is one of [`HANDSHAKE_FAILURES`].
-    pub(super) fn handshake_failed(&self, why: &'static str) {
-        self.handshakes.get_or_create(&FailureLabels { why }).inc();
     }
 }

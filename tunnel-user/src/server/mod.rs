@@ -14,11 +14,13 @@ mod attachments;
 mod bind;
 pub mod control;
 mod dial;
+mod doorstep;
 mod early;
 mod frontend;
 pub mod grants;
 mod join;
 mod leases;
+mod limits;
 mod link;
 mod metrics;
 mod privileges;
@@ -27,6 +29,7 @@ pub mod routes;
 mod serve;
 mod shard;
 mod status;
+mod tenants;
 
 pub use attachments::{AttachError, redirect, spec};
 pub use privileges::for_start;
@@ -63,12 +66,14 @@ use crate::transport::quic::secret::{Secret, SecretError};
 use attachments::{Attachments, kernel_routes};
 use bind::Bound;
 use control::Control;
+use doorstep::Doorstep;
 use grants::Grants;
 use link::konnectivity::Door;
 use metrics::ServerMetrics;
 use registry::Registry;
 use serve::{Listeners, Start};
 use shard::{Common, Peers};
+use tenants::Tenants;
 
 /// Why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -227,15 +232,19 @@ pub async fn run(
     if let Some(desk) = &desk {
         desk.metrics.register(ours(&mut metrics));
     }
+    let failed_tunnels = server_metrics.handshakes.clone();
+    let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
     let common = Common {
         control: control.handle(),
         desk: desk.clone(),
         metrics: server_metrics,
-        budget: Budget::new(config.limits.stalled_bytes, STREAM_HELD),
+        tenants: Tenants::new(&config, &own, &budget),
+        budget,
         limits: config.limits.clone(),
         connections: Gate::new(config.limits.connections),
+        dials: Gate::new(config.limits.dials),
         tunnels: Gate::new(config.limits.agents),
-        handshakes: Gate::new(link::MAX_HANDSHAKES),
+        door: Doorstep::new(&config.limits.handshakes, failed_tunnels.clone()),
         server_id: identity.name.clone(),
         server_count: config.server_count,
         revocations: revocations.clone(),
@@ -253,8 +262,10 @@ pub async fn run(
     let (mut door, mut agents) = (None, None);
     if let (Some(konnectivity), Some(bound)) = (&config.konnectivity, bound.agents) {
         tokio::spawn(bound.tls.clone().watch());
-        let (places, id) = (common.tunnels.clone(), &common.server_id);
-        door = Some(Door::new(konnectivity, id, bound.tls, bound.tenant, places).await?);
+        let id = &common.server_id;
+        let step = Doorstep::new(&config.limits.handshakes, failed_tunnels);
+        let made = Door::new(konnectivity, id, bound.tls, bound.tenant, step);
+        door = Some(made.await?);
         agents = Some(bound.listener);
     }
     let listeners = Listeners {

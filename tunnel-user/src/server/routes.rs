@@ -107,6 +107,8 @@ pub struct LinkInfo {
     pub held_up: AtomicBool,
     /// Open streams.
     pub streams: AtomicI64,
+    /// Of these, dials that the agent has not answered.
+    pub unanswered: AtomicI64,
     /// Bytes over it.
     pub totals: Totals,
     /// Looks at its path.
@@ -136,6 +138,7 @@ impl LinkInfo {
             draining: AtomicBool::default(),
             held_up: AtomicBool::default(),
             streams: AtomicI64::default(),
+            unanswered: AtomicI64::default(),
             totals: Totals::default(),
             probe,
             silenced: Notify::new(),

@@ -14,15 +14,19 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::InstanceId;
 
 use super::control::ControlHandle;
+use super::doorstep::Doorstep;
+use super::limits::Limit;
 use super::link::Link;
 use super::link::konnectivity::Agents;
 use super::metrics::ServerMetrics;
 use super::routes::LinkId;
+use super::tenants::Tenants;
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::join::Desk;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
+use crate::tls::TrustDomain;
 use crate::tls::revoked::Revocations;
 
 /// What every shard of a server knows.
@@ -40,10 +44,14 @@ pub(super) struct Common {
     pub limits: LimitsConfig,
     /// Open connections.
     pub connections: Gate,
+    /// Dials under way.
+    pub dials: Gate,
     /// Tunnels.
     pub tunnels: Gate,
-    /// Handshakes of tunnels over QUIC.
-    pub handshakes: Gate,
+    /// What each tenant has of them.
+    pub tenants: Tenants,
+    /// Where agents come in over QUIC.
+    pub door: Doorstep,
     /// Our name.
     pub server_id: Arc<str>,
     /// How many of us there are.
@@ -157,17 +165,49 @@ impl Shard {
         LinkId(self.last_link.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Counts a connection; `None` at a bound.
-    pub(super) fn admit(&self) -> Option<Admitted> {
-        let entered = self
-            .connections
-            .enter()
-            .filter(|_| self.budget.has_room())?;
+    /// Counts a connection of `tenant`, and that it is dialled.
+    ///
+    /// # Errors
+    /// The bound that lets no more in.
+    pub(super) fn admit(&self, tenant: &TrustDomain) -> Result<(Admitted, Dialling), Limit> {
+        let admitted = self.try_admit(tenant);
+        admitted.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
+    }
+
+    fn try_admit(&self, tenant: &TrustDomain) -> Result<(Admitted, Dialling), Limit> {
+        let own = self.tenants.of(tenant);
+        if !self.budget.has_room() {
+            return Err(Limit::StalledBytes);
+        }
+        if !own.budget.has_room() {
+            return Err(Limit::StalledBytesPerTenant);
+        }
+        let enter = |gate: &Gate, limit| gate.enter().ok_or(limit);
+        let connections = (
+            enter(&self.connections, Limit::Connections)?,
+            enter(&own.connections, Limit::ConnectionsPerTenant)?,
+        );
+        let dials = (
+            enter(&self.dials, Limit::Dials)?,
+            enter(&own.dials, Limit::DialsPerTenant)?,
+        );
         self.metrics.dials.open.inc();
-        Some(Admitted {
-            _entered: entered,
+        let admitted = Admitted {
+            _entered: connections,
             open: self.metrics.dials.open.clone(),
-        })
+        };
+        Ok((admitted, Dialling { _entered: dials }))
+    }
+
+    /// Counts a tunnel of `tenant`.
+    ///
+    /// # Errors
+    /// The bound that lets no more in.
+    pub(super) fn admit_tunnel(&self, tenant: &TrustDomain) -> Result<TunnelPlace, Limit> {
+        let all = self.tunnels.enter().ok_or(Limit::Agents);
+        let own = self.tenants.of(tenant).agents.enter();
+        let place = all.and_then(|all| Ok((all, own.ok_or(Limit::AgentsPerTenant)?)));
+        place.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
     }
 
     /// Whether no connection is open, here or elsewhere: one that is handed over is on its way.
@@ -185,9 +225,17 @@ impl Shard {
 
 /// One connection that counts until it is dropped, on whichever shard.
 pub(super) struct Admitted {
-    _entered: Entered,
+    _entered: (Entered, Entered),
     open: Gauge,
 }
+
+/// One dial that counts until it is dropped, on whichever shard.
+pub(super) struct Dialling {
+    _entered: (Entered, Entered),
+}
+
+/// One tunnel that counts until it is dropped.
+pub(super) type TunnelPlace = (Entered, Entered);
 
 impl Drop for Admitted {
     fn drop(&mut self) {

@@ -12,11 +12,12 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use super::control::{ControlHandle, SessionView};
+use super::limits;
 use super::shard::Common;
 use crate::admin::Source;
 use crate::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
 use crate::config::ServerConfig;
-use crate::datapath::{Budget, Engine};
+use crate::datapath::Engine;
 use crate::process::lifecycle::Phase;
 use crate::redirect::{self, Redirect};
 use crate::telemetry::konnectivity::ProxyServerMetrics;
@@ -33,7 +34,7 @@ struct EventLabels {
 pub(super) struct View {
     identity: String,
     control: ControlHandle,
-    budget: Budget,
+    common: Common,
     shards: usize,
     engine: Engine,
     phase: watch::Receiver<Phase>,
@@ -57,7 +58,7 @@ impl View {
         let view = Self {
             identity,
             control: common.control.clone(),
-            budget: common.budget.clone(),
+            common: common.clone(),
             shards: config.shards,
             engine,
             phase: common.phase.clone(),
@@ -134,7 +135,8 @@ impl Source for View {
     fn refresh(&self) {
         self.ready.set(self.ready().is_ok().into());
         self.stalled
-            .set(i64::try_from(self.budget.stalled()).unwrap_or(i64::MAX));
+            .set(i64::try_from(self.common.budget.stalled()).unwrap_or(i64::MAX));
+        limits::refresh(&self.common.metrics.limits, &self.common);
         let backends = self.control.backends();
         let by_strategy = backends.by_strategy.iter();
         let by_strategy = by_strategy.map(|(strategy, count)| (strategy.label(), *count));

@@ -3,7 +3,9 @@
 
 pub mod access;
 pub mod audit;
+pub mod crowd;
 pub mod konnectivity;
+pub mod limits;
 mod lines;
 pub mod logging;
 pub mod metrics;

@@ -6,7 +6,8 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::text::go_error;
 use tunnel_proto::preface::Destination;
 
-use crate::server::routes::{LinkKind, RouteError};
+use crate::server::limits::Limit;
+use crate::server::routes::{LinkInfo, LinkKind, RouteError};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
 use crate::telemetry::konnectivity::DialFailure;
@@ -106,6 +107,11 @@ pub(super) fn no_route(error: RouteError, record: &Record) -> DialError {
             DialError::new(CloseReason::NoAgent, Closer::Server, text)
         }
     }
+}
+
+pub(super) fn full(shard: &Shard, link: &LinkInfo, limit: Limit) -> DialError {
+    let text = format!("{}: {}", link.identity.name, limit.text(&shard.limits));
+    DialError::new(CloseReason::Overloaded, Closer::Server, text)
 }
 
 pub(super) fn too_late(shard: &Shard, record: &Record) -> DialError {

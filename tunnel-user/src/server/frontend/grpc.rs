@@ -143,14 +143,17 @@ async fn serve_dial(
     };
     let mut record = Record::new(connection_id(), FrontendKind::Grpc, destination);
     record.client = client;
-    let Some(admitted) = shard.admit() else {
-        let error = overloaded(shard);
-        failed(shard, &record, &error);
-        return refuse(socket, &error.to_string()).await;
+    let (admitted, dialling) = match shard.admit(tenant) {
+        Ok(admitted) => admitted,
+        Err(limit) => {
+            let error = overloaded(shard, limit);
+            failed(shard, &record, &error);
+            return refuse(socket, &error.to_string()).await;
+        }
     };
     let early = EarlyBytes::new(Early::Hold, Bytes::new());
     let span = record.span();
-    let mut dial = Dial::new(shard, record, tenant, early);
+    let mut dial = Dial::new(shard, record, tenant, (early, dialling));
     let served = async {
         // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
         // only this stream's.

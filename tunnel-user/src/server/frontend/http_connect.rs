@@ -65,15 +65,18 @@ async fn ask<L: Portable>(
         request.destination,
     );
     record.client = client;
-    let Some(admitted) = shard.admit() else {
-        let error = overloaded(&shard);
-        failed(&shard, &record, &error);
-        answer_and_close(&local, answers::failure(answers, &error)).await;
-        return None;
+    let (admitted, dialling) = match shard.admit(&tenant) {
+        Ok(admitted) => admitted,
+        Err(limit) => {
+            let error = overloaded(&shard, limit);
+            failed(&shard, &record, &error);
+            answer_and_close(&local, answers::failure(answers, &error)).await;
+            return None;
+        }
     };
     let early = EarlyBytes::new(Early::Hold, first);
     Some(Box::new(Client {
-        dial: Dial::new(&shard, record, &tenant, early),
+        dial: Dial::new(&shard, record, &tenant, (early, dialling)),
         manner: Manner::HttpConnect(answers),
         local,
         admitted,

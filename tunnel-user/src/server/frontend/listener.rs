@@ -7,9 +7,10 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -18,7 +19,8 @@ use super::tls::FrontendTls;
 use super::{accept_failed, grpc, http_connect};
 use crate::config::frontend::{Answers, UnixFrontend};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
-use crate::process::gate::{Entered, Gate};
+use crate::process::sources::Place;
+use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events as audit;
 use crate::tls::revoked::Peer;
@@ -27,9 +29,6 @@ use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
 
 /// A client that has not finished its TLS handshake by then is dropped.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// TLS handshakes under way at once on one frontend.
-const MAX_STRANGERS: usize = 1024;
 
 /// What is spoken at a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,21 +148,18 @@ impl Service {
         &self,
         shard: &Rc<Shard>,
         (socket, client): (TcpStream, SocketAddr),
-        (acceptor, stranger): (TlsAcceptor, Entered),
+        (acceptor, doorstep, stranger): (TlsAcceptor, Doorstep, Place),
     ) -> io::Result<()> {
         let (service, socket) = (self.clone(), socket.into_std()?);
         shard.run_on(shard.turn(), move |shard| async move {
             let secured = async { acceptor.accept(TcpStream::from_std(socket)?).await };
             let known = timeout(HANDSHAKE, secured).await;
+            let Ok(Ok(session)) = known else {
+                stranger.charge(Instant::now());
+                return unknown(&doorstep, client, known.map(|known| known.map(drop)));
+            };
             drop(stranger);
-            match known {
-                Ok(Ok(session)) => service.serve_tls(shard, client, session),
-                Ok(Err(error)) => {
-                    tracing::warn!(%client, %error, "frontend handshake failed");
-                    audit::peer_refused(client, &error);
-                }
-                Err(_) => tracing::warn!(%client, "frontend handshake not finished in time"),
-            }
+            service.serve_tls(shard, client, session);
         });
         Ok(())
     }
@@ -198,6 +194,18 @@ impl Service {
     }
 }
 
+/// Counts a client who is none, and says so.
+fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
+    if let Ok(Err(error)) = known {
+        if let Some(unshown) = doorstep.failed(Why::Tls) {
+            tracing::warn!(%client, unshown, %error, "frontend handshake failed");
+        }
+        audit::peer_refused(client, &error);
+    } else if let Some(unshown) = doorstep.failed(Why::Timeout) {
+        tracing::warn!(%client, unshown, "frontend handshake not finished in time");
+    }
+}
+
 /// Accepts on a Unix socket for ever.
 pub(in crate::server) async fn accept_unix(
     shard: Rc<Shard>,
@@ -216,22 +224,29 @@ pub(in crate::server) async fn accept_unix(
     }
 }
 
-/// Accepts on TCP for ever.
+/// Accepts on TCP for ever. Clients with a certificate come as often as they like: only handshakes
+/// that fail count against where they come from.
 pub(in crate::server) async fn accept_tls(
     shard: Rc<Shard>,
     service: Service,
     listener: TcpListener,
     tls: FrontendTls,
 ) {
-    let strangers = Gate::new(MAX_STRANGERS);
+    let failures = shard.metrics.frontend_handshakes.clone();
+    let doorstep = Doorstep::new(&shard.limits.handshakes, failures);
     loop {
         let taken = match listener.accept().await {
-            Ok(accepted) => match strangers.enter() {
-                Some(stranger) => service.take_tls(&shard, accepted, (tls.acceptor(), stranger)),
+            Ok(accepted) => match doorstep.enter(accepted.1.ip()) {
+                Ok(stranger) => {
+                    let tls = (tls.acceptor(), doorstep.clone(), stranger);
+                    service.take_tls(&shard, accepted, tls)
+                }
                 // Dropped with its socket at the bound.
-                None => {
+                Err(why) => {
                     let (_, client) = accepted;
-                    tracing::warn!(%client, "too many handshakes at once, connection is reset");
+                    if let Some(unshown) = doorstep.failed(why.into()) {
+                        tracing::warn!(%client, unshown, %why, "client's connection is reset");
+                    }
                     Ok(())
                 }
             },

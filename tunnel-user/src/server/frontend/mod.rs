@@ -17,6 +17,7 @@ use std::time::Duration;
 use tunnel_proto::close::CloseReason;
 
 use super::dial::{DialError, Dialled};
+use super::limits::Limit;
 use super::shard::Shard;
 use crate::datapath::{ClosedBy, LocalSocket, Meter, relay};
 use crate::telemetry::access::{ConnectionMeter, Record};
@@ -63,6 +64,7 @@ fn serve(
             rest,
             given,
             on_link,
+            budget,
         } = dialled;
         let meter = ConnectionMeter::<true> {
             bytes: &record.bytes,
@@ -70,7 +72,7 @@ fn serve(
             metrics: &shard.metrics.dials,
         };
         meter.outbound(*given);
-        let relayed = relay(local, send, recv, rest, &shard.budget, &meter);
+        let relayed = relay(local, send, recv, rest, budget, &meter);
         let (closer, reason) = tokio::select! {
             // Without a random number a poll.
             biased;
@@ -97,18 +99,8 @@ fn failed(shard: &Shard, record: &Record, error: &DialError) {
 }
 
 /// The error of a client that can't be admitted.
-fn overloaded(shard: &Shard) -> DialError {
-    let text = if shard.budget.has_room() {
-        format!(
-            "the server holds {} connections (limits.connections)",
-            shard.limits.connections
-        )
-    } else {
-        format!(
-            "{} stopped readers use up limits.stalled_bytes",
-            shard.budget.stalled()
-        )
-    };
+fn overloaded(shard: &Shard, limit: Limit) -> DialError {
+    let text = limit.text(&shard.limits);
     DialError::new(CloseReason::Overloaded, Closer::Server, text)
 }
 

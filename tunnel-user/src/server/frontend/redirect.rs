@@ -19,7 +19,7 @@ use crate::datapath::socket::Portable;
 use crate::redirect::{Flows, Heartbeat, Shortcuts};
 use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
-use crate::server::shard::{Admitted, Shard};
+use crate::server::shard::{Admitted, Dialling, Shard};
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
 use crate::tls::TrustDomain;
@@ -70,9 +70,9 @@ fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client
     let destination = Destination::new(destination.ip(), destination.port());
     let mut record = Record::new(connection_id(), FrontendKind::Redirect, destination);
     record.client = Some(client);
-    let Some(admitted) = shard.admit() else {
-        failed(shard, &record, &overloaded(shard));
-        return;
+    let admitted = match shard.admit(&attachment.tenant) {
+        Ok(admitted) => admitted,
+        Err(limit) => return failed(shard, &record, &overloaded(shard, limit)),
     };
     let socket = match &attachment.shortcuts {
         None => socket,
@@ -94,12 +94,12 @@ fn serve(
     shard: &Rc<Shard>,
     attachment: &Attachment,
     record: Record,
-    admitted: Admitted,
+    (admitted, dialling): (Admitted, Dialling),
     local: impl Portable,
 ) {
     let early = EarlyBytes::new(Early::Send, Bytes::new());
     let client = Client {
-        dial: Dial::new(shard, record, &attachment.tenant, early),
+        dial: Dial::new(shard, record, &attachment.tenant, (early, dialling)),
         manner: Manner::Redirected,
         local,
         admitted,

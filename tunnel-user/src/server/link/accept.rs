@@ -10,8 +10,10 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
 
 use super::{QuicLink, session};
-use crate::process::gate::Entered;
 use crate::process::lifecycle::Phase;
+use crate::process::sources::{Crowded, Place, Verdict};
+use crate::server::doorstep::Why;
+use crate::server::limits::Limit;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events as audit;
@@ -25,33 +27,37 @@ use crate::transport::quic::{
 /// A peer that has not shown its certificate and opened its control stream by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Handshakes under way at once on all shards; above it strangers are refused.
-pub(in crate::server) const MAX_HANDSHAKES: usize = 1024;
-
-/// Handshakes under way above which a peer must first prove its address (Retry, RFC 9000
-/// section 8.1.2).
-const RETRY_ABOVE: usize = 64;
-
 /// Accepts tunnels for ever.
 pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
-    let handshakes = &shard.handshakes;
     while let Some(incoming) = endpoint.accept().await {
         if *shard.phase.borrow() != Phase::Running {
             // Agents look elsewhere, and here again for our successor.
             incoming.refuse();
-        } else if handshakes.inside() >= RETRY_ABOVE && incoming.may_retry() {
-            incoming.retry();
-        } else if let Some(under_way) = handshakes.enter() {
-            tokio::task::spawn_local(serve(shard.clone(), incoming, under_way));
-        } else {
-            shard.metrics.handshake_failed("overload");
-            incoming.refuse();
+            continue;
+        }
+        let remote = incoming.remote_address();
+        match shard.door.judge(remote.ip(), !incoming.may_retry()) {
+            Verdict::Enter(place) => {
+                place.charge(Instant::now());
+                tokio::task::spawn_local(serve(shard.clone(), incoming, place));
+            }
+            // By a Retry (RFC 9000 section 8.1.2).
+            Verdict::Prove => incoming.retry(),
+            Verdict::Refuse(why) => {
+                if why == Crowded::Full {
+                    shard.metrics.limits.refuse(Limit::Handshakes.label());
+                }
+                if let Some(unshown) = shard.door.failed(why.into()) {
+                    tracing::warn!(%remote, unshown, %why, "handshake refused");
+                }
+                incoming.refuse();
+            }
         }
     }
 }
 
 /// Serves one agent from its first packet to its last.
-async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
+async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
     let remote = incoming.remote_address();
     let Some((connection, stream)) = handshake(&shard, incoming).await else {
         return;
@@ -60,8 +66,9 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Entered) {
     let identity = match peer_identity(&connection) {
         Ok(identity) => identity,
         Err(error) => {
-            shard.metrics.handshake_failed("identity");
-            tracing::warn!(%remote, %error, "agent refused");
+            if let Some(unshown) = shard.door.failed(Why::Identity) {
+                tracing::warn!(%remote, unshown, %error, "agent refused");
+            }
             audit::peer_refused(remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
             connection.close(reason, error.to_string().as_bytes());
@@ -133,17 +140,21 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
         Ok(Err(ConnectionError::ApplicationClosed(close))) => {
             // An agent that found our certificate wanting, or changed its mind.
             let why = String::from_utf8_lossy(&close.reason).into_owned();
-            tracing::info!(%remote, %why, "handshake given up by the peer");
-            shard.metrics.handshake_failed("peer");
+            if let Some(unshown) = shard.door.failed(Why::Peer) {
+                tracing::info!(%remote, unshown, %why, "handshake given up by the peer");
+            }
         }
         Ok(Err(error)) => {
-            tracing::warn!(%remote, %error, "handshake failed");
+            if let Some(unshown) = shard.door.failed(Why::Tls) {
+                tracing::warn!(%remote, unshown, %error, "handshake failed");
+            }
             audit::peer_refused(remote, &error);
-            shard.metrics.handshake_failed("tls");
         }
         Err(_) => {
-            tracing::warn!(%remote, seconds = HANDSHAKE_TIMEOUT.as_secs(), "handshake not finished in time");
-            shard.metrics.handshake_failed("timeout");
+            if let Some(unshown) = shard.door.failed(Why::Timeout) {
+                let seconds = HANDSHAKE_TIMEOUT.as_secs();
+                tracing::warn!(%remote, unshown, seconds, "handshake not finished in time");
+            }
         }
     }
     None

@@ -16,7 +16,7 @@ use std::rc::Rc;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 
-pub(super) use accept::{MAX_HANDSHAKES, accept};
+pub(super) use accept::accept;
 pub(super) use konnectivity::KonnectivityLink;
 pub(super) use quic::QuicLink;
 use session::report;

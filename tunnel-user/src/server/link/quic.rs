@@ -11,8 +11,8 @@ use tunnel_proto::preface::DialRequest;
 use tunnel_proto::session::ServerSession;
 
 use crate::datapath::stream::{SendEnd, SendHalf};
-use crate::process::gate::Entered;
 use crate::server::routes::LinkInfo;
+use crate::server::shard::TunnelPlace;
 use crate::transport::control_stream::Shared;
 use crate::transport::quic::{Connection, Recv, Send, error_code, link_reason};
 
@@ -24,7 +24,7 @@ pub(crate) struct QuicLink {
     /// What others may know of it.
     pub info: Arc<LinkInfo>,
     /// Its place among all tunnels, once it is welcome.
-    pub(super) place: RefCell<Option<Entered>>,
+    pub(super) place: RefCell<Option<TunnelPlace>>,
     /// When it last asked for a certificate.
     pub(super) asked: Cell<Option<Instant>>,
 }

@@ -111,16 +111,15 @@ async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {
-    let Some(place) = shard.tunnels.enter() else {
-        let text = format!(
-            "the server serves {} agents (limits.agents)",
-            shard.limits.agents
-        );
-        return Err(link
-            .session
-            .with(|s| s.refuse(CloseReason::Overloaded, text)));
-    };
-    link.place.replace(Some(place));
+    match shard.admit_tunnel(&link.info.identity.trust_domain) {
+        Ok(place) => drop(link.place.replace(Some(place))),
+        Err(limit) => {
+            let text = limit.text(&shard.limits);
+            return Err(link
+                .session
+                .with(|s| s.refuse(CloseReason::Overloaded, text)));
+        }
+    }
     // Before the routes are in force: a dial may come at once.
     shard
         .links

@@ -2,24 +2,18 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::Refusal;
 
 use super::AUDIT;
+use crate::telemetry::crowd::Crowd;
 use crate::tls::Identity;
 use crate::tls::revoked::Revoked;
 
 /// Refused claims that a record names; it counts all.
 const NAMED: usize = 100;
-
-/// Refused strangers are recorded up to [`MOST`] in each of these.
-const INTERVAL: Duration = Duration::from_secs(60);
-
-/// So many of them.
-const MOST: u32 = 100;
 
 /// This process serves from now on, or no longer.
 pub fn process(event: &'static str, role: &'static str, identity: &dyn Display) {
@@ -67,40 +61,9 @@ pub fn cut(what: &'static str, remote: SocketAddr, revoked: &Revoked) {
 /// Somebody who wanted to be an agent, or a client with a certificate, was not let in. Strangers can't
 /// fill the audit: of a crowd the first few are recorded, and how many there were.
 pub fn peer_refused(remote: SocketAddr, why: &dyn Display) {
-    static CROWD: Mutex<Option<Crowd>> = Mutex::new(None);
-    let mut crowd = CROWD.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(unrecorded) = crowd.get_or_insert_with(Crowd::new).admit(Instant::now()) {
+    static CROWD: Crowd = Crowd::new(100, Duration::from_secs(60));
+    if let Some(unrecorded) = CROWD.admit(Instant::now()) {
         tracing::info!(target: AUDIT, event = "peer_refused", %remote, %why, unrecorded);
-    }
-}
-
-/// Refused strangers of one interval.
-struct Crowd {
-    since: Instant,
-    recorded: u32,
-    unrecorded: u64,
-}
-
-impl Crowd {
-    fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            recorded: 0,
-            unrecorded: 0,
-        }
-    }
-
-    /// Whether one more is recorded: then how many were not since the last that was.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        if now.saturating_duration_since(self.since) >= INTERVAL {
-            (self.since, self.recorded) = (now, 0);
-        }
-        if self.recorded == MOST {
-            self.unrecorded += 1;
-            return None;
-        }
-        self.recorded += 1;
-        Some(std::mem::take(&mut self.unrecorded))
     }
 }
 
@@ -122,19 +85,4 @@ pub fn changed(what: &'static str, outcome: Result<(), &dyn Display>) {
     tracing::info!(
         target: AUDIT, event = "configuration", what, done = error.is_none(), error,
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_crowd_is_counted() {
-        let mut crowd = Crowd::new();
-        let start = crowd.since;
-        let recorded = (0..MOST + 5).filter_map(|_| crowd.admit(start));
-        assert_eq!(recorded.collect::<Vec<_>>(), [0; MOST as usize]);
-        assert_eq!(crowd.admit(start + INTERVAL), Some(5));
-        assert_eq!(crowd.admit(start + INTERVAL), Some(0));
-    }
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
@@ -17,16 +17,15 @@ use tunnel_proto::konnectivity::CONNECT;
 
 use super::door::Door;
 use super::session;
-use crate::process::gate::{Entered, Gate};
+use crate::process::gate::Gate;
+use crate::process::sources::Place;
+use crate::server::doorstep::Why;
 use crate::server::shard::Shard;
 use crate::transport::grpc::server::{ServeError, serve};
 use crate::transport::grpc::{Settings, tcp};
 
 /// A peer that has not finished TLS by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Connections at once of which no agent has come yet; above it strangers are reset.
-const MAX_STRANGERS: usize = 1024;
 
 /// A connection without a call is ended after that, or after twice that at most.
 const UNUSED: Duration = Duration::from_secs(15);
@@ -45,7 +44,6 @@ pub(in crate::server) struct Agents {
     pub(super) shard: Rc<Shard>,
     pub(super) door: Door,
     settings: Settings,
-    strangers: Gate,
     connections: Gate,
     ending: Notify,
 }
@@ -61,7 +59,7 @@ pub(super) struct Peer {
     /// Its calls.
     pub calls: Gate,
     /// Given back with the first agent.
-    stranger: RefCell<Option<Entered>>,
+    stranger: RefCell<Option<Place>>,
 }
 
 impl Peer {
@@ -84,7 +82,6 @@ impl Agents {
             shard,
             door,
             settings,
-            strangers: Gate::new(MAX_STRANGERS),
             connections: Gate::new(usize::MAX),
             ending: Notify::new(),
         });
@@ -105,11 +102,15 @@ impl Agents {
     pub(in crate::server) async fn accept(self: Rc<Self>, listener: TcpListener) {
         loop {
             match listener.accept().await {
-                Ok((socket, remote)) => match self.strangers.enter() {
-                    Some(stranger) => self.deal(socket, remote, stranger),
-                    None => {
-                        self.shard.metrics.handshake_failed("overload");
-                        tracing::warn!(%remote, "too many handshakes at once, connection is closed");
+                Ok((socket, remote)) => match self.door.step.enter(remote.ip()) {
+                    Ok(stranger) => {
+                        stranger.charge(Instant::now());
+                        self.deal(socket, remote, stranger);
+                    }
+                    Err(why) => {
+                        if let Some(unshown) = self.door.step.failed(why.into()) {
+                            tracing::warn!(%remote, unshown, %why, "agent's connection is closed");
+                        }
                     }
                 },
                 Err(error) => {
@@ -123,7 +124,7 @@ impl Agents {
     }
 
     /// Gives a stranger to the shard whose turn it is: his links will live there.
-    fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: Entered) {
+    fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: Place) {
         let Ok(socket) = socket.into_std() else {
             return;
         };
@@ -137,13 +138,14 @@ impl Agents {
     }
 
     /// Serves one connection to its end.
-    async fn serve(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, stranger: Entered) {
+    async fn serve(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, stranger: Place) {
         let _counted = self.connections.enter();
         // Not while we drain: an agent drops a server that says so, with all its connections.
         let ending = self.ending.notified();
         let failed = |why, error: &dyn std::fmt::Display| {
-            self.shard.metrics.handshake_failed(why);
-            tracing::warn!(%remote, %error, "agent's handshake failed");
+            if let Some(unshown) = self.door.step.failed(why) {
+                tracing::warn!(%remote, unshown, %error, "agent's handshake failed");
+            }
         };
         let secured = async {
             let watched = Arc::new(watched(&socket)?);
@@ -152,8 +154,8 @@ impl Agents {
         };
         let (tls, socket) = match timeout(HANDSHAKE_TIMEOUT, secured).await {
             Ok(Ok(secured)) => secured,
-            Ok(Err(error)) => return failed("tls", &error),
-            Err(_) => return failed("timeout", &"it was not finished in time"),
+            Ok(Err(error)) => return failed(Why::Tls, &error),
+            Err(_) => return failed(Why::Timeout, &"it was not finished in time"),
         };
         let certificates = tls.get_ref().1.peer_certificates();
         let peer = Rc::new(Peer {
@@ -176,7 +178,7 @@ impl Agents {
         let served = serve(tls, &self.settings, CONNECT, ending, on_call);
         tokio::select! {
             served = served => match served {
-                Err(error @ ServeError::Handshake) => failed("timeout", &error),
+                Err(error @ ServeError::Handshake) => failed(Why::Timeout, &error),
                 Err(error) => tracing::debug!(%remote, %error, "agent's connection ended"),
                 Ok(()) => {}
             },

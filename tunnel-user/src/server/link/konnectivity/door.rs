@@ -9,7 +9,7 @@ use super::who::Proof;
 use crate::config::konnectivity::KonnectivityConfig;
 use crate::kubernetes::token::TokenReviewer;
 use crate::kubernetes::{self, AccessError};
-use crate::process::gate::Gate;
+use crate::server::doorstep::Doorstep;
 use crate::server::routes::Trust;
 use crate::tls::TrustDomain;
 
@@ -28,10 +28,12 @@ pub(in crate::server) struct Door {
     pub(super) ids: Arc<ServerIds>,
     /// How often an idle one is pinged over HTTP/2.
     pub(super) keepalive: Duration,
+    /// Where they wait until one is known.
+    pub(super) step: Doorstep,
 }
 
 impl Door {
-    /// As `config` says, for as many agents as have `places`. Tokens are reviewed from the runtime that
+    /// As `config` says. Tokens are reviewed from the runtime that
     /// this is called on.
     ///
     /// # Errors
@@ -41,7 +43,7 @@ impl Door {
         server_id: &str,
         tls: AgentTls,
         tenant: TrustDomain,
-        places: Gate,
+        step: Doorstep,
     ) -> Result<Self, AccessError> {
         let proof = match (&config.client_ca, &config.token) {
             (Some(_), _) => Proof::Certificate,
@@ -66,8 +68,9 @@ impl Door {
             trust,
             tenant,
             tls,
-            ids: ServerIds::new(config.ids(server_id).collect(), places),
+            ids: ServerIds::new(config.ids(server_id).collect()),
             keepalive: config.keepalive,
+            step,
         })
     }
 }

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tunnel_proto::session::InstanceId;
 
-use crate::process::gate::{Entered, Gate};
+use crate::server::limits::Limit;
+use crate::server::shard::TunnelPlace;
 use crate::tls::Identity;
 
 /// Streams of one agent beyond one for each id: some that it is about to find superfluous, and
@@ -20,7 +21,6 @@ type Key = (String, InstanceId);
 #[derive(Debug)]
 pub(super) struct ServerIds {
     ids: Vec<String>,
-    places: Gate,
     taken: Mutex<HashMap<Key, Streams>>,
 }
 
@@ -29,24 +29,23 @@ pub(super) struct ServerIds {
 struct Streams {
     /// By id.
     counts: Vec<usize>,
-    _place: Entered,
+    _place: TunnelPlace,
 }
 
 /// Why an agent has no place for a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoPlace {
     /// There are enough agents.
-    Agents,
+    Agents(Limit),
     /// It has far too many streams.
     Streams,
 }
 
 impl ServerIds {
-    /// These, at least one, for as many agents as have `places`.
-    pub(super) fn new(ids: Vec<String>, places: Gate) -> Arc<Self> {
+    /// These, at least one.
+    pub(super) fn new(ids: Vec<String>) -> Arc<Self> {
         Arc::new(Self {
             ids,
-            places,
             taken: Mutex::default(),
         })
     }
@@ -57,7 +56,7 @@ impl ServerIds {
     }
 
     /// The first id that this agent has no stream to; the first of all when it has one to each,
-    /// which tells it so.
+    /// which tells it so. With its first stream it takes a `place`.
     ///
     /// # Errors
     /// [`NoPlace`].
@@ -65,6 +64,7 @@ impl ServerIds {
         self: &Arc<Self>,
         identity: &Identity,
         instance: InstanceId,
+        place: impl FnOnce() -> Result<TunnelPlace, Limit>,
     ) -> Result<Taken, NoPlace> {
         let key = (identity.uri(), instance);
         let mut taken = self.taken();
@@ -73,7 +73,7 @@ impl ServerIds {
             None => {
                 let streams = Streams {
                     counts: vec![0; self.ids.len()],
-                    _place: self.places.enter().ok_or(NoPlace::Agents)?,
+                    _place: place().map_err(NoPlace::Agents)?,
                 };
                 &mut taken.entry(key.clone()).or_insert(streams).counts
             }
@@ -125,11 +125,22 @@ impl Drop for Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::gate::Gate;
     use crate::tls::Role;
 
-    fn ids(count: usize) -> Arc<ServerIds> {
+    /// So many ids, and three places.
+    fn ids(count: usize) -> (Arc<ServerIds>, Gate) {
         let all = ["s", "s-2", "s-3"].map(str::to_owned);
-        ServerIds::new(all[..count].to_vec(), Gate::new(3))
+        (ServerIds::new(all[..count].to_vec()), Gate::new(3))
+    }
+
+    fn take(
+        (ids, places): &(Arc<ServerIds>, Gate),
+        identity: &Identity,
+        instance: InstanceId,
+    ) -> Result<Taken, NoPlace> {
+        let place = || places.enter().zip(Gate::new(1).enter());
+        ids.take(identity, instance, || place().ok_or(Limit::Agents))
     }
 
     fn agent(name: &str) -> Identity {
@@ -143,45 +154,54 @@ mod tests {
     fn an_agent_is_given_the_lowest_id_that_it_lacks() {
         let ids = ids(3);
         let w1 = agent("w1");
-        let mut taken: Vec<_> = (0..3).map(|_| ids.take(&w1, FIRST).unwrap()).collect();
+        let mut taken: Vec<_> = (0..3).map(|_| take(&ids, &w1, FIRST).unwrap()).collect();
         let names: Vec<_> = taken.iter().map(Taken::id).collect();
         assert_eq!(names, ["s", "s-2", "s-3"]);
-        let surplus = ids.take(&w1, FIRST).unwrap();
+        let surplus = take(&ids, &w1, FIRST).unwrap();
         assert_eq!(surplus.id(), "s", "which it knows");
         drop(surplus);
         drop(taken.remove(1));
-        assert_eq!(ids.take(&w1, FIRST).unwrap().id(), "s-2");
+        assert_eq!(take(&ids, &w1, FIRST).unwrap().id(), "s-2");
     }
 
     #[test]
     fn agents_of_one_name_are_told_apart_by_what_vouches_for_them() {
         let ids = ids(2);
-        let _one = ids.take(&agent("w1"), FIRST).unwrap();
-        let other = ids.take(&agent("w2"), FIRST).unwrap();
+        let _one = take(&ids, &agent("w1"), FIRST).unwrap();
+        let other = take(&ids, &agent("w2"), FIRST).unwrap();
         assert_eq!(other.id(), "s");
-        assert_eq!(ids.take(&agent("w1"), SECOND).unwrap().id(), "s");
+        assert_eq!(take(&ids, &agent("w1"), SECOND).unwrap().id(), "s");
     }
 
     #[test]
     fn an_agent_has_only_so_many_streams_and_leaves_no_trace() {
         let ids = ids(2);
-        let taken: Vec<_> = std::iter::from_fn(|| ids.take(&agent("w1"), FIRST).ok()).collect();
+        let taken: Vec<_> = std::iter::from_fn(|| take(&ids, &agent("w1"), FIRST).ok()).collect();
         assert_eq!(taken.len(), 2 + SPARE);
-        assert_eq!(ids.take(&agent("w1"), FIRST).err(), Some(NoPlace::Streams));
-        assert_eq!(ids.places.inside(), 1);
+        assert_eq!(
+            take(&ids, &agent("w1"), FIRST).err(),
+            Some(NoPlace::Streams)
+        );
+        assert_eq!(ids.1.inside(), 1);
         drop(taken);
-        assert_eq!(ids.places.inside(), 0);
-        assert!(ids.taken().is_empty());
+        assert_eq!(ids.1.inside(), 0);
+        assert!(ids.0.taken().is_empty());
     }
 
     #[test]
     fn an_agent_has_one_place_for_all_its_streams() {
         let ids = ids(2);
-        let first = ids.take(&agent("w1"), FIRST).unwrap();
-        let _second = ids.take(&agent("w1"), FIRST).unwrap();
-        let _others = ["w2", "w4"].map(|name| ids.take(&agent(name), FIRST).unwrap());
-        assert_eq!(ids.take(&agent("w3"), FIRST).err(), Some(NoPlace::Agents));
+        let first = take(&ids, &agent("w1"), FIRST).unwrap();
+        let _second = take(&ids, &agent("w1"), FIRST).unwrap();
+        let _others = ["w2", "w4"].map(|name| take(&ids, &agent(name), FIRST).unwrap());
+        assert_eq!(
+            take(&ids, &agent("w3"), FIRST).err(),
+            Some(NoPlace::Agents(Limit::Agents))
+        );
         drop(first);
-        assert_eq!(ids.take(&agent("w3"), FIRST).err(), Some(NoPlace::Agents));
+        assert_eq!(
+            take(&ids, &agent("w3"), FIRST).err(),
+            Some(NoPlace::Agents(Limit::Agents))
+        );
     }
 }

@@ -20,6 +20,7 @@ use super::path::probe;
 use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
 use crate::process::lifecycle::Phase;
+use crate::server::doorstep::Why;
 use crate::server::link::{Link, report};
 use crate::server::routes::{LinkInfo, LinkKind};
 use crate::telemetry::audit::events as audit;
@@ -78,8 +79,9 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let (introduction, identity) = match introduce(&agents, &peer, &call).await {
         Ok(introduced) => introduced,
         Err(refusal) => {
-            agents.shard.metrics.handshake_failed("identity");
-            tracing::warn!(%remote, error = %refusal, "agent refused");
+            if let Some(unshown) = agents.door.step.failed(Why::Identity) {
+                tracing::warn!(%remote, unshown, error = %refusal, "agent refused");
+            }
             audit::peer_refused(remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
         }
@@ -88,8 +90,9 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let server_id = match admitted {
         Ok(server_id) => server_id,
         Err(status) => {
-            agents.shard.metrics.handshake_failed("overload");
-            tracing::warn!(%remote, agent = %identity, error = %status, "agent refused");
+            if let Some(unshown) = agents.door.step.failed(Why::Overload) {
+                tracing::warn!(%remote, unshown, agent = %identity, error = %status, "agent refused");
+            }
             return call.refuse(&status);
         }
     };
@@ -173,12 +176,11 @@ fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<T
         return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
     }
     let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
-    let taken = agents.door.ids.take(identity, instance);
+    let taken = agents.door.ids.take(identity, instance, || {
+        shard.admit_tunnel(&identity.trust_domain)
+    });
     taken.map_err(|none| match none {
-        NoPlace::Agents => full(format!(
-            "the server serves {} agents (limits.agents)",
-            shard.limits.agents
-        )),
+        NoPlace::Agents(limit) => full(limit.text(&shard.limits)),
         NoPlace::Streams => full("this agent has too many streams to this server".into()),
     })
 }
@@ -308,11 +310,11 @@ impl Session<'_> {
         let reason = end.reason();
         self.link.close(reason);
         if !self.registered {
-            let metrics = &self.agents.shard.metrics;
+            let failures = &self.agents.shard.metrics.handshakes;
             match end {
                 End::Left | End::Stream(_) => {}
-                End::Revoked(_) => metrics.handshake_failed("identity"),
-                _ => metrics.handshake_failed("timeout"),
+                End::Revoked(_) => failures.count(Why::Identity),
+                _ => failures.count(Why::Timeout),
             }
             tracing::debug!(agent = %info.identity, why = %end, "agent never came");
             return;

@@ -1,0 +1,64 @@
+//! Metrics of bounds: what each allows, how much of it is used, and what it has refused.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Labels {
+    limit: &'static str,
+}
+
+/// Metrics of bounds, each by the name of its key below `limits`.
+#[derive(Clone, Debug, Default)]
+pub struct LimitMetrics {
+    allowed: Family<Labels, Gauge>,
+    used: Family<Labels, Gauge>,
+    refused: Family<Labels, Counter>,
+}
+
+impl LimitMetrics {
+    /// Registers those of `limits`: names, and what they allow if they bound anything.
+    pub fn register(
+        registry: &mut Registry,
+        limits: impl IntoIterator<Item = (&'static str, Option<u64>)>,
+    ) -> Self {
+        let metrics = Self::default();
+        for (limit, allowed) in limits {
+            let labels = Labels { limit };
+            // A counter that begins at its first event hides that event from a rate.
+            drop(metrics.refused.get_or_create(&labels));
+            if let Some(allowed) = allowed {
+                metrics.allowed.get_or_create(&labels).set(gauge(allowed));
+            }
+        }
+        registry.register("limit", "What a bound allows", metrics.allowed.clone());
+        registry.register(
+            "limit_used",
+            "How much of a bound is used, by the tenant that uses most where each has its own",
+            metrics.used.clone(),
+        );
+        registry.register(
+            "limit_refused",
+            "What a bound has refused",
+            metrics.refused.clone(),
+        );
+        metrics
+    }
+
+    /// Counts what `limit` has refused.
+    pub fn refuse(&self, limit: &'static str) {
+        self.refused.get_or_create(&Labels { limit }).inc();
+    }
+
+    /// Notes how much of `limit` is used now.
+    pub fn set_used(&self, limit: &'static str, used: u64) {
+        self.used.get_or_create(&Labels { limit }).set(gauge(used));
+    }
+}
+
+fn gauge(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
