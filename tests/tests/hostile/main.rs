@@ -6,6 +6,7 @@
 mod agent_peer;
 mod certificates;
 mod handshakes;
+mod limits;
 mod peer;
 mod ports;
 mod scene;

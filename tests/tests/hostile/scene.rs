@@ -134,7 +134,8 @@ pub(crate) fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
 }
 
-fn metric(daemon: &Daemon, name: &str) -> Result<f64> {
+/// The value of a metric of a process, labels included in its name; 0 while it is absent.
+pub(crate) fn metric(daemon: &Daemon, name: &str) -> Result<f64> {
     let (_, text) = daemon.get("/metrics")?;
     let value = text
         .lines()
