@@ -143,11 +143,10 @@ pub async fn run(
     let (phase, phases) = watch::channel(Phase::Running);
     let view = status::View::register(
         ours(&mut metrics),
-        me.to_string(),
+        (me.to_string(), config.shards, engines.engine()),
         tunnels.clone(),
         policy.clone(),
         (budget.clone(), connections.clone(), limits.clone()),
-        (config.shards, engines.engine()),
         phases.clone(),
         proxy_metrics.clone(),
     );

@@ -43,11 +43,10 @@ impl View {
     /// Of an agent that is being started. Its metrics are added to `registry`.
     pub(super) fn register(
         registry: &mut Registry,
-        identity: String,
+        (identity, shards, engine): (String, usize, Engine),
         tunnels: Arc<Tunnels>,
         policy: Arc<ArcSwap<Policy>>,
         (budget, connections, limits): (Budget, Gate, LimitMetrics),
-        (shards, engine): (usize, Engine),
         phase: watch::Receiver<Phase>,
         proxy_metrics: ProxyAgentMetrics,
     ) -> Self {
