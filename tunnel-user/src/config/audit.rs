@@ -6,14 +6,19 @@ use serde::Deserialize;
 
 use super::ConfigError;
 
+/// What one call writes must fit well into one file.
+const SMALLEST: u64 = 1 << 20;
+
 /// `audit`: the record of who reached what, and of what was decided. Without either it is not kept.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditConfig {
-    /// Directory of its files, one a day (UTC).
+    /// Directory of its files, one a day (UTC) or more.
     pub directory: Option<PathBuf>,
-    /// How many of them are kept.
+    /// Of how many days they are kept.
     pub keep: usize,
+    /// Bytes that all of them may have, at least 1 MiB.
+    pub max_bytes: u64,
     /// To systemd's journal, as `cpc-audit`.
     pub journal: bool,
 }
@@ -23,6 +28,7 @@ impl Default for AuditConfig {
         Self {
             directory: None,
             keep: 30,
+            max_bytes: 1 << 30,
             journal: false,
         }
     }
@@ -44,12 +50,18 @@ impl AuditConfig {
     /// # Errors
     /// [`ConfigError::Value`].
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        if (1..=10_000).contains(&self.keep) {
-            return Ok(());
+        let wrong = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if !(1..=10_000).contains(&self.keep) {
+            return wrong("audit.keep", "must be 1 to 10000 days");
         }
-        Err(ConfigError::Value {
-            key: "audit.keep",
-            why: "must be 1 to 10000 files".into(),
-        })
+        if self.max_bytes < SMALLEST {
+            return wrong("audit.max_bytes", "must be at least 1048576");
+        }
+        Ok(())
     }
 }

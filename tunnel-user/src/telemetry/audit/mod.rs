@@ -7,6 +7,7 @@
 //! It never holds a tunnel up: a thread of its own writes, and what that can't write is counted.
 
 pub mod events;
+mod files;
 mod sink;
 
 use std::fmt;
@@ -55,6 +56,7 @@ struct Kept {
 struct Counts {
     written: AtomicU64,
     lost: AtomicU64,
+    removed: AtomicU64,
 }
 
 impl Audit {
@@ -101,6 +103,11 @@ impl Audit {
         overflow.saturating_add(self.0.counts.lost.load(Ordering::Relaxed))
     }
 
+    /// Records that were removed before their time.
+    pub fn removed(&self) -> u64 {
+        self.0.counts.removed.load(Ordering::Relaxed)
+    }
+
     /// Registers its metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(self.clone()));
@@ -128,6 +135,11 @@ impl Collector for Audit {
                 "audit_records_lost",
                 "Audit records that could not be written",
                 self.lost(),
+            ),
+            (
+                "audit_records_removed",
+                "Audit records that were removed before their time, for others to fit",
+                self.removed(),
             ),
         ] {
             let counter = ConstCounter::new(count);

@@ -1,16 +1,13 @@
 //! Where records go: files of a day each, systemd's journal, or both.
 
-use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use tracing_appender::rolling::{RollingFileAppender, Rotation};
-
+use super::files::{Bounds, Files};
 use super::{AuditError, Counts};
 use crate::config::AuditConfig;
 
@@ -22,7 +19,7 @@ const COMPLAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// Takes lines, counts them, and never fails: it says so instead.
 pub(super) struct Sink {
-    files: Option<RollingFileAppender>,
+    files: Option<Files>,
     journal: Option<UnixDatagram>,
     counts: Arc<Counts>,
     complained: Option<Instant>,
@@ -33,7 +30,12 @@ impl Sink {
     pub(super) fn open(config: &AuditConfig, counts: Arc<Counts>) -> Result<Self, AuditError> {
         let files = config.directory.as_deref();
         let files = files.map(|directory| {
-            files_in(directory, config.keep).map_err(|why| AuditError {
+            let bounds = Bounds {
+                days: config.keep,
+                bytes: config.max_bytes,
+            };
+            let opened = Files::open(directory, bounds, counts.clone(), SystemTime::now());
+            opened.map_err(|why| AuditError {
                 place: directory.display().to_string(),
                 why,
             })
@@ -54,7 +56,7 @@ impl Sink {
 
     fn put(&mut self, lines: &[u8]) -> io::Result<()> {
         if let Some(files) = &mut self.files {
-            files.write_all(lines)?;
+            files.append(lines, SystemTime::now())?;
         }
         if let Some(journal) = &self.journal {
             for line in lines.split(|byte| *byte == b'\n').filter(|l| !l.is_empty()) {
@@ -93,23 +95,6 @@ impl Write for Sink {
     }
 }
 
-/// Files for their owner alone, where the directory is ours to make.
-fn files_in(directory: &Path, keep: usize) -> io::Result<RollingFileAppender> {
-    if !directory.is_dir() {
-        if let Some(parent) = directory.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        DirBuilder::new().mode(0o700).create(directory)?;
-    }
-    RollingFileAppender::builder()
-        .rotation(Rotation::DAILY)
-        .filename_prefix("audit")
-        .filename_suffix("jsonl")
-        .max_log_files(keep)
-        .build(directory)
-        .map_err(io::Error::other)
-}
-
 fn journal(socket: &Path) -> io::Result<UnixDatagram> {
     let journal = UnixDatagram::unbound()?;
     journal.connect(socket)?;
@@ -118,9 +103,20 @@ fn journal(socket: &Path) -> io::Result<UnixDatagram> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
-    fn sink(files: Option<RollingFileAppender>, journal: Option<UnixDatagram>) -> Sink {
+    const BOUNDS: Bounds = Bounds {
+        days: 2,
+        bytes: 1 << 20,
+    };
+
+    fn files_in(directory: &Path) -> io::Result<Files> {
+        Files::open(directory, BOUNDS, Arc::default(), SystemTime::now())
+    }
+
+    fn sink(files: Option<Files>, journal: Option<UnixDatagram>) -> Sink {
         Sink {
             files,
             journal,
@@ -140,7 +136,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().join("below/audit");
         for _ in 0..2 {
-            let mut sink = sink(Some(files_in(&directory, 2).unwrap()), None);
+            let mut sink = sink(Some(files_in(&directory).unwrap()), None);
             sink.write_all(b"{}\n{}\n").unwrap();
             assert_eq!(counted(&sink), (2, 0));
         }
@@ -177,7 +173,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_none_is_refused() {
         let place = tempfile::NamedTempFile::new().unwrap();
-        assert!(files_in(place.path(), 2).is_err());
-        assert!(files_in(&place.path().join("below"), 2).is_err());
+        assert!(files_in(place.path()).is_err());
+        assert!(files_in(&place.path().join("below")).is_err());
     }
 }
