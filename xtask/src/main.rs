@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod dist;
 mod ebpf;
 mod fuzz;
 mod interrupt;
@@ -45,6 +46,8 @@ enum Task {
     Lab(lab::Args),
     /// Fuzz the decoders for a while.
     Fuzz(fuzz::Args),
+    /// Make a release in target/dist: the program, what it is made of (SBOM), checksums.
+    Dist,
     /// Run every check: set-up, build, lint, doc tests, a short fuzz run, all tests.
     Test(test::Args),
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Lab(args) => lab::run(args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Dist => dist::run(),
         Task::Test(args) => test::run(&args),
     };
     match result {

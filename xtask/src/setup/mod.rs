@@ -33,7 +33,9 @@ pub(crate) enum Purpose {
     Demo,
     /// What `cargo xtask demo` needs without root.
     Loopback,
-    /// Everything.
+    /// What `cargo xtask dist` needs.
+    Dist,
+    /// Everything that the tests need.
     Test,
 }
 
@@ -48,7 +50,7 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     let mut report = Report::default();
     packages::ensure(
         match purpose {
-            Purpose::Loopback => packages::LOOPBACK,
+            Purpose::Loopback | Purpose::Dist => packages::LOOPBACK,
             Purpose::Demo | Purpose::Test => packages::LABORATORY,
         },
         &mut report,
@@ -62,6 +64,9 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
         for tool in tools::CARGO {
             tools::ensure(tool, &mut report)?;
         }
+    }
+    if purpose == Purpose::Dist {
+        tools::ensure(&tools::CYCLONEDX, &mut report)?;
     }
     report.print();
     Ok(())

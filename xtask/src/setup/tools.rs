@@ -42,6 +42,14 @@ pub(super) const CARGO: &[Tool] = &[
     },
 ];
 
+/// What a release needs. Nobody offers it built, so that the tests do without it.
+pub(super) const CYCLONEDX: Tool = Tool {
+    name: "cargo-cyclonedx",
+    version: "0.5.9",
+    why: "lists what a release is made of",
+    wheels: &[],
+};
+
 const BPF_LINKER: &str = "0.13.0";
 
 /// Installs `tool` unless it is there.
@@ -54,15 +62,21 @@ pub(super) fn ensure(tool: &Tool, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     eprintln!("    missing: {:<24} {}", tool.name, tool.why);
-    if let Err(error) = prebuilt(tool) {
+    if tool.wheels.is_empty() {
+        compile(tool)?;
+    } else if let Err(error) = prebuilt(tool) {
         eprintln!("    no prebuilt {} ({error:#}); compiling it", tool.name);
-        let mut cargo = workspace::cargo();
-        sh::run(cargo.args(["install", "--locked", tool.name, "--version", tool.version]))?;
+        compile(tool)?;
     }
     report
         .installed
         .push(format!("{} {}", tool.name, tool.version));
     Ok(())
+}
+
+fn compile(tool: &Tool) -> Result<()> {
+    let mut cargo = workspace::cargo();
+    sh::run(cargo.args(["install", "--locked", tool.name, "--version", tool.version]))
 }
 
 /// The linker that turns LLVM bitcode into a BPF object. It must know the bitcode of the compiler,
