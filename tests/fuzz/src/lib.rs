@@ -2,6 +2,8 @@
 
 use std::fmt::Debug;
 
+use bytes::Bytes;
+
 /// What every decoder of the head of a stream owes, whatever `data` is: it takes no more than it is
 /// given, it needs all that it takes, and giving it less makes it wait or say the same. Returns
 /// what was decoded.
@@ -40,4 +42,21 @@ pub fn take_byte(data: &mut &[u8]) -> Option<u8> {
 pub fn take_piece<'a>(data: &mut &'a [u8]) -> Option<&'a [u8]> {
     let length = usize::from(take_byte(data)?);
     data.split_off(..length.min(data.len()))
+}
+
+/// Takes a number off the head of `data`: mostly a small one, so that it is met again.
+pub fn take_number(data: &mut &[u8]) -> i64 {
+    match take_byte(data).unwrap_or_default() {
+        byte @ 0..16 => i64::from(byte),
+        byte @ 16..32 => 16 - i64::from(byte),
+        32 => i64::MAX,
+        33 => i64::MIN,
+        byte => i64::from(byte % 8),
+    }
+}
+
+/// That many bytes, without a copy. At most 512 KiB.
+pub fn blank(length: usize) -> Bytes {
+    static BYTES: [u8; 1 << 19] = [0; 1 << 19];
+    Bytes::from_static(&BYTES[..length.min(BYTES.len())])
 }
