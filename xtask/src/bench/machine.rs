@@ -9,7 +9,7 @@ use crate::{sh, workspace};
 
 /// What matters of a machine.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Machine {
+pub(crate) struct Machine {
     /// Release of the kernel.
     pub(super) kernel: String,
     /// Model of the processor.
@@ -21,7 +21,7 @@ pub(super) struct Machine {
     /// How many processes wanted to run in the minute before (proc_loadavg(5)): what else went on.
     pub(super) load_before: String,
     /// What was measured, as git names it.
-    pub(super) commit: String,
+    pub(crate) commit: String,
     /// Cargo's profile of everything that is built here.
     pub(super) profile: &'static str,
     /// When, in seconds since 1970.
@@ -30,7 +30,7 @@ pub(super) struct Machine {
 
 impl Machine {
     /// This one, before the run.
-    pub(super) fn look(release: bool) -> Self {
+    pub(crate) fn look(release: bool) -> Self {
         let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
         let value = |text: String, key: &str| {
             let mut lines = text.lines().filter_map(|line| line.split_once(':'));
@@ -62,7 +62,7 @@ impl Machine {
     }
 
     /// One sentence.
-    pub(super) fn sentence(&self) -> String {
+    pub(crate) fn sentence(&self) -> String {
         format!(
             "Linux {}, {} ({} processors), {} GiB; load before the run {}; commit {}, profile {}.",
             self.kernel,

@@ -6,7 +6,7 @@
 //! datapath is judged by.
 
 mod goals;
-mod machine;
+pub(crate) mod machine;
 mod page;
 mod plot;
 mod table;

@@ -5,12 +5,16 @@
 //! add it. The sanitizers, which it can't be told to, would find little: the decoders have no
 //! unsafe code. What is looked for is panics, overflows, hangs and broken invariants.
 
+mod record;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::bench::machine::Machine;
 use crate::{sh, workspace};
 
 /// Seconds for each target in `cargo xtask test`: enough to try what the last change touched.
@@ -35,6 +39,30 @@ pub(crate) struct Args {
     /// How long to fuzz each.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
+    /// How often to run each, at least, however long that takes.
+    #[arg(long, conflicts_with = "seconds")]
+    runs: Option<u64>,
+    /// Write what came of it into docs/fuzzing.md.
+    #[arg(long)]
+    record: bool,
+}
+
+/// When a target has been fuzzed enough.
+#[derive(Clone, Copy)]
+enum Until {
+    Seconds(u32),
+    Runs(u64),
+}
+
+/// What came of fuzzing one target, which has found nothing.
+struct Outcome {
+    target: String,
+    executions: u64,
+    elapsed: Duration,
+    /// Edges of the control flow that were seen.
+    edges: u64,
+    /// Inputs that were kept, since each reaches something that no other does.
+    corpus: u64,
 }
 
 /// Builds and runs the targets.
@@ -46,19 +74,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             known.join(", ")
         );
     }
-    fuzz(
-        if args.targets.is_empty() {
-            &known
-        } else {
-            &args.targets
-        },
-        args.seconds,
-    )
+    let chosen = if args.targets.is_empty() {
+        &known
+    } else {
+        &args.targets
+    };
+    let until = args.runs.map_or(Until::Seconds(args.seconds), Until::Runs);
+    let machine = Machine::look(true);
+    fuzz(chosen, until, |outcome| match args.record {
+        true => record::write(outcome, &machine, &known),
+        false => Ok(()),
+    })
 }
 
 /// Every target for a few seconds.
 pub(crate) fn briefly() -> Result<()> {
-    fuzz(&targets()?, SHORT)
+    fuzz(&targets()?, Until::Seconds(SHORT), |_| Ok(()))
 }
 
 /// Formatting and clippy for the targets.
@@ -79,11 +110,20 @@ fn manifest() -> PathBuf {
     workspace::root().join("tests/fuzz/Cargo.toml")
 }
 
-fn fuzz(targets: &[String], seconds: u32) -> Result<()> {
+/// Fuzzes one after the other; each outcome is handed on as soon as it is there.
+fn fuzz(targets: &[String], until: Until, then: impl Fn(&Outcome) -> Result<()>) -> Result<()> {
     sh::heading("Fuzzing");
     let programs = build()?;
+    let width = targets.iter().map(String::len).max().unwrap_or_default();
     for target in targets {
-        fuzz_one(&programs.join(target), target, seconds)?;
+        let outcome = fuzz_one(&programs.join(target), target, until)?;
+        eprintln!(
+            "    {target:<width$}  {:.0} s, {} inputs, {} edges covered",
+            outcome.elapsed.as_secs_f64(),
+            outcome.executions,
+            outcome.edges,
+        );
+        then(&outcome)?;
     }
     Ok(())
 }
@@ -115,14 +155,18 @@ fn folder() -> PathBuf {
     workspace::target().join("fuzz")
 }
 
-fn fuzz_one(program: &Path, target: &str, seconds: u32) -> Result<()> {
+fn fuzz_one(program: &Path, target: &str, until: Until) -> Result<Outcome> {
     let corpus = folder().join("corpus").join(target);
     let findings = folder().join("artifacts").join(target);
     for folder in [&corpus, &findings] {
         fs::create_dir_all(folder)?;
     }
+    let start = Instant::now();
     let output = Command::new(program)
-        .arg(format!("-max_total_time={seconds}"))
+        .arg(match until {
+            Until::Seconds(seconds) => format!("-max_total_time={seconds}"),
+            Until::Runs(runs) => format!("-runs={runs}"),
+        })
         .args([
             "-timeout=5",
             "-rss_limit_mb=512",
@@ -149,10 +193,15 @@ fn fuzz_one(program: &Path, target: &str, seconds: u32) -> Result<()> {
     if !text.contains("inline 8-bit counters") {
         bail!("{target} was built without coverage, which makes fuzzing guessing");
     }
-    let runs = statistic(&text, "stat::number_of_executed_units:").unwrap_or("0");
-    let covered = last_after(&text, " cov: ").unwrap_or("0");
-    eprintln!("    {target:<16} {seconds} s, {runs} inputs, {covered} edges covered");
-    Ok(())
+    let number = |text: Option<&str>| text.and_then(|text| text.parse().ok()).unwrap_or_default();
+    let corpus = last_after(&text, " corp: ").and_then(|text| text.split('/').next());
+    Ok(Outcome {
+        target: target.to_owned(),
+        executions: number(statistic(&text, "stat::number_of_executed_units:")),
+        elapsed: start.elapsed(),
+        edges: number(last_after(&text, " cov: ")),
+        corpus: number(corpus),
+    })
 }
 
 /// The targets' names, from their files.
