@@ -1,5 +1,5 @@
 //! The other end, in hostile hands: QUIC with any certificate, and nothing of the connector's own
-//! behaviour.
+//! behaviour. Part of the program `lab-hostile` and of the tests beside it.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
@@ -20,21 +20,9 @@ use tokio::runtime::Handle;
 use tunnel_proto::control::VERSION;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{AgentSession, Hello, InstanceId, Timers};
-use tunnel_tests::lab::netns::Netns;
 
 /// What the connector's two ends say first.
 pub(crate) const ALPN: &[u8] = b"cpc/1";
-
-/// A runtime that the hostile peers of one test live on: it turns on a thread of its own, so that
-/// they go on while the test looks elsewhere, and ends with the test's process.
-pub(crate) fn runtime() -> Result<Handle> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let handle = runtime.handle().clone();
-    std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
-    Ok(handle)
-}
 
 /// A certificate and its key, as `cpc pki` writes them.
 #[derive(Debug)]
@@ -55,37 +43,53 @@ impl Credentials {
     }
 }
 
-/// An endpoint that dials servers from `netns` with these credentials and believes every server.
-/// `dials` is how many streams it lets a server open.
-pub(crate) fn agent(
-    runtime: &Handle,
-    netns: &Netns,
-    credentials: &Credentials,
-    dials: u32,
-) -> Result<Endpoint> {
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider())
+/// A socket for an agent, in the namespace that the caller is in.
+pub(crate) fn any_port() -> Result<UdpSocket> {
+    Ok(UdpSocket::bind("0.0.0.0:0")?)
+}
+
+/// TLS of a client that believes every server, with these credentials or none.
+pub(crate) fn client_tls(
+    credentials: Option<&Credentials>,
+    alpn: &[u8],
+) -> Result<rustls::ClientConfig> {
+    let tls = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Gullible(provider())))
-        .with_client_auth_cert(credentials.chain.clone(), credentials.key.clone_key())?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
+        .with_custom_certificate_verifier(Arc::new(Gullible(provider())));
+    let mut tls = match credentials {
+        Some(it) => tls.with_client_auth_cert(it.chain.clone(), it.key.clone_key())?,
+        None => tls.with_no_client_auth(),
+    };
+    tls.alpn_protocols = vec![alpn.to_vec()];
+    Ok(tls)
+}
+
+/// An endpoint that dials servers from `socket` and believes every server. `dials` is how many
+/// streams it lets a server open.
+pub(crate) fn agent(
+    runtime: &Handle,
+    socket: UdpSocket,
+    credentials: Option<&Credentials>,
+    dials: u32,
+) -> Result<Endpoint> {
+    let tls = client_tls(credentials, ALPN)?;
     let mut transport = quinn::TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(dials.into())
         .keep_alive_interval(Some(Duration::from_secs(1)));
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
-    let mut endpoint = open(runtime, netns, ([0, 0, 0, 0], 0).into(), None)?;
+    let mut endpoint = open(runtime, socket, None)?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }
 
-/// An endpoint that listens on `address` in `netns` with these credentials and lets every agent
-/// in. `streams` is how many it lets an agent open.
+/// An endpoint that listens on `socket` with these credentials and lets every agent in. `streams`
+/// is how many it lets an agent open.
 pub(crate) fn server(
     runtime: &Handle,
-    netns: &Netns,
-    address: SocketAddr,
+    socket: UdpSocket,
     credentials: &Credentials,
     streams: u32,
 ) -> Result<Endpoint> {
@@ -100,16 +104,14 @@ pub(crate) fn server(
         .keep_alive_interval(Some(Duration::from_secs(1)));
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
-    open(runtime, netns, address, Some(config))
+    open(runtime, socket, Some(config))
 }
 
 fn open(
     runtime: &Handle,
-    netns: &Netns,
-    address: SocketAddr,
+    socket: UdpSocket,
     server: Option<quinn::ServerConfig>,
 ) -> Result<Endpoint> {
-    let socket = netns.enter(|| Ok(UdpSocket::bind(address)?))?;
     let _entered = runtime.enter();
     let config = EndpointConfig::default();
     Ok(Endpoint::new(

@@ -262,6 +262,11 @@ impl Lab {
         Description::of(self)
     }
 
+    /// The programs that it runs.
+    pub fn programs(&self) -> &Programs {
+        &self.spec.programs
+    }
+
     /// Where its files are.
     pub fn folder(&self) -> &Path {
         self.site.folder()

@@ -15,7 +15,7 @@ use tunnel_tests::client::connect_through;
 use tunnel_tests::lab::{self, address};
 
 use crate::peer::{self, Credentials};
-use crate::scene::{SOON, Scene};
+use crate::scene::{SOON, Scene, runtime};
 
 /// A laboratory in which worker 2's certificate is in the wrong hands.
 struct Stolen {
@@ -34,7 +34,7 @@ impl Stolen {
         let credentials = Credentials::read(&scene.folder("w2/agent"), "agent")?;
         Ok(Self {
             scene,
-            runtime: peer::runtime()?,
+            runtime: runtime()?,
             credentials,
         })
     }
@@ -42,7 +42,12 @@ impl Stolen {
     /// A connection with its control stream; the agent lets the server open `dials` streams.
     fn connect(&self, dials: u32) -> Result<(Connection, SendStream, RecvStream)> {
         let netns = &self.scene.lab.workers[1].netns;
-        let endpoint = peer::agent(&self.runtime, netns, &self.credentials, dials)?;
+        let endpoint = peer::agent(
+            &self.runtime,
+            netns.enter(peer::any_port)?,
+            Some(&self.credentials),
+            dials,
+        )?;
         self.runtime.block_on(async {
             let connection = peer::dial(&endpoint, self.scene.tunnel()).await?;
             let (send, recv) = connection.open_bi().await?;
@@ -98,7 +103,12 @@ fn senseless_control_streams_end_alone() -> Result<()> {
     let mut stolen = Stolen::new()?;
     // These begin now and are looked at in the end: no control stream, and half a message on one.
     let netns = stolen.scene.lab.workers[1].netns.clone();
-    let endpoint = peer::agent(&stolen.runtime, &netns, &stolen.credentials, 10)?;
+    let endpoint = peer::agent(
+        &stolen.runtime,
+        netns.enter(peer::any_port)?,
+        Some(&stolen.credentials),
+        10,
+    )?;
     let without_stream = stolen
         .runtime
         .block_on(peer::dial(&endpoint, stolen.scene.tunnel()))?;

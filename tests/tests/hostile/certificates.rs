@@ -1,7 +1,7 @@
 //! Certificates that prove nothing, or something else, on each side of the tunnel and at the
 //! frontend.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +12,7 @@ use tunnel_tests::lab::config::ConnectorPki;
 use tunnel_tests::lab::{self, Programs, address};
 
 use crate::peer::{self, Credentials};
-use crate::scene::{SOON, Scene};
+use crate::scene::{SOON, Scene, runtime};
 
 /// A certificate that must be refused, and what the refusing side says of it.
 struct Case {
@@ -82,14 +82,19 @@ fn a_server_lets_in_no_agent_that_proves_nothing() -> Result<()> {
         return Ok(());
     }
     let mut scene = Scene::new(|_| Ok(()))?;
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     let cases = cases(&scene.lab.pki(), &scene.folder("bad"), "agent", "w2")?;
     let netns = scene.lab.workers[1].netns.clone();
     let server = scene.tunnel();
     for case in &cases {
         let seen = scene.server().log().len();
         let credentials = Credentials::read(&case.folder, case.role)?;
-        let endpoint = peer::agent(&runtime, &netns, &credentials, 10)?;
+        let endpoint = peer::agent(
+            &runtime,
+            netns.enter(peer::any_port)?,
+            Some(&credentials),
+            10,
+        )?;
         let refused = runtime.block_on(async {
             let connection = peer::dial(&endpoint, server).await?;
             // Nothing is ever heard of an offer made before the server has judged.
@@ -127,7 +132,7 @@ fn an_agent_believes_no_server_that_proves_nothing() -> Result<()> {
         return Ok(());
     }
     let address = |at: usize| SocketAddr::from((address::server(1), 9000 + at as u16));
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     let let_in = Arc::new(AtomicUsize::new(0));
     let mut all = Vec::new();
     let mut scene = Scene::new(|lab| {
@@ -135,7 +140,8 @@ fn an_agent_believes_no_server_that_proves_nothing() -> Result<()> {
         for (at, case) in all.iter().enumerate() {
             let credentials = Credentials::read(&case.folder, case.role)?;
             let netns = &lab.control_plane.netns;
-            let endpoint = peer::server(&runtime, netns, address(at), &credentials, 1)?;
+            let socket = netns.enter(|| Ok(UdpSocket::bind(address(at))?))?;
+            let endpoint = peer::server(&runtime, socket, &credentials, 1)?;
             let let_in = let_in.clone();
             runtime.spawn(async move {
                 while let Some(incoming) = endpoint.accept().await {

@@ -11,7 +11,7 @@ use tunnel_tests::lab;
 use tunnel_tests::lab::netns::Netns;
 
 use crate::peer::{self, Credentials};
-use crate::scene::{SOON, Scene};
+use crate::scene::{SOON, Scene, runtime};
 
 /// How many; well above what the server takes from strangers who have not proved their address.
 const HALF_OPEN: usize = 200;
@@ -55,12 +55,17 @@ fn half_open_handshakes_keep_nobody_out_and_end() -> Result<()> {
         return Ok(());
     }
     let mut scene = Scene::new(|_| Ok(()))?;
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     let netns = scene.lab.workers[1].netns.clone();
     let credentials = Credentials::read(&scene.folder("w2/agent"), "agent")?;
     let stop = Arc::new(AtomicBool::new(false));
     let relay = one_way(&netns, scene.tunnel(), stop.clone())?;
-    let endpoint = peer::agent(&runtime, &netns, &credentials, 1)?;
+    let endpoint = peer::agent(
+        &runtime,
+        netns.enter(peer::any_port)?,
+        Some(&credentials),
+        1,
+    )?;
     for _ in 0..HALF_OPEN {
         let endpoint = endpoint.clone();
         runtime.spawn(async move { peer::dial(&endpoint, relay).await.map(drop) });

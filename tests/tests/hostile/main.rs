@@ -7,7 +7,9 @@ mod agent_peer;
 mod certificates;
 mod handshakes;
 mod limits;
+#[path = "../../hostile/peer.rs"]
 mod peer;
 mod ports;
+mod programs;
 mod scene;
 mod server_peer;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use tokio::runtime::Handle;
 use tunnel_tests::client::eventually;
 use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{Lab, LabSpec, Programs, address};
@@ -127,6 +128,17 @@ impl Scene {
             .compare(&mut self.lab.control_plane.servers[0].daemon)?;
         self.agent.compare(self.lab.workers[0].agent()?)
     }
+}
+
+/// A runtime that the hostile peers of one test live on: it turns on a thread of its own, so that
+/// they go on while the test looks elsewhere, and ends with the test's process.
+pub(crate) fn runtime() -> Result<Handle> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let handle = runtime.handle().clone();
+    std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+    Ok(handle)
 }
 
 /// Worker 1's echo.

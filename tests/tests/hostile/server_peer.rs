@@ -1,7 +1,7 @@
 //! A server with a genuine certificate that does not keep to the protocol. The agent must outlive
 //! it, say what it did, and go on serving the honest one.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +15,7 @@ use tunnel_proto::session::{InstanceId, ServerEvent, ServerSession, Timers, Welc
 use tunnel_tests::lab::{self, address};
 
 use crate::peer::{self, Credentials};
-use crate::scene::{SOON, Scene};
+use crate::scene::{SOON, Scene, runtime};
 
 /// Streams that an agent lets a server have open at once.
 const MAX_DIALS: usize = 8192;
@@ -37,7 +37,7 @@ fn place() -> SocketAddr {
 impl Impostor {
     /// It lets the agent open `streams` streams.
     fn new(streams: u32) -> Result<Self> {
-        let runtime = peer::runtime()?;
+        let runtime = runtime()?;
         let (send, connections) = std::sync::mpsc::channel();
         let scene = Scene::new(|lab| {
             let folder = lab.folder().join("s2");
@@ -45,7 +45,8 @@ impl Impostor {
             lab.pki().run("server", &["--id", "s2", "--out", out])?;
             let credentials = Credentials::read(&folder, "server")?;
             let netns = &lab.control_plane.netns;
-            let endpoint = peer::server(&runtime, netns, place(), &credentials, streams)?;
+            let socket = netns.enter(|| Ok(UdpSocket::bind(place())?))?;
+            let endpoint = peer::server(&runtime, socket, &credentials, streams)?;
             runtime.spawn(async move {
                 while let Some(incoming) = endpoint.accept().await {
                     if let Ok(connection) = incoming.await {
