@@ -15,7 +15,7 @@ use tunnel_tests::lab::{Lab, LabSpec};
 
 use crate::setup::{self, Purpose};
 use crate::workspace::AS_ROOT;
-use crate::{ebpf, programs, sh};
+use crate::{ebpf, hostile, programs, sh};
 
 /// Options of `cargo xtask lab`.
 #[derive(clap::Args)]
@@ -54,6 +54,8 @@ enum Action {
         #[arg(long)]
         all: bool,
     },
+    /// Do harm in one of its own, beside a pair that must not notice; writes docs/hostile-peers.md.
+    Hostile(hostile::Args),
 }
 
 #[derive(clap::Args)]
@@ -79,6 +81,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Action::Run { id, place, command } => execute(&pick(id)?, &place, &command),
         Action::Status { json } => status(json),
         Action::Down { id, all } => down(id, all),
+        Action::Hostile(args) => hostile::hostile(&args),
     }
 }
 

@@ -9,9 +9,11 @@ mod demo;
 mod dist;
 mod ebpf;
 mod fuzz;
+mod hostile;
 mod interrupt;
 mod lab;
 mod lint;
+mod miri;
 mod programs;
 mod setup;
 mod sh;
@@ -48,6 +50,8 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Make a release in target/dist: the program, what it is made of (SBOM), checksums.
     Dist,
+    /// Interpret the unit tests of tunnel-proto, where the tool chain has Miri.
+    Miri,
     /// Run every check: set-up, build, lint, doc tests, a short fuzz run, all tests.
     Test(test::Args),
 }
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
         Task::Lab(args) => lab::run(args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Dist => dist::run(),
+        Task::Miri => miri::run(),
         Task::Test(args) => test::run(&args),
     };
     match result {

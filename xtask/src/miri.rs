@@ -1,0 +1,51 @@
+//! `cargo xtask miri`: the unit tests of tunnel-proto, interpreted.
+//!
+//! tunnel-proto forbids unsafe code, so what is looked for is in what it stands on, `bytes` above
+//! all. Miri is a component of rustup's nightly that not every machine can have; by hand, therefore,
+//! and no part of the tests.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::{sh, workspace};
+
+/// Cases of each property test: an interpreter takes a thousand times as long.
+const CASES: &str = "2";
+
+/// Runs them, or says why not.
+pub(crate) fn run() -> Result<()> {
+    sh::heading("Miri on tunnel-proto");
+    if !sh::succeeds(nightly().args(["miri", "--version"])) {
+        eprintln!(
+            "    skipped: rustup's nightly has no Miri here; \
+             `rustup +nightly component add miri rust-src` adds it"
+        );
+        return Ok(());
+    }
+    let mut miri = nightly();
+    miri.args([
+        "miri",
+        "test",
+        "--locked",
+        "--package",
+        "tunnel-proto",
+        "--lib",
+    ])
+    .arg("--target-dir")
+    .arg(workspace::target().join("miri"))
+    .env("PROPTEST_CASES", CASES)
+    // The tests ask for the time, and proptest looks for earlier failures in files.
+    .env("MIRIFLAGS", "-Zmiri-disable-isolation");
+    sh::run(&mut miri)
+}
+
+/// rustup's, whatever tool chain runs this.
+fn nightly() -> Command {
+    let mut cargo = Command::new("rustup");
+    cargo
+        .args(["run", "nightly", "cargo"])
+        .current_dir(workspace::root())
+        .env_remove("RUSTUP_TOOLCHAIN");
+    cargo
+}
