@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::ledger::Ledger;
@@ -198,4 +199,78 @@ fn names_are_resolved_by_the_agent() -> Result<()> {
         503,
         &["no agent serves echo.other.internal"],
     )
+}
+
+/// Rules by name: a name opens what it resolves to, as long as that is not guarded, and no address
+/// that is asked for as one. SIGHUP puts another list in force. What curl is told is told by curl.
+#[test]
+fn an_agent_dials_what_its_allow_list_names_by_name() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;
+    lab.configure_connector()?;
+    lab.control_plane.servers[0].daemon.configure(|config| {
+        config["policy"]["grants"] = json!([{
+            "identity": "spiffe://cluster.local/agent/w1",
+            "names": ["*.internal"],
+            "cidrs": ["10.244.1.0/24"],
+        }]);
+    })?;
+    let agent = lab.worker("w1")?.agent()?;
+    agent.set_hosts(
+        "10.244.1.2 echo.svc.internal\n\
+         10.244.1.2 other.internal\n\
+         127.0.0.1 rebound.svc.internal\n\
+         ::ffff:127.0.0.1 mapped.svc.internal\n\
+         169.254.169.254 metadata.svc.internal\n",
+    )?;
+    agent.configure(|config| {
+        config["serve"] = json!({"names": ["*.internal"], "cidrs": ["10.244.1.0/24"]});
+        config["allow"] = json!([{"name": "*.svc.internal", "ports": [7001]}]);
+    })?;
+    lab.start_configured()?;
+
+    let proxy = lab.control_plane.servers[0].sockets.connect_unix.clone();
+    let echoed = |destination: &str| -> Result<()> {
+        let stream = tunnel_tests::client::connect_through(&proxy, destination)?;
+        tunnel_tests::client::round_trips(stream, 1)
+    };
+    echoed("echo.svc.internal:7001")?;
+    echoed("ECHO.svc.Internal.:7001")?;
+    for forbidden in [
+        "echo.svc.internal:7002",
+        "other.internal:7001",
+        "10.244.1.2:7001",
+    ] {
+        refused(
+            &lab,
+            forbidden,
+            403,
+            &["w1", "is not in the agent's allow-list"],
+        )?;
+    }
+    for guarded in ["rebound", "mapped", "metadata"] {
+        let asked = format!("{guarded}.svc.internal:7001");
+        refused(&lab, &asked, 403, &["w1", "resolves to", "address rule"])?;
+    }
+    for number in [
+        "127.1:7001",
+        "0x7f.1:7001",
+        "2130706433:7001",
+        "127.0.0.1.:7001",
+    ] {
+        refused(&lab, number, 400, &["number"])?;
+    }
+
+    let agent = lab.worker("w1")?.agent()?;
+    agent.configure(|config| {
+        config["allow"] =
+            json!([{"name": "other.internal"}, {"cidr": "127.0.0.1", "ports": [7001]}]);
+    })?;
+    let seen = agent.log().len();
+    agent.signal(Signal::SIGHUP)?;
+    agent.wait_log(Duration::from_secs(15), seen, &["allow-list", "reloaded"])?;
+    echoed("other.internal:7001")?;
+    refused(&lab, "echo.svc.internal:7001", 403, &["allow-list"])
 }

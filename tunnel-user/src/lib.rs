@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod allow;
 mod buffers;
 pub mod cli;
 pub mod config;

@@ -1,6 +1,7 @@
 //! One dialled connection on the worker: read the request, ask the policy, connect, answer, relay.
 //!
-//! A name is resolved once, and the address that the policy allowed is the one that is dialled.
+//! A name is resolved once, and the address that the policy allowed is the one that is dialled, be it
+//! allowed as an address or by the name.
 
 use std::io;
 use std::net::SocketAddr;
@@ -280,14 +281,22 @@ async fn connect(
         }
     };
     let policy = worker.policy.load();
+    let (allowed, others): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|addr| policy.allows_resolved(destination, addr.ip()));
+    // A name that is allowed fails for what it resolves to alone.
+    let guarded = others.first().filter(|_| policy.allows(destination));
     let mut last = Failure {
         reason: CloseReason::PolicyDenied,
-        detail: format!("{destination} is not in the agent's allow-list (allow)"),
+        detail: match guarded {
+            None => format!("{destination} is not in the agent's allow-list (allow)"),
+            Some(addr) => format!(
+                "{destination} resolves to {}, which the agent's allow-list (allow) opens only by \
+                 an address rule of its own",
+                addr.ip()
+            ),
+        },
     };
-    let allowed = addresses
-        .into_iter()
-        .filter(|a| policy.allows(a.ip(), a.port()));
-    let allowed: Vec<_> = allowed.collect();
     for (i, addr) in allowed.iter().enumerate() {
         // One that does not answer leaves time for the others.
         let left = deadline.saturating_duration_since(Instant::now());

@@ -12,7 +12,7 @@ mod konnectivity;
 mod leases;
 mod me;
 pub mod plan;
-pub mod policy;
+mod policy;
 mod quic;
 mod renew;
 mod shards;
@@ -32,9 +32,10 @@ use tunnel_proto::route::{Claim, MAX_CLAIMS};
 use tunnel_proto::session::InstanceId;
 
 use crate::admin::{self, Admin};
+use crate::allow::AllowList;
 use crate::config::agent::ServeConfig;
 use crate::config::konnectivity::CountSource;
-use crate::config::{AgentConfig, ConfigError, Rule};
+use crate::config::{AgentConfig, AllowRule, ConfigError};
 use crate::datapath::{Budget, Engines};
 use crate::kubernetes::AccessError;
 use crate::process::gate::Gate;
@@ -53,7 +54,6 @@ use connector::Servers;
 use held::Tunnels;
 use konnectivity::ClientError;
 use me::Me;
-use policy::Policy;
 use renew::Renewals;
 use shards::Dispatch;
 use worker::{CONNECTIONS, STALLED_BYTES, Worker};
@@ -115,7 +115,7 @@ pub async fn run(
     host::raise_file_limit(config.limits.connections);
     let me = Me::load(&config)?;
     let (offers, serve) = watch::channel(claims(&config.serve)?);
-    let policy = Policy::new(config.allow.clone(), &me.addresses());
+    let policy = policy::policy(config.allow.clone(), &me.addresses());
     let policy = Arc::new(ArcSwap::from_pointee(policy));
     let admin_listener = listen(config.admin)?;
     let probes = config.health.map(listen).transpose()?;
@@ -266,9 +266,9 @@ fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {
         .map_err(|why| AgentError::Admin { addr, why })
 }
 
-fn current_policy(allow: &Mutex<Option<Vec<Rule>>>, me: &Me) -> Policy {
+fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &Me) -> AllowList {
     let allow = allow.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Policy::new(allow, &me.addresses())
+    policy::policy(allow, &me.addresses())
 }
 
 /// What is offered beyond the certificate's node addresses.

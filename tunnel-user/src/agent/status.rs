@@ -10,11 +10,11 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use super::held::{TunnelView, Tunnels};
-use super::policy::Policy;
 use super::tunnel::About;
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use crate::admin::Source;
 use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use crate::allow::AllowList;
 use crate::datapath::{Budget, Engine};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
@@ -27,7 +27,7 @@ use crate::transport::quic::config::STREAM_HELD;
 pub(super) struct View {
     identity: String,
     tunnels: Arc<Tunnels>,
-    policy: Arc<ArcSwap<Policy>>,
+    policy: Arc<ArcSwap<AllowList>>,
     budget: Budget,
     connections: Gate,
     limits: LimitMetrics,
@@ -45,7 +45,7 @@ impl View {
         registry: &mut Registry,
         (identity, shards, engine): (String, usize, Engine),
         tunnels: Arc<Tunnels>,
-        policy: Arc<ArcSwap<Policy>>,
+        policy: Arc<ArcSwap<AllowList>>,
         (budget, connections, limits): (Budget, Gate, LimitMetrics),
         phase: watch::Receiver<Phase>,
         proxy_metrics: ProxyAgentMetrics,

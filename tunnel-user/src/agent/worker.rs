@@ -10,8 +10,8 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
 use super::konnectivity::Client;
-use super::policy::Policy;
 use super::renew::Renewals;
+use crate::allow::AllowList;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
@@ -39,7 +39,7 @@ pub(super) struct Worker {
     /// What asks for another certificate.
     pub renewals: Renewals,
     /// What may be dialled.
-    pub policy: Arc<ArcSwap<Policy>>,
+    pub policy: Arc<ArcSwap<AllowList>>,
     /// Counters.
     pub metrics: DialMetrics,
     /// What proxy-agent counts.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::common::{LogArgs, TlsArgs, begin, overlay};
 use super::join;
-use crate::config::{AgentConfig, ConfigError, Rule};
+use crate::config::{AgentConfig, AllowRule, ConfigError};
 use crate::datapath::engine::Choice;
 use crate::process::privileges::ANY_START;
 
@@ -42,7 +42,7 @@ pub(super) struct Args {
     tunnels: Option<u8>,
     /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
     #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
-    allow: Vec<Rule>,
+    allow: Vec<AllowRule>,
     /// Address of health, metrics and status [default: 127.0.0.1:8136]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,

@@ -8,8 +8,9 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::Error;
 
+use super::allow::AllowRule;
 use super::konnectivity::ProxyServerConfig;
-use super::rule::{self, Rule};
+use super::rule;
 use super::{
     AuditConfig, ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version,
     base_of, check_shards,
@@ -43,7 +44,7 @@ pub struct AgentConfig {
     /// Tunnels to each server, over QUIC.
     pub tunnels: u8,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
-    pub allow: Option<Vec<Rule>>,
+    pub allow: Option<Vec<AllowRule>>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
     /// Address of health and metrics as Konnectivity's programs tell them.

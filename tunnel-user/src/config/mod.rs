@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod agent;
+mod allow;
 pub mod audit;
 pub mod datapath;
 pub mod frontend;
@@ -25,6 +26,7 @@ use crate::process::shard;
 use crate::tls::{Files, TrustDomain};
 
 pub use agent::AgentConfig;
+pub use allow::AllowRule;
 pub use audit::AuditConfig;
 pub use datapath::DatapathConfig;
 pub use join::JoinConfig;

@@ -36,6 +36,24 @@ impl PortRange {
     pub fn contains(self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
+
+    /// Whether `port` is in one of `ranges`; none of them means every port.
+    pub(super) fn any_contains(ranges: &[Self], port: u16) -> bool {
+        ranges.is_empty() || ranges.iter().any(|range| range.contains(port))
+    }
+
+    /// Reads ranges that are joined by commas.
+    pub(super) fn list(text: &str) -> Result<Vec<Self>, PortRangeError> {
+        text.split(',').map(str::parse).collect()
+    }
+
+    /// Writes what follows an address range or a name.
+    pub(super) fn fmt_list(ranges: &[Self], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, range) in ranges.iter().enumerate() {
+            write!(f, "{}{range}", if i == 0 { " ports " } else { "," })?;
+        }
+        Ok(())
+    }
 }
 
 /// Text that is no port range.
@@ -102,18 +120,14 @@ pub struct Rule {
 impl Rule {
     /// Whether it covers `addr` and `port`.
     pub fn covers(&self, addr: IpAddr, port: u16) -> bool {
-        self.cidr.contains(&addr)
-            && (self.ports.is_empty() || self.ports.iter().any(|range| range.contains(port)))
+        self.cidr.contains(&addr) && PortRange::any_contains(&self.ports, port)
     }
 }
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.cidr)?;
-        for (i, range) in self.ports.iter().enumerate() {
-            write!(f, "{}{range}", if i == 0 { " ports " } else { "," })?;
-        }
-        Ok(())
+        PortRange::fmt_list(&self.ports, f)
     }
 }
 
@@ -142,12 +156,12 @@ impl FromStr for Rule {
             },
         };
         let cidr = parse_net(cidr)?;
-        let ports = ports.map_or(Ok(Vec::new()), |p| p.split(',').map(str::parse).collect())?;
+        let ports = ports.map_or(Ok(Vec::new()), PortRange::list)?;
         Ok(Self { cidr, ports })
     }
 }
 
-fn parse_net(text: &str) -> Result<IpNet, RuleError> {
+pub(super) fn parse_net(text: &str) -> Result<IpNet, RuleError> {
     text.parse::<IpNet>()
         .map(|net| net.trunc())
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))

@@ -8,7 +8,7 @@ use super::common::{self, Base, Translated};
 use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
 use crate::config::agent::Protocol;
-use crate::config::{AgentConfig, ConfigError, Rule};
+use crate::config::{AgentConfig, AllowRule, ConfigError};
 use crate::process::privileges::ANY_START;
 
 /// Run an agent with the flags of Konnectivity's proxy-agent
@@ -140,7 +140,7 @@ struct Own {
     /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated [default:
     /// everything]
     #[arg(long, value_name = "CIDR[:PORTS]")]
-    cpc_allow: Vec<Rule>,
+    cpc_allow: Vec<AllowRule>,
     /// What is spoken with --proxy-server-host; auto takes QUIC where it is answered, which needs
     /// certificates in --cpc-config
     #[arg(long, value_enum, default_value = "konnectivity")]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tunnel_proto::konnectivity::Identifiers;
 
 use super::Args;
-use crate::agent::policy;
+use crate::allow;
 use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, port, wrong};
 use crate::config::agent::ServerAddress;
 use crate::config::konnectivity::{CountSource, LeaseConfig, ProxyServerConfig};
@@ -35,7 +35,7 @@ impl Args {
         if !self.own.cpc_allow.is_empty() {
             config.allow = Some(self.own.cpc_allow.clone());
         } else if config.allow.is_none() {
-            config.allow = Some(policy::everything());
+            config.allow = Some(allow::everything());
             notes.push(
                 "whatever a proxy-server asks for is dialled, loopback and metadata services of \
                  clouds among it, as with Konnectivity; --cpc-allow names what may be"

@@ -1,6 +1,7 @@
 use clap::Parser;
 
 use super::*;
+use crate::allow::AllowList;
 use crate::cli::konnectivity::common::Translated;
 use crate::cli::{Cli, Command};
 use crate::config::agent::Protocol;
@@ -107,7 +108,7 @@ fn defaults_are_those_of_konnectivity() {
 fn everything_may_be_dialled_unless_rules_are_given() {
     assert!(said(&[]).contains("--cpc-allow"));
     let allow = config(&[]).allow.unwrap();
-    assert!(policy::Policy::new(Some(allow), &[]).allows("127.0.0.1".parse().unwrap(), 1));
+    assert!(AllowList::new(allow).allows(&"127.0.0.1:1".parse().unwrap()));
     let narrow = ["--cpc-allow=10.0.0.0/8:10250", "--cpc-allow=10.244.0.0/16"];
     assert_eq!(config(&narrow).allow.unwrap().len(), 2);
     assert_eq!(said(&narrow), "");

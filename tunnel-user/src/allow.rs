@@ -1,0 +1,209 @@
+//! Allow-lists: what may be reached, of an agent's dials and of what a frontend's clients ask for.
+//!
+//! A destination is asked for by address or by name, and a rule of the one kind says nothing of the
+//! other: an address is never allowed by a name's rule, nor a name by an address's. What a name
+//! resolves to is a second question, for whoever resolves it: [`AllowList::allows_resolved`].
+//!
+//! Loopback, link-local, multicast, unspecified and cloud metadata addresses are allowed only by a
+//! rule that lies within such a range, never by a wide one: `0.0.0.0/0` does not open
+//! 169.254.169.254, and no name does, whatever it resolves to.
+
+use std::net::IpAddr;
+use std::sync::LazyLock;
+
+use ipnet::IpNet;
+use tunnel_proto::preface::{Destination, Host, Name};
+
+use crate::config::{AllowRule, Rule};
+
+/// Ranges that only a rule within them opens.
+const GUARDED: [&str; 21] = [
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    // Metadata services that are not link-local.
+    "100.100.100.200/32",
+    "168.63.129.16/32",
+    "fd00:ec2::254/128",
+    "fd20:ce::254/128",
+    "224.0.0.0/4",
+    "255.255.255.255/32",
+    "::/128",
+    "::1/128",
+    "fe80::/10",
+    "ff00::/8",
+    "::ffff:0:0/96",
+    // The IPv4 ones again, behind a NAT64 of the well-known prefix (RFC 6052, section 2.1).
+    "64:ff9b::/104",
+    "64:ff9b::7f00:0/104",
+    "64:ff9b::a9fe:0/112",
+    "64:ff9b::6464:64c8/128",
+    "64:ff9b::a83f:8110/128",
+    "64:ff9b::e000:0/100",
+    "64:ff9b::ffff:ffff/128",
+];
+
+static GUARDED_NETS: LazyLock<Vec<IpNet>> =
+    LazyLock::new(|| GUARDED.iter().filter_map(|net| net.parse().ok()).collect());
+
+/// The range that keeps `addr` from being opened by a wide rule, if one does.
+pub fn guard(addr: IpAddr) -> Option<&'static IpNet> {
+    GUARDED_NETS.iter().find(|net| net.contains(&addr))
+}
+
+/// Rules that allow every address, what is guarded too.
+pub fn everything() -> Vec<AllowRule> {
+    let rule = |net: &&str| {
+        let cidr = net.parse().ok()?;
+        let ports = Vec::new();
+        Some(AllowRule::Addresses(Rule { cidr, ports }))
+    };
+    let all = ["0.0.0.0/0", "::/0"];
+    all.iter().chain(&GUARDED).filter_map(rule).collect()
+}
+
+/// Rules, of which one that covers a destination is enough.
+#[derive(Clone, Debug, Default)]
+pub struct AllowList(Vec<AllowRule>);
+
+impl AllowList {
+    /// Of configured rules; without any it allows nothing.
+    pub fn new(rules: Vec<AllowRule>) -> Self {
+        Self(rules)
+    }
+
+    /// Whether `addr` and `port` are allowed as an address. `addr` is not IPv4-mapped.
+    pub fn allows_address(&self, addr: IpAddr, port: u16) -> bool {
+        let guard = guard(addr);
+        self.0.iter().any(|rule| match rule {
+            AllowRule::Addresses(rule) => {
+                rule.covers(addr, port) && guard.is_none_or(|guard| guard.contains(&rule.cidr))
+            }
+            AllowRule::Names(_) => false,
+        })
+    }
+
+    /// Whether `name` and `port` are allowed as a name.
+    pub fn allows_name(&self, name: &Name, port: u16) -> bool {
+        self.0.iter().any(|rule| match rule {
+            AllowRule::Names(rule) => rule.covers(name, port),
+            AllowRule::Addresses(_) => false,
+        })
+    }
+
+    /// Whether what a client asks for is allowed, as far as can be said without resolving it.
+    pub fn allows(&self, destination: &Destination) -> bool {
+        match &destination.host {
+            Host::Ip(addr) => self.allows_address(*addr, destination.port),
+            Host::Name(name) => self.allows_name(name, destination.port),
+        }
+    }
+
+    /// Whether `addr`, to which the host of `destination` has been resolved, may be dialled: as an
+    /// address, or, where it is not guarded, by the name that was asked for.
+    pub fn allows_resolved(&self, destination: &Destination, addr: IpAddr) -> bool {
+        let by_name = || match &destination.host {
+            Host::Ip(_) => false,
+            Host::Name(name) => self.allows_name(name, destination.port) && guard(addr).is_none(),
+        };
+        self.allows_address(addr, destination.port) || by_name()
+    }
+
+    /// The rules, for people.
+    pub fn rules(&self) -> impl Iterator<Item = String> {
+        self.0.iter().map(ToString::to_string)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(rules: &[&str]) -> AllowList {
+        AllowList::new(rules.iter().map(|rule| rule.parse().unwrap()).collect())
+    }
+
+    fn allows(list: &AllowList, addr: &str, port: u16) -> bool {
+        list.allows_address(addr.parse().unwrap(), port)
+    }
+
+    fn resolved(list: &AllowList, asked: &str, addr: &str) -> bool {
+        list.allows_resolved(&asked.parse().unwrap(), addr.parse().unwrap())
+    }
+
+    const SOME_GUARDED: [&str; 12] = [
+        "127.0.0.1",
+        "169.254.169.254",
+        "100.100.100.200",
+        "::1",
+        "fe80::1",
+        "0.0.0.0",
+        "::",
+        "fd00:ec2::254",
+        "224.0.0.1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::127.0.0.1",
+        "64:ff9b::169.254.169.254",
+    ];
+
+    #[test]
+    fn every_guarded_range_can_be_read() {
+        assert_eq!(GUARDED_NETS.len(), GUARDED.len());
+        for (net, text) in GUARDED_NETS.iter().zip(GUARDED) {
+            assert_eq!(*net, net.trunc(), "{text} has host bits");
+        }
+    }
+
+    #[test]
+    fn a_wide_rule_does_not_open_what_is_guarded() {
+        let wide = list(&["0.0.0.0/0", "::/0"]);
+        assert!(allows(&wide, "10.1.2.3", 80));
+        assert!(allows(&wide, "64:ff9b::10.1.2.3", 80));
+        for addr in SOME_GUARDED {
+            assert!(!allows(&wide, addr, 80), "{addr}");
+        }
+        assert!(allows(&list(&["127.0.0.1:80"]), "127.0.0.1", 80));
+        let all = AllowList::new(everything());
+        for net in &*GUARDED_NETS {
+            assert!(
+                all.allows_address(net.network(), 80) && all.allows_address(net.broadcast(), 80),
+                "{net}"
+            );
+        }
+        assert!(allows(&all, "10.1.2.3", 80) && allows(&all, "2001:db8::1", 80));
+    }
+
+    #[test]
+    fn a_name_opens_what_it_resolves_to_but_for_what_is_guarded() {
+        let names = list(&["*.svc:443", "web.example"]);
+        assert!(resolved(&names, "a.svc:443", "10.1.2.3"));
+        assert!(resolved(&names, "A.SVC.:443", "2001:db8::1"));
+        assert!(resolved(&names, "web.example:80", "10.1.2.3"));
+        assert!(!resolved(&names, "a.svc:80", "10.1.2.3"));
+        assert!(!resolved(&names, "svc:443", "10.1.2.3"));
+        assert!(!resolved(&names, "b.web.example:80", "10.1.2.3"));
+        for addr in SOME_GUARDED {
+            assert!(!resolved(&names, "a.svc:443", addr), "{addr}");
+        }
+        let with_address = list(&["*.svc:443", "127.0.0.1:443"]);
+        assert!(resolved(&with_address, "a.svc:443", "127.0.0.1"));
+        assert!(!resolved(&with_address, "a.svc:443", "127.0.0.2"));
+    }
+
+    #[test]
+    fn one_kind_of_rule_says_nothing_of_the_other() {
+        let asked = |list: &AllowList, text: &str| list.allows(&text.parse().unwrap());
+        let names = list(&["*.svc"]);
+        assert!(asked(&names, "a.svc:1"));
+        assert!(!asked(&names, "10.1.2.3:1"));
+        assert!(!resolved(&names, "10.1.2.3:1", "10.1.2.3"));
+        let addresses = list(&["10.0.0.0/8"]);
+        assert!(asked(&addresses, "10.1.2.3:1"));
+        assert!(asked(&addresses, "[::ffff:10.1.2.3]:1"));
+        assert!(!asked(&addresses, "a.svc:1"));
+        // Whoever resolves the name goes by its address, too.
+        assert!(resolved(&addresses, "a.svc:1", "10.1.2.3"));
+        let nothing = list(&[]);
+        assert!(!asked(&nothing, "a.svc:1") && !asked(&nothing, "10.1.2.3:1"));
+    }
+}
