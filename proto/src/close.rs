@@ -96,6 +96,8 @@ close_reasons! {
     MalformedDial = 0x106, NotDialled, "malformed_dial", "the dial request could not be read";
     /// Who asked for the connection went away before the target was dialled.
     Cancelled = 0x107, NotDialled, "cancelled", "the caller went away before the target was dialled";
+    /// Dials of the destination keep timing out: it is not dialled for a while.
+    CircuitOpen = 0x108, NotDialled, "circuit_open", "dials of this destination keep timing out; it is tried again later";
 
     /// The target answered with a reset.
     ConnectionRefused = 0x200, DialFailed, "connection_refused", "the target refused the connection";
@@ -230,6 +232,7 @@ mod tests {
                 "0x105 unsupported_kind",
                 "0x106 malformed_dial",
                 "0x107 cancelled",
+                "0x108 circuit_open",
                 "0x200 connection_refused",
                 "0x201 host_unreachable",
                 "0x202 network_unreachable",

@@ -30,6 +30,9 @@ pub struct ServerStatus {
     /// What moves bytes: `epoll` or `io_uring`.
     #[serde(default)]
     pub engine: String,
+    /// Destinations that are not dialled because their dials kept timing out.
+    #[serde(default)]
+    pub breakers_open: i64,
     /// Connected agents, by name.
     pub agents: Vec<AgentRow>,
     /// Attachments of the redirect, as the kernel has them.

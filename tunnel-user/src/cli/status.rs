@@ -161,6 +161,13 @@ fn render_server(server: &ServerStatus) -> String {
         spread(server.shards, shards),
         server.engine
     );
+    if server.breakers_open > 0 {
+        text += &format!(
+            "{} destinations are not dialled for now: their dials timed out (circuit_open in the \
+             access log)\n",
+            server.breakers_open
+        );
+    }
     for agent in &server.agents {
         text += &refused(&agent.identity, &agent.refused);
     }

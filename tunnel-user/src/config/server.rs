@@ -271,6 +271,15 @@ pub struct LimitsConfig {
     pub stalled_bytes_per_tenant: Option<u64>,
     /// Handshakes, at each port that strangers come to.
     pub handshakes: HandshakesConfig,
+    /// Dials of a destination that time out in a row before it is not dialled for a while; 0: it
+    /// always is.
+    pub breaker_failures: u32,
+    /// How long it is not dialled then.
+    #[serde(with = "humantime_serde")]
+    pub breaker_retry: Duration,
+    /// Up to where that is doubled while it still does not answer.
+    #[serde(with = "humantime_serde")]
+    pub breaker_max_retry: Duration,
 }
 
 /// `limits.handshakes`: how many strangers a port takes in, from everywhere and from one source.
@@ -342,6 +351,31 @@ impl HandshakesConfig {
     }
 }
 
+/// When a destination's circuit breaker opens, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct BreakerSettings {
+    /// Time-outs in a row; 0: never.
+    pub failures: u32,
+    /// The first wait.
+    pub retry: Duration,
+    /// The longest wait.
+    pub max_retry: Duration,
+}
+
+/// The longest that a destination may go undialled.
+const LONGEST_RETRY: Duration = Duration::from_secs(3600);
+
+impl LimitsConfig {
+    /// What stands here of the circuit breaker.
+    pub fn breaker(&self) -> BreakerSettings {
+        BreakerSettings {
+            failures: self.breaker_failures,
+            retry: self.breaker_retry,
+            max_retry: self.breaker_max_retry,
+        }
+    }
+}
+
 impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
@@ -360,6 +394,9 @@ impl Default for LimitsConfig {
             stalled_bytes: 2 << 30,
             stalled_bytes_per_tenant: None,
             handshakes: HandshakesConfig::default(),
+            breaker_failures: 5,
+            breaker_retry: Duration::from_secs(5),
+            breaker_max_retry: Duration::from_secs(60),
         }
     }
 }
@@ -402,6 +439,16 @@ impl ServerConfig {
         check_shards(self.shards)?;
         if self.limits.dial_timeout.is_zero() || self.limits.dial_timeout > MAX_DEADLINE {
             return value("limits.dial_timeout", "must be over 0 s and at most 10 min");
+        }
+        let breaker = self.limits.breaker();
+        if breaker.retry.is_zero() || breaker.retry > breaker.max_retry {
+            return value(
+                "limits.breaker_retry",
+                "must be over 0 s and at most limits.breaker_max_retry",
+            );
+        }
+        if breaker.max_retry > LONGEST_RETRY {
+            return value("limits.breaker_max_retry", "must be at most 1 h");
         }
         if self.limits.drain > LONGEST_DRAIN {
             return value("limits.drain", "must be at most 24 h");

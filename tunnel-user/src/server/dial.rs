@@ -6,6 +6,7 @@
 //! Invariant: a request never runs twice. Another agent is asked only when the first one answered
 //! that it did not dial, or when nothing of the client's had been sent on its stream.
 
+mod attempt;
 mod error;
 
 use std::collections::VecDeque;
@@ -19,12 +20,14 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tunnel_proto::close::{CloseClass, CloseReason};
 use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse, Host, StreamKind};
 
+use self::attempt::{Attempt, outcome};
 use self::error::{full, no_route, too_late};
+use super::breaker::Outcome;
 use super::early::{Cursor, EarlyBytes, EarlyEnd};
 use super::limits::Limit;
 use super::link::{LinkRecv, LinkSend, bridge};
 use super::routes::{LinkId, LinkInfo, MAX_CANDIDATES, RouteError};
-use super::shard::{Dialling, Shard};
+use super::shard::{Dialling, Shard, Target};
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendHalf};
@@ -174,7 +177,15 @@ impl Dial {
                 self.candidates.get_or_insert_default().push_front(info);
                 return Ok(Step::Elsewhere(at));
             }
-            match self.ask(shard, &info, local).await {
+            let attempt = Attempt::new(shard, || self.target())?;
+            let asked = self.ask(shard, &info, local).await;
+            let silent = info.silent.load(Ordering::Relaxed);
+            let known = asked.as_ref().map_or_else(
+                |failed| outcome(&failed.error, silent),
+                |_| Outcome::Answered,
+            );
+            attempt.settle(known, || self.target());
+            match asked {
                 Ok(dialled) => return Ok(Step::Dialled(Box::new(dialled))),
                 Err(Failed { error, safe: false }) => return Err(error),
                 Err(Failed { error, .. }) => {
@@ -188,6 +199,11 @@ impl Dial {
         }
         let last = self.last.take();
         Err(last.unwrap_or_else(|| no_route(RouteError::NoRoute, &self.record)))
+    }
+
+    /// What the breaker knows it by.
+    fn target(&self) -> Target {
+        (self.tenant.clone(), self.record.destination.clone())
     }
 
     /// Whom to ask next, if anybody.

@@ -3,6 +3,7 @@
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::doorstep::Why;
@@ -47,6 +48,10 @@ pub(super) struct ServerMetrics {
     pub claims_refused: Counter,
     /// Redirected connections whose origin was not known, and which were reset.
     pub origins_missing: Counter,
+    /// Destinations that are not dialled because their dials kept timing out.
+    pub breakers_open: Gauge,
+    /// How often there was one more.
+    pub breakers_opened: Counter,
     /// What proxy-server counts.
     pub konnectivity: ProxyServerMetrics,
     /// Bounds.
@@ -69,6 +74,8 @@ impl ServerMetrics {
             dials: DialMetrics::register(registry),
             claims_refused: Counter::default(),
             origins_missing: Counter::default(),
+            breakers_open: Gauge::default(),
+            breakers_opened: Counter::default(),
             konnectivity,
             limits: limits::register(registry, &config.limits),
             handshakes: Failures::default(),
@@ -83,6 +90,16 @@ impl ServerMetrics {
             "redirect_origins_missing",
             "Redirected connections whose origin was not known, and which were reset",
             metrics.origins_missing.clone(),
+        );
+        registry.register(
+            "breakers_open",
+            "Destinations that are not dialled because their dials kept timing out",
+            metrics.breakers_open.clone(),
+        );
+        registry.register(
+            "breakers_opened",
+            "Times that dials of a destination had timed out so often that it was not dialled any more",
+            metrics.breakers_opened.clone(),
         );
         metrics.handshakes.register(
             registry,

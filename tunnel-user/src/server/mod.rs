@@ -12,6 +12,7 @@
 
 mod attachments;
 mod bind;
+mod breaker;
 pub mod control;
 mod dial;
 mod doorstep;

@@ -3,7 +3,7 @@
 use std::net::{TcpListener, UdpSocket};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
@@ -27,6 +27,9 @@ const IDLE_POLL: Duration = Duration::from_millis(50);
 
 /// How long goodbyes may take.
 const GOODBYE: Duration = Duration::from_millis(500);
+
+/// How often destinations that nobody asks for are forgotten.
+const EXPIRE: Duration = Duration::from_secs(60);
 
 /// What a shard is started with.
 pub(super) struct Start {
@@ -120,6 +123,15 @@ struct Open {
 fn open(start: Start) -> Result<Open, ServerError> {
     let shard = Shard::new(start.index, start.common);
     tokio::task::spawn_local(shard.clone().listen(start.inbox));
+    let expiring = shard.clone();
+    tokio::task::spawn_local(async move {
+        loop {
+            sleep(EXPIRE).await;
+            if !expiring.breaker.borrow().is_empty() {
+                expiring.change_breaker(|breaker| breaker.expire(Instant::now()));
+            }
+        }
+    });
     let mut endpoint = None;
     if let Some((tunnel, udp)) = start.tunnel {
         // Below the bound on shards.

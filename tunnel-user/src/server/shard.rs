@@ -11,8 +11,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::Destination;
 use tunnel_proto::session::InstanceId;
 
+use super::breaker::Breaker;
 use super::control::ControlHandle;
 use super::doorstep::Doorstep;
 use super::limits::Limit;
@@ -102,6 +104,9 @@ impl Peers {
     }
 }
 
+/// What is dialled, and for whom.
+pub(super) type Target = (TrustDomain, Destination);
+
 /// One shard. Dereferences to what all of them know.
 pub(super) struct Shard {
     /// Which one.
@@ -110,6 +115,8 @@ pub(super) struct Shard {
     pub links: RefCell<HashMap<LinkId, Link>>,
     /// Where agents of Konnectivity come in.
     pub agents: OnceCell<Weak<Agents>>,
+    /// What times out when it is dialled over them.
+    pub breaker: RefCell<Breaker<Target>>,
     common: Common,
 }
 
@@ -128,6 +135,7 @@ impl Shard {
             index,
             links: RefCell::default(),
             agents: OnceCell::new(),
+            breaker: Breaker::new(common.limits.breaker()).into(),
             common,
         })
     }
@@ -208,6 +216,18 @@ impl Shard {
         let own = self.tenants.of(tenant).agents.enter();
         let place = all.and_then(|all| Ok((all, own.ok_or(Limit::AgentsPerTenant)?)));
         place.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
+    }
+
+    /// Changes the breaker, and counts what is open then.
+    pub(super) fn change_breaker<T>(&self, change: impl FnOnce(&mut Breaker<Target>) -> T) -> T {
+        let mut breaker = self.breaker.borrow_mut();
+        // Bounded, and at the bound a matter of a microsecond.
+        let open = |breaker: &Breaker<Target>| breaker.open() as i64;
+        let before = open(&breaker);
+        let changed = change(&mut breaker);
+        let more = open(&breaker) - before;
+        self.metrics.breakers_open.inc_by(more);
+        changed
     }
 
     /// Whether no connection is open, here or elsewhere: one that is handed over is on its way.

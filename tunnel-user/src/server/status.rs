@@ -42,6 +42,7 @@ pub(super) struct View {
     events: Family<EventLabels, Counter>,
     ready: Gauge,
     stalled: Gauge,
+    breakers_open: Gauge,
     konnectivity: ProxyServerMetrics,
 }
 
@@ -66,6 +67,7 @@ impl View {
             events: Family::default(),
             ready: Gauge::default(),
             stalled: Gauge::default(),
+            breakers_open: common.metrics.breakers_open.clone(),
             konnectivity: common.metrics.konnectivity.clone(),
         };
         let registry = ours(registry);
@@ -121,6 +123,7 @@ impl Source for View {
                 not_ready: self.ready().err(),
                 shards: self.shards,
                 engine: self.engine.label().into(),
+                breakers_open: self.breakers_open.get(),
                 agents,
                 attachments: attachments
                     .iter()

@@ -55,6 +55,7 @@ fn status(reason: CloseReason) -> u16 {
         CloseReason::NoRoute
         | CloseReason::NoAgent
         | CloseReason::Draining
+        | CloseReason::CircuitOpen
         | CloseReason::Overloaded => 503,
         CloseReason::DialTimeout => 504,
         _ => 502,
