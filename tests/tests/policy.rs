@@ -234,7 +234,7 @@ fn an_agent_dials_what_its_allow_list_names_by_name() -> Result<()> {
     let proxy = lab.control_plane.servers[0].sockets.connect_unix.clone();
     let echoed = |destination: &str| -> Result<()> {
         let stream = tunnel_tests::client::connect_through(&proxy, destination)?;
-        tunnel_tests::client::round_trips(stream, 1)
+        tunnel_tests::client::round_trips(stream, 1).map(drop)
     };
     echoed("echo.svc.internal:7001")?;
     echoed("ECHO.svc.Internal.:7001")?;

@@ -15,7 +15,7 @@ use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
 use crate::peer::{self, Credentials};
-use crate::scene::{SOON, Scene, echo, metric};
+use crate::scene::{SOON, Scene, echo, metric, runtime};
 
 /// Handshakes of a flood.
 const FLOOD: usize = 400;
@@ -31,7 +31,12 @@ struct Mute {
 impl Mute {
     fn connect(runtime: &Handle, lab: &Lab) -> Result<Self> {
         let credentials = Credentials::read(&lab.folder().join("w2/agent"), "agent")?;
-        let endpoint = peer::agent(runtime, &lab.workers[1].netns, &credentials, 100)?;
+        let endpoint = peer::agent(
+            runtime,
+            lab.workers[1].netns.enter(peer::any_port)?,
+            Some(&credentials),
+            100,
+        )?;
         let tunnel = lab.control_plane.servers[0].sockets.tunnel;
         let hello = peer::introduction("w2", &address::nodes(2))?;
         runtime.block_on(async {
@@ -121,7 +126,7 @@ fn dials_under_way_are_bounded_by_name() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     let silence = SocketAddr::new(address::nodes(2)[0], Behaviour::Echo.port());
     for key in ["dials", "dials_per_tenant", "dials_per_tunnel"] {
         let lab = lab_with(json!({key: 3}))?;
@@ -156,7 +161,7 @@ fn agents_are_bounded_by_name() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     for key in ["agents", "agents_per_tenant"] {
         let lab = lab_with(json!({key: 2}))?;
         let old = connect(&lab, echo())?;
@@ -191,11 +196,21 @@ fn a_flood_of_handshakes_keeps_no_other_network_out() -> Result<()> {
             .daemon
             .configure(|config| config["limits"] = handshakes)
     })?;
-    let runtime = peer::runtime()?;
+    let runtime = runtime()?;
     let credentials = Credentials::read(&scene.folder("w2/agent"), "agent")?;
     let tunnel = scene.tunnel();
-    let flood = peer::agent(&runtime, &scene.lab.workers[1].netns, &credentials, 1)?;
-    let elsewhere = peer::agent(&runtime, &scene.lab.control_plane.netns, &credentials, 1)?;
+    let flood = peer::agent(
+        &runtime,
+        scene.lab.workers[1].netns.enter(peer::any_port)?,
+        Some(&credentials),
+        1,
+    )?;
+    let elsewhere = peer::agent(
+        &runtime,
+        scene.lab.control_plane.netns.enter(peer::any_port)?,
+        Some(&credentials),
+        1,
+    )?;
     let begun = Instant::now();
     let refused = runtime.block_on(async {
         let mut refused = 0;

@@ -21,8 +21,8 @@ corpus beside it. `cargo xtask test` runs each for some seconds; this page is of
 nice cargo xtask fuzz --runs 10000000 --record              # all of them, or name some
 ```
 
-A finding ends the run and leaves its input in `target/fuzz/artifacts`: whatever has a row here had none. What counts as
-one is a panic, an overflow, a broken assertion of the target's, 5 s for one input, or 512 MiB of memory. Edges are
+A finding ends the run and leaves its input in `target/fuzz/artifacts`: whatever has a row here had none, and
+what has no row has not had its long run yet. What counts as one is a panic, an overflow, a broken assertion of the target's, 5 s for one input, or 512 MiB of memory. Edges are
 those of the control flow that were reached, in the target itself and all that it is linked with. The corpus counts the
 inputs that were kept because each reaches something that no other does.
 
