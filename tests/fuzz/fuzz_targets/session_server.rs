@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::{take_byte, take_piece};
+use tunnel_proto::certificate::MAX_CSR;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
-use tunnel_proto::certificate::MAX_CSR;
 use tunnel_proto::session::{
     InstanceId, MAX_QUEUED, Refusal, ServerEvent, ServerSession, SessionError, Timers, Welcome,
 };
