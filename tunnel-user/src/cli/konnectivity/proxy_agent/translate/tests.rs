@@ -166,7 +166,7 @@ fn a_wrong_value_names_its_flag() {
         (&["--server-count-source=min"], "--server-count-source"),
         (&["--xfr-channel-size=-1"], "--xfr-channel-size"),
         (&["--sync-forever=2"], "--sync-forever"),
-        (&["--cpc-allow=everything"], "--cpc-allow"),
+        (&["--cpc-allow=every thing"], "--cpc-allow"),
     ] {
         let error = with(wrong).map(|it| it.notes).unwrap_err();
         assert!(error.contains(flag), "{wrong:?}: {error}");
