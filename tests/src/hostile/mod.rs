@@ -2,7 +2,7 @@
 //!
 //! One laboratory, one server with every port that there is, worker 1 with its agent, and worker 2,
 //! whose certificate is in the wrong hands. The pair works from beginning to end; first alone, then
-//! beside one [misdeed](misdeeds::ALL) after the other. [`run`] fails when a misdeed gained anything,
+//! beside one misdeed after the other. [`run`] fails when a misdeed gained anything,
 //! when the pair lost anything, or when the server held more memory than it may. How fast the pair
 //! was is reported, and nothing more.
 

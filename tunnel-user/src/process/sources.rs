@@ -3,7 +3,7 @@
 //! A handshake costs CPU and a place before anybody is known. So each source, a prefix of addresses,
 //! has a bucket of handshakes that fills at a steady rate, and of the places that are left no source
 //! takes more than it leaves to others. Sources are not remembered one by one: two keyed hashes lead
-//! each to two of [`SLOTS`] counters, and the lower one counts. So memory is bounded whoever comes, and
+//! each to two of `SLOTS` counters, and the lower one counts. So memory is bounded whoever comes, and
 //! a crowd hurts only those with whom it shares both, which nobody can choose.
 //!
 //! Without locks, for all threads; time is an argument.
