@@ -71,6 +71,16 @@ pub(super) const LABORATORY: &[Package<'_>] = &[
         why: "drops the NAT's mappings",
     },
     Package {
+        program: "socat",
+        name: "socat",
+        why: "is a client that half-closes",
+    },
+    Package {
+        program: "bpftool",
+        name: "bpftool",
+        why: "shows what the verifier left of a program",
+    },
+    Package {
         program: "c++",
         name: "g++",
         why: "compiles what is not Rust: libFuzzer, bpf-linker",
