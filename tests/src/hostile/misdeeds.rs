@@ -68,6 +68,17 @@ const NOTHING: Misdeed = Misdeed {
 
 /// In the order in which they are done.
 pub(super) const ALL: &[Misdeed] = &[
+    // First: of failed handshakes the log shows ten in ten seconds, and these are to be among them.
+    Misdeed {
+        title: "strangers connect as often as they can",
+        name: "strangers",
+        aim: Aim::TunnelWithout,
+        some: &["handshakes", "ended by the server"],
+        server_says: &[&["WARN", "handshake failed", "certificate"]],
+        metrics: &["cpc_handshakes_failed_total{why=\"tls\"}"],
+        audit: &[&["peer_refused"]],
+        ..NOTHING
+    },
     Misdeed {
         title: "an agent claims everything, as another",
         name: "claims",
@@ -120,16 +131,6 @@ pub(super) const ALL: &[Misdeed] = &[
         name: "storm",
         some: &["handshakes", "ended by itself"],
         server_says: &[&["INFO", "agent disconnected", "agent/w2"]],
-        ..NOTHING
-    },
-    Misdeed {
-        title: "strangers connect as often as they can",
-        name: "strangers",
-        aim: Aim::TunnelWithout,
-        some: &["handshakes", "ended by the server"],
-        server_says: &[&["WARN", "handshake failed", "certificate"]],
-        metrics: &["cpc_handshakes_failed_total{why=\"tls\"}"],
-        audit: &[&["peer_refused"]],
         ..NOTHING
     },
     Misdeed {
