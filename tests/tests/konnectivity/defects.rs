@@ -240,7 +240,14 @@ fn who_stops_stops_nobody_else_with_native_agents() -> Result<()> {
 /// On a legacy agent's one stream a reader that stops delays the others by no more than the limit;
 /// then it is reset, and they go on.
 pub(crate) fn a_stopped_reader_is_reset_on_a_legacy_agent() -> Result<()> {
-    let (mut scene, _agent) = with_agent(Kind::Legacy, 1)?;
+    let mut scene = Scene::with_server(1, |config| {
+        config["konnectivity"]["server_ids"] = json!(1);
+        // A dial that begins with the stall waits for its end: the two are as long by default.
+        config["limits"] = json!({"dial_timeout": "15s"});
+    })?;
+    let agent = scene.legacy_agent(1)?;
+    agent.wait_servers(1)?;
+    scene.cpc_server().wait_ready(SOON)?;
     let proxy = scene.connect();
     let mut stopped = stopped_reader(&proxy)?;
     let longest = requests(&proxy, NO_PROGRESS + Duration::from_secs(3))?;
