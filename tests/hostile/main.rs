@@ -34,7 +34,7 @@ use crate::peer::Credentials;
 /// How long a misdeed goes on at most.
 const WHILE: Duration = Duration::from_secs(4);
 /// One that must outlast the server's own time limits.
-const LONG: Duration = Duration::from_secs(13);
+const LONG: Duration = Duration::from_secs(18);
 /// How long that takes.
 const FAREWELL: Duration = Duration::from_millis(100);
 /// The program ends then, whatever hangs.

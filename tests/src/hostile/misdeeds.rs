@@ -177,6 +177,15 @@ pub(super) const ALL: &[Misdeed] = &[
         aim: Aim::Outside,
         some: &["connections"],
         none: &["connections kept", "connections refused"],
+        server_says: &[
+            &["WARN", "join listener", "its network has its share"],
+            &["WARN", "nobody joined"],
+        ],
+        metrics: &[
+            "cpc_join_handshakes_failed_total{why=\"source_share\"}",
+            "cpc_join_handshakes_failed_total{why=\"timeout\"}",
+        ],
+        audit: &[&["peer_refused", "timed out"]],
         ..NOTHING
     },
     Misdeed {
@@ -186,6 +195,8 @@ pub(super) const ALL: &[Misdeed] = &[
         aim: Aim::Inside,
         some: &["connections"],
         none: &["connections kept", "connections refused"],
+        server_says: &[&["WARN", "frontend handshake not finished in time"]],
+        metrics: &["cpc_frontend_handshakes_failed_total{why=\"timeout\"}"],
         ..NOTHING
     },
     Misdeed {

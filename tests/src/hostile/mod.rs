@@ -44,6 +44,7 @@ const POURED: usize = 50;
 /// Where Konnectivity's agents and gRPC clients come in.
 const KONNECTIVITY: u16 = 8091;
 const GRPC: u16 = 8090;
+const JOIN: u16 = 8138;
 /// Where the impostors listen.
 const IMPOSTORS: u16 = 9000;
 /// Ports on which nobody may ever arrive: on loopback, and one that no agent may dial.
@@ -204,6 +205,10 @@ impl Scene {
                 {"unix": folder.join("grpc.sock"), "mode": "0660"},
                 with(json!({"tcp": format!("127.0.0.1:{GRPC}")})),
             ]);
+            config["join"] = json!({
+                "listen": SocketAddr::from((address::server(1), JOIN)),
+                "ca": folder.join("pki"),
+            });
             config["audit"] = json!({"directory": "audit"});
             config["limits"] = json!({"dial_timeout": "2s"});
             config["server_count"] = json!(1);
@@ -346,7 +351,8 @@ impl Scene {
             Aim::Connect => command.arg(tunnel.to_string()).arg(&sockets.connect_unix),
             Aim::Outside => command
                 .arg(tunnel.to_string())
-                .args([tcp("http", tunnel), tcp("tls", konnectivity)]),
+                .args([tcp("http", tunnel), tcp("tls", konnectivity)])
+                .arg(tcp("tls", SocketAddr::from((address::server(1), JOIN)))),
             Aim::Inside => command.arg(tunnel.to_string()).args([
                 tcp("http", sockets.admin),
                 tcp("tls", sockets.connect_tcp),

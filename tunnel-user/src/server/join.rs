@@ -6,21 +6,23 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tunnel_proto::certificate::Join;
 use tunnel_proto::join::{self, Reader};
 
 use super::ServerError;
+use super::doorstep::{Doorstep, Why};
+use super::metrics::Failures;
 use crate::config::ServerConfig;
+use crate::config::server::HandshakesConfig;
 use crate::join::desk::Pods;
 use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
@@ -29,8 +31,8 @@ use crate::telemetry::audit::events as audit;
 use crate::tls::issue::Authority;
 use crate::tls::{Identity, Material, provider};
 
-/// Strangers at once; further ones wait in the backlog.
-const MAX_STRANGERS: usize = 64;
+/// Strangers at once, or `limits.handshakes.at_once` where that is less.
+const MAX_STRANGERS: usize = 256;
 
 /// How long one may take, the review of a token of Kubernetes included.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -105,18 +107,28 @@ fn acceptor(material: &Arc<Material>) -> Result<TlsAcceptor, rustls::Error> {
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }
 
+/// Who may come in: each one costs a handshake and a place, token or not.
+pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorstep {
+    let limits = HandshakesConfig {
+        at_once: limits.at_once.min(MAX_STRANGERS),
+        ..limits.clone()
+    };
+    Doorstep::new(&limits, failures)
+}
+
 /// Serves for ever.
 ///
 /// # Errors
 /// At once, when the listener or TLS can't be had.
-pub(super) async fn serve(listener: TcpListener, desk: Arc<Desk>) -> Result<(), ServerError> {
+pub(super) async fn serve(
+    listener: TcpListener,
+    desk: Arc<Desk>,
+    strangers: Doorstep,
+) -> Result<(), ServerError> {
     let acceptor = acceptor(&desk.material).map_err(io::Error::other)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     tokio::spawn(async move {
-        let room = Arc::new(Semaphore::new(MAX_STRANGERS));
         loop {
-            // The semaphore is never closed, so there always is a permit in the end.
-            let place = room.clone().acquire_owned().await.ok();
             let (socket, remote) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -125,16 +137,31 @@ pub(super) async fn serve(listener: TcpListener, desk: Arc<Desk>) -> Result<(), 
                     continue;
                 }
             };
-            let (acceptor, desk) = (acceptor.clone(), desk.clone());
-            tokio::spawn(async move {
-                let _place = place;
-                let served = timeout(PATIENCE, one(acceptor, &desk, socket, remote)).await;
-                let late = || io::Error::from(io::ErrorKind::TimedOut);
-                if let Err(error) = served.unwrap_or_else(|_| Err(late())) {
-                    desk.metrics.join(Outcome::Failed);
-                    tracing::debug!(%remote, %error, "nobody joined");
-                    audit::peer_refused(remote, &error);
+            let place = match strangers.enter(remote.ip()) {
+                Ok(place) => place,
+                // Dropped with its socket at the bound.
+                Err(why) => {
+                    if let Some(unshown) = strangers.failed(why.into()) {
+                        tracing::warn!(%remote, unshown, %why, "connection to the join listener is dropped");
+                    }
+                    continue;
                 }
+            };
+            place.charge(Instant::now());
+            let (acceptor, desk, strangers) = (acceptor.clone(), desk.clone(), strangers.clone());
+            tokio::spawn(async move {
+                let served = timeout(PATIENCE, one(acceptor, &desk, socket, remote)).await;
+                drop(place);
+                let (why, error) = match served {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => (Why::Tls, error),
+                    Err(_) => (Why::Timeout, io::ErrorKind::TimedOut.into()),
+                };
+                desk.metrics.join(Outcome::Failed);
+                if let Some(unshown) = strangers.failed(why) {
+                    tracing::warn!(%remote, unshown, %error, "nobody joined");
+                }
+                audit::peer_refused(remote, &error);
             });
         }
     });

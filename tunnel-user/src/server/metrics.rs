@@ -60,6 +60,8 @@ pub(super) struct ServerMetrics {
     pub handshakes: Failures,
     /// Handshakes of frontends.
     pub frontend_handshakes: Failures,
+    /// Strangers at the join listener.
+    pub join_handshakes: Failures,
 }
 
 impl ServerMetrics {
@@ -80,6 +82,7 @@ impl ServerMetrics {
             limits: limits::register(registry, &config.limits),
             handshakes: Failures::default(),
             frontend_handshakes: Failures::default(),
+            join_handshakes: Failures::default(),
         };
         registry.register(
             "claims_refused",
@@ -111,6 +114,13 @@ impl ServerMetrics {
             "frontend_handshakes_failed",
             "TLS handshakes of frontends' clients that failed",
         );
+        if config.join.is_some() {
+            metrics.join_handshakes.register(
+                registry,
+                "join_handshakes_failed",
+                "Strangers at the join listener that were sent away or asked for nothing",
+            );
+        }
         metrics
     }
 }

@@ -234,6 +234,7 @@ pub async fn run(
         desk.metrics.register(ours(&mut metrics));
     }
     let failed_tunnels = server_metrics.handshakes.clone();
+    let failed_joins = server_metrics.join_handshakes.clone();
     let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
     let common = Common {
         control: control.handle(),
@@ -305,7 +306,8 @@ pub async fn run(
     }
 
     if let (Some(listener), Some(desk)) = (bound.join, desk) {
-        join::serve(listener, desk).await?;
+        let strangers = join::doorstep(&config.limits.handshakes, failed_joins);
+        join::serve(listener, desk, strangers).await?;
     }
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     tokio::spawn(admin::serve(bound.admin, admin.clone().router()));
