@@ -274,3 +274,78 @@ fn an_agent_dials_what_its_allow_list_names_by_name() -> Result<()> {
     echoed("other.internal:7001")?;
     refused(&lab, "echo.svc.internal:7001", 403, &["allow-list"])
 }
+
+/// What the redirect's clients and a frontend's may ask for, each by a list of its own: what is not in
+/// it is refused before any agent is asked, by reset or with a 403 that names the list. SIGHUP puts
+/// another list in force, and what is connected stays.
+#[test]
+fn a_frontends_clients_ask_for_what_its_allow_list_names() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;
+    lab.configure_connector()?;
+    let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
+    let pod = SocketAddr::from((address::pods(1)[0], Behaviour::Echo.port()));
+    let echo_only = json!([{"cidr": echo.ip(), "ports": [echo.port()]}]);
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.configure(|config| {
+        config["frontends"]["http_connect"][0]["allow"] = echo_only.clone();
+        config["redirect"]["attachments"][0]["allow"] = echo_only.clone();
+        config["audit"] = json!({"directory": "audit"});
+    })?;
+    lab.start_configured()?;
+    let proxy = lab.control_plane.servers[0].sockets.connect_unix.clone();
+    let mut kept = tunnel_tests::client::connect_through(&proxy, &echo.to_string())?;
+    echoes(&lab, echo.ip())?;
+
+    reset(&lab, pod)?;
+    let words = ["allow-list", "http_connect"];
+    for asked in [&*pod.to_string(), "127.0.0.1:7001", "web.svc:7001"] {
+        refused(&lab, asked, 403, &words)?;
+    }
+    let server = &mut lab.control_plane.servers[0].daemon;
+    for frontend in ["http_connect", "redirect"] {
+        let pieces = ["policy_denied", &*pod.to_string(), frontend];
+        server.wait_log(Duration::from_secs(15), 0, &pieces)?;
+    }
+    let (_, metrics) = server.get("/metrics")?;
+    for (frontend, count) in [("http_connect", 3), ("redirect", 1)] {
+        let line = format!(
+            "cpc_connections_closed_total{{frontend=\"{frontend}\",by=\"server\",\
+             reason=\"policy_denied\"}} {count}"
+        );
+        ensure!(metrics.contains(&line), "no {line:?} in {metrics}");
+    }
+
+    server.configure(|config| {
+        config["frontends"]["http_connect"][0]["allow"] = json!([{"cidr": pod.ip()}]);
+        if let Some(attachment) = config["redirect"]["attachments"][0].as_object_mut() {
+            attachment.remove("allow");
+        }
+    })?;
+    let seen = server.log().len();
+    server.signal(Signal::SIGHUP)?;
+    for frontend in ["http_connect", "redirect"] {
+        server.wait_log(
+            Duration::from_secs(15),
+            seen,
+            &["allow-list reloaded", frontend],
+        )?;
+    }
+    refused(&lab, &echo.to_string(), 403, &words)?;
+    let answer = ask_through(&proxy, pod, "hello");
+    ensure!(answer.as_ref().is_ok_and(|it| it == "hello"), "{answer:?}");
+    for to in [echo, pod] {
+        let answer = lab.control_plane.as_apiserver(|| Ok(ask(to, "hello")))?;
+        ensure!(
+            answer.as_ref().is_ok_and(|it| it == "hello"),
+            "{to}: {answer:?}"
+        );
+    }
+    kept.write_all(b"still here")?;
+    let mut answer = [0; 10];
+    kept.read_exact(&mut answer)?;
+    assert_eq!(&answer, b"still here");
+    Ok(())
+}

@@ -63,7 +63,7 @@ pub fn everything() -> Vec<AllowRule> {
 }
 
 /// Rules, of which one that covers a destination is enough.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowList(Vec<AllowRule>);
 
 impl AllowList {

@@ -39,6 +39,34 @@ fn goes_nowhere(scene: &Scene, destination: &str) -> Result<()> {
     Ok(())
 }
 
+/// What a frontend's clients may ask for is the frontend's to say, whatever agents serve: nobody is
+/// asked for the rest.
+#[test]
+fn a_frontend_has_an_allow_list_of_its_own() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let scene = Scene::with_server(1, |config| {
+        config["frontends"]["grpc"][0]["allow"] = json!([{"name": "*.svc", "ports": [443]}]);
+    })?;
+    let mut agent = scene.script_agent(1, "all", "default-route=true")?;
+    let _kept = goes_to(&scene, "web.svc:443", &mut agent, 1)?;
+    for (id, destination) in [
+        (2, "web.svc:80"),
+        (3, "127.0.0.1:443"),
+        (4, "web.other:443"),
+    ] {
+        let response = scene.client_at(scene.grpc())?.dial(destination, id)?;
+        ensure!(
+            response.error.contains("allow-list for grpc"),
+            "{destination}: {response:?}"
+        );
+    }
+    // The next that it is asked is the next that it may be asked.
+    let _kept = goes_to(&scene, "a.svc:443", &mut agent, 5)?;
+    Ok(())
+}
+
 /// Networks count as identifiers: the narrowest is asked, before the default route.
 #[test]
 fn networks_are_identifiers_too() -> Result<()> {

@@ -18,7 +18,8 @@ use crate::process::inherited::Inherited;
 /// file; what stands in the environment wins over the file, and flags win over both.
 ///
 /// SIGTERM drains: nothing new is taken, what lives may end (limits.drain), a second signal ends at
-/// once. SIGHUP reads policy, capture sets and log filter anew. Certificates are watched.
+/// once. SIGHUP reads policy, allow-lists, capture sets and log filter anew. Certificates are
+/// watched.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file (YAML, version 1)

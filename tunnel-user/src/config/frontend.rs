@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::ConfigError;
 use super::konnectivity::check_floor;
+use super::{AllowRule, ConfigError};
 use crate::tls::{TlsFloor, TrustDomain};
 
 /// `frontends`: ways in.
@@ -72,6 +72,22 @@ impl FrontendConfig {
             Self::Tcp(frontend) => frontend.answers,
         }
     }
+
+    /// The tenant that its callers are, if it is another than the server's own.
+    pub fn tenant(&self) -> Option<&TrustDomain> {
+        match self {
+            Self::Unix(frontend) => frontend.tenant.as_ref(),
+            Self::Tcp(frontend) => frontend.tenant.as_ref(),
+        }
+    }
+
+    /// What its callers may ask for; whatever agents serve when missing.
+    pub fn allow(&self) -> Option<&[AllowRule]> {
+        match self {
+            Self::Unix(frontend) => frontend.allow.as_deref(),
+            Self::Tcp(frontend) => frontend.allow.as_deref(),
+        }
+    }
 }
 
 /// The keys of either kind, as they stand in the file.
@@ -87,6 +103,7 @@ struct FrontendKeys {
     client_ca: Option<PathBuf>,
     tls_floor: Option<TlsFloor>,
     tenant: Option<TrustDomain>,
+    allow: Option<Vec<AllowRule>>,
     #[serde(default)]
     answers: Answers,
 }
@@ -117,12 +134,14 @@ impl TryFrom<FrontendKeys> for FrontendConfig {
                 client_ca: None,
                 tls_floor: None,
                 tenant,
+                allow,
                 answers,
             } => Ok(Self::Unix(UnixFrontend {
                 unix,
                 mode: mode.map_or(Ok(DEFAULT_MODE), |mode| parse_mode(&mode))?,
                 takeover: takeover.unwrap_or_default(),
                 tenant,
+                allow,
                 answers,
             })),
             FrontendKeys {
@@ -135,6 +154,7 @@ impl TryFrom<FrontendKeys> for FrontendConfig {
                 client_ca: Some(client_ca),
                 tls_floor,
                 tenant,
+                allow,
                 answers,
             } => Ok(Self::Tcp(TcpFrontend {
                 tcp,
@@ -143,6 +163,7 @@ impl TryFrom<FrontendKeys> for FrontendConfig {
                 client_ca,
                 tls_floor,
                 tenant,
+                allow,
                 answers,
             })),
             _ => Err(
@@ -166,6 +187,8 @@ pub struct UnixFrontend {
     pub takeover: bool,
     /// The tenant that its callers are; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
+    /// What its callers may ask for; whatever agents serve when missing.
+    pub allow: Option<Vec<AllowRule>>,
     /// How HTTP CONNECT is refused.
     pub answers: Answers,
 }
@@ -187,6 +210,8 @@ pub struct TcpFrontend {
     pub tls_floor: Option<TlsFloor>,
     /// The tenant that its callers are; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
+    /// What its callers may ask for; whatever agents serve when missing.
+    pub allow: Option<Vec<AllowRule>>,
     /// How HTTP CONNECT is refused.
     pub answers: Answers,
 }

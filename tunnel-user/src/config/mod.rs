@@ -2,7 +2,7 @@
 //!
 //! Unknown keys are errors that name their line. Paths in a file are relative to the file. What
 //! comes out has been checked and does not change; what can change without a restart (TLS files,
-//! and on SIGHUP the policy, the capture set and the log filter) is read anew as a whole.
+//! and on SIGHUP the policy, allow-lists, capture sets and the log filter) is read anew as a whole.
 
 pub mod address;
 pub mod agent;

@@ -12,8 +12,8 @@ use super::frontend::FrontendsConfig;
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
 use super::{
-    AuditConfig, ConfigError, DatapathConfig, JoinConfig, LogConfig, TUNNEL_PORT, TlsConfig,
-    TransportConfig, Version, base_of, check_shards,
+    AllowRule, AuditConfig, ConfigError, DatapathConfig, JoinConfig, LogConfig, TUNNEL_PORT,
+    TlsConfig, TransportConfig, Version, base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::shard;
@@ -206,6 +206,9 @@ pub struct AttachmentConfig {
     /// Their tenant; the server's own trust domain when missing.
     #[serde(default)]
     pub tenant: Option<TrustDomain>,
+    /// What they may ask for of what is redirected; whatever agents serve when missing.
+    #[serde(default)]
+    pub allow: Option<Vec<AllowRule>>,
     /// Where redirected connections are accepted: one loopback address a family.
     #[serde(default = "default_redirect_listen")]
     pub listen: Vec<SocketAddr>,

@@ -16,6 +16,7 @@ use crate::redirect::{
     self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
     RedirectError, Routes, Shortcuts, Verdict, tenant_number,
 };
+use crate::server::frontend::Scope;
 use crate::server::routes;
 use crate::telemetry::audit::events as audit;
 use crate::tls::TrustDomain;
@@ -63,8 +64,8 @@ pub enum AttachError {
 pub(super) struct Accepting {
     /// Its name.
     pub name: String,
-    /// Its tenant.
-    pub tenant: TrustDomain,
+    /// Whose sockets are redirected, and what they may ask for.
+    pub scope: Arc<Scope>,
     /// Where redirected connections arrive.
     pub listeners: Vec<TcpListener>,
     /// What they had wanted.
@@ -134,7 +135,7 @@ pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
     }
     AttachmentSpec {
         name: config.name.clone(),
-        tenant: tenant_number(tenant(config, own).as_str()),
+        tenant: tenant_number(config.tenant.as_ref().unwrap_or(own).as_str()),
         cgroup: config.cgroup.clone(),
         netns: config.netns.clone(),
         listen4,
@@ -147,10 +148,6 @@ pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
         },
         shortcut: config.shortcut,
     }
-}
-
-fn tenant(config: &AttachmentConfig, own: &TrustDomain) -> TrustDomain {
-    config.tenant.clone().unwrap_or_else(|| own.clone())
 }
 
 impl Attachments {
@@ -215,10 +212,10 @@ impl Attachments {
             }
             let kernel = prepared.map(Mutex::new).map(Arc::new);
             attached.push(Running { spec, kernel });
-            let (name, tenant) = (name.clone(), tenant(attachment, own));
+            let (name, scope) = (name.clone(), Scope::of_attachment(attachment, own));
             accepting.push(Accepting {
                 name,
-                tenant,
+                scope,
                 listeners,
                 flows,
                 shortcuts,

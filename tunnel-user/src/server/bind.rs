@@ -6,8 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::ServerError;
-use super::frontend::FrontendTls;
 use super::frontend::listener::{Protocol, bind_unix};
+use super::frontend::{FrontendTls, Scope};
 use super::link::konnectivity::AgentTls;
 use crate::config::ServerConfig;
 use crate::config::frontend::FrontendConfig;
@@ -46,22 +46,22 @@ pub(super) struct AgentsBound {
     pub tls: AgentTls,
 }
 
-/// A Unix socket, and the tenant that its callers are.
+/// A Unix socket, and what its callers may ask for.
 pub(super) struct UnixBound {
     /// The socket.
     pub listener: UnixListener,
-    /// The tenant.
-    pub tenant: TrustDomain,
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
     /// What they speak.
     pub protocol: Protocol,
 }
 
-/// A TCP socket, its TLS, and the tenant that its callers are.
+/// A TCP socket, its TLS, and what its callers may ask for.
 pub(super) struct TlsBound {
     /// The socket.
     pub listener: TcpListener,
-    /// The tenant.
-    pub tenant: TrustDomain,
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
     /// What they speak.
     pub protocol: Protocol,
     /// Certificates.
@@ -136,7 +136,7 @@ impl Bound {
         (own, revocations): (&TrustDomain, &Arc<Revocations>),
         inherited: &mut Inherited,
     ) -> Result<(), ServerError> {
-        let tenant = |given: &Option<TrustDomain>| given.as_ref().unwrap_or(own).clone();
+        let scope = Scope::of_frontend(protocol.name(), config, own);
         match config {
             FrontendConfig::Unix(frontend) => {
                 let name = format!("Unix socket {}", frontend.unix.display());
@@ -146,18 +146,17 @@ impl Bound {
                 };
                 self.unix.push(UnixBound {
                     listener,
-                    tenant: tenant(&frontend.tenant),
+                    scope,
                     protocol,
                 });
             }
             FrontendConfig::Tcp(frontend) => {
                 let listener = listen(inherited, frontend.tcp)?;
-                let tenant = tenant(&frontend.tenant);
                 let (files, revocations) = (frontend.clone(), revocations.clone());
-                let tls = FrontendTls::load(files, tenant.clone(), protocol, revocations)?;
+                let tls = FrontendTls::load(files, scope.tenant.clone(), protocol, revocations)?;
                 self.tls.push(TlsBound {
                     listener,
-                    tenant,
+                    scope,
                     protocol,
                     tls,
                 });

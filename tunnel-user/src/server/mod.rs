@@ -68,6 +68,7 @@ use attachments::{Attachments, kernel_routes};
 use bind::Bound;
 use control::Control;
 use doorstep::Doorstep;
+use frontend::scope;
 use grants::Grants;
 use link::konnectivity::Door;
 use metrics::ServerMetrics;
@@ -270,6 +271,10 @@ pub async fn run(
         door = Some(made.await?);
         agents = Some(bound.listener);
     }
+    let scopes = { accepting.iter().map(|it| &it.scope) }
+        .chain(bound.unix.iter().map(|it| &it.scope))
+        .chain(bound.tls.iter().map(|it| &it.scope));
+    let scopes: Vec<_> = scopes.cloned().collect();
     let listeners = Listeners {
         accepting,
         unix: bound.unix,
@@ -347,6 +352,7 @@ pub async fn run(
                 }
             }
             attached.update(&config.redirect, &own);
+            scope::reload(&scopes, &config);
             if let Err(error) = log.set(&config.log.filter) {
                 tracing::warn!(%error, "log filter not reloaded, the old one stays");
             }

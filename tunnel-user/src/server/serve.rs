@@ -148,7 +148,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
     }
     for Accepting {
         name,
-        tenant,
+        scope,
         listeners,
         flows,
         shortcuts,
@@ -159,7 +159,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         let shortcuts = shortcuts.map(|shortcuts| Arc::new(Mutex::new(shortcuts)));
         let attachment = Rc::new(redirect::Attachment {
             name,
-            tenant,
+            scope,
             flows,
             shortcuts,
         });
@@ -175,25 +175,25 @@ fn open(start: Start) -> Result<Open, ServerError> {
     }
     for UnixBound {
         listener,
-        tenant,
+        scope,
         protocol,
     } in start.listeners.unix
     {
         let listener = tokio::net::UnixListener::from_std(listener)?;
-        let service = Service { tenant, protocol };
+        let service = Service { scope, protocol };
         let accept = listener::accept_unix(shard.clone(), service, listener);
         until_stopping(&shard, accept);
     }
     for TlsBound {
         listener,
-        tenant,
+        scope,
         protocol,
         tls,
     } in start.listeners.tls
     {
         protocol.prepare(&listener)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let service = Service { tenant, protocol };
+        let service = Service { scope, protocol };
         let accept = listener::accept_tls(shard.clone(), service, listener, tls);
         until_stopping(&shard, accept);
     }

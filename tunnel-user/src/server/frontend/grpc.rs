@@ -16,6 +16,7 @@ mod socket;
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,14 +28,13 @@ use tunnel_proto::konnectivity::{PROXY, Packet, text};
 use tunnel_proto::preface::Destination;
 
 use self::socket::ProxySocket;
-use super::{Served, failed, overloaded, serve};
+use super::{Scope, Served, admit, failed, serve};
 use crate::process::lifecycle;
 use crate::server::dial::{Dial, DialError, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
-use crate::tls::TrustDomain;
 use crate::transport::grpc::server::{Call, serve as serve_http2};
 use crate::transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
 
@@ -48,14 +48,14 @@ const GOODBYE: Duration = Duration::from_millis(500);
 /// Serves one HTTP/2 connection.
 pub(super) async fn connection(
     shard: &Rc<Shard>,
-    tenant: &TrustDomain,
+    scope: &Arc<Scope>,
     client: Option<SocketAddr>,
     io: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let stopping = lifecycle::stopping(shard.phase.clone());
     let on_call = |call| {
-        let (shard, tenant) = (shard.clone(), tenant.clone());
-        tokio::task::spawn_local(async move { stream(&shard, &tenant, client, call).await });
+        let (shard, scope) = (shard.clone(), scope.clone());
+        tokio::task::spawn_local(async move { stream(&shard, &scope, client, call).await });
     };
     if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
         tracing::debug!(client = client.map(tracing::field::display), %error, "gRPC client has left");
@@ -69,14 +69,14 @@ struct Wanted {
     random: i64,
 }
 
-async fn stream(shard: &Rc<Shard>, tenant: &TrustDomain, client: Option<SocketAddr>, call: Call) {
+async fn stream(shard: &Rc<Shard>, scope: &Arc<Scope>, client: Option<SocketAddr>, call: Call) {
     let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
         return;
     };
     match timeout(REQUEST_TIMEOUT, read_dial(&mut sender, &mut receiver)).await {
         Ok(Ok(Some(request))) => {
             let socket = ProxySocket::new(sender, receiver, request.random);
-            serve_dial(shard, tenant, client, &request, &socket).await;
+            serve_dial(shard, scope, client, &request, &socket).await;
         }
         Ok(Ok(None)) => {
             drain(&mut receiver).await;
@@ -132,7 +132,7 @@ async fn read_dial(
 /// Dials, answers, relays, and ends the call.
 async fn serve_dial(
     shard: &Rc<Shard>,
-    tenant: &TrustDomain,
+    scope: &Arc<Scope>,
     client: Option<SocketAddr>,
     request: &Wanted,
     socket: &ProxySocket,
@@ -143,17 +143,13 @@ async fn serve_dial(
     };
     let mut record = Record::new(connection_id(), FrontendKind::Grpc, destination);
     record.client = client;
-    let (admitted, dialling) = match shard.admit(tenant) {
+    let (admitted, dialling) = match admit(shard, scope, &record) {
         Ok(admitted) => admitted,
-        Err(limit) => {
-            let error = overloaded(shard, limit);
-            failed(shard, &record, &error);
-            return refuse(socket, &error.to_string()).await;
-        }
+        Err(error) => return refuse(socket, &error.to_string()).await,
     };
     let early = EarlyBytes::new(Early::Hold, Bytes::new());
     let span = record.span();
-    let mut dial = Dial::new(shard, record, tenant, (early, dialling));
+    let mut dial = Dial::new(shard, record, &scope.tenant, (early, dialling));
     let served = async {
         // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
         // only this stream's.

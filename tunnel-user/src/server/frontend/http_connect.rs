@@ -6,13 +6,14 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use tokio::time::timeout;
 use tunnel_proto::http_connect::{ConnectError, ConnectRequest, parse, response};
 
 use super::client::{Client, Manner, REQUEST_TIMEOUT, answer_and_close, serve_once};
-use super::{answers, failed, overloaded};
+use super::{Scope, admit, answers};
 use crate::config::frontend::Answers;
 use crate::datapath::LocalSocket;
 use crate::datapath::socket::Portable;
@@ -21,17 +22,16 @@ use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
-use crate::tls::TrustDomain;
 
 /// Serves one client.
 pub(super) fn connection(
     shard: Rc<Shard>,
-    tenant: TrustDomain,
+    scope: Arc<Scope>,
     answers: Answers,
     client: Option<SocketAddr>,
     local: impl Portable,
 ) -> impl Future<Output = ()> {
-    let asked = ask(shard.clone(), tenant, answers, client, local);
+    let asked = ask(shard.clone(), scope, answers, client, local);
     let serving = shard.clone();
     let dialled = async move { Box::pin(asked).await?.dial(serving).await };
     serve_once(shard, Box::pin(dialled))
@@ -40,7 +40,7 @@ pub(super) fn connection(
 /// Learns what a client wants. `None`: nothing, or nothing that it can have.
 async fn ask<L: Portable>(
     shard: Rc<Shard>,
-    tenant: TrustDomain,
+    scope: Arc<Scope>,
     answers: Answers,
     client: Option<SocketAddr>,
     local: L,
@@ -65,18 +65,16 @@ async fn ask<L: Portable>(
         request.destination,
     );
     record.client = client;
-    let (admitted, dialling) = match shard.admit(&tenant) {
+    let (admitted, dialling) = match admit(&shard, &scope, &record) {
         Ok(admitted) => admitted,
-        Err(limit) => {
-            let error = overloaded(&shard, limit);
-            failed(&shard, &record, &error);
+        Err(error) => {
             answer_and_close(&local, answers::failure(answers, &error)).await;
             return None;
         }
     };
     let early = EarlyBytes::new(Early::Hold, first);
     Some(Box::new(Client {
-        dial: Dial::new(&shard, record, &tenant, (early, dialling)),
+        dial: Dial::new(&shard, record, &scope.tenant, (early, dialling)),
         manner: Manner::HttpConnect(answers),
         local,
         admitted,

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -16,7 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::tls::FrontendTls;
-use super::{accept_failed, grpc, http_connect};
+use super::{Scope, accept_failed, grpc, http_connect, scope};
 use crate::config::frontend::{Answers, UnixFrontend};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::sources::Place;
@@ -24,7 +25,7 @@ use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events as audit;
 use crate::tls::revoked::Peer;
-use crate::tls::{TlsFloor, TlsVersion, TrustDomain};
+use crate::tls::{TlsFloor, TlsVersion};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
 
 /// A client that has not finished its TLS handshake by then is dropped.
@@ -40,11 +41,11 @@ pub(in crate::server) enum Protocol {
 }
 
 impl Protocol {
-    /// Its name in logs.
-    fn name(self) -> &'static str {
+    /// Its name in the configuration and in logs.
+    pub(in crate::server) fn name(self) -> &'static str {
         match self {
-            Self::HttpConnect(_) => "http_connect",
-            Self::Grpc => "grpc",
+            Self::HttpConnect(_) => scope::HTTP_CONNECT,
+            Self::Grpc => scope::GRPC,
         }
     }
 
@@ -114,8 +115,8 @@ fn aside(path: &Path) -> PathBuf {
 /// Who is served at a listener, and how.
 #[derive(Clone, Debug)]
 pub(in crate::server) struct Service {
-    /// The tenant that callers are.
-    pub tenant: TrustDomain,
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
     /// What they speak.
     pub protocol: Protocol,
 }
@@ -124,9 +125,9 @@ impl Service {
     /// Serves a client in clear: here, until its link is known; one that is to stay where it is taken
     /// in goes to the shard whose turn it is.
     fn take_unix(&self, shard: &Rc<Shard>, socket: UnixStream) -> io::Result<()> {
-        let tenant = self.tenant.clone();
+        let scope = self.scope.clone();
         if let Protocol::HttpConnect(answers) = self.protocol {
-            let served = http_connect::connection(shard.clone(), tenant, answers, None, socket);
+            let served = http_connect::connection(shard.clone(), scope, answers, None, socket);
             tokio::task::spawn_local(served);
             return Ok(());
         }
@@ -135,7 +136,7 @@ impl Service {
             match UnixStream::from_std(socket) {
                 Ok(socket) => {
                     let socket = AnyAuthority::new(socket);
-                    grpc::connection(&shard, &tenant, None, socket).await;
+                    grpc::connection(&shard, &scope, None, socket).await;
                 }
                 Err(error) => tracing::warn!(%error, "client not taken over"),
             }
@@ -175,17 +176,17 @@ impl Service {
             tracing::warn!(%client, why = %revoked, "client's connection is ended");
             audit::cut("client", client, &revoked);
         };
-        let tenant = self.tenant;
+        let scope = self.scope;
         match self.protocol {
             Protocol::HttpConnect(answers) => {
                 let local = TlsSocket::new(session, cut);
-                let served = http_connect::connection(shard, tenant, answers, Some(client), local);
+                let served = http_connect::connection(shard, scope, answers, Some(client), local);
                 tokio::task::spawn_local(served);
             }
             Protocol::Grpc => {
                 tokio::task::spawn_local(async move {
                     tokio::select! {
-                        () = grpc::connection(&shard, &tenant, Some(client), session) => {}
+                        () = grpc::connection(&shard, &scope, Some(client), session) => {}
                         () = cut => {}
                     }
                 });

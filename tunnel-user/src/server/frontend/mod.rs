@@ -7,9 +7,11 @@ mod grpc;
 mod http_connect;
 pub(super) mod listener;
 pub(super) mod redirect;
+pub(super) mod scope;
 mod shortcut;
 mod tls;
 
+pub(super) use scope::Scope;
 pub(super) use tls::FrontendTls;
 
 use std::time::Duration;
@@ -18,7 +20,7 @@ use tunnel_proto::close::CloseReason;
 
 use super::dial::{DialError, Dialled};
 use super::limits::Limit;
-use super::shard::Shard;
+use super::shard::{Admitted, Dialling, Shard};
 use crate::datapath::{ClosedBy, LocalSocket, Meter, relay};
 use crate::telemetry::access::{ConnectionMeter, Record};
 use crate::telemetry::konnectivity::Counted;
@@ -98,10 +100,18 @@ fn failed(shard: &Shard, record: &Record, error: &DialError) {
     record.end(error.by, error.reason, error, &shard.metrics.dials);
 }
 
-/// The error of a client that can't be admitted.
-fn overloaded(shard: &Shard, limit: Limit) -> DialError {
-    let text = limit.text(&shard.limits);
-    DialError::new(CloseReason::Overloaded, Closer::Server, text)
+/// Takes in what a client of `scope` asks for, or writes the record of why not.
+///
+/// # Errors
+/// [`DialError`]; the client has been sent nothing.
+fn admit(shard: &Shard, scope: &Scope, record: &Record) -> Result<(Admitted, Dialling), DialError> {
+    let overloaded = |limit: Limit| {
+        let text = limit.text(&shard.limits);
+        DialError::new(CloseReason::Overloaded, Closer::Server, text)
+    };
+    let allowed = scope.check(&record.destination);
+    let admitted = allowed.and_then(|()| shard.admit(&scope.tenant).map_err(overloaded));
+    admitted.inspect_err(|error| failed(shard, record, error))
 }
 
 /// Rests after a failed accept, so that a lack of file descriptors does not become a busy loop.

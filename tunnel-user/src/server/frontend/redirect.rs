@@ -13,7 +13,7 @@ use tunnel_proto::preface::Destination;
 
 use super::client::{Client, Manner};
 use super::shortcut::ShortcutSocket;
-use super::{accept_failed, failed, overloaded};
+use super::{Scope, accept_failed, admit};
 use crate::datapath::Socket;
 use crate::datapath::socket::Portable;
 use crate::redirect::{Flows, Heartbeat, Shortcuts};
@@ -22,14 +22,13 @@ use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::{Admitted, Dialling, Shard};
 use crate::telemetry::access::Record;
 use crate::telemetry::metrics::FrontendKind;
-use crate::tls::TrustDomain;
 
 /// One attachment, as its listener knows it.
 pub(crate) struct Attachment {
     /// Its name.
     pub name: String,
-    /// Whose sockets are redirected.
-    pub tenant: TrustDomain,
+    /// Whose sockets are redirected, and what they may ask for.
+    pub scope: Arc<Scope>,
     /// Where origins are looked up.
     pub flows: RefCell<Flows>,
     /// Their way past TCP on loopback, where it is wanted.
@@ -70,9 +69,8 @@ fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client
     let destination = Destination::new(destination.ip(), destination.port());
     let mut record = Record::new(connection_id(), FrontendKind::Redirect, destination);
     record.client = Some(client);
-    let admitted = match shard.admit(&attachment.tenant) {
-        Ok(admitted) => admitted,
-        Err(limit) => return failed(shard, &record, &overloaded(shard, limit)),
+    let Ok(admitted) = admit(shard, &attachment.scope, &record) else {
+        return;
     };
     let socket = match &attachment.shortcuts {
         None => socket,
@@ -99,7 +97,7 @@ fn serve(
 ) {
     let early = EarlyBytes::new(Early::Send, Bytes::new());
     let client = Client {
-        dial: Dial::new(shard, record, &attachment.tenant, (early, dialling)),
+        dial: Dial::new(shard, record, &attachment.scope.tenant, (early, dialling)),
         manner: Manner::Redirected,
         local,
         admitted,

@@ -102,6 +102,7 @@ impl Args {
                 mode: SOCKET_MODE,
                 takeover: flags.delete_existing_uds_file,
                 tenant: None,
+                allow: None,
                 answers,
             }));
         }
@@ -117,6 +118,7 @@ impl Args {
             client_ca,
             tls_floor: Some(floor.clone()),
             tenant: None,
+            allow: None,
             answers,
         }))
     }
