@@ -76,7 +76,7 @@ pub(super) const ALL: &[Misdeed] = &[
         some: &["handshakes", "ended by the server"],
         server_says: &[&["WARN", "handshake failed", "certificate"]],
         metrics: &["cpc_handshakes_failed_total{why=\"tls\"}"],
-        audit: &[&["peer_refused"]],
+        audit: &[&["peer_refused", "tunnel"]],
         ..NOTHING
     },
     Misdeed {
@@ -137,6 +137,7 @@ pub(super) const ALL: &[Misdeed] = &[
         title: "handshakes that stop after the first packet",
         name: "half-handshakes",
         some: &["first packets"],
+        metrics: &["cpc_handshakes_failed_total{why=\"timeout\"}"],
         ..NOTHING
     },
     Misdeed {
@@ -185,7 +186,10 @@ pub(super) const ALL: &[Misdeed] = &[
             "cpc_join_handshakes_failed_total{why=\"source_share\"}",
             "cpc_join_handshakes_failed_total{why=\"timeout\"}",
         ],
-        audit: &[&["peer_refused", "timed out"]],
+        audit: &[
+            &["peer_refused", "join", "timed out"],
+            &["peer_refused", "konnectivity", "timed out"],
+        ],
         ..NOTHING
     },
     Misdeed {
@@ -197,6 +201,7 @@ pub(super) const ALL: &[Misdeed] = &[
         none: &["connections kept", "connections refused"],
         server_says: &[&["WARN", "frontend handshake not finished in time"]],
         metrics: &["cpc_frontend_handshakes_failed_total{why=\"timeout\"}"],
+        audit: &[&["peer_refused", "frontend", "timed out"]],
         ..NOTHING
     },
     Misdeed {

@@ -302,10 +302,13 @@ impl Scene {
                 .agent()?
                 .wait_log(SOON, agent_said, pieces)?;
         }
-        let after = self.metrics(misdeed.metrics)?;
-        for (name, (before, after)) in misdeed.metrics.iter().zip(before.iter().zip(after)) {
-            ensure!(after > *before, "{name} stays at {after}");
-        }
+        crate::client::eventually(SOON, || {
+            let after = self.metrics(misdeed.metrics)?;
+            for (name, (before, after)) in misdeed.metrics.iter().zip(before.iter().zip(after)) {
+                ensure!(after > *before, "{name} stays at {after}");
+            }
+            Ok(())
+        })?;
         for pieces in misdeed.audit {
             self.audited(pieces)?;
         }

@@ -15,7 +15,7 @@ use super::metrics::{JoinMetrics, Outcome};
 use super::token::Token;
 use super::{Book, BookError};
 use crate::kubernetes::token::{ReviewError, TokenReviewer};
-use crate::telemetry::audit::events as audit;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::identity::{self, Identity};
 use crate::tls::issue::{Applicant, Authority, IssueError, Request};
 use crate::tls::revoked::{Peer, Revocations, Revoked};
@@ -143,7 +143,7 @@ impl Desk {
                 Ok(done.issued)
             }
             Err(error) => {
-                audit::peer_refused(remote, &error);
+                audit::peer_refused(Listener::Join, remote, &error);
                 Err(told(&error, &node))
             }
         }

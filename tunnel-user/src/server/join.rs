@@ -27,7 +27,7 @@ use crate::join::desk::Pods;
 use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
 use crate::kubernetes::{self, token::TokenReviewer};
-use crate::telemetry::audit::events as audit;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::issue::Authority;
 use crate::tls::{Identity, Material, provider};
 
@@ -161,7 +161,7 @@ pub(super) async fn serve(
                 if let Some(unshown) = strangers.failed(why) {
                     tracing::warn!(%remote, unshown, %error, "nobody joined");
                 }
-                audit::peer_refused(remote, &error);
+                audit::peer_refused(Listener::Join, remote, &error);
             });
         }
     });

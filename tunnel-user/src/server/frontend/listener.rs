@@ -23,7 +23,7 @@ use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::sources::Place;
 use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
-use crate::telemetry::audit::events as audit;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::revoked::Peer;
 use crate::tls::{TlsFloor, TlsVersion};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
@@ -197,13 +197,20 @@ impl Service {
 
 /// Counts a client who is none, and says so.
 fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
-    if let Ok(Err(error)) = known {
-        if let Some(unshown) = doorstep.failed(Why::Tls) {
-            tracing::warn!(%client, unshown, %error, "frontend handshake failed");
+    match known {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            if let Some(unshown) = doorstep.failed(Why::Tls) {
+                tracing::warn!(%client, unshown, %error, "frontend handshake failed");
+            }
+            audit::peer_refused(Listener::Frontend, client, &error);
         }
-        audit::peer_refused(client, &error);
-    } else if let Some(unshown) = doorstep.failed(Why::Timeout) {
-        tracing::warn!(%client, unshown, "frontend handshake not finished in time");
+        Err(_) => {
+            if let Some(unshown) = doorstep.failed(Why::Timeout) {
+                tracing::warn!(%client, unshown, "frontend handshake not finished in time");
+            }
+            audit::peer_refused(Listener::Frontend, client, &io::ErrorKind::TimedOut);
+        }
     }
 }
 

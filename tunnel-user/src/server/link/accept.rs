@@ -1,6 +1,7 @@
 //! Accepting tunnels: handshakes, their bounds, and who comes in.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use crate::server::doorstep::Why;
 use crate::server::limits::Limit;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
-use crate::telemetry::audit::events as audit;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::revoked::Peer;
 use crate::transport::control_stream::{ControlStream, Shared};
 use crate::transport::quic::{
@@ -69,7 +70,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
             if let Some(unshown) = shard.door.failed(Why::Identity) {
                 tracing::warn!(%remote, unshown, %error, "agent refused");
             }
-            audit::peer_refused(remote, &error);
+            audit::peer_refused(Listener::Tunnel, remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
             connection.close(reason, error.to_string().as_bytes());
             return;
@@ -148,13 +149,14 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
             if let Some(unshown) = shard.door.failed(Why::Tls) {
                 tracing::warn!(%remote, unshown, %error, "handshake failed");
             }
-            audit::peer_refused(remote, &error);
+            audit::peer_refused(Listener::Tunnel, remote, &error);
         }
         Err(_) => {
             if let Some(unshown) = shard.door.failed(Why::Timeout) {
                 let seconds = HANDSHAKE_TIMEOUT.as_secs();
                 tracing::warn!(%remote, unshown, seconds, "handshake not finished in time");
             }
+            audit::peer_refused(Listener::Tunnel, remote, &io::ErrorKind::TimedOut);
         }
     }
     None

@@ -58,12 +58,43 @@ pub fn cut(what: &'static str, remote: SocketAddr, revoked: &Revoked) {
     );
 }
 
+/// Where somebody came who was not let in.
+#[derive(Clone, Copy, Debug)]
+pub enum Listener {
+    /// For our agents.
+    Tunnel,
+    /// For Konnectivity's.
+    Konnectivity,
+    /// For workers without a certificate.
+    Join,
+    /// For clients.
+    Frontend,
+}
+
+impl Listener {
+    const COUNT: usize = 4;
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Konnectivity => "konnectivity",
+            Self::Join => "join",
+            Self::Frontend => "frontend",
+        }
+    }
+}
+
 /// Somebody who wanted to be an agent, or a client with a certificate, was not let in. Strangers can't
-/// fill the audit: of a crowd the first few are recorded, and how many there were.
-pub fn peer_refused(remote: SocketAddr, why: &dyn Display) {
-    static CROWD: Crowd = Crowd::new(100, Duration::from_secs(60));
-    if let Some(unrecorded) = CROWD.admit(Instant::now()) {
-        tracing::info!(target: AUDIT, event = "peer_refused", %remote, %why, unrecorded);
+/// fill the audit: of a crowd at a listener the first few are recorded, and how many there were. A
+/// crowd at one leaves room for those who come to another.
+pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &dyn Display) {
+    static CROWDS: [Crowd; Listener::COUNT] =
+        [const { Crowd::new(100, Duration::from_secs(60)) }; Listener::COUNT];
+    if let Some(unrecorded) = CROWDS[listener as usize].admit(Instant::now()) {
+        tracing::info!(
+            target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, %why,
+            unrecorded,
+        );
     }
 }
 

@@ -21,6 +21,7 @@ use crate::process::gate::Gate;
 use crate::process::sources::Place;
 use crate::server::doorstep::Why;
 use crate::server::shard::Shard;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::transport::grpc::server::{ServeError, serve};
 use crate::transport::grpc::{Settings, tcp};
 
@@ -146,6 +147,7 @@ impl Agents {
             if let Some(unshown) = self.door.step.failed(why) {
                 tracing::warn!(%remote, unshown, %error, "agent's handshake failed");
             }
+            audit::peer_refused(Listener::Konnectivity, remote, error);
         };
         let secured = async {
             let watched = Arc::new(watched(&socket)?);
@@ -155,7 +157,7 @@ impl Agents {
         let (tls, socket) = match timeout(HANDSHAKE_TIMEOUT, secured).await {
             Ok(Ok(secured)) => secured,
             Ok(Err(error)) => return failed(Why::Tls, &error),
-            Err(_) => return failed(Why::Timeout, &"it was not finished in time"),
+            Err(_) => return failed(Why::Timeout, &io::ErrorKind::TimedOut),
         };
         let certificates = tls.get_ref().1.peer_certificates();
         let peer = Rc::new(Peer {

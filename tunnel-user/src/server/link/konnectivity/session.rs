@@ -23,7 +23,7 @@ use crate::process::lifecycle::Phase;
 use crate::server::doorstep::Why;
 use crate::server::link::{Link, report};
 use crate::server::routes::{LinkInfo, LinkKind};
-use crate::telemetry::audit::events as audit;
+use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::telemetry::konnectivity::Service;
 use crate::tls::{Identity, revoked};
 use crate::transport::grpc::server::Call;
@@ -82,7 +82,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
             if let Some(unshown) = agents.door.step.failed(Why::Identity) {
                 tracing::warn!(%remote, unshown, error = %refusal, "agent refused");
             }
-            audit::peer_refused(remote, &refusal);
+            audit::peer_refused(Listener::Konnectivity, remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
         }
     };
