@@ -187,6 +187,12 @@ impl Scene {
             ..LabSpec::new(programs)
         };
         let mut lab = Lab::without_connector(spec)?;
+        // The pair opens thousands of connections to one destination in the minute that TIME_WAIT takes:
+        // once half of the ports are in it, connect(2) searches for milliseconds.
+        for netns in [&lab.control_plane.netns, &lab.workers[0].netns] {
+            netns.sysctl("ipv4/ip_local_port_range", "10000 65000")?;
+            netns.sysctl("ipv4/tcp_tw_reuse", "1")?;
+        }
         lab.configure_connector()?;
         let folder = lab.folder().to_owned();
         let server = &mut lab.control_plane.servers[0].daemon;
