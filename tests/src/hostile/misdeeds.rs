@@ -137,7 +137,7 @@ pub(super) const ALL: &[Misdeed] = &[
         title: "handshakes that stop after the first packet",
         name: "half-handshakes",
         some: &["first packets"],
-        metrics: &["cpc_handshakes_failed_total{why=\"timeout\"}"],
+        metrics: &["cpc_handshakes_retried_total"],
         ..NOTHING
     },
     Misdeed {

@@ -56,6 +56,8 @@ pub(super) struct ServerMetrics {
     pub konnectivity: ProxyServerMetrics,
     /// Bounds.
     pub limits: LimitMetrics,
+    /// Strangers who had to prove their address first.
+    pub handshakes_retried: Counter,
     /// Handshakes of tunnels, of both kinds.
     pub handshakes: Failures,
     /// Handshakes of frontends.
@@ -80,6 +82,7 @@ impl ServerMetrics {
             breakers_opened: Counter::default(),
             konnectivity,
             limits: limits::register(registry, &config.limits),
+            handshakes_retried: Counter::default(),
             handshakes: Failures::default(),
             frontend_handshakes: Failures::default(),
             join_handshakes: Failures::default(),
@@ -103,6 +106,11 @@ impl ServerMetrics {
             "breakers_opened",
             "Times that dials of a destination had timed out so often that it was not dialled any more",
             metrics.breakers_opened.clone(),
+        );
+        registry.register(
+            "handshakes_retried",
+            "First packets of tunnels that were answered with a Retry",
+            metrics.handshakes_retried.clone(),
         );
         metrics.handshakes.register(
             registry,

@@ -43,7 +43,10 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
                 tokio::task::spawn_local(serve(shard.clone(), incoming, place));
             }
             // By a Retry (RFC 9000 section 8.1.2).
-            Verdict::Prove => incoming.retry(),
+            Verdict::Prove => {
+                shard.metrics.handshakes_retried.inc();
+                incoming.retry();
+            }
             Verdict::Refuse(why) => {
                 if why == Crowded::Full {
                     shard.metrics.limits.refuse(Limit::Handshakes.label());
