@@ -2,7 +2,7 @@
 //!
 //! tunnel-proto forbids unsafe code, so what is looked for is in what it stands on, `bytes` above
 //! all. Miri is a component of rustup's nightly that not every machine can have; by hand, therefore,
-//! and no part of the tests.
+//! and no part of the tests: it takes most of an hour.
 
 use std::process::Command;
 
