@@ -1,4 +1,5 @@
-//! A release in target/dist: the program, what it is made of, and the checksums of all of it.
+//! A release in target/dist: the program, its debug information, what it is made of, and the checksums
+//! of all of it.
 //!
 //! What it is made of is two lists (SBOM, CycloneDX JSON): of `cpc`, and of the kernel programs that
 //! are within it. cargo-cyclonedx writes them, and each is held against what cargo says that it
@@ -42,6 +43,12 @@ const SBOMS: [Sbom; 2] = [
     },
 ];
 
+/// The program, which names its functions but not their lines.
+const PROGRAM: &str = "cpc";
+
+/// Its lines, for a debugger or a profiler: found by the name when it lies beside the program.
+const DEBUG_INFO: &str = "cpc.debug";
+
 /// Licences of what is given away.
 const LICENCES: [(&str, &str); 2] = [
     ("LICENSE-APACHE", "LICENSE-APACHE"),
@@ -62,7 +69,11 @@ pub(crate) fn run() -> Result<()> {
         fs::remove_dir_all(&dist)?;
     }
     fs::create_dir_all(&dist)?;
-    copy(&workspace::target().join("release/cpc"), &dist.join("cpc"))?;
+    copy(
+        &workspace::target().join("release/cpc"),
+        &dist.join(PROGRAM),
+    )?;
+    split_debug_info(&dist)?;
     for (from, name) in LICENCES {
         copy(&workspace::root().join(from), &dist.join(name))?;
     }
@@ -74,11 +85,28 @@ pub(crate) fn run() -> Result<()> {
 
     sh::heading("Checksums");
     let mut names: Vec<_> = SBOMS.iter().map(|sbom| sbom.name).collect();
-    names.extend(["cpc"].into_iter().chain(LICENCES.map(|(_, name)| name)));
+    names.extend([PROGRAM, DEBUG_INFO]);
+    names.extend(LICENCES.map(|(_, name)| name));
     let sums = sh::output(Command::new("sha256sum").args(&names).current_dir(&dist))?;
     fs::write(dist.join("SHA256SUMS"), format!("{sums}\n"))?;
     eprintln!("{sums}\n    in {}", dist.display());
     Ok(())
+}
+
+/// Moves the debug information, which is most of the program's size, to a file of its own.
+fn split_debug_info(dist: &Path) -> Result<()> {
+    let objcopy = || {
+        let mut objcopy = Command::new("objcopy");
+        objcopy.current_dir(dist);
+        objcopy
+    };
+    let keep = ["--only-keep-debug", "--compress-debug-sections"];
+    sh::run(objcopy().args(keep).args([PROGRAM, DEBUG_INFO]))?;
+    sh::run(objcopy().args([
+        "--strip-debug",
+        &format!("--add-gnu-debuglink={DEBUG_INFO}"),
+        PROGRAM,
+    ]))
 }
 
 impl Sbom {
