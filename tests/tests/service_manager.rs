@@ -14,9 +14,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use socket2::{Domain, Socket, Type};
 use tunnel_tests::client::round_trips;
+use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
@@ -110,6 +112,13 @@ impl Manager {
             }
         }
         anyhow::bail!("{piece:?} was not told");
+    }
+
+    /// Reloads `daemon` as `Type=notify-reload` does: RELOADING says since when, READY ends it.
+    fn reload(&mut self, daemon: &mut Daemon) -> Result<()> {
+        daemon.signal(Signal::SIGHUP)?;
+        self.hear("RELOADING=1\nMONOTONIC_USEC=")?;
+        self.hear("READY=1")
     }
 }
 
@@ -288,8 +297,8 @@ fn a_socket_for_nothing_is_noticed() -> Result<()> {
     Ok(())
 }
 
-/// READY when everything is served, WATCHDOG while it turns and not while it is stuck, STOPPING at
-/// the end; the agent the same.
+/// READY when everything is served, RELOADING and READY around a reload, WATCHDOG while it turns and
+/// not while it is stuck, STOPPING at the end; the agent the same.
 #[test]
 fn the_service_manager_is_told() -> Result<()> {
     if !lab::available()? {
@@ -305,6 +314,7 @@ fn the_service_manager_is_told() -> Result<()> {
     manager.hear("READY=1")?;
     assert_eq!(server.get("/healthz")?.0, 200, "said too early: {tunnel}");
     manager.hear("WATCHDOG=1")?;
+    manager.reload(server)?;
     server.stop()?;
     // What was sent before it stopped.
     manager.notify.set_read_timeout(Some(WATCHDOG))?;
@@ -326,6 +336,7 @@ fn the_service_manager_is_told() -> Result<()> {
     agent.start_with(|command| manager.prepare(command, &none))?;
     manager.hear("READY=1")?;
     manager.hear("WATCHDOG=1")?;
+    manager.reload(agent)?;
     agent.terminate()?;
     manager.hear("STOPPING=1")
 }

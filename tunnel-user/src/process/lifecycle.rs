@@ -142,10 +142,16 @@ pub fn hangups() -> std::io::Result<Signal> {
     signal(SignalKind::hangup())
 }
 
-/// Calls `reload` at each of `hangups`, for ever.
+/// Calls `reload` at each of `hangups` until it is dropped, and tells systemd when each begins and
+/// ends, as `Type=notify-reload` (systemd 253) asks for.
 pub async fn on_hangup(hangups: &mut Signal, mut reload: impl AsyncFnMut()) {
     loop {
         hangups.recv().await;
+        // Fails only where the kernel has no CLOCK_MONOTONIC.
+        if let Ok(now) = sd_notify::NotifyState::monotonic_usec_now() {
+            notify(&[sd_notify::NotifyState::Reloading, now]);
+        }
         reload().await;
+        notify(&[sd_notify::NotifyState::Ready]);
     }
 }
