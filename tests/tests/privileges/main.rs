@@ -3,6 +3,7 @@
 
 mod profile;
 mod sandbox;
+mod units;
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;

@@ -13,7 +13,7 @@ const LABORATORY: &str = "setsid";
 /// The calls of io_uring, which the profiles leave out.
 pub(crate) const IO_URING: [&str; 3] = ["io_uring_enter", "io_uring_register", "io_uring_setup"];
 
-fn deploy() -> PathBuf {
+pub(crate) fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
 
