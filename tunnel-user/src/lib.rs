@@ -15,6 +15,7 @@ pub mod join;
 pub mod kubernetes;
 pub mod process;
 pub mod redirect;
+pub mod report;
 pub mod server;
 pub mod telemetry;
 pub mod tls;

@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 use tunnel_user::cli::Cli;
+use tunnel_user::report::report;
 
 fn main() -> ExitCode {
     match Cli::from_command_line().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cpc: {error:#}");
+            eprintln!("cpc: {}", report(error.as_ref()));
             ExitCode::FAILURE
         }
     }
