@@ -1,0 +1,71 @@
+//! Servers that are known by their host name: Konnectivity's, which have no identity of ours.
+
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_name;
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+use webpki::KeyUsage;
+
+use super::anchors::Anchors;
+use super::verify::unknown_issuer;
+
+/// Lets in servers whose certificate names the host that was dialled, if a CA vouches for it.
+#[derive(Debug)]
+pub struct NamedVerifier {
+    anchors: Anchors,
+    provider: Arc<CryptoProvider>,
+}
+
+impl NamedVerifier {
+    /// For a handshake.
+    pub fn new(anchors: Anchors, provider: Arc<CryptoProvider>) -> Arc<Self> {
+        Arc::new(Self { anchors, provider })
+    }
+}
+
+impl ServerCertVerifier for NamedVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        let when = (now, KeyUsage::server_auth());
+        let verified = self.anchors.verify(leaf, intermediates, when, algorithms);
+        verified.map_err(unknown_issuer)?;
+        verify_server_name(&ParsedCertificate::try_from(leaf)?, server_name)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        let algorithms = self.provider.signature_verification_algorithms;
+        algorithms.supported_schemes()
+    }
+}
