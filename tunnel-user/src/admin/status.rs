@@ -1,6 +1,10 @@
 //! The status of a process, as JSON and as `cpc status` reads it.
 
+use std::time::SystemTime;
+
 use serde::{Deserialize, Serialize};
+
+use crate::tls::lifetime::{Lifetime, Lifetimes};
 
 /// What either program tells.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,6 +37,9 @@ pub struct ServerStatus {
     /// Destinations that are not dialled because their dials kept timing out.
     #[serde(default)]
     pub breakers_open: i64,
+    /// Its certificates, and the CAs that it trusts.
+    #[serde(default)]
+    pub certificates: Vec<CertificateRow>,
     /// Connected agents, by name.
     pub agents: Vec<AgentRow>,
     /// Attachments of the redirect, as the kernel has them.
@@ -40,6 +47,42 @@ pub struct ServerStatus {
     /// Why the attachments can't be told.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attachments_error: Option<String>,
+}
+
+/// One certificate in use.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CertificateRow {
+    /// `tunnel`, `frontend` or `konnectivity`.
+    pub purpose: String,
+    /// `own` or `ca`.
+    pub kind: String,
+    /// Its identity or subject.
+    pub subject: String,
+    /// The hash of its key, of a CA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// Its file.
+    pub file: String,
+    /// The last moment at which it is valid, RFC 3339.
+    pub not_after: String,
+    /// `valid`, `expires soon`, `expired` or `not valid yet`.
+    pub state: String,
+}
+
+impl CertificateRow {
+    /// Those of a process, as they are at `now`.
+    pub fn of(lifetimes: &Lifetimes, now: SystemTime) -> Vec<Self> {
+        let row = |life: Lifetime| Self {
+            state: life.state(now).label().into(),
+            purpose: life.purpose.label().into(),
+            kind: life.kind.label().into(),
+            subject: life.subject,
+            key: life.key.map(|key| key.to_string()),
+            file: life.file.display().to_string(),
+            not_after: rfc3339(life.not_after),
+        };
+        lifetimes.all().into_iter().map(row).collect()
+    }
 }
 
 /// One connected agent.
@@ -105,6 +148,9 @@ pub struct AgentStatus {
     /// What moves bytes: `epoll` or `io_uring`.
     #[serde(default)]
     pub engine: String,
+    /// Its certificates, and the CAs that it trusts.
+    #[serde(default)]
+    pub certificates: Vec<CertificateRow>,
     /// Tunnels, by server.
     pub servers: Vec<ServerRow>,
     /// What may be dialled.
@@ -146,6 +192,6 @@ pub struct ServerRow {
 }
 
 /// RFC 3339, in whole seconds.
-pub fn rfc3339(at: std::time::SystemTime) -> String {
+pub fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }

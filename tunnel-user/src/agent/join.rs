@@ -16,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use tunnel_proto::certificate::{Answer, Join};
 use tunnel_proto::join::{self, Reader};
 
-use crate::tls::credential::{Credential, CredentialError, Draft};
+use crate::tls::credential::{Credential, CredentialError, Draft, Expected};
 use crate::tls::pin::PinnedVerifier;
 use crate::tls::{KeyHash, provider};
 
@@ -115,7 +115,14 @@ pub async fn join(joining: &Joining) -> Result<Joined, JoinError> {
         server: joining.server.clone(),
         why,
     })?;
-    let credential = draft.complete(issued, &joining.node, &provider())?;
+    let expected = Expected::Join {
+        name: &joining.node,
+        pins: &joining.pins,
+    };
+    let credential = draft.complete(issued, &expected, &provider())?;
+    for (ca, why) in &credential.refused {
+        tracing::warn!(ca = ca.subject(), key = %ca.key(), %why, "a CA that the server offers is not trusted");
+    }
     credential.save(&file, &ca)?;
     // It stands with its certificate now.
     let _ = std::fs::remove_file(pending);

@@ -8,6 +8,7 @@ use super::AgentError;
 use super::konnectivity::Client;
 use crate::config::AgentConfig;
 use crate::config::agent::Protocol;
+use crate::tls::lifetime::{Certificates, Lifetimes};
 use crate::tls::{Material, Role, provider};
 
 /// Who the agent is.
@@ -41,6 +42,14 @@ impl Me {
             material,
             konnectivity: config.konnectivity.as_ref().map(Client::new).transpose()?,
         })
+    }
+
+    /// Our certificates, and the CAs that we trust.
+    pub(super) fn lifetimes(&self) -> Lifetimes {
+        let ours = { self.material.iter() }.map(|it| it.clone() as Arc<dyn Certificates>);
+        let theirs = self.konnectivity.iter();
+        let theirs = theirs.map(|it| Arc::new(it.clone()) as Arc<dyn Certificates>);
+        Lifetimes::new(ours.chain(theirs).collect())
     }
 
     /// The node's name.

@@ -48,7 +48,8 @@ use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
-use crate::tls::material::MaterialError;
+use crate::tls::lifetime;
+use crate::tls::material::{Change, MaterialError};
 use crate::transport::quic::config::{STREAM_HELD, Setup};
 use connector::Servers;
 use held::Tunnels;
@@ -148,7 +149,7 @@ pub async fn run(
         policy.clone(),
         (budget.clone(), connections.clone(), limits.clone()),
         phases.clone(),
-        proxy_metrics.clone(),
+        (proxy_metrics.clone(), me.lifetimes()),
     );
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
@@ -196,9 +197,11 @@ pub async fn run(
     if let Some(material) = me.material.clone() {
         let (me, policy, allow) = (me.clone(), policy.clone(), allow.clone());
         // By default the allow-list is the node addresses, which a certificate may change.
-        let renew = move || {
-            policy.store(Arc::new(current_policy(&allow, &me)));
-            audit::changed("certificates", Ok(()));
+        let renew = move |outcome: Result<&Change, &MaterialError>| {
+            if outcome.is_ok() {
+                policy.store(Arc::new(current_policy(&allow, &me)));
+            }
+            audit::certificates(outcome);
         };
         tokio::spawn(material.watch(renew));
     }
@@ -206,9 +209,9 @@ pub async fn run(
         if config.tls.renew {
             tokio::spawn(renew::keep(material.clone(), renewals));
         }
-        let changed = || audit::changed("list of revoked peers", Ok(()));
-        tokio::spawn(material.revocations().watch(changed));
+        tokio::spawn(material.revocations().watch(audit::revocations));
     }
+    tokio::spawn(lifetime::watch(me.lifetimes()));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(budget));
     tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");

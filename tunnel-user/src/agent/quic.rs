@@ -253,6 +253,7 @@ impl Dialled {
                     Ok(AgentEvent::Certificate(answer)) => {
                         if let Some(asked) = asked.take() {
                             // Whoever asked may have given up.
+                            let answer = (tunnel.about.server_id.clone(), answer);
                             let _ = oneshot::Sender::send(asked, answer);
                         }
                     }

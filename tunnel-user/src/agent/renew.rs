@@ -1,5 +1,7 @@
 //! Our certificate, renewed over whichever tunnel carries the request, when two thirds of its life are over.
 
+mod pace;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -9,7 +11,9 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, timeout};
 use tunnel_proto::certificate::Answer;
 
-use crate::tls::credential::{CredentialError, Draft, validity};
+use self::pace::{CLOCK_HOLD, Moment, Pace, clock_error};
+use crate::telemetry::audit::events as audit;
+use crate::tls::credential::{Credential, CredentialError, Draft, Expected, validity};
 use crate::tls::material::RELOAD_INTERVAL;
 use crate::tls::{Material, provider};
 
@@ -19,8 +23,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Between tries; doubles.
 const SHORTEST: Duration = Duration::from_secs(15);
 
-/// The longest time between tries, and between looks at the clock, which may jump.
+/// The longest time between tries.
 const LONGEST: Duration = Duration::from_secs(1800);
+
+/// Between looks at the clock, which may be set.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// What a tunnel may carry. Clones share it.
 #[derive(Clone, Default)]
@@ -36,8 +43,8 @@ struct Waiting {
 pub(super) struct Request {
     /// PKCS #10, DER.
     pub csr: Vec<u8>,
-    /// Dropped with the tunnel that was to carry it.
-    pub answer: oneshot::Sender<Answer>,
+    /// With the name of the server that gave it. Dropped with the tunnel that was to carry it.
+    pub answer: oneshot::Sender<(Arc<str>, Answer)>,
 }
 
 /// Why there is no other certificate.
@@ -70,7 +77,7 @@ impl Renewals {
         std::mem::replace(&mut *place, request)
     }
 
-    async fn ask(&self, csr: Vec<u8>) -> Result<Answer, RenewError> {
+    async fn ask(&self, csr: Vec<u8>) -> Result<(Arc<str>, Answer), RenewError> {
         let (answer, answered) = oneshot::channel();
         self.put(Some(Request { csr, answer }));
         self.0.there.notify_one();
@@ -92,25 +99,27 @@ pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
             "the certificate can't be renewed (tls.renew): its folder has to be ours to write"
         );
     }
-    let mut delays = tries();
+    let (mut pace, mut delays) = (Pace::default(), tries());
     loop {
-        let due = due(&material, SystemTime::now());
-        if !due.is_zero() {
-            sleep(due.min(LONGEST)).await;
+        let wait = wait(&material, &pace);
+        if !wait.is_zero() {
+            sleep(wait.min(LOOK)).await;
             continue;
         }
         match renew(&material, &renewals).await {
-            Ok(until) => {
-                let until = humantime::format_rfc3339_seconds(until);
-                tracing::info!(%until, "certificate renewed");
+            Ok((server, credential)) => {
+                pace.issued(report(&server, &credential), Moment::now());
                 delays = tries();
                 sleep(2 * RELOAD_INTERVAL).await;
             }
             Err(error) => {
-                let again = delays.next().unwrap_or(LONGEST);
+                let again = match &error {
+                    RenewError::Credential(CredentialError::Clock(_)) => CLOCK_HOLD,
+                    _ => delays.next().unwrap_or(LONGEST),
+                };
                 let left = left(&material);
                 tracing::warn!(%error, ?left, ?again, "certificate not renewed");
-                sleep(again).await;
+                pace.failed(again, Moment::now());
             }
         }
     }
@@ -125,33 +134,56 @@ fn tries() -> <ExponentialBuilder as BackoffBuilder>::Backoff {
         .build()
 }
 
-async fn renew(material: &Material, renewals: &Renewals) -> Result<SystemTime, RenewError> {
+async fn renew(
+    material: &Material,
+    renewals: &Renewals,
+) -> Result<(Arc<str>, Credential), RenewError> {
     let (me, files) = (material.identity(), material.files());
     let draft = Draft::generate()?;
-    let answer = renewals.ask(draft.request(&me.name)?).await?;
+    let (server, answer) = renewals.ask(draft.request(&me.name)?).await?;
     let issued = answer.map_err(RenewError::Refused)?;
-    let credential = draft.complete(issued, &me.name, &provider())?;
+    let expected = Expected::Renewal {
+        identity: &me,
+        anchors: &material.anchors(),
+    };
+    let credential = draft.complete(issued, &expected, &provider())?;
     credential.save(&files.cert, &files.ca)?;
-    Ok(credential.not_after)
+    Ok((server, credential))
 }
 
-/// How long until the certificate is to be renewed: two thirds of its life, and a bit that depends on the
-/// certificate, since many are issued in the same minute.
-fn due(material: &Material, now: SystemTime) -> Duration {
+/// Says what came of it. Returns for how long the certificate is valid.
+fn report(server: &str, credential: &Credential) -> Duration {
+    let (from, until) = (credential.not_before, credential.not_after);
+    tracing::info!(server, until = %humantime::format_rfc3339_seconds(until), "certificate renewed");
+    for (ca, why) in &credential.refused {
+        tracing::warn!(
+            server, ca = ca.subject(), key = %ca.key(), %why,
+            "a CA that the server offers is not trusted"
+        );
+        audit::ca_refused(server, ca, why);
+    }
+    if let Some((off, ahead)) = clock_error(from, SystemTime::now()) {
+        let off = humantime::format_duration(Duration::from_secs(off.as_secs()));
+        tracing::warn!(
+            server,
+            "this host's clock is {off} {} the server's, by the certificate that it just issued: correct \
+             whichever is wrong (NTP)",
+            if ahead { "ahead of" } else { "behind" }
+        );
+    }
+    until.duration_since(from).unwrap_or_default()
+}
+
+/// How long until the certificate is to be renewed.
+fn wait(material: &Material, pace: &Pace) -> Duration {
     let key = material.key();
-    let Some(leaf) = key.cert.first() else {
+    let leaf = key.cert.first();
+    let Some((leaf, validity)) = leaf.and_then(|leaf| Some((leaf, validity(leaf)?))) else {
         return LONGEST;
     };
-    let Some((from, until)) = validity(leaf) else {
-        return LONGEST;
-    };
-    let life = until.duration_since(from).unwrap_or_default();
-    // The end of a signature is as good as a die.
-    let die = leaf.last().copied().unwrap_or_default();
-    let bit = life / 20 * u32::from(die) / 255;
-    (from + life * 2 / 3 + bit)
-        .duration_since(now)
-        .unwrap_or_default()
+    // Many are issued in the same minute, and the end of a signature is as good as a die.
+    let share = leaf.last().copied().unwrap_or_default();
+    pace.wait(validity, share, Moment::now())
 }
 
 fn left(material: &Material) -> Duration {

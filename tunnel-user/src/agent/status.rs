@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use prometheus_client::metrics::gauge::Gauge;
@@ -13,14 +14,16 @@ use super::held::{TunnelView, Tunnels};
 use super::tunnel::About;
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use crate::admin::Source;
-use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use crate::admin::status::{AgentStatus, CertificateRow, Refused, ServerRow, Status, rfc3339};
 use crate::allow::AllowList;
 use crate::datapath::{Budget, Engine};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
+use crate::telemetry::certificates::CertificateMetrics;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::millis;
+use crate::tls::lifetime::Lifetimes;
 use crate::transport::quic::config::STREAM_HELD;
 
 /// Looks at a running agent.
@@ -36,6 +39,8 @@ pub(super) struct View {
     phase: watch::Receiver<Phase>,
     servers: Gauge,
     stalled: Gauge,
+    lifetimes: Lifetimes,
+    certificates: CertificateMetrics,
     proxy_metrics: ProxyAgentMetrics,
 }
 
@@ -48,8 +53,9 @@ impl View {
         policy: Arc<ArcSwap<AllowList>>,
         (budget, connections, limits): (Budget, Gate, LimitMetrics),
         phase: watch::Receiver<Phase>,
-        proxy_metrics: ProxyAgentMetrics,
+        (proxy_metrics, lifetimes): (ProxyAgentMetrics, Lifetimes),
     ) -> Self {
+        let certificates = CertificateMetrics::register(registry, lifetimes.clone());
         let (servers, stalled) = (Gauge::default(), Gauge::default());
         registry.register(
             "servers",
@@ -73,6 +79,8 @@ impl View {
             phase,
             servers,
             stalled,
+            lifetimes,
+            certificates,
             proxy_metrics,
         }
     }
@@ -83,10 +91,12 @@ impl Source for View {
         if *self.phase.borrow() != Phase::Running {
             return Err("draining".into());
         }
-        if self.tunnels.live_servers() > 0 {
-            return Ok(());
+        let obstacle = self.lifetimes.obstacle(SystemTime::now());
+        if self.tunnels.live_servers() == 0 {
+            return Err(obstacle.unwrap_or_else(|| "no server is reached".into()));
         }
-        Err("no server is reached".into())
+        // What is up goes on; a tunnel that is lost does not come back.
+        obstacle.map_or(Ok(()), Err)
     }
 
     fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
@@ -98,6 +108,7 @@ impl Source for View {
             server_count: self.tunnels.server_count(),
             shards: self.shards,
             engine: self.engine.label().into(),
+            certificates: CertificateRow::of(&self.lifetimes, SystemTime::now()),
             servers: self.tunnels.view().iter().map(row).collect(),
             allow: self.policy.load().rules().collect(),
         });
@@ -105,6 +116,7 @@ impl Source for View {
     }
 
     fn refresh(&self) {
+        self.certificates.refresh();
         let live = self.tunnels.live_servers();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
         let known = self.tunnels.server_count().max(1);

@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 use clap::Subcommand;
 
 use crate::tls::issue::{Authority, Request};
-use crate::tls::{Role, TrustDomain};
+use crate::tls::{Role, TrustDomain, pem};
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// Make a cluster CA and issue certificates
 ///
@@ -65,6 +67,21 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Sign another CA of the same trust domain, so that agents take it from their servers
+    ///
+    /// Writes one file for `tls.ca`: the certificates of both CAs, and the other one's signed by this
+    /// one. See docs/joining.md, "Another CA".
+    CrossSign {
+        /// Where the CA lies that agents trust now
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+        /// The certificate of the CA that follows it
+        #[arg(long, value_name = "FILE")]
+        ca: PathBuf,
+        /// Where the certificates are put
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -91,7 +108,7 @@ struct Validity {
 
 impl Validity {
     fn end(&self) -> SystemTime {
-        let days = Duration::from_secs(u64::from(self.days) * 86_400);
+        let days = self.days * DAY;
         self.not_after.unwrap_or_else(|| SystemTime::now() + days)
     }
 }
@@ -106,6 +123,12 @@ impl Args {
             } => {
                 Authority::create(&dir, &trust_domain, validity.end())?;
                 println!("CA of {trust_domain} in {}", dir.display());
+                return Ok(());
+            }
+            Command::CrossSign { dir, ca, out } => {
+                let authority = Authority::open(&dir)?;
+                let signed = authority.cross_sign_into(&ca, &out)?;
+                println!("{} vouches for {signed}: {}", dir.display(), out.display());
                 return Ok(());
             }
             Command::Server {
@@ -127,7 +150,16 @@ impl Args {
             addresses,
             not_after,
         };
-        let identity = Authority::open(&common.dir)?.issue(&request, &common.out)?;
+        let authority = Authority::open(&common.dir)?;
+        if let Some(text) = pem::exposure(&common.dir.join("ca.key")) {
+            eprintln!("warning: {text}");
+        }
+        // A CA and what it issues on the same day end within moments of each other.
+        if not_after > authority.not_after() + DAY {
+            let end = humantime::format_rfc3339_seconds(authority.not_after());
+            eprintln!("warning: its CA ends at {end}, and the certificate with it");
+        }
+        let identity = authority.issue(&request, &common.out)?;
         println!("{identity} in {}", common.out.display());
         Ok(())
     }

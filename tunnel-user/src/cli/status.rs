@@ -9,7 +9,10 @@ use anyhow::{Context, bail};
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{ContentArrangement, Table};
 
-use crate::admin::status::{AgentRow, AgentStatus, Refused, ServerRow, ServerStatus, Status};
+use crate::admin::status::{
+    AgentRow, AgentStatus, CertificateRow, Refused, ServerRow, ServerStatus, Status,
+};
+use crate::report::report;
 
 /// How long the admin port may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -101,7 +104,7 @@ impl Args {
             let text = match &status {
                 Ok(status) if self.json => serde_json::to_string_pretty(status)?,
                 Ok(status) => render(status),
-                Err(error) => format!("{error:#}"),
+                Err(error) => report(error.as_ref()),
             };
             let mut out = std::io::stdout();
             if self.watch && out.is_terminal() {
@@ -168,6 +171,7 @@ fn render_server(server: &ServerStatus) -> String {
             server.breakers_open
         );
     }
+    text += &certificates(&server.certificates);
     for agent in &server.agents {
         text += &refused(&agent.identity, &agent.refused);
     }
@@ -220,6 +224,7 @@ fn render_agent(agent: &AgentStatus) -> String {
         spread(agent.shards, shards),
         agent.engine
     );
+    text += &certificates(&agent.certificates);
     for server in &agent.servers {
         text += &refused(&server.server_id, &server.refused);
     }
@@ -247,6 +252,28 @@ fn server_row(server: &ServerRow) -> [String; 12] {
         server.routes.join("\n"),
         server.since.clone(),
     ]
+}
+
+/// A line each: what it is, whose, until when, and how it is where that is not well.
+fn certificates(rows: &[CertificateRow]) -> String {
+    let line = |row: &CertificateRow| {
+        let what = match row.kind.as_str() {
+            "ca" => "CA",
+            _ => "certificate",
+        };
+        let state = match row.state.as_str() {
+            "valid" => String::new(),
+            other => format!(", {}: {}", other.to_uppercase(), row.file),
+        };
+        let CertificateRow {
+            purpose,
+            subject,
+            not_after,
+            ..
+        } = row;
+        format!("{what} ({purpose}): {subject} until {not_after}{state}\n")
+    };
+    rows.iter().map(line).collect()
 }
 
 /// How many tunnels each shard has.

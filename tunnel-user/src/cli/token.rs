@@ -15,7 +15,7 @@ use crate::config::ServerConfig;
 use crate::join::admit::Ticket;
 use crate::join::{Book, BookError, Token};
 use crate::tls::KeyHash;
-use crate::tls::material::load_certificates;
+use crate::tls::pem;
 
 /// Make and end the tokens that workers join with
 ///
@@ -120,8 +120,14 @@ impl Args {
                     token.reveal()
                 );
                 let ca = config.tls.files()?.ca;
-                for root in load_certificates(&ca)? {
-                    command.push_str(&format!(" --ca-hash {}", KeyHash::of(&root)?));
+                let mut hashes = Vec::new();
+                for root in pem::certificates(&ca)? {
+                    // A cross-signed CA stands there twice.
+                    let hash = KeyHash::of(&root)?;
+                    if !hashes.contains(&hash) {
+                        command.push_str(&format!(" --ca-hash {hash}"));
+                        hashes.push(hash);
+                    }
                 }
                 if !node.contains('*') {
                     command.push_str(&format!(" --node {node}"));

@@ -16,6 +16,7 @@ use crate::redirect::{
     self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
     RedirectError, Routes, Shortcuts, Verdict, tenant_number,
 };
+use crate::report::report;
 use crate::server::frontend::Scope;
 use crate::server::routes;
 use crate::telemetry::audit::events as audit;
@@ -282,7 +283,8 @@ impl Attachments {
                     audit::changed("capture set", Ok(()));
                 }
                 Err(error) => {
-                    tracing::warn!(attachment = name, %error, "capture set not reloaded");
+                    let error = report(&error);
+                    tracing::warn!(attachment = name, error, "capture set not reloaded");
                     audit::changed("capture set", Err(&error));
                 }
             }
@@ -327,7 +329,11 @@ impl Running {
             }
             (Presence::Present(_), Some(kernel)) => match lock(kernel).link() {
                 Ok(linked) => tracing::info!(attachment = name, ?linked, "redirect in place"),
-                Err(error) => tracing::error!(attachment = name, %error, "redirect NOT in place"),
+                Err(error) => tracing::error!(
+                    attachment = name,
+                    error = report(&error),
+                    "redirect NOT in place"
+                ),
             },
             (Presence::Present(id), None) if redirect.cgroup(&name) == Some(id) => {
                 tracing::info!(attachment = name, "redirect in place");

@@ -59,6 +59,7 @@ use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
 use crate::tls::identity::name_of;
 use crate::tls::issue::IssueError;
+use crate::tls::lifetime::{self, Certificates, Lifetimes};
 use crate::tls::material::MaterialError;
 use crate::tls::revoked::Revocations;
 use crate::tls::{Identity, Material, Role, TrustDomain, provider};
@@ -258,7 +259,14 @@ pub async fn run(
         peers,
     };
     let engine = engines.engine();
-    let view = status::View::register(&mut metrics, &config, identity.to_string(), engine, &common);
+    let mut certificates: Vec<Arc<dyn Certificates>> = Vec::new();
+    certificates.extend(material.iter().map(|it| it.clone() as _));
+    certificates.extend(bound.tls.iter().map(|it| Arc::new(it.tls.clone()) as _));
+    certificates.extend(bound.agents.iter().map(|it| Arc::new(it.tls.clone()) as _));
+    let lifetimes = Lifetimes::new(certificates);
+    tokio::spawn(lifetime::watch(lifetimes.clone()));
+    let name = identity.to_string();
+    let view = status::View::register(&mut metrics, &config, name, engine, &common, lifetimes);
     for frontend in &bound.tls {
         tokio::spawn(frontend.tls.clone().watch());
     }
@@ -324,10 +332,9 @@ pub async fn run(
         tokio::spawn(admin::serve(health, admin.health_router()));
     }
     if let Some(material) = material {
-        tokio::spawn(material.watch(|| audit::changed("certificates", Ok(()))));
+        tokio::spawn(material.watch(audit::certificates));
     }
-    let changed = || audit::changed("list of revoked peers", Ok(()));
-    tokio::spawn(revocations.watch(changed));
+    tokio::spawn(revocations.watch(audit::revocations));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(kernel_log);

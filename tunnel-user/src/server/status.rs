@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -15,14 +16,17 @@ use super::control::{ControlHandle, SessionView};
 use super::limits;
 use super::shard::Common;
 use crate::admin::Source;
-use crate::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
+use crate::admin::status::{AgentRow, CertificateRow, Refused, ServerStatus, Status, rfc3339};
 use crate::config::ServerConfig;
 use crate::datapath::Engine;
 use crate::process::lifecycle::Phase;
 use crate::redirect::{self, Redirect};
+use crate::report::report;
+use crate::telemetry::certificates::CertificateMetrics;
 use crate::telemetry::konnectivity::ProxyServerMetrics;
 use crate::telemetry::metrics::ours;
 use crate::telemetry::millis;
+use crate::tls::lifetime::Lifetimes;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EventLabels {
@@ -44,6 +48,8 @@ pub(super) struct View {
     stalled: Gauge,
     breakers_open: Gauge,
     konnectivity: ProxyServerMetrics,
+    lifetimes: Lifetimes,
+    certificates: CertificateMetrics,
 }
 
 impl View {
@@ -54,6 +60,7 @@ impl View {
         identity: String,
         engine: Engine,
         common: &Common,
+        lifetimes: Lifetimes,
     ) -> Self {
         let redirects = !config.redirect.attachments.is_empty();
         let view = Self {
@@ -69,6 +76,8 @@ impl View {
             stalled: Gauge::default(),
             breakers_open: common.metrics.breakers_open.clone(),
             konnectivity: common.metrics.konnectivity.clone(),
+            certificates: CertificateMetrics::register(ours(registry), lifetimes.clone()),
+            lifetimes,
         };
         let registry = ours(registry);
         registry.register(
@@ -102,10 +111,12 @@ impl Source for View {
         if *self.phase.borrow() != Phase::Running {
             return Err("draining".into());
         }
+        let obstacle = self.lifetimes.obstacle(SystemTime::now());
         if !self.control.is_ready() {
-            return Err("no agent answers heartbeats".into());
+            return Err(obstacle.unwrap_or_else(|| "no agent answers heartbeats".into()));
         }
-        Ok(())
+        // What is up goes on; an agent that leaves does not come back.
+        obstacle.map_or(Ok(()), Err)
     }
 
     fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
@@ -114,7 +125,7 @@ impl Source for View {
             agents.sort_by(|a, b| a.identity.cmp(&b.identity));
             let (attachments, error) = match self.attachments() {
                 Ok(attachments) => (attachments, None),
-                Err(error) => (Vec::new(), Some(error.to_string())),
+                Err(error) => (Vec::new(), Some(report(&error))),
             };
             let status = Status::Server(ServerStatus {
                 identity: self.identity.clone(),
@@ -124,6 +135,7 @@ impl Source for View {
                 shards: self.shards,
                 engine: self.engine.label().into(),
                 breakers_open: self.breakers_open.get(),
+                certificates: CertificateRow::of(&self.lifetimes, SystemTime::now()),
                 agents,
                 attachments: attachments
                     .iter()
@@ -136,6 +148,7 @@ impl Source for View {
     }
 
     fn refresh(&self) {
+        self.certificates.refresh();
         self.ready.set(self.ready().is_ok().into());
         self.stalled
             .set(i64::try_from(self.common.budget.stalled()).unwrap_or(i64::MAX));

@@ -3,6 +3,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod certificates;
 pub mod crowd;
 pub mod konnectivity;
 pub mod limits;

@@ -8,12 +8,16 @@ use std::fmt;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
 };
 
+use webpki::KeyUsage;
+
+use super::anchors::Anchors;
 use super::identity::{Identity, IdentityError, Role, TrustDomain};
 use super::revoked::{Revocations, Revoked};
 use super::verify::unknown_issuer;
@@ -21,22 +25,27 @@ use super::verify::unknown_issuer;
 /// Lets in whom the CA vouches for, unless the certificate is for another role or tenant.
 #[derive(Debug)]
 pub struct Callers {
-    inner: Arc<dyn ClientCertVerifier>,
+    anchors: Anchors,
+    hints: Vec<DistinguishedName>,
+    provider: Arc<CryptoProvider>,
     role: Role,
     tenant: TrustDomain,
     revocations: Arc<Revocations>,
 }
 
 impl Callers {
-    /// Lets in whom `inner` does and `revocations` do not name. Those with an identity must play
+    /// Lets in whom `anchors` vouch for and `revocations` do not name. Those with an identity must play
     /// `role` and be of `tenant`.
     pub fn new(
-        inner: Arc<dyn ClientCertVerifier>,
+        anchors: Anchors,
+        provider: Arc<CryptoProvider>,
         (role, tenant): (Role, TrustDomain),
         revocations: Arc<Revocations>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            inner,
+            hints: anchors.subjects(),
+            anchors,
+            provider,
             role,
             tenant,
             revocations,
@@ -72,7 +81,7 @@ impl From<Refusal> for Error {
 
 impl ClientCertVerifier for Callers {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.inner.root_hint_subjects()
+        &self.hints
     }
 
     fn verify_client_cert(
@@ -91,13 +100,13 @@ impl ClientCertVerifier for Callers {
             Err(IdentityError::UriCount(0)) => {}
             Err(error) => return Err(Refusal::from(error).into()),
         }
-        let verified = self
-            .inner
-            .verify_client_cert(leaf, intermediates, now)
-            .map_err(unknown_issuer)?;
+        let algorithms = &self.provider.signature_verification_algorithms;
+        let when = (now, KeyUsage::client_auth());
+        let verified = self.anchors.verify(leaf, intermediates, when, algorithms);
+        verified.map_err(unknown_issuer)?;
         let checked = self.revocations.check_certificate(leaf);
         checked.map_err(Refusal::from)?;
-        Ok(verified)
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -106,7 +115,8 @@ impl ClientCertVerifier for Callers {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.inner.verify_tls12_signature(message, cert, dss)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, cert, dss, algorithms)
     }
 
     fn verify_tls13_signature(
@@ -115,10 +125,12 @@ impl ClientCertVerifier for Callers {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.inner.verify_tls13_signature(message, cert, dss)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
+        let algorithms = self.provider.signature_verification_algorithms;
+        algorithms.supported_schemes()
     }
 }

@@ -11,10 +11,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
-use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
@@ -22,9 +19,12 @@ use rustls::sign::CertifiedKey;
 use tunnel_proto::certificate::Issued;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::identity::{Identity, IdentityError, Role};
-use super::material::load_certificates;
+use super::anchors::{Anchor, AnchorError, Anchors};
+use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::pem;
+use super::pin::KeyHash;
 use super::revoked::Revocations;
+use super::succession::{self, Reason, Succession};
 use super::verify::{PeerVerifier, TrustStore};
 
 /// Why there is no credential.
@@ -49,9 +49,20 @@ pub enum CredentialError {
     Another {
         /// Whose it is.
         found: Box<Identity>,
-        /// The name that was asked for.
+        /// The name that was asked for, or the identity that is to be renewed.
         expected: String,
     },
+    /// Not a CA where one should be.
+    #[error("what the server sent as a CA is of no use: {0}")]
+    Anchor(#[from] AnchorError),
+    /// A server that brings other CAs than it may.
+    #[error("the server sent no CA that counts here{}", listed(.0))]
+    NoCa(Vec<(Anchor, Reason)>),
+    /// The clock of this host or of the server.
+    #[error(
+        "the certificate that was just issued is valid {0}: this host's clock is wrong, or the server's"
+    )]
+    Clock(String),
     /// The certificate is not for our key, or not by a CA that the server named.
     #[error("what the server sent is of no use: {0}")]
     Chain(#[from] rustls::Error),
@@ -75,7 +86,12 @@ impl Draft {
     /// [`CredentialError`].
     pub fn kept_in(file: &Path) -> Result<Self, CredentialError> {
         match fs::read_to_string(file) {
-            Ok(pem) => Ok(Self(KeyPair::from_pem(&pem)?)),
+            Ok(pem) => Ok(Self(KeyPair::from_pem(&pem).map_err(|_| {
+                CredentialError::File {
+                    path: file.into(),
+                    why: io::Error::other("holds no key that cpc made; remove it, and join again"),
+                }
+            })?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let draft = Self::generate()?;
                 write(file, &draft.0.serialize_pem(), 0o600)?;
@@ -99,15 +115,15 @@ impl Draft {
         Ok(params.serialize_request(&self.0)?.der().to_vec())
     }
 
-    /// Takes what was issued, if it is of use: for this key, for the agent `name`, and vouched for by the
-    /// roots that came with it.
+    /// Takes what was issued, if it is of use: for this key, for whom it was asked, and vouched for by a
+    /// CA that was trusted before or by one that such a CA vouches for ([`succession`]).
     ///
     /// # Errors
     /// [`CredentialError`].
     pub fn complete(
         &self,
         issued: Issued,
-        name: &str,
+        expected: &Expected<'_>,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Credential, CredentialError> {
         let der = |list: Vec<Vec<u8>>| list.into_iter().map(CertificateDer::from);
@@ -119,33 +135,111 @@ impl Draft {
         let key = CertifiedKey::from_der(chain, key, provider)?;
         let (leaf, between) = key.cert.split_first().ok_or_else(no_certificate)?;
         let identity = Identity::from_certificate(leaf)?;
-        if *identity.name != *name || identity.role != Role::Agent {
-            return Err(CredentialError::Another {
-                found: identity.into(),
-                expected: name.into(),
-            });
+        expected.check(&identity)?;
+        let now = SystemTime::now();
+        let (not_before, not_after) = validity(leaf).ok_or_else(no_certificate)?;
+        let at = |at| humantime::format_rfc3339_seconds(at);
+        if now < not_before {
+            return Err(CredentialError::Clock(format!(
+                "from {} on",
+                at(not_before)
+            )));
         }
-        let mut store = RootCertStore::empty();
-        for root in &roots {
-            store.add(root.clone())?;
+        if now > not_after {
+            return Err(CredentialError::Clock(format!("until {}", at(not_after))));
         }
+        let Succession { accepted, refused } =
+            expected.judge(roots, &identity.trust_domain, now, provider)?;
+        if accepted.is_empty() {
+            return Err(CredentialError::NoCa(refused));
+        }
+        let roots = accepted.certificates();
         let mut trust = TrustStore::default();
-        trust
-            .add(identity.trust_domain.clone(), store, provider)
-            .map_err(|error| rustls::Error::General(error.to_string()))?;
+        trust.add(identity.trust_domain.clone(), accepted);
         let trust = Arc::new(ArcSwap::from_pointee(trust));
         PeerVerifier::new(Role::Agent, trust, Revocations::none(), provider.clone())
             .verify_client_cert(leaf, between, UnixTime::now())?;
-        let (_, not_after) = validity(leaf).ok_or_else(no_certificate)?;
-        let mut pem = self.0.serialize_pem();
-        key.cert.iter().for_each(|der| pem.push_str(&to_pem(der)));
+        let mut text = self.0.serialize_pem();
+        key.cert
+            .iter()
+            .for_each(|der| text.push_str(&pem::encode(der)));
         Ok(Credential {
             identity,
+            not_before,
             not_after,
-            pem,
+            refused,
+            pem: text,
             roots,
         })
     }
+}
+
+/// What an answer must match, and which CAs are trusted until then.
+#[derive(Clone, Copy, Debug)]
+pub enum Expected<'a> {
+    /// A first certificate; CAs are known by the hashes of their keys.
+    Join {
+        /// The node's name.
+        name: &'a str,
+        /// The CAs.
+        pins: &'a [KeyHash],
+    },
+    /// Another certificate in the place of the present one.
+    Renewal {
+        /// Who that is.
+        identity: &'a Identity,
+        /// The CAs of its trust domain.
+        anchors: &'a Anchors,
+    },
+}
+
+impl Expected<'_> {
+    fn check(&self, found: &Identity) -> Result<(), CredentialError> {
+        let (is_asked, expected) = match self {
+            Self::Join { name, .. } => (
+                *found.name == **name && found.role == Role::Agent,
+                (*name).to_owned(),
+            ),
+            Self::Renewal { identity, .. } => (found.uri() == identity.uri(), identity.uri()),
+        };
+        match is_asked {
+            true => Ok(()),
+            false => Err(CredentialError::Another {
+                found: found.clone().into(),
+                expected,
+            }),
+        }
+    }
+
+    fn judge(
+        &self,
+        offered: Vec<CertificateDer<'static>>,
+        domain: &TrustDomain,
+        now: SystemTime,
+        provider: &CryptoProvider,
+    ) -> Result<Succession, AnchorError> {
+        let algorithms = &provider.signature_verification_algorithms;
+        match self {
+            Self::Join { pins, .. } => {
+                let is_pinned =
+                    |it: &&CertificateDer<'_>| KeyHash::of(it).is_ok_and(|key| pins.contains(&key));
+                let pinned = offered.iter().filter(is_pinned).cloned().collect();
+                let present = Anchors::new(pinned)?.of_domain(domain);
+                succession::judge(offered, &present, domain, now, algorithms)
+            }
+            Self::Renewal { anchors, .. } => {
+                succession::judge(offered, anchors, domain, now, algorithms)
+            }
+        }
+    }
+}
+
+/// CAs that were refused, for people.
+fn listed(refused: &[(Anchor, Reason)]) -> String {
+    let refused = refused
+        .iter()
+        .map(|(ca, why)| format!("; {} ({}): {why}", ca.subject(), ca.key()));
+    refused.collect()
 }
 
 fn no_certificate() -> rustls::Error {
@@ -156,8 +250,12 @@ fn no_certificate() -> rustls::Error {
 pub struct Credential {
     /// Whose it is.
     pub identity: Identity,
+    /// The first moment at which it is valid.
+    pub not_before: SystemTime,
     /// The last moment at which it is valid.
     pub not_after: SystemTime,
+    /// CAs that the server offered, and that don't count.
+    pub refused: Vec<(Anchor, Reason)>,
     pem: String,
     roots: Vec<CertificateDer<'static>>,
 }
@@ -169,8 +267,8 @@ impl Credential {
     /// # Errors
     /// [`CredentialError::File`].
     pub fn save(&self, file: &Path, ca: &Path) -> Result<(), CredentialError> {
-        if load_certificates(ca).ok().as_ref() != Some(&self.roots) {
-            let roots: String = self.roots.iter().map(|der| to_pem(der)).collect();
+        if pem::certificates(ca).ok().as_ref() != Some(&self.roots) {
+            let roots: String = self.roots.iter().map(|der| pem::encode(der)).collect();
             write(ca, &roots, 0o644)?;
         }
         write(file, &self.pem, 0o600)
@@ -206,18 +304,6 @@ fn write(path: &Path, content: &str, mode: u32) -> Result<(), CredentialError> {
     })
 }
 
-/// RFC 7468.
-fn to_pem(certificate: &CertificateDer<'_>) -> String {
-    let text = STANDARD.encode(certificate);
-    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in text.as_bytes().chunks(64) {
-        pem.extend(line.iter().copied().map(char::from));
-        pem.push('\n');
-    }
-    pem.push_str("-----END CERTIFICATE-----\n");
-    pem
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -225,6 +311,7 @@ mod tests {
     use super::*;
     use crate::tls::issue::{Applicant, Authority, Request};
     use crate::tls::material::load_key;
+    use crate::tls::pem::certificates;
     use crate::tls::provider;
 
     fn authority(folder: &Path, domain: &str) -> Authority {
@@ -243,11 +330,19 @@ mod tests {
         };
         let applicant = Applicant::read(csr).unwrap();
         let leaf = authority.certify(&request, &applicant).unwrap();
-        let roots = load_certificates(&folder.join("ca.crt")).unwrap();
+        let roots = certificates(&folder.join("ca.crt")).unwrap();
         Issued {
             chain: vec![leaf.to_vec()],
             roots: roots.iter().map(|der| der.to_vec()).collect(),
         }
+    }
+
+    fn pin(folder: &Path) -> KeyHash {
+        KeyHash::of(&certificates(&folder.join("ca.crt")).unwrap()[0]).unwrap()
+    }
+
+    fn join<'a>(name: &'a str, pins: &'a [KeyHash]) -> Expected<'a> {
+        Expected::Join { name, pins }
     }
 
     #[test]
@@ -262,15 +357,17 @@ mod tests {
         let again = Applicant::read(&draft.request("w1").unwrap()).unwrap();
         assert_eq!(Applicant::read(&csr).unwrap().key(), again.key());
         let issued = issue(&authority, &ca, "w1", &csr);
-        let credential = draft.complete(issued, "w1", &provider()).unwrap();
+        let pins = [pin(&ca)];
+        let credential = draft.complete(issued, &join("w1", &pins), &provider());
+        let credential = credential.unwrap();
         let (file, roots) = (place.path().join("agent.pem"), place.path().join("ca.crt"));
         credential.save(&file, &roots).unwrap();
         let key = load_key(&file, &file, &provider()).unwrap();
         let identity = Identity::from_certificate(&key.cert[0]).unwrap();
         assert_eq!(identity.uri(), "spiffe://cluster.local/agent/w1");
         assert_eq!(
-            load_certificates(&roots).unwrap(),
-            load_certificates(&ca.join("ca.crt")).unwrap()
+            certificates(&roots).unwrap(),
+            certificates(&ca.join("ca.crt")).unwrap()
         );
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&file), mode(&roots)), (0o600, 0o644));
@@ -285,7 +382,11 @@ mod tests {
         let draft = Draft::generate().unwrap();
         let csr = draft.request("w1").unwrap();
         let good = issue(&authority, &ca, "w1", &csr);
-        let refused = |issued: Issued, name| draft.complete(issued, name, &provider()).is_err();
+        let pins = [pin(&ca)];
+        let refused = |issued: Issued, name| {
+            let expected = join(name, &pins);
+            draft.complete(issued, &expected, &provider()).is_err()
+        };
         assert!(!refused(good.clone(), "w1"));
         assert!(refused(good.clone(), "w2"), "another name");
         let foreign = Draft::generate().unwrap().request("w1").unwrap();
@@ -293,7 +394,7 @@ mod tests {
             refused(issue(&authority, &ca, "w1", &foreign), "w1"),
             "another key"
         );
-        let roots = load_certificates(&other_ca.join("ca.crt")).unwrap();
+        let roots = certificates(&other_ca.join("ca.crt")).unwrap();
         let roots = roots.iter().map(|der| der.to_vec()).collect();
         assert!(
             refused(
@@ -307,6 +408,69 @@ mod tests {
         );
         let chain = vec![vec![0; 9]];
         assert!(refused(Issued { chain, ..good }, "w1"), "garbage");
+    }
+
+    /// A server shows its own certificate: that proves no CA of its own.
+    #[test]
+    fn a_server_brings_no_ca_of_its_own() {
+        let place = tempfile::tempdir().unwrap();
+        let (ca, new_ca) = (place.path().join("ca"), place.path().join("new"));
+        let foreign_ca = place.path().join("foreign");
+        let old = authority(&ca, "cluster.local");
+        let new = authority(&new_ca, "cluster.local");
+        let foreign = authority(&foreign_ca, "other.local");
+        let draft = Draft::generate().unwrap();
+        let csr = draft.request("w1").unwrap();
+        let read = |folder: &Path| certificates(&folder.join("ca.crt")).unwrap();
+        let first = issue(&old, &ca, "w1", &csr);
+        let leaf = CertificateDer::from(first.chain[0].clone());
+        let me = Identity::from_certificate(&leaf).unwrap();
+        let anchors = Anchors::new(read(&ca)).unwrap();
+        let renewal = Expected::Renewal {
+            identity: &me,
+            anchors: &anchors,
+        };
+        let pins = [pin(&ca)];
+        let der = |list: &[CertificateDer<'_>]| list.iter().map(|it| it.to_vec()).collect();
+        let with_roots = |issued: Issued, roots: &[CertificateDer<'_>]| Issued {
+            roots: der(roots),
+            ..issued
+        };
+        let both = [read(&ca), read(&new_ca)].concat();
+        for expected in [renewal, join("w1", &pins)] {
+            let complete = |issued| draft.complete(issued, &expected, &provider());
+            // A CA of its own, alone or beside the one that is trusted, and of another domain.
+            let by_new = issue(&new, &new_ca, "w1", &csr);
+            assert!(complete(by_new.clone()).is_err());
+            assert!(complete(with_roots(by_new.clone(), &both)).is_err());
+            let by_foreign = issue(&foreign, &foreign_ca, "w1", &csr);
+            assert!(complete(by_foreign.clone()).is_err());
+            let mixed = [read(&ca), read(&foreign_ca)].concat();
+            assert!(complete(with_roots(by_foreign, &mixed)).is_err());
+            assert!(complete(with_roots(first.clone(), &[])).is_err());
+            // What was issued is kept, the CA that nobody vouches for is not.
+            let credential = complete(with_roots(first.clone(), &both)).unwrap();
+            assert_eq!(credential.roots, read(&ca));
+            assert_eq!(credential.refused.len(), 1);
+            // The old CA vouches for the new one.
+            let bridge = old.cross_sign(&read(&new_ca)[0]).unwrap();
+            let all = [both.clone(), vec![bridge]].concat();
+            for issued in [first.clone(), by_new] {
+                let credential = complete(with_roots(issued, &all)).unwrap();
+                assert_eq!(credential.roots, all);
+                assert!(credential.refused.is_empty());
+            }
+        }
+        // Not somebody else's certificate, be it of the same name.
+        let other = Identity::new("other.local".parse().unwrap(), Role::Agent, "w1").unwrap();
+        let renewal = Expected::Renewal {
+            identity: &other,
+            anchors: &anchors,
+        };
+        assert!(draft.complete(first, &renewal, &provider()).is_err());
+        // Only a CA of the same trust domain can be signed.
+        assert!(old.cross_sign(&read(&foreign_ca)[0]).is_err());
+        assert!(old.cross_sign(&leaf).is_err());
     }
 
     #[test]

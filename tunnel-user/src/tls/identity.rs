@@ -96,9 +96,20 @@ pub enum IdentityError {
     /// A name with characters that none may have.
     #[error("{0:?} is no name: 1 to 253 of A-Z a-z 0-9 . - _")]
     Name(String),
-    /// URI and extended key usage disagree.
-    #[error("{uri} lacks the extended key usage of its role; issue it with `cpc pki`")]
+    /// It can't play its role.
+    #[error("{uri} lacks the extended key usage of its role, {needed}; issue it with `cpc pki`")]
     KeyUsage {
+        /// The identity that the certificate claims.
+        uri: String,
+        /// What it lacks.
+        needed: &'static str,
+    },
+    /// It could play a server as well.
+    #[error(
+        "{uri} has the extended key usage serverAuth beside clientAuth, and only a server may: issue \
+         it without, as `cpc pki` does"
+    )]
+    ExcessUsage {
         /// The identity that the certificate claims.
         uri: String,
     },
@@ -159,12 +170,19 @@ impl Identity {
         };
         let (trust_domain, role, name) = parse_uri(uri)?;
         let usage = cert.extended_key_usage().map_err(|e| malformed(&e))?;
-        let fits = usage.is_some_and(|u| match role {
-            Role::Server => u.value.server_auth,
-            Role::Agent | Role::Client => u.value.client_auth && !u.value.server_auth,
-        });
-        if !fits {
-            return Err(IdentityError::KeyUsage { uri: uri.into() });
+        let usage = usage.map(|it| (it.value.server_auth, it.value.client_auth));
+        let (is_server, is_client) = usage.unwrap_or_default();
+        let lacks = |needed| IdentityError::KeyUsage {
+            uri: uri.into(),
+            needed,
+        };
+        match role {
+            Role::Server if !is_server => return Err(lacks("serverAuth")),
+            Role::Agent | Role::Client if !is_client => return Err(lacks("clientAuth")),
+            Role::Agent | Role::Client if is_server => {
+                return Err(IdentityError::ExcessUsage { uri: uri.into() });
+            }
+            _ => {}
         }
         Ok(Self {
             trust_domain,
@@ -236,6 +254,15 @@ pub fn matches(pattern: &str, text: &str) -> bool {
     (0..=end)
         .filter(|at| text.is_char_boundary(*at))
         .any(|at| matches(rest, &text[at..]))
+}
+
+/// Checks that `uri` can be an identity, and gives it as [`Identity::uri`] does.
+///
+/// # Errors
+/// [`IdentityError`].
+pub fn canonical(identity: &str) -> Result<String, IdentityError> {
+    let (trust_domain, role, name) = parse_uri(identity)?;
+    Ok(uri(&trust_domain, role, &name))
 }
 
 fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> {

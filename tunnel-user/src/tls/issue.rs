@@ -1,6 +1,7 @@
 //! Making a cluster CA and issuing certificates with the right URI, key usage and addresses: with a key
 //! made here, or for somebody's own.
 
+use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::net::IpAddr;
@@ -9,18 +10,23 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
-    SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams,
+    DistinguishedName, DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
 
 use rustls::pki_types::CertificateDer;
+use x509_parser::asn1_rs::Tag;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::anchors::Anchors;
 use super::identity::{self, Identity, IdentityError, Role, TrustDomain};
+use super::material::MaterialError;
 use super::pin::KeyHash;
+use super::{pem, provider, succession};
 
 /// Validity that starts a little in the past, for clocks that disagree.
-const CLOCK_SKEW: Duration = Duration::from_secs(300);
+pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// Why nothing was issued.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +53,15 @@ pub enum IssueError {
         /// What is wrong with it.
         why: String,
     },
+    /// A file of the CA's holds something else.
+    #[error(transparent)]
+    Material(#[from] MaterialError),
+    /// The CA vouches for nobody any more.
+    #[error("the CA has expired at {}; make another (docs/joining.md)", humantime::format_rfc3339_seconds(*.0))]
+    Expired(SystemTime),
+    /// A CA that this one can't vouch for.
+    #[error("this CA can't vouch for that one: {0}")]
+    CrossSign(String),
     /// The certificate could not be made.
     #[error("the certificate could not be made: {0}")]
     Rcgen(#[from] rcgen::Error),
@@ -94,6 +109,7 @@ pub struct Request {
 pub struct Authority {
     trust_domain: TrustDomain,
     not_after: SystemTime,
+    certificate: CertificateDer<'static>,
     pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -131,20 +147,33 @@ impl Authority {
     /// # Errors
     /// [`IssueError::Io`] or [`IssueError::Ca`].
     pub fn open(dir: &Path) -> Result<Self, IssueError> {
-        let path = dir.join("ca.crt");
-        let pem = read(&path)?;
-        let key = KeyPair::from_pem(&read(&dir.join("ca.key"))?)?;
+        let (path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
         let wrong = |why: String| IssueError::Ca {
             path: path.clone(),
             why,
         };
-        let (trust_domain, not_after) = read_ca(pem.as_bytes()).map_err(wrong)?;
-        let issuer = Issuer::from_ca_cert_pem(&pem, key)?;
+        // The first is the one that issues.
+        let certificate = pem::certificates(&path)?.swap_remove(0);
+        let anchors = Anchors::new(vec![certificate.clone()]).map_err(|e| wrong(e.to_string()))?;
+        let anchor = anchors.iter().next();
+        let anchor = anchor.ok_or_else(|| wrong("holds no CA".into()))?;
+        let domain = anchor.domain();
+        let trust_domain = domain.ok_or_else(|| wrong("names no trust domain".into()))?;
+        let key = KeyPair::try_from(&pem::private_key(&key_path)?)
+            .map_err(|_| MaterialError::KeyKind(key_path.clone()))?;
+        if KeyHash::of_spki(&key.subject_public_key_info()) != anchor.key() {
+            return Err(MaterialError::Mismatch {
+                cert: path,
+                key: key_path,
+            }
+            .into());
+        }
         Ok(Self {
             trust_domain,
-            not_after,
-            pem,
-            issuer,
+            not_after: anchor.validity().1,
+            pem: read(&path)?,
+            issuer: Issuer::from_ca_cert_der(&certificate, key)?,
+            certificate,
         })
     }
 
@@ -171,7 +200,68 @@ impl Authority {
         Ok(certificate.der().clone())
     }
 
+    /// Signs the certificate of the CA `other`, of the same trust domain, once more: who trusts this CA
+    /// takes the other one from a server that shows it (RFC 4210 section 4.4, "new with old").
+    ///
+    /// # Errors
+    /// [`IssueError::CrossSign`]: what it makes would not be taken.
+    pub fn cross_sign(
+        &self,
+        other: &CertificateDer<'static>,
+    ) -> Result<CertificateDer<'static>, IssueError> {
+        let wrong = |why: &dyn fmt::Display| IssueError::CrossSign(why.to_string());
+        let now = SystemTime::now();
+        let anchors = Anchors::new(vec![other.clone()]).map_err(|e| wrong(&e))?;
+        let anchor = anchors
+            .iter()
+            .next()
+            .ok_or_else(|| wrong(&"there is none"))?;
+        let (_, read) = X509Certificate::from_der(other).map_err(|e| wrong(&e))?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(match anchor.path_length().map(u8::try_from) {
+            None => BasicConstraints::Unconstrained,
+            Some(length) => BasicConstraints::Constrained(length.unwrap_or(u8::MAX)),
+        });
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.distinguished_name = subject(&read)
+            .ok_or_else(|| wrong(&"its subject has parts of other kinds than text"))?;
+        params.subject_alt_names = vec![SanType::URI(
+            ca_uri(&self.trust_domain).as_str().try_into()?,
+        )];
+        params.use_authority_key_identifier_extension = true;
+        params.serial_number = Some(serial()?);
+        set_validity(&mut params, self.not_after.min(anchor.validity().1));
+        let key = SubjectPublicKeyInfo::from_der(read.public_key().raw)?;
+        let signed = params.signed_by(&key, &self.issuer)?.der().clone();
+        // Judged as an agent does.
+        let own = Anchors::new(vec![self.certificate.clone()]).map_err(|e| wrong(&e))?;
+        let both = vec![other.clone(), signed.clone()];
+        let algorithms = &provider().signature_verification_algorithms;
+        let judged = succession::judge(both, &own, &self.trust_domain, now, algorithms);
+        match judged.map_err(|e| wrong(&e))?.refused.first() {
+            None => Ok(signed),
+            Some((_, why)) => Err(wrong(why)),
+        }
+    }
+
+    /// The same for the first certificate in the file `other`, into a new file `out`: this CA, the other
+    /// one, and what was signed. Returns the hash of the other one's key.
+    ///
+    /// # Errors
+    /// [`IssueError`]; nothing that was there is overwritten.
+    pub fn cross_sign_into(&self, other: &Path, out: &Path) -> Result<KeyHash, IssueError> {
+        let other = pem::certificates(other)?.swap_remove(0);
+        let signed = self.cross_sign(&other)?;
+        let all = [&self.certificate, &other, &signed];
+        let text: String = all.into_iter().map(pem::encode).collect();
+        write_new(out, &text, 0o644)?;
+        KeyHash::of(&other).map_err(|error| IssueError::CrossSign(error.to_string()))
+    }
+
     fn sign(&self, request: &Request, key: &impl PublicKeyData) -> Result<Certificate, IssueError> {
+        if SystemTime::now() > self.not_after {
+            return Err(IssueError::Expired(self.not_after));
+        }
         identity::check_name(&request.name)?;
         let uri = identity::uri(&self.trust_domain, request.role, &request.name);
         let mut params = CertificateParams::default();
@@ -193,7 +283,7 @@ impl Authority {
         }];
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial()?);
-        set_validity(&mut params, request.not_after);
+        set_validity(&mut params, request.not_after.min(self.not_after));
         Ok(params.signed_by(key, &self.issuer)?)
     }
 
@@ -237,25 +327,21 @@ fn serial() -> Result<SerialNumber, IssueError> {
     Ok(SerialNumber::from_slice(&octets))
 }
 
-/// Whom a CA vouches for, and until when.
-fn read_ca(pem: &[u8]) -> Result<(TrustDomain, SystemTime), String> {
-    use x509_parser::prelude::GeneralName;
-    let (_, pem) = x509_parser::pem::parse_x509_pem(pem).map_err(|e| e.to_string())?;
-    let cert = pem.parse_x509().map_err(|e| e.to_string())?;
-    let not_after = cert.validity().not_after.to_datetime().into();
-    let names = cert.subject_alternative_name().map_err(|e| e.to_string())?;
-    let names = names.into_iter().flat_map(|san| &san.value.general_names);
-    let uri = names.filter_map(|name| match name {
-        GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
-        _ => None,
-    });
-    match uri.collect::<Vec<_>>()[..] {
-        [domain] => {
-            let domain = domain.parse().map_err(|e: IdentityError| e.to_string())?;
-            Ok((domain, not_after))
-        }
-        _ => Err("names no trust domain".into()),
+/// A subject as it stands in a certificate, if it consists of text.
+fn subject(certificate: &X509Certificate<'_>) -> Option<DistinguishedName> {
+    let mut name = DistinguishedName::new();
+    for part in certificate.subject().iter_attributes() {
+        let oid: Vec<_> = part.attr_type().iter()?.collect();
+        let text = part.as_str().ok()?;
+        let value = match part.attr_value().tag() {
+            Tag::PrintableString => DnValue::PrintableString(text.try_into().ok()?),
+            Tag::Ia5String => DnValue::Ia5String(text.try_into().ok()?),
+            Tag::Utf8String => DnValue::Utf8String(text.into()),
+            _ => return None,
+        };
+        name.push(DnType::from_oid(&oid), value);
     }
+    Some(name)
 }
 
 fn set_validity(params: &mut CertificateParams, not_after: SystemTime) {

@@ -6,18 +6,21 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::client::ResolvesClientCert;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{RootCertStore, SignatureScheme};
+use rustls::{InconsistentKeys, SignatureScheme};
 
+use super::anchors::{Anchor, Anchors};
 use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::lifetime::{Certificates, Lifetime, Purpose};
+use super::pem;
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 
@@ -87,15 +90,18 @@ pub enum MaterialError {
         current: Box<Identity>,
     },
     /// Key and certificate don't belong together.
-    #[error("{}: the key is not that of {}: {why}", key.display(), cert.display())]
+    #[error("{}: the key is not that of the first certificate in {}", key.display(), cert.display())]
     Mismatch {
         /// The certificate's file.
         cert: PathBuf,
         /// The key's file.
         key: PathBuf,
-        /// What rustls says.
-        why: rustls::Error,
     },
+    /// A key that nothing here can sign with.
+    #[error(
+        "{}: the key is of no kind that can be used: RSA with 2048 to 8192 bits, ECDSA with P-256,          P-384 or P-521, and Ed25519 are", .0.display()
+    )]
+    KeyKind(PathBuf),
 }
 
 /// Reads a PEM chain and its key.
@@ -107,39 +113,28 @@ pub fn load_key(
     key: &Path,
     provider: &CryptoProvider,
 ) -> Result<CertifiedKey, MaterialError> {
-    let chain = load_certificates(cert)?;
-    let private = PrivateKeyDer::from_pem_file(key).map_err(|e| file(key, &e))?;
-    CertifiedKey::from_der(chain, private, provider).map_err(|why| MaterialError::Mismatch {
-        cert: cert.into(),
-        key: key.into(),
-        why,
-    })
+    let chain = pem::certificates(cert)?;
+    let private = pem::private_key(key)?;
+    let private = provider.key_provider.load_private_key(private);
+    let private = private.map_err(|_| MaterialError::KeyKind(key.into()))?;
+    let pair = CertifiedKey::new(chain, private);
+    match pair.keys_match() {
+        // Of some keys it can't be told.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(pair),
+        Err(rustls::Error::InconsistentKeys(_)) => Err(MaterialError::Mismatch {
+            cert: cert.into(),
+            key: key.into(),
+        }),
+        Err(error) => Err(file(cert, &error)),
+    }
 }
 
-/// Reads PEM roots.
+/// Reads the CAs in a PEM file.
 ///
 /// # Errors
-/// [`MaterialError`] naming the file.
-pub fn load_roots(path: &Path) -> Result<RootCertStore, MaterialError> {
-    let mut roots = RootCertStore::empty();
-    for cert in load_certificates(path)? {
-        roots.add(cert).map_err(|e| file(path, &e))?;
-    }
-    Ok(roots)
-}
-
-/// Reads PEM certificates, at least one.
-///
-/// # Errors
-/// [`MaterialError::File`].
-pub fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
-    let certs = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| file(path, &e))?;
-    if certs.is_empty() {
-        return Err(file(path, &"holds no PEM certificate"));
-    }
-    Ok(certs)
+/// [`MaterialError`] naming the file, and the certificate in it that is not a CA's.
+pub fn load_anchors(path: &Path) -> Result<Anchors, MaterialError> {
+    Anchors::new(pem::certificates(path)?).map_err(|error| file(path, &error))
 }
 
 fn file(path: &Path, why: &dyn fmt::Display) -> MaterialError {
@@ -157,6 +152,7 @@ pub struct Material {
     provider: Arc<CryptoProvider>,
     current: ArcSwap<Own>,
     trust: Arc<ArcSwap<TrustStore>>,
+    ca_changes: AtomicU64,
     revocations: Arc<Revocations>,
 }
 
@@ -164,8 +160,42 @@ pub struct Material {
 struct Own {
     identity: Identity,
     key: Arc<CertifiedKey>,
-    roots: Vec<CertificateDer<'static>>,
     fingerprint: Vec<u8>,
+}
+
+/// What a reload has changed about whom we trust.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// CAs that vouch for a trust domain from now on.
+    pub added: Vec<(TrustDomain, Anchor)>,
+    /// CAs that did until now.
+    pub removed: Vec<(TrustDomain, Anchor)>,
+}
+
+impl Change {
+    fn between(old: &TrustStore, new: &TrustStore) -> Self {
+        Self {
+            added: beyond(new, old),
+            removed: beyond(old, new),
+        }
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.added.len() + self.removed.len()
+    }
+}
+
+/// CAs in `store` that are not in `other`.
+fn beyond(store: &TrustStore, other: &TrustStore) -> Vec<(TrustDomain, Anchor)> {
+    let all = store.domains();
+    let all = all.flat_map(|(domain, anchors)| anchors.iter().map(move |ca| (domain, ca)));
+    let more = all.filter(|(domain, ca)| {
+        let there = other.of(domain);
+        !there.is_some_and(|anchors| anchors.contains(ca.certificate()))
+    });
+    more.map(|(domain, ca)| (domain.clone(), ca.clone()))
+        .collect()
 }
 
 impl Material {
@@ -187,6 +217,7 @@ impl Material {
             provider,
             current: ArcSwap::from_pointee(own),
             trust: Arc::new(ArcSwap::from_pointee(trust)),
+            ca_changes: AtomicU64::default(),
         }))
     }
 
@@ -200,9 +231,15 @@ impl Material {
         self.current.load().key.clone()
     }
 
-    /// The roots that vouch for our own trust domain.
+    /// The CAs that vouch for our own trust domain.
+    pub fn anchors(&self) -> Arc<Anchors> {
+        let own = self.identity().trust_domain;
+        self.trust.load().of(&own).cloned().unwrap_or_default()
+    }
+
+    /// Their certificates.
     pub fn roots(&self) -> Vec<CertificateDer<'static>> {
-        self.current.load().roots.clone()
+        self.anchors().certificates()
     }
 
     /// Where all of it lies.
@@ -221,13 +258,14 @@ impl Material {
         self.revocations.clone()
     }
 
-    /// Reads the files again if one of them changed. Returns whether something new is in force.
+    /// Reads the files again if one of them changed. Returns what that changed, if something new is in
+    /// force.
     ///
     /// # Errors
     /// [`MaterialError`]; what was in force stays.
-    pub fn reload(&self) -> Result<bool, MaterialError> {
+    pub fn reload(&self) -> Result<Option<Change>, MaterialError> {
         if fingerprint(self.files.all()) == self.current.load().fingerprint {
-            return Ok(false);
+            return Ok(None);
         }
         let (own, trust) = read(&self.files, self.role, &self.provider)?;
         let current = self.identity();
@@ -238,40 +276,72 @@ impl Material {
                 current: current.into(),
             });
         }
+        let change = Change::between(&self.trust.load(), &trust);
+        let count = u64::try_from(change.count()).unwrap_or(u64::MAX);
+        self.ca_changes.fetch_add(count, Ordering::Relaxed);
         self.trust.store(Arc::new(trust));
         self.current.store(Arc::new(own));
-        Ok(true)
+        Ok(Some(change))
     }
 
-    /// Looks at the files every [`RELOAD_INTERVAL`], for ever, and calls `changed` when something
-    /// new is in force.
-    pub async fn watch(self: Arc<Self>, changed: impl Fn()) {
+    /// Looks at the files every [`RELOAD_INTERVAL`], for ever. Calls `changed` when something new is in
+    /// force, and when something new is of no use.
+    pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<&Change, &MaterialError>)) {
         let reload = || {
-            let reloaded = self.reload()?;
-            if reloaded {
+            if let Some(change) = self.reload()? {
                 tracing::info!(identity = %self.identity(), "certificates reloaded");
-                changed();
+                for (what, cas) in [("added", &change.added), ("removed", &change.removed)] {
+                    for (domain, ca) in cas {
+                        tracing::info!(%domain, ca = ca.subject(), key = %ca.key(), "CA {what}");
+                    }
+                }
+                changed(Ok(&change));
             }
             Ok(())
         };
-        watch(reload).await;
+        let complain = |error: &MaterialError| {
+            tracing::warn!(%error, "certificates not reloaded, the old ones stay");
+            changed(Err(error));
+        };
+        watch(reload, complain).await;
     }
 }
 
-/// Calls `reload` every [`RELOAD_INTERVAL`], for ever, and says once of each kind of trouble that
-/// what was there stays.
-pub async fn watch(mut reload: impl FnMut() -> Result<(), MaterialError>) {
+/// Calls `reload` every [`RELOAD_INTERVAL`], for ever, and `complain` once of each kind of trouble.
+pub async fn watch(
+    mut reload: impl FnMut() -> Result<(), MaterialError>,
+    complain: impl Fn(&MaterialError),
+) {
     let mut complaint = String::new();
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
         match reload() {
             Ok(()) => complaint.clear(),
             Err(error) if error.to_string() != complaint => {
-                tracing::warn!(%error, "certificates not reloaded, the old ones stay");
+                complain(&error);
                 complaint = error.to_string();
             }
             Err(_) => {}
         }
+    }
+}
+
+impl Certificates for Material {
+    fn lifetimes(&self) -> Vec<Lifetime> {
+        let (current, trust) = (self.current.load(), self.trust.load());
+        let own = Lifetime::own(Purpose::Tunnel, &current.key, &self.files.cert);
+        let domains = [(&current.identity.trust_domain, &self.files.ca)];
+        let further = self.files.trust.iter().map(|(domain, file)| (domain, file));
+        let cas = { domains.into_iter().chain(further) }.flat_map(|(domain, file)| {
+            let anchors = trust.of(domain).map(|it| &**it);
+            let lives = anchors.map(|it| Lifetime::cas(Purpose::Tunnel, it, file));
+            lives.unwrap_or_default()
+        });
+        own.into_iter().chain(cas).collect()
+    }
+
+    fn ca_changes(&self) -> u64 {
+        self.ca_changes.load(Ordering::Relaxed)
     }
 }
 
@@ -299,6 +369,7 @@ fn read(
     // Taken first: a file that changes while it is read is then read again.
     let fingerprint = fingerprint(files.all());
     let key = load_key(&files.cert, &files.key, provider)?;
+    pem::warn_if_exposed(&files.key);
     let leaf = key
         .cert
         .first()
@@ -317,15 +388,12 @@ fn read(
     let mut trust = TrustStore::default();
     let own = (identity.trust_domain.clone(), files.ca.clone());
     for (domain, path) in std::iter::once(&own).chain(&files.trust) {
-        trust
-            .add(domain.clone(), load_roots(path)?, provider)
-            .map_err(|e| file(path, &e))?;
+        trust.add(domain.clone(), load_anchors(path)?);
     }
     Ok((
         Own {
             identity,
             key: Arc::new(key),
-            roots: load_certificates(&files.ca)?,
             fingerprint,
         },
         trust,

@@ -1,22 +1,30 @@
 //! Who a peer is, and how it is made sure of.
 //!
-//! An identity is the one URI in a certificate ([`identity`]); a CA vouches for its own trust
-//! domain only ([`verify`]), or for the callers of one listener ([`callers`]); certificates, keys and
-//! CAs are files that are watched and read anew without a restart ([`material`]), and so is the list of
+//! An identity is the one URI in a certificate ([`identity`]); what may be a CA is in [`anchors`]. One
+//! vouches for its own trust domain only ([`verify`]), for the callers of one listener ([`callers`]), for
+//! servers by name ([`named`]), or for the CA that follows it ([`succession`]). Certificates, keys and
+//! CAs are PEM files ([`pem`]) that are watched and read anew without a restart ([`material`]), and so is the list of
 //! those who count no more ([`revoked`]); a CA of ours makes certificates ([`issue`]), which who joins asks
 //! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
 //! we speak TLS with is in [`floor`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
+pub mod anchors;
 pub mod callers;
 pub mod credential;
 pub mod floor;
 pub mod identity;
 pub mod issue;
+pub mod lifetime;
 pub mod material;
+pub mod named;
+pub mod pem;
 pub mod pin;
 pub mod revoked;
+pub mod succession;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod verify;
 
 pub use floor::{TlsFloor, TlsVersion};

@@ -8,11 +8,10 @@ use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{
-    CertificateError, DigitallySignedStruct, Error, OtherError, RootCertStore, SignatureScheme,
-};
+use rustls::{CertificateError, DigitallySignedStruct, Error, OtherError, SignatureScheme};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::anchors::Anchors;
 use super::identity::{Identity, Role};
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
@@ -122,10 +121,10 @@ impl ServerCertVerifier for PinnedVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let mut roots = RootCertStore::empty();
+        let mut roots = Vec::new();
         for certificate in shown {
             if self.pins.contains(&KeyHash::of(certificate)?) {
-                roots.add(certificate.clone().into_owned())?;
+                roots.push(certificate.clone().into_owned());
             }
         }
         let other = |error| Error::InvalidCertificate(CertificateError::Other(OtherError(error)));
@@ -134,10 +133,9 @@ impl ServerCertVerifier for PinnedVerifier {
             return Err(other(Arc::new(Unpinned(pins.join(" or ")))));
         }
         let identity = Identity::from_certificate(leaf).map_err(|error| other(Arc::new(error)))?;
+        let anchors = Anchors::new(roots).map_err(|error| other(Arc::new(error)))?;
         let mut trust = TrustStore::default();
-        trust
-            .add(identity.trust_domain, roots, &self.provider)
-            .map_err(|error| other(Arc::new(error)))?;
+        trust.add(identity.trust_domain, anchors);
         let trust = Arc::new(ArcSwap::from_pointee(trust));
         PeerVerifier::new(
             Role::Server,

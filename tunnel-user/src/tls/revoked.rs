@@ -12,13 +12,15 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::identity::Identity;
+use super::identity::{self, Identity, IdentityError};
 use super::material::{self, MaterialError};
 
 /// The list in force.
 #[derive(Debug)]
 pub struct Revocations {
     file: Option<PathBuf>,
+    /// Of the file when it was read at the start.
+    fingerprint: Vec<u8>,
     list: watch::Sender<List>,
 }
 
@@ -76,18 +78,23 @@ impl Revocations {
     /// # Errors
     /// [`MaterialError::File`] naming the line that can't be read.
     pub fn load(file: Option<PathBuf>) -> Result<Arc<Self>, MaterialError> {
+        let fingerprint = material::fingerprint(&file);
         let list = match &file {
             Some(file) => read(file)?,
             None => List::default(),
         };
-        let list = watch::Sender::new(list);
-        Ok(Arc::new(Self { file, list }))
+        Ok(Arc::new(Self {
+            file,
+            fingerprint,
+            list: watch::Sender::new(list),
+        }))
     }
 
     /// A list that names nobody, for good.
     pub fn none() -> Arc<Self> {
         Arc::new(Self {
             file: None,
+            fingerprint: Vec::new(),
             list: watch::Sender::new(List::default()),
         })
     }
@@ -126,13 +133,14 @@ impl Revocations {
         }
     }
 
-    /// Reads the file again when it changes, for ever, and calls `changed` then.
-    pub async fn watch(self: Arc<Self>, changed: impl Fn()) {
+    /// Reads the file again when it changes, for ever. Calls `changed` then, also when the file can't be
+    /// read: the list that was in force stays.
+    pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<(), &MaterialError>)) {
         let Some(file) = &self.file else {
             return;
         };
         let fingerprint = || material::fingerprint([file]);
-        let mut last = fingerprint();
+        let mut last = self.fingerprint.clone();
         let reload = || {
             let now = fingerprint();
             if now != last {
@@ -144,11 +152,15 @@ impl Revocations {
                     "list of revoked peers reloaded"
                 );
                 self.list.send_replace(list);
-                changed();
+                changed(Ok(()));
             }
             Ok(())
         };
-        material::watch(reload).await;
+        let complain = |error: &MaterialError| {
+            tracing::error!(%error, "list of revoked peers not reloaded, the old one stays");
+            changed(Err(error));
+        };
+        material::watch(reload, complain).await;
     }
 }
 
@@ -172,34 +184,60 @@ impl List {
     }
 
     /// A line each: an identity, or `serial:` and hexadecimal digits, as `openssl x509 -serial` prints
-    /// them. What follows a `#` is for people.
+    /// them. What follows a `#` is for people. An entry that no peer can match is an error: whoever wrote
+    /// it believes somebody shut out who is not.
     fn parse(text: &str) -> Result<Self, String> {
         let mut list = Self::default();
         for (number, line) in text.lines().enumerate() {
             let entry = line.split('#').next().unwrap_or_default().trim();
-            if entry.is_empty() {
-                continue;
-            }
-            let serial = entry.strip_prefix("serial").unwrap_or_default();
-            let serial = serial.strip_prefix([':', '=']).and_then(digits);
-            if entry.starts_with("spiffe://") {
-                list.identities.insert(entry.into());
-            } else if let Some(serial) = serial {
-                list.serials.insert(serial);
-            } else {
-                return Err(format!(
-                    "line {}: {entry:?} is neither an identity (spiffe://...) nor serial:0A1B...",
-                    number + 1
-                ));
-            }
+            let added = match entry {
+                "" => Ok(()),
+                entry => list.add(entry),
+            };
+            added.map_err(|why| format!("line {}: {why}", number + 1))?;
         }
         Ok(list)
     }
+
+    fn add(&mut self, entry: &str) -> Result<(), String> {
+        let serial = entry.strip_prefix("serial");
+        let serial = serial.and_then(|rest| rest.strip_prefix([':', '=']));
+        if let Some(serial) = serial {
+            let serial = digits(serial.trim()).ok_or_else(|| {
+                format!(
+                    "{entry:?} is no serial number: hexadecimal digits are, as `openssl x509 -serial` \
+                     prints them, with a colon between each two or without"
+                )
+            })?;
+            self.serials.insert(serial);
+            return Ok(());
+        }
+        if !entry.starts_with("spiffe://") {
+            return Err(format!(
+                "{entry:?} is neither an identity (spiffe://...) nor serial:0A1B..."
+            ));
+        }
+        if entry.contains('*') {
+            return Err(format!(
+                "{entry:?}: there are no patterns here; name each identity on a line of its own"
+            ));
+        }
+        let uri = identity::canonical(entry).map_err(|error| match error {
+            IdentityError::Uri(_) => error.to_string(),
+            error => format!("{entry:?}: {error}"),
+        })?;
+        self.identities.insert(uri);
+        Ok(())
+    }
 }
 
-/// The number that hexadecimal digits stand for, with or without colons between them.
+/// The number that hexadecimal digits stand for, with a colon between each two or without any.
 fn digits(text: &str) -> Option<Vec<u8>> {
-    let digits: Vec<_> = text.trim().chars().filter(|c| *c != ':').collect();
+    let is_octet = |octet: &str| octet.len() == 2;
+    if text.contains(':') && !text.split(':').all(is_octet) {
+        return None;
+    }
+    let digits: Vec<_> = text.chars().filter(|c| *c != ':').collect();
     // RFC 5280 section 4.1.2.2 has 20 octets at most; others have more.
     if digits.is_empty() || digits.len() > 128 {
         return None;
@@ -276,11 +314,75 @@ mod tests {
         );
     }
 
+    /// Whoever wrote such a line believes somebody shut out.
     #[test]
-    fn what_is_neither_is_named_with_its_line() {
-        for wrong in ["w1", "serial:", "serial:xyz", "serial 12", "12AB"] {
-            let error = List::parse(&format!("# one\n{wrong}")).unwrap_err();
-            assert!(error.contains("line 2") && error.contains(wrong), "{error}");
+    fn what_can_match_nobody_is_named_with_its_line() {
+        let long = format!("serial:{}", "1".repeat(129));
+        let name = format!("spiffe://c/agent/{}", "n".repeat(254));
+        for wrong in [
+            "w1",
+            "c/agent/w1",
+            "serial",
+            "serial:",
+            "serial:xyz",
+            "serial 12",
+            "serial :12",
+            "serial:0x12",
+            "serial:-12",
+            "serial:12 34",
+            "serial:0A:1",
+            "serial:0A:1B:",
+            "serial::0A",
+            "serial:0:A1",
+            "Serial:12",
+            "serial=serial=12",
+            &long,
+            "12AB",
+            "\u{feff}spiffe://c/agent/w1",
+            "spiffe://",
+            "spiffe://c",
+            "spiffe://c/",
+            "spiffe://c/agent",
+            "spiffe://c/agent/",
+            "spiffe://c/agent/w1/",
+            "spiffe://c/agent//w1",
+            "spiffe://c//agent/w1",
+            "spiffe:///agent/w1",
+            "spiffe://C/agent/w1",
+            "spiffe://Cluster.local/agent/w1",
+            "spiffe://c/Agent/w1",
+            "spiffe://c/agents/w1",
+            "spiffe://c/node/w1",
+            "spiffe://c/agent/*",
+            "spiffe://*/agent/w1",
+            "spiffe://c/agent/w*",
+            "spiffe://c/agent/w 1",
+            "spiffe://c/agent/w1,",
+            "spiffe://c/agent/w1 spiffe://c/agent/w2",
+            "spiffe://c/agent/w%31",
+            "spiffe://c/agent/w1?x",
+            "spiffe://user@c/agent/w1",
+            "spiffe://c:8132/agent/w1",
+            "Spiffe://c/agent/w1",
+            "SPIFFE://c/agent/w1",
+            "https://c/agent/w1",
+            "\"spiffe://c/agent/w1\"",
+            "- spiffe://c/agent/w1",
+            &name,
+        ] {
+            let Err(error) = List::parse(&format!("# one\n{wrong}\nserial:01")) else {
+                panic!("{wrong:?} was taken");
+            };
+            assert!(error.starts_with("line 2: "), "{wrong:?}: {error}");
+        }
+        for right in [
+            "spiffe://c/agent/w1",
+            "  spiffe://c/client/kube-apiserver  # x",
+            "spiffe://c_1.x-y/server/S1\r",
+            "serial: 0A1B",
+            "serial=0a:1b",
+        ] {
+            assert!(List::parse(right).is_ok(), "{right:?}");
         }
     }
 

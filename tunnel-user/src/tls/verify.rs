@@ -11,58 +11,38 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
-    SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
 };
+use webpki::KeyUsage;
 
+use super::anchors::Anchors;
 use super::identity::{Identity, Role, TrustDomain};
 use super::revoked::{Revocations, Revoked};
 
-/// The roots of each trust domain.
-#[derive(Clone, Default)]
+/// The CAs of each trust domain.
+#[derive(Clone, Debug, Default)]
 pub struct TrustStore {
-    domains: HashMap<TrustDomain, Anchors>,
-}
-
-#[derive(Clone)]
-struct Anchors {
-    roots: Arc<RootCertStore>,
-    clients: Arc<dyn ClientCertVerifier>,
+    domains: HashMap<TrustDomain, Arc<Anchors>>,
 }
 
 impl TrustStore {
-    /// Trusts `roots` for identities of `domain`, and for none else.
-    ///
-    /// # Errors
-    /// When `roots` is empty or holds what is no CA certificate.
-    pub fn add(
-        &mut self,
-        domain: TrustDomain,
-        roots: RootCertStore,
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<(), rustls::server::VerifierBuilderError> {
-        let roots = Arc::new(roots);
-        let clients =
-            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
-        self.domains.insert(domain, Anchors { roots, clients });
-        Ok(())
+    /// Trusts `anchors` for identities of `domain`, and for none else.
+    pub fn add(&mut self, domain: TrustDomain, anchors: Anchors) {
+        self.domains.insert(domain, anchors.into());
     }
 
-    /// The domains that are trusted.
-    pub fn domains(&self) -> impl Iterator<Item = &TrustDomain> {
-        self.domains.keys()
+    /// The CAs of `domain`.
+    pub fn of(&self, domain: &TrustDomain) -> Option<&Arc<Anchors>> {
+        self.domains.get(domain)
     }
-}
 
-impl fmt::Debug for TrustStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.domains.keys()).finish()
+    /// The domains that are trusted, and their CAs.
+    pub fn domains(&self) -> impl Iterator<Item = (&TrustDomain, &Anchors)> {
+        { self.domains.iter() }.map(|(domain, anchors)| (domain, &**anchors))
     }
 }
 
@@ -140,6 +120,19 @@ impl PeerVerifier {
         })
     }
 
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        between: &[CertificateDer<'_>],
+        when: (UnixTime, KeyUsage),
+    ) -> Result<(), Error> {
+        let (identity, anchors) = self.anchors(leaf)?;
+        let algorithms = &self.provider.signature_verification_algorithms;
+        { anchors.verify(leaf, between, when, algorithms) }
+            .map_err(|error| named(error, identity))?;
+        self.check_revoked(leaf)
+    }
+
     /// Last: who is not vouched for has nothing that could be revoked.
     fn check_revoked(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
         let checked = self.revocations.check_certificate(leaf);
@@ -147,7 +140,7 @@ impl PeerVerifier {
     }
 
     /// Who the leaf names, and the roots that would have to vouch for it.
-    fn anchors(&self, leaf: &CertificateDer<'_>) -> Result<(Identity, Anchors), Error> {
+    fn anchors(&self, leaf: &CertificateDer<'_>) -> Result<(Identity, Arc<Anchors>), Error> {
         let identity = Identity::from_certificate(leaf).map_err(Refusal::from)?;
         if identity.role != self.expected {
             return Err(Refusal::Role {
@@ -178,13 +171,8 @@ impl ClientCertVerifier for PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let (identity, anchors) = self.anchors(leaf)?;
-        let verified = anchors
-            .clients
-            .verify_client_cert(leaf, intermediates, now)
-            .map_err(|error| named(error, identity))?;
-        self.check_revoked(leaf)?;
-        Ok(verified)
+        self.verify(leaf, intermediates, (now, KeyUsage::client_auth()))?;
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -223,16 +211,7 @@ impl ServerCertVerifier for PeerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let (identity, anchors) = self.anchors(leaf)?;
-        verify_server_cert_signed_by_trust_anchor(
-            &rustls::server::ParsedCertificate::try_from(leaf)?,
-            &anchors.roots,
-            intermediates,
-            now,
-            self.provider.signature_verification_algorithms.all,
-        )
-        .map_err(|error| named(error, identity))?;
-        self.check_revoked(leaf)?;
+        self.verify(leaf, intermediates, (now, KeyUsage::server_auth()))?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -15,8 +15,10 @@ use tunnel_proto::route::Claim;
 use uuid::Uuid;
 
 use crate::config::konnectivity::ProxyServerConfig;
-use crate::tls::material::{MaterialError, load_key, load_roots};
-use crate::tls::provider;
+use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
+use crate::tls::material::{MaterialError, load_anchors, load_key};
+use crate::tls::named::NamedVerifier;
+use crate::tls::{pem, provider};
 use crate::transport::grpc::{ALPN, Settings};
 
 /// The longest token: a service account's has one or two thousand bytes.
@@ -98,6 +100,7 @@ impl Client {
             identifiers,
         };
         client.tls()?;
+        client.config.key.as_deref().map(pem::warn_if_exposed);
         Ok(client)
     }
 
@@ -138,11 +141,12 @@ impl Client {
     /// TLS as the files have it now.
     pub(super) fn tls(&self) -> Result<Arc<ClientConfig>, ClientError> {
         let ProxyServerConfig { ca, cert, key, .. } = &self.config;
-        let roots = load_roots(ca.as_deref().ok_or(ClientError::NoRoots)?)?;
+        let anchors = load_anchors(ca.as_deref().ok_or(ClientError::NoRoots)?)?;
         let provider = provider();
         let builder = ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots);
+            .dangerous()
+            .with_custom_certificate_verifier(NamedVerifier::new(anchors, provider.clone()));
         let mut tls = match (cert, key) {
             (Some(cert), Some(key)) => {
                 let key = load_key(cert, key, &provider)?;
@@ -176,6 +180,22 @@ impl Client {
     }
 }
 
+/// Read anew, as for a dial.
+impl Certificates for Client {
+    fn lifetimes(&self) -> Vec<Lifetime> {
+        let ProxyServerConfig { ca, cert, key, .. } = &self.config;
+        let cas = ca.as_deref().and_then(|file| {
+            let anchors = load_anchors(file).ok()?;
+            Some(Lifetime::cas(Purpose::Konnectivity, &anchors, file))
+        });
+        let own = cert.as_deref().zip(key.as_deref()).and_then(|(cert, key)| {
+            let key = load_key(cert, key, &provider()).ok()?;
+            Lifetime::own(Purpose::Konnectivity, &key, cert)
+        });
+        cas.into_iter().flatten().chain(own).collect()
+    }
+}
+
 /// Sent as it is, as Konnectivity's agent does.
 fn token(path: &Path) -> Result<String, ClientError> {
     let token = std::fs::read(path).map_err(|why| ClientError::Token {
@@ -199,9 +219,11 @@ mod tests {
     use super::*;
 
     fn client(config: ProxyServerConfig) -> Result<Client, ClientError> {
-        let key = rcgen::generate_simple_self_signed(["cp".to_owned()]).unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let cert = params.self_signed(&rcgen::KeyPair::generate().unwrap());
         let mut ca = tempfile::NamedTempFile::new().unwrap();
-        ca.write_all(key.cert.pem().as_bytes()).unwrap();
+        ca.write_all(cert.unwrap().pem().as_bytes()).unwrap();
         Client::new(&ProxyServerConfig {
             ca: Some(ca.path().into()),
             ..config

@@ -8,8 +8,8 @@ use super::*;
 use crate::join::admit::Ticket;
 use crate::kubernetes::token::TokenRules;
 use crate::kubernetes::{Access, client};
-use crate::tls::credential::{Draft, validity};
-use crate::tls::{Files, TrustDomain, provider};
+use crate::tls::credential::{Credential, Draft, Expected, validity};
+use crate::tls::{Files, KeyHash, TrustDomain, provider};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -87,6 +87,13 @@ impl Office {
         self.desk.join(join, remote).await
     }
 
+    fn complete(&self, draft: &Draft, issued: Issued, name: &str) -> Credential {
+        let roots = self.desk.material.roots();
+        let pins = [KeyHash::of(&roots[0]).unwrap()];
+        let expected = Expected::Join { name, pins: &pins };
+        draft.complete(issued, &expected, &provider()).unwrap()
+    }
+
     fn ca(&self) -> &Path {
         &self.desk.ca
     }
@@ -107,7 +114,7 @@ async fn a_certificate_says_what_was_judged_and_nothing_of_the_request() {
     let draft = Draft::generate().unwrap();
     let token = office.token(1).reveal();
     let issued = office.join(&token, "w1", &draft).await.unwrap();
-    let credential = draft.complete(issued.clone(), "w1", &provider()).unwrap();
+    let credential = office.complete(&draft, issued.clone(), "w1");
     let expected = agent("cluster.local", "w1", &["10.99.0.7"]);
     assert_eq!(credential.identity, expected);
     // The CA ends before 30 days are over.
@@ -168,7 +175,7 @@ async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
     let csr = draft.request("w1").unwrap();
     let w1 = agent("cluster.local", "w1", &["10.99.0.1", "10.99.0.7"]);
     let issued = office.desk.renew(w1.clone(), csr.clone()).await.unwrap();
-    let credential = draft.complete(issued, "w1", &provider()).unwrap();
+    let credential = office.complete(&draft, issued, "w1");
     assert_eq!(credential.identity, w1);
     let soon = office.desk.renew(w1.clone(), csr.clone()).await;
     assert!(soon.unwrap_err().contains("younger than"));
@@ -183,8 +190,8 @@ async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
     let thief = office
         .desk
         .renew(agent("cluster.local", "w4", &["10.99.0.7"]), csr);
-    let thief = draft.complete(thief.await.unwrap(), "w4", &provider());
-    assert_eq!(thief.unwrap().identity, agent("cluster.local", "w4", &[]));
+    let thief = office.complete(&draft, thief.await.unwrap(), "w4");
+    assert_eq!(thief.identity, agent("cluster.local", "w4", &[]));
 }
 
 #[tokio::test]
@@ -222,7 +229,7 @@ async fn a_pod_joins_as_its_own_node() {
         assert!(why.contains(named), "{token}: {why}");
     }
     let issued = office.join("pod-on-w1", "w1", &draft).await.unwrap();
-    draft.complete(issued, "w1", &provider()).unwrap();
+    office.complete(&draft, issued, "w1");
     // A pod's key is a new one each time.
     let draft = Draft::generate().unwrap();
     office.join("pod-on-w1", "w1", &draft).await.unwrap();

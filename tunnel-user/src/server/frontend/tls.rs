@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::server::WebPkiClientVerifier;
 use tokio_rustls::TlsAcceptor;
 
 use super::listener::Protocol;
@@ -11,7 +10,9 @@ use crate::config::frontend::TcpFrontend;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
-use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
+use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
+use crate::tls::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
+use crate::tls::pem;
 use crate::tls::revoked::Revocations;
 use crate::tls::{Role, TrustDomain};
 
@@ -22,7 +23,14 @@ pub(in crate::server) struct FrontendTls {
     tenant: TrustDomain,
     protocol: Protocol,
     revocations: Arc<Revocations>,
-    acceptor: Arc<ArcSwap<TlsAcceptor>>,
+    loaded: Arc<ArcSwap<Loaded>>,
+}
+
+/// What is in force.
+struct Loaded {
+    acceptor: TlsAcceptor,
+    lifetimes: Vec<Lifetime>,
+    fingerprint: Vec<u8>,
 }
 
 impl FrontendTls {
@@ -36,73 +44,82 @@ impl FrontendTls {
         protocol: Protocol,
         revocations: Arc<Revocations>,
     ) -> Result<Self, MaterialError> {
-        let first = acceptor(&config, &tenant, protocol, &revocations)?;
+        let first = read(&config, &tenant, protocol, &revocations)?;
         Ok(Self {
             config,
             tenant,
             protocol,
             revocations,
-            acceptor: Arc::new(ArcSwap::from_pointee(first)),
+            loaded: Arc::new(ArcSwap::from_pointee(first)),
         })
     }
 
     /// Reads the files again when they change, for ever.
     pub(in crate::server) async fn watch(self) {
-        let files = || {
-            let TcpFrontend {
-                cert,
-                key,
-                client_ca,
-                ..
-            } = &self.config;
-            fingerprint([cert, key, client_ca])
-        };
-        let mut last = files();
         let reload = || {
-            let now = files();
-            if now != last {
-                let fresh = acceptor(&self.config, &self.tenant, self.protocol, &self.revocations)?;
-                self.acceptor.store(Arc::new(fresh));
-                last = now;
+            if files(&self.config) != self.loaded.load().fingerprint {
+                let fresh = read(&self.config, &self.tenant, self.protocol, &self.revocations)?;
+                self.loaded.store(Arc::new(fresh));
                 tracing::info!(frontend = %self.config.tcp, "certificates reloaded");
                 audit::changed("certificates of a frontend", Ok(()));
             }
             Ok(())
         };
-        watch(reload).await;
+        let complain = |error: &MaterialError| {
+            tracing::warn!(frontend = %self.config.tcp, %error, "certificates not reloaded, the old ones stay");
+            audit::changed("certificates of a frontend", Err(error));
+        };
+        watch(reload, complain).await;
     }
 
     /// For the next caller.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::clone(&self.acceptor.load())
+        self.loaded.load().acceptor.clone()
     }
 }
 
-fn acceptor(
+impl Certificates for FrontendTls {
+    fn lifetimes(&self) -> Vec<Lifetime> {
+        self.loaded.load().lifetimes.clone()
+    }
+}
+
+fn files(config: &TcpFrontend) -> Vec<u8> {
+    fingerprint([&config.cert, &config.key, &config.client_ca])
+}
+
+fn read(
     config: &TcpFrontend,
     tenant: &TrustDomain,
     protocol: Protocol,
     revocations: &Arc<Revocations>,
-) -> Result<TlsAcceptor, MaterialError> {
+) -> Result<Loaded, MaterialError> {
     let file = |path: &std::path::Path, why: String| MaterialError::File {
         path: path.into(),
         why,
     };
+    // Taken first: a file that changes while it is read is then read again.
+    let fingerprint = files(config);
     let floor = config.tls_floor.clone();
     let accepted = floor.unwrap_or_else(|| protocol.floor()).accepted();
     let Accepted { provider, versions } =
         accepted.map_err(|e| file(&config.cert, e.to_string()))?;
     let key = load_key(&config.cert, &config.key, &provider)?;
-    let roots = Arc::new(load_roots(&config.client_ca)?);
-    let inner = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
-        .build()
-        .map_err(|e| file(&config.client_ca, e.to_string()))?;
-    let callers = Callers::new(inner, (Role::Client, tenant.clone()), revocations.clone());
+    pem::warn_if_exposed(&config.key);
+    let anchors = load_anchors(&config.client_ca)?;
+    let mut lifetimes = Lifetime::cas(Purpose::Frontend, &anchors, &config.client_ca);
+    lifetimes.extend(Lifetime::own(Purpose::Frontend, &key, &config.cert));
+    let whom = (Role::Client, tenant.clone());
+    let callers = Callers::new(anchors, provider.clone(), whom, revocations.clone());
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)
         .map_err(|e| file(&config.cert, e.to_string()))?
         .with_client_cert_verifier(callers)
         .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
     tls.alpn_protocols = protocol.alpn();
-    Ok(TlsAcceptor::from(Arc::new(tls)))
+    Ok(Loaded {
+        acceptor: TlsAcceptor::from(Arc::new(tls)),
+        lifetimes,
+        fingerprint,
+    })
 }

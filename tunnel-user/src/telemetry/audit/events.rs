@@ -10,6 +10,8 @@ use tunnel_proto::session::Refusal;
 use super::AUDIT;
 use crate::telemetry::crowd::Crowd;
 use crate::tls::Identity;
+use crate::tls::anchors::Anchor;
+use crate::tls::material::{Change, MaterialError};
 use crate::tls::revoked::Revoked;
 
 /// Refused claims that a record names; it counts all.
@@ -108,6 +110,34 @@ pub fn claims_refused(agent: &Identity, refused: &[Refusal]) {
         target: AUDIT, event = "claims_refused", %agent, refused = refused.len(),
         claims = claims.join(" "), why = %first.why,
     );
+}
+
+/// Certificates were to be reloaded: whether they were, and which CAs that added or removed.
+pub fn certificates(outcome: Result<&Change, &MaterialError>) {
+    changed("certificates", outcome.map(drop).map_err(|it| it as _));
+    let Ok(change) = outcome else {
+        return;
+    };
+    for (event, cas) in [("ca_added", &change.added), ("ca_removed", &change.removed)] {
+        for (domain, ca) in cas {
+            let until = humantime::format_rfc3339_seconds(ca.validity().1);
+            tracing::info!(
+                target: AUDIT, event, %domain, ca = ca.subject(), key = %ca.key(), %until,
+            );
+        }
+    }
+}
+
+/// A server offered a CA that none of ours vouches for.
+pub fn ca_refused(server: &str, ca: &Anchor, why: &dyn Display) {
+    tracing::info!(
+        target: AUDIT, event = "ca_refused", server, ca = ca.subject(), key = %ca.key(), %why,
+    );
+}
+
+/// The list of revoked peers was to be reloaded: whether it was.
+pub fn revocations(outcome: Result<(), &MaterialError>) {
+    changed("list of revoked peers", outcome.map_err(|it| it as _));
 }
 
 /// Something was to be changed while we run: whether it was.

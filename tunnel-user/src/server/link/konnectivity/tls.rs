@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::server::{NoClientAuth, WebPkiClientVerifier};
+use rustls::server::NoClientAuth;
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::konnectivity::KonnectivityConfig;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::Accepted;
-use crate::tls::material::{MaterialError, fingerprint, load_key, load_roots, watch};
+use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
+use crate::tls::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
+use crate::tls::pem;
 use crate::tls::revoked::Revocations;
 use crate::tls::{Role, TlsFloor, TrustDomain};
 use crate::transport::grpc;
@@ -21,7 +23,14 @@ use crate::transport::grpc;
 #[derive(Clone)]
 pub(in crate::server) struct AgentTls {
     files: Files,
-    acceptor: Arc<ArcSwap<TlsAcceptor>>,
+    loaded: Arc<ArcSwap<Loaded>>,
+}
+
+/// What is in force.
+struct Loaded {
+    acceptor: TlsAcceptor,
+    lifetimes: Vec<Lifetime>,
+    fingerprint: Vec<u8>,
 }
 
 #[derive(Clone)]
@@ -32,6 +41,12 @@ struct Files {
     floor: TlsFloor,
     tenant: TrustDomain,
     revocations: Arc<Revocations>,
+}
+
+impl Files {
+    fn fingerprint(&self) -> Vec<u8> {
+        fingerprint([&self.cert, &self.key].into_iter().chain(&self.client_ca))
+    }
 }
 
 impl AgentTls {
@@ -58,62 +73,63 @@ impl AgentTls {
             tenant,
             revocations,
         };
-        let acceptor = Arc::new(ArcSwap::from_pointee(acceptor(&files)?));
-        Ok(Self { files, acceptor })
+        let loaded = Arc::new(ArcSwap::from_pointee(read(&files)?));
+        Ok(Self { files, loaded })
     }
 
     /// Reads the files again when they change, for ever.
     pub(in crate::server) async fn watch(self) {
-        let Files {
-            cert,
-            key,
-            client_ca,
-            ..
-        } = &self.files;
-        let files = || fingerprint([cert, key].into_iter().chain(client_ca));
-        let mut last = files();
         let reload = || {
-            let now = files();
-            if now != last {
-                self.acceptor.store(Arc::new(acceptor(&self.files)?));
-                last = now;
+            if self.files.fingerprint() != self.loaded.load().fingerprint {
+                self.loaded.store(Arc::new(read(&self.files)?));
                 tracing::info!("certificates for agents of Konnectivity reloaded");
                 audit::changed("certificates for agents of Konnectivity", Ok(()));
             }
             Ok(())
         };
-        watch(reload).await;
+        let complain = |error: &MaterialError| {
+            tracing::warn!(%error, "certificates for agents of Konnectivity not reloaded, the old ones stay");
+            audit::changed("certificates for agents of Konnectivity", Err(error));
+        };
+        watch(reload, complain).await;
     }
 
     /// For the next agent.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::clone(&self.acceptor.load())
+        self.loaded.load().acceptor.clone()
     }
 }
 
-fn acceptor(files: &Files) -> Result<TlsAcceptor, MaterialError> {
+impl Certificates for AgentTls {
+    fn lifetimes(&self) -> Vec<Lifetime> {
+        self.loaded.load().lifetimes.clone()
+    }
+}
+
+fn read(files: &Files) -> Result<Loaded, MaterialError> {
     let wrong = |path: &Path, why: String| MaterialError::File {
         path: path.into(),
         why,
     };
+    // Taken first: a file that changes while it is read is then read again.
+    let fingerprint = files.fingerprint();
     let accepted = files.floor.accepted();
     let Accepted { provider, versions } =
         accepted.map_err(|e| wrong(&files.cert, e.to_string()))?;
     let key = load_key(&files.cert, &files.key, &provider)?;
+    pem::warn_if_exposed(&files.key);
     let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&versions)
         .map_err(|e| wrong(&files.cert, e.to_string()))?;
+    let own = Lifetime::own(Purpose::Konnectivity, &key, &files.cert);
+    let mut lifetimes = Vec::from_iter(own);
     let builder = match &files.client_ca {
         Some(ca) => {
-            let roots = Arc::new(load_roots(ca)?);
-            let inner = WebPkiClientVerifier::builder_with_provider(roots, provider)
-                .build()
-                .map_err(|e| wrong(ca, e.to_string()))?;
-            let agents = Callers::new(
-                inner,
-                (Role::Agent, files.tenant.clone()),
-                files.revocations.clone(),
-            );
+            let anchors = load_anchors(ca)?;
+            lifetimes.extend(Lifetime::cas(Purpose::Konnectivity, &anchors, ca));
+            let whom = (Role::Agent, files.tenant.clone());
+            let revocations = files.revocations.clone();
+            let agents = Callers::new(anchors, provider, whom, revocations);
             builder.with_client_cert_verifier(agents)
         }
         None => builder.with_client_cert_verifier(Arc::new(NoClientAuth)),
@@ -121,5 +137,9 @@ fn acceptor(files: &Files) -> Result<TlsAcceptor, MaterialError> {
     let resolver = Arc::new(rustls::sign::SingleCertAndKey::from(key));
     let mut tls = builder.with_cert_resolver(resolver);
     tls.alpn_protocols = vec![grpc::ALPN.to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(tls)))
+    Ok(Loaded {
+        acceptor: TlsAcceptor::from(Arc::new(tls)),
+        lifetimes,
+        fingerprint,
+    })
 }
