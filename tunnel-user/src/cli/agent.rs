@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::common::{LogArgs, TlsArgs, begin, overlay};
 use super::join;
+use crate::config::address;
 use crate::config::{AgentConfig, AllowRule, ConfigError};
 use crate::datapath::engine::Choice;
 use crate::process::privileges::ANY_START;
@@ -31,7 +32,8 @@ pub(super) struct Args {
         long = "server",
         env = "CPC_SERVERS",
         value_name = "HOST:PORT",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = server
     )]
     servers: Vec<String>,
     /// Threads that carry tunnels [default: one a core]
@@ -61,6 +63,15 @@ pub(super) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     Join(join::Args),
+}
+
+/// A server's address, with or without blanks around it: lists have them behind their commas.
+fn server(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    match address::split(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!("{text:?} is not host:port")),
+    }
 }
 
 impl Args {
@@ -96,5 +107,34 @@ impl Args {
         let log = begin(ANY_START, &config.log, &config.audit)?;
         super::runtime()?.block_on(crate::agent::run(config, log, || self.config()))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::Args;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn servers(list: &str) -> Result<Vec<String>, clap::Error> {
+        let cli = Cli::try_parse_from(["cpc", "--server", list])?;
+        Ok(cli.args.servers)
+    }
+
+    #[test]
+    fn a_list_of_servers_may_have_blanks() {
+        for list in ["a:1,b:2", "a:1, b:2", " a:1 ,\tb:2\n"] {
+            assert_eq!(servers(list).unwrap(), ["a:1", "b:2"], "{list:?}");
+        }
+        for list in ["a:1,,b:2", "a:1,", "a:1 b:2", "a:1,b", "a:1;b:2", ""] {
+            let error = servers(list).unwrap_err().to_string();
+            assert!(error.contains("is not host:port"), "{list:?}: {error}");
+        }
     }
 }

@@ -8,8 +8,10 @@ pub fn split(address: &str) -> Option<(&str, u16)> {
         None if host.contains(':') => return None,
         None => host,
     };
-    let port = port.parse().ok().filter(|port| *port != 0)?;
-    (!host.is_empty()).then_some((host, port))
+    let is_digits = port.bytes().all(|b| b.is_ascii_digit());
+    let port = port.parse().ok().filter(|port| is_digits && *port != 0)?;
+    let in_host = |c: char| c.is_ascii_alphanumeric() || "._-:%".contains(c);
+    (!host.is_empty() && host.chars().all(in_host)).then_some((host, port))
 }
 
 #[cfg(test)]
@@ -20,6 +22,7 @@ mod tests {
     fn addresses() {
         assert_eq!(split("cp.example.org:8132"), Some(("cp.example.org", 8132)));
         assert_eq!(split("[fd00::1]:8132"), Some(("fd00::1", 8132)));
+        assert_eq!(split("[fe80::1%eth0]:1"), Some(("fe80::1%eth0", 1)));
         for wrong in [
             "",
             "cp",
@@ -28,6 +31,16 @@ mod tests {
             "cp:x",
             "fd00::1:8132",
             "[fd00::1:8132",
+            " cp:8132",
+            "cp :8132",
+            "cp:8132 ",
+            "cp: 8132",
+            "cp:+8132",
+            "a:1, b:2",
+            "a:1 b:2",
+            "https://cp:8132",
+            "cp/x:8132",
+            "user@cp:8132",
         ] {
             assert_eq!(split(wrong), None, "{wrong:?}");
         }

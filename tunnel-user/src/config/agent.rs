@@ -28,32 +28,42 @@ pub struct AgentConfig {
     /// Version of the schema.
     pub version: Version,
     /// Servers. Names are resolved anew every 10 s.
+    #[serde(deserialize_with = "super::section")]
     pub servers: Vec<ServerAddress>,
     /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
+    #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
     /// How packets travel.
+    #[serde(deserialize_with = "super::section")]
     pub transport: TransportConfig,
     /// How bytes are moved.
+    #[serde(deserialize_with = "super::section")]
     pub datapath: DatapathConfig,
     /// How proxy-servers of Konnectivity are dialled.
+    #[serde(deserialize_with = "super::optional_section")]
     pub konnectivity: Option<ProxyServerConfig>,
     /// What we offer to serve, beyond the node addresses in our certificate.
+    #[serde(deserialize_with = "super::section")]
     pub serve: ServeConfig,
     /// Threads that carry tunnels.
     pub shards: usize,
     /// Tunnels to each server, over QUIC.
     pub tunnels: u8,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
+    #[serde(deserialize_with = "super::allow::list")]
     pub allow: Option<Vec<AllowRule>>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
     /// Address of health and metrics as Konnectivity's programs tell them.
     pub health: Option<SocketAddr>,
     /// Bounds.
+    #[serde(deserialize_with = "super::section")]
     pub limits: AgentLimits,
     /// Logging.
+    #[serde(deserialize_with = "super::section")]
     pub log: LogConfig,
     /// The record of who reached what.
+    #[serde(deserialize_with = "super::section")]
     pub audit: AuditConfig,
 }
 
@@ -148,6 +158,7 @@ pub struct ServeConfig {
     #[serde(deserialize_with = "rule::nets")]
     pub cidrs: Vec<IpNet>,
     /// DNS names, `*.suffix` among them.
+    #[serde(deserialize_with = "super::section")]
     pub names: Vec<String>,
     /// Everything that nobody else serves.
     pub default_route: bool,
@@ -211,6 +222,8 @@ impl AgentConfig {
                 why: "must be at most 24 h".into(),
             });
         }
+        super::above_zero([("limits.connections", Some(self.limits.connections))])?;
+        super::above_zero([("limits.stalled_bytes", Some(self.limits.stalled_bytes))])?;
         self.transport.check()?;
         self.audit.check()?;
         if self.tls.renew && self.tls.cert != self.tls.key {

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 use tunnel_proto::preface::{Name, NameError};
 use tunnel_proto::route::NamePattern;
 
@@ -75,6 +76,17 @@ pub enum AllowError {
     /// No ports.
     #[error(transparent)]
     Ports(#[from] PortRangeError),
+}
+
+/// Reads an allow-list. One that names nothing may be meant for one that is not there, which lets more
+/// through than an empty one.
+pub(super) fn list<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Vec<AllowRule>>, D::Error> {
+    let list = Option::deserialize(d)?;
+    list.map(Some).ok_or_else(|| {
+        D::Error::custom(
+            "allow names nothing: write [] where nothing may be reached, or leave the key out for the default",
+        )
+    })
 }
 
 impl TryFrom<Keys> for AllowRule {

@@ -14,8 +14,10 @@ use crate::tls::{TlsFloor, TrustDomain};
 #[serde(default, deny_unknown_fields)]
 pub struct FrontendsConfig {
     /// HTTP CONNECT listeners.
+    #[serde(deserialize_with = "super::section")]
     pub http_connect: Vec<FrontendConfig>,
     /// Listeners of Konnectivity's gRPC `ProxyService`.
+    #[serde(deserialize_with = "super::section")]
     pub grpc: Vec<FrontendConfig>,
 }
 
@@ -101,8 +103,10 @@ struct FrontendKeys {
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     client_ca: Option<PathBuf>,
+    #[serde(default, deserialize_with = "super::optional_section")]
     tls_floor: Option<TlsFloor>,
     tenant: Option<TrustDomain>,
+    #[serde(default, deserialize_with = "super::allow::list")]
     allow: Option<Vec<AllowRule>>,
     #[serde(default)]
     answers: Answers,
@@ -219,8 +223,16 @@ pub struct TcpFrontend {
 /// The mode of a Unix socket when none is configured.
 const DEFAULT_MODE: u32 = 0o660;
 
+/// Reads a mode in octal. It begins with 0: YAML reads 0640 as a number in octal or in decimal, by its
+/// version, and passes 416 on, which nobody may take for octal then.
 fn parse_mode(text: &str) -> Result<u32, String> {
-    let mode = u32::from_str_radix(text, 8).ok();
-    mode.filter(|mode| *mode <= 0o777)
-        .ok_or_else(|| format!("{text:?} is no mode: \"0660\" is"))
+    let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'));
+    let digits = digits.filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
+    let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok());
+    mode.filter(|mode| *mode <= 0o777).ok_or_else(|| {
+        format!(
+            "{text:?} is no mode: it has to be octal, begin with 0, and be at most 0777, such as \
+             mode: \"0660\""
+        )
+    })
 }

@@ -17,6 +17,9 @@ pub const JOIN_PORT: u16 = 8138;
 /// An agent renews at two thirds, and is to have time to try again.
 const SHORTEST: Duration = Duration::from_secs(600);
 
+/// Longer than that no CA should be.
+const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);
+
 /// `join`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -29,6 +32,7 @@ pub struct JoinConfig {
     #[serde(with = "humantime_serde")]
     pub validity: Duration,
     /// Pods may join with their service account's token.
+    #[serde(deserialize_with = "super::optional_section")]
     pub kubernetes: Option<PodsConfig>,
 }
 
@@ -123,8 +127,8 @@ impl JoinConfig {
                 "are needed: the ranges that node addresses are in",
             );
         }
-        if self.validity < SHORTEST {
-            return value("join.validity", "must be at least 10min");
+        if !(SHORTEST..=LONGEST).contains(&self.validity) {
+            return value("join.validity", "must be 10min to 3650days");
         }
         Ok(())
     }

@@ -34,6 +34,7 @@ pub struct KonnectivityConfig {
     /// PEM roots that vouch for agents. A certificate is asked for only when they are given.
     pub client_ca: Option<PathBuf>,
     /// Agents show a service account's token. Not together with `client_ca`.
+    #[serde(deserialize_with = "super::optional_section")]
     pub token: Option<TokenConfig>,
     /// Whether an agent serves whatever it says that it serves, as with Konnectivity. Otherwise it
     /// serves what its identity is granted.
@@ -45,6 +46,7 @@ pub struct KonnectivityConfig {
     #[serde(with = "humantime_serde")]
     pub keepalive: Duration,
     /// What TLS is accepted.
+    #[serde(deserialize_with = "super::section")]
     pub tls_floor: TlsFloor,
 }
 
@@ -239,8 +241,10 @@ pub struct ProxyServerConfig {
     #[serde(with = "humantime_serde")]
     pub keepalive: Duration,
     /// Names offered in ALPN beside `h2`.
+    #[serde(deserialize_with = "super::section")]
     pub alpn: Vec<String>,
     /// Servers are counted by their leases, not by what the last one says.
+    #[serde(deserialize_with = "super::optional_section")]
     pub leases: Option<LeaseConfig>,
     /// With leases: what counts.
     pub server_count: CountSource,

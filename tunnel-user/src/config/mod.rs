@@ -19,8 +19,9 @@ pub mod transport;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
+use serde_saphyr::UserMessageFormatter;
 
 use crate::process::shard;
 use crate::tls::{Files, TrustDomain};
@@ -36,6 +37,36 @@ pub use transport::TransportConfig;
 
 /// UDP port of the tunnel, and TCP port of the health answer beside it.
 pub const TUNNEL_PORT: u16 = 8132;
+
+/// Reads a section of the file, or a list, whose key may stand without anything: `limits:` is the same
+/// as `limits: {}`.
+fn section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(d: D) -> Result<T, D::Error> {
+    Option::deserialize(d).map(Option::unwrap_or_default)
+}
+
+/// The same of a section that is in force only where its key stands.
+fn optional_section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+    d: D,
+) -> Result<Option<T>, D::Error> {
+    section(d).map(Some)
+}
+
+/// Checks that no bound of `counts` is 0: it would refuse everything.
+fn above_zero<T: Default + PartialEq, const N: usize>(
+    counts: [(&'static str, Option<T>); N],
+) -> Result<(), ConfigError> {
+    let is_zero = |(_, count): &(_, Option<T>)| *count == Some(T::default());
+    match counts.into_iter().find(is_zero) {
+        None => Ok(()),
+        Some((key, _)) => Err(ConfigError::Value {
+            key,
+            why:
+                "is 0, which would refuse everything; give it a number from 1 on, or leave it out \
+                  for the default"
+                    .into(),
+        }),
+    }
+}
 
 /// Checks a number of shards.
 fn check_shards(shards: usize) -> Result<(), ConfigError> {
@@ -104,7 +135,8 @@ pub fn load<T: DeserializeOwned + Default>(path: Option<&Path>) -> Result<T, Con
     })?;
     serde_saphyr::from_str(&text).map_err(|e| ConfigError::Parse {
         path: path.into(),
-        why: e.to_string(),
+        // The library's own words are for those who program with it.
+        why: e.render_with_formatter(&UserMessageFormatter),
     })
 }
 
@@ -113,7 +145,7 @@ pub fn load<T: DeserializeOwned + Default>(path: Option<&Path>) -> Result<T, Con
 pub struct Version;
 
 impl<'de> Deserialize<'de> for Version {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match u32::deserialize(d)? {
             1 => Ok(Self),
             other => Err(serde::de::Error::custom(format!(
@@ -134,6 +166,7 @@ pub struct TlsConfig {
     /// PEM roots for our own trust domain.
     pub ca: Option<PathBuf>,
     /// Roots of further trust domains.
+    #[serde(deserialize_with = "section")]
     pub trust: Vec<TrustConfig>,
     /// Identities and serial numbers that count no more, a line each.
     pub revoked: Option<PathBuf>,
@@ -232,6 +265,7 @@ fn base_of(path: Option<&Path>) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use super::frontend::FrontendConfig;
     use super::*;
 
     fn parse(text: &str) -> Result<ServerConfig, ConfigError> {
@@ -267,8 +301,151 @@ mod tests {
             let error = frontend(wrong).unwrap_err().to_string();
             assert!(error.contains("either `unix`"), "{wrong:?}: {error}");
         }
-        let error = frontend("unix: x, mode: \"9\"").unwrap_err().to_string();
-        assert!(error.contains("is no mode"), "{error}");
+    }
+
+    /// 0640 in octal is 416, which is no mode that anybody means to write.
+    #[test]
+    fn a_mode_is_octal_beyond_doubt() {
+        let mode = |text: &str| {
+            let text = format!("frontends: {{http_connect: [{{unix: x, mode: {text}}}]}}");
+            parse(&text).map(|config| match &config.frontends.http_connect[..] {
+                [FrontendConfig::Unix(frontend)] => frontend.mode,
+                other => panic!("{other:?}"),
+            })
+        };
+        for (text, is) in [
+            ("0640", 0o640),
+            ("\"0640\"", 0o640),
+            ("0o640", 0o640),
+            ("\"0600\"", 0o600),
+            ("\"00777\"", 0o777),
+        ] {
+            assert_eq!(mode(text).unwrap(), is, "{text}");
+        }
+        for text in [
+            "416", "640", "\"640\"", "432", "0", "\"0\"", "9", "\"0888\"", "01000", "0x1ff",
+            "0+66", "-0640", "u=rw", "0640.0", "\"\"",
+        ] {
+            let error = mode(text).unwrap_err().to_string();
+            assert!(
+                error.contains("is no mode") && error.contains("0660"),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    /// As it is left where everything in it is commented out.
+    #[test]
+    fn a_section_needs_no_keys() {
+        let tls = "tls: {cert: a, key: b, ca: c}\n";
+        for key in [
+            "transport",
+            "datapath",
+            "policy",
+            "routing",
+            "frontends",
+            "redirect",
+            "limits",
+            "log",
+            "audit",
+            "leases",
+        ] {
+            for text in [
+                format!("{tls}{key}:\n"),
+                format!("{tls}{key}: # nothing\n"),
+                format!("{tls}{key}: {{}}\n"),
+            ] {
+                let config = parse(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+                config
+                    .check()
+                    .unwrap_or_else(|error| panic!("{text}: {error}"));
+                assert_eq!(config.leases.is_some(), key == "leases");
+            }
+        }
+        for nested in [
+            "limits: {handshakes: }",
+            "policy: {grants: }",
+            "policy: {grants: [{identity: a, cidrs: , names: }]}",
+            "redirect: {attachments: }",
+            "frontends: {http_connect: , grpc: }",
+        ] {
+            let config =
+                parse(&format!("{tls}{nested}\n")).unwrap_or_else(|e| panic!("{nested}: {e}"));
+            config.check().unwrap();
+        }
+        // Where something is needed it is asked for, and nothing is left out quietly.
+        for (text, named) in [
+            ("tls:\n", "tls.cert"),
+            ("join:\n", "join.ca"),
+            ("join: {ca: x, kubernetes: }\n", "join.kubernetes.addresses"),
+            ("konnectivity:\n", "client_ca or token"),
+            ("routing: {strategies: }\n", "routing.strategies"),
+        ] {
+            let tls = if text.starts_with("tls") { "" } else { tls };
+            let error = parse(&format!("{tls}{text}")).unwrap().check().unwrap_err();
+            assert!(error.to_string().contains(named), "{text}: {error}");
+        }
+        for text in [
+            "frontends: {http_connect: [{unix: x, allow: }]}",
+            "redirect: {attachments: [{name: a, cgroup: b, capture: [], allow: }]}",
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains("allow names nothing"), "{text}: {error}");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "serve:\nlimits:\nservers:\n").unwrap();
+        let error = AgentConfig::load(Some(file.path()))
+            .unwrap()
+            .check()
+            .unwrap_err();
+        assert!(error.to_string().contains("servers: is empty"), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_bounded_to_none() {
+        for key in [
+            "connections",
+            "connections_per_tenant",
+            "connections_per_tunnel",
+            "dials",
+            "dials_per_tenant",
+            "dials_per_tunnel",
+            "agents",
+            "agents_per_tenant",
+            "stalled_bytes",
+            "stalled_bytes_per_tenant",
+        ] {
+            let text = format!("tls: {{cert: a, key: b, ca: c}}\nlimits: {{{key}: 0}}\n");
+            let error = parse(&text).unwrap().check().unwrap_err().to_string();
+            assert!(error.contains(&format!("limits.{key}: is 0")), "{error}");
+            let text = text.replace(": 0}", ": 1}");
+            parse(&text).unwrap().check().unwrap();
+        }
+        for key in ["connections", "stalled_bytes"] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let text = format!(
+                "servers: [\"a:1\"]\ntls: {{cert: a, key: b, ca: c}}\nlimits: {{{key}: 0}}\n"
+            );
+            std::fs::write(file.path(), text).unwrap();
+            let error = AgentConfig::load(Some(file.path())).unwrap().check();
+            assert!(error.unwrap_err().to_string().contains("is 0"), "{key}");
+        }
+    }
+
+    #[test]
+    fn errors_are_for_who_writes_the_file() {
+        for text in [
+            "a: 1\na: 2\n",
+            "shards: 1\nshards: 2\n",
+            "---\nshards: 1\n---\nshards: 2\n",
+            "a: *b\n",
+            "listen: [\n",
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            for word in ["Options", "Policy", "from_", "DuplicateKey", "serde"] {
+                assert!(!error.contains(word), "{text}: {error}");
+            }
+        }
     }
 
     #[test]

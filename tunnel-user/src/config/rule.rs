@@ -172,9 +172,9 @@ fn net<'de, D: serde::Deserializer<'de>>(d: D) -> Result<IpNet, D::Error> {
     parse_net(&String::deserialize(d)?).map_err(D::Error::custom)
 }
 
-/// A list of address ranges.
+/// A list of address ranges, which may be left empty.
 pub(super) fn nets<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<IpNet>, D::Error> {
-    let texts = Vec::<String>::deserialize(d)?;
+    let texts: Vec<String> = super::section(d)?;
     let nets = texts.iter().map(|text| parse_net(text));
     nets.collect::<Result<_, _>>().map_err(D::Error::custom)
 }

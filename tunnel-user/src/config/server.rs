@@ -39,34 +39,47 @@ pub struct ServerConfig {
     pub state_dir: PathBuf,
     /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
     /// sense only beside `konnectivity`.
+    #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
     /// How packets travel.
+    #[serde(deserialize_with = "super::section")]
     pub transport: TransportConfig,
     /// How bytes are moved.
+    #[serde(deserialize_with = "super::section")]
     pub datapath: DatapathConfig,
     /// Who may serve what.
+    #[serde(deserialize_with = "super::section")]
     pub policy: PolicyConfig,
     /// How an agent is chosen.
+    #[serde(deserialize_with = "super::section")]
     pub routing: RoutingConfig,
     /// Ways in, beside the redirect.
+    #[serde(deserialize_with = "super::section")]
     pub frontends: FrontendsConfig,
     /// The eBPF redirect.
+    #[serde(deserialize_with = "super::section")]
     pub redirect: RedirectConfig,
     /// The agents of Konnectivity.
+    #[serde(deserialize_with = "super::optional_section")]
     pub konnectivity: Option<KonnectivityConfig>,
     /// Workers without a certificate get one.
+    #[serde(deserialize_with = "super::optional_section")]
     pub join: Option<JoinConfig>,
     /// Leases that tell agents how many servers there are.
+    #[serde(deserialize_with = "super::optional_section")]
     pub leases: Option<LeaseConfig>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
     /// Address of health and metrics as Konnectivity's programs tell them.
     pub health: Option<SocketAddr>,
     /// Bounds.
+    #[serde(deserialize_with = "super::section")]
     pub limits: LimitsConfig,
     /// Logging.
+    #[serde(deserialize_with = "super::section")]
     pub log: LogConfig,
     /// The record of who reached what.
+    #[serde(deserialize_with = "super::section")]
     pub audit: AuditConfig,
 }
 
@@ -103,6 +116,7 @@ impl Default for ServerConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
     /// What each identity may serve.
+    #[serde(deserialize_with = "super::section")]
     pub grants: Vec<GrantConfig>,
 }
 
@@ -116,6 +130,7 @@ pub struct GrantConfig {
     #[serde(deserialize_with = "rule::nets")]
     pub cidrs: Vec<IpNet>,
     /// DNS names, `*.suffix` among them.
+    #[serde(deserialize_with = "super::section")]
     pub names: Vec<String>,
     /// Everything that nobody else serves.
     pub default_route: bool,
@@ -126,6 +141,7 @@ pub struct GrantConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {
     /// Asked in this order; the first that knows an agent decides.
+    #[serde(deserialize_with = "super::section")]
     pub strategies: Vec<Strategy>,
 }
 
@@ -169,6 +185,7 @@ pub struct RedirectConfig {
     /// Whose members may use the maps, so that a server needs no capability; nobody when missing.
     pub group: Option<GroupConfig>,
     /// Whose sockets are redirected, and which.
+    #[serde(deserialize_with = "super::section")]
     pub attachments: Vec<AttachmentConfig>,
 }
 
@@ -207,7 +224,7 @@ pub struct AttachmentConfig {
     #[serde(default)]
     pub tenant: Option<TrustDomain>,
     /// What they may ask for of what is redirected; whatever agents serve when missing.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "super::allow::list")]
     pub allow: Option<Vec<AllowRule>>,
     /// Where redirected connections are accepted: one loopback address a family.
     #[serde(default = "default_redirect_listen")]
@@ -215,7 +232,7 @@ pub struct AttachmentConfig {
     /// What is redirected.
     pub capture: Vec<Rule>,
     /// What is not, though `capture` covers it. Loopback never is.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "super::section")]
     pub exclude: Vec<Rule>,
     /// What happens to what is captured while the server is dead or stuck.
     #[serde(default)]
@@ -273,6 +290,7 @@ pub struct LimitsConfig {
     /// The same for each tenant, if it is to be less.
     pub stalled_bytes_per_tenant: Option<u64>,
     /// Handshakes, at each port that strangers come to.
+    #[serde(deserialize_with = "super::section")]
     pub handshakes: HandshakesConfig,
     /// Dials of a destination that time out in a row before it is not dialled for a while; 0: it
     /// always is.
@@ -369,6 +387,30 @@ pub struct BreakerSettings {
 const LONGEST_RETRY: Duration = Duration::from_secs(3600);
 
 impl LimitsConfig {
+    /// Checks that nothing is bounded to none.
+    fn check_counts(&self) -> Result<(), ConfigError> {
+        super::above_zero([
+            ("limits.connections", Some(self.connections)),
+            (
+                "limits.connections_per_tunnel",
+                Some(self.connections_per_tunnel),
+            ),
+            ("limits.connections_per_tenant", self.connections_per_tenant),
+            ("limits.dials", Some(self.dials)),
+            ("limits.dials_per_tunnel", Some(self.dials_per_tunnel)),
+            ("limits.dials_per_tenant", self.dials_per_tenant),
+            ("limits.agents", Some(self.agents)),
+            ("limits.agents_per_tenant", self.agents_per_tenant),
+        ])?;
+        super::above_zero([
+            ("limits.stalled_bytes", Some(self.stalled_bytes)),
+            (
+                "limits.stalled_bytes_per_tenant",
+                self.stalled_bytes_per_tenant,
+            ),
+        ])
+    }
+
     /// What stands here of the circuit breaker.
     pub fn breaker(&self) -> BreakerSettings {
         BreakerSettings {
@@ -465,6 +507,7 @@ impl ServerConfig {
         if self.routing.strategies.is_empty() {
             return value("routing.strategies", "must name at least one");
         }
+        self.limits.check_counts()?;
         if self.limits.connections_per_tunnel > MAX_DIALS as usize {
             // Agents let no more streams in: further ones would wait.
             return value("limits.connections_per_tunnel", "must be at most 8192");
