@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tunnel_tests::client::{connect_through, eventually, round_trips};
+use tunnel_tests::lab::config::ConnectorPki;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
@@ -208,14 +209,26 @@ fn a_worker_joins_with_a_token() -> Result<()> {
     Ok(())
 }
 
-/// A certificate near its end is replaced over the tunnel, while a connection goes on; with what was
-/// issued the agent comes back after a restart.
+/// A certificate near its end, which the log announces, is replaced over the tunnel, while a connection
+/// goes on; with what was issued the agent comes back after a restart. It is another CA that issues: the
+/// agent takes it, since the old one has signed it.
 #[test]
 fn a_certificate_is_renewed_over_the_tunnel() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
     let mut lab = lab_with_desk()?;
+    let new_ca = lab.folder().join("new-pki");
+    ConnectorPki::create(&Programs::of_this_test()?.cpc, new_ca.clone())?;
+    let server = lab.control_plane.servers[0].daemon.config_file();
+    let (both, new) = (server.with_file_name("both.crt"), new_ca.join("ca.crt"));
+    let [both, new] = [both, new].map(|file| file.to_string_lossy().into_owned());
+    lab.pki()
+        .run("cross-sign", &["--ca", &new, "--out", &both])?;
+    lab.control_plane.servers[0].daemon.configure(|config| {
+        config["tls"]["ca"] = json!(both);
+        config["join"]["ca"] = json!(new_ca);
+    })?;
     // Two thirds of its life are over: it counts from five minutes ago.
     let folder = lab.workers[0]
         .agent()?
@@ -248,8 +261,15 @@ fn a_certificate_is_renewed_over_the_tunnel() -> Result<()> {
     living.set_read_timeout(Some(SOON))?;
     round_trips(&living, 1)?;
     let agent = lab.workers[0].agent()?;
+    agent.wait_log(SOON, 0, &["WARN", "certificate expires soon", "agent/w1"])?;
     agent.wait_log(SOON, 0, &["INFO", "certificate renewed"])?;
     agent.wait_log(SOON, 0, &["INFO", "certificates reloaded"])?;
+    agent.wait_log(SOON, 0, &["INFO", "CA added", "sha256:"])?;
+    // The new CA, and its certificate by the old one.
+    let (_, metrics) = agent.get("/metrics")?;
+    ensure!(metrics.contains("cpc_ca_changes_total 2"), "{metrics}");
+    let ends = r#"cpc_certificate_not_after_timestamp_seconds{purpose="tunnel",kind="own"}"#;
+    ensure!(metrics.contains(ends), "{metrics}");
     let server = &lab.control_plane.servers[0].daemon;
     server.wait_log(SOON, 0, &["certificate renewed", "agent/w1"])?;
     ensure!(

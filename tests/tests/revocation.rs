@@ -81,7 +81,7 @@ fn a_revoked_agent_is_cut_off_and_others_go_on() -> Result<()> {
 
     let seen = daemon.log().len();
     revoke(&config, "w1")?;
-    let unread = ["WARN", "the old ones stay", "revoked", "line 1", "neither"];
+    let unread = ["ERROR", "the old one stays", "revoked", "line 1", "neither"];
     daemon.wait_log(SOON, seen, &unread)?;
     round_trips(&doomed, 1)?;
 
