@@ -157,7 +157,8 @@ fn a_wide_allow_list_leaves_the_agents_own_host_alone() -> Result<()> {
 }
 
 /// A name is resolved by the agent and by nobody else: the server's host believes otherwise, and
-/// is not asked. The address that it resolves to must be allowed like any other.
+/// is not asked. The address that it resolves to must be allowed like any other. A node's host name,
+/// by which kube-apiserver dials kubelets by default, is such a name.
 #[test]
 fn names_are_resolved_by_the_agent() -> Result<()> {
     if !lab::available()? {
@@ -170,17 +171,21 @@ fn names_are_resolved_by_the_agent() -> Result<()> {
     server.configure(|config| {
         config["policy"]["grants"] = json!([{
             "identity": "spiffe://cluster.local/agent/w1",
-            "names": ["*.svc.internal"],
+            "names": ["*.svc.internal", "w1"],
         }]);
     })?;
     let agent = lab.worker("w1")?.agent()?;
-    agent.set_hosts("10.244.1.2 echo.svc.internal\n127.0.0.1 loopback.svc.internal\n")?;
-    agent.configure(|config| config["serve"] = json!({"names": ["*.svc.internal"]}))?;
+    agent.set_hosts(
+        "10.244.1.2 echo.svc.internal\n127.0.0.1 loopback.svc.internal\n10.99.1.2 w1\n",
+    )?;
+    agent.configure(|config| config["serve"] = json!({"names": ["*.svc.internal", "w1"]}))?;
     lab.start_configured()?;
 
     let proxy = &lab.control_plane.servers[0].sockets.connect_unix;
-    let stream = tunnel_tests::client::connect_through(proxy, "echo.svc.internal:7001")?;
-    tunnel_tests::client::round_trips(stream, 1)?;
+    for name in ["echo.svc.internal:7001", "w1:7001"] {
+        let stream = tunnel_tests::client::connect_through(proxy, name)?;
+        tunnel_tests::client::round_trips(stream, 1)?;
+    }
     refused(
         &lab,
         "loopback.svc.internal:7001",
