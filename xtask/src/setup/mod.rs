@@ -37,6 +37,8 @@ pub(crate) enum Purpose {
     Dist,
     /// Everything that the tests need.
     Test,
+    /// What `cargo xtask vm` needs, beside qemu.
+    Vm,
 }
 
 /// Installs what the task needs and says what was done.
@@ -51,10 +53,14 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     packages::ensure(
         match purpose {
             Purpose::Loopback | Purpose::Dist => packages::LOOPBACK,
-            Purpose::Demo | Purpose::Test => packages::LABORATORY,
+            Purpose::Demo | Purpose::Test | Purpose::Vm => packages::LABORATORY,
         },
         &mut report,
     )?;
+    if purpose == Purpose::Vm {
+        packages::ensure(packages::VIRTUAL_MACHINE, &mut report)?;
+        tools::ensure(&tools::NEXTEST, &mut report)?;
+    }
     if purpose != Purpose::Loopback {
         kernel_compiler(&mut report)?;
         tools::bpf_linker(&mut report)?;

@@ -90,6 +90,35 @@ pub(super) const LABORATORY: &[Package<'_>] = &[
     OPENSSL,
 ];
 
+/// For virtual machines, which are made of packages that are only unpacked.
+pub(super) const VIRTUAL_MACHINE: &[Package<'_>] = &[
+    Package {
+        program: "mmdebstrap",
+        name: "mmdebstrap",
+        why: "makes a root file system",
+    },
+    Package {
+        program: "mke2fs",
+        name: "e2fsprogs",
+        why: "makes a disk of it",
+    },
+    Package {
+        program: "depmod",
+        name: "kmod",
+        why: "knows which driver needs which",
+    },
+    Package {
+        program: "xz",
+        name: "xz-utils",
+        why: "unpacks drivers",
+    },
+    Package {
+        program: "strip",
+        name: "binutils",
+        why: "makes the tests smaller",
+    },
+];
+
 /// Installs those of `packages` whose program is missing.
 pub(super) fn ensure(packages: &[Package<'_>], report: &mut Report) -> Result<()> {
     let (present, missing): (Vec<_>, Vec<_>) = packages

@@ -20,17 +20,20 @@ pub(super) struct Tool {
     wheels: &'static [&'static str],
 }
 
+/// What runs the tests.
+pub(super) const NEXTEST: Tool = Tool {
+    name: "cargo-nextest",
+    version: "0.9.148",
+    why: "runs the tests",
+    wheels: &[
+        "76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c04a5685f42968",
+        "ec00da98aa8e0c0e9520219a00f68290e62da70f0574e03110dc94393711df11",
+    ],
+};
+
 /// What the tests need.
 pub(super) const CARGO: &[Tool] = &[
-    Tool {
-        name: "cargo-nextest",
-        version: "0.9.148",
-        why: "runs the tests",
-        wheels: &[
-            "76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c04a5685f42968",
-            "ec00da98aa8e0c0e9520219a00f68290e62da70f0574e03110dc94393711df11",
-        ],
-    },
+    NEXTEST,
     Tool {
         name: "cargo-deny",
         version: "0.20.2",
