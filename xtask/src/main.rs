@@ -18,6 +18,7 @@ mod programs;
 mod setup;
 mod sh;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -54,6 +55,8 @@ enum Task {
     Miri,
     /// Run every check: set-up, build, lint, doc tests, a short fuzz run, all tests.
     Test(test::Args),
+    /// Run the redirect's tests, the main path and the units on another kernel, in a virtual machine.
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Task::Dist => dist::run(),
         Task::Miri => miri::run(),
         Task::Test(args) => test::run(&args),
+        Task::Vm(args) => vm::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
