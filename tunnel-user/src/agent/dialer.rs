@@ -16,6 +16,7 @@ use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
+use super::race::race;
 use super::stats::{OnTunnel, TunnelStats};
 use super::worker::{Admitted, Worker};
 use crate::datapath::socket::prepare;
@@ -243,7 +244,7 @@ async fn admit_and_connect(
         .map_err(|(reason, detail)| Failure { reason, detail })?;
     let start = Instant::now();
     let deadline = start + request.deadline;
-    let connected = connect(worker, &request.destination, deadline);
+    let connected = connect(worker, &request.destination);
     let connected = timeout_at(deadline, connected).await.unwrap_or_else(|_| {
         let detail = format!("{} did not answer in time", request.destination);
         Err(Failure {
@@ -262,11 +263,7 @@ async fn admit_and_connect(
     Ok((connected?, admitted))
 }
 
-async fn connect(
-    worker: &Worker,
-    destination: &Destination,
-    deadline: Instant,
-) -> Result<TcpStream, Failure> {
+async fn connect(worker: &Worker, destination: &Destination) -> Result<TcpStream, Failure> {
     let addresses = match &destination.host {
         Host::Ip(addr) => vec![SocketAddr::new(*addr, destination.port)],
         Host::Name(name) => {
@@ -286,7 +283,7 @@ async fn connect(
         .partition(|addr| policy.allows_resolved(destination, addr.ip()));
     // A name that is allowed fails for what it resolves to alone.
     let guarded = others.first().filter(|_| policy.allows(destination));
-    let mut last = Failure {
+    let refused = || Failure {
         reason: CloseReason::PolicyDenied,
         detail: match guarded {
             None => format!("{destination} is not in the agent's allow-list (allow)"),
@@ -297,23 +294,22 @@ async fn connect(
             ),
         },
     };
-    for (i, addr) in allowed.iter().enumerate() {
-        // One that does not answer leaves time for the others.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let share = left / u32::try_from(allowed.len() - i).unwrap_or(u32::MAX);
-        let opened = timeout(share, open(*addr)).await;
-        let opened = opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        match opened {
-            Ok(socket) => return Ok(socket),
-            Err(error) => {
-                last = Failure {
-                    reason: reason_of(&error),
-                    detail: format!("dial {addr}: {error}"),
-                }
-            }
-        }
-    }
-    Err(last)
+    let failed = |(addr, error): (SocketAddr, io::Error)| Failure {
+        reason: reason_of(&error),
+        detail: format!("dial {addr}: {error}"),
+    };
+    let [_, _, ..] = &allowed[..] else {
+        let addr = *allowed.first().ok_or_else(refused)?;
+        return open(addr).await.map_err(|error| failed((addr, error)));
+    };
+    let name = destination.host.to_string();
+    let ordered = worker.answered.order(&name, &allowed, Instant::now());
+    let raced = race(&ordered, open).await;
+    let (addr, socket) = raced.map_err(|last| last.map_or_else(refused, failed))?;
+    worker
+        .answered
+        .note(&name, &allowed, addr.ip(), Instant::now());
+    Ok(socket)
 }
 
 async fn open(addr: SocketAddr) -> io::Result<TcpStream> {

@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 use tunnel_proto::certificate::{Answer, Join};
 use tunnel_proto::join::{self, Reader};
 
+use super::race::{in_turn, race};
 use crate::tls::credential::{Credential, CredentialError, Draft, Expected};
 use crate::tls::pin::PinnedVerifier;
 use crate::tls::{KeyHash, provider};
@@ -206,15 +207,14 @@ async fn ask(joining: &Joining, csr: Vec<u8>) -> io::Result<Answer> {
 }
 
 async fn connect(server: &str) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     let addresses: Vec<SocketAddr> = lookup_host(server).await?.collect();
-    let share = PATIENCE / 2 / u32::try_from(addresses.len().max(1)).unwrap_or(1);
-    for address in addresses {
-        match timeout(share, TcpStream::connect(address)).await {
-            Ok(Ok(socket)) => return Ok(socket),
-            Ok(Err(error)) => last = error,
-            Err(_) => last = io::ErrorKind::TimedOut.into(),
-        }
+    match timeout(PATIENCE / 2, race(&in_turn(&addresses), TcpStream::connect)).await {
+        Ok(Ok((_, socket))) => Ok(socket),
+        Ok(Err(Some((_, error)))) => Err(error),
+        Ok(Err(None)) => Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the name has no address",
+        )),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }
-    Err(last)
 }

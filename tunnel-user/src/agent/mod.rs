@@ -14,6 +14,7 @@ mod me;
 pub mod plan;
 mod policy;
 mod quic;
+mod race;
 mod renew;
 mod shards;
 mod stats;
@@ -174,6 +175,7 @@ pub async fn run(
         serve,
         renewals: renewals.clone(),
         policy: policy.clone(),
+        answered: Arc::default(),
         metrics: dials,
         proxy_metrics,
         budget: budget.clone(),

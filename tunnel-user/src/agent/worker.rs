@@ -10,6 +10,7 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
 use super::konnectivity::Client;
+use super::race::Answered;
 use super::renew::Renewals;
 use crate::allow::AllowList;
 use crate::datapath::Budget;
@@ -40,6 +41,8 @@ pub(super) struct Worker {
     pub renewals: Renewals,
     /// What may be dialled.
     pub policy: Arc<ArcSwap<AllowList>>,
+    /// Which addresses of destinations' names have answered.
+    pub answered: Arc<Answered>,
     /// Counters.
     pub metrics: DialMetrics,
     /// What proxy-agent counts.
