@@ -22,6 +22,7 @@ use super::shards::Dispatch;
 use super::tunnel::{About, End, GOODBYE};
 use crate::config::agent::Protocol;
 use crate::process::lifecycle::{self, Phase};
+use crate::telemetry::complaint::Complaint;
 use crate::transport::quic::steering::Spread;
 
 /// Where servers are found, and how many tunnels there are to be.
@@ -87,7 +88,7 @@ struct Connector {
     /// Where the tunnels go that are being dialled.
     dialling: HashMap<u64, Place>,
     tunnels: HashMap<u64, Held>,
-    complaints: HashMap<Way, String>,
+    complaints: HashMap<Way, Complaint>,
     /// What the names of servers lead to.
     names: HashMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
     unresolved: HashSet<Arc<str>>,
@@ -362,7 +363,7 @@ impl Connector {
     /// QUIC is no trouble where the other protocol leads to it.
     fn complain(&mut self, way: Way, error: &dyn fmt::Display) {
         let text = error.to_string();
-        if self.complaints.get(&way) == Some(&text) {
+        if !self.complaints.entry(way).or_default().is_news(&text) {
             return;
         }
         let Way { address, wire } = way;
@@ -373,7 +374,6 @@ impl Connector {
         } else {
             tracing::warn!(%address, protocol, error = %text, "server not reached, trying for ever");
         }
-        self.complaints.insert(way, text);
     }
 }
 

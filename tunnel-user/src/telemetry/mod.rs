@@ -4,6 +4,7 @@
 pub mod access;
 pub mod audit;
 pub mod certificates;
+pub mod complaint;
 pub mod crowd;
 pub mod konnectivity;
 pub mod limits;

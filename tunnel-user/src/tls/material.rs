@@ -23,6 +23,7 @@ use super::lifetime::{Certificates, Lifetime, Purpose};
 use super::pem;
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
+use crate::telemetry::complaint::Complaint;
 
 /// How often the files are looked at.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
@@ -312,14 +313,13 @@ pub async fn watch(
     mut reload: impl FnMut() -> Result<(), MaterialError>,
     complain: impl Fn(&MaterialError),
 ) {
-    let mut complaint = String::new();
+    let mut complaint = Complaint::default();
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
         match reload() {
             Ok(()) => complaint.clear(),
-            Err(error) if error.to_string() != complaint => {
+            Err(error) if complaint.is_news(&error.to_string()) => {
                 complain(&error);
-                complaint = error.to_string();
             }
             Err(_) => {}
         }

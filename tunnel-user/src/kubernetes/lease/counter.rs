@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::held_for;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::{Delays, apart};
+use crate::telemetry::complaint::Complaint;
 use crate::telemetry::konnectivity::LeaseReads;
 
 /// When a watch ends without a reason, in seconds.
@@ -61,15 +62,14 @@ impl LeaseCounter {
     /// Counts for ever.
     pub async fn run(self) {
         let mut delays = Delays::default();
-        let mut complaint = String::new();
+        let mut complaint = Complaint::default();
         loop {
             let Err(error) = self.follow(&mut delays).await else {
                 sleep(apart(LIST_AGAIN)).await;
                 continue;
             };
-            if error.to_string() != complaint {
+            if complaint.is_news(&error.to_string()) {
                 tracing::warn!(%error, "servers can't be counted by their leases, trying for ever");
-                complaint = error.to_string();
             }
             sleep(delays.next()).await;
         }

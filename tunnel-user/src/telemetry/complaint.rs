@@ -1,0 +1,56 @@
+//! A trouble that lasts is said when it begins and when it becomes another one, not at every try.
+
+/// The trouble that was said last.
+#[derive(Clone, Debug, Default)]
+pub struct Complaint(Option<String>);
+
+impl Complaint {
+    /// Whether `text` tells of a trouble that was not said yet. What differs in numbers alone, in an
+    /// address, an id or a time, is the same one.
+    pub fn is_news(&mut self, text: &str) -> bool {
+        let kind = kind_of(text);
+        if self.0.as_ref() == Some(&kind) {
+            return false;
+        }
+        self.0 = Some(kind);
+        true
+    }
+
+    /// All is well: the same trouble would be news again.
+    pub fn clear(&mut self) {
+        self.0 = None;
+    }
+}
+
+/// A text without the words that hold digits.
+fn kind_of(text: &str) -> String {
+    let mut kind = String::with_capacity(text.len());
+    for piece in text.split_inclusive(|c: char| !c.is_alphanumeric()) {
+        let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric());
+        let is_number = word.contains(|c: char| c.is_ascii_digit());
+        kind.push_str(if is_number { "#" } else { word });
+        kind.push_str(&piece[word.len()..]);
+    }
+    kind
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_make_no_other_trouble() {
+        let mut complaint = Complaint::default();
+        for (text, is_news) in [
+            ("10.0.0.1:8132: no answer after 5.02 s (id 7f3a)", true),
+            ("10.0.0.1:8132: no answer after 4.97 s (id 0b91)", false),
+            ("10.0.0.1:8132: refused", true),
+            ("10.0.0.1:8132: no answer after 5.02 s (id 7f3a)", true),
+        ] {
+            assert_eq!(complaint.is_news(text), is_news, "{text}");
+        }
+        complaint.clear();
+        assert!(complaint.is_news("10.0.0.1:8132: no answer after 5 s (id 7f3a)"));
+        assert_eq!(kind_of("a1 b\u{e4}, 22c-d "), "# b\u{e4}, #-d ");
+    }
+}
