@@ -43,7 +43,7 @@ use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
 use crate::process::shard::Shards;
-use crate::process::{host, memory};
+use crate::process::{self, host, memory};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
@@ -266,9 +266,7 @@ async fn idle(phase: &watch::Sender<Phase>, connections: &Gate, proxies: bool) {
 }
 
 fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {
-    TcpListener::bind(addr)
-        .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-        .map_err(|why| AgentError::Admin { addr, why })
+    process::listen::tcp(addr).map_err(|why| AgentError::Admin { addr, why })
 }
 
 fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &Me) -> AllowList {

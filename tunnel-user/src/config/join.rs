@@ -1,6 +1,6 @@
 //! `join` of a server: workers without a certificate get one.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::{ConfigError, rule};
 use crate::kubernetes::Access;
 use crate::kubernetes::token::TokenRules;
+use crate::process::listen::everywhere;
 
 /// TCP port of the join listener.
 pub const JOIN_PORT: u16 = 8138;
@@ -39,7 +40,7 @@ pub struct JoinConfig {
 impl Default for JoinConfig {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, JOIN_PORT)),
+            listen: everywhere(JOIN_PORT),
             ca: PathBuf::new(),
             validity: Duration::from_secs(30 * 24 * 3600),
             kubernetes: None,

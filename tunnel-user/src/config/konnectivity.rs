@@ -1,7 +1,7 @@
 //! `konnectivity`: what a server and an agent need to know of Konnectivity, whose agents the one
 //! may serve and whose servers the other may dial.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::ConfigError;
 use crate::kubernetes::token::TokenRules;
 use crate::kubernetes::{Access, LabelError, Labels, Rate};
+use crate::process::listen::everywhere;
 use crate::tls::floor::FloorError;
 use crate::tls::{TlsFloor, TrustDomain};
 
@@ -53,7 +54,7 @@ pub struct KonnectivityConfig {
 impl Default for KonnectivityConfig {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8091)),
+            listen: everywhere(8091),
             tenant: None,
             cert: None,
             key: None,

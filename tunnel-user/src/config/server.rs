@@ -16,6 +16,7 @@ use super::{
     TlsConfig, TransportConfig, Version, base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
+use crate::process::listen::everywhere;
 use crate::process::shard;
 use crate::process::sources::Bounds;
 use crate::tls::TrustDomain;
@@ -87,7 +88,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             version: Version,
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TUNNEL_PORT)),
+            listen: everywhere(TUNNEL_PORT),
             server_id: None,
             server_count: 1,
             shards: shard::usual(),

@@ -1,12 +1,13 @@
 //! What a process needs from its host: threads ([`shard`]), signals and the service manager
-//! ([`lifecycle`]), sockets that outlive it ([`inherited`]), memory that goes back to it
-//! ([`memory`]), capabilities that it gives back ([`privileges`]), and limits, the host's ([`host`])
-//! and our own ([`gate`], [`sources`]).
+//! ([`lifecycle`]), sockets ([`listen`]), some of which outlive it ([`inherited`]), memory that goes back to it
+//! ([`memory`]), capabilities that it gives back ([`privileges`]), and limits, the host's ([`host`],
+//! [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
 
 pub mod gate;
 pub mod host;
 pub mod inherited;
 pub mod lifecycle;
+pub mod listen;
 pub mod memory;
 pub mod privileges;
 pub mod shard;

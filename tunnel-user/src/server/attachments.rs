@@ -11,6 +11,7 @@ use nix::unistd::{Gid, Group};
 
 use crate::config::server::{AttachmentConfig, FailMode, GroupConfig, RedirectConfig};
 use crate::process::inherited::{self, Inherited};
+use crate::process::listen::is_family_missing;
 use crate::process::privileges::{self, CapabilitySet};
 use crate::redirect::{
     self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
@@ -311,7 +312,25 @@ fn listeners(
         inherited::keep(&listener, &fd_name);
         Ok(listener)
     };
-    config.listen.iter().map(open).collect()
+    let (mut listeners, mut missing) = (Vec::new(), None);
+    for opened in config.listen.iter().map(open) {
+        match opened {
+            Ok(listener) => listeners.push(listener),
+            // By default there is one of each family, and a host may have one alone.
+            Err(AttachError::Listen { name, addr, why }) if is_family_missing(&why) => {
+                tracing::warn!(
+                    attachment = name, %addr, %why,
+                    "this host has nothing of the address's family: what is captured of it is refused"
+                );
+                missing = Some(AttachError::Listen { name, addr, why });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match missing {
+        Some(error) if listeners.is_empty() => Err(error),
+        _ => Ok(listeners),
+    }
 }
 
 fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {

@@ -12,6 +12,7 @@ use super::link::konnectivity::AgentTls;
 use crate::config::ServerConfig;
 use crate::config::frontend::FrontendConfig;
 use crate::process::inherited::Inherited;
+use crate::process::listen;
 use crate::tls::TrustDomain;
 use crate::tls::revoked::Revocations;
 use crate::transport::quic::udp::{beside, bind, bind_to_share, enlarge};
@@ -174,8 +175,8 @@ fn tunnel(
 ) -> Result<Vec<UdpSocket>, ServerError> {
     let name = || format!("UDP {addr}");
     let open = || match shards {
-        1 => bind(addr),
-        _ => bind_to_share(addr),
+        1 => listen::with_fallback(addr, bind),
+        _ => listen::with_fallback(addr, bind_to_share),
     };
     let first = match inherited.udp(addr) {
         Some(udp) => {
@@ -202,9 +203,7 @@ fn listen(inherited: &mut Inherited, addr: SocketAddr) -> Result<TcpListener, Se
     if let Some(listener) = inherited.tcp(addr, None) {
         return Ok(listener);
     }
-    let listener = TcpListener::bind(addr);
-    let listener = listener.and_then(|l| l.set_nonblocking(true).map(|()| l));
-    named(format!("TCP {addr}"), listener)
+    named(format!("TCP {addr}"), listen::tcp(addr))
 }
 
 fn named<T>(what: String, opened: io::Result<T>) -> Result<T, ServerError> {

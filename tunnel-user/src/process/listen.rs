@@ -1,0 +1,102 @@
+//! Listening where a family of addresses may be missing: kernels without IPv6, hosts without IPv4.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+
+use nix::ifaddrs::getifaddrs;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Connections that may wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 1024;
+
+/// All addresses of this host: those of IPv4, or where it has none those of both families.
+pub fn everywhere(port: u16) -> SocketAddr {
+    let addresses = getifaddrs().into_iter().flatten();
+    let addresses = addresses.filter_map(|interface| interface.address);
+    let has_ipv4 = addresses
+        .filter_map(|address| address.as_sockaddr_in().map(|v4| v4.ip()))
+        .any(|v4| !v4.is_loopback());
+    let has_ipv6 = || TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok();
+    if has_ipv4 || !has_ipv6() {
+        (Ipv4Addr::UNSPECIFIED, port).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, port).into()
+    }
+}
+
+/// Whether an address was refused because this host has nothing of its family.
+pub fn is_family_missing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT | libc::EPFNOSUPPORT)
+    )
+}
+
+/// Opens a socket on `addr`. `[::]` is both families: where IPv6 is missing it is IPv4 alone, and the log
+/// says so.
+///
+/// # Errors
+/// What `open` says.
+pub fn with_fallback<T>(
+    addr: SocketAddr,
+    open: impl Fn(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    match open(addr) {
+        Err(error)
+            if addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && is_family_missing(&error) =>
+        {
+            tracing::warn!(%addr, %error, "this host has no IPv6: listening on IPv4 alone");
+            open((Ipv4Addr::UNSPECIFIED, addr.port()).into())
+        }
+        opened => opened,
+    }
+}
+
+/// Opens a TCP listener that does not block.
+///
+/// # Errors
+/// What the system says.
+pub fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+    with_fallback(addr, |addr| {
+        let domain = Domain::for_address(addr);
+        let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        if addr.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind(&addr.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host with IPv4 alone, or with nothing.
+    fn open(addr: SocketAddr) -> io::Result<SocketAddr> {
+        match (addr.is_ipv4(), addr.port()) {
+            (_, 0) => Err(io::ErrorKind::AddrInUse.into()),
+            (true, _) => Ok(addr),
+            (false, _) => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
+        }
+    }
+
+    #[test]
+    fn both_families_are_one_where_the_other_is_missing() {
+        let at = |text: &str| with_fallback(text.parse().unwrap(), open);
+        assert_eq!(at("[::]:7").unwrap(), "0.0.0.0:7".parse().unwrap());
+        assert_eq!(at("192.0.2.1:7").unwrap(), "192.0.2.1:7".parse().unwrap());
+        // An address that somebody named is meant.
+        assert!(is_family_missing(&at("[::1]:7").unwrap_err()));
+        assert_eq!(at("[::]:0").unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn a_listener_of_both_families_takes_ipv4() {
+        let listener = tcp("[::]:0".parse().unwrap()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+    }
+}
