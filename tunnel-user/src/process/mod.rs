@@ -3,6 +3,7 @@
 //! ([`memory`]), capabilities that it gives back ([`privileges`]), and limits, the host's ([`host`],
 //! [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
 
+pub mod descriptors;
 pub mod gate;
 pub mod host;
 pub mod inherited;
@@ -10,5 +11,6 @@ pub mod lifecycle;
 pub mod listen;
 pub mod memory;
 pub mod privileges;
+pub mod room;
 pub mod shard;
 pub mod sources;

@@ -1,0 +1,185 @@
+//! Room for connections of strangers, shared by where they come from. Sans-IO.
+//!
+//! Whoever comes is let in. When there is no room the oldest connection goes of the source that has the
+//! most: so one network, however many connections it holds, keeps no other out. Loopback, where probes and
+//! operators come from, keeps a part that others can't take.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Of all room, the part that only loopback may take from loopback.
+const LOOPBACK_PART: usize = 4;
+
+/// Where a connection comes from: the /24 of IPv4, the /56 of IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    Loopback,
+    Network(IpAddr),
+}
+
+/// A connection's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    source: Source,
+    number: u64,
+}
+
+/// Room for `most` connections.
+#[derive(Debug)]
+pub struct Room {
+    most: usize,
+    inside: usize,
+    last: u64,
+    /// Each source's connections, the oldest first.
+    sources: HashMap<Source, VecDeque<u64>>,
+}
+
+impl Room {
+    /// Room for `most` connections, at least 1.
+    pub fn new(most: usize) -> Self {
+        Self {
+            most: most.max(1),
+            inside: 0,
+            last: 0,
+            sources: HashMap::new(),
+        }
+    }
+
+    /// Lets a connection in. Another one may have to go for it, which has left already.
+    pub fn enter(&mut self, address: IpAddr) -> (Ticket, Option<Ticket>) {
+        let source = source(address);
+        let evicted = if self.inside < self.most {
+            None
+        } else {
+            self.heaviest(source)
+                .and_then(|heaviest| self.evict(heaviest))
+        };
+        self.last += 1;
+        self.inside += 1;
+        self.sources.entry(source).or_default().push_back(self.last);
+        let number = self.last;
+        (Ticket { source, number }, evicted)
+    }
+
+    /// Forgets a connection that has ended; nothing if it had to go.
+    pub fn leave(&mut self, ticket: Ticket) {
+        let Some(own) = self.sources.get_mut(&ticket.source) else {
+            return;
+        };
+        if let Ok(at) = own.binary_search(&ticket.number) {
+            own.remove(at);
+            self.inside -= 1;
+        }
+        if own.is_empty() {
+            self.sources.remove(&ticket.source);
+        }
+    }
+
+    /// Who has to give up a connection for one of `newcomer`'s: the source that has the most, and among
+    /// equals the one that came first.
+    fn heaviest(&self, newcomer: Source) -> Option<Source> {
+        let reserved = self.most.div_ceil(LOOPBACK_PART);
+        let may_go = |source: Source, held: usize| {
+            source != Source::Loopback || newcomer == Source::Loopback || held > reserved
+        };
+        let candidates = self
+            .sources
+            .iter()
+            .filter(|(source, own)| may_go(**source, own.len()));
+        // The oldest connection has the lowest number.
+        let heaviest = candidates.max_by_key(|(_, own)| {
+            let oldest = own.front().copied().unwrap_or_default();
+            (own.len(), std::cmp::Reverse(oldest))
+        });
+        heaviest.map(|(source, _)| *source)
+    }
+
+    fn evict(&mut self, source: Source) -> Option<Ticket> {
+        let number = *self.sources.get(&source)?.front()?;
+        let ticket = Ticket { source, number };
+        self.leave(ticket);
+        Some(ticket)
+    }
+}
+
+fn source(address: IpAddr) -> Source {
+    match address.to_canonical() {
+        address if address.is_loopback() => Source::Loopback,
+        IpAddr::V4(v4) => {
+            Source::Network(Ipv4Addr::from_bits(v4.to_bits() & (u32::MAX << 8)).into())
+        }
+        IpAddr::V6(v6) => {
+            Source::Network(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 72)).into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn fill(room: &mut Room, address: &str, count: usize) -> Vec<Ticket> {
+        (0..count).map(|_| room.enter(ip(address)).0).collect()
+    }
+
+    #[test]
+    fn who_has_the_most_gives_way_and_the_oldest_first() {
+        let mut room = Room::new(8);
+        let few = fill(&mut room, "192.0.2.1", 2);
+        let many = fill(&mut room, "198.51.100.1", 6);
+        for oldest in &many[..4] {
+            assert_eq!(room.enter(ip("203.0.113.1")).1, Some(*oldest));
+        }
+        // Two, two and four: those who came last have the most now.
+        let evicted = room.enter(ip("198.51.100.1")).1.unwrap();
+        assert_eq!(evicted.source, source(ip("203.0.113.1")));
+        assert!(!few.contains(&evicted));
+        assert_eq!(room.inside, 8);
+    }
+
+    #[test]
+    fn a_network_is_one_source_whatever_its_addresses() {
+        let mut room = Room::new(4);
+        fill(&mut room, "192.0.2.1", 1);
+        for n in 2..200 {
+            let address = ip(&format!("198.51.100.{n}"));
+            let evicted = room.enter(address).1;
+            assert!(evicted.is_none_or(|gone| gone.source == source(address)));
+        }
+        let v6 = source(ip("2001:db8:0:12ff::1"));
+        assert_eq!(v6, source(ip("2001:db8:0:1201:2::9")));
+        assert_ne!(v6, source(ip("2001:db8:0:1300::1")));
+        assert_eq!(source(ip("::ffff:192.0.2.9")), source(ip("192.0.2.7")));
+    }
+
+    #[test]
+    fn loopback_keeps_a_part_against_many_networks() {
+        let mut room = Room::new(8);
+        let own = fill(&mut room, "127.0.0.1", 2);
+        for n in 0..100 {
+            let evicted = room.enter(ip(&format!("10.0.{n}.1"))).1;
+            assert!(evicted.is_none_or(|gone| !own.contains(&gone)));
+        }
+        assert!(room.enter(ip("::1")).1.is_some(), "it always comes in");
+        // What it has beyond its part is as everybody's.
+        let mut room = Room::new(8);
+        let own = fill(&mut room, "127.0.0.1", 8);
+        assert_eq!(room.enter(ip("10.0.0.1")).1, Some(own[0]));
+    }
+
+    #[test]
+    fn room_is_there_again_when_somebody_leaves() {
+        let mut room = Room::new(2);
+        let tickets = fill(&mut room, "192.0.2.1", 2);
+        room.leave(tickets[0]);
+        room.leave(tickets[0]);
+        assert_eq!(room.enter(ip("192.0.2.1")).1, None);
+        assert_eq!(room.enter(ip("192.0.2.1")).1, Some(tickets[1]));
+        room.leave(tickets[1]);
+        assert_eq!(room.inside, 2);
+    }
+}
