@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
@@ -18,6 +19,18 @@ const QUEUE: usize = 1024;
 
 /// How often memories are looked through.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// After a change of the routes the task rests for so many times what that took: what comes meanwhile is
+/// one change. So agents that change their minds all the time have a fifth of one core, however many they
+/// are.
+const REST: u32 = 4;
+
+/// The longest rest.
+const LONGEST_REST: Duration = Duration::from_millis(500);
+
+fn rest_after(work: Duration) -> Duration {
+    (work * REST).min(LONGEST_REST)
+}
 
 /// A session, for people.
 #[derive(Debug)]
@@ -170,7 +183,8 @@ impl Control {
                 _ = self.requests.recv_many(&mut batch, QUEUE) => {}
                 _ = expire.tick() => {}
             }
-            let mut changed = self.registry.expire(Instant::now());
+            let began = Instant::now();
+            let mut changed = self.registry.expire(began);
             // Answered after the routes are in force: who is welcomed can be reached.
             let mut verdicts = Vec::new();
             for request in batch.drain(..) {
@@ -182,6 +196,9 @@ impl Control {
             for (reply, verdict) in verdicts {
                 // Whoever asked may have gone.
                 let _ = oneshot::Sender::send(reply, verdict);
+            }
+            if changed {
+                sleep(rest_after(began.elapsed())).await;
             }
         }
     }
@@ -207,7 +224,9 @@ impl Control {
                 let Some(verdict) = self.registry.offer(link, offer, now) else {
                     return false;
                 };
+                let is_new = verdict.is_new;
                 verdicts.push((reply, verdict));
+                return is_new;
             }
             Request::Changed => {}
             Request::Disconnect(link) => self.registry.disconnect(link, now),

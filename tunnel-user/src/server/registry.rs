@@ -58,6 +58,7 @@ impl Session {
         Verdict {
             accepted: self.claims.clone(),
             refused: self.refused.clone(),
+            is_new: true,
         }
     }
 }
@@ -69,6 +70,8 @@ pub struct Verdict {
     pub accepted: Vec<Claim>,
     /// What it may not, and why.
     pub refused: Vec<Refusal>,
+    /// It is not what was said to the same session before.
+    pub is_new: bool,
 }
 
 /// A claim within its tenant.
@@ -147,9 +150,20 @@ impl Registry {
 
     /// Replaces what a session offers. `None` when the session is gone.
     pub fn offer(&mut self, link: LinkId, offer: Vec<Claim>, now: Instant) -> Option<Verdict> {
-        self.sessions.get_mut(&link)?.offer = offer.into_iter().map(alone).collect();
+        let session = self.sessions.get_mut(&link)?;
+        let offer = offer.into_iter().map(alone).collect();
+        let before = session.verdict();
+        if session.offer == offer {
+            return Some(Verdict {
+                is_new: false,
+                ..before
+            });
+        }
+        session.offer = offer;
         self.settle([link].into(), now);
-        self.sessions.get(&link).map(Session::verdict)
+        let verdict = self.sessions.get(&link)?.verdict();
+        let is_new = verdict != before;
+        Some(Verdict { is_new, ..verdict })
     }
 
     /// Forgets a session, and remembers what it served. What others were refused because it served
@@ -323,6 +337,7 @@ impl Registry {
             return Verdict {
                 accepted: offer,
                 refused: Vec::new(),
+                is_new: true,
             };
         }
         let (granted, mut refused) = self.grants.cut(&info.identity, offer);
@@ -336,7 +351,11 @@ impl Registry {
                 }),
             }
         }
-        Verdict { accepted, refused }
+        Verdict {
+            accepted,
+            refused,
+            is_new: true,
+        }
     }
 
     fn may_serve_everything(&self, info: &LinkInfo) -> bool {

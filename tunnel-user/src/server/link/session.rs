@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use tokio::task::coop;
 use tunnel_proto::certificate::Answer;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
@@ -33,6 +34,8 @@ pub(super) async fn run(
 ) -> ControlEnd {
     let mut phase = shard.phase.clone();
     loop {
+        // One that says much gives way to its neighbours on the shard.
+        coop::consume_budget().await;
         let event = tokio::select! {
             event = control.next() => match event {
                 Ok(event) => event,
@@ -68,7 +71,9 @@ async fn handle(
         ServerEvent::Hello(hello) => return welcome(shard, link, hello).await,
         ServerEvent::Offer(offer) => {
             if let Some(verdict) = shard.control.offer(info.id, offer).await {
-                report(shard, &link.info.identity, &verdict.refused);
+                if verdict.is_new {
+                    report(shard, &link.info.identity, &verdict.refused);
+                }
                 link.session
                     .with(|s| s.verdict(verdict.accepted, verdict.refused))?;
             }
@@ -85,9 +90,11 @@ async fn handle(
             shard.control.changed().await;
         }
         ServerEvent::Draining { reason, .. } => {
-            tracing::info!(agent = %info.identity, reason = reason.label(), "agent is draining");
-            info.draining.store(true, Ordering::Relaxed);
-            shard.control.changed().await;
+            // An agent may say so again and again.
+            if !info.draining.swap(true, Ordering::Relaxed) {
+                tracing::info!(agent = %info.identity, reason = reason.label(), "agent is draining");
+                shard.control.changed().await;
+            }
         }
         ServerEvent::Statistics(_) => {}
         ServerEvent::CertificateRequest(csr) => {

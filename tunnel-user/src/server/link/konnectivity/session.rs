@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::task::coop;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
@@ -208,6 +209,8 @@ impl Session<'_> {
             if let Some(reason) = link.closed() {
                 return End::Told(reason);
             }
+            // One that says much gives way to its neighbours on the shard.
+            coop::consume_budget().await;
             let wants_packets = link.look(ServerEnd::wants_packets);
             let mut due = Instant::from(link.look(ServerEnd::poll_timeout));
             if !self.registered {
@@ -256,8 +259,11 @@ impl Session<'_> {
                 info.silenced.notify_waiters();
             }
             News::Draining => {
+                // An agent may say so again and again.
+                if info.draining.swap(true, Ordering::Relaxed) {
+                    return Ok(());
+                }
                 tracing::info!(agent = %info.identity, "agent is draining");
-                info.draining.store(true, Ordering::Relaxed);
             }
         }
         if self.registered {
