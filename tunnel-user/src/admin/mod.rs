@@ -48,9 +48,8 @@ pub struct Admin {
 impl Admin {
     /// Over what the process knows of itself.
     pub fn new(mut registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
-        if let Some(audit) = log.audit() {
-            audit.register(ours(&mut registry));
-        }
+        log.register(ours(&mut registry));
+        ours(&mut registry).register_collector(Box::new(Refused));
         Self {
             registry: Arc::new(registry),
             log,

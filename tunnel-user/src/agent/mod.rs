@@ -216,6 +216,7 @@ pub async fn run(
     tokio::spawn(lifetime::watch(me.lifetimes()));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(budget));
+    tokio::spawn(log.clone().keep_reporting());
     tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");
     audit::process("started", "agent", &me);
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
@@ -248,6 +249,7 @@ pub async fn run(
     }
     let _ = connector.await;
     shards.join();
+    log.report();
     tracing::info!("agent has ended");
     audit::process("ended", "agent", &me);
     Ok(())

@@ -144,7 +144,7 @@ impl Desk {
             }
             Err(error) => {
                 audit::peer_refused(Listener::Join, remote, &error);
-                Err(told(&error, &node))
+                Err(told(&error, &node, Some(remote)))
             }
         }
     }
@@ -163,7 +163,7 @@ impl Desk {
                 audit::renewed(&done.identity, (&done.serial, done.until));
                 Ok(done.issued)
             }
-            Err(error) => Err(told(&error, &name)),
+            Err(error) => Err(told(&error, &name, None)),
         }
     }
 
@@ -301,12 +301,13 @@ fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
 }
 
 /// What the one who asked is told.
-fn told(error: &DeskError, node: &str) -> String {
+fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
+    let remote = remote.map(tracing::field::display);
     if error.is_ours() {
-        tracing::error!(%error, node, "no certificate could be issued");
+        tracing::error!(%error, node, remote, "no certificate could be issued");
         return "the server could not issue a certificate; its log says why".into();
     }
-    tracing::warn!(%error, node, "no certificate issued");
+    tracing::warn!(%error, node, remote, "no certificate issued");
     error.to_string()
 }
 

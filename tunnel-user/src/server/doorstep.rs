@@ -1,20 +1,11 @@
-//! Strangers at a port until they are known: who may begin, what is counted of those who fail, and
-//! how much is said of them.
+//! Strangers at a port until they are known: who may begin, and what is counted of those who fail.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::metrics::Failures;
 use crate::config::server::HandshakesConfig;
 use crate::process::sources::{Crowded, Place, Sources, Verdict};
-use crate::telemetry::crowd::Crowd;
-
-/// Failures of one kind that the log shows in each [`INTERVAL`].
-const SHOWN: u32 = 10;
-
-/// See [`SHOWN`].
-const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Why a handshake failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +67,6 @@ impl From<Crowded> for Why {
 pub(super) struct Doorstep {
     sources: Sources,
     failures: Failures,
-    said: Arc<[Crowd; Why::ALL.len()]>,
 }
 
 impl Doorstep {
@@ -85,7 +75,6 @@ impl Doorstep {
         Self {
             sources: Sources::new(limits.bounds(), Instant::now()),
             failures,
-            said: Arc::new(Why::ALL.map(|_| Crowd::new(SHOWN, INTERVAL))),
         }
     }
 
@@ -112,11 +101,8 @@ impl Doorstep {
         self.sources.inside()
     }
 
-    /// Counts a failure. `Some` where the log is to show it, with how many of its kind were not
-    /// shown since the last that was, if any.
-    pub(super) fn failed(&self, why: Why) -> Option<Option<u64>> {
+    /// Counts a failure.
+    pub(super) fn failed(&self, why: Why) {
         self.failures.count(why);
-        let unshown = self.said[why as usize].admit(Instant::now())?;
-        Some((unshown > 0).then_some(unshown))
     }
 }

@@ -141,9 +141,8 @@ pub(super) async fn serve(
                 Ok(place) => place,
                 // Dropped with its socket at the bound.
                 Err(why) => {
-                    if let Some(unshown) = strangers.failed(why.into()) {
-                        tracing::warn!(%remote, unshown, %why, "connection to the join listener is dropped");
-                    }
+                    strangers.failed(why.into());
+                    tracing::warn!(%remote, %why, "connection to the join listener is dropped");
                     continue;
                 }
             };
@@ -158,9 +157,8 @@ pub(super) async fn serve(
                     Err(_) => (Why::Timeout, io::ErrorKind::TimedOut.into()),
                 };
                 desk.metrics.join(Outcome::Failed);
-                if let Some(unshown) = strangers.failed(why) {
-                    tracing::warn!(%remote, unshown, %error, "nobody joined");
-                }
+                strangers.failed(why);
+                tracing::warn!(%remote, %error, "nobody joined");
                 audit::peer_refused(Listener::Join, remote, &error);
             });
         }

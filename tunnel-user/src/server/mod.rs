@@ -338,6 +338,7 @@ pub async fn run(
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(kernel_log);
+    tokio::spawn(log.clone().keep_reporting());
     tracing::info!(
         tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
         shards = config.shards, tunnel_shards = tunnels,
@@ -381,6 +382,7 @@ pub async fn run(
     if let Some(leases) = leases {
         let _ = leases.await;
     }
+    log.report();
     tracing::info!("server has ended");
     audit::process("ended", "server", &identity);
     Ok(())

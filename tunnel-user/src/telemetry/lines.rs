@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -10,16 +12,19 @@ use std::time::Duration;
 const REST: Duration = Duration::from_millis(5);
 
 /// Lines that are written by one call, at most, in bytes.
-const BATCH: usize = 64 << 10;
+const BATCH: usize = 32 << 10;
 
 /// A log, where each write is an event and the control characters in it are escaped:
 /// tracing-subscriber does that for messages, not for the values of fields. JSON does by itself.
 ///
 /// What has been written goes out when the writing thread has found nothing more, which is when it
-/// flushes.
+/// flushes. Lines that can't be written are counted; one that was cut swallows none of those that follow.
 pub(super) struct Lines<W> {
     batch: Vec<u8>,
     to: W,
+    /// The last byte that was written ends no line.
+    is_cut: bool,
+    lost: Arc<AtomicU64>,
 }
 
 impl<W: Write> Lines<W> {
@@ -28,14 +33,60 @@ impl<W: Write> Lines<W> {
         Self {
             batch: Vec::new(),
             to,
+            is_cut: false,
+            lost: Arc::default(),
         }
     }
 
+    /// How many lines could not be written, now and later.
+    pub(super) fn lost(&self) -> Arc<AtomicU64> {
+        self.lost.clone()
+    }
+
     fn write_out(&mut self) -> io::Result<()> {
-        let written = self.to.write_all(&self.batch);
+        if self.is_cut && !self.batch.is_empty() {
+            write_counted(&mut self.to, b"\n")
+                .1
+                .inspect_err(|_| count(&self.lost, &self.batch))
+                .inspect_err(|_| self.batch.clear())?;
+            self.is_cut = false;
+        }
+        let (n, written) = write_counted(&mut self.to, &self.batch);
+        let whole = whole_lines(&self.batch[..n]);
+        self.is_cut = n > whole;
+        count(&self.lost, &self.batch[whole..]);
         self.batch.clear();
         written
     }
+}
+
+fn count(lost: &AtomicU64, lines: &[u8]) {
+    lost.fetch_add(line_count(lines), Ordering::Relaxed);
+}
+
+/// Writes all of `bytes`, or says how many were written before what failed.
+pub(super) fn write_counted(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
+    let mut n = 0;
+    while n < bytes.len() {
+        match to.write(&bytes[n..]) {
+            Ok(0) => return (n, Err(io::ErrorKind::WriteZero.into())),
+            Ok(more) => n += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return (n, Err(error)),
+        }
+    }
+    (n, Ok(()))
+}
+
+/// The length of the lines that `bytes` holds to their end.
+pub(super) fn whole_lines(bytes: &[u8]) -> usize {
+    let newline = bytes.iter().rposition(|byte| *byte == b'\n');
+    newline.map_or(0, |at| at + 1)
+}
+
+/// How many lines end in `bytes`.
+pub(super) fn line_count(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
 impl<W: Write> Write for Lines<W> {
@@ -88,6 +139,50 @@ mod tests {
         ] {
             assert_eq!(one_line(event), line);
         }
+    }
+
+    /// Has room for some bytes.
+    struct Disk {
+        written: Vec<u8>,
+        room: usize,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = bytes.len().min(self.room);
+            if n == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.room -= n;
+            self.written.extend_from_slice(&bytes[..n]);
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_that_was_cut_swallows_no_other() {
+        let mut lines = Lines::new(Disk {
+            written: Vec::new(),
+            room: 6,
+        });
+        let log = |lines: &mut Lines<Disk>, text: &str, room| {
+            lines.to.room += room;
+            for event in text.split_inclusive('\n') {
+                lines.write_all(event.as_bytes()).unwrap();
+            }
+            lines.write_out().is_ok()
+        };
+        assert!(!log(&mut lines, "one\ntwo\nthree\n", 0));
+        assert!(!log(&mut lines, "four\n", 0));
+        assert!(log(&mut lines, "five\n", 100));
+        assert!(log(&mut lines, "six\n", 0));
+        let written = String::from_utf8(lines.to.written).unwrap();
+        assert_eq!(written, "one\ntw\nfive\nsix\n");
+        assert_eq!(lines.lost.load(Ordering::Relaxed), 3);
     }
 
     #[test]

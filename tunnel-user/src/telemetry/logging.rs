@@ -4,10 +4,16 @@
 //! them can begin another line or drive a terminal.
 
 use std::sync::Arc;
-use std::{io, iter};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use std::{fmt as text, io, iter};
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::registry::Registry as Metrics;
 use tracing::Subscriber;
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -15,7 +21,11 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use super::audit::{AUDIT, Audit, AuditError};
 use super::lines::Lines;
+use super::throttle::{self, Throttle};
 use crate::config::{AuditConfig, LogConfig, LogFormat};
+
+/// How often the log says what was left out of it.
+const REPORT: Duration = Duration::from_secs(10);
 
 /// Target of the access log, for filters: `cpc::access=off`.
 pub const ACCESS: &str = "cpc::access";
@@ -26,6 +36,8 @@ pub const ACCESS: &str = "cpc::access";
 pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
     audit: Option<Audit>,
+    throttle: Throttle,
+    lost: Lost,
     _writer: Arc<WorkerGuard>,
 }
 
@@ -38,9 +50,36 @@ pub struct FilterError {
 }
 
 impl LogHandle {
-    /// The audit, if one is kept.
-    pub fn audit(&self) -> Option<&Audit> {
-        self.audit.as_ref()
+    /// Says every [`REPORT`] which lines were left out, in the log and in the audit.
+    pub async fn keep_reporting(self) {
+        loop {
+            tokio::time::sleep(REPORT).await;
+            self.report();
+        }
+    }
+
+    /// Says which lines were left out since the last call.
+    pub fn report(&self) {
+        for lines in self.throttle.take_suppressed() {
+            tracing::warn!(
+                suppressed = lines.lines,
+                line = lines.kind,
+                last = lines.last,
+                "too many lines of one kind, further ones are counted only"
+            );
+        }
+        if let Some(audit) = &self.audit {
+            audit.report();
+        }
+    }
+
+    /// Registers the log's metrics, and those of the audit.
+    pub fn register(&self, registry: &mut Metrics) {
+        let metrics = LogMetrics(self.throttle.clone(), self.lost.clone());
+        registry.register_collector(Box::new(metrics));
+        if let Some(audit) = &self.audit {
+            audit.register(registry);
+        }
     }
 
     /// Puts another filter in force.
@@ -53,6 +92,45 @@ impl LogHandle {
             filter: filter.into(),
             why: e.to_string(),
         })
+    }
+}
+
+/// Lines that were not written.
+#[derive(Clone, Debug)]
+struct Lost {
+    lost: Arc<AtomicU64>,
+    overflow: ErrorCounter,
+}
+
+impl Lost {
+    fn count(&self) -> u64 {
+        let overflow = u64::try_from(self.overflow.dropped_lines()).unwrap_or(u64::MAX);
+        overflow.saturating_add(self.lost.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug)]
+struct LogMetrics(Throttle, Lost);
+
+impl Collector for LogMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), text::Error> {
+        for (name, help, count) in [
+            (
+                "log_lines_suppressed",
+                "Lines that were left out of the log, because too many came of one kind",
+                self.0.total(),
+            ),
+            (
+                "log_lines_lost",
+                "Lines of the log that could not be written",
+                self.1.count(),
+            ),
+        ] {
+            let counter = ConstCounter::new(count);
+            let metric = encoder.encode_descriptor(name, help, None, counter.metric_type())?;
+            counter.encode(metric)?;
+        }
+        Ok(())
     }
 }
 
@@ -87,9 +165,10 @@ fn subscriber(
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
     // A thread of its own writes: a reader of the log that is stuck must not stop the tunnels. What
     // it has no room for is dropped.
-    let (writer, guard) = NonBlockingBuilder::default()
-        .lossy(true)
-        .finish(Lines::new(io::stderr()));
+    let lines = Lines::new(io::stderr());
+    let lost = lines.lost();
+    let (writer, guard) = NonBlockingBuilder::default().lossy(true).finish(lines);
+    let overflow = writer.error_counter();
     let lines = fmt::layer().with_writer(writer);
     let access = config.access;
     let is_logged = filter_fn(move |metadata| match metadata.target() {
@@ -99,6 +178,8 @@ fn subscriber(
     });
     // Without a hint of its own it would hide the other's.
     let filter = filter.and(is_logged.with_max_level_hint(LevelFilter::TRACE));
+    let throttle = Throttle::new(throttle::LOG, Instant::now());
+    let filter = filter.and(throttle.clone());
     let lines = match config.format {
         // Colours are control characters too.
         LogFormat::Text => lines.with_ansi(false).with_filter(filter).boxed(),
@@ -110,10 +191,13 @@ fn subscriber(
     };
     // Not `.with(records)`: a layer that is `None` has no filter, so all that nobody logs would be
     // recorded for it, a span a packet.
+    let records = records.into_iter().flatten();
     let layers: Vec<_> = iter::once(lines).chain(records).collect();
     let log = LogHandle {
         filter: handle,
         audit,
+        throttle,
+        lost: Lost { lost, overflow },
         _writer: Arc::new(guard),
     };
     Ok((tracing_subscriber::registry().with(layers), log))

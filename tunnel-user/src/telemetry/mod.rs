@@ -5,12 +5,12 @@ pub mod access;
 pub mod audit;
 pub mod certificates;
 pub mod complaint;
-pub mod crowd;
 pub mod konnectivity;
 pub mod limits;
 mod lines;
 pub mod logging;
 pub mod metrics;
+pub mod throttle;
 
 use std::time::Duration;
 

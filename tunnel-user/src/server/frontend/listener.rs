@@ -200,15 +200,13 @@ fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>
     match known {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            if let Some(unshown) = doorstep.failed(Why::Tls) {
-                tracing::warn!(%client, unshown, %error, "frontend handshake failed");
-            }
+            doorstep.failed(Why::Tls);
+            tracing::warn!(%client, %error, "frontend handshake failed");
             audit::peer_refused(Listener::Frontend, client, &error);
         }
         Err(_) => {
-            if let Some(unshown) = doorstep.failed(Why::Timeout) {
-                tracing::warn!(%client, unshown, "frontend handshake not finished in time");
-            }
+            doorstep.failed(Why::Timeout);
+            tracing::warn!(%client, "frontend handshake not finished in time");
             audit::peer_refused(Listener::Frontend, client, &io::ErrorKind::TimedOut);
         }
     }
@@ -252,9 +250,8 @@ pub(in crate::server) async fn accept_tls(
                 // Dropped with its socket at the bound.
                 Err(why) => {
                     let (_, client) = accepted;
-                    if let Some(unshown) = doorstep.failed(why.into()) {
-                        tracing::warn!(%client, unshown, %why, "client's connection is reset");
-                    }
+                    doorstep.failed(why.into());
+                    tracing::warn!(%client, %why, "client's connection is reset");
                     Ok(())
                 }
             },

@@ -51,9 +51,8 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
                 if why == Crowded::Full {
                     shard.metrics.limits.refuse(Limit::Handshakes.label());
                 }
-                if let Some(unshown) = shard.door.failed(why.into()) {
-                    tracing::warn!(%remote, unshown, %why, "handshake refused");
-                }
+                shard.door.failed(why.into());
+                tracing::warn!(%remote, %why, "handshake refused");
                 incoming.refuse();
             }
         }
@@ -70,9 +69,8 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
     let identity = match peer_identity(&connection) {
         Ok(identity) => identity,
         Err(error) => {
-            if let Some(unshown) = shard.door.failed(Why::Identity) {
-                tracing::warn!(%remote, unshown, %error, "agent refused");
-            }
+            shard.door.failed(Why::Identity);
+            tracing::warn!(%remote, %error, "agent refused");
             audit::peer_refused(Listener::Tunnel, remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
             connection.close(reason, error.to_string().as_bytes());
@@ -144,21 +142,18 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
         Ok(Err(ConnectionError::ApplicationClosed(close))) => {
             // An agent that found our certificate wanting, or changed its mind.
             let why = String::from_utf8_lossy(&close.reason).into_owned();
-            if let Some(unshown) = shard.door.failed(Why::Peer) {
-                tracing::info!(%remote, unshown, %why, "handshake given up by the peer");
-            }
+            shard.door.failed(Why::Peer);
+            tracing::info!(%remote, %why, "handshake given up by the peer");
         }
         Ok(Err(error)) => {
-            if let Some(unshown) = shard.door.failed(Why::Tls) {
-                tracing::warn!(%remote, unshown, %error, "handshake failed");
-            }
+            shard.door.failed(Why::Tls);
+            tracing::warn!(%remote, %error, "handshake failed");
             audit::peer_refused(Listener::Tunnel, remote, &error);
         }
         Err(_) => {
-            if let Some(unshown) = shard.door.failed(Why::Timeout) {
-                let seconds = HANDSHAKE_TIMEOUT.as_secs();
-                tracing::warn!(%remote, unshown, seconds, "handshake not finished in time");
-            }
+            shard.door.failed(Why::Timeout);
+            let seconds = HANDSHAKE_TIMEOUT.as_secs();
+            tracing::warn!(%remote, seconds, "handshake not finished in time");
             audit::peer_refused(Listener::Tunnel, remote, &io::ErrorKind::TimedOut);
         }
     }

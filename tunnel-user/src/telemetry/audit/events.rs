@@ -2,20 +2,19 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::Refusal;
 
 use super::AUDIT;
-use crate::telemetry::crowd::Crowd;
 use crate::tls::Identity;
 use crate::tls::anchors::Anchor;
 use crate::tls::material::{Change, MaterialError};
 use crate::tls::revoked::Revoked;
 
-/// Refused claims that a record names; it counts all.
-const NAMED: usize = 100;
+/// Bytes of refused claims that a record names; it counts all.
+const NAMED: usize = 2048;
 
 /// This process serves from now on, or no longer.
 pub fn process(event: &'static str, role: &'static str, identity: &dyn Display) {
@@ -74,8 +73,6 @@ pub enum Listener {
 }
 
 impl Listener {
-    const COUNT: usize = 4;
-
     fn label(self) -> &'static str {
         match self {
             Self::Tunnel => "tunnel",
@@ -86,18 +83,11 @@ impl Listener {
     }
 }
 
-/// Somebody who wanted to be an agent, or a client with a certificate, was not let in. Strangers can't
-/// fill the audit: of a crowd at a listener the first few are recorded, and how many there were. A
-/// crowd at one leaves room for those who come to another.
+/// Somebody who wanted to be an agent, or a client with a certificate, was not let in.
 pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &dyn Display) {
-    static CROWDS: [Crowd; Listener::COUNT] =
-        [const { Crowd::new(100, Duration::from_secs(60)) }; Listener::COUNT];
-    if let Some(unrecorded) = CROWDS[listener as usize].admit(Instant::now()) {
-        tracing::info!(
-            target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, %why,
-            unrecorded,
-        );
-    }
+    tracing::info!(
+        target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, %why,
+    );
 }
 
 /// An agent wanted to serve what it may not.
@@ -105,10 +95,17 @@ pub fn claims_refused(agent: &Identity, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
     };
-    let claims: Vec<_> = refused.iter().take(NAMED).map(|r| &*r.claim).collect();
+    let mut claims = String::new();
+    for refusal in refused {
+        if claims.len() + refusal.claim.len() >= NAMED {
+            break;
+        }
+        let space = if claims.is_empty() { "" } else { " " };
+        claims.extend([space, &refusal.claim]);
+    }
     tracing::info!(
-        target: AUDIT, event = "claims_refused", %agent, refused = refused.len(),
-        claims = claims.join(" "), why = %first.why,
+        target: AUDIT, event = "claims_refused", %agent, refused = refused.len(), claims,
+        why = %first.why,
     );
 }
 
@@ -138,6 +135,11 @@ pub fn ca_refused(server: &str, ca: &Anchor, why: &dyn Display) {
 /// The list of revoked peers was to be reloaded: whether it was.
 pub fn revocations(outcome: Result<(), &MaterialError>) {
     changed("list of revoked peers", outcome.map_err(|it| it as _));
+}
+
+/// Records of one kind were left out, because too many came.
+pub(super) fn suppressed(of: &str, records: u64, last: &str) {
+    tracing::info!(target: AUDIT, event = "suppressed", suppressed = records, of, last);
 }
 
 /// Something was to be changed while we run: whether it was.

@@ -6,7 +6,7 @@
 //! gone before its time is counted and said.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +14,8 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::Counts;
+use super::tail::{Tail, Unwritten};
+use crate::telemetry::lines::line_count;
 
 /// Of what all files may have, the part that one may: so much goes at once.
 const PARTS: u64 = 8;
@@ -30,11 +32,12 @@ pub(super) struct Bounds {
 /// Files that are appended to.
 pub(super) struct Files {
     directory: PathBuf,
+    /// What the names of its files begin with.
+    series: &'static str,
     bounds: Bounds,
     counts: Arc<Counts>,
     name: Name,
-    file: File,
-    size: u64,
+    tail: Tail<File>,
 }
 
 /// A file's place in their order.
@@ -53,6 +56,7 @@ impl Files {
     /// What the system says.
     pub(super) fn open(
         directory: &Path,
+        series: &'static str,
         bounds: Bounds,
         counts: Arc<Counts>,
         now: SystemTime,
@@ -64,21 +68,20 @@ impl Files {
             DirBuilder::new().mode(0o700).create(directory)?;
         }
         let day = day_of(now);
-        let newest = names_in(directory)?.into_iter().max();
+        let newest = names_in(directory, series)?.into_iter().max();
         let part = newest.filter(|newest| newest.day == day);
         let name = Name {
             part: part.map_or(0, |newest| newest.part),
             day,
         };
-        let file = append_to(&name.path(directory))?;
-        let size = file.metadata()?.len();
+        let tail = append_to(&name.path(directory, series))?;
         let files = Self {
             directory: directory.to_owned(),
+            series,
             bounds,
             counts,
             name,
-            file,
-            size,
+            tail,
         };
         files.prune()?;
         Ok(files)
@@ -87,32 +90,42 @@ impl Files {
     /// Appends lines.
     ///
     /// # Errors
-    /// What the system says; they may have been written in part.
-    pub(super) fn append(&mut self, lines: &[u8], now: SystemTime) -> io::Result<()> {
+    /// [`Unwritten`].
+    pub(super) fn append(&mut self, lines: &[u8], now: SystemTime) -> Result<(), Unwritten> {
         let day = day_of(now);
-        let is_full = self.size > 0 && self.size + lines.len() as u64 > self.bounds.part();
+        let size = self.tail.size();
+        let is_full = size > 0 && size + lines.len() as u64 > self.bounds.part();
         // A clock that was set back goes on in the file that is there.
-        if day > self.name.day {
-            self.begin(Name { day, part: 0 })?;
-        } else if is_full {
-            let (day, part) = (self.name.day.clone(), self.name.part.saturating_add(1));
-            self.begin(Name { day, part })?;
+        let next = match (day > self.name.day, is_full) {
+            (true, _) => Some(Name { day, part: 0 }),
+            (false, true) => Some(Name {
+                day: self.name.day.clone(),
+                part: self.name.part.saturating_add(1),
+            }),
+            (false, false) => None,
+        };
+        if let Some(Err(why)) = next.map(|next| self.begin(next)) {
+            if is_full {
+                return Err(Unwritten { whole: 0, why });
+            }
+            // There is room in yesterday's.
+            tracing::warn!(%why, "no further file for the audit");
         }
-        self.file.write_all(lines)?;
-        self.size += lines.len() as u64;
-        Ok(())
+        self.tail.append(lines)
     }
 
     fn begin(&mut self, name: Name) -> io::Result<()> {
-        let file = append_to(&name.path(&self.directory))?;
-        self.size = file.metadata()?.len();
-        (self.name, self.file) = (name, file);
-        self.prune()
+        let tail = append_to(&name.path(&self.directory, self.series))?;
+        (self.name, self.tail) = (name, tail);
+        if let Err(why) = self.prune() {
+            tracing::warn!(%why, "files of the audit can't be removed");
+        }
+        Ok(())
     }
 
     /// Removes the oldest, so that the one in use may become as large as it may.
     fn prune(&self) -> io::Result<()> {
-        let mut names = names_in(&self.directory)?;
+        let mut names = names_in(&self.directory, self.series)?;
         names.sort();
         names.retain(|name| *name < self.name);
         let mut days = 1;
@@ -123,7 +136,7 @@ impl Files {
             if name.day != day {
                 (day, days) = (&name.day, days + 1);
             }
-            let path = name.path(&self.directory);
+            let path = name.path(&self.directory, self.series);
             if days > self.bounds.days {
                 fs::remove_file(&path)?;
                 continue;
@@ -159,16 +172,17 @@ impl Bounds {
 }
 
 impl Name {
-    fn path(&self, directory: &Path) -> PathBuf {
+    fn path(&self, directory: &Path, series: &str) -> PathBuf {
         let Self { day, part } = self;
         directory.join(match part {
-            0 => format!("audit.{day}.jsonl"),
-            part => format!("audit.{day}.{part}.jsonl"),
+            0 => format!("{series}.{day}.jsonl"),
+            part => format!("{series}.{day}.{part}.jsonl"),
         })
     }
 
-    fn parse(name: &str) -> Option<Self> {
-        let middle = name.strip_prefix("audit.")?.strip_suffix(".jsonl")?;
+    fn parse(name: &str, series: &str) -> Option<Self> {
+        let middle = name.strip_prefix(series)?.strip_prefix('.')?;
+        let middle = middle.strip_suffix(".jsonl")?;
         let (day, part) = match middle.split_once('.') {
             Some((day, part)) => (day, part.parse().ok().filter(|part| *part > 0)?),
             None => (middle, 0),
@@ -182,17 +196,19 @@ impl Name {
 }
 
 /// Those that are ours; others are nobody's business.
-fn names_in(directory: &Path) -> io::Result<Vec<Name>> {
+fn names_in(directory: &Path, series: &str) -> io::Result<Vec<Name>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory)? {
-        names.extend(entry?.file_name().to_str().and_then(Name::parse));
+        let name = entry?.file_name();
+        names.extend(name.to_str().and_then(|name| Name::parse(name, series)));
     }
     Ok(names)
 }
 
-fn append_to(path: &Path) -> io::Result<File> {
+fn append_to(path: &Path) -> io::Result<Tail<File>> {
     let mut options = OpenOptions::new();
-    options.append(true).create(true).mode(0o600).open(path)
+    let file = options.append(true).create(true).mode(0o600).open(path)?;
+    Tail::of(file, path)
 }
 
 fn count_lines(path: &Path) -> io::Result<u64> {
@@ -200,7 +216,7 @@ fn count_lines(path: &Path) -> io::Result<u64> {
     loop {
         match file.read(&mut chunk)? {
             0 => return Ok(lines),
-            n => lines += chunk[..n].iter().filter(|b| **b == b'\n').count() as u64,
+            n => lines += line_count(&chunk[..n]),
         }
     }
 }
@@ -227,7 +243,7 @@ mod tests {
     }
 
     fn open(directory: &Path, day: u32) -> Files {
-        Files::open(directory, BOUNDS, Arc::default(), at(day)).unwrap()
+        Files::open(directory, "audit", BOUNDS, Arc::default(), at(day)).unwrap()
     }
 
     fn names(directory: &Path) -> Vec<String> {
@@ -279,8 +295,24 @@ mod tests {
         let left = bytes(place.path()) / 5;
         assert_eq!(removed(&files), 200 - left);
         assert!(left > 10, "{left} are left");
-        let newest = fs::read_to_string(files.name.path(place.path())).unwrap();
+        let newest = fs::read_to_string(files.name.path(place.path(), "audit")).unwrap();
         assert!(newest.ends_with("0199\n"), "{newest}");
+    }
+
+    #[test]
+    fn one_series_takes_no_room_from_another() {
+        let place = tempfile::tempdir().unwrap();
+        let mut decisions = open(place.path(), 0);
+        decisions.append(b"{}\n", at(0)).unwrap();
+        let name = "connections";
+        let mut busy = Files::open(place.path(), name, BOUNDS, Arc::default(), at(0)).unwrap();
+        for _ in 0..200 {
+            busy.append(b"{12}\n", at(0)).unwrap();
+        }
+        decisions.append(b"{}\n", at(0)).unwrap();
+        let kept = fs::read_to_string(place.path().join("audit.2026-11-23.jsonl"));
+        assert_eq!(kept.unwrap(), "{}\n{}\n");
+        assert!(bytes(place.path()) <= 6 + BOUNDS.bytes);
     }
 
     #[test]
@@ -299,7 +331,7 @@ mod tests {
 
     #[test]
     fn parts_are_in_the_order_of_their_numbers() {
-        let parse = |name| Name::parse(name).unwrap();
+        let parse = |name| Name::parse(name, "audit").unwrap();
         let tenth = parse("audit.2026-11-23.10.jsonl");
         assert!(parse("audit.2026-11-23.jsonl") < parse("audit.2026-11-23.2.jsonl"));
         assert!(parse("audit.2026-11-23.2.jsonl") < tenth);
@@ -308,8 +340,9 @@ mod tests {
             "audit.jsonl",
             "audit.2026-11-23.0.jsonl",
             "audit.2026-11-23.x.jsonl",
+            "connections.2026-11-23.jsonl",
         ] {
-            assert_eq!(Name::parse(other), None, "{other}");
+            assert_eq!(Name::parse(other, "audit"), None, "{other}");
         }
     }
 }

@@ -4,34 +4,50 @@
 //! refused, at their end; those of [`AUDIT`] name what happened in `event`. None holds a token or
 //! anything that was carried. The log's filter does not touch it, and the log does not repeat it.
 //!
-//! It never holds a tunnel up: a thread of its own writes, and what that can't write is counted.
+//! The two kinds have a queue, a thread and files each, so that connections, however many a client
+//! opens, push out no decision. Decisions that peers can cause again and again are throttled.
+//!
+//! It never holds a tunnel up: threads of its own write, and what they can't write is counted.
 
 pub mod events;
 mod files;
 mod sink;
+mod tail;
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
-use tracing::{Metadata, Subscriber};
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing::Subscriber;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{LevelFilter, filter_fn};
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
+use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use self::sink::Sink;
 use super::lines::Lines;
 use super::logging::ACCESS;
+use super::throttle::{self, Throttle};
 use crate::config::AuditConfig;
 
 /// Target of the records that are no connections.
 pub const AUDIT: &str = "cpc::audit";
+
+/// What the names of the files begin with that hold decisions.
+const DECISIONS: &str = "audit";
+
+/// The same of connections.
+const CONNECTIONS: &str = "connections";
+
+/// Bytes of `audit.max_bytes` are shared by so many series of files.
+const SERIES: u64 = 2;
 
 /// An audit that can't be kept.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +63,9 @@ pub struct Audit(Arc<Kept>);
 
 struct Kept {
     counts: Arc<Counts>,
-    overflow: ErrorCounter,
-    _writer: WorkerGuard,
+    overflow: Vec<ErrorCounter>,
+    throttle: Throttle,
+    _writers: Vec<WorkerGuard>,
 }
 
 /// What became of the records that a writer got.
@@ -59,37 +76,47 @@ struct Counts {
     removed: AtomicU64,
 }
 
+/// Takes records.
+type Records<S> = Box<dyn Layer<S> + Send + Sync>;
+
 impl Audit {
-    /// Begins to keep it: the layer takes the records.
+    /// Begins to keep it: the layers take the records.
     ///
     /// # Errors
     /// [`AuditError`]: whoever wants an audit does not want to run without.
-    pub fn start<S>(
-        config: &AuditConfig,
-    ) -> Result<(Self, Box<dyn Layer<S> + Send + Sync>), AuditError>
+    pub fn start<S>(config: &AuditConfig) -> Result<(Self, Vec<Records<S>>), AuditError>
     where
         S: Subscriber + for<'a> LookupSpan<'a>,
     {
         let counts = Arc::<Counts>::default();
-        let sink = Sink::open(config, counts.clone())?;
-        let (writer, guard) = NonBlockingBuilder::default()
-            .lossy(true)
-            .thread_name("audit")
-            .finish(Lines::new(sink));
+        let throttle = Throttle::new(throttle::AUDIT, Instant::now());
+        let (mut overflow, mut writers, mut layers) = (Vec::new(), Vec::new(), Vec::new());
+        for (series, target) in [(DECISIONS, AUDIT), (CONNECTIONS, ACCESS)] {
+            let sink = Sink::open(config, series, counts.clone())?;
+            let (writer, guard) = NonBlockingBuilder::default()
+                .lossy(true)
+                .thread_name("audit")
+                .finish(Lines::new(sink));
+            overflow.push(writer.error_counter());
+            writers.push(guard);
+            let wanted = filter_fn(move |metadata| metadata.target() == target);
+            let wanted = wanted.with_max_level_hint(LevelFilter::INFO);
+            layers.push(records(writer, wanted.and(throttle.clone())));
+        }
         let audit = Self(Arc::new(Kept {
             counts,
-            overflow: writer.error_counter(),
-            _writer: guard,
+            overflow,
+            throttle,
+            _writers: writers,
         }));
-        let records = tracing_subscriber::fmt::layer()
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_span_list(false)
-            .with_level(false)
-            .with_writer(writer);
-        let records_only = filter_fn(is_record).with_max_level_hint(LevelFilter::INFO);
-        Ok((audit, records.with_filter(records_only).boxed()))
+        Ok((audit, layers))
+    }
+
+    /// Records which decisions were left out since the last call.
+    pub fn report(&self) {
+        for lines in self.0.throttle.take_suppressed() {
+            events::suppressed(&lines.kind, lines.lines, &lines.last);
+        }
     }
 
     /// Records that were written.
@@ -99,7 +126,9 @@ impl Audit {
 
     /// Records that were not.
     pub fn lost(&self) -> u64 {
-        let overflow = u64::try_from(self.0.overflow.dropped_lines()).unwrap_or(u64::MAX);
+        let overflow = self.0.overflow.iter();
+        let overflow: usize = overflow.map(ErrorCounter::dropped_lines).sum();
+        let overflow = u64::try_from(overflow).unwrap_or(u64::MAX);
         overflow.saturating_add(self.0.counts.lost.load(Ordering::Relaxed))
     }
 
@@ -108,10 +137,30 @@ impl Audit {
         self.0.counts.removed.load(Ordering::Relaxed)
     }
 
+    /// Records that were left out, because too many came of one kind.
+    pub fn suppressed(&self) -> u64 {
+        self.0.throttle.total()
+    }
+
     /// Registers its metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(self.clone()));
     }
+}
+
+fn records<S>(writer: NonBlocking, filter: impl Filter<S> + Send + Sync + 'static) -> Records<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    tracing_subscriber::fmt::layer()
+        .json()
+        .flatten_event(true)
+        .with_current_span(false)
+        .with_span_list(false)
+        .with_level(false)
+        .with_writer(writer)
+        .with_filter(filter)
+        .boxed()
 }
 
 impl fmt::Debug for Audit {
@@ -141,6 +190,11 @@ impl Collector for Audit {
                 "Audit records that were removed before their time, for others to fit",
                 self.removed(),
             ),
+            (
+                "audit_records_suppressed",
+                "Audit records that were left out, because too many came of one kind",
+                self.suppressed(),
+            ),
         ] {
             let counter = ConstCounter::new(count);
             let metric = encoder.encode_descriptor(name, help, None, counter.metric_type())?;
@@ -148,9 +202,4 @@ impl Collector for Audit {
         }
         Ok(())
     }
-}
-
-/// Whether an event belongs to the audit.
-fn is_record(metadata: &Metadata<'_>) -> bool {
-    matches!(metadata.target(), ACCESS | AUDIT)
 }

@@ -8,8 +8,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::files::{Bounds, Files};
-use super::{AuditError, Counts};
+use super::{AuditError, Counts, SERIES};
 use crate::config::AuditConfig;
+use crate::telemetry::lines::line_count;
 
 /// The journal's socket (systemd.io, "Native Journal Protocol").
 const JOURNAL: &str = "/run/systemd/journal/socket";
@@ -27,14 +28,18 @@ pub(super) struct Sink {
 
 impl Sink {
     /// Opens what is configured.
-    pub(super) fn open(config: &AuditConfig, counts: Arc<Counts>) -> Result<Self, AuditError> {
+    pub(super) fn open(
+        config: &AuditConfig,
+        series: &'static str,
+        counts: Arc<Counts>,
+    ) -> Result<Self, AuditError> {
         let files = config.directory.as_deref();
         let files = files.map(|directory| {
             let bounds = Bounds {
                 days: config.keep,
-                bytes: config.max_bytes,
+                bytes: config.max_bytes / SERIES,
             };
-            let opened = Files::open(directory, bounds, counts.clone(), SystemTime::now());
+            let opened = Files::open(directory, series, bounds, counts.clone(), SystemTime::now());
             opened.map_err(|why| AuditError {
                 place: directory.display().to_string(),
                 why,
@@ -54,17 +59,26 @@ impl Sink {
         })
     }
 
-    fn put(&mut self, lines: &[u8]) -> io::Result<()> {
-        if let Some(files) = &mut self.files {
-            files.append(lines, SystemTime::now())?;
+    /// Writes to each place what it takes. Returns how many records are missing in one of them, and why.
+    fn put(&mut self, lines: &[u8]) -> (u64, Option<io::Error>) {
+        let (mut missing, mut error) = (0, None);
+        if let Some(files) = &mut self.files
+            && let Err(unwritten) = files.append(lines, SystemTime::now())
+        {
+            missing = line_count(&lines[unwritten.whole..]);
+            error = Some(unwritten.why);
         }
         if let Some(journal) = &self.journal {
+            let mut unsent = 0;
             for line in lines.split(|byte| *byte == b'\n').filter(|l| !l.is_empty()) {
                 let head = b"SYSLOG_IDENTIFIER=cpc-audit\nPRIORITY=6\nMESSAGE=";
-                journal.send(&[&head[..], line, b"\n"].concat())?;
+                if let Err(why) = journal.send(&[&head[..], line, b"\n"].concat()) {
+                    (unsent, error) = (unsent + 1, Some(why));
+                }
             }
+            missing = missing.max(unsent);
         }
-        Ok(())
+        (missing, error)
     }
 
     fn complain(&mut self, why: &io::Error) {
@@ -78,15 +92,13 @@ impl Sink {
 
 impl Write for Sink {
     fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
-        let count = lines.iter().filter(|byte| **byte == b'\n').count() as u64;
-        let counter = match self.put(lines) {
-            Ok(()) => &self.counts.written,
-            Err(error) => {
-                self.complain(&error);
-                &self.counts.lost
-            }
-        };
-        counter.fetch_add(count, Ordering::Relaxed);
+        let (missing, error) = self.put(lines);
+        if let Some(error) = error {
+            self.complain(&error);
+        }
+        let written = line_count(lines).saturating_sub(missing);
+        self.counts.written.fetch_add(written, Ordering::Relaxed);
+        self.counts.lost.fetch_add(missing, Ordering::Relaxed);
         Ok(lines.len())
     }
 
@@ -113,7 +125,13 @@ mod tests {
     };
 
     fn files_in(directory: &Path) -> io::Result<Files> {
-        Files::open(directory, BOUNDS, Arc::default(), SystemTime::now())
+        Files::open(
+            directory,
+            "audit",
+            BOUNDS,
+            Arc::default(),
+            SystemTime::now(),
+        )
     }
 
     fn sink(files: Option<Files>, journal: Option<UnixDatagram>) -> Sink {

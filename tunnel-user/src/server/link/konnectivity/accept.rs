@@ -109,9 +109,8 @@ impl Agents {
                         self.deal(socket, remote, stranger);
                     }
                     Err(why) => {
-                        if let Some(unshown) = self.door.step.failed(why.into()) {
-                            tracing::warn!(%remote, unshown, %why, "agent's connection is closed");
-                        }
+                        self.door.step.failed(why.into());
+                        tracing::warn!(%remote, %why, "agent's connection is closed");
                     }
                 },
                 Err(error) => {
@@ -144,9 +143,8 @@ impl Agents {
         // Not while we drain: an agent drops a server that says so, with all its connections.
         let ending = self.ending.notified();
         let failed = |why, error: &dyn std::fmt::Display| {
-            if let Some(unshown) = self.door.step.failed(why) {
-                tracing::warn!(%remote, unshown, %error, "agent's handshake failed");
-            }
+            self.door.step.failed(why);
+            tracing::warn!(%remote, %error, "agent's handshake failed");
             audit::peer_refused(Listener::Konnectivity, remote, error);
         };
         let secured = async {

@@ -80,9 +80,8 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let (introduction, identity) = match introduce(&agents, &peer, &call).await {
         Ok(introduced) => introduced,
         Err(refusal) => {
-            if let Some(unshown) = agents.door.step.failed(Why::Identity) {
-                tracing::warn!(%remote, unshown, error = %refusal, "agent refused");
-            }
+            agents.door.step.failed(Why::Identity);
+            tracing::warn!(%remote, error = %refusal, "agent refused");
             audit::peer_refused(Listener::Konnectivity, remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
         }
@@ -91,9 +90,8 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let server_id = match admitted {
         Ok(server_id) => server_id,
         Err(status) => {
-            if let Some(unshown) = agents.door.step.failed(Why::Overload) {
-                tracing::warn!(%remote, unshown, agent = %identity, error = %status, "agent refused");
-            }
+            agents.door.step.failed(Why::Overload);
+            tracing::warn!(%remote, agent = %identity, error = %status, "agent refused");
             return call.refuse(&status);
         }
     };

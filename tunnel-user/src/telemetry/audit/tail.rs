@@ -1,0 +1,193 @@
+//! The end of a file of records: a record is there to its end, or not at all.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use crate::telemetry::lines::{whole_lines, write_counted};
+
+/// A file that is appended to, as far as it matters here.
+pub(super) trait Medium: Write {
+    /// Its length in bytes.
+    fn size(&self) -> io::Result<u64>;
+
+    /// Cuts it.
+    fn cut_to(&mut self, size: u64) -> io::Result<()>;
+}
+
+impl Medium for File {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn cut_to(&mut self, size: u64) -> io::Result<()> {
+        self.set_len(size)
+    }
+}
+
+/// The end of a file.
+#[derive(Debug)]
+pub(super) struct Tail<F> {
+    file: F,
+    size: u64,
+    /// The last byte ends no record.
+    is_cut: bool,
+}
+
+/// Records that were not written to their end.
+#[derive(Debug)]
+pub(super) struct Unwritten {
+    /// Bytes of those before them, which were.
+    pub whole: usize,
+    /// What the system says.
+    pub why: io::Error,
+}
+
+impl Tail<File> {
+    /// The end of `file`, which lies at `path` and may have been cut by the end of a process.
+    pub(super) fn of(file: File, path: &Path) -> io::Result<Self> {
+        let size = file.size()?;
+        let is_cut = size > 0 && last_byte(path)? != b'\n';
+        Ok(Self { file, size, is_cut })
+    }
+}
+
+fn last_byte(path: &Path) -> io::Result<u8> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    Ok(last[0])
+}
+
+impl<F: Medium> Tail<F> {
+    /// Its length in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Appends records. One that does not fit to its end is taken back; where that fails the next one
+    /// begins on a line of its own.
+    ///
+    /// # Errors
+    /// [`Unwritten`].
+    pub(super) fn append(&mut self, records: &[u8]) -> Result<(), Unwritten> {
+        if self.is_cut {
+            let (n, written) = write_counted(&mut self.file, b"\n");
+            self.size += n as u64;
+            written.map_err(|why| Unwritten { whole: 0, why })?;
+            self.is_cut = false;
+        }
+        let (n, written) = write_counted(&mut self.file, records);
+        self.size += n as u64;
+        let Err(why) = written else {
+            return Ok(());
+        };
+        let whole = whole_lines(&records[..n]);
+        if n > whole {
+            self.is_cut = self.take_back((n - whole) as u64).is_err();
+        }
+        Err(Unwritten { whole, why })
+    }
+
+    fn take_back(&mut self, bytes: u64) -> io::Result<()> {
+        let size = self.file.size()?.saturating_sub(bytes);
+        self.file.cut_to(size)?;
+        self.size = size;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk with room for some bytes.
+    #[derive(Debug)]
+    struct Disk {
+        written: Vec<u8>,
+        room: usize,
+        may_cut: bool,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = bytes.len().min(self.room);
+            if n == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.room -= n;
+            self.written.extend_from_slice(&bytes[..n]);
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Medium for Disk {
+        fn size(&self) -> io::Result<u64> {
+            Ok(self.written.len() as u64)
+        }
+
+        fn cut_to(&mut self, size: u64) -> io::Result<()> {
+            if !self.may_cut {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            self.written.truncate(usize::try_from(size).unwrap());
+            Ok(())
+        }
+    }
+
+    fn tail(room: usize, may_cut: bool) -> Tail<Disk> {
+        Tail {
+            file: Disk {
+                written: Vec::new(),
+                room,
+                may_cut,
+            },
+            size: 0,
+            is_cut: false,
+        }
+    }
+
+    #[test]
+    fn a_record_without_room_is_taken_back_and_the_next_is_whole() {
+        for (may_cut, expected) in [(true, "{1}\n{4}\n"), (false, "{1}\n{2\n{4}\n")] {
+            let mut tail = tail(6, may_cut);
+            let unwritten = tail.append(b"{1}\n{2}\n{3}\n").unwrap_err();
+            assert_eq!(unwritten.whole, 4);
+            assert_eq!(unwritten.why.kind(), io::ErrorKind::StorageFull);
+            tail.file.room = 100;
+            tail.append(b"{4}\n").unwrap();
+            assert_eq!(str::from_utf8(&tail.file.written).unwrap(), expected);
+            assert_eq!(tail.size(), expected.len() as u64);
+        }
+    }
+
+    #[test]
+    fn without_any_room_nothing_is_there() {
+        let mut tail = tail(0, true);
+        assert_eq!(tail.append(b"{1}\n").unwrap_err().whole, 0);
+        tail.file.room = 4;
+        tail.append(b"{2}\n").unwrap();
+        assert_eq!(tail.file.written, b"{2}\n");
+    }
+
+    #[test]
+    fn what_a_process_left_cut_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        for (left, expected) in [
+            ("{1}\n{2", "{1}\n{2\n{3}\n"),
+            ("{1}\n", "{1}\n{3}\n"),
+            ("", "{3}\n"),
+        ] {
+            std::fs::write(&path, left).unwrap();
+            let file = File::options().append(true).open(&path).unwrap();
+            Tail::of(file, &path).unwrap().append(b"{3}\n").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
+        }
+    }
+}
