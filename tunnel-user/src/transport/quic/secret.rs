@@ -105,6 +105,7 @@ fn create(state_dir: &Path, path: &Path) -> io::Result<Vec<u8>> {
     file.write_all(&bytes)?;
     file.sync_all()?;
     fs::rename(&aside, path)?;
+    fs::File::open(state_dir)?.sync_all()?;
     Ok(bytes)
 }
 
