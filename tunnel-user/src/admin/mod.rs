@@ -12,6 +12,7 @@ pub mod konnectivity;
 mod listener;
 pub mod status;
 
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -20,12 +21,32 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, put};
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
 
+use crate::process::descriptors;
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
+
+/// Counts what had no file descriptor.
+#[derive(Debug)]
+struct Refused;
+
+impl Collector for Refused {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let counter = ConstCounter::new(descriptors::refused());
+        let (name, help) = (
+            "connections_without_descriptor",
+            "Connections that were refused because no file descriptor was left",
+        );
+        let metric = encoder.encode_descriptor(name, help, None, counter.metric_type())?;
+        counter.encode(metric)
+    }
+}
 
 /// What a server and an agent tell in their own ways.
 pub trait Source: Send + Sync {
@@ -77,11 +98,11 @@ impl Admin {
     }
 }
 
-/// Serves `router` on `listener` for ever.
-pub async fn serve(listener: std::net::TcpListener, router: Router) {
+/// Serves `router` on `listener` for ever, to `most` connections at once.
+pub async fn serve(listener: std::net::TcpListener, router: Router, most: usize) {
     let served = async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        axum::serve(listener::Listener::new(listener), router).await
+        axum::serve(listener::Listener::new(listener, most), router).await
     };
     if let Err(error) = served.await {
         tracing::error!(%error, "an HTTP listener has ended");

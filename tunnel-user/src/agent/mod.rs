@@ -39,6 +39,7 @@ use crate::config::konnectivity::CountSource;
 use crate::config::{AgentConfig, AllowRule, ConfigError};
 use crate::datapath::{Budget, Engines};
 use crate::kubernetes::AccessError;
+use crate::process::descriptors::{Listeners, Shares};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
@@ -108,13 +109,17 @@ const DRAIN_HEARD: Duration = Duration::from_secs(1);
 /// # Errors
 /// [`AgentError`], before any server is dialled.
 pub async fn run(
-    config: AgentConfig,
+    mut config: AgentConfig,
     log: LogHandle,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
     config.check()?;
     let mut hangups = lifecycle::hangups()?;
-    host::raise_file_limit(config.limits.connections);
+    host::raise_file_limit();
+    let http = if config.health.is_some() { 2 } else { 1 };
+    let shares = Shares::of_process(Listeners { http, tls: 0 });
+    let connections = &mut config.limits.connections;
+    *connections = host::fit_connections(*connections, shares.connections);
     let me = Me::load(&config)?;
     let (offers, serve) = watch::channel(claims(&config.serve)?);
     let policy = policy::policy(config.allow.clone(), &me.addresses());
@@ -192,9 +197,9 @@ pub async fn run(
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
     if let Some(listener) = probes {
         let pages = admin::konnectivity::agent_router(admin.clone());
-        tokio::spawn(admin::serve(listener, pages));
+        tokio::spawn(admin::serve(listener, pages, shares.http));
     }
-    tokio::spawn(admin::serve(admin_listener, admin.router()));
+    tokio::spawn(admin::serve(admin_listener, admin.router(), shares.http));
     let allow = Arc::new(Mutex::new(config.allow.clone()));
     if let Some(material) = me.material.clone() {
         let (me, policy, allow) = (me.clone(), policy.clone(), allow.clone());

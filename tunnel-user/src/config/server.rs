@@ -336,6 +336,14 @@ impl Default for HandshakesConfig {
 }
 
 impl HandshakesConfig {
+    /// The same with at most `most` under way at once.
+    pub fn at_most(&self, most: usize) -> Self {
+        Self {
+            at_once: self.at_once.min(most),
+            ..self.clone()
+        }
+    }
+
     /// As a port keeps them.
     pub fn bounds(&self) -> Bounds {
         Bounds {

@@ -13,7 +13,7 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tunnel_proto::certificate::Join;
 use tunnel_proto::join::{self, Reader};
@@ -27,6 +27,7 @@ use crate::join::desk::Pods;
 use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
 use crate::kubernetes::{self, token::TokenReviewer};
+use crate::process::descriptors::after_failed_accept;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::issue::Authority;
 use crate::tls::{Identity, Material, provider};
@@ -36,9 +37,6 @@ const MAX_STRANGERS: usize = 256;
 
 /// How long one may take, the review of a token of Kubernetes included.
 const PATIENCE: Duration = Duration::from_secs(15);
-
-/// After an accept that failed, for want of file descriptors most likely.
-const REST: Duration = Duration::from_millis(100);
 
 /// Opens the desk, where one is configured.
 ///
@@ -132,8 +130,7 @@ pub(super) async fn serve(
             let (socket, remote) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(%error, "no connection accepted for a join");
-                    sleep(REST).await;
+                    after_failed_accept(&listener, "join", &error, b"").await;
                     continue;
                 }
             };

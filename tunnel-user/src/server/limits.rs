@@ -5,7 +5,10 @@ use prometheus_client::registry::Registry;
 
 use super::shard::Common;
 use super::tenants::Tenant;
+use crate::config::ServerConfig;
+use crate::config::frontend::FrontendConfig;
 use crate::config::server::LimitsConfig;
+use crate::process::descriptors::Listeners;
 use crate::process::gate::Gate;
 use crate::telemetry::limits::LimitMetrics;
 use crate::transport::quic::config::STREAM_HELD;
@@ -107,6 +110,19 @@ impl Limit {
             Self::Handshakes => format!("the server has {most} handshakes under way"),
         };
         format!("{what} (limits.{})", self.label())
+    }
+}
+
+/// What a server listens on that takes a share of its file descriptors.
+pub(super) fn listeners(config: &ServerConfig) -> Listeners {
+    let frontends = { config.frontends.http_connect.iter() }.chain(&config.frontends.grpc);
+    let tls = frontends.filter(|frontend| matches!(frontend, FrontendConfig::Tcp(_)));
+    let http = [true, config.health.is_some(), config.tls.cert.is_some()];
+    let others = [config.join.is_some(), config.konnectivity.is_some()];
+    let count = |there: &[bool]| there.iter().filter(|is_there| **is_there).count();
+    Listeners {
+        http: count(&http),
+        tls: tls.count() + count(&others),
     }
 }
 

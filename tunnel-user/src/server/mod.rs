@@ -47,6 +47,7 @@ use crate::config::{ConfigError, ServerConfig};
 use crate::datapath::{Budget, Engines};
 use crate::join::BookError;
 use crate::kubernetes::AccessError;
+use crate::process::descriptors::Shares;
 use crate::process::gate::Gate;
 use crate::process::inherited::Inherited;
 use crate::process::lifecycle::{self, Phase};
@@ -187,13 +188,16 @@ const DEFAULT_TENANT: &str = "cluster.local";
 /// # Errors
 /// [`ServerError`], before anything is served.
 pub async fn run(
-    config: ServerConfig,
+    mut config: ServerConfig,
     log: LogHandle,
     mut inherited: Inherited,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
 ) -> Result<(), ServerError> {
     config.check()?;
-    host::raise_file_limit(config.limits.connections);
+    host::raise_file_limit();
+    let shares = Shares::of_process(limits::listeners(&config));
+    let connections = &mut config.limits.connections;
+    *connections = host::fit_connections(*connections, shares.connections);
     let mut metrics = prometheus_client::registry::Registry::default();
     let tunnel = Tunnel::load(&config, &mut metrics)?;
     let identity = own_identity(&config, tunnel.as_ref())?;
@@ -246,6 +250,10 @@ pub async fn run(
         budget,
         limits: config.limits.clone(),
         connections: Gate::new(config.limits.connections),
+        shares,
+        troubles: Troubles::default(),
+        waiting: Gate::new(shares.waiting),
+        grpc_clients: Gate::new(config.limits.connections),
         dials: Gate::new(config.limits.dials),
         tunnels: Gate::new(config.limits.agents),
         door: Doorstep::new(&config.limits.handshakes, failed_tunnels.clone()),
@@ -274,7 +282,8 @@ pub async fn run(
     if let (Some(konnectivity), Some(bound)) = (&config.konnectivity, bound.agents) {
         tokio::spawn(bound.tls.clone().watch());
         let id = &common.server_id;
-        let step = Doorstep::new(&config.limits.handshakes, failed_tunnels);
+        let handshakes = config.limits.handshakes.at_most(shares.handshakes);
+        let step = Doorstep::new(&handshakes, failed_tunnels);
         let made = Door::new(konnectivity, id, bound.tls, bound.tenant, step);
         door = Some(made.await?);
         agents = Some(bound.listener);
@@ -319,17 +328,22 @@ pub async fn run(
     }
 
     if let (Some(listener), Some(desk)) = (bound.join, desk) {
-        let strangers = join::doorstep(&config.limits.handshakes, failed_joins);
+        let handshakes = config.limits.handshakes.at_most(shares.handshakes);
+        let strangers = join::doorstep(&handshakes, failed_joins);
         join::serve(listener, desk, strangers).await?;
     }
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
-    tokio::spawn(admin::serve(bound.admin, admin.clone().router()));
+    tokio::spawn(admin::serve(
+        bound.admin,
+        admin.clone().router(),
+        shares.http,
+    ));
     if let Some(probes) = bound.probes {
         let pages = admin::konnectivity::server_router(admin.clone());
-        tokio::spawn(admin::serve(probes, pages));
+        tokio::spawn(admin::serve(probes, pages, shares.http));
     }
     if let Some(health) = bound.health {
-        tokio::spawn(admin::serve(health, admin.health_router()));
+        tokio::spawn(admin::serve(health, admin.health_router(), shares.http));
     }
     if let Some(material) = material {
         tokio::spawn(material.watch(audit::certificates));

@@ -26,6 +26,7 @@ use super::tenants::Tenants;
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::join::Desk;
+use crate::process::descriptors::Shares;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::Phase;
 use crate::tls::TrustDomain;
@@ -46,6 +47,12 @@ pub(super) struct Common {
     pub limits: LimitsConfig,
     /// Open connections.
     pub connections: Gate,
+    /// What there are file descriptors for.
+    pub shares: Shares,
+    /// Clients that have not said yet what they want.
+    pub waiting: Gate,
+    /// Connections of gRPC clients, each of which may carry many of theirs.
+    pub grpc_clients: Gate,
     /// Dials under way.
     pub dials: Gate,
     /// Tunnels.

@@ -165,6 +165,13 @@ pub(super) async fn answer_and_close(local: &impl LocalSocket, answer: Bytes) {
     }
 }
 
+/// Answers a client whom nothing is waited for, as far as its socket takes it.
+pub(super) fn answer_at_once(local: &impl LocalSocket, answer: &[u8]) {
+    if matches!(local.try_write(&[IoSlice::new(answer)]), Ok(Some(n)) if n == answer.len()) {
+        local.reset_on_close(false);
+    }
+}
+
 async fn write(local: &impl LocalSocket, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match local.try_write(&[IoSlice::new(bytes)])? {

@@ -52,6 +52,10 @@ pub(super) async fn connection(
     client: Option<SocketAddr>,
     io: impl AsyncRead + AsyncWrite + Unpin,
 ) {
+    let Some(_counted) = shard.grpc_clients.enter() else {
+        let client = client.map(tracing::field::display);
+        return tracing::warn!(client, "too many gRPC connections (limits.connections)");
+    };
     let stopping = lifecycle::stopping(shard.phase.clone());
     let on_call = |call| {
         let (shard, scope) = (shard.clone(), scope.clone());

@@ -12,7 +12,9 @@ use bytes::{Bytes, BytesMut};
 use tokio::time::timeout;
 use tunnel_proto::http_connect::{ConnectError, ConnectRequest, parse, response};
 
-use super::client::{Client, Manner, REQUEST_TIMEOUT, answer_and_close, serve_once};
+use super::client::{
+    Client, Manner, REQUEST_TIMEOUT, answer_and_close, answer_at_once, serve_once,
+};
 use super::{Scope, admit, answers};
 use crate::config::frontend::Answers;
 use crate::datapath::LocalSocket;
@@ -45,6 +47,11 @@ async fn ask<L: Portable>(
     client: Option<SocketAddr>,
     local: L,
 ) -> Option<Box<Client<L>>> {
+    let Some(waiting) = shard.waiting.enter() else {
+        let full = response(503, "too many clients have not said yet what they want");
+        answer_at_once(&local, &full);
+        return None;
+    };
     let counted = shard.metrics.konnectivity.http_connection();
     let (request, first) = match timeout(REQUEST_TIMEOUT, read_request(&local)).await {
         Ok(Ok(Some(read))) => read,
@@ -72,6 +79,7 @@ async fn ask<L: Portable>(
             return None;
         }
     };
+    drop(waiting);
     let early = EarlyBytes::new(Early::Hold, first);
     Some(Box::new(Client {
         dial: Dial::new(&shard, record, &scope.tenant, (early, dialling)),

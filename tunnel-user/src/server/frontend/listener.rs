@@ -10,16 +10,21 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tunnel_proto::http_connect::response;
 
 use super::tls::FrontendTls;
-use super::{Scope, accept_failed, grpc, http_connect, scope};
-use crate::config::frontend::{Answers, UnixFrontend};
+use super::unix::{Fate, SocketFile};
+use super::{Scope, grpc, http_connect, scope};
+use crate::config::frontend::Answers;
 use crate::datapath::socket::{TlsSocket, prepare_listener};
+use crate::process::descriptors::after_failed_accept;
 use crate::process::sources::Place;
 use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
@@ -70,6 +75,14 @@ impl Protocol {
         TlsFloor {
             min_version,
             ..TlsFloor::default()
+        }
+    }
+
+    /// What a client in clear is told when there is no descriptor for it.
+    fn no_descriptor(self) -> Bytes {
+        match self {
+            Self::HttpConnect(_) => response(503, "the server has no file descriptor left"),
+            Self::Grpc => Bytes::new(),
         }
     }
 
@@ -224,8 +237,9 @@ pub(in crate::server) async fn accept_unix(
             Err(error) => Err(error),
         };
         if let Err(error) = taken {
-            let name = format!("{} unix", service.protocol.name());
-            accept_failed(&name, &error).await;
+            let protocol = service.protocol;
+            let name = format!("{} unix", protocol.name());
+            after_failed_accept(&listener, &name, &error, &protocol.no_descriptor()).await;
         }
     }
 }
@@ -239,7 +253,8 @@ pub(in crate::server) async fn accept_tls(
     tls: FrontendTls,
 ) {
     let failures = shard.metrics.frontend_handshakes.clone();
-    let doorstep = Doorstep::new(&shard.limits.handshakes, failures);
+    let handshakes = shard.limits.handshakes.at_most(shard.shares.handshakes);
+    let doorstep = Doorstep::new(&handshakes, failures);
     loop {
         let taken = match listener.accept().await {
             Ok(accepted) => match doorstep.enter(accepted.1.ip()) {
@@ -259,7 +274,7 @@ pub(in crate::server) async fn accept_tls(
         };
         if let Err(error) = taken {
             let name = format!("{} tcp", service.protocol.name());
-            accept_failed(&name, &error).await;
+            after_failed_accept(&listener, &name, &error, b"").await;
         }
     }
 }

@@ -14,8 +14,6 @@ mod tls;
 pub(super) use scope::Scope;
 pub(super) use tls::FrontendTls;
 
-use std::time::Duration;
-
 use tunnel_proto::close::CloseReason;
 
 use super::dial::{DialError, Dialled};
@@ -25,9 +23,6 @@ use crate::datapath::{ClosedBy, LocalSocket, Meter, relay};
 use crate::telemetry::access::{ConnectionMeter, Record};
 use crate::telemetry::konnectivity::Counted;
 use crate::telemetry::metrics::Closer;
-
-/// How long a listener rests when there are no file descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connection of a client that was dialled for.
 struct Served {
@@ -112,10 +107,4 @@ fn admit(shard: &Shard, scope: &Scope, record: &Record) -> Result<(Admitted, Dia
     let allowed = scope.check(&record.destination);
     let admitted = allowed.and_then(|()| shard.admit(&scope.tenant).map_err(overloaded));
     admitted.inspect_err(|error| failed(shard, record, error))
-}
-
-/// Rests after a failed accept, so that a lack of file descriptors does not become a busy loop.
-async fn accept_failed(listener: &str, error: &std::io::Error) {
-    tracing::warn!(listener, %error, "can't accept; are there enough file descriptors (ulimit -n)?");
-    tokio::time::sleep(ACCEPT_PAUSE).await;
 }

@@ -13,9 +13,10 @@ use tunnel_proto::preface::Destination;
 
 use super::client::{Client, Manner};
 use super::shortcut::ShortcutSocket;
-use super::{Scope, accept_failed, admit};
+use super::{Scope, admit};
 use crate::datapath::Socket;
 use crate::datapath::socket::Portable;
+use crate::process::descriptors::after_failed_accept;
 use crate::redirect::{Flows, Heartbeat, Shortcuts};
 use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
@@ -56,7 +57,7 @@ pub(crate) async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listene
             Ok((socket, client)) => {
                 take_in(&shard, &attachment, socket, client);
             }
-            Err(error) => accept_failed(&attachment.name, &error).await,
+            Err(error) => after_failed_accept(&listener, &attachment.name, &error, b"").await,
         }
     }
 }

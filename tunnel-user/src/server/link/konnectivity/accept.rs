@@ -17,6 +17,7 @@ use tunnel_proto::konnectivity::CONNECT;
 
 use super::door::Door;
 use super::session;
+use crate::process::descriptors::after_failed_accept;
 use crate::process::gate::Gate;
 use crate::process::sources::Place;
 use crate::server::doorstep::Why;
@@ -36,9 +37,6 @@ const UNSENT: u32 = 128 << 10;
 
 /// How often is looked whether all connections have ended.
 const LEAVE_POLL: Duration = Duration::from_millis(10);
-
-/// How long a listener rests when there are no file descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The agents of one shard.
 pub(in crate::server) struct Agents {
@@ -113,12 +111,7 @@ impl Agents {
                         tracing::warn!(%remote, %why, "agent's connection is closed");
                     }
                 },
-                Err(error) => {
-                    tracing::warn!(
-                        %error, "can't accept agents; are there enough file descriptors (ulimit -n)?"
-                    );
-                    sleep(ACCEPT_PAUSE).await;
-                }
+                Err(error) => after_failed_accept(&listener, "konnectivity", &error, b"").await,
             }
         }
     }
