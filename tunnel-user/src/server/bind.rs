@@ -6,7 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::ServerError;
-use super::frontend::listener::{Protocol, bind_unix};
+use super::frontend::listener::Protocol;
+use super::frontend::unix::{self, SocketFile};
 use super::frontend::{FrontendTls, Scope};
 use super::link::konnectivity::AgentTls;
 use crate::config::ServerConfig;
@@ -51,6 +52,8 @@ pub(super) struct AgentsBound {
 pub(super) struct UnixBound {
     /// The socket.
     pub listener: UnixListener,
+    /// What clients find it by.
+    pub file: SocketFile,
     /// Whose clients callers are.
     pub scope: Arc<Scope>,
     /// What they speak.
@@ -141,12 +144,13 @@ impl Bound {
         match config {
             FrontendConfig::Unix(frontend) => {
                 let name = format!("Unix socket {}", frontend.unix.display());
-                let listener = match inherited.unix(&frontend.unix) {
-                    Some(listener) => listener,
-                    None => named(name, bind_unix(frontend))?,
+                let (listener, file) = match inherited.unix(&frontend.unix) {
+                    Some(listener) => (listener, SocketFile::inherited(frontend)),
+                    None => named(name, unix::bind(frontend))?,
                 };
                 self.unix.push(UnixBound {
                     listener,
+                    file,
                     scope,
                     protocol,
                 });

@@ -31,6 +31,7 @@ mod serve;
 mod shard;
 mod status;
 mod tenants;
+mod troubles;
 
 pub use attachments::{AttachError, redirect, spec};
 pub use privileges::for_start;
@@ -78,6 +79,7 @@ use registry::Registry;
 use serve::{Listeners, Start};
 use shard::{Common, Peers};
 use tenants::Tenants;
+use troubles::Troubles;
 
 /// Why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]

@@ -175,13 +175,14 @@ fn open(start: Start) -> Result<Open, ServerError> {
     }
     for UnixBound {
         listener,
+        file,
         scope,
         protocol,
     } in start.listeners.unix
     {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let service = Service { scope, protocol };
-        let accept = listener::accept_unix(shard.clone(), service, listener);
+        let accept = listener::accept_unix(shard.clone(), service, listener, file);
         until_stopping(&shard, accept);
     }
     for TlsBound {

@@ -23,6 +23,7 @@ use super::link::konnectivity::Agents;
 use super::metrics::ServerMetrics;
 use super::routes::LinkId;
 use super::tenants::Tenants;
+use super::troubles::Troubles;
 use crate::config::server::LimitsConfig;
 use crate::datapath::Budget;
 use crate::join::Desk;
@@ -65,6 +66,8 @@ pub(super) struct Common {
     pub server_id: Arc<str>,
     /// How many of us there are.
     pub server_count: u32,
+    /// What readiness names.
+    pub troubles: Troubles,
     /// Peers who count no more.
     pub revocations: Arc<Revocations>,
     /// This process.

@@ -112,6 +112,9 @@ impl Source for View {
             return Err("draining".into());
         }
         let obstacle = self.lifetimes.obstacle(SystemTime::now());
+        if let Some(troubles) = self.common.troubles.text() {
+            return Err(troubles);
+        }
         if !self.control.is_ready() {
             return Err(obstacle.unwrap_or_else(|| "no agent answers heartbeats".into()));
         }

@@ -1,11 +1,7 @@
 //! Where frontends listen: on Unix sockets, and on TCP with mutual TLS.
 
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixListener as StdUnixListener;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -93,36 +89,6 @@ impl Protocol {
             Self::Grpc => vec![ALPN.to_vec()],
         }
     }
-}
-
-/// Makes the socket of a Unix frontend. One left by a process that is gone is replaced; one that
-/// answers is not, unless it is to be taken over.
-///
-/// # Errors
-/// What the system says.
-pub(in crate::server) fn bind_unix(config: &UnixFrontend) -> io::Result<StdUnixListener> {
-    let path = &config.unix;
-    if fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        if !config.takeover && std::os::unix::net::UnixStream::connect(path).is_ok() {
-            let text = format!("{} is served by another process", path.display());
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
-        }
-        fs::remove_file(path)?;
-    }
-    // Under another name until its mode is right: nobody can connect before.
-    let aside = aside(path);
-    let _ = fs::remove_file(&aside);
-    let listener = StdUnixListener::bind(&aside)?;
-    fs::set_permissions(&aside, fs::Permissions::from_mode(config.mode))?;
-    fs::rename(&aside, path)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn aside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    name.into()
 }
 
 /// Who is served at a listener, and how.
@@ -225,16 +191,33 @@ fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>
     }
 }
 
-/// Accepts on a Unix socket for ever.
+/// Accepts on a Unix socket for ever, and makes its file again when that is gone.
 pub(in crate::server) async fn accept_unix(
     shard: Rc<Shard>,
     service: Service,
-    listener: UnixListener,
+    mut listener: UnixListener,
+    mut file: SocketFile,
 ) {
+    let mut fate = Fate::There;
     loop {
-        let taken = match listener.accept().await {
-            Ok((socket, _)) => service.take_unix(&shard, socket),
-            Err(error) => Err(error),
+        let taken = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((socket, _)) => service.take_unix(&shard, socket),
+                Err(error) => Err(error),
+            },
+            changed = file.changed(fate) => {
+                fate = changed;
+                if let Some(other) = restore(&shard, &mut file, &mut fate) {
+                    // Who waits at the old one is served.
+                    while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
+                        if let Err(error) = service.take_unix(&shard, socket) {
+                            tracing::warn!(%error, "client not taken over");
+                        }
+                    }
+                    listener = other;
+                }
+                continue;
+            }
         };
         if let Err(error) = taken {
             let protocol = service.protocol;
@@ -242,6 +225,38 @@ pub(in crate::server) async fn accept_unix(
             after_failed_accept(&listener, &name, &error, &protocol.no_descriptor()).await;
         }
     }
+}
+
+/// Does what can be done about the file of a frontend. `Some`: where clients come from now on. What can't
+/// be mended shows in readiness.
+fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<UnixListener> {
+    let path = file.path().display().to_string();
+    let why = match fate {
+        Fate::There => {
+            tracing::info!(path, "the frontend's socket is there again");
+            shard.troubles.clear(&path);
+            return None;
+        }
+        Fate::Taken => "another process has put its own in its place".to_owned(),
+        Fate::Gone => match file.make_again().and_then(UnixListener::from_std) {
+            Ok(listener) => {
+                tracing::warn!(path, "the frontend's socket was removed, and is made again");
+                shard.troubles.clear(&path);
+                *fate = Fate::There;
+                return Some(listener);
+            }
+            Err(error) => format!("it was removed, and can't be made again: {error}"),
+        },
+    };
+    let trouble = format!("the frontend's socket {path} is not there: {why}");
+    if shard.troubles.set(&path, trouble) {
+        tracing::error!(
+            path,
+            why,
+            "no client reaches a frontend: its socket is not there"
+        );
+    }
+    None
 }
 
 /// Accepts on TCP for ever. Clients with a certificate come as often as they like: only handshakes
@@ -273,6 +288,7 @@ pub(in crate::server) async fn accept_tls(
             Err(error) => Err(error),
         };
         if let Err(error) = taken {
+            // Before TLS there is nothing to say.
             let name = format!("{} tcp", service.protocol.name());
             after_failed_accept(&listener, &name, &error, b"").await;
         }

@@ -10,6 +10,7 @@ pub(super) mod redirect;
 pub(super) mod scope;
 mod shortcut;
 mod tls;
+pub(super) mod unix;
 
 pub(super) use scope::Scope;
 pub(super) use tls::FrontendTls;

@@ -1,0 +1,177 @@
+//! The file of a Unix frontend: made, watched, and made again when it is gone.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::sleep;
+
+use crate::config::frontend::UnixFrontend;
+
+/// How often the file is looked for.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The file that a listener is reached by.
+#[derive(Debug)]
+pub(in crate::server) struct SocketFile {
+    config: UnixFrontend,
+    /// What tells our file from another one at the same path.
+    own: Option<FileId>,
+    is_inherited: bool,
+}
+
+/// Device, inode, and since numbers of inodes are used again, when it was made, where that is known.
+type FileId = (u64, u64, Option<SystemTime>);
+
+/// What has become of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It is there.
+    There,
+    /// There is none.
+    Gone,
+    /// It is somebody else's.
+    Taken,
+}
+
+/// Makes the socket of a Unix frontend. One left by a process that is gone is replaced; one that
+/// answers is not, unless it is to be taken over.
+///
+/// # Errors
+/// What the system says.
+pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
+    let path = &config.unix;
+    if fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
+        if !config.takeover && UnixStream::connect(path).is_ok() {
+            let text = format!("{} is served by another process", path.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
+        fs::remove_file(path)?;
+    }
+    // Under another name until its mode is right: nobody can connect before.
+    let aside = aside(path);
+    let _ = fs::remove_file(&aside);
+    let listener = UnixListener::bind(&aside)?;
+    fs::set_permissions(&aside, fs::Permissions::from_mode(config.mode))?;
+    let own = id_of(&aside)?;
+    fs::rename(&aside, path)?;
+    listener.set_nonblocking(true)?;
+    let file = SocketFile {
+        config: config.clone(),
+        own: Some(own),
+        is_inherited: false,
+    };
+    Ok((listener, file))
+}
+
+fn aside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
+fn id_of(path: &Path) -> io::Result<FileId> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino(), metadata.created().ok()))
+}
+
+impl SocketFile {
+    /// The file of a listener that a service manager has made.
+    pub(in crate::server) fn inherited(config: &UnixFrontend) -> Self {
+        Self {
+            config: config.clone(),
+            own: id_of(&config.unix).ok(),
+            is_inherited: true,
+        }
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> &Path {
+        &self.config.unix
+    }
+
+    /// Waits until what has become of the file is not `before`, or something may be done about it.
+    pub(super) async fn changed(&self, before: Fate) -> Fate {
+        loop {
+            sleep(LOOK).await;
+            let now = self.fate();
+            if now != before || now == Fate::Gone {
+                return now;
+            }
+        }
+    }
+
+    /// Looks at the file.
+    pub(super) fn fate(&self) -> Fate {
+        match id_of(self.path()) {
+            Ok(id) if self.own.is_none_or(|own| own == id) => Fate::There,
+            Ok(_) => Fate::Taken,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Fate::Gone,
+            // A directory that may not be read says nothing.
+            Err(_) => Fate::There,
+        }
+    }
+
+    /// Makes the file again, with another listener behind it.
+    ///
+    /// # Errors
+    /// What the system says, or that the file is the service manager's to make.
+    pub(super) fn make_again(&mut self) -> io::Result<UnixListener> {
+        if self.is_inherited {
+            return Err(io::Error::other(
+                "its service manager made it; restart the .socket unit",
+            ));
+        }
+        let (listener, file) = bind(&self.config)?;
+        *self = file;
+        Ok(listener)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::frontend::Answers;
+
+    fn config(path: PathBuf) -> UnixFrontend {
+        UnixFrontend {
+            unix: path,
+            mode: 0o600,
+            takeover: false,
+            tenant: None,
+            allow: None,
+            answers: Answers::default(),
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_made_again_and_another_ones_is_left_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let (_listener, mut file) = bind(&config).unwrap();
+        assert_eq!(file.fate(), Fate::There);
+        fs::remove_file(&config.unix).unwrap();
+        assert_eq!(file.fate(), Fate::Gone);
+        let listener = file.make_again().unwrap();
+        assert_eq!(file.fate(), Fate::There);
+        UnixStream::connect(&config.unix).unwrap();
+        drop(listener);
+        let (_successor, theirs) = bind(&config).unwrap();
+        assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
+    }
+
+    #[test]
+    fn an_inherited_file_is_not_made_again() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let _listener = UnixListener::bind(&config.unix).unwrap();
+        let mut file = SocketFile::inherited(&config);
+        assert_eq!(file.fate(), Fate::There);
+        fs::remove_file(&config.unix).unwrap();
+        assert_eq!(file.fate(), Fate::Gone);
+        assert!(file.make_again().is_err());
+    }
+}
