@@ -98,6 +98,13 @@ fn the_audit_records_who_reached_what() -> Result<()> {
     wait_for(&of_server, &refused)?;
     wait_for(&of_agent, &refused)?;
 
+    // Each kind has files of its own: no number of connections pushes a decision out.
+    for entry in fs::read_dir(&of_server)? {
+        let name = entry?.file_name().into_string().unwrap_or_default();
+        let of_connections = fs::read_to_string(of_server.join(&name))?.contains("cpc::access");
+        assert_eq!(of_connections, name.starts_with("connections."), "{name}");
+    }
+
     let server = &mut lab.control_plane.servers[0];
     server.daemon.signal(Signal::SIGHUP)?;
     wait_for(

@@ -154,6 +154,36 @@ fn status_shows_who_is_there() -> Result<()> {
     Ok(())
 }
 
+/// A CONNECT socket that somebody removed is made again; one that another process has put in its place
+/// shows in `/readyz`.
+#[test]
+fn a_connect_socket_that_is_gone_is_made_again() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
+    let server = &lab.control_plane.servers[0];
+    let socket = &server.sockets.connect_unix;
+    std::fs::remove_file(socket)?;
+    eventually(SOON, || through(&lab, echo(1)))?;
+    server
+        .daemon
+        .wait_log(SOON, 0, &["WARN", "is made again"])?;
+    assert_eq!(server.daemon.get("/readyz")?.0, 200);
+
+    std::fs::remove_file(socket)?;
+    let another = std::os::unix::net::UnixListener::bind(socket)?;
+    eventually(SOON, || match server.daemon.get("/readyz")? {
+        (503, why) if why.contains("another process") => Ok(()),
+        other => bail!("{other:?}"),
+    })?;
+    drop(another);
+    std::fs::remove_file(socket)?;
+    eventually(SOON, || through(&lab, echo(1)))?;
+    assert_eq!(server.daemon.get("/readyz")?.0, 200);
+    Ok(())
+}
+
 /// `--watch` on a terminal draws the table again and again in one place.
 #[test]
 fn watching_redraws_a_terminal() -> Result<()> {

@@ -277,6 +277,57 @@ fn an_agent_that_claims_everything_gets_its_own() -> Result<()> {
     stolen.scene.unharmed()
 }
 
+/// An agent that says again and again that it drains, and offers without end what it may not serve, costs
+/// a few lines and the lines' count; its neighbours notice nothing.
+#[test]
+fn what_an_agent_repeats_fills_no_log() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut stolen = Stolen::new()?;
+    let (_connection, mut send, mut recv) = stolen.welcomed(10)?;
+    let offer = |n: u32| {
+        let offer = Offer {
+            cidrs: vec![format!("10.88.{n}.0/24")],
+            ..Offer::default()
+        };
+        frame(Message::Routes(control::Routes { offer: Some(offer) }))
+    };
+    let drain = frame(Message::Drain(control::Drain {
+        deadline_ms: 60_000,
+        reason: CloseReason::Shutdown.code(),
+    }))?;
+    stolen
+        .runtime
+        .spawn(async move { while let Ok(Some(_)) = recv.read_chunk(1 << 16, true).await {} });
+    stolen.runtime.block_on(async {
+        for n in 0..200 {
+            send.write_all(&drain.repeat(100)).await?;
+            // The same twice, and then another.
+            send.write_all(&offer(n)?).await?;
+            send.write_all(&offer(n)?).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    let last = "10.88.199.0/24";
+    let server = stolen.scene.server();
+    server.wait_status(SOON, |status| {
+        row(status, "w2").is_some_and(|it| it["refused"][0]["claim"] == last)
+    })?;
+    let log = server.log();
+    let count = |piece: &str| log.lines().filter(|line| line.contains(piece)).count();
+    assert_eq!(count("agent is draining"), 1, "{log}");
+    let refusals = count("claims refused");
+    ensure!((1..40).contains(&refusals), "{refusals} lines in {log}");
+    assert_eq!(stolen.scene.metric("cpc_claims_refused_total")?, 200.0);
+    let suppressed = stolen.scene.metric("cpc_log_lines_suppressed_total")?;
+    assert_eq!(suppressed, 200.0 - refusals as f64, "{log}");
+    let server = stolen.scene.server();
+    let said = ["WARN", "too many lines", "claims refused", "agent/w2"];
+    server.wait_log(SOON, 0, &said)?;
+    stolen.scene.unharmed()
+}
+
 fn row<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
     let identity = format!("spiffe://cluster.local/agent/{name}");
     let agents = status["agents"].as_array()?;

@@ -5,6 +5,7 @@
 
 mod agent_peer;
 mod certificates;
+mod descriptors;
 mod handshakes;
 mod limits;
 #[path = "../../hostile/peer.rs"]

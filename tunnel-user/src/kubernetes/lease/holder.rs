@@ -12,6 +12,7 @@ use kube::{Api, Client, ResourceExt};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::held_for;
+use crate::telemetry::complaint::Complaint;
 use crate::kubernetes::Labels;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::Delays;
@@ -135,13 +136,12 @@ impl LeaseHolder {
 
     /// Deletes those that have run out, again and again.
     async fn clear(&self) {
-        let mut complaint = String::new();
+        let mut complaint = Complaint::default();
         loop {
             match self.clear_once().await {
                 Ok(()) => complaint.clear(),
-                Err(error) if error.to_string() != complaint => {
+                Err(error) if complaint.is_news(&error.to_string()) => {
                     tracing::warn!(%error, "leases that have run out are not cleared away");
-                    complaint = error.to_string();
                 }
                 Err(_) => {}
             }
