@@ -321,9 +321,11 @@ impl Tunnel {
                 changed();
             }
             AgentEvent::Draining { reason, .. } => {
-                tracing::info!(server = %server_id, reason = reason.label(), "server is draining");
-                stats.draining.store(true, Ordering::Relaxed);
-                changed();
+                // A server may say so again and again.
+                if !stats.draining.swap(true, Ordering::Relaxed) {
+                    tracing::info!(server = %server_id, reason = reason.label(), "server is draining");
+                    changed();
+                }
             }
             AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
             AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) => {}
