@@ -12,10 +12,10 @@ use kube::{Api, Client, ResourceExt};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::held_for;
-use crate::telemetry::complaint::Complaint;
 use crate::kubernetes::Labels;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::Delays;
+use crate::telemetry::complaint::Complaint;
 use crate::telemetry::konnectivity::LeaseCalls;
 
 /// How long a lease is held without being renewed, in seconds.
