@@ -329,6 +329,19 @@ enum ChainError {
     NotCa(String, &'static str),
     #[error("a certificate in the chain can't be read: {0}")]
     Unreadable(String),
+    #[error(
+        "the certificate lacks the extended key usage of its side: clientAuth of a client, serverAuth \
+         of a server"
+    )]
+    Usage,
+    #[error("a CA's certificate is shown as a peer's own")]
+    CaAsLeaf,
+    #[error("a CA in the chain allows fewer CAs below it than there are")]
+    PathLength,
+    #[error("a CA in the chain may not vouch for the names in the certificate")]
+    Names,
+    #[error("{0:?}")]
+    Other(webpki::Error),
 }
 
 /// rustls shows a refusal of ours with `Debug`, and people are to read it.
@@ -379,8 +392,9 @@ fn domains(certificate: &X509Certificate<'_>) -> Result<Vec<String>, X509Error> 
 /// As rustls says it itself.
 fn in_rustls(error: webpki::Error) -> Error {
     use webpki::Error::{
-        BadDer, BadDerTime, CertExpired, CertNotValidYet, InvalidSignatureForPublicKey,
-        TrailingData, UnknownIssuer,
+        BadDer, BadDerTime, CaUsedAsEndEntity, CertExpired, CertNotValidYet,
+        InvalidSignatureForPublicKey, NameConstraintViolation, PathLenConstraintViolated,
+        RequiredEkuNotFoundContext, TrailingData, UnknownIssuer,
     };
     match error {
         BadDer | BadDerTime | TrailingData(_) => CertificateError::BadEncoding.into(),
@@ -392,7 +406,11 @@ fn in_rustls(error: webpki::Error) -> Error {
         }
         UnknownIssuer => CertificateError::UnknownIssuer.into(),
         InvalidSignatureForPublicKey => CertificateError::BadSignature.into(),
-        other => CertificateError::Other(OtherError(Arc::new(other))).into(),
+        RequiredEkuNotFoundContext(_) => ChainError::Usage.into(),
+        CaUsedAsEndEntity => ChainError::CaAsLeaf.into(),
+        PathLenConstraintViolated => ChainError::PathLength.into(),
+        NameConstraintViolation => ChainError::Names.into(),
+        other => ChainError::Other(other).into(),
     }
 }
 

@@ -150,5 +150,10 @@ fn strangers_are_unknown() {
     let anchors = Anchors::new(vec![ca.der().clone()]).unwrap();
     let algorithms = provider().signature_verification_algorithms;
     let when = (UnixTime::now(), server);
-    assert!(anchors.verify(&leaf(&ca), &[], when, &algorithms).is_err());
+    let error = anchors
+        .verify(&leaf(&ca), &[], when, &algorithms)
+        .unwrap_err();
+    assert!(error.to_string().contains("extended key usage"), "{error}");
+    let error = verify(&[ca.der()], &[ca.der()]).unwrap_err();
+    assert!(error.contains("shown as a peer's own"), "{error}");
 }
