@@ -216,15 +216,14 @@ fn obstacle(all: &[Lifetime], now: SystemTime) -> Option<String> {
     let tunnel =
         |kind| { all.iter() }.filter(move |it| it.purpose == Purpose::Tunnel && it.kind == kind);
     let is_bad = |it: &&Lifetime| matches!(it.state(now), State::Expired | State::NotYet);
+    // No file: strangers may ask for readiness.
     let describe = |what: &str, it: &Lifetime| match it.state(now) {
         State::NotYet => format!(
-            "{what} {} is not valid before {}; is the clock right?",
-            it.file.display(),
+            "{what} is not valid before {}; is the clock right?",
             humantime::format_rfc3339_seconds(it.not_before)
         ),
         _ => format!(
-            "{what} {} has expired at {}",
-            it.file.display(),
+            "{what} has expired at {}",
             humantime::format_rfc3339_seconds(it.not_after)
         ),
     };
@@ -408,12 +407,12 @@ mod tests {
         assert!(
             all(&[&bad, &ca])
                 .unwrap()
-                .contains("the certificate x.crt has expired")
+                .contains("the certificate has expired")
         );
         assert!(
             all(&[&good, &old_ca])
                 .unwrap()
-                .contains("the CA x.crt has expired")
+                .contains("the CA has expired")
         );
         let early = obstacle(&[good, ca], start - DAY).unwrap();
         assert!(early.contains("is the clock right"), "{early}");
