@@ -49,7 +49,10 @@ pub(super) struct Args {
     node: Option<String>,
     /// An address of the node, which the agent then serves; may be repeated [default: the one that the
     /// server is reached from]
-    #[arg(long, env = "CPC_NODE_IP", value_name = "ADDR", value_delimiter = ',')]
+    #[arg(
+        long, env = "CPC_NODE_IP", value_name = "ADDR", value_delimiter = ',',
+        value_parser = |text: &str| text.trim().parse::<IpAddr>()
+    )]
     ip: Vec<IpAddr>,
     /// Where agent.pem and ca.crt are put
     #[arg(long, value_name = "DIR", default_value = "/etc/cpc/agent")]

@@ -98,8 +98,8 @@ struct Common {
 
 #[derive(Debug, clap::Args)]
 struct Validity {
-    /// How many days it is valid, at most 100 years
-    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(..=36_525))]
+    /// How many days it is valid, up to 100 years
+    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_525))]
     days: u32,
     /// The last moment at which it is valid, such as 2027-01-01T00:00:00Z
     #[arg(long, value_name = "TIME", conflicts_with = "days", value_parser = humantime::parse_rfc3339)]

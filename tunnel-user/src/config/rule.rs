@@ -56,7 +56,7 @@ impl PortRange {
     }
 }
 
-/// Text that is no port range.
+/// Text that is no port range. Port 0 alone is none: nobody connects to it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no port range: 10250 and 1-1024 are")]
 pub struct PortRangeError(String);
@@ -67,7 +67,7 @@ impl FromStr for PortRange {
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let (first, last) = s.split_once('-').unwrap_or((s, s));
         match (first.trim().parse(), last.trim().parse()) {
-            (Ok(first), Ok(last)) if first <= last => Ok(Self { first, last }),
+            (Ok(first), Ok(last)) if first <= last && last != 0 => Ok(Self { first, last }),
             _ => Err(PortRangeError(s.into())),
         }
     }
@@ -94,7 +94,7 @@ impl<'de> Deserialize<'de> for PortRange {
             }
 
             fn visit_u64<E: Error>(self, port: u64) -> Result<PortRange, E> {
-                u16::try_from(port).map(PortRange::one).map_err(E::custom)
+                port.to_string().parse().map_err(E::custom)
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<PortRange, E> {
@@ -195,6 +195,7 @@ mod tests {
         let rule: Rule = "fd00::1".parse().unwrap();
         assert!(rule.covers("fd00::1".parse().unwrap(), 1));
         for wrong in [
+            "10.0.0.0/8:0",
             "",
             "10.0.0.0/33",
             "10.0.0.0/8:",

@@ -67,7 +67,11 @@ impl FromStr for KeyHash {
 
     fn from_str(text: &str) -> Result<Self, HashError> {
         let wrong = || HashError(text.chars().take(80).collect());
-        let digits = text.strip_prefix("sha256:").ok_or_else(wrong)?.as_bytes();
+        let digits = text
+            .trim()
+            .strip_prefix("sha256:")
+            .ok_or_else(wrong)?
+            .as_bytes();
         let mut hash = [0; 32];
         if digits.len() != 64 {
             return Err(wrong());
@@ -180,6 +184,8 @@ mod tests {
         let hash = KeyHash::of_spki(b"x");
         let text = hash.to_string();
         assert_eq!(text.parse::<KeyHash>().unwrap(), hash);
+        // In a list there may be blanks.
+        assert_eq!(format!(" {text}\n").parse::<KeyHash>().unwrap(), hash);
         assert_eq!(
             text.to_uppercase()
                 .replace("SHA", "sha")
