@@ -85,6 +85,12 @@ enum DeskError {
     /// The CA.
     #[error(transparent)]
     Issue(#[from] IssueError),
+    /// A CA whose certificates no agent would take.
+    #[error(
+        "the CA in join.ca is not among those of tls.ca, so no agent would trust what it issues: see \
+         docs/joining.md, \"Another CA\""
+    )]
+    UnknownCa,
     /// The thread that was to do it.
     #[error("it was given up: {0}")]
     GivenUp(#[from] tokio::task::JoinError),
@@ -93,7 +99,10 @@ enum DeskError {
 impl DeskError {
     /// Our own trouble, of which whoever asks is told nothing.
     fn is_ours(&self) -> bool {
-        matches!(self, Self::Book(_) | Self::Issue(_) | Self::GivenUp(_))
+        matches!(
+            self,
+            Self::Book(_) | Self::Issue(_) | Self::UnknownCa | Self::GivenUp(_)
+        )
     }
 }
 
@@ -267,8 +276,12 @@ impl Desk {
             addresses: addresses.to_vec(),
             not_after: until,
         };
+        let anchors = self.material.anchors();
+        if !anchors.iter().any(|it| it.key() == authority.key()) {
+            return Err(DeskError::UnknownCa);
+        }
         let leaf = authority.certify(&request, applicant)?;
-        let roots = self.material.roots();
+        let roots = anchors.certificates();
         let serial = serial(&leaf);
         let holder = Holder {
             addresses: addresses.to_vec(),

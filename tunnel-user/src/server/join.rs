@@ -30,7 +30,7 @@ use crate::kubernetes::{self, token::TokenReviewer};
 use crate::process::descriptors::after_failed_accept;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::issue::Authority;
-use crate::tls::{Identity, Material, provider};
+use crate::tls::{Identity, Material, pem, provider};
 
 /// Strangers at once, or `limits.handshakes.at_once` where that is less.
 const MAX_STRANGERS: usize = 256;
@@ -53,6 +53,7 @@ pub(super) async fn desk(
         return Ok(None);
     };
     let authority = Authority::open(&config.ca)?;
+    pem::warn_if_exposed(&config.ca.join("ca.key"));
     if *authority.trust_domain() != identity.trust_domain {
         return Err(ServerError::JoinDomain {
             ca: authority.trust_domain().clone(),

@@ -182,6 +182,11 @@ impl Authority {
         &self.trust_domain
     }
 
+    /// Its key.
+    pub fn key(&self) -> KeyHash {
+        KeyHash::of_spki(&self.issuer.key().subject_public_key_info())
+    }
+
     /// The last moment at which it is valid, and with it whatever it issues.
     pub fn not_after(&self) -> SystemTime {
         self.not_after

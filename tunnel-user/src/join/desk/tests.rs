@@ -168,6 +168,23 @@ async fn our_own_trouble_is_not_told_and_costs_nothing() {
     office.join(&token.reveal(), "w1", &draft).await.unwrap();
 }
 
+/// Agents would refuse it: better to say so where it can be put right.
+#[tokio::test]
+async fn a_ca_that_agents_would_not_know_issues_nothing() {
+    let office = office(None);
+    let domain: TrustDomain = "cluster.local".parse().unwrap();
+    let other = office.place.path().join("other");
+    Authority::create(&other, &domain, SystemTime::now() + 20 * DAY).unwrap();
+    for file in ["ca.crt", "ca.key"] {
+        std::fs::copy(other.join(file), office.ca().join(file)).unwrap();
+    }
+    let applicant = Draft::generate().unwrap().request("w1").unwrap();
+    let applicant = Applicant::read(&applicant).unwrap();
+    let now = SystemTime::now();
+    let issued = office.desk.issue("w1", &[], &applicant, ("x", now));
+    assert!(matches!(issued, Err(DeskError::UnknownCa)));
+}
+
 #[tokio::test]
 async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
     let office = office(None);
