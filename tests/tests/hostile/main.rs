@@ -12,5 +12,6 @@ mod limits;
 mod peer;
 mod ports;
 mod programs;
+mod renewal;
 mod scene;
 mod server_peer;
