@@ -40,7 +40,7 @@ pub fn agent_router(admin: Admin) -> Router {
 fn pages(router: Router<Admin>) -> Router<Admin> {
     router
         .route("/healthz", get(|| async { "ok" }))
-        .route("/metrics", get(super::metrics))
+        .route("/metrics", super::metrics())
 }
 
 /// The reason in our own words stands in `/readyz` of the admin port.

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `/healthz`, `/livez` | 200 while the process turns |
 //! | `/readyz` | 200 when it can do its job, else 503 and why not |
-//! | `/metrics` | Prometheus text |
+//! | `/metrics` | Prometheus text, or OpenMetrics, by `Accept`; compressed, by `Accept-Encoding` |
 //! | `/status` | JSON, what `cpc status` prints |
 //! | `PUT /log` | puts the body in force as log filter |
 
@@ -18,19 +18,21 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::{get, put};
+use axum::routing::{MethodRouter, get, put};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
+use tower_http::compression::CompressionLayer;
 
 use crate::process::descriptors;
 use crate::telemetry::audit::events as audit;
+use crate::telemetry::exposition::Format;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
+use crate::telemetry::process;
 
 /// Counts what had no file descriptor.
 #[derive(Debug)]
@@ -71,6 +73,7 @@ impl Admin {
     pub fn new(mut registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
         log.register(ours(&mut registry));
         ours(&mut registry).register_collector(Box::new(Refused));
+        process::register(&mut registry);
         Self {
             registry: Arc::new(registry),
             log,
@@ -81,7 +84,7 @@ impl Admin {
     /// Everything.
     pub fn router(self) -> Router {
         Router::new()
-            .route("/metrics", get(metrics))
+            .route("/metrics", metrics())
             .route("/status", get(status_page))
             .route("/log", put(set_log))
             .with_state(self.clone())
@@ -116,14 +119,19 @@ async fn ready(State(admin): State<Admin>) -> Response {
     }
 }
 
-async fn metrics(State(admin): State<Admin>) -> Response {
+/// The page of metrics.
+fn metrics() -> MethodRouter<Admin> {
+    get(write_metrics).layer(CompressionLayer::new())
+}
+
+async fn write_metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     admin.source.refresh();
-    let mut text = String::new();
-    if encode(&mut text, &admin.registry).is_err() {
-        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    let accept = headers.get_all(header::ACCEPT).into_iter();
+    let format = Format::asked_for(accept.filter_map(|value| value.to_str().ok()));
+    match format.page(&admin.registry) {
+        Ok(page) => ([(header::CONTENT_TYPE, format.content_type())], page).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 async fn status_page(State(admin): State<Admin>) -> Json<serde_json::Value> {

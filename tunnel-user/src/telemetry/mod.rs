@@ -1,15 +1,18 @@
 //! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
-//! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`].
+//! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`]
+//! and of the [`process`]; [`exposition`] writes them.
 
 pub mod access;
 pub mod audit;
 pub mod certificates;
 pub mod complaint;
+pub mod exposition;
 pub mod konnectivity;
 pub mod limits;
 mod lines;
 pub mod logging;
 pub mod metrics;
+pub mod process;
 pub mod throttle;
 
 use std::time::Duration;
