@@ -6,6 +6,7 @@
 //! * [`frontend`]: the ways into the tunnel;
 //! * [`bench`](mod@bench): the benchmark: paths, measures and the run that joins them;
 //! * [`client`]: what connects to them, with checks and measurements;
+//! * [`exposition`]: a strict reader of the page of metrics;
 //! * [`hostile`]: programs that mean harm, beside a pair that must not notice;
 //! * [`ledger`]: a server that remembers every request that it was asked;
 //! * [`load`]: clients that ask again and again while something happens;
@@ -17,6 +18,7 @@
 
 pub mod bench;
 pub mod client;
+pub mod exposition;
 pub mod frontend;
 pub mod hostile;
 pub mod lab;

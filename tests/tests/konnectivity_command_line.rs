@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tunnel_tests::client::eventually;
+use tunnel_tests::exposition::Page;
 use tunnel_tests::lab::Programs;
 
 const SOON: Duration = Duration::from_secs(15);
@@ -367,6 +368,7 @@ fn a_proxy_server_without_agents() -> Result<()> {
     for port in [health, admin] {
         let (status, metrics) = get(port, "/metrics")?;
         ensure!(status == 200 && metrics.contains("cpc_ready"), "{metrics}");
+        Page::read(&metrics)?;
     }
     let log = server.log();
     for once in [

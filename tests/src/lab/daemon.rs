@@ -335,6 +335,18 @@ impl Daemon {
         }
     }
 
+    /// As [`get_with`], from the admin address.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens, or there is no answer in 2 s.
+    pub fn get_with(&self, path: &str, fields: &str) -> Result<(String, Vec<u8>)> {
+        match &self.place {
+            Some((netns, _)) => netns.enter(|| get_with(self.admin, path, fields)),
+            None => get_with(self.admin, path, fields),
+        }
+    }
+
     /// Waits until `/status` satisfies `condition`.
     ///
     /// # Errors
@@ -382,18 +394,27 @@ impl Daemon {
 ///
 /// Nobody listens, or there is no answer in 2 s.
 pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let (head, body) = get_with(address, path, "")?;
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let status = status.with_context(|| format!("not HTTP: {head}"))?;
+    Ok((status, String::from_utf8(body)?))
+}
+
+/// The same with further `fields`, each with its line's end. Gives the answer's head, and its body as
+/// it was sent.
+///
+/// # Errors
+///
+/// As above.
+pub fn get_with(address: SocketAddr, path: &str, fields: &str) -> Result<(String, Vec<u8>)> {
     let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
     stream.set_read_timeout(Some(ANSWER))?;
-    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n{fields}\r\n");
     stream.write_all(request.as_bytes())?;
-    let mut answer = String::new();
-    stream.take(LONGEST_ANSWER).read_to_string(&mut answer)?;
-    let (head, body) = answer
-        .split_once("\r\n\r\n")
-        .context("the answer has no end of its head")?;
-    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
-    Ok((
-        status.with_context(|| format!("not HTTP: {head}"))?,
-        body.to_owned(),
-    ))
+    let mut answer = Vec::new();
+    stream.take(LONGEST_ANSWER).read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    let end = end.context("the answer has no end of its head")?;
+    let body = answer.split_off(end + 4);
+    Ok((String::from_utf8(answer)?, body))
 }

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 use tunnel_tests::client::eventually;
+use tunnel_tests::exposition::Page;
 use tunnel_tests::lab::{self, Programs};
 
 use crate::client::metadata;
@@ -223,6 +224,9 @@ fn the_pages_tell_whether_there_is_a_server() -> Result<()> {
             status == 200 && metrics.contains(open),
             "{maker:?}: {metrics}"
         );
+        if let Maker::Ours(_) = maker {
+            Page::read(&metrics)?;
+        }
         drop(stream);
         eventually(SOON, || page("/readyz", 503, none))
     })
