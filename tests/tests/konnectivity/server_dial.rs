@@ -19,7 +19,10 @@ fn without_an_agent_a_dial_fails_at_once() -> Result<()> {
     each_server("grpc", &[], |scene, _| {
         let mut client = scene.script_client()?;
         let response = client.dial("10.99.1.2:7001", 41)?;
-        ensure!(response.error == "No agent available", "{response:?}");
+        ensure!(
+            response.error.starts_with("No agent available"),
+            "{response:?}"
+        );
         ensure!(
             (response.random, response.connect_id) == (41, 0),
             "{response:?}"
@@ -188,7 +191,9 @@ fn every_dial_ends() -> Result<()> {
     let request = agent.dialled()?;
     let response = client.dial_response().context("the agent says nothing")?;
     ensure!(
-        response.error == "timed out waiting for backend dial",
+        response
+            .error
+            .starts_with("timed out waiting for backend dial"),
         "{response:?}"
     );
     agent.answer(&request, 1)?;

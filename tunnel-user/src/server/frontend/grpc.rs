@@ -34,6 +34,7 @@ use crate::server::dial::{Dial, DialError, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
+use crate::telemetry::konnectivity::{ClientTraffic, PacketKind, Service};
 use crate::telemetry::metrics::FrontendKind;
 use crate::transport::grpc::server::{Call, serve as serve_http2};
 use crate::transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
@@ -57,9 +58,13 @@ pub(super) async fn connection(
         return tracing::warn!(client, "too many gRPC connections (limits.connections)");
     };
     let stopping = lifecycle::stopping(shard.phase.clone());
+    let traffic = Rc::new(shard.metrics.konnectivity.clients());
     let on_call = |call| {
-        let (shard, scope) = (shard.clone(), scope.clone());
-        tokio::task::spawn_local(async move { stream(&shard, &scope, client, call).await });
+        let (shard, scope, traffic) = (shard.clone(), scope.clone(), traffic.clone());
+        tokio::task::spawn_local(async move {
+            let _open = shard.metrics.konnectivity.rpc(Service::Proxy);
+            stream(&shard, &scope, client, (call, traffic)).await
+        });
     };
     if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
         tracing::debug!(client = client.map(tracing::field::display), %error, "gRPC client has left");
@@ -73,13 +78,19 @@ struct Wanted {
     random: i64,
 }
 
-async fn stream(shard: &Rc<Shard>, scope: &Arc<Scope>, client: Option<SocketAddr>, call: Call) {
+async fn stream(
+    shard: &Rc<Shard>,
+    scope: &Arc<Scope>,
+    client: Option<SocketAddr>,
+    (call, traffic): (Call, Rc<ClientTraffic>),
+) {
     let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
         return;
     };
-    match timeout(REQUEST_TIMEOUT, read_dial(&mut sender, &mut receiver)).await {
+    let request = read_dial(&mut sender, &mut receiver, &traffic);
+    match timeout(REQUEST_TIMEOUT, request).await {
         Ok(Ok(Some(request))) => {
-            let socket = ProxySocket::new(sender, receiver, request.random);
+            let socket = ProxySocket::new(sender, receiver, request.random, traffic);
             serve_dial(shard, scope, client, &request, &socket).await;
         }
         Ok(Ok(None)) => {
@@ -88,6 +99,7 @@ async fn stream(shard: &Rc<Shard>, scope: &Arc<Scope>, client: Option<SocketAddr
         }
         Ok(Err(end)) => {
             tracing::debug!(client = client.map(tracing::field::display), error = %end, "no DIAL_REQ");
+            traffic.not_received(end.code().name());
             sender.finish(&end.status());
         }
         Err(_) => sender.finish(&Status::new(
@@ -101,14 +113,18 @@ async fn stream(shard: &Rc<Shard>, scope: &Arc<Scope>, client: Option<SocketAddr
 async fn read_dial(
     sender: &mut PacketSender,
     receiver: &mut PacketReceiver,
+    traffic: &ClientTraffic,
 ) -> Result<Option<Wanted>, StreamEnd> {
     let mut close = async |connect_id, error: &str| {
         let error = error.to_owned();
+        traffic.sent(PacketKind::CloseResponse);
         let mut answer = Packet::CloseResponse { error, connect_id }.frame();
         sender.send(&mut answer).await
     };
     loop {
-        match receiver.next().await? {
+        let packet = receiver.next().await?;
+        packet.iter().for_each(|packet| traffic.received(packet));
+        match packet {
             Some(Packet::DialRequest {
                 protocol,
                 address,
@@ -190,14 +206,15 @@ fn destination(request: &Wanted) -> Result<Destination, String> {
     destination.map_err(|error| format!("dial tcp: {error}"))
 }
 
-/// The error of DIAL_RSP: in the words that Konnectivity's programs look for, where there are any.
+/// The error of DIAL_RSP: it begins with the words that Konnectivity's programs look for, where there
+/// are any, and says why. What an agent of Konnectivity answered is passed on as it is.
 fn explain(error: &DialError) -> Cow<'_, str> {
     match (error.reason, error.answer()) {
         (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
-            text::NO_AGENT.into()
+            format!("{}: {error}", text::NO_AGENT).into()
         }
         (_, Some(answer)) => answer.into(),
-        _ if error.is_too_late() => text::DIAL_TIMEOUT.into(),
+        _ if error.is_too_late() => format!("{}: {error}", text::DIAL_TIMEOUT).into(),
         _ => error.to_string().into(),
     }
 }
@@ -224,9 +241,26 @@ mod tests {
     #[test]
     fn a_failed_dial_is_told_in_the_words_of_konnectivity() {
         for (reason, by, expected) in [
-            (CloseReason::NoRoute, Closer::Server, text::NO_AGENT),
-            (CloseReason::NoAgent, Closer::Server, text::NO_AGENT),
-            (CloseReason::DialTimeout, Closer::Target, text::DIAL_TIMEOUT),
+            (
+                CloseReason::NoRoute,
+                Closer::Server,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::NoAgent,
+                Closer::Server,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::Draining,
+                Closer::Agent,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::DialTimeout,
+                Closer::Target,
+                "timed out waiting for backend dial: why",
+            ),
             (CloseReason::LinkLost, Closer::Tunnel, "why"),
             (CloseReason::Overloaded, Closer::Server, "why"),
         ] {

@@ -30,8 +30,6 @@ pub enum DialTrouble {
 }
 
 impl DialTrouble {
-    const ALL: [Self; 2] = [Self::Timeout, Self::Unknown];
-
     fn labels(self) -> [Label; 1] {
         let reason = match self {
             Self::Timeout => "timeout",
@@ -51,8 +49,6 @@ pub enum Direction {
 }
 
 impl Direction {
-    const ALL: [Self; 2] = [Self::ToServer, Self::FromServer];
-
     fn labels(self) -> [Label; 1] {
         let direction = match self {
             Self::ToServer => "to_server",
@@ -79,7 +75,7 @@ pub struct ProxyAgentMetrics {
 
 impl Default for ProxyAgentMetrics {
     fn default() -> Self {
-        let metrics = Self {
+        Self {
             streams: StreamMetrics::default(),
             leases: LeaseReads::default(),
             dials: latency(),
@@ -88,15 +84,7 @@ impl Default for ProxyAgentMetrics {
             servers: Gauge::default(),
             known_servers: Gauge::default(),
             endpoints: Gauge::default(),
-        };
-        // What begins at its first event hides that event from a rate.
-        for trouble in DialTrouble::ALL {
-            drop(metrics.dial_failures.get_or_create(&trouble.labels()));
         }
-        for direction in Direction::ALL {
-            drop(metrics.server_failures.get_or_create(&direction.labels()));
-        }
-        metrics
     }
 }
 
@@ -113,7 +101,7 @@ impl ProxyAgentMetrics {
         );
         registry.register(
             "endpoint_dial_failure",
-            "Dials that failed, by reason",
+            "Number of failures dialing the remote endpoint, by reason (example: timeout)",
             self.dial_failures.clone(),
         );
         registry.register(
@@ -133,7 +121,7 @@ impl ProxyAgentMetrics {
         );
         registry.register(
             "open_endpoint_connections",
-            "Open connections to targets",
+            "Current number of open endpoint connections",
             self.endpoints.clone(),
         );
     }

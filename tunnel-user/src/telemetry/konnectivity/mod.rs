@@ -1,16 +1,19 @@
 //! Metrics under the names of Konnectivity's, for the dashboards and alerts that there are: of its
 //! server ([`ProxyServerMetrics`]) and its agent ([`ProxyAgentMetrics`]).
 //!
-//! Names, labels and their values are exactly theirs. What they count is ours: dials and
-//! connections count whatever they came in by and whatever tunnel they use, packets only where
-//! there are any.
+//! Names, types, labels and their values are exactly theirs, and a failure's series begins with the
+//! first failure, as there: their own tests compare whole families. So is the help of those that
+//! these tests read. What they count is ours: dials and connections count whatever they came in by
+//! and whatever tunnel they use, packets only where there are any.
 
 mod agent;
+mod client;
 mod lease;
 mod server;
 mod stream;
 
 pub use agent::{DialTrouble, Direction, ProxyAgentMetrics};
+pub use client::ClientTraffic;
 pub use lease::{LeaseCalls, LeaseReads};
 pub use server::{DialFailure, ProxyServerMetrics, Service};
 pub use stream::{PacketKind, Segment, StreamMetrics, Tally};
@@ -24,7 +27,7 @@ use prometheus_client::metrics::{MetricType, TypedMetric};
 type Label = (&'static str, &'static str);
 
 /// A counter whose name stands as it is. OpenMetrics ends a counter's in `_total`, so in its terms
-/// this is a metric of unknown type.
+/// this is a metric of unknown type; in Prometheus' own text format it is a counter.
 #[derive(Clone, Debug, Default)]
 struct Exact(Counter);
 

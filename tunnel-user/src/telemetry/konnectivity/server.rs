@@ -7,7 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::{Counted, Exact, Label, LeaseCalls, StreamMetrics, set};
+use super::{ClientTraffic, Counted, Exact, Label, LeaseCalls, StreamMetrics, set};
 
 const PREFIX: &str = "konnectivity_network_proxy_server";
 
@@ -70,16 +70,6 @@ pub enum DialFailure {
 }
 
 impl DialFailure {
-    const ALL: [Self; 7] = [
-        Self::NoAgent,
-        Self::ErrorResponse,
-        Self::UnrecognizedResponse,
-        Self::SendResponse,
-        Self::BackendClose,
-        Self::BackendDialTimeout,
-        Self::FrontendClose,
-    ];
-
     fn labels(self) -> [Label; 1] {
         let reason = match self {
             Self::NoAgent => "no_agent",
@@ -136,9 +126,6 @@ impl Default for ProxyServerMetrics {
             drop(metrics.rpcs.get_or_create(&service.labels()));
             drop(metrics.full.get_or_create(&service.labels()));
         }
-        for failure in DialFailure::ALL {
-            drop(metrics.failures.get_or_create(&failure.labels()));
-        }
         metrics
     }
 }
@@ -191,7 +178,7 @@ impl ProxyServerMetrics {
         );
         registry.register(
             "established_connections",
-            "Open connections, of dials that succeeded",
+            "Current number of established end-to-end connections (post-dial)",
             self.established.clone(),
         );
         registry.register(
@@ -201,7 +188,7 @@ impl ProxyServerMetrics {
         );
         registry.register(
             "dial_failure_count",
-            "Dials that failed, by reason",
+            "Number of dial failures observed. Multiple failures can occur for a single dial request",
             self.failures.clone(),
         );
     }
@@ -216,9 +203,9 @@ impl ProxyServerMetrics {
         self.failures.get_or_create(&why.labels()).0.inc();
     }
 
-    /// Observes how long a packet waited until a client took it.
-    pub fn wrote(&self, elapsed: Duration) {
-        self.writes.observe(elapsed.as_secs_f64());
+    /// Counts packets of clients.
+    pub fn clients(&self) -> ClientTraffic {
+        ClientTraffic::new(&self.streams, &self.writes)
     }
 
     /// Observes how long a connection was open.

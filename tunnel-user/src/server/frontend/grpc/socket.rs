@@ -7,8 +7,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::sync::Notify;
@@ -16,6 +18,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head, text};
 
 use crate::datapath::LocalSocket;
+use crate::telemetry::konnectivity::{ClientTraffic, PacketKind};
 use crate::transport::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 
 /// The most that may wait for credit before the client has to read: one packet of data, and answers.
@@ -29,8 +32,9 @@ static LAST_CONNECTION: AtomicI64 = AtomicI64::new(0);
 pub(super) struct ProxySocket {
     sender: RefCell<PacketSender>,
     receiver: RefCell<PacketReceiver>,
-    /// Framed packets that have no credit yet.
-    waiting: RefCell<VecDeque<Bytes>>,
+    /// Packets that have no credit yet.
+    waiting: RefCell<VecDeque<Waiting>>,
+    traffic: Rc<ClientTraffic>,
     /// The number of the request.
     random: i64,
     /// The connection's name; 0 while it is dialled.
@@ -47,10 +51,24 @@ pub(super) struct ProxySocket {
     fault: RefCell<Option<Status>>,
 }
 
+/// A packet on its way to the client.
+struct Waiting {
+    /// What of its frame has no credit yet.
+    bytes: Bytes,
+    kind: PacketKind,
+    since: Instant,
+}
+
 impl ProxySocket {
-    /// A stream on which `random` was asked for.
-    pub(super) fn new(sender: PacketSender, receiver: PacketReceiver, random: i64) -> Self {
+    /// A stream on which `random` was asked for. What passes is counted by `traffic`.
+    pub(super) fn new(
+        sender: PacketSender,
+        receiver: PacketReceiver,
+        random: i64,
+        traffic: Rc<ClientTraffic>,
+    ) -> Self {
         Self {
+            traffic,
             sender: sender.into(),
             receiver: receiver.into(),
             waiting: RefCell::default(),
@@ -114,8 +132,8 @@ impl ProxySocket {
     /// Ends the call behind everything that was written.
     pub(super) fn end(&self, status: &Status) {
         let mut sender = self.sender.borrow_mut();
-        for bytes in self.waiting.borrow_mut().drain(..) {
-            sender.send_last(bytes);
+        for packet in self.waiting.borrow_mut().drain(..) {
+            sender.send_last(packet.bytes);
         }
         sender.finish(status);
     }
@@ -141,18 +159,29 @@ impl ProxySocket {
     }
 
     fn put(&self, packet: &Packet) {
-        self.waiting.borrow_mut().push_back(packet.frame());
+        if let Some(kind) = PacketKind::of(packet) {
+            self.queue(packet.frame(), kind);
+        }
         // An end shows where the client is read.
         let _ = self.try_flush();
     }
 
+    fn queue(&self, bytes: Bytes, kind: PacketKind) {
+        self.traffic.sent(kind);
+        let since = Instant::now();
+        let packet = Waiting { bytes, kind, since };
+        self.waiting.borrow_mut().push_back(packet);
+    }
+
     fn try_flush(&self) -> io::Result<()> {
         let mut waiting = self.waiting.borrow_mut();
-        while let Some(bytes) = waiting.front_mut() {
-            self.sender.borrow_mut().try_send(bytes).map_err(reset)?;
-            if !bytes.is_empty() {
+        while let Some(packet) = waiting.front_mut() {
+            let sent = self.sender.borrow_mut().try_send(&mut packet.bytes);
+            sent.map_err(|end| self.not_sent(end, packet.kind))?;
+            if !packet.bytes.is_empty() {
                 break;
             }
+            self.traffic.wrote(packet.since.elapsed());
             waiting.pop_front();
         }
         Ok(())
@@ -160,16 +189,31 @@ impl ProxySocket {
 
     fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut waiting = self.waiting.borrow_mut();
-        while let Some(bytes) = waiting.front_mut() {
+        while let Some(packet) = waiting.front_mut() {
             let mut sender = self.sender.borrow_mut();
-            ready!(sender.poll_send(cx, bytes)).map_err(reset)?;
+            let sent = ready!(sender.poll_send(cx, &mut packet.bytes));
+            sent.map_err(|end| self.not_sent(end, packet.kind))?;
+            self.traffic.wrote(packet.since.elapsed());
             waiting.pop_front();
         }
         Poll::Ready(Ok(()))
     }
 
+    fn not_sent(&self, end: StreamEnd, kind: PacketKind) -> io::Error {
+        self.traffic.not_sent(end.code().name(), kind);
+        reset(end)
+    }
+
     async fn next(&self) -> Result<Option<Packet>, StreamEnd> {
-        poll_fn(|cx| self.receiver.borrow_mut().poll_next(cx)).await
+        let next = poll_fn(|cx| self.receiver.borrow_mut().poll_next(cx)).await;
+        match &next {
+            Ok(Some(packet)) => self.traffic.received(packet),
+            Ok(None) => {}
+            // After its end a client leaves as it likes.
+            Err(_) if self.closed.get() || self.finished.get() => {}
+            Err(end) => self.traffic.not_received(end.code().name()),
+        }
+        next
     }
 
     /// Waits for the next packet; `None`: after the target's end there is none for now.
@@ -237,7 +281,11 @@ impl ProxySocket {
     }
 
     fn waiting(&self) -> usize {
-        self.waiting.borrow().iter().map(Bytes::len).sum()
+        self.waiting
+            .borrow()
+            .iter()
+            .map(|packet| packet.bytes.len())
+            .sum()
     }
 }
 
@@ -299,7 +347,7 @@ impl LocalSocket for &ProxySocket {
             packet.put_slice(&slice[..part]);
             left -= part;
         }
-        self.waiting.borrow_mut().push_back(packet.freeze());
+        self.queue(packet.freeze(), PacketKind::Data);
         self.try_flush()?;
         Ok(Some(length))
     }

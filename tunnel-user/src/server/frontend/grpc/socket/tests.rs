@@ -61,7 +61,7 @@ async fn stream() -> (Client, Rc<ProxySocket>) {
         let on_call = |call: crate::transport::grpc::server::Call| {
             let (sender, receiver) = call.accept(&[]).unwrap();
             let socket = socket.take().unwrap();
-            let _ = socket.send(ProxySocket::new(sender, receiver, RANDOM));
+            let _ = socket.send(ProxySocket::new(sender, receiver, RANDOM, Rc::default()));
         };
         let _ = serve(far, &Settings::FRONTEND, PROXY, pending(), on_call).await;
     });
