@@ -180,7 +180,8 @@ fn cidr(text: &str) -> Result<Claim, ClaimError> {
 }
 
 /// Without host bits, and IPv4 where the network lies within ::ffff:0:0/96.
-pub(crate) fn canonical(network: IpNet) -> IpNet {
+#[must_use]
+pub fn canonical(network: IpNet) -> IpNet {
     let network = network.trunc();
     let IpNet::V6(v6) = network else {
         return network;

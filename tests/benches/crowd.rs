@@ -53,9 +53,11 @@ async fn main() -> Result<()> {
         .run_until(async {
             for number in 0..sessions {
                 let share = routes * number / sessions..routes * (number + 1) / sessions;
-                let offer = share.map(claim).collect::<Result<_>>()?;
-                let dial =
-                    endpoint.connect_with(configs[number / of_one].clone(), server, "cpc")?;
+                let identity = number / of_one;
+                let first = routes * (identity * of_one) / sessions;
+                let offer = share.map(|route| claim(identity, route - first));
+                let offer = offer.collect::<Result<_>>()?;
+                let dial = endpoint.connect_with(configs[identity].clone(), server, "cpc")?;
                 let session = session(dial, number, offer, welcomed.clone());
                 spawn_local(async move {
                     if let Err(error) = session.await {
@@ -76,8 +78,10 @@ async fn main() -> Result<()> {
         .await
 }
 
-fn claim(number: usize) -> Result<Claim> {
-    let network = Ipv4Addr::from(FIRST + (u32::try_from(number)? << 6));
+/// A route of an identity, within the /11 that it is granted.
+fn claim(identity: usize, route: usize) -> Result<Claim> {
+    let (identity, route) = (u32::try_from(identity)?, u32::try_from(route)?);
+    let network = Ipv4Addr::from(FIRST + (identity << 21) + (route << 6));
     Ok(Claim::Cidr(format!("{network}/26").parse()?))
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use ipnet::IpNet;
 use tunnel_proto::preface::Host;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
@@ -27,30 +28,37 @@ fn address(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(0x0a00_0000 + (number << 6))
 }
 
+/// The networks of each agent, by its number.
+fn offers(routes: u32) -> impl Iterator<Item = (u64, impl Iterator<Item = IpNet>)> {
+    (0..routes).step_by(OFFER as usize).map(move |first| {
+        let networks = (first..routes.min(first + OFFER)).map(|number| {
+            let network = format!("{}/26", address(number));
+            network.parse().expect("a network")
+        });
+        (u64::from(first) + 1, networks)
+    })
+}
+
 /// A registry with so many routes.
 fn registry(routes: u32) -> Registry {
-    let grant = GrantConfig {
-        identity: "spiffe://*/agent/*".into(),
-        cidrs: vec!["10.0.0.0/8".parse().expect("a network")],
-        names: Vec::new(),
-        default_route: false,
-    };
     let policy = PolicyConfig {
-        grants: vec![grant],
+        grants: offers(routes)
+            .map(|(id, networks)| GrantConfig {
+                identity: format!("spiffe://cluster.local/agent/w{id}"),
+                cidrs: networks.collect(),
+                names: Vec::new(),
+                default_route: false,
+            })
+            .collect(),
     };
     let grants = Grants::new(&policy).expect("grants");
     let strategies = RoutingConfig::default().strategies;
     let mut registry = Registry::new(grants, &strategies, Duration::from_secs(60));
-    for first in (0..routes).step_by(OFFER as usize) {
-        let offer = (first..routes.min(first + OFFER)).map(|number| {
-            let network = format!("{}/26", address(number));
-            Claim::Cidr(network.parse().expect("a network"))
-        });
-        let id = u64::from(first) + 1;
+    for (id, networks) in offers(routes) {
         registry.connect(
             link(id),
             InstanceId([1; 16]),
-            offer.collect(),
+            networks.map(Claim::Cidr).collect(),
             Instant::now(),
         );
     }

@@ -57,7 +57,7 @@ enum Request {
     },
     Changed,
     Disconnect(LinkId),
-    SetGrants(Grants),
+    SetGrants(Box<Grants>),
     View(oneshot::Sender<Vec<SessionView>>),
 }
 
@@ -127,7 +127,7 @@ impl ControlHandle {
 
     /// Puts another policy in force.
     pub async fn set_grants(&self, grants: Grants) {
-        let _ = self.requests.send(Request::SetGrants(grants)).await;
+        let _ = self.requests.send(Request::SetGrants(grants.into())).await;
     }
 
     /// All sessions, for people.
@@ -230,7 +230,7 @@ impl Control {
             }
             Request::Changed => {}
             Request::Disconnect(link) => self.registry.disconnect(link, now),
-            Request::SetGrants(grants) => self.registry.set_grants(grants, now),
+            Request::SetGrants(grants) => self.registry.set_grants(*grants, now),
             Request::View(reply) => {
                 let view = self.registry.sessions().map(|session| SessionView {
                     info: session.info.clone(),

@@ -2,11 +2,20 @@
 //!
 //! Every agent may serve the node addresses in its own certificate. Everything else is granted by
 //! the server's policy to identities by pattern. What an agent says of itself grants nothing.
+//!
+//! The longest prefix is asked first, so a claim within a range takes that part from everybody who
+//! serves the range. A range that several identities are granted is therefore served as it is granted,
+//! by all of them alike; a part of it takes a grant of that part. Names follow the same rule.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use tunnel_proto::route::{Claim, NamePattern};
+use prefix_trie::joint::JointPrefixMap;
+use tunnel_proto::preface::NameError;
+use tunnel_proto::route::{Claim, NamePattern, canonical};
 use tunnel_proto::session::Refusal;
 
 use crate::config::ConfigError;
@@ -14,16 +23,26 @@ use crate::config::server::PolicyConfig;
 use crate::tls::Identity;
 use crate::tls::identity::matches;
 
+const NOT_GRANTED: &str = "not granted: it is neither a node address in the agent's certificate nor in \
+                           policy.grants of the server";
+
 /// The server's policy.
 #[derive(Debug, Default)]
-pub struct Grants(Vec<Grant>);
+pub struct Grants {
+    /// Patterns of identities; grants are known by their place.
+    identities: Vec<String>,
+    /// Who is granted a network.
+    nets: JointPrefixMap<IpNet, Vec<usize>>,
+    /// Who is granted names: of two patterns that cover the same, the narrower one first.
+    names: Vec<(NamePattern, Vec<usize>)>,
+    /// Who is granted whatever nobody else serves.
+    default_route: Vec<usize>,
+}
 
-#[derive(Debug)]
-struct Grant {
-    identity: String,
-    cidrs: Vec<IpNet>,
-    names: Vec<NamePattern>,
-    default_route: bool,
+/// An identity, with the grants that are its own.
+struct Grantee {
+    uri: String,
+    own: Vec<bool>,
 }
 
 impl Grants {
@@ -32,7 +51,9 @@ impl Grants {
     /// # Errors
     /// [`ConfigError::Value`] naming a pattern that can't be right.
     pub fn new(config: &PolicyConfig) -> Result<Self, ConfigError> {
-        let read = |grant: &crate::config::server::GrantConfig| {
+        let mut grants = Self::default();
+        let mut names: BTreeMap<NamePattern, Vec<usize>> = BTreeMap::new();
+        for (at, grant) in config.grants.iter().enumerate() {
             if !grant.identity.starts_with("spiffe://") {
                 return Err(ConfigError::Value {
                     key: "policy.grants.identity",
@@ -42,53 +63,52 @@ impl Grants {
                     ),
                 });
             }
-            let names = grant.names.iter().map(|name| name.parse());
-            let names = names
-                .collect::<Result<_, _>>()
-                .map_err(|e| ConfigError::Value {
+            grants.identities.push(grant.identity.clone());
+            for net in &grant.cidrs {
+                grants.nets.entry(canonical(*net)).or_default().push(at);
+            }
+            for name in &grant.names {
+                let name = name.parse().map_err(|e: NameError| ConfigError::Value {
                     key: "policy.grants.names",
-                    why: tunnel_proto::preface::NameError::to_string(&e),
+                    why: e.to_string(),
                 })?;
-            Ok(Grant {
-                identity: grant.identity.clone(),
-                cidrs: grant.cidrs.iter().map(IpNet::trunc).collect(),
-                names,
-                default_route: grant.default_route,
-            })
-        };
-        Ok(Self(
-            config.grants.iter().map(read).collect::<Result<_, _>>()?,
-        ))
+                names.entry(name).or_default().push(at);
+            }
+            if grant.default_route {
+                grants.default_route.push(at);
+            }
+        }
+        grants.names = names.into_iter().collect();
+        grants.names.sort_by_key(|(pattern, _)| {
+            let is_below = matches!(pattern, NamePattern::Below(_));
+            (is_below, Reverse(pattern.to_string().len()))
+        });
+        Ok(grants)
     }
 
     /// Splits what `identity` offers into what it may serve and what it may not.
     pub fn cut(&self, identity: &Identity, offer: Vec<Claim>) -> (Vec<Claim>, Vec<Refusal>) {
-        let grants: Vec<_> = self.to(identity).collect();
+        let grantee = self.grantee(identity);
         let (mut accepted, mut refused) = (Vec::new(), Vec::new());
         for claim in offer {
-            let granted = match &claim {
-                Claim::Address(addr) => {
-                    identity
-                        .addresses
-                        .iter()
-                        .any(|own| own.to_canonical() == *addr)
-                        || grants.iter().any(|g| g.covers_address(*addr))
-                }
-                Claim::Cidr(net) => grants.iter().any(|g| g.covers_net(net)),
-                Claim::Name(name) => grants
-                    .iter()
-                    .any(|g| g.names.iter().any(|granted| granted.covers(name))),
-                Claim::DefaultRoute => grants.iter().any(|g| g.default_route),
+            let own = |addr: &IpAddr| {
+                let mut addresses = identity.addresses.iter();
+                addresses.any(|own| own.to_canonical() == *addr)
             };
-            if granted {
-                accepted.push(claim);
-            } else {
-                let why = "not granted: it is neither a node address in the agent's certificate \
-                           nor in policy.grants of the server";
-                refused.push(Refusal {
+            let judged = match &claim {
+                Claim::Address(addr) if own(addr) => Ok(()),
+                Claim::Address(addr) => self.judge_net(&grantee, IpNet::from(*addr)),
+                Claim::Cidr(net) => self.judge_net(&grantee, *net),
+                Claim::Name(name) => self.judge_name(&grantee, name),
+                Claim::DefaultRoute if grantee.has(&self.default_route) => Ok(()),
+                Claim::DefaultRoute => Err(NOT_GRANTED.into()),
+            };
+            match judged {
+                Ok(()) => accepted.push(claim),
+                Err(why) => refused.push(Refusal {
                     claim: claim.to_string(),
-                    why: why.into(),
-                });
+                    why,
+                }),
             }
         }
         (accepted, refused)
@@ -96,24 +116,58 @@ impl Grants {
 
     /// Whether `identity` may serve everything that nobody else serves.
     pub fn allow_default_route(&self, identity: &Identity) -> bool {
-        self.to(identity).any(|grant| grant.default_route)
+        self.grantee(identity).has(&self.default_route)
     }
 
-    fn to(&self, identity: &Identity) -> impl Iterator<Item = &Grant> {
+    fn grantee(&self, identity: &Identity) -> Grantee {
         let uri = identity.uri();
-        self.0
-            .iter()
-            .filter(move |grant| matches(&grant.identity, &uri))
+        let own = self.identities.iter().map(|pattern| matches(pattern, &uri));
+        let own = own.collect();
+        Grantee { uri, own }
+    }
+
+    fn judge_net(&self, grantee: &Grantee, claim: IpNet) -> Result<(), String> {
+        let mut holding: Vec<_> = self.nets.cover(&claim).collect();
+        holding.reverse();
+        self.judge(grantee, claim, holding)
+    }
+
+    fn judge_name(&self, grantee: &Grantee, claim: &NamePattern) -> Result<(), String> {
+        let holding = self.names.iter().filter(|(name, _)| name.covers(claim));
+        let holding = holding.map(|(name, grants)| (name, grants));
+        self.judge(grantee, claim, holding)
+    }
+
+    /// Whether `claim` may be served. `holding` are the granted ranges that hold it, the narrowest
+    /// first.
+    fn judge<'a, R: PartialEq + Display>(
+        &self,
+        grantee: &Grantee,
+        claim: R,
+        holding: impl IntoIterator<Item = (R, &'a Vec<usize>)>,
+    ) -> Result<(), String> {
+        let mut others = false;
+        for (range, grants) in holding {
+            // A pattern stands for more than this identity.
+            others |= grants.iter().any(|at| self.identities[*at] != grantee.uri);
+            if !grantee.has(grants) {
+                continue;
+            }
+            if !others || range == claim {
+                return Ok(());
+            }
+            return Err(format!(
+                "not granted: it would take a part of {range} from others to whom policy.grants of \
+                 the server grants that as well. Claim {range}, or have {claim} granted"
+            ));
+        }
+        Err(NOT_GRANTED.into())
     }
 }
 
-impl Grant {
-    fn covers_address(&self, addr: IpAddr) -> bool {
-        self.cidrs.iter().any(|granted| granted.contains(&addr))
-    }
-
-    fn covers_net(&self, net: &IpNet) -> bool {
-        self.cidrs.iter().any(|granted| granted.contains(net))
+impl Grantee {
+    fn has(&self, grants: &[usize]) -> bool {
+        grants.iter().any(|at| self.own[*at])
     }
 }
 
@@ -132,17 +186,34 @@ mod tests {
         }
     }
 
-    fn grants() -> Grants {
-        let grant = GrantConfig {
-            identity: "spiffe://cluster.local/agent/gw-*".into(),
-            cidrs: vec!["10.244.0.0/16".parse().unwrap()],
-            names: vec!["*.svc".into()],
+    /// Grants of `(identity, cidrs, names)`.
+    fn grants(of: &[(&str, &[&str], &[&str])]) -> Grants {
+        let grant = |(name, cidrs, names): &(&str, &[&str], &[&str])| GrantConfig {
+            identity: format!("spiffe://cluster.local/agent/{name}"),
+            cidrs: cidrs.iter().map(|net| net.parse().unwrap()).collect(),
+            names: names.iter().map(|name| (*name).into()).collect(),
             default_route: false,
         };
         Grants::new(&PolicyConfig {
-            grants: vec![grant],
+            grants: of.iter().map(grant).collect(),
         })
         .unwrap()
+    }
+
+    fn gateway() -> Grants {
+        grants(&[("gw-1", &["10.244.0.0/16"], &["*.svc"])])
+    }
+
+    /// A claim in the form that it has on the wire.
+    fn claim(text: &str) -> Claim {
+        let mut offer = tunnel_proto::control::Offer::default();
+        let texts = match text {
+            _ if text.contains('/') => &mut offer.cidrs,
+            _ if text.parse::<IpAddr>().is_ok() => &mut offer.addresses,
+            _ => &mut offer.names,
+        };
+        texts.push(text.into());
+        tunnel_proto::route::from_offer(&offer).unwrap().remove(0)
     }
 
     #[test]
@@ -154,7 +225,7 @@ mod tests {
             Claim::Cidr("10.244.1.0/24".parse().unwrap()),
             Claim::DefaultRoute,
         ];
-        let (accepted, refused) = grants().cut(&agent("w1", &["10.99.1.2"]), offer);
+        let (accepted, refused) = gateway().cut(&agent("w1", &["10.99.1.2"]), offer);
         assert_eq!(accepted, [Claim::Address("10.99.1.2".parse().unwrap())]);
         assert_eq!(refused.len(), 4);
     }
@@ -166,9 +237,93 @@ mod tests {
             Claim::Cidr("10.0.0.0/8".parse().unwrap()),
             Claim::Name("*.default.svc".parse().unwrap()),
         ];
-        let (accepted, refused) = grants().cut(&agent("gw-1", &[]), offer);
+        let (accepted, refused) = gateway().cut(&agent("gw-1", &[]), offer);
         assert_eq!(accepted.len(), 2);
         assert_eq!(refused[0].claim, "10.0.0.0/8");
+    }
+
+    /// One of many who share a range takes no part of it from the others.
+    #[test]
+    fn a_part_of_a_shared_range_takes_a_grant_of_its_own() {
+        let shared: &[(&str, &[&str], &[&str])] = &[(
+            "*",
+            &[
+                "10.96.0.0/12",
+                "10.100.0.0/16",
+                "::ffff:10.200.0.0/112",
+                "fd00::/32",
+            ],
+            &["*.svc", "*.kube-system.svc", "web.default.svc"],
+        )];
+        // The same without a pattern, and a part that is granted to one.
+        let twice: &[(&str, &[&str], &[&str])] = &[
+            ("w1", &["10.96.0.0/12"], &["*.svc"]),
+            ("w2", &["10.96.0.0/12"], &["*.svc"]),
+        ];
+        let part: &[(&str, &[&str], &[&str])] = &[
+            ("*", &["10.96.0.0/12"], &["*.svc"]),
+            ("w1", &["10.96.0.0/16"], &["*.default.svc"]),
+        ];
+        let others: &[(&str, &[&str], &[&str])] = &[
+            ("w1", &["10.96.0.0/12"], &["*.svc"]),
+            ("w2", &["10.96.0.0/16"], &["dns.kube-system.svc"]),
+        ];
+        for (of, text, may) in [
+            (shared, "10.96.0.0/12", true),
+            (shared, "10.96.0.10", false),
+            (shared, "10.96.0.10/32", false),
+            (shared, "10.96.0.0/13", false),
+            (shared, "::ffff:10.96.0.10", false),
+            (shared, "::ffff:10.96.0.0/108", true),
+            (shared, "::ffff:10.96.0.10/128", false),
+            (shared, "10.100.0.0/16", true),
+            (shared, "10.100.0.0/17", false),
+            (shared, "10.200.0.0/16", true),
+            (shared, "10.200.0.1", false),
+            (shared, "fd00::/32", true),
+            (shared, "fd00::a", false),
+            (shared, "*.svc", true),
+            (shared, "*.Default.SVC.", false),
+            (shared, "dns.kube-system.svc", false),
+            (shared, "*.kube-system.svc", true),
+            (shared, "web.default.svc", true),
+            (shared, "kubernetes.default.svc", false),
+            (twice, "10.96.0.0/12", true),
+            (twice, "10.96.0.10", false),
+            (twice, "dns.kube-system.svc", false),
+            // Its grant is the narrower one, so it is asked before the others anyway.
+            (part, "10.96.0.10", true),
+            (part, "10.97.0.10", false),
+            (part, "web.default.svc", true),
+            (part, "dns.kube-system.svc", false),
+            // Another's narrower grant is not touched, from above or within.
+            (others, "10.97.0.10", true),
+            (others, "10.96.0.0/13", true),
+            (others, "10.96.0.0/16", false),
+            (others, "10.96.0.10", false),
+            (others, "*.kube-system.svc", true),
+            (others, "dns.kube-system.svc", false),
+        ] {
+            let (accepted, refused) = grants(of).cut(&agent("w1", &[]), vec![claim(text)]);
+            assert_eq!(!accepted.is_empty(), may, "{text} of {of:?}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_certificates_address_needs_no_grant() {
+        let shared = grants(&[("*", &["10.99.0.0/16"], &[])]);
+        let offer = || vec![claim("::ffff:10.99.1.2")];
+        assert!(
+            shared
+                .cut(&agent("w1", &["10.99.1.2"]), offer())
+                .1
+                .is_empty()
+        );
+        let (_, refused) = shared.cut(&agent("w2", &["10.99.1.3"]), offer());
+        assert!(
+            refused[0].why.contains("a part of 10.99.0.0/16"),
+            "{refused:?}"
+        );
     }
 
     #[test]

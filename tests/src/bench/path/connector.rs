@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result, anyhow};
 use serde_json::{Value, json};
 
-use super::crowd::{CROWD, CROWD_NETWORK, Gate};
+use super::crowd::{Gate, grants};
 use super::{Running, Start};
 use crate::bench::load::Dial;
 use crate::bench::scene::{Place, local};
 use crate::bench::target;
 use crate::lab::cgroup::Cgroup;
-use crate::lab::config::{self, ConnectorPki, Redirect, ServerSockets, TRUST_DOMAIN};
+use crate::lab::config::{self, ConnectorPki, Redirect, ServerSockets};
 use crate::lab::daemon::{Daemon, Role};
 
 const READY: Duration = Duration::from_secs(15);
@@ -62,10 +62,7 @@ pub(super) fn start(
         dials = nodes.map(|node| Dial::Tcp((node, target::PORT).into()));
     }
     let mut config = config::server(&folder, &sockets, 1, redirect.as_ref(), 0);
-    config["policy"]["grants"] = json!([{
-        "identity": format!("spiffe://{TRUST_DOMAIN}/agent/{CROWD}-*"),
-        "cidrs": [CROWD_NETWORK],
-    }]);
+    config["policy"]["grants"] = grants().into();
     merge(&mut config, server);
     let mut running = Running::new(dials[0].clone());
     running.dials = dials.into();

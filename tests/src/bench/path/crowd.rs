@@ -6,23 +6,36 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use crate::bench::scene::Place;
 use crate::client::eventually;
-use crate::lab::config::ConnectorPki;
+use crate::lab::config::{ConnectorPki, TRUST_DOMAIN};
 use crate::lab::process::Process;
 
 /// What the names of these agents begin with.
 pub(super) const CROWD: &str = "crowd";
-/// What all of them may serve.
-pub(super) const CROWD_NETWORK: &str = "10.128.0.0/9";
+/// Identities that have routes, at most: each may serve an eighth of 10.0.0.0/8, and the addresses
+/// below 10.128.0.0 are the laboratory's.
+const SERVING: u8 = 4;
 /// Sessions of one identity; the server takes no more than 32.
 const SESSIONS: usize = 30;
 /// Routes of one session at most; an offer holds 1,024 and a message 64 KiB.
 const ROUTES: usize = 1000;
 /// How long the server may take to let all of them in.
 const READY: Duration = Duration::from_secs(60);
+
+/// What the server grants them. Each serves parts of what it alone is granted.
+pub(super) fn grants() -> Vec<Value> {
+    let grant = |number: u8| {
+        json!({
+            "identity": format!("spiffe://{TRUST_DOMAIN}/agent/{CROWD}-{number}"),
+            "cidrs": [format!("10.{}.0.0/11", 128 + 32 * number)],
+        })
+    };
+    (0..SERVING).map(grant).collect()
+}
 
 /// Where they come in.
 #[derive(Debug)]
@@ -44,6 +57,8 @@ pub struct Crowd {
 
 impl Gate {
     pub(super) fn open(&self, sessions: usize, routes: usize) -> Result<Crowd> {
+        let most = usize::from(SERVING) * SESSIONS * ROUTES;
+        ensure!(routes <= most, "{most} routes at most");
         let sessions = sessions.max(routes.div_ceil(ROUTES));
         for number in 0..sessions.div_ceil(SESSIONS) {
             let name = format!("{CROWD}-{number}");

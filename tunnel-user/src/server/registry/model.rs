@@ -89,7 +89,7 @@ const RULES: [Rule; 4] = [
     Rule {
         pattern: "spiffe://a/agent/gw1",
         names: &[("a", "gw1")],
-        cidr: None,
+        cidr: Some("10.0.0.0/30"),
         name: Some("web.svc"),
         default_route: true,
     },
@@ -111,6 +111,18 @@ fn universe() -> Vec<Claim> {
     let names = names.map(|text| Claim::Name(text.parse().unwrap()));
     let all = addresses.into_iter().chain(nets).chain(names);
     all.chain([Claim::DefaultRoute]).collect()
+}
+
+type Within = fn(&str, &str) -> bool;
+
+fn net_within(outer: &str, inner: &str) -> bool {
+    let net = |text: &str| text.parse::<IpNet>().unwrap();
+    net(outer).contains(&net(inner))
+}
+
+/// There are two names only.
+fn name_within(outer: &str, inner: &str) -> bool {
+    outer == inner || outer == "*.svc" && inner == "web.svc"
 }
 
 /// Where clients want to go.
@@ -186,25 +198,32 @@ impl Reference {
         if agent.trust == Trust::Believed {
             return true;
         }
-        let own = self
-            .rules
-            .iter()
-            .filter(|rule| rule.names.contains(&(agent.tenant, agent.name)));
-        let mut nets = own.clone().filter_map(|rule| rule.cidr);
-        let within = |net: &str, inner: IpNet| net.parse::<IpNet>().unwrap().contains(&inner);
+        let alone = format!("spiffe://{}/agent/{}", agent.tenant, agent.name);
+        let is_own = |rule: &&Rule| rule.names.contains(&(agent.tenant, agent.name));
+        let own = self.rules.iter().filter(is_own);
+        // What several are granted is claimed as it is granted, and what one is granted is not
+        // claimed within what others are.
+        let judge = |claim: &str, range: fn(&Rule) -> Option<&'static str>, within: Within| {
+            own.clone().filter_map(range).any(|granted| {
+                let others = self.rules.iter().filter(|rule| rule.pattern != alone);
+                let mut between = others
+                    .filter_map(range)
+                    .filter(|other| within(other, claim) && within(granted, other));
+                within(granted, claim) && (granted == claim || between.next().is_none())
+            })
+        };
         match claim {
+            Claim::Address(addr) if link.is_certified(&addr.to_string()) => true,
             Claim::Address(addr) => {
-                link.is_certified(&addr.to_string()) || nets.any(|net| within(net, (*addr).into()))
+                let net = IpNet::from(*addr).to_string();
+                judge(&net, |rule| rule.cidr, net_within)
             }
             Claim::Cidr(net) => {
                 let alone = net.prefix_len() == net.max_prefix_len();
                 let is_own = alone && link.is_certified(&net.addr().to_string());
-                is_own || nets.any(|granted| within(granted, *net))
+                is_own || judge(&net.to_string(), |rule| rule.cidr, net_within)
             }
-            Claim::Name(name) => own.clone().filter_map(|rule| rule.name).any(|granted| {
-                granted == name.to_string()
-                    || granted == "*.svc" && name.to_string().ends_with("svc")
-            }),
+            Claim::Name(name) => judge(&name.to_string(), |rule| rule.name, name_within),
             Claim::DefaultRoute => own.clone().any(|rule| rule.default_route),
         }
     }

@@ -13,9 +13,16 @@ fn registry() -> Registry {
 }
 
 fn registry_with(strategies: &[Strategy]) -> Registry {
+    let nets = [
+        "10.0.0.0/8",
+        "10.1.0.0/16",
+        "10.99.1.2/32",
+        "10.244.0.0/16",
+        "10.244.1.0/24",
+    ];
     let grant = GrantConfig {
         identity: "spiffe://*/agent/gw*".into(),
-        cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+        cidrs: nets.map(|net| net.parse().unwrap()).into(),
         names: vec!["*.svc".into()],
         default_route: true,
     };
@@ -220,6 +227,30 @@ fn another_policy_takes_claims_away_and_gives_them_back() {
     assert_eq!(registry.sessions().next().unwrap().refused.len(), 1);
     registry.set_grants(before, Instant::now());
     assert_eq!(ask(&registry, "a", "10.244.0.1"), Ok(vec![1]));
+}
+
+/// Of those who are granted a range together, none takes an address in it from the others.
+#[test]
+fn a_longer_prefix_takes_nothing_from_those_who_share_a_range() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let net = |text: &str| vec![Claim::Cidr(text.parse().unwrap())];
+    registry.connect(
+        link(1, "gw1", "192.0.2.1"),
+        InstanceId([1; 16]),
+        net("10.0.0.0/8"),
+        now,
+    );
+    for (claim, id) in [
+        (net("10.96.0.10/32"), 2),
+        (net("10.96.0.0/16"), 3),
+        (claim("10.96.0.10"), 4),
+    ] {
+        let greedy = link(id, "gw2", "192.0.2.2");
+        let verdict = registry.connect(greedy, InstanceId([2; 16]), claim, now);
+        assert_eq!(verdict.refused.len(), 1, "{verdict:?}");
+        assert_eq!(ask(&registry, "a", "10.96.0.10"), Ok(vec![1]));
+    }
 }
 
 fn identifiers(text: &[&str]) -> Vec<Claim> {
