@@ -3,7 +3,8 @@
 //!
 //! Frontends (kube-apiserver) and agents each hold one bidirectional gRPC stream to a proxy server.
 //! On an agent's stream lie all connections of that agent, each named by a number; there is no
-//! credit of a connection's own and no half-close.
+//! credit of a connection's own and no half-close, but for one between two of ours
+//! ([`metadata::HALVES`]).
 //!
 //! [`Packet`] is what was on the wire, checked for form alone: its texts may be of any length up to
 //! [`MAX_MESSAGE`], its numbers of any value.
@@ -37,6 +38,9 @@ pub mod metadata {
     pub const SERVER_ID: &str = "serverid";
     /// Server to agent, exactly one: how many servers there are, in decimal.
     pub const SERVER_COUNT: &str = "servercount";
+    /// Agent to server and back, `1`, between two of ours alone: DATA without data ends a connection's
+    /// direction towards the target, and not the connection. An agent offers it, a server takes it up.
+    pub const HALVES: &str = "cpc-half-close";
     /// What stands before a token.
     pub const BEARER: &str = "Bearer ";
 }

@@ -7,6 +7,7 @@
 //!   DATA (connect id)        <->    DATA (connect id)
 //!   CLOSE_REQ (connect id)    ->      what was received still reaches the target, then end of file
 //!                             <-    CLOSE_RSP, at once; unasked when the target ends
+//!   DATA without data         ->      from a server of ours: end of file, and the target may go on
 //!   DIAL_CLS (random)         ->      the dial, or what came of it, is given up
 //!                             <-    DRAIN
 //! ```
@@ -84,6 +85,12 @@ pub enum Command {
         /// Not empty.
         data: Bytes,
     },
+    /// The server's half has ended: what was delivered still reaches the target, then the end of file.
+    /// What the target sends is taken as before.
+    FinishHalf {
+        /// Which connection.
+        id: i64,
+    },
     /// The connection is closed: what was delivered still reaches the target, then the end of file.
     Finish {
         /// Which connection.
@@ -108,6 +115,8 @@ pub struct AgentEnd {
     by_random: HashMap<i64, i64>,
     blocked: Option<Blocked>,
     draining: bool,
+    /// Whether the server knows of halves.
+    halves: bool,
     transmits: VecDeque<Packet>,
 }
 
@@ -123,7 +132,7 @@ struct Connection {
 enum State {
     Dialling,
     Open,
-    /// The target takes no more: what comes for it is dropped.
+    /// The target takes no more, or its end of file has come: what comes for it is dropped.
     Deaf,
 }
 
@@ -142,6 +151,14 @@ impl AgentEnd {
             limits,
             ..Self::default()
         }
+    }
+
+    /// The same with a server that knows of halves, if `halves`: DATA without data is the end of its
+    /// half.
+    #[must_use]
+    pub fn with_halves(mut self, halves: bool) -> Self {
+        self.halves = halves;
+        self
     }
 
     /// Takes a packet off the stream.
@@ -327,8 +344,15 @@ impl AgentEnd {
             self.close_response(id, text::UNRECOGNIZED_CONNECTION);
             return None;
         };
-        if connection.state == State::Deaf || data.is_empty() {
+        if connection.state == State::Deaf {
             return None;
+        }
+        if data.is_empty() {
+            if !self.halves {
+                return None;
+            }
+            connection.state = State::Deaf;
+            return Some(Command::FinishHalf { id });
         }
         connection.queued += data.len() + PACKET_COST;
         if connection.queued >= MAX_QUEUED {

@@ -10,13 +10,20 @@
 //! [`SILENT_AFTER`] without an answer, [`Event::Alive`] at the next, and the end after [`LOST_AFTER`].
 //! A fresh agent counts as silent until it has answered once.
 //!
-//! **Closing.** An agent that is told to close throws away what it has yet to write to the target.
-//! So a client's end of file is not passed on at once: first a barrier, then the target gets the time
-//! to take what the agent may hold of it, at [`SLOWEST_TARGET`]; then it is to be quiet for [`QUIET`],
-//! or [`LINGER`] to pass, and only then CLOSE_REQ is sent. What is lost all the same: what a slower
-//! target has not taken, and an answer that begins later than that, since the protocol knows no
-//! half-close. What comes from the target is never lost: the agent sends it before CLOSE_RSP, and it
-//! can be read after that.
+//! **Closing.** An agent that is told to close throws away what it has yet to write to the target, and
+//! the protocol knows no half-close. So a client's end of file is not passed on at once. First a barrier,
+//! then the target gets the time to take what the agent may hold of it, at [`SLOWEST_TARGET`]. A client
+//! that reads no more ([`ServerEnd::stop`]) waits for nothing else, nor does one whose last word ends a
+//! session ([`ServerEnd::says_goodbye`]): CLOSE_REQ follows. For one that is known to read on
+//! ([`ServerEnd::finish_half`]), and one whose bytes the target has not answered, answers are taken for
+//! [`LINGER`]. Of any other it is not known whether it reads on: the rest of its answer is taken until the
+//! target has been quiet for [`QUIET`]. What is lost all the same: what a slower target has not taken, and
+//! an answer that comes later than that. What comes from the target is never lost: the agent sends it
+//! before CLOSE_RSP, and it can be read after that.
+//!
+//! **Halves.** An agent of ours says that it knows of them ([`ServerEnd::with_halves`]): to it DATA
+//! without data is the end of file, behind all that was sent, and the target may go on. CLOSE_REQ follows
+//! when nothing of that is read any more. So nothing is waited for.
 //!
 //! **Slow readers.** A connection holds at most [`RECEIVE_QUEUE`] bytes and one packet that nobody
 //! has read. Beyond, nothing more is to be taken off the stream ([`ServerEnd::wants_packets`]),
@@ -40,7 +47,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use self::barrier::Barriers;
-use self::connection::{Connection, Sending};
+use self::connection::{Await, Connection, Sending};
 use super::{MAX_DATA, Packet};
 use crate::close::CloseReason;
 
@@ -65,7 +72,7 @@ pub const SILENT_AFTER: Duration = Duration::from_secs(5);
 /// since the target that blocks it may still go on, and with it everybody on the stream.
 pub const LOST_AFTER: Duration = Duration::from_secs(300);
 
-/// A target that sends nothing for so long after all was handed to it is told to close.
+/// A target that has sent nothing for so long has no more to say to a client that may have left.
 pub const QUIET: Duration = Duration::from_millis(500);
 
 /// What a target is taken to read at least, in bytes a second: for so long it is left what the agent
@@ -75,7 +82,7 @@ pub const SLOWEST_TARGET: u32 = 1 << 20;
 /// The most that an agent holds for one target: 150 packets of ours.
 const AGENT_QUEUE: usize = 150 * MAX_DATA;
 
-/// A target that goes on sending is told after so long.
+/// For so long answers are taken after a client's end of file.
 pub const LINGER: Duration = Duration::from_secs(10);
 
 /// A connection that the agent was told to close is given up when it has not said for so long that
@@ -147,6 +154,8 @@ pub struct ServerEnd<W> {
     /// When connections that linger want to be looked at.
     lingering: BinaryHeap<Reverse<(Instant, DialId)>>,
     held: Option<Held>,
+    /// Whether the agent knows of halves.
+    halves: bool,
     transmit: VecDeque<Packet>,
     events: VecDeque<Event<W>>,
 }
@@ -177,11 +186,19 @@ impl<W: Clone> ServerEnd<W> {
             barriers: Barriers::new(now),
             lingering: BinaryHeap::new(),
             held: None,
+            halves: false,
             transmit: VecDeque::new(),
             events: VecDeque::new(),
         };
         end.ask(None, now);
         end
+    }
+
+    /// The same for an agent that knows of halves, if `halves`.
+    #[must_use]
+    pub fn with_halves(mut self, halves: bool) -> Self {
+        self.halves = halves;
+        self
     }
 
     /// Asks the agent to dial `address` (`host:port`).
@@ -252,16 +269,45 @@ impl<W: Clone> ServerEnd<W> {
     pub fn sent(&mut self, dial: DialId, bytes: usize, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.backlog.add(bytes, now);
+            connection.awaits = Await::Answer;
         }
     }
 
-    /// Nothing more will be sent to the target: it is told when it has had time to take what was.
+    /// What was sent last ends a session within the connection: it wants no answer.
+    pub fn says_goodbye(&mut self, dial: DialId) {
+        if let Some(connection) = self.connections.get_mut(&dial) {
+            connection.awaits = Await::Nothing;
+        }
+    }
+
+    /// Nothing more will be sent to the target: it is told when it has had time to take what was, and
+    /// to answer where an answer may be waited for.
     pub fn finish(&mut self, dial: DialId, now: Instant) {
-        if let Some(connection) = self.connections.get_mut(&dial)
-            && connection.sends_as().is_some()
-        {
-            connection.sending = Sending::Barrier;
-            self.ask(Some(dial), now);
+        let awaits = self.connections.get(&dial).map(|c| c.awaits);
+        self.finish_awaiting(dial, awaits.unwrap_or(Await::Rest), now);
+    }
+
+    /// As [`finish`](Self::finish), of a client that is known to read on.
+    pub fn finish_half(&mut self, dial: DialId, now: Instant) {
+        self.finish_awaiting(dial, Await::Answer, now);
+    }
+
+    fn finish_awaiting(&mut self, dial: DialId, awaits: Await, now: Instant) {
+        let connection = self.connections.get_mut(&dial);
+        let Some(connection) = connection.filter(|c| c.sends_as().is_some()) else {
+            return;
+        };
+        if !self.halves {
+            connection.sending = Sending::Barrier(awaits);
+            return self.ask(Some(dial), now);
+        }
+        connection.sending = Sending::Half;
+        if let Some(connect_id) = connection.connect_id {
+            let data = Bytes::new();
+            self.transmit.push_back(Packet::Data { connect_id, data });
+        }
+        if connection.is_discarding() {
+            self.tell(dial, now);
         }
     }
 
@@ -270,6 +316,11 @@ impl<W: Clone> ServerEnd<W> {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.discard();
             self.made_room(dial, now);
+            match self.connections.get(&dial).map(|c| c.sending) {
+                Some(Sending::Half) => self.tell(dial, now),
+                Some(Sending::Linger { .. }) => self.linger(dial, now),
+                _ => {}
+            }
         }
     }
 
@@ -281,7 +332,7 @@ impl<W: Clone> ServerEnd<W> {
         if connection.read_end().is_none() {
             match connection.connect_id {
                 Some(id) => {
-                    if connection.sending != Sending::Told {
+                    if !matches!(connection.sending, Sending::Told(_)) {
                         self.transmit
                             .push_back(Packet::CloseRequest { connect_id: id });
                     }
@@ -391,15 +442,15 @@ impl<W: Clone> ServerEnd<W> {
         self.events.pop_front()
     }
 
-    /// A connection that lingers is due: it is told to close, unless its target still sends.
+    /// A connection that lingers is told to close when it is due, and given up when it does not.
     fn linger(&mut self, dial: DialId, now: Instant) {
         let connection = self.connections.get_mut(&dial);
         let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
             return;
         };
-        if connection.sending == Sending::Told {
+        if let Sending::Told(at) = connection.sending {
             let released = connection.released;
-            let due = self.barriers.resumed() + CLOSED_AFTER;
+            let due = self.barriers.resumed().max(at) + CLOSED_AFTER;
             if due > now || self.barriers.awaits() {
                 self.lingering.push(Reverse((due.max(now + QUIET), dial)));
             } else {
@@ -410,18 +461,21 @@ impl<W: Clone> ServerEnd<W> {
             }
             return;
         }
-        let (Sending::Quiet { heard, until }, Some(connect_id)) =
-            (connection.sending, connection.connect_id)
-        else {
+        match connection.due(now, self.barriers.resumed()) {
+            None => {}
+            Some(due) if due > now => self.lingering.push(Reverse((due, dial))),
+            Some(_) => self.tell(dial, now),
+        }
+    }
+
+    /// Tells the agent to close a connection for good.
+    fn tell(&mut self, dial: DialId, now: Instant) {
+        let connection = self.connections.get_mut(&dial);
+        let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
             return;
         };
-        // What came while the stream was held has yet to be seen.
-        let heard = heard.max(self.barriers.resumed());
-        let due = (heard + QUIET).min(until.max(self.barriers.resumed() + QUIET));
-        if due > now {
-            self.lingering.push(Reverse((due, dial)));
-        } else {
-            connection.sending = Sending::Told;
+        if let Some(connect_id) = connection.connect_id {
+            connection.sending = Sending::Told(now);
             self.transmit.push_back(Packet::CloseRequest { connect_id });
             self.lingering.push(Reverse((now + CLOSED_AFTER, dial)));
         }

@@ -87,6 +87,8 @@ impl Driver {
                 assert!(target.cost() < MAX_QUEUED, "delivered beyond what may wait");
                 target.queue.push(data.len());
             }
+            // Of servers that know of halves alone.
+            Command::FinishHalf { .. } => {}
             Command::Finish { id } => {
                 let target = self
                     .targets

@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 
 use super::budget::Budget;
-use super::socket::LocalSocket;
+use super::socket::{Departure, LocalSocket};
 use super::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// A socket whose peer still takes bytes is kept for so long after everything else has ended.
@@ -80,6 +80,8 @@ enum Rest {
     Finished,
     /// The receiving side takes no more bytes but may still send.
     Refused,
+    /// End of file, not passed on yet: the local peer reads nothing more either.
+    Left,
 }
 
 /// Relays until both directions have ended. `local` is to have reset-on-close set; it and the halves
@@ -110,7 +112,7 @@ pub fn relay<'a>(
             }
         };
         let ended = match ended {
-            Ok(()) => close(&about, recv).await,
+            Ok(()) => close(&about, send, recv).await,
             Err(ending) => Err(ending),
         };
         match ended {
@@ -148,10 +150,14 @@ impl<L, M> About<'_, L, M> {
 /// Where neither direction can go on. `Ok` is an orderly close, `Err` one that must reset what is left.
 async fn close(
     about: &About<'_, impl LocalSocket, impl Meter>,
+    send: &mut impl SendHalf,
     recv: &mut impl RecvHalf,
 ) -> Result<Ending, Ending> {
-    let (out, inn) = (about.out.get(), about.inn.get());
-    if inn.is_none() {
+    let (mut out, inn) = (about.out.get(), about.inn.get());
+    if out == Some(Rest::Left) {
+        recv.stop(CloseReason::PeerGone);
+        out = Some(send_rest(Box::pin(send.stopped()).await, about)?);
+    } else if inn.is_none() {
         if out != Some(Rest::Finished) {
             return Err(RESET_BY_LOCAL);
         }
@@ -203,7 +209,15 @@ fn outward(
                 about.meter.outbound(n);
                 if next.eof {
                     about.note(ClosedBy::Local);
-                    send.finish();
+                    match departure(about.local, send) {
+                        Departure::Half => send.finish_half(),
+                        Departure::Unknown => send.finish(),
+                        Departure::Whole => {
+                            send.finish();
+                            about.out.set(Some(Rest::Left));
+                            return Ok(());
+                        }
+                    }
                     break stopped.await;
                 }
                 tokio::select! {
@@ -219,6 +233,15 @@ fn outward(
             Box::pin(about.local.broken()).await;
         }
         Ok(())
+    }
+}
+
+/// What the end of file means that was read, where it makes a difference to the link.
+fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
+    if send.lingers() {
+        local.departure()
+    } else {
+        Departure::Unknown
     }
 }
 

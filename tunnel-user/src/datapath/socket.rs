@@ -6,11 +6,13 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustls::ServerConnection;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
@@ -18,6 +20,17 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
 use super::buffer::read_owned;
+
+/// What a peer that has sent its end of file does with what is sent to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// It reads on.
+    Half,
+    /// It has closed, and reads nothing more.
+    Whole,
+    /// TCP does not tell one from the other.
+    Unknown,
+}
 
 /// A connected local socket, used by one task at a time.
 pub trait LocalSocket {
@@ -40,6 +53,10 @@ pub trait LocalSocket {
     /// As [`broken`](Self::broken), but never completes for a reset that follows the peer's end of
     /// file: then what it sent before is there to be read, and still counts.
     fn revoked(&self) -> impl Future<Output = ()>;
+    /// What the end of file means that was read.
+    fn departure(&self) -> Departure {
+        Departure::Unknown
+    }
     /// Waits until the connection has to end, whatever it does.
     fn cut(&self) -> impl Future<Output = ()> {
         std::future::pending()
@@ -170,6 +187,13 @@ pub(super) async fn unless_ended(error: io::Result<Option<io::Error>>) {
     }
 }
 
+/// Whether one of `flags` (poll(2)) holds for a socket now.
+fn polled(socket: &impl AsFd, flags: PollFlags) -> Option<bool> {
+    let mut polled = [PollFd::new(socket.as_fd(), flags)];
+    poll(&mut polled, PollTimeout::ZERO).ok()?;
+    Some(polled[0].revents()?.intersects(flags))
+}
+
 pub(super) fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(n) => Ok(Some(n)),
@@ -288,6 +312,15 @@ impl LocalSocket for UnixStream {
     stream_socket!();
 
     fn reset_on_close(&self, _reset: bool) {}
+
+    /// The kernel shuts both directions down when the peer closes (unix_release_sock).
+    fn departure(&self) -> Departure {
+        match polled(self, PollFlags::POLLHUP) {
+            Some(true) => Departure::Whole,
+            Some(false) => Departure::Half,
+            None => Departure::Unknown,
+        }
+    }
 
     /// The peer of a Unix socket that is closed with unread bytes reads ECONNRESET in place of the
     /// end of file (unix_release_sock); TCP gives it the end of file that came before.
@@ -408,6 +441,14 @@ impl LocalSocket for TlsSocket {
             poll_fn(|cx| self.tcp.poll_write_ready(cx)).await?;
         }
         Ok(())
+    }
+
+    /// Who ends its half alone sends close_notify and keeps TCP open.
+    fn departure(&self) -> Departure {
+        match polled(&self.tcp, PollFlags::from_bits_retain(libc::POLLRDHUP)) {
+            Some(true) => Departure::Whole,
+            _ => Departure::Unknown,
+        }
     }
 
     async fn finish(&self) -> io::Result<()> {

@@ -36,6 +36,15 @@ pub trait SendHalf {
     fn send(&mut self, chunk: &mut Bytes) -> impl Future<Output = Result<(), SendEnd>>;
     /// No more will follow.
     fn finish(&mut self);
+    /// Whether the far side learns of a finish at once only where nothing is wanted of it any more.
+    fn lingers(&self) -> bool {
+        false
+    }
+    /// No more will follow, and it is known that what comes back is wanted. Where nothing
+    /// [lingers](Self::lingers) this is [`finish`](Self::finish).
+    fn finish_half(&mut self) {
+        self.finish();
+    }
     /// What was sent may be discarded.
     fn reset(&mut self, reason: CloseReason);
     /// Waits for the end of this half, also while nothing is sent.

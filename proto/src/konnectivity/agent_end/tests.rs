@@ -57,6 +57,32 @@ fn open(n: i64, now: Instant) -> AgentEnd {
     agent
 }
 
+/// A server of ours ends its half alone; the target goes on until it ends, or nobody reads it.
+#[test]
+fn a_half_ends_without_the_other() {
+    let now = Instant::now();
+    for target_ends in [true, false] {
+        let mut agent = open(1, now).with_halves(true);
+        agent.handle(data(1, 5), now);
+        let half = agent.handle(data(1, 0), now);
+        assert_eq!(half, Some(Command::FinishHalf { id: 1 }));
+        assert_eq!(agent.handle(data(1, 0), now), None, "it ends once");
+        assert_eq!(agent.handle(data(1, 3), now), None, "and nothing follows");
+        agent.taken(1, 5, 1, now);
+        assert_eq!(sent(&mut agent), []);
+        if target_ends {
+            agent.finish(1);
+        } else {
+            let whole = agent.handle(close(1), now);
+            assert_eq!(whole, Some(Command::Finish { id: 1 }));
+        }
+        assert_eq!(sent(&mut agent), [closed("", 1)]);
+        assert!(agent.is_empty());
+    }
+    // To any other server DATA without data says nothing.
+    assert_eq!(open(1, now).handle(data(1, 0), now), None);
+}
+
 #[test]
 fn every_dial_takes_the_next_id_whatever_becomes_of_it() {
     let now = Instant::now();
@@ -414,6 +440,7 @@ proptest! {
                 Some(Command::Deliver { id, data }) => {
                     prop_assert!(open.contains(id) && !data.is_empty());
                 }
+                Some(Command::FinishHalf { .. }) => prop_assert!(false, "it knows of no halves"),
                 Some(Command::Finish { id }) => prop_assert!(open.remove(id)),
                 Some(Command::Abort { id, .. }) => {
                     prop_assert!(open.remove(id) || dialling.remove(id).is_some());

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::RECEIVE_QUEUE;
 use super::backlog::Backlog;
+use super::{LINGER, QUIET, RECEIVE_QUEUE};
 use crate::close::CloseReason;
 
 /// The most that is read at once, in chunks: one vectored write's worth.
@@ -59,16 +59,29 @@ pub(super) enum Sending {
     /// More may follow.
     Open,
     /// Nothing more follows; the agent may not have taken all of it off the stream.
-    Barrier,
+    Barrier(Await),
     /// It has: now the target is to have its time.
-    Quiet {
-        /// When something last came from it, or will be taken by it.
-        heard: Instant,
+    Linger {
+        /// What else is waited for.
+        awaits: Await,
         /// When its time is over, whatever comes.
         until: Instant,
     },
-    /// CLOSE_REQ was sent.
-    Told,
+    /// The target was told of the end of file by an agent that knows of halves: it may still send.
+    Half,
+    /// CLOSE_REQ was sent, at this moment.
+    Told(Instant),
+}
+
+/// What a client may still wait for that sends no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Await {
+    /// Nothing: only that the target takes what was sent.
+    Nothing,
+    /// The rest of an answer that has begun.
+    Rest,
+    /// An answer.
+    Answer,
 }
 
 #[derive(Debug)]
@@ -79,6 +92,10 @@ pub(super) struct Connection<W> {
     pub(super) sending: Sending,
     /// What the target may have yet to take.
     pub(super) backlog: Backlog,
+    /// What a client that sends no more may wait for, as far as its bytes tell.
+    pub(super) awaits: Await,
+    /// When the target last sent something.
+    heard: Option<Instant>,
     /// Nobody asks after it any more.
     pub(super) released: bool,
     failure: Option<String>,
@@ -95,6 +112,8 @@ impl<W> Connection<W> {
             connect_id: None,
             sending: Sending::Open,
             backlog: Backlog::default(),
+            awaits: Await::Rest,
+            heard: None,
             released: false,
             failure: None,
             unread: VecDeque::new(),
@@ -131,13 +150,30 @@ impl<W> Connection<W> {
     }
 
     pub(super) fn receive(&mut self, data: Bytes, now: Instant) {
-        if let Sending::Quiet { heard, .. } = &mut self.sending {
-            *heard = now.max(*heard);
-        }
+        self.heard = Some(now);
+        self.awaits = Await::Rest;
         if !self.discarding && !data.is_empty() {
             self.unread_cost += data.len() + CHUNK_COST;
             self.unread.push_back(data);
         }
+    }
+
+    /// When a connection that lingers is to be told; `resumed` is since when its stream is read.
+    pub(super) fn due(&self, now: Instant, resumed: Instant) -> Option<Instant> {
+        let Sending::Linger { awaits, until } = self.sending else {
+            return None;
+        };
+        let written = self.backlog.written(now);
+        Some(match awaits {
+            _ if self.discarding => written,
+            Await::Nothing => written,
+            // What came while the stream was held has yet to be seen.
+            Await::Rest => {
+                let heard = self.heard.unwrap_or(until - LINGER).max(resumed);
+                (heard + QUIET).min(until.max(resumed + QUIET)).max(written)
+            }
+            Await::Answer => until.max(resumed + QUIET).max(written),
+        })
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -161,6 +197,10 @@ impl<W> Connection<W> {
         self.discarding = true;
         self.unread = VecDeque::new();
         self.unread_cost = 0;
+    }
+
+    pub(super) fn is_discarding(&self) -> bool {
+        self.discarding
     }
 
     /// The first end stands.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::connection::Sending;
 use super::{
-    DialId, Event, Held, Holder, LINGER, MAX_CLOSING, QUIET, ReadEnd, STALLED_AFTER, ServerEnd,
+    DialId, Event, Held, Holder, LINGER, MAX_CLOSING, ReadEnd, STALLED_AFTER, ServerEnd,
     StreamError,
 };
 use crate::close::CloseReason;
@@ -114,16 +114,12 @@ impl<W: Clone> ServerEnd<W> {
         };
         for dial in passed {
             if let Some(connection) = self.connections.get_mut(&dial)
-                && connection.sending == Sending::Barrier
+                && let Sending::Barrier(awaits) = connection.sending
                 && connection.read_end().is_none()
             {
-                let heard = connection.backlog.written(now);
-                connection.sending = Sending::Quiet {
-                    heard,
-                    until: now + LINGER,
-                };
-                self.lingering
-                    .push(std::cmp::Reverse((heard + QUIET, dial)));
+                let until = now + LINGER;
+                connection.sending = Sending::Linger { awaits, until };
+                self.linger(dial, now);
             }
         }
         if self.barriers.comes_alive() {

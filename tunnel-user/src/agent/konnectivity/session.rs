@@ -49,9 +49,21 @@ pub(super) struct Stream {
 }
 
 impl Stream {
+    /// The server sends no more; what was delivered is still there.
+    fn finish_half(&self) {
+        self.recv_end
+            .set(self.recv_end.get().or(Some(RecvEnd::Finished)));
+        self.arrived.notify_one();
+    }
+
     /// Ends what has not ended.
     pub(super) fn end(&self, recv: RecvEnd, send: SendEnd) {
-        self.recv_end.set(self.recv_end.get().or(Some(recv)));
+        let ended = match recv {
+            // Also behind the end of a half.
+            RecvEnd::Reset(_) => recv,
+            recv => self.recv_end.get().unwrap_or(recv),
+        };
+        self.recv_end.set(Some(ended));
         self.send_end.set(self.send_end.get().or(Some(send)));
         self.arrived.notify_one();
         self.ended.notify_waiters();
@@ -85,10 +97,10 @@ impl Stream {
 }
 
 impl Session {
-    /// Of a fresh stream. What leaves is counted by `tally`.
-    pub(super) fn new(tally: Tally) -> Rc<Self> {
+    /// Of a fresh stream. What leaves is counted by `tally`. `halves`: the server knows of them.
+    pub(super) fn new(tally: Tally, halves: bool) -> Rc<Self> {
         Rc::new(Self {
-            machine: RefCell::default(),
+            machine: RefCell::new(AgentEnd::default().with_halves(halves)),
             outbox: Outbox::counting(tally),
             streams: RefCell::default(),
             released: Notify::new(),
@@ -137,6 +149,11 @@ impl Session {
                 if let Some(stream) = self.streams.borrow().get(&id) {
                     stream.queue.borrow_mut().push_back(data);
                     stream.arrived.notify_one();
+                }
+            }
+            Command::FinishHalf { id } => {
+                if let Some(stream) = self.streams.borrow().get(&id) {
+                    stream.finish_half();
                 }
             }
             Command::Finish { id } => {

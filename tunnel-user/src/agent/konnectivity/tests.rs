@@ -57,7 +57,7 @@ impl Pair {
         let opened = channel.open(CONNECT, &[], SOON).await.unwrap();
         let (sender, receiver) = server.await.unwrap();
 
-        let session = Session::new(StreamMetrics::default().tally(Segment::FromAgent));
+        let session = Session::new(StreamMetrics::default().tally(Segment::FromAgent), false);
         let (outbox, reader) = (session.outbox().clone(), session.clone());
         spawn_local(async move { outbox.drive(opened.sender).await });
         let mut packets = opened.receiver;

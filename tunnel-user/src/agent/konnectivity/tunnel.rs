@@ -42,7 +42,7 @@ const MAX_SERVER_ID: usize = 253;
 pub(in crate::agent) enum DialError {
     /// TCP.
     #[error("TCP: {0}")]
-    Connect(#[from] io::Error),
+    Connect(io::Error),
     /// As configured it can't be.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -52,6 +52,12 @@ pub(in crate::agent) enum DialError {
     /// The server does not say who it is.
     #[error("the server's answer must have one {0}; is it a proxy-server's port for agents?")]
     Metadata(&'static str),
+}
+
+impl From<io::Error> for DialError {
+    fn from(why: io::Error) -> Self {
+        Self::Connect(why)
+    }
 }
 
 /// An established tunnel.
@@ -88,7 +94,7 @@ pub(in crate::agent) async fn dial(
     let host = split(server).map_or(server, |(host, _)| host);
     let (tls, name, metadata) = (client.tls()?, client.server_name(host)?, client.metadata()?);
     let metadata = metadata.iter().map(|(key, value)| (*key, value.as_str()));
-    let metadata: Vec<_> = metadata.collect();
+    let metadata: Vec<_> = metadata.chain([(metadata::HALVES, "1")]).collect();
 
     let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(way.address)).await;
     let socket = socket.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
@@ -108,6 +114,7 @@ pub(in crate::agent) async fn dial(
     let server_count = one(&headers, metadata::SERVER_COUNT)
         .and_then(|count| count.parse().ok())
         .ok_or(DialError::Metadata(metadata::SERVER_COUNT))?;
+    let halves = one(&headers, metadata::HALVES) == Some("1");
     let about = About {
         server_id: server_id.into(),
         way,
@@ -115,7 +122,7 @@ pub(in crate::agent) async fn dial(
     };
     let tunnel = Rc::new(Tunnel {
         about,
-        session: Session::new(metrics.tally(Segment::FromAgent)),
+        session: Session::new(metrics.tally(Segment::FromAgent), halves),
         closing: Cell::new(None),
         close: Notify::new(),
     });

@@ -33,6 +33,7 @@ type Answer = Result<DialResponse, HeadError>;
 #[derive(Clone, Copy, Debug)]
 enum Order {
     Finish,
+    FinishHalf,
     Reset(CloseReason),
 }
 
@@ -134,6 +135,15 @@ impl SendHalf for BridgeSend {
     fn finish(&mut self) {
         // Who takes no orders has told its end.
         let _ = self.orders.send(Order::Finish);
+        self.chunks = None;
+    }
+
+    fn lingers(&self) -> bool {
+        true
+    }
+
+    fn finish_half(&mut self) {
+        let _ = self.orders.send(Order::FinishHalf);
         self.chunks = None;
     }
 

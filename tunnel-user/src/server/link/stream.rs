@@ -67,6 +67,22 @@ impl SendHalf for LinkSend {
         }
     }
 
+    fn lingers(&self) -> bool {
+        match self {
+            Self::Quic(send) => send.lingers(),
+            Self::Konnectivity(send) => send.lingers(),
+            Self::Bridge(send) => send.lingers(),
+        }
+    }
+
+    fn finish_half(&mut self) {
+        match self {
+            Self::Quic(send) => send.finish_half(),
+            Self::Konnectivity(send) => send.finish_half(),
+            Self::Bridge(send) => send.finish_half(),
+        }
+    }
+
     fn reset(&mut self, reason: CloseReason) {
         match self {
             Self::Quic(send) => send.reset(reason),

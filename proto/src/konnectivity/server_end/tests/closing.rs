@@ -33,30 +33,127 @@ fn a_close_with_an_error_is_a_reset() {
     assert_eq!(bench.read(ONE), Err(ReadEnd::Reset(reason)));
 }
 
+const MOMENT: Duration = Duration::from_millis(1);
+
+/// Of a client of which it is not known whether it reads on, and whose target had begun to answer.
 #[test]
-fn an_end_of_file_waits_for_the_barrier_and_for_quiet() {
+fn the_rest_of_an_answer_is_waited_for_until_the_target_is_quiet() {
     let mut bench = Bench::connected();
+    bench.end.sent(ONE, 5, bench.now);
+    bench.receive(data(1, b"an "));
+    bench.pass_answered(QUIET - MOMENT);
     bench.end.finish(ONE, bench.now);
     let barrier = bench.end.poll_transmit();
-    assert_eq!(barrier, Some(close(-2)));
+    assert!(matches!(barrier, Some(Packet::CloseRequest { connect_id }) if connect_id < 0));
     assert_eq!(bench.end.connect_id(ONE), None, "nothing more is sent");
+    bench.receive(data(1, b"answer"));
     bench.pass(Duration::from_secs(4)).unwrap();
     assert_eq!(bench.sent(), [], "the agent has not taken everything");
 
-    bench.receive(closed(-2));
-    bench.pass_answered(QUIET - Duration::from_millis(1));
-    bench.receive(data(1, b"an answer"));
-    bench.pass_answered(QUIET - Duration::from_millis(1));
+    bench.receive(data(1, b""));
+    bench.answer_barriers();
+    bench.pass_answered(QUIET - MOMENT);
+    bench.receive(data(1, b", the rest"));
+    bench.pass_answered(QUIET - MOMENT);
     assert_eq!(bench.sent(), [], "the target was not quiet");
-    bench.pass_answered(Duration::from_millis(1));
+    bench.pass_answered(MOMENT);
     assert_eq!(bench.sent(), [close(1)]);
     assert_eq!(bench.end.write_end(ONE), None);
 
-    bench.receive(data(1, b", the rest"));
     bench.receive(closed(1));
     assert_eq!(bench.end.write_end(ONE), Some(WriteEnd::Closed));
     assert_eq!(bench.read(ONE), Ok(b"an answer, the rest".to_vec()));
     assert_eq!(bench.read(ONE), Err(ReadEnd::Finished));
+}
+
+/// All that comes in the time that is documented, however late it begins and whatever its pauses.
+#[test]
+fn an_answer_is_waited_for_where_none_has_come() {
+    for known_to_read in [false, true] {
+        let mut bench = Bench::connected();
+        bench.end.sent(ONE, 5, bench.now);
+        if known_to_read {
+            bench.receive(data(1, b"more follows"));
+            bench.pass_answered(QUIET * 3);
+            bench.end.finish_half(ONE, bench.now);
+        } else {
+            bench.end.finish(ONE, bench.now);
+        }
+        bench.answer_barriers();
+        for _ in 0..3 {
+            bench.pass_answered(LINGER / 4);
+            assert_eq!(bench.sent(), []);
+            bench.receive(data(1, b"late"));
+        }
+        bench.pass_answered(LINGER / 4 - MOMENT);
+        assert_eq!(bench.sent(), []);
+        bench.pass_answered(MOMENT);
+        assert_eq!(bench.sent(), [close(1)]);
+    }
+}
+
+/// The target learns of the end as soon as the agent has taken everything off the stream.
+#[test]
+fn nothing_is_waited_for_where_nothing_is_under_way() {
+    let idle = |bench: &mut Bench| {
+        bench.end.sent(ONE, 5, bench.now);
+        bench.receive(data(1, b"answered"));
+        bench.pass_answered(QUIET);
+        bench.end.finish(ONE, bench.now);
+    };
+    let left = |bench: &mut Bench| {
+        bench.end.sent(ONE, 5, bench.now);
+        bench.end.finish(ONE, bench.now);
+        bench.end.stop(ONE, bench.now);
+    };
+    let left_before = |bench: &mut Bench| {
+        bench.end.sent(ONE, 5, bench.now);
+        bench.end.stop(ONE, bench.now);
+        bench.end.finish(ONE, bench.now);
+    };
+    let goodbye = |bench: &mut Bench| {
+        bench.end.sent(ONE, 5, bench.now);
+        bench.end.says_goodbye(ONE);
+        bench.end.finish(ONE, bench.now);
+    };
+    let ways: [&dyn Fn(&mut Bench); 4] = [&idle, &left, &left_before, &goodbye];
+    for (n, finish) in ways.into_iter().enumerate() {
+        let mut bench = Bench::connected();
+        finish(&mut bench);
+        assert_eq!(bench.sent(), [], "{n}: the agent may hold something");
+        bench.pass_answered(MOMENT);
+        assert_eq!(bench.sent(), [close(1)], "{n}");
+    }
+}
+
+/// Who lingers and is then left by its client waits no longer.
+#[test]
+fn a_client_that_leaves_ends_the_wait() {
+    let mut bench = Bench::connected();
+    bench.end.sent(ONE, 5, bench.now);
+    bench.end.finish_half(ONE, bench.now);
+    bench.pass_answered(LINGER / 2);
+    assert_eq!(bench.sent(), []);
+    bench.end.release(ONE, bench.now);
+    assert_eq!(bench.sent(), [close(1)]);
+    bench.pass_answered(LINGER);
+    assert_eq!(bench.sent(), [], "it is told once");
+    assert_eq!(bench.end.write_end(ONE), None, "and has its time to close");
+    bench.receive(closed(1));
+    assert_eq!(bench.end.connections.len(), 1);
+}
+
+/// A session that had ended within the connection, and goes on, does ask for answers.
+#[test]
+fn what_follows_a_goodbye_is_a_request() {
+    let mut bench = Bench::connected();
+    bench.end.says_goodbye(ONE);
+    bench.end.sent(ONE, 5, bench.now);
+    bench.end.finish(ONE, bench.now);
+    bench.pass_answered(LINGER - MOMENT);
+    assert_eq!(bench.sent(), []);
+    bench.pass_answered(MOMENT);
+    assert_eq!(bench.sent(), [close(1)]);
 }
 
 #[test]
@@ -72,10 +169,58 @@ fn a_target_has_time_for_what_the_agent_may_hold() {
         bench.end.sent(ONE, sent, bench.now);
         bench.pass_answered(idle);
         bench.end.finish(ONE, bench.now);
-        bench.pass_answered(takes + QUIET - Duration::from_millis(1));
-        assert_eq!(bench.sent(), [], "{sent} {idle:?}");
-        bench.pass_answered(Duration::from_millis(1));
-        assert_eq!(bench.sent(), [close(1)], "{sent} {idle:?}");
+        bench.end.stop(ONE, bench.now);
+        bench.pass_answered(takes.saturating_sub(MOMENT));
+        let early = takes.is_zero().then(|| close(1));
+        assert_eq!(bench.sent(), Vec::from_iter(early), "{sent} {idle:?}");
+        bench.pass_answered(MOMENT);
+        let late = (!takes.is_zero()).then(|| close(1));
+        assert_eq!(bench.sent(), Vec::from_iter(late), "{sent} {idle:?}");
+    }
+}
+
+/// An agent that knows of halves is told at once, and of the whole when nobody reads.
+#[test]
+fn an_agent_that_knows_of_halves_is_told_at_once() {
+    let connected = || {
+        let mut bench = Bench::connected();
+        bench.end = bench.end.with_halves(true);
+        bench.end.sent(ONE, 5, bench.now);
+        bench
+    };
+    let mut bench = connected();
+    bench.end.finish(ONE, bench.now);
+    assert_eq!(bench.sent(), [data(1, b"")]);
+    assert_eq!(bench.end.connect_id(ONE), None, "nothing more is sent");
+    bench.pass_answered(LINGER * 10);
+    bench.receive(data(1, b"much later"));
+    assert_eq!(bench.sent(), []);
+    bench.receive(closed(1));
+    assert_eq!(bench.end.write_end(ONE), Some(WriteEnd::Closed));
+    assert_eq!(bench.read(ONE), Ok(b"much later".to_vec()));
+    assert_eq!(bench.read(ONE), Err(ReadEnd::Finished));
+
+    let mut bench = connected();
+    bench.end.finish_half(ONE, bench.now);
+    bench.end.stop(ONE, bench.now);
+    assert_eq!(bench.sent(), [data(1, b""), close(1)]);
+    bench.end.release(ONE, bench.now);
+    assert_eq!(bench.sent(), []);
+
+    let mut bench = connected();
+    bench.end.stop(ONE, bench.now);
+    assert_eq!(bench.sent(), []);
+    bench.end.finish(ONE, bench.now);
+    assert_eq!(bench.sent(), [data(1, b""), close(1)]);
+
+    for finished in [false, true] {
+        let mut bench = connected();
+        if finished {
+            bench.end.finish(ONE, bench.now);
+            bench.sent();
+        }
+        bench.end.reset(ONE, CloseReason::PeerReset, bench.now);
+        assert_eq!(bench.sent(), [close(1)]);
     }
 }
 
@@ -86,7 +231,7 @@ fn an_agent_that_never_says_that_it_has_closed_is_not_waited_for() {
     bench.end.finish(TWO, bench.now);
     bench.end.release(TWO, bench.now);
     bench.pass_answered(QUIET);
-    assert_eq!(bench.sent(), [close(1), close(2)]);
+    assert_eq!(bench.sent(), [close(2), close(1)]);
     bench.pass_answered(CLOSED_AFTER - Duration::from_millis(1));
     assert_eq!(bench.end.write_end(ONE), None);
     bench.pass_answered(QUIET * 2);
@@ -101,6 +246,7 @@ fn an_agent_that_never_says_that_it_has_closed_is_not_waited_for() {
 fn a_target_that_never_stops_is_closed_all_the_same() {
     let mut bench = Bench::connected();
     let start = bench.now;
+    bench.receive(data(1, b"tick"));
     bench.end.finish(ONE, bench.now);
     bench.answer_barriers();
     while bench.sent() != [close(1)] {

@@ -18,6 +18,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head, text};
 
 use crate::datapath::LocalSocket;
+use crate::datapath::socket::Departure;
 use crate::telemetry::konnectivity::{ClientTraffic, PacketKind};
 use crate::transport::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 
@@ -384,6 +385,11 @@ impl LocalSocket for &ProxySocket {
         if self.closed.get() || self.finished.get() {
             std::future::pending().await
         }
+    }
+
+    /// The protocol knows no half-close.
+    fn departure(&self) -> Departure {
+        Departure::Whole
     }
 
     fn reset_on_close(&self, reset: bool) {

@@ -77,13 +77,17 @@ pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
     } = outward;
     let mut stopped = std::pin::pin!(send.stopped());
     let mut chunk = Bytes::new();
-    // Whether it is to be finished, the last chunk has come, and it was.
-    let (mut ordered, mut is_last, mut finished) = (false, false, false);
+    // How it is to be finished, whether the last chunk has come, and whether it was.
+    let (mut ordered, mut is_last, mut finished) = (None, false, false);
     let mut heard = true;
     let ended = loop {
-        if ordered && is_last && chunk.is_empty() && !finished {
+        if let Some(half) = ordered
+            && is_last
+            && chunk.is_empty()
+            && !finished
+        {
             finished = true;
-            send.finish();
+            finish(&mut send, half);
         }
         // Finished and forgotten: what was sent still arrives.
         if finished && !heard {
@@ -92,9 +96,10 @@ pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
         tokio::select! {
             biased;
             order = orders.recv(), if heard => match order {
-                Some(Order::Finish) => ordered = true,
+                Some(Order::Finish) => ordered = Some(false),
+                Some(Order::FinishHalf) => ordered = Some(true),
                 Some(Order::Reset(reason)) => return send.reset(reason),
-                None if ordered => heard = false,
+                None if ordered.is_some() => heard = false,
                 None => return,
             },
             sent = send.send(&mut chunk), if !chunk.is_empty() => if let Err(end) = sent {
@@ -112,9 +117,18 @@ pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
     drop(chunks);
     while let Some(order) = orders.recv().await {
         match order {
-            Order::Finish => send.finish(),
+            Order::Finish => finish(&mut send, false),
+            Order::FinishHalf => finish(&mut send, true),
             Order::Reset(reason) => send.reset(reason),
         }
+    }
+}
+
+fn finish(send: &mut impl SendHalf, half: bool) {
+    if half {
+        send.finish_half();
+    } else {
+        send.finish();
     }
 }
 

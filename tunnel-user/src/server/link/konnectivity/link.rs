@@ -59,13 +59,13 @@ pub(super) enum News {
 }
 
 impl KonnectivityLink {
-    /// Over a fresh stream, for its session to drive.
-    pub(super) fn new(info: Arc<LinkInfo>, metrics: ProxyServerMetrics) -> Rc<Self> {
+    /// Over a fresh stream, for its session to drive. `halves`: its agent knows of them.
+    pub(super) fn new(info: Arc<LinkInfo>, metrics: ProxyServerMetrics, halves: bool) -> Rc<Self> {
         let link = Rc::new(Self {
             info,
             changed: Notify::new(),
             outbox: Outbox::new(),
-            end: RefCell::new(ServerEnd::new(Instant::now())),
+            end: RefCell::new(ServerEnd::new(Instant::now()).with_halves(halves)),
             news: RefCell::default(),
             closed: Cell::new(None),
             sent: metrics.streams.tally(Segment::ToAgent),
@@ -158,10 +158,15 @@ impl KonnectivityLink {
         done
     }
 
-    /// Notes a packet with `bytes` of data to the target.
-    pub(super) fn sent(&self, dial: DialId, bytes: usize) {
+    /// Notes a packet with `bytes` of data to the target, and whether they end a session within the
+    /// connection.
+    pub(super) fn sent(&self, dial: DialId, bytes: usize, is_goodbye: bool) {
         self.sent.count(PacketKind::Data);
-        self.end.borrow_mut().sent(dial, bytes, Instant::now());
+        let mut end = self.end.borrow_mut();
+        end.sent(dial, bytes, Instant::now());
+        if is_goodbye {
+            end.says_goodbye(dial);
+        }
     }
 
     /// Reads from the machine.

@@ -11,7 +11,7 @@ use tokio::task::coop;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::konnectivity::metadata::{SERVER_COUNT, SERVER_ID};
+use tunnel_proto::konnectivity::metadata::{HALVES, SERVER_COUNT, SERVER_ID};
 use tunnel_proto::konnectivity::server_end::{ServerEnd, StreamError};
 use tunnel_proto::session::InstanceId;
 
@@ -97,7 +97,11 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     };
     peer.is_known();
     let count = servers(&agents).to_string();
-    let metadata = [(SERVER_ID, server_id.id()), (SERVER_COUNT, &count)];
+    let mut metadata = vec![(SERVER_ID, server_id.id()), (SERVER_COUNT, &*count)];
+    let halves = call.metadata(HALVES).eq(["1"]);
+    if halves {
+        metadata.push((HALVES, "1"));
+    }
     let Ok((sender, receiver)) = call.accept(&metadata) else {
         // It has gone meanwhile.
         return;
@@ -112,7 +116,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     );
     let mut session = Session {
         agents: &agents,
-        link: KonnectivityLink::new(info, shard.metrics.konnectivity.clone()),
+        link: KonnectivityLink::new(info, shard.metrics.konnectivity.clone(), halves),
         introduction: &introduction,
         server_id: &server_id,
         peer: &peer,

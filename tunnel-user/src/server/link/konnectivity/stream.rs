@@ -90,7 +90,7 @@ impl SendHalf for KonnectivitySend {
             };
             // One packet, which is queued as a whole or not at all.
             let mut piece = chunk.slice(..chunk.len().min(MAX_DATA));
-            let length = piece.len();
+            let (length, is_goodbye) = (piece.len(), ends_tls(&piece));
             tokio::select! {
                 biased;
                 sent = link.outbox.send(connect_id, &mut piece) => match sent {
@@ -99,7 +99,7 @@ impl SendHalf for KonnectivitySend {
                 },
                 end = self.connection.write_end() => return Err(end),
             }
-            link.sent(*dial, length);
+            link.sent(*dial, length, is_goodbye);
         }
         Ok(())
     }
@@ -108,6 +108,16 @@ impl SendHalf for KonnectivitySend {
         self.ended = true;
         let Connection { link, dial, .. } = &*self.connection;
         link.step(|end, now| end.finish(*dial, now));
+    }
+
+    fn lingers(&self) -> bool {
+        true
+    }
+
+    fn finish_half(&mut self) {
+        self.ended = true;
+        let Connection { link, dial, .. } = &*self.connection;
+        link.step(|end, now| end.finish_half(*dial, now));
     }
 
     fn reset(&mut self, reason: CloseReason) {
@@ -197,6 +207,26 @@ impl Drop for KonnectivityRecv {
     }
 }
 
+/// Whether `bytes` end in an alert of TLS, the last word of a session: in clear or encrypted by TLS 1.2
+/// (RFC 5246, sections 6.2 and 7.2), or an encrypted record of TLS 1.3 with room for an alert alone
+/// (RFC 8446, section 5.2).
+fn ends_tls(bytes: &[u8]) -> bool {
+    const HEAD: usize = 5;
+    // Two bytes of alert, and what ciphers put around them.
+    (2..=64).any(|length: u8| {
+        let record = usize::from(length) + HEAD;
+        let Some(at) = bytes.len().checked_sub(record) else {
+            return false;
+        };
+        match bytes[at..at + HEAD] {
+            [21, 3, 0..=4, 0, n] => n == length,
+            // The alert, the record's true type and a tag of 16 bytes.
+            [23, 3, 3, 0, n] => n == length && n == 2 + 1 + 16,
+            _ => false,
+        }
+    })
+}
+
 fn recv_end(end: ReadEnd) -> RecvEnd {
     match end {
         ReadEnd::Finished => RecvEnd::Finished,
@@ -229,7 +259,7 @@ mod tests {
             (identity, Trust::Granted),
             Probe(Box::new(move || path)),
         );
-        KonnectivityLink::new(info, Default::default())
+        KonnectivityLink::new(info, Default::default(), false)
     }
 
     /// A dial whose `random` is its id.
@@ -341,6 +371,29 @@ mod tests {
         close(&link, 1);
         assert_eq!(stopped.await, SendEnd::Acknowledged);
         assert!(link.look(|end| end.is_idle()));
+    }
+
+    #[test]
+    fn the_last_word_of_tls_is_told_from_a_request() {
+        let alert = |kind: u8, length: u8| {
+            let mut record = vec![kind, 3, 3, 0, length];
+            record.resize(5 + usize::from(length), 0xaa);
+            record
+        };
+        let request = alert(23, 100);
+        for (bytes, ends) in [
+            (alert(21, 2), true),
+            (alert(21, 26), true),
+            (alert(23, 19), true),
+            ([request.clone(), alert(23, 19)].concat(), true),
+            (request.clone(), false),
+            ([alert(23, 19), request].concat(), false),
+            (alert(22, 26), false),
+            (b"GET / HTTP/1.1\r\n\r\n".to_vec(), false),
+            (Vec::new(), false),
+        ] {
+            assert_eq!(ends_tls(&bytes), ends, "{bytes:?}");
+        }
     }
 
     #[tokio::test]
