@@ -169,6 +169,95 @@ fn half_closing_works_with_native_agents() -> Result<()> {
     Ok(())
 }
 
+/// How long the quickest of a few closes may take: less than a target is waited for to be quiet.
+const AT_ONCE: Duration = Duration::from_millis(300);
+
+/// How long it takes until the endpoint of a connection that is idle reads its end, once `close` has
+/// closed what `dial` has connected.
+fn until_closed<S: Read + Write>(
+    puppet: &Puppet,
+    dial: impl Fn(&str) -> Result<S>,
+    close: impl Fn(S) -> Result<()>,
+) -> Result<Duration> {
+    let mut client = dial(&puppet.address.to_string())?;
+    let mut endpoint = puppet.accept()?;
+    let mut buffer = [0; 4];
+    client.write_all(b"ping")?;
+    endpoint.read_exact(&mut buffer)?;
+    endpoint.write_all(b"pong")?;
+    client.read_exact(&mut buffer)?;
+    let start = Instant::now();
+    close(client)?;
+    ensure!(endpoint.read(&mut buffer)? == 0, "more than it was sent");
+    Ok(start.elapsed())
+}
+
+/// Answers a client that has ended its half, in two parts and late; an agent of ours passes the half
+/// on, so the endpoint can wait for it.
+fn late_answer(scene: &Scene, puppet: &Puppet, ours: bool) -> Result<()> {
+    let mut client = connect_through(&scene.connect(), &puppet.address.to_string())?;
+    client.set_read_timeout(Some(SOON))?;
+    let mut endpoint = puppet.accept()?;
+    client.write_all(b"ask")?;
+    client.shutdown(Shutdown::Write)?;
+    let mut asked = [0; 3];
+    endpoint.read_exact(&mut asked)?;
+    if ours {
+        ensure!(endpoint.read(&mut asked)? == 0, "no end of file");
+    }
+    for part in [&b"late "[..], b"answer"] {
+        thread::sleep(Duration::from_millis(700));
+        endpoint.write_all(part)?;
+    }
+    drop(endpoint);
+    let mut answer = String::new();
+    client.read_to_string(&mut answer)?;
+    ensure!(answer == "late answer", "{answer:?}");
+    Ok(())
+}
+
+/// Over Konnectivity's protocol, with an agent of ours and with a legacy one: an endpoint learns at once
+/// that its client has closed, and what it answers to a client that has ended its half arrives.
+#[test]
+fn the_endpoint_learns_of_a_close_at_once() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    for ours in [true, false] {
+        let mut scene = Scene::with_server(1, |_| ())?;
+        let _agents = if ours {
+            (Some(scene.proxy_agent(&scene.ours()?, 1, &[])?), None)
+        } else {
+            (None, Some(scene.legacy_agent(1)?))
+        };
+        scene.cpc_server().wait_ready(SOON)?;
+        let puppet = Puppet::on(&scene.lab.workers[0], 8000)?;
+        let (http, grpc, place) = (scene.connect(), scene.grpc(), &scene.control_plane);
+        let by_http = || {
+            let dial = |to: &str| connect_through(&http, to);
+            until_closed(&puppet, dial, |client| {
+                drop(client);
+                Ok(())
+            })
+        };
+        let by_grpc = || {
+            let dial = |to: &str| legacy_frontend::dial(place, &grpc, to);
+            until_closed(&puppet, dial, |client| client.close().map(drop))
+        };
+        let ways: [&dyn Fn() -> Result<Duration>; 2] = [&by_http, &by_grpc];
+        for (way, name) in ways.into_iter().zip(["HTTP CONNECT", "gRPC"]) {
+            let times = (0..5).map(|_| way()).collect::<Result<Vec<_>>>()?;
+            let quickest = times.iter().min();
+            ensure!(
+                quickest.is_some_and(|time| *time < AT_ONCE),
+                "{name}, ours: {ours}: {times:?}"
+            );
+        }
+        late_answer(&scene, &puppet, ours).with_context(|| format!("ours: {ours}"))?;
+    }
+    Ok(())
+}
+
 /// Asks for more than anything on the way holds, and reads none of it.
 fn stopped_reader(proxy: &Path) -> Result<UnixStream> {
     let mut stream = connect_through(proxy, &target(1, Behaviour::Source))?;

@@ -25,6 +25,7 @@ mod peers;
 mod place;
 mod program;
 mod quic_step;
+mod reusable;
 mod revocation;
 mod scene;
 mod script;
