@@ -73,6 +73,17 @@ impl End {
     }
 }
 
+impl End {
+    /// What failed, where the agent had not answered once; `None`: it thought better of it.
+    fn before_its_first_answer(&self) -> Option<Why> {
+        match self {
+            Self::Left | Self::Stream(_) => None,
+            Self::Revoked(_) => Some(Why::Identity),
+            Self::Machine(_) | Self::Unanswered | Self::Told(_) => Some(Why::Timeout),
+        }
+    }
+}
+
 /// Serves one call of an agent, from its headers to its end.
 pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let _open = agents.shard.metrics.konnectivity.rpc(Service::Connect);
@@ -318,14 +329,7 @@ impl Session<'_> {
         let reason = end.reason();
         self.link.close(reason);
         if !self.registered {
-            let failures = &self.agents.shard.metrics.handshakes;
-            match end {
-                End::Left | End::Stream(_) => {}
-                End::Revoked(_) => failures.count(Why::Identity),
-                _ => failures.count(Why::Timeout),
-            }
-            tracing::debug!(agent = %info.identity, why = %end, "agent never came");
-            return;
+            return self.never_came(end);
         }
         let shard = &self.agents.shard;
         shard.links.borrow_mut().remove(&info.id);
@@ -335,5 +339,33 @@ impl Session<'_> {
             reason = reason.label(), why = %end, "agent disconnected"
         );
         audit::agent_disconnected(&info.identity, reason);
+    }
+
+    /// Says why an agent was let in and never served.
+    fn never_came(&self, end: &End) {
+        let (agent, remote) = (&self.link.info.identity, self.peer.remote);
+        let Some(why) = end.before_its_first_answer() else {
+            return tracing::debug!(%agent, %remote, why = %end, "agent never came");
+        };
+        self.agents.door.step.failed(why);
+        tracing::warn!(%agent, %remote, why = %end, "agent is let go: it has answered nothing");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_never_answers_is_a_failure_and_one_that_leaves_is_none() {
+        for (end, failure) in [
+            (End::Unanswered, Some(Why::Timeout)),
+            (End::Machine(StreamError::Flood), Some(Why::Timeout)),
+            (End::Told(CloseReason::Replaced), Some(Why::Timeout)),
+            (End::Left, None),
+            (End::Stream(StreamEnd::Closed), None),
+        ] {
+            assert_eq!(end.before_its_first_answer(), failure, "{end}");
+        }
     }
 }
