@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::ConfigError;
 use crate::kubernetes::token::TokenRules;
-use crate::kubernetes::{Access, LabelError, Labels, Rate};
+use crate::kubernetes::{Access, LabelError, Labels, Rate, Selector};
 use crate::process::listen::everywhere;
 use crate::tls::floor::FloorError;
 use crate::tls::{TlsFloor, TrustDomain};
@@ -151,6 +151,19 @@ impl LeaseConfig {
             .parse()
             .map_err(|e: LabelError| ConfigError::Value {
                 key: "leases.label",
+                why: e.to_string(),
+            })
+    }
+
+    /// What an agent tells them from others by.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn selector(&self) -> Result<Selector, ConfigError> {
+        self.label
+            .parse()
+            .map_err(|e: LabelError| ConfigError::Value {
+                key: "konnectivity.leases.label",
                 why: e.to_string(),
             })
     }
@@ -302,6 +315,9 @@ impl ProxyServerConfig {
                 "konnectivity.keepalive",
                 "must be at least 30 s: a proxy-server hangs up on who pings more often",
             );
+        }
+        if let Some(leases) = &self.leases {
+            leases.selector()?;
         }
         Ok(())
     }

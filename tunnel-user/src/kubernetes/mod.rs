@@ -12,4 +12,4 @@ pub mod lease;
 pub mod token;
 
 pub use client::{Access, AccessError, Rate, client};
-pub use labels::{LabelError, Labels};
+pub use labels::{LabelError, Labels, Selector};

@@ -14,6 +14,7 @@ use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, por
 use crate::config::agent::ServerAddress;
 use crate::config::konnectivity::{CountSource, LeaseConfig, ProxyServerConfig};
 use crate::config::{AgentConfig, ConfigError};
+use crate::kubernetes::Selector;
 
 const PORTS: RangeInclusive<u16> = 1..=u16::MAX;
 
@@ -103,6 +104,8 @@ impl Args {
 
     fn leases(&self) -> Result<Option<LeaseConfig>, ConfigError> {
         let flags = &self.counting;
+        let selector = flags.lease_label_selector.parse::<Selector>();
+        selector.map_err(|error| wrong("--lease-label-selector", error.to_string()))?;
         Ok(flags.count_server_leases.then(|| LeaseConfig {
             namespace: flags.lease_namespace.clone(),
             label: flags.lease_label_selector.clone(),

@@ -167,6 +167,8 @@ fn a_wrong_value_names_its_flag() {
         (&["--xfr-channel-size=-1"], "--xfr-channel-size"),
         (&["--sync-forever=2"], "--sync-forever"),
         (&["--cpc-allow=every thing"], "--cpc-allow"),
+        (&["--lease-label-selector=="], "--lease-label-selector"),
+        (&["--lease-label=*notavalidlabel*"], "--lease-label"),
     ] {
         let error = with(wrong).map(|it| it.notes).unwrap_err();
         assert!(error.contains(flag), "{wrong:?}: {error}");
