@@ -30,6 +30,10 @@ const REPORT: Duration = Duration::from_secs(10);
 /// Target of the access log, for filters: `cpc::access=off`.
 pub const ACCESS: &str = "cpc::access";
 
+/// Where the Kubernetes client says that a request has failed, without which and why: whoever asked
+/// says that.
+const KUBERNETES: &str = "kube_client::client::builder";
+
 /// Changes the filter of the running process. Lines that are still to be written are, when the last
 /// handle is dropped.
 #[derive(Clone, Debug)]
@@ -174,6 +178,7 @@ fn subscriber(
     let is_logged = filter_fn(move |metadata| match metadata.target() {
         AUDIT => false,
         ACCESS => access,
+        KUBERNETES => false,
         _ => true,
     });
     // Without a hint of its own it would hide the other's.
@@ -243,6 +248,16 @@ mod tests {
                 assert!(!span().is_disabled());
             });
         }
+    }
+
+    #[test]
+    fn a_failed_request_is_told_by_who_asked_alone() {
+        let (subscriber, _log) =
+            subscriber(&LogConfig::default(), &AuditConfig::default()).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            assert!(!tracing::enabled!(target: KUBERNETES, tracing::Level::ERROR));
+            assert!(tracing::enabled!(target: "kube_client", tracing::Level::ERROR));
+        });
     }
 
     #[test]
