@@ -58,13 +58,19 @@ pub enum ConnectError {
     Version,
     /// The target is not in authority form.
     #[error("bad CONNECT target: {0}")]
-    Target(#[from] DestinationError),
+    Target(DestinationError),
     /// A header field is malformed.
     #[error("a header field is malformed")]
     Header,
     /// A body is announced.
     #[error("a CONNECT request must not have a body")]
     Body,
+}
+
+impl From<DestinationError> for ConnectError {
+    fn from(why: DestinationError) -> Self {
+        Self::Target(why)
+    }
 }
 
 impl ConnectError {

@@ -21,7 +21,13 @@ pub enum FrameError {
     TooLong(u64),
     /// The message is not protobuf.
     #[error("a control message could not be read: {0}")]
-    Malformed(#[from] prost::DecodeError),
+    Malformed(prost::DecodeError),
+}
+
+impl From<prost::DecodeError> for FrameError {
+    fn from(why: prost::DecodeError) -> Self {
+        Self::Malformed(why)
+    }
 }
 
 /// A message with its length in front.

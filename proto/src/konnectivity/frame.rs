@@ -39,10 +39,16 @@ pub enum DecodeError {
     Compressed,
     /// The message is not a packet.
     #[error("a packet could not be read: {0}")]
-    Malformed(#[from] prost::DecodeError),
+    Malformed(prost::DecodeError),
     /// The payload is missing, or another type's.
     #[error("a packet of type {0} came without its payload")]
     Payload(&'static str),
+}
+
+impl From<prost::DecodeError> for DecodeError {
+    fn from(why: prost::DecodeError) -> Self {
+        Self::Malformed(why)
+    }
 }
 
 pub(super) fn frame(packet: &wire::Packet) -> Bytes {

@@ -44,13 +44,19 @@ pub enum IdentifierError {
     Encoding(String),
     /// Neither an address nor a name.
     #[error("{0}, and it is no address either")]
-    Host(#[from] NameError),
+    Host(NameError),
     /// Not a network.
     #[error("{0:?} is not a network: write address/prefix, such as 10.244.1.0/24")]
     Cidr(String),
     /// There are too many.
     #[error("more than {MAX_IDENTIFIERS} identifiers; name networks instead of addresses")]
     TooMany,
+}
+
+impl From<NameError> for IdentifierError {
+    fn from(why: NameError) -> Self {
+        Self::Host(why)
+    }
 }
 
 impl Identifiers {

@@ -75,7 +75,7 @@ pub enum AgentError {
     Konnectivity(#[from] ClientError),
     /// The API server, which knows of leases.
     #[error("konnectivity.leases: {0}")]
-    Leases(#[from] AccessError),
+    Leases(AccessError),
     /// Capabilities that won't go.
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
@@ -93,6 +93,12 @@ pub enum AgentError {
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,
+}
+
+impl From<AccessError> for AgentError {
+    fn from(why: AccessError) -> Self {
+        Self::Leases(why)
+    }
 }
 
 /// Configured claims, so that an offer stays within the wire's bounds with the node addresses.

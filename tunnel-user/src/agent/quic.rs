@@ -57,7 +57,7 @@ pub(super) enum DialError {
     NoStream,
     /// The server's certificate has a problem that the verifier let pass.
     #[error("the server's certificate names nobody: {0}")]
-    Identity(#[from] IdentityError),
+    Identity(IdentityError),
     /// A server is who its certificate says, whatever it says of itself.
     #[error("{identity} calls itself {claimed}: it was refused")]
     Impostor {
@@ -72,6 +72,12 @@ pub(super) enum DialError {
     /// Our own first message can't be sent.
     #[error(transparent)]
     Session(#[from] SessionError),
+}
+
+impl From<IdentityError> for DialError {
+    fn from(why: IdentityError) -> Self {
+        Self::Identity(why)
+    }
 }
 
 /// An established tunnel.

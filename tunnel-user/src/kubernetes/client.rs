@@ -53,11 +53,11 @@ pub enum AccessError {
         why: Box<KubeconfigError>,
     },
     /// Not in a pod.
-    #[error("{0}; name a kubeconfig, or run as a pod with a service account")]
-    Pod(#[from] InClusterError),
+    #[error("this is no pod ({0}): name a kubeconfig, or run as a pod with a service account")]
+    Pod(InClusterError),
     /// What a kubeconfig or a pod offers can't be used.
     #[error("the Kubernetes API can't be used: {0}")]
-    Client(#[from] Error),
+    Client(Error),
     /// A rate of nothing.
     #[error(
         "{per_second} requests a second with {burst} at once are none; both must be more than 0"
@@ -68,6 +68,18 @@ pub enum AccessError {
         /// Requests at once.
         burst: u32,
     },
+}
+
+impl From<InClusterError> for AccessError {
+    fn from(why: InClusterError) -> Self {
+        Self::Pod(why)
+    }
+}
+
+impl From<Error> for AccessError {
+    fn from(why: Error) -> Self {
+        Self::Client(why)
+    }
 }
 
 /// A client of the API. Nothing has been asked when it returns.
@@ -246,6 +258,11 @@ mod tests {
         };
         let error = client(&access).await.err().unwrap().to_string();
         assert!(error.contains("/nowhere/kubeconfig"), "{error}");
+
+        let missing = std::env::VarError::NotPresent;
+        let error = InClusterError::ReadEnvironmentVariable(missing.clone());
+        let told = format!("{:#}", anyhow::Error::new(AccessError::from(error)));
+        assert_eq!(told.matches(&missing.to_string()).count(), 1, "{told}");
 
         let api = FakeKubernetes::start().unwrap();
         let leases: Api<Lease> = Api::namespaced(limited(&api, 100.0).await.unwrap(), "n");

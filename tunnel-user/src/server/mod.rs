@@ -100,7 +100,7 @@ pub enum ServerError {
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
     /// The redirect's maps.
-    #[error("redirect: {0}")]
+    #[error("redirect")]
     Redirect(#[from] RedirectError),
     /// The tunnel's endpoint.
     #[error(transparent)]
@@ -121,10 +121,10 @@ pub enum ServerError {
     Io(#[from] io::Error),
     /// The CA that is to issue.
     #[error("join.ca: {0}")]
-    Authority(#[from] IssueError),
+    Authority(IssueError),
     /// The file of tokens.
     #[error("join: {0}")]
-    Book(#[from] BookError),
+    Book(BookError),
     /// A CA that our agents would not be known by.
     #[error(
         "join.ca is of {ca}, and our own certificate of {own}: agents join the trust domain of their servers"
@@ -138,6 +138,18 @@ pub enum ServerError {
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,
+}
+
+impl From<IssueError> for ServerError {
+    fn from(why: IssueError) -> Self {
+        Self::Authority(why)
+    }
+}
+
+impl From<BookError> for ServerError {
+    fn from(why: BookError) -> Self {
+        Self::Book(why)
+    }
 }
 
 /// What tunnels over QUIC need.

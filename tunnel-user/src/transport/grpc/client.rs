@@ -36,7 +36,7 @@ pub enum CallError {
     Tls(io::Error),
     /// The request can't be written.
     #[error("bad request: {0}")]
-    Request(#[from] http::Error),
+    Request(http::Error),
     /// No answer came in time.
     #[error("the server did not answer the call within {} s", .0.as_secs())]
     Unanswered(Duration),
@@ -46,6 +46,12 @@ pub enum CallError {
     /// The call ended.
     #[error(transparent)]
     End(#[from] StreamEnd),
+}
+
+impl From<http::Error> for CallError {
+    fn from(why: http::Error) -> Self {
+        Self::Request(why)
+    }
 }
 
 impl From<h2::Error> for CallError {

@@ -72,10 +72,22 @@ pub enum EndpointError {
     Socket(io::Error),
     /// rustls refuses the configuration.
     #[error("TLS: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(rustls::Error),
     /// rustls has no cipher suite for QUIC's first packets.
     #[error("TLS: {0}")]
-    Cipher(#[from] NoInitialCipherSuite),
+    Cipher(NoInitialCipherSuite),
+}
+
+impl From<rustls::Error> for EndpointError {
+    fn from(why: rustls::Error) -> Self {
+        Self::Tls(why)
+    }
+}
+
+impl From<NoInitialCipherSuite> for EndpointError {
+    fn from(why: NoInitialCipherSuite) -> Self {
+        Self::Cipher(why)
+    }
 }
 
 /// What all endpoints of a process have in common.

@@ -65,13 +65,25 @@ pub(super) enum Refusal {
     NotBearer,
     /// It is not good.
     #[error("Failed to validate authentication token, err:{0}")]
-    Token(#[from] ReviewError),
+    Token(ReviewError),
     /// It counts no more.
     #[error(transparent)]
     Revoked(#[from] Revoked),
     /// The certificate is missing, or names nobody.
     #[error("the agent's certificate does not say who it is: {0}")]
-    Certificate(#[from] IdentityError),
+    Certificate(IdentityError),
+}
+
+impl From<ReviewError> for Refusal {
+    fn from(why: ReviewError) -> Self {
+        Self::Token(why)
+    }
+}
+
+impl From<IdentityError> for Refusal {
+    fn from(why: IdentityError) -> Self {
+        Self::Certificate(why)
+    }
 }
 
 impl Introduction {
