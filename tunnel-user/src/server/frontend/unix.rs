@@ -126,8 +126,22 @@ impl SocketFile {
             ));
         }
         let (listener, file) = bind(&self.config)?;
+        // The new one may have the number of the old one.
+        self.own = None;
         *self = file;
         Ok(listener)
+    }
+}
+
+/// A file that nobody listens behind would be taken for a server that does not answer. One that another
+/// process has put in its place is left alone, and so is the service manager's.
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let own = self.own.filter(|_| !self.is_inherited);
+        if own.is_some_and(|own| id_of(self.path()).is_ok_and(|id| id == own)) {
+            // The next start replaces what can't be removed.
+            let _ = fs::remove_file(self.path());
+        }
     }
 }
 
@@ -161,6 +175,23 @@ mod tests {
         drop(listener);
         let (_successor, theirs) = bind(&config).unwrap();
         assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
+    }
+
+    #[test]
+    fn a_file_goes_with_its_listener_unless_it_is_somebody_elses() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        drop(bind(&config).unwrap());
+        assert!(!config.unix.exists());
+        let (_, former) = bind(&config).unwrap();
+        let (_successor, theirs) = bind(&config).unwrap();
+        drop(former);
+        assert!(config.unix.exists());
+        drop(theirs);
+        assert!(!config.unix.exists());
+        let _listener = UnixListener::bind(&config.unix).unwrap();
+        drop(SocketFile::inherited(&config));
+        assert!(config.unix.exists());
     }
 
     #[test]
