@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::token::{Digest, Token};
 use crate::tls::KeyHash;
-use crate::tls::identity::{self, IdentityError, matches};
+use crate::tls::identity::{self, IdentityError};
+use crate::tls::pattern::matches;
 
 /// A token that has ended is shown for so long.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);

@@ -96,6 +96,9 @@ pub enum IdentityError {
     /// A name with characters that none may have.
     #[error("{0:?} is no name: 1 to 253 of A-Z a-z 0-9 . - _")]
     Name(String),
+    /// A pattern that no name fits.
+    #[error("{0:?} is no pattern of names: 1 to 253 of A-Z a-z 0-9 . - _ and *")]
+    NamePattern(String),
     /// It can't play its role.
     #[error("{uri} lacks the extended key usage of its role, {needed}; issue it with `cpc pki`")]
     KeyUsage {
@@ -242,18 +245,17 @@ pub fn check_name(name: &str) -> Result<(), IdentityError> {
     Ok(())
 }
 
-/// Whether `text` fits `pattern`, in which `*` stands for any characters but `/`.
-pub fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(text) = text.strip_prefix(head) else {
-        return false;
-    };
-    let end = text.find('/').unwrap_or(text.len());
-    (0..=end)
-        .filter(|at| text.is_char_boundary(*at))
-        .any(|at| matches(rest, &text[at..]))
+/// Checks a pattern of names, in which `*` stands for any characters.
+///
+/// # Errors
+/// [`IdentityError::NamePattern`] with what was given.
+pub fn check_name_pattern(pattern: &str) -> Result<(), IdentityError> {
+    let fits = |c| c == '*' || in_name(c);
+    if pattern.is_empty() || pattern.len() > MAX_NAME || !pattern.chars().all(fits) {
+        let shown = pattern.chars().take(64).collect();
+        return Err(IdentityError::NamePattern(shown));
+    }
+    Ok(())
 }
 
 /// Checks that `uri` can be an identity, and gives it as [`Identity::uri`] does.
@@ -315,6 +317,16 @@ mod tests {
             "spiffe://Cluster/agent/w1",
         ] {
             assert!(parse_uri(wrong).is_err(), "{wrong:?} was taken");
+        }
+    }
+
+    #[test]
+    fn patterns_of_names_are_bounded() {
+        for right in ["w1", "*", "pool-a-*", "*-*-*-x"] {
+            assert_eq!(check_name_pattern(right), Ok(()), "{right}");
+        }
+        for wrong in ["", "w 1", "a/*", "ä*", &"*".repeat(254)] {
+            assert!(check_name_pattern(wrong).is_err(), "{wrong:?}");
         }
     }
 

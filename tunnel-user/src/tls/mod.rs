@@ -6,7 +6,7 @@
 //! CAs are PEM files ([`pem`]) that are watched and read anew without a restart ([`material`]), and so is the list of
 //! those who count no more ([`revoked`]); a CA of ours makes certificates ([`issue`]), which who joins asks
 //! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
-//! we speak TLS with is in [`floor`].
+//! we speak TLS with is in [`floor`]. Identities by pattern are in [`pattern`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
@@ -19,6 +19,7 @@ pub mod issue;
 pub mod lifetime;
 pub mod material;
 pub mod named;
+pub mod pattern;
 pub mod pem;
 pub mod pin;
 pub mod revoked;
