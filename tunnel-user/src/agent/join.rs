@@ -17,6 +17,7 @@ use tunnel_proto::certificate::{Answer, Join};
 use tunnel_proto::join::{self, Reader};
 
 use super::race::{in_turn, race};
+use crate::process::directory::Directory;
 use crate::tls::credential::{Credential, CredentialError, Draft, Expected};
 use crate::tls::pin::PinnedVerifier;
 use crate::tls::{KeyHash, provider};
@@ -126,7 +127,7 @@ pub async fn join(joining: &Joining) -> Result<Joined, JoinError> {
     }
     credential.save(&file, &ca)?;
     // It stands with its certificate now.
-    let _ = std::fs::remove_file(pending);
+    let _ = Directory::of(&pending).and_then(|(directory, name)| directory.remove(name));
     Ok(Joined {
         credential,
         file,
@@ -135,7 +136,8 @@ pub async fn join(joining: &Joining) -> Result<Joined, JoinError> {
 }
 
 fn make_directory(path: &Path) -> Result<(), JoinError> {
-    std::fs::create_dir_all(path).map_err(|why| JoinError::Directory {
+    let made = Directory::create(path, 0o755);
+    made.map(drop).map_err(|why| JoinError::Directory {
         path: path.into(),
         why,
     })

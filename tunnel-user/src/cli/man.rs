@@ -1,10 +1,12 @@
 //! `cpc completions` and `cpc man`.
 
-use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::Context;
 use clap::CommandFactory;
+
+use crate::process::directory::Directory;
 
 /// Write completions for a shell to standard output
 ///
@@ -33,8 +35,20 @@ pub(super) struct ManArgs {
 
 impl ManArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        std::fs::create_dir_all(&self.dir)
-            .and_then(|()| clap_mangen::generate_to(super::Cli::command(), &self.dir))
-            .with_context(|| self.dir.display().to_string())
+        let pages = tempfile::tempdir()?;
+        clap_mangen::generate_to(super::Cli::command(), pages.path())?;
+        put(pages.path(), &self.dir).with_context(|| self.dir.display().to_string())
     }
+}
+
+/// Root may write into a directory that is another's, whose links it does not follow.
+fn put(pages: &Path, directory: &Path) -> io::Result<()> {
+    let directory = Directory::create(directory, 0o755)?;
+    for page in fs::read_dir(pages)? {
+        let page = page?;
+        if let Some(name) = page.file_name().to_str() {
+            directory.replace(name, &fs::read(page.path())?, 0o644)?;
+        }
+    }
+    Ok(())
 }

@@ -3,9 +3,7 @@
 //! One file, since it is replaced in one step: a crash between a key's file and its certificate's would
 //! leave neither of use.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -26,6 +24,7 @@ use super::pin::KeyHash;
 use super::revoked::Revocations;
 use super::succession::{self, Reason, Succession};
 use super::verify::{PeerVerifier, TrustStore};
+use crate::process::directory::Directory;
 
 /// Why there is no credential.
 #[derive(Debug, thiserror::Error)]
@@ -85,13 +84,18 @@ impl Draft {
     /// # Errors
     /// [`CredentialError`].
     pub fn kept_in(file: &Path) -> Result<Self, CredentialError> {
-        match fs::read_to_string(file) {
-            Ok(pem) => Ok(Self(KeyPair::from_pem(&pem).map_err(|_| {
-                CredentialError::File {
-                    path: file.into(),
-                    why: io::Error::other("holds no key that cpc made; remove it, and join again"),
-                }
-            })?)),
+        let read = Directory::of(file).and_then(|(directory, name)| directory.read(name));
+        match read {
+            Ok(pem) => Ok(Self(
+                KeyPair::from_pem(&String::from_utf8_lossy(&pem)).map_err(|_| {
+                    CredentialError::File {
+                        path: file.into(),
+                        why: io::Error::other(
+                            "holds no key that cpc made; remove it, and join again",
+                        ),
+                    }
+                })?,
+            )),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let draft = Self::generate()?;
                 write(file, &draft.0.serialize_pem(), 0o600)?;
@@ -285,20 +289,9 @@ pub fn validity(certificate: &CertificateDer<'_>) -> Option<(SystemTime, SystemT
 
 /// Writes a file in one step, so that it is there after a crash, whole.
 fn write(path: &Path, content: &str, mode: u32) -> Result<(), CredentialError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let written = || {
-        let mut file = tempfile::Builder::new()
-            .permissions(Permissions::from_mode(mode))
-            .tempfile_in(folder)?;
-        file.write_all(content.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        File::open(folder)?.sync_all()
-    };
-    written().map_err(|why| CredentialError::File {
+    let written = Directory::of(path)
+        .and_then(|(directory, name)| directory.replace(name, content.as_bytes(), mode));
+    written.map_err(|why| CredentialError::File {
         path: path.into(),
         why,
     })
@@ -306,6 +299,8 @@ fn write(path: &Path, content: &str, mode: u32) -> Result<(), CredentialError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 
     use super::*;

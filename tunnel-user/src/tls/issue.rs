@@ -3,9 +3,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::Write;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -24,6 +22,7 @@ use super::identity::{self, Identity, IdentityError, Role, TrustDomain};
 use super::material::MaterialError;
 use super::pin::KeyHash;
 use super::{pem, provider, succession};
+use crate::process::directory::Directory;
 
 /// Validity that starts a little in the past, for clocks that disagree.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
@@ -134,12 +133,9 @@ impl Authority {
         set_validity(&mut params, not_after);
         let key = KeyPair::generate()?;
         let cert = params.self_signed(&key)?;
-        fs::create_dir_all(dir).map_err(|why| IssueError::Io {
-            path: dir.into(),
-            why,
-        })?;
-        write_new(&dir.join("ca.key"), &key.serialize_pem(), 0o600)?;
-        write_new(&dir.join("ca.crt"), &cert.pem(), 0o644)
+        let room = Room::open(dir)?;
+        room.put("ca.key", &key.serialize_pem(), 0o600)?;
+        room.put("ca.crt", &cert.pem(), 0o644)
     }
 
     /// Opens the CA in `dir`.
@@ -292,31 +288,119 @@ impl Authority {
         Ok(params.signed_by(key, &self.issuer)?)
     }
 
-    /// Issues a certificate into `out`: `<role>.crt`, `<role>.key` and a copy of `ca.crt`.
+    /// Makes a key and issues a certificate for it. Nothing is written.
+    ///
+    /// # Errors
+    /// [`IssueError`].
+    pub fn make(&self, request: &Request) -> Result<Made, IssueError> {
+        let key = KeyPair::generate()?;
+        let certificate = self.sign(request, &key)?;
+        Ok(Made {
+            identity: Identity::from_certificate(certificate.der())?,
+            certificate,
+            key: key.serialize_pem(),
+            ca: self.pem.clone(),
+        })
+    }
+
+    /// Issues a certificate into `out`.
     ///
     /// # Errors
     /// [`IssueError`]; nothing that was there is overwritten.
     pub fn issue(&self, request: &Request, out: &Path) -> Result<Identity, IssueError> {
-        let key = KeyPair::generate()?;
-        let cert = self.sign(request, &key)?;
-        fs::create_dir_all(out).map_err(|why| IssueError::Io {
-            path: out.into(),
-            why,
-        })?;
-        let base = out.join(request.role.as_str());
-        let (key_file, cert_file) = (base.with_extension("key"), base.with_extension("crt"));
-        // A key alone would be in the way of the next try.
-        if cert_file.exists() {
-            return Err(IssueError::Exists(cert_file));
-        }
-        write_new(&key_file, &key.serialize_pem(), 0o600)?;
-        write_new(&cert_file, &cert.pem(), 0o644)?;
-        let ca = out.join("ca.crt");
-        if !ca.exists() {
-            write_new(&ca, &self.pem, 0o644)?;
-        }
-        Ok(Identity::from_certificate(cert.der())?)
+        let made = self.make(request)?;
+        made.save(&made.room_in(out)?)?;
+        Ok(made.identity)
     }
+}
+
+/// A key and its certificate, which are nowhere else yet.
+pub struct Made {
+    /// Whose they are.
+    pub identity: Identity,
+    certificate: Certificate,
+    key: String,
+    ca: String,
+}
+
+/// Where files are put that are not there yet.
+pub struct Room {
+    path: PathBuf,
+    directory: Directory,
+}
+
+impl Made {
+    /// The certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        self.certificate.der()
+    }
+
+    /// The directory `out`, made where it is missing.
+    ///
+    /// # Errors
+    /// [`IssueError::Exists`]: there is a certificate or a key already.
+    pub fn room_in(&self, out: &Path) -> Result<Room, IssueError> {
+        let room = Room::open(out)?;
+        // A key alone would be in the way of the next try.
+        match self
+            .names()
+            .into_iter()
+            .find(|name| room.directory.has(name))
+        {
+            Some(there) => Err(IssueError::Exists(out.join(there))),
+            None => Ok(room),
+        }
+    }
+
+    /// Writes `<role>.crt`, `<role>.key` and a copy of `ca.crt`, if there is none.
+    ///
+    /// # Errors
+    /// [`IssueError`]; nothing that was there is overwritten.
+    pub fn save(&self, room: &Room) -> Result<(), IssueError> {
+        let [certificate, key] = self.names();
+        room.put(&key, &self.key, 0o600)?;
+        room.put(&certificate, &self.certificate.pem(), 0o644)?;
+        match room.put("ca.crt", &self.ca, 0o644) {
+            Err(IssueError::Exists(_)) => Ok(()),
+            put => put,
+        }
+    }
+
+    fn names(&self) -> [String; 2] {
+        ["crt", "key"].map(|kind| format!("{}.{kind}", self.identity.role))
+    }
+}
+
+impl Room {
+    fn open(path: &Path) -> Result<Self, IssueError> {
+        let opened = Directory::create(path, 0o755).map_err(|why| IssueError::Io {
+            path: path.into(),
+            why,
+        });
+        Ok(Self {
+            path: path.into(),
+            directory: opened?,
+        })
+    }
+
+    fn put(&self, name: &str, content: &str, mode: u32) -> Result<(), IssueError> {
+        let put = self.directory.create_new(name, content.as_bytes(), mode);
+        put.map_err(|why| match why.kind() {
+            std::io::ErrorKind::AlreadyExists => IssueError::Exists(self.path.join(name)),
+            _ => IssueError::Io {
+                path: self.path.join(name),
+                why,
+            },
+        })
+    }
+}
+
+/// A certificate's serial number, as `openssl x509 -serial` prints it and `tls.revoked` takes it.
+pub fn serial_of(certificate: &CertificateDer<'_>) -> String {
+    let read = X509Certificate::from_der(certificate).ok();
+    let serial = read.map(|(_, it)| it.raw_serial().to_vec());
+    let octets = serial.unwrap_or_default();
+    octets.iter().map(|octet| format!("{octet:02X}")).collect()
 }
 
 fn ca_uri(trust_domain: &TrustDomain) -> String {
@@ -355,26 +439,22 @@ fn set_validity(params: &mut CertificateParams, not_after: SystemTime) {
     params.not_after = not_after.into();
 }
 
-fn read(path: &Path) -> Result<String, IssueError> {
-    fs::read_to_string(path).map_err(|why| IssueError::Io {
-        path: path.into(),
-        why,
-    })
-}
-
 fn write_new(path: &Path, content: &str, mode: u32) -> Result<(), IssueError> {
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
-        .and_then(|mut file| file.write_all(content.as_bytes()));
+    let written = Directory::of(path)
+        .and_then(|(directory, name)| directory.create_new(name, content.as_bytes(), mode));
     written.map_err(|why| match why.kind() {
         std::io::ErrorKind::AlreadyExists => IssueError::Exists(path.into()),
         _ => IssueError::Io {
             path: path.into(),
             why,
         },
+    })
+}
+
+fn read(path: &Path) -> Result<String, IssueError> {
+    fs::read_to_string(path).map_err(|why| IssueError::Io {
+        path: path.into(),
+        why,
     })
 }
 

@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -55,7 +56,7 @@ pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener
     let aside = aside(path);
     let _ = fs::remove_file(&aside);
     let listener = UnixListener::bind(&aside)?;
-    fs::set_permissions(&aside, fs::Permissions::from_mode(config.mode))?;
+    set_mode(&aside, config.mode)?;
     let own = id_of(&aside)?;
     fs::rename(&aside, path)?;
     listener.set_nonblocking(true)?;
@@ -65,6 +66,22 @@ pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener
         is_inherited: false,
     };
     Ok((listener, file))
+}
+
+/// Sets a socket's mode. Who owns its directory may have put a link in its place since.
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    let mut options = fs::File::options();
+    options
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
+    let opened = options.open(path)?;
+    if !opened.metadata()?.file_type().is_socket() {
+        let text = format!("{} was replaced while it was made", path.display());
+        return Err(io::Error::other(text));
+    }
+    // What was opened by its path alone has no fchmod(2).
+    let opened = format!("/proc/self/fd/{}", opened.as_raw_fd());
+    fs::set_permissions(opened, fs::Permissions::from_mode(mode))
 }
 
 fn aside(path: &Path) -> PathBuf {

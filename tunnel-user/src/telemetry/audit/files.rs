@@ -205,9 +205,16 @@ fn names_in(directory: &Path, series: &str) -> io::Result<Vec<Name>> {
     Ok(names)
 }
 
+/// Opens a file, or makes it. Others may own the directory: a link is not followed, and a pipe not waited for.
 fn append_to(path: &Path) -> io::Result<Tail<File>> {
     let mut options = OpenOptions::new();
-    let file = options.append(true).create(true).mode(0o600).open(path)?;
+    let options = options.append(true).create(true).mode(0o600);
+    let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = opened.open(path)?;
+    if !file.metadata()?.is_file() {
+        let text = format!("{} is no file", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
     Tail::of(file, path)
 }
 

@@ -5,11 +5,15 @@
 //! the idle timeout (RFC 9000 section 10.3).
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::{hkdf, hmac, rand};
+
+use crate::process::directory::Directory;
+
+/// Its file in the state directory.
+const FILE: &str = "secret";
 
 const SECRET_LEN: usize = 32;
 
@@ -38,16 +42,14 @@ impl Secret {
     /// # Errors
     /// [`SecretError`].
     pub fn load_or_create(state_dir: &Path) -> Result<Self, SecretError> {
-        let path = state_dir.join("secret");
+        let path = state_dir.join(FILE);
         let io = |why| SecretError::Io {
             path: path.clone(),
             why,
         };
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                create(state_dir, &path).map_err(io)?
-            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => create(state_dir).map_err(io)?,
             Err(e) => return Err(io(e)),
         };
         if bytes.len() != SECRET_LEN {
@@ -90,22 +92,10 @@ impl Secret {
     }
 }
 
-fn create(state_dir: &Path, path: &Path) -> io::Result<Vec<u8>> {
-    fs::create_dir_all(state_dir)?;
+fn create(state_dir: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; SECRET_LEN];
     rand::fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
-    // Written aside and renamed: a crash leaves no half a secret.
-    let aside = path.with_extension("new");
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&aside)?;
-    file.write_all(&bytes)?;
-    file.sync_all()?;
-    fs::rename(&aside, path)?;
-    fs::File::open(state_dir)?.sync_all()?;
+    Directory::create(state_dir, 0o755)?.replace(FILE, &bytes, 0o600)?;
     Ok(bytes)
 }
 
