@@ -1,14 +1,15 @@
-//! As much of the Kubernetes API as the connector uses, over plain HTTP: token reviews and leases.
+//! As much of the Kubernetes API as the connector uses, over plain HTTP: token reviews, nodes and leases.
 //! Written from the API's documentation, not from what the connector sends.
 //!
 //! It serves on a thread of its own until it is dropped, so that tests with and without a runtime
 //! may use it, in any network namespace: the caller opens the socket.
 
 mod lease;
+mod node;
 mod review;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -42,6 +43,7 @@ struct Shared {
 struct Inner {
     reviews: review::Reviews,
     leases: lease::Leases,
+    nodes: node::Nodes,
     requests: Vec<String>,
     failure: Option<u16>,
 }
@@ -137,6 +139,24 @@ impl FakeKubernetes {
         self.shared.lock().reviews.set(token, review);
     }
 
+    /// Makes or changes a node: `metadata.name` must be there.
+    pub fn put_node(&self, node: Value) {
+        self.shared.lock().nodes.put(node);
+    }
+
+    /// Makes or changes a node that has one address.
+    pub fn put_node_at(&self, name: &str, address: IpAddr) {
+        self.put_node(json!({
+            "metadata": {"name": name},
+            "status": {"addresses": [{"type": "InternalIP", "address": address}]},
+        }));
+    }
+
+    /// Deletes a node, if it is there.
+    pub fn delete_node(&self, name: &str) {
+        self.shared.lock().nodes.remove(name);
+    }
+
     /// All leases of all namespaces.
     pub fn leases(&self) -> Vec<Value> {
         self.shared.lock().leases.all()
@@ -172,6 +192,7 @@ fn router(shared: Arc<Shared>) -> Router {
             "/apis/authentication.k8s.io/v1/tokenreviews",
             post(review::create),
         )
+        .route("/api/v1/nodes/{name}", get(node::get))
         .route(leases, get(lease::list).post(lease::create))
         .route(
             &one,

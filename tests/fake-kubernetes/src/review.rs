@@ -19,6 +19,8 @@ pub struct Review {
     pub audiences: Vec<String>,
     /// The node of the pod that it was issued to.
     pub node: Option<String>,
+    /// What tells it apart from other tokens (`JTI=..`).
+    pub id: Option<String>,
     /// Instead of all that: why it can't be checked.
     pub error: Option<String>,
 }
@@ -30,6 +32,7 @@ impl Review {
             username: format!("system:serviceaccount:{namespace}:{service_account}"),
             audiences: vec![audience.into()],
             node: None,
+            id: None,
             error: None,
         }
     }
@@ -40,6 +43,7 @@ impl Review {
             username: String::new(),
             audiences: Vec::new(),
             node: None,
+            id: None,
             error: Some(why.into()),
         }
     }
@@ -73,7 +77,10 @@ impl Reviews {
         }
         let mut user = json!({"username": review.username, "uid": "1", "groups": []});
         if let Some(node) = &review.node {
-            user["extra"] = json!({"authentication.kubernetes.io/node-name": [node]});
+            user["extra"]["authentication.kubernetes.io/node-name"] = json!([node]);
+        }
+        if let Some(id) = &review.id {
+            user["extra"]["authentication.kubernetes.io/credential-id"] = json!([id]);
         }
         json!({"authenticated": true, "user": user, "audiences": good_for})
     }

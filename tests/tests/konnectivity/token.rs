@@ -18,6 +18,7 @@ fn review(username: &str, audience: &str) -> Review {
     Review {
         username: username.to_owned(),
         audiences: vec![audience.to_owned()],
+        id: None,
         node: None,
         error: None,
     }

@@ -1,5 +1,5 @@
-//! What is asked of the Kubernetes API: whose a token is ([`token`]), and how many servers there
-//! are ([`lease`]).
+//! What is asked of the Kubernetes API: whose a token is ([`token`]), which addresses a node has
+//! ([`node`]), and how many servers there are ([`lease`]).
 //!
 //! Invariants: every request is bounded in time, and who fails asks again ever more rarely, never
 //! in step with others: thousands of agents may come at once, to an API server that has just come
@@ -9,6 +9,7 @@ mod client;
 mod delays;
 mod labels;
 pub mod lease;
+pub mod node;
 pub mod token;
 
 pub use client::{Access, AccessError, Rate, client};

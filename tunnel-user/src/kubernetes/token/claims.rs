@@ -1,9 +1,11 @@
-//! The one claim of a token that is read here.
+//! What is read of a token here.
 //!
-//! Nothing is verified: that is the API server's part. A lie can only make us ask sooner.
+//! Nothing is verified: that is the API server's part. Before it has done so, a lie can only make us ask
+//! sooner.
 
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Deserialize;
@@ -16,12 +18,33 @@ struct Claims {
 
 /// For how long `token` (RFC 7519) is good, by its own word. `None` when it does not say.
 pub(super) fn left(token: &str) -> Option<Duration> {
+    let now = SystemTime::UNIX_EPOCH.elapsed().ok()?;
+    let left = expiry(token)? - now.as_secs_f64();
+    Some(Duration::try_from_secs_f64(left).unwrap_or_default())
+}
+
+/// Until when `token` is good, at most `longest` from `now`; that where it does not say.
+pub fn good_until(token: &str, now: SystemTime, longest: Duration) -> SystemTime {
+    let end = expiry(token).and_then(|exp| Duration::try_from_secs_f64(exp).ok());
+    let end = end.and_then(|end| SystemTime::UNIX_EPOCH.checked_add(end));
+    end.map_or(now + longest, |end| end.min(now + longest))
+}
+
+/// What tells `token` apart from others: the digest of what is signed of it, since one signature has
+/// several spellings.
+pub fn fingerprint(token: &str) -> String {
+    let signed = token.rsplit_once('.').map_or(token, |(signed, _)| signed);
+    let digest = digest(&SHA256, signed.as_bytes());
+    { digest.as_ref().iter() }
+        .map(|octet| format!("{octet:02x}"))
+        .collect()
+}
+
+fn expiry(token: &str) -> Option<f64> {
     let payload = token.split('.').nth(1)?;
     let json = URL_SAFE_NO_PAD.decode(payload).ok()?;
     let claims: Claims = serde_json::from_slice(&json).ok()?;
-    let now = SystemTime::UNIX_EPOCH.elapsed().ok()?;
-    let left = claims.exp - now.as_secs_f64();
-    Some(Duration::try_from_secs_f64(left).unwrap_or_default())
+    Some(claims.exp)
 }
 
 #[cfg(test)]
@@ -43,5 +66,21 @@ mod tests {
         for strange in ["", "a.b", "a.e30.c", "opaque", "..", "a.!!.c"] {
             assert_eq!(left(strange), None, "{strange:?}");
         }
+    }
+
+    #[test]
+    fn the_end_is_bounded() {
+        let (now, day) = (SystemTime::now(), Duration::from_secs(86_400));
+        let end = |token: &str| good_until(token, now, day);
+        assert_eq!(end("opaque"), now + day);
+        assert_eq!(end(&expiring_in(1e300)), now + day);
+        assert!(end(&expiring_in(100.0)) < now + day / 2);
+    }
+
+    #[test]
+    fn spellings_of_a_signature_are_one_token() {
+        assert_eq!(fingerprint("e30.e30.AAAB"), fingerprint("e30.e30.AAAC"));
+        assert_ne!(fingerprint("e30.e30.AAAB"), fingerprint("e30.e31.AAAB"));
+        assert_ne!(fingerprint("opaque"), fingerprint("another"));
     }
 }

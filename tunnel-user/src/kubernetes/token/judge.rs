@@ -7,6 +7,9 @@ use super::{ReviewError, ServiceAccount, TokenRules, Verdict};
 /// Where the API server names the node of the pod that a token was issued to.
 const NODE: &str = "authentication.kubernetes.io/node-name";
 
+/// Where it names what tells a token apart from others.
+const CREDENTIAL: &str = "authentication.kubernetes.io/credential-id";
+
 /// Whose a reviewed token is.
 ///
 /// # Errors
@@ -49,13 +52,12 @@ pub(super) fn judge(status: TokenReviewStatus, rules: &TokenRules) -> Verdict {
         });
     }
     let mut extra = user.extra.unwrap_or_default();
-    let node = extra
-        .remove(NODE)
-        .and_then(|names| names.into_iter().next());
+    let mut only = |key| extra.remove(key)?.into_iter().next();
     Ok(ServiceAccount {
         namespace: namespace.into(),
         name: name.into(),
-        node,
+        node: only(NODE),
+        credential: only(CREDENTIAL),
     })
 }
 
@@ -94,7 +96,8 @@ mod tests {
     #[test]
     fn the_service_account_and_its_node() {
         let mut bound = status(GOOD);
-        let extra = [(NODE.to_owned(), vec!["w1".to_owned()])];
+        let extra = [(NODE, "w1"), (CREDENTIAL, "JTI=1")];
+        let extra = extra.map(|(key, value)| (key.to_owned(), vec![value.to_owned()]));
         bound.user.as_mut().unwrap().extra = Some(extra.into());
         let account = judge(bound, &rules()).unwrap();
         assert_eq!(
@@ -102,6 +105,7 @@ mod tests {
             ("kube-system", "agent")
         );
         assert_eq!(account.node.as_deref(), Some("w1"));
+        assert_eq!(account.credential.as_deref(), Some("JTI=1"));
         assert_eq!(judge(status(GOOD), &rules()).unwrap().node, None);
     }
 

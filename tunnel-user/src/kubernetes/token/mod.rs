@@ -4,7 +4,7 @@
 //! the expiry that it names itself. One token is under review once, however many ask; few tokens
 //! are at the same time. Tokens are kept as digests.
 
-mod claims;
+pub mod claims;
 mod judge;
 mod verdicts;
 
@@ -56,6 +56,8 @@ pub struct ServiceAccount {
     pub name: String,
     /// The node of the pod that the token was issued to, where the API server knows it.
     pub node: Option<String>,
+    /// What tells the token apart from others, where the API server says it.
+    pub credential: Option<String>,
 }
 
 /// Why a token does not let in. The texts are those of proxy-server.

@@ -102,6 +102,7 @@ mod tests {
             namespace: "n".into(),
             name: "a".into(),
             node: None,
+            credential: None,
         })
     }
 
