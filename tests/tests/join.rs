@@ -105,7 +105,9 @@ fn a_worker_joins_with_a_token() -> Result<()> {
             &[&["create", "--node", node_name][..], &range].concat(),
         )
     };
-    let command = create(&lab, "w1", "1")?;
+    // The address is named, so that the command which is printed asks for it.
+    let exact = ["create", "--node", "w1", "--ip", &node, "--server", &desk];
+    let command = token(&lab, &exact)?;
     let secret = command.split("--token ").nth(1).context("no token")?;
     let (id, secret) = secret.split_once('.').context("no secret")?;
     let secret = &secret[..32];
@@ -126,7 +128,7 @@ fn a_worker_joins_with_a_token() -> Result<()> {
     let (joined, said) = join(&lab, &other, &["--out", &folder("no")])?;
     ensure!(!joined && said.contains("no CA that it shows"), "{said}");
 
-    let (joined, said) = join(&lab, &command, &["--out", &folder("joined"), "--ip", &node])?;
+    let (joined, said) = join(&lab, &command, &["--out", &folder("joined")])?;
     ensure!(
         joined && said.contains("spiffe://cluster.local/agent/w1 until"),
         "{said}"

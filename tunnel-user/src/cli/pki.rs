@@ -5,16 +5,21 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use clap::Subcommand;
+use rustls::pki_types::CertificateDer;
 
-use crate::tls::issue::{Authority, Request};
-use crate::tls::{Role, TrustDomain, pem};
+use crate::join::pages::Holder;
+use crate::join::{Book, BookError};
+use crate::tls::credential::validity;
+use crate::tls::issue::{Authority, Request, serial_of};
+use crate::tls::{KeyHash, Role, TrustDomain, pem};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// Make a cluster CA and issue certificates
 ///
 /// An identity is the one URI in a certificate: spiffe://TRUST-DOMAIN/server|agent|client/NAME.
-/// Keys are made here and written with mode 0600; nothing that exists is overwritten.
+/// Keys are made here and written with mode 0600; nothing that exists is overwritten. Which agents have
+/// certificates is kept beside the CA, in issued.json: servers that issue from it (`join`) read it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -159,8 +164,35 @@ impl Args {
             let end = humantime::format_rfc3339_seconds(authority.not_after());
             eprintln!("warning: its CA ends at {end}, and the certificate with it");
         }
-        let identity = authority.issue(&request, &common.out)?;
-        println!("{identity} in {}", common.out.display());
+        let made = authority.make(&request)?;
+        let room = made.room_in(&common.out)?;
+        if role == Role::Agent {
+            // Before it is anybody's: a server that issues from this CA has to know it.
+            record(&common.dir, &request, made.certificate())?;
+        }
+        made.save(&room)?;
+        println!("{} in {}", made.identity, common.out.display());
         Ok(())
     }
+}
+
+/// Writes down who holds a name and addresses, for servers that issue from the same CA.
+fn record(
+    ca: &std::path::Path,
+    request: &Request,
+    certificate: &CertificateDer<'_>,
+) -> anyhow::Result<()> {
+    let holder = Holder {
+        addresses: request.addresses.iter().map(IpAddr::to_canonical).collect(),
+        key: KeyHash::of(certificate)?.to_string(),
+        serial: serial_of(certificate),
+        since: SystemTime::now(),
+        until: validity(certificate).map_or(request.not_after, |(_, until)| until),
+        token: "pki".into(),
+    };
+    Book::of_ca(ca).change(|pages| {
+        pages.record(&request.name, holder);
+        Ok::<_, BookError>(())
+    })?;
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! `cpc token`.
 
-use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -12,10 +12,14 @@ use serde_json::json;
 use super::common::net;
 use super::status::table;
 use crate::config::ServerConfig;
-use crate::join::admit::Ticket;
+use crate::join::clock::SKEW;
+use crate::join::pages::{Pages, Ticket};
 use crate::join::{Book, BookError, Token};
 use crate::tls::KeyHash;
+use crate::tls::identity::check_name_pattern;
 use crate::tls::pem;
+
+mod issued;
 
 /// Make and end the tokens that workers join with
 ///
@@ -67,6 +71,24 @@ enum Command {
         /// What stands before the dot of the token
         id: String,
     },
+    /// Show which nodes have certificates: those that joined, and those of `cpc pki` with the same CA
+    Issued {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let others have the name and the addresses of a node that is gone or was installed again
+    ///
+    /// Its certificates are valid until they end all the same: `tls.revoked` ends them, and lets others have
+    /// what they hold as well.
+    Release {
+        /// The node's name
+        #[arg(required_unless_present = "ip")]
+        node: Option<String>,
+        /// This address alone, whichever node has it or the named one; may be repeated
+        #[arg(long, value_name = "ADDR")]
+        ip: Vec<IpAddr>,
+    },
 }
 
 /// The longest life of a token.
@@ -83,6 +105,7 @@ impl Args {
             );
         };
         let book = Book::open(&config.join_directory())?;
+        let by_hand = Book::of_ca(&join.ca);
         match self.command {
             Command::Create {
                 node,
@@ -95,21 +118,28 @@ impl Args {
                 if ttl.is_zero() || ttl > LONGEST {
                     bail!("--ttl: must be over 0 s and at most 30 days");
                 }
+                check_name_pattern(&node).context("--node")?;
+                let ip: Vec<_> = ip.into_iter().map(canonical).collect();
+                let now = SystemTime::now();
                 let token = Token::generate().ok().context("no random numbers")?;
                 let ticket = Ticket {
                     digest: token.digest(),
                     nodes: node.clone(),
-                    addresses: ip,
+                    addresses: ip.clone(),
                     uses,
-                    expires: SystemTime::now() + ttl,
-                    used: BTreeMap::new(),
+                    created: Some(now),
+                    expires: now + ttl,
+                    used: Vec::new(),
                 };
                 let id = token.id().to_owned();
-                book.change(|pages| {
-                    pages.forget(SystemTime::now());
+                // Nothing is forgotten here, where the clock may be wrong for all that is known.
+                let doubt = book.change(|pages| {
                     pages.tokens.insert(id, ticket);
-                    Ok::<_, BookError>(())
+                    Ok::<_, BookError>(doubt(pages, now))
                 })?;
+                if let Some(doubt) = doubt {
+                    eprintln!("cpc: {doubt}");
+                }
                 if quiet {
                     println!("{}", token.reveal());
                     return Ok(());
@@ -132,6 +162,12 @@ impl Args {
                 if !node.contains('*') {
                     command.push_str(&format!(" --node {node}"));
                 }
+                // Without them the worker asks for the address that it reaches the server from.
+                if ip.iter().all(is_single) {
+                    for net in &ip {
+                        command.push_str(&format!(" --ip {}", net.addr()));
+                    }
+                }
                 println!("{command}");
             }
             Command::List { json } => list(&book, json)?,
@@ -145,9 +181,39 @@ impl Args {
                 }
                 println!("token {id} is revoked");
             }
+            Command::Issued { json } => issued::list(&book, &by_hand, json)?,
+            Command::Release { node, ip } => {
+                issued::release(&book, &by_hand, node.as_deref(), &ip)?;
+            }
         }
         Ok(())
     }
+}
+
+/// A mapped IPv4 address (RFC 4291, section 2.5.5.2) is the one that it maps.
+fn canonical(net: IpNet) -> IpNet {
+    match net.addr().to_canonical() {
+        address @ IpAddr::V4(_) if is_single(&net) => address.into(),
+        _ => net,
+    }
+}
+
+fn is_single(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
+}
+
+/// What there is to say of the clock: nothing is made in the future.
+fn doubt(pages: &Pages, now: SystemTime) -> Option<String> {
+    let made = pages.tokens.values().filter_map(|ticket| ticket.created);
+    let issued = pages.holders().map(|(_, holder)| holder.since);
+    let newest = made.chain(issued).max()?;
+    (newest > now + SKEW).then(|| {
+        format!(
+            "a token or a certificate was made at {}, which is yet to come: the clock of this host is \
+             behind, or was ahead then. `cpc token list` and `cpc token issued` show them",
+            humantime::format_rfc3339_seconds(newest)
+        )
+    })
 }
 
 fn list(book: &Book, json: bool) -> anyhow::Result<()> {
@@ -158,6 +224,9 @@ fn list(book: &Book, json: bool) -> anyhow::Result<()> {
         let nets = ticket.addresses.iter();
         nets.map(ToString::to_string).collect()
     };
+    if let Some(doubt) = doubt(&pages, now) {
+        eprintln!("cpc: {doubt}");
+    }
     if json {
         let tokens = pages.tokens.iter().map(|(id, ticket)| {
             json!({
@@ -165,9 +234,10 @@ fn list(book: &Book, json: bool) -> anyhow::Result<()> {
                 "nodes": ticket.nodes,
                 "addresses": addresses(ticket),
                 "uses_left": ticket.uses,
+                "created": ticket.created.map(time),
                 "expires": time(ticket.expires),
                 "expired": ticket.expires <= now,
-                "used_by": ticket.used.keys().collect::<Vec<_>>(),
+                "used_by": used_by(ticket),
             })
         });
         println!("{:#}", json!(tokens.collect::<Vec<_>>()));
@@ -186,16 +256,22 @@ fn list(book: &Book, json: bool) -> anyhow::Result<()> {
             true => "expired".into(),
             false => time(ticket.expires),
         };
-        let used: Vec<_> = ticket.used.keys().cloned().collect();
         table.add_row([
             id.clone(),
             ticket.nodes.clone(),
             addresses(ticket).join("\n"),
             ticket.uses.to_string(),
             expires,
-            used.join("\n"),
+            used_by(ticket).join("\n"),
         ]);
     }
     println!("{table}");
     Ok(())
+}
+
+fn used_by(ticket: &Ticket) -> Vec<&str> {
+    let mut nodes: Vec<_> = ticket.used.iter().map(|it| it.node.as_str()).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    nodes
 }

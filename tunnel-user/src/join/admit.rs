@@ -1,78 +1,27 @@
 //! What is decided about somebody who asks for a certificate; without I/O.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
 
-use super::token::{Digest, Token};
+use super::clock::{SKEW, Time};
+use super::pages::{Pages, Use};
+use super::token::Token;
 use crate::tls::KeyHash;
 use crate::tls::identity::{self, IdentityError};
 use crate::tls::pattern::matches;
 
-/// A token that has ended is shown for so long.
-const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
-
-/// The same certificate is not renewed more often.
+/// A node's certificate is not renewed more often.
 const RENEWED_AFTER: Duration = Duration::from_secs(60);
 
-/// Everything that is known.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Pages {
-    /// Tokens by their ids.
-    pub tokens: BTreeMap<String, Ticket>,
-    /// What was issued last to each node and is valid still, by its name.
-    pub issued: BTreeMap<String, Holder>,
-}
+/// With so many valid certificates it is renewed less often: see [`RARELY`].
+const MANY: usize = 8;
 
-/// What a token is good for.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Ticket {
-    /// Of its secret.
-    pub digest: Digest,
-    /// Which names it is for; `*` stands for any characters.
-    pub nodes: String,
-    /// Which addresses those nodes may have.
-    pub addresses: Vec<IpNet>,
-    /// How many more nodes may use it.
-    pub uses: u32,
-    /// Until when.
-    #[serde(with = "humantime_serde")]
-    pub expires: SystemTime,
-    /// Who used it: names, and the keys that may ask again.
-    #[serde(default)]
-    pub used: BTreeMap<String, String>,
-}
-
-/// Digests are not compared but for a token's sake.
-impl PartialEq for Ticket {
-    fn eq(&self, other: &Self) -> bool {
-        let parts = |it: &Self| (it.nodes.clone(), it.addresses.clone(), it.uses, it.expires);
-        parts(self) == parts(other) && self.used == other.used
-    }
-}
-
-/// Who holds a certificate.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
-    /// Node addresses in it.
-    pub addresses: Vec<IpAddr>,
-    /// The hash of its key.
-    pub key: String,
-    /// Its serial number, as `openssl x509 -serial` prints it.
-    pub serial: String,
-    /// Since when.
-    #[serde(with = "humantime_serde")]
-    pub since: SystemTime,
-    /// Until when.
-    #[serde(with = "humantime_serde")]
-    pub until: SystemTime,
-    /// The token that it came by at first.
-    pub token: String,
-}
+/// Then as often as this in a certificate's life.
+const RARELY: u32 = 30;
 
 /// Why somebody gets none. For the one who asked, so it tells no more than the token's holder may know.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,6 +32,22 @@ pub enum Refused {
     /// Others were faster.
     #[error("the token is used up: `cpc token create` makes another")]
     UsedUp,
+    /// Kubernetes' token was used by another key.
+    #[error(
+        "the token is used up by another key of this node: wait for its next one, or make another pod"
+    )]
+    PodUsedUp,
+    /// Somebody asks again for something else.
+    #[error(
+        "with this token the key got a certificate for {addresses:?}: ask for the same, or use another token"
+    )]
+    Otherwise {
+        /// What it got.
+        addresses: Vec<IpAddr>,
+    },
+    /// Somebody asks again for what is over.
+    #[error("the certificate that this token gave is not to be had again: use another token")]
+    Over,
     /// Not a name.
     #[error(transparent)]
     Name(#[from] IdentityError),
@@ -95,11 +60,29 @@ pub enum Refused {
         node: String,
     },
     /// An address that the token is not for.
-    #[error("the token is not for a node with the address {0}: `cpc token create --ip` says which")]
+    #[error(
+        "the token is not for a node with the address {0}: `cpc token create --ip` says which, `cpc agent join --ip` asks for one"
+    )]
     Address(IpAddr),
+    /// An address that no pod may join with.
+    #[error(
+        "nodes with the address {0} may not join here: join.kubernetes.addresses of the server says which"
+    )]
+    PodAddress(IpAddr),
+    /// An address that is not the node's.
+    #[error(
+        "Kubernetes does not say that {node} has the address {address}: it has to stand in the Node's status"
+    )]
+    NotOfNode {
+        /// The address.
+        address: IpAddr,
+        /// The node.
+        node: String,
+    },
     /// The name is somebody's.
     #[error(
-        "{node} has a certificate of another key until {until}; a token made with `--node {node}` replaces it",
+        "{node} has a certificate of another key until {until}; on the server `cpc token release {node}` \
+         frees the name, or a token made with `--node {node}` replaces it",
         until = humantime::format_rfc3339_seconds(*.until)
     )]
     Taken {
@@ -110,7 +93,8 @@ pub enum Refused {
     },
     /// The address is somebody's.
     #[error(
-        "{address} is in the certificate of {node} until {until}; a token made with `--ip {address}` moves it",
+        "{address} is in the certificate of {node} until {until}; on the server `cpc token release --ip \
+         {address}` frees it",
         until = humantime::format_rfc3339_seconds(*.until)
     )]
     AddressTaken {
@@ -121,9 +105,12 @@ pub enum Refused {
         /// How long that is so.
         until: SystemTime,
     },
+    /// The name was given to another key.
+    #[error("another key has joined as {0} since: this one has to join again")]
+    Replaced(String),
     /// A peer that renews for ever.
-    #[error("the certificate is younger than {} s", RENEWED_AFTER.as_secs())]
-    TooSoon,
+    #[error("the last certificate is younger than {}", humantime::format_duration(*.0))]
+    TooSoon(Duration),
 }
 
 /// What somebody asks for.
@@ -137,88 +124,158 @@ pub struct Asked<'a> {
     pub key: KeyHash,
 }
 
+/// What somebody who is let in gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// A certificate, for a use of the token.
+    First,
+    /// The certificate (DER) that they got before.
+    Again(Vec<u8>),
+    /// A certificate in the place of one that a clock dated ahead.
+    Redated,
+}
+
 /// What the holder of a token may have.
 struct Terms<'a> {
     nodes: &'a str,
     addresses: &'a [IpNet],
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Pod,
 }
 
 impl Pages {
-    /// Whether `token` lets that in; counts its use.
-    ///
-    /// # Errors
-    /// [`Refused`]; nothing was counted.
-    pub fn by_token(
-        &mut self,
-        token: &Token,
-        asked: &Asked<'_>,
-        now: SystemTime,
-    ) -> Result<(), Refused> {
-        let found = self.tokens.get(token.id());
-        let ticket = found.filter(|ticket| ticket.digest.is_of(token) && now < ticket.expires);
-        let ticket = ticket.ok_or(Refused::Token)?;
-        let terms = Terms {
-            nodes: &ticket.nodes,
-            addresses: &ticket.addresses,
-        };
-        self.check(&terms, asked, now)?;
-        let key = asked.key.to_string();
-        if ticket.used.get(asked.node) == Some(&key) {
-            return Ok(());
-        }
-        let Some(uses) = ticket.uses.checked_sub(1) else {
-            return Err(Refused::UsedUp);
-        };
-        if let Some(ticket) = self.tokens.get_mut(token.id()) {
-            ticket.uses = uses;
-            ticket.used.insert(asked.node.into(), key);
-        }
-        Ok(())
-    }
-
-    /// Whether the node `asked.node`, which somebody else vouches for, may have those addresses.
+    /// What `token` lets in. Counts nothing: [`Self::used`] does.
     ///
     /// # Errors
     /// [`Refused`].
-    pub fn by_name(
+    pub fn by_token(
         &self,
+        token: &Token,
+        asked: &Asked<'_>,
+        time: Time,
+    ) -> Result<Admitted, Refused> {
+        let ticket = self.ticket(token, time.now).ok_or(Refused::Token)?;
+        if let Some(before) = ticket.used.iter().find(|it| it.is_of(asked)) {
+            return self.again(before, asked, time);
+        }
+        let terms = Terms {
+            nodes: &ticket.nodes,
+            addresses: &ticket.addresses,
+            kind: Kind::Token,
+        };
+        self.check(&terms, asked, time)?;
+        match ticket.uses {
+            0 => Err(Refused::UsedUp),
+            _ => Ok(Admitted::First),
+        }
+    }
+
+    /// Counts a use of `token`.
+    pub fn used(&mut self, token: &Token, got: Use) {
+        if let Some(ticket) = self.tokens.get_mut(token.id()) {
+            ticket.uses = ticket.uses.saturating_sub(1);
+            ticket.used.push(got);
+        }
+    }
+
+    /// Puts `got` in the place of what the same key got for the same node.
+    pub fn redated(&mut self, token: &Token, got: Use) {
+        let ticket = self.tokens.get_mut(token.id());
+        let uses = ticket.into_iter().flat_map(|ticket| &mut ticket.used);
+        for before in uses.filter(|it| (&it.node, &it.key) == (&got.node, &got.key)) {
+            before.clone_from(&got);
+        }
+    }
+
+    /// What a pod on the node `asked.node` gets, by the one certificate that its token `id` is good for.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn by_pod(
+        &self,
+        id: &str,
         addresses: &[IpNet],
         asked: &Asked<'_>,
-        now: SystemTime,
-    ) -> Result<(), Refused> {
+        time: Time,
+    ) -> Result<Admitted, Refused> {
+        match self.pods.get(id).map(|ticket| &ticket.used) {
+            Some(before) if before.is_of(asked) => return self.again(before, asked, time),
+            Some(_) => return Err(Refused::PodUsedUp),
+            None => {}
+        }
         let terms = Terms {
             nodes: asked.node,
             addresses,
+            kind: Kind::Pod,
         };
-        self.check(&terms, asked, now)
+        self.check(&terms, asked, time)?;
+        Ok(Admitted::First)
     }
 
-    /// Whether `node` may have its certificate renewed.
+    /// Whether the holder of the certificate `serial` may have another one in the name of `node`, of which
+    /// each is valid for `validity`.
     ///
     /// # Errors
-    /// [`Refused::TooSoon`].
-    pub fn renewal(&self, node: &str, now: SystemTime) -> Result<(), Refused> {
-        match self.issued.get(node) {
-            Some(holder) if now < holder.since + RENEWED_AFTER => Err(Refused::TooSoon),
+    /// [`Refused::TooSoon`], [`Refused::Replaced`].
+    pub fn renewal(
+        &self,
+        node: &str,
+        serial: &str,
+        validity: Duration,
+        time: Time,
+    ) -> Result<(), Refused> {
+        let known = self.issued.get(node);
+        let holders = || known.into_iter().flatten();
+        if self.released.get(serial).is_some_and(|it| it.whole)
+            && holders().any(|it| it.serial != serial && self.holds_name(it, time))
+        {
+            return Err(Refused::Replaced(node.into()));
+        }
+        // A certificate of the future was issued by a clock that was ahead. It is no reason to wait.
+        let ages = holders().filter_map(|it| time.now.duration_since(it.since).ok());
+        let valid = holders().filter(|it| time.now < it.until).count();
+        let wait = match valid {
+            MANY.. => (validity / RARELY).max(RENEWED_AFTER),
+            _ => RENEWED_AFTER,
+        };
+        match ages.min() {
+            Some(age) if age < wait => Err(Refused::TooSoon(wait)),
             _ => Ok(()),
         }
     }
 
-    /// Those of a node's addresses that have not been given to another.
-    pub fn still_of(&self, node: &str, addresses: &[IpAddr], now: SystemTime) -> Vec<IpAddr> {
-        let is_free = |address: &&IpAddr| self.elsewhere(node, address, now).is_none();
-        addresses.iter().filter(is_free).copied().collect()
+    /// Somebody who asks once more gets what they got before, and nothing else.
+    fn again(&self, before: &Use, asked: &Asked<'_>, time: Time) -> Result<Admitted, Refused> {
+        let sorted = |addresses: &[IpAddr]| {
+            let mut sorted = addresses.to_vec();
+            sorted.sort();
+            sorted.dedup();
+            sorted
+        };
+        if before.certificate.is_empty() {
+            return Err(Refused::Over);
+        }
+        if sorted(&before.addresses) != sorted(asked.addresses) {
+            let addresses = before.addresses.clone();
+            return Err(Refused::Otherwise { addresses });
+        }
+        let (_, holder) = self.by_serial(&before.serial).ok_or(Refused::Over)?;
+        if time.now >= holder.until {
+            return Err(Refused::Over);
+        }
+        if time.now + SKEW < holder.since {
+            return Ok(Admitted::Redated);
+        }
+        let certificate = STANDARD.decode(&before.certificate);
+        certificate.map_or(Err(Refused::Over), |der| Ok(Admitted::Again(der)))
     }
 
-    /// Which node but `node` has a certificate with `address`.
-    fn elsewhere(&self, node: &str, address: &IpAddr, now: SystemTime) -> Option<(&str, &Holder)> {
-        let others = self.issued.iter().filter(|(other, _)| *other != node);
-        { others }
-            .find(|(_, holder)| now < holder.until && holder.addresses.contains(address))
-            .map(|(other, holder)| (other.as_str(), holder))
-    }
-
-    fn check(&self, terms: &Terms<'_>, asked: &Asked<'_>, now: SystemTime) -> Result<(), Refused> {
+    fn check(&self, terms: &Terms<'_>, asked: &Asked<'_>, time: Time) -> Result<(), Refused> {
         let node = asked.node;
         identity::check_name(node)?;
         if !matches(terms.nodes, node) {
@@ -229,12 +286,13 @@ impl Pages {
         }
         let beyond = |addr: &&IpAddr| !terms.addresses.iter().any(|net| net.contains(*addr));
         if let Some(address) = asked.addresses.iter().find(beyond) {
-            return Err(Refused::Address(*address));
+            return Err(match terms.kind {
+                Kind::Token => Refused::Address(*address),
+                Kind::Pod => Refused::PodAddress(*address),
+            });
         }
-        if let Some(holder) = self.issued.get(node)
-            && now < holder.until
-            && holder.key != asked.key.to_string()
-            && terms.nodes != node
+        if terms.nodes != node
+            && let Some(holder) = self.name_holder(node, &asked.key.to_string(), time)
         {
             return Err(Refused::Taken {
                 node: node.into(),
@@ -242,10 +300,9 @@ impl Pages {
             });
         }
         for address in asked.addresses {
-            let is_named = terms.addresses.contains(&IpNet::from(*address));
-            if let Some((other, holder)) = self.elsewhere(node, address, now)
-                && !is_named
-            {
+            let is_named =
+                terms.kind == Kind::Token && terms.addresses.contains(&IpNet::from(*address));
+            if !is_named && let Some((other, holder)) = self.address_holder(node, address, time) {
                 return Err(Refused::AddressTaken {
                     address: *address,
                     node: other.into(),
@@ -255,22 +312,11 @@ impl Pages {
         }
         Ok(())
     }
+}
 
-    /// Writes down what was issued, and forgets what is over.
-    pub fn record(&mut self, node: &str, holder: Holder) {
-        let now = holder.since;
-        for other in self.issued.values_mut() {
-            // They are this node's now: who holds them still can't have them renewed.
-            other.addresses.retain(|it| !holder.addresses.contains(it));
-        }
-        self.issued.insert(node.into(), holder);
-        self.forget(now);
-    }
-
-    /// Forgets what is over.
-    pub fn forget(&mut self, now: SystemTime) {
-        self.tokens.retain(|_, it| now < it.expires + REMEMBERED);
-        self.issued.retain(|_, it| now < it.until);
+impl Use {
+    fn is_of(&self, asked: &Asked<'_>) -> bool {
+        self.node == asked.node && self.key == asked.key.to_string()
     }
 }
 

@@ -1,21 +1,13 @@
 //! The file in which tokens stand, and what was issued. A server and `cpc token` change it in turn: each
 //! change is made under a lock and put in place in one step.
+//!
+//! Beside a CA there is another one, of what `cpc pki` issued: a server reads it only.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
-use nix::unistd::geteuid;
-
-use super::admit::Pages;
-
-/// Its name.
-const FILE: &str = "join.json";
-
-/// What is locked, since the file itself is replaced.
-const LOCK: &str = "join.lock";
+use super::pages::Pages;
+use crate::process::directory::Directory;
 
 /// Why the book can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +21,30 @@ pub struct BookError {
 #[derive(Clone, Debug)]
 pub struct Book {
     directory: PathBuf,
+    names: &'static Names,
 }
+
+/// A book's files.
+#[derive(Debug)]
+struct Names {
+    file: &'static str,
+    /// What is locked, since the file itself is replaced.
+    lock: &'static str,
+    mode: u32,
+}
+
+const JOIN: Names = Names {
+    file: "join.json",
+    lock: "join.lock",
+    mode: 0o600,
+};
+
+/// What a CA issued is no secret: each certificate is shown in every handshake.
+const ISSUED: Names = Names {
+    file: "issued.json",
+    lock: "issued.lock",
+    mode: 0o644,
+};
 
 impl Book {
     /// In `directory`, which is made for its owner alone if it is not there.
@@ -39,18 +54,19 @@ impl Book {
     pub fn open(directory: &Path) -> Result<Self, BookError> {
         let book = Self {
             directory: directory.into(),
+            names: &JOIN,
         };
-        if !directory.is_dir() {
-            let mut builder = fs::DirBuilder::new();
-            let made = builder.recursive(true).mode(0o700).create(directory);
-            let made = made.and_then(|()| match directory.parent() {
-                Some(parent) => leave_to_owner(parent, directory),
-                None => Ok(()),
-            });
-            made.map_err(|error| book.error("", &error))?;
-        }
+        Directory::create(directory, 0o700).map_err(|error| book.error("", &error))?;
         book.read()?;
         Ok(book)
+    }
+
+    /// What `cpc pki` issued from the CA in `directory`. Nothing is looked at yet.
+    pub fn of_ca(directory: &Path) -> Self {
+        Self {
+            directory: directory.into(),
+            names: &ISSUED,
+        }
     }
 
     /// What stands in it.
@@ -58,11 +74,7 @@ impl Book {
     /// # Errors
     /// [`BookError`].
     pub fn read(&self) -> Result<Pages, BookError> {
-        match fs::read(self.directory.join(FILE)) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|error| self.error(FILE, &error)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Pages::default()),
-            Err(error) => Err(self.error(FILE, &error)),
-        }
+        self.read_in(&self.directory()?)
     }
 
     /// Changes it, unless `change` fails.
@@ -73,31 +85,30 @@ impl Book {
         &self,
         change: impl FnOnce(&mut Pages) -> Result<T, E>,
     ) -> Result<T, E> {
-        let _lock = self.lock()?;
-        let mut pages = self.read()?;
+        let Names { file, lock, mode } = self.names;
+        let directory = self.directory()?;
+        let locked = directory.lock(lock);
+        let _lock = locked.map_err(|error| self.error(lock, &error))?;
+        let mut pages = self.read_in(&directory)?;
         let done = change(&mut pages)?;
-        self.write(&pages)
-            .map_err(|error| self.error(FILE, &error))?;
+        let written = serde_json::to_vec_pretty(&pages)
+            .map_err(io::Error::from)
+            .and_then(|text| directory.replace(file, &text, *mode));
+        written.map_err(|error| self.error(file, &error))?;
         Ok(done)
     }
 
-    fn lock(&self) -> Result<Flock<File>, BookError> {
-        let path = self.directory.join(LOCK);
-        let open = File::options().create(true).append(true).open(&path);
-        let open = open.and_then(|file| leave_to_owner(&self.directory, &path).map(|()| file));
-        let file = open.map_err(|error| self.error(LOCK, &error))?;
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| self.error(LOCK, &error))
+    fn directory(&self) -> Result<Directory, BookError> {
+        Directory::open(&self.directory).map_err(|error| self.error("", &error))
     }
 
-    fn write(&self, pages: &Pages) -> io::Result<()> {
-        // Its owner's alone, by default.
-        let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
-        serde_json::to_writer_pretty(&mut file, pages)?;
-        file.flush()?;
-        file.as_file().sync_all()?;
-        leave_to_owner(&self.directory, file.path())?;
-        file.persist(self.directory.join(FILE))?;
-        File::open(&self.directory)?.sync_all()
+    fn read_in(&self, directory: &Directory) -> Result<Pages, BookError> {
+        let file = self.names.file;
+        match directory.read(file) {
+            Ok(text) => serde_json::from_slice(&text).map_err(|error| self.error(file, &error)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Pages::default()),
+            Err(error) => Err(self.error(file, &error)),
+        }
     }
 
     fn error(&self, file: &str, why: &dyn std::fmt::Display) -> BookError {
@@ -108,22 +119,15 @@ impl Book {
     }
 }
 
-/// What root makes, by `cpc token`, a server that is not root has to read and replace.
-fn leave_to_owner(of: &Path, path: &Path) -> io::Result<()> {
-    let (owner, now) = (fs::metadata(of)?, fs::metadata(path)?);
-    if (owner.uid(), owner.gid()) == (now.uid(), now.gid()) || !geteuid().is_root() {
-        return Ok(());
-    }
-    chown(path, Some(owner.uid()), Some(owner.gid()))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::fs;
     use std::time::{Duration, SystemTime};
 
-    use super::super::admit::Ticket;
+    use super::super::pages::Ticket;
     use super::*;
+
+    const FILE: &str = JOIN.file;
 
     fn ticket(n: u32) -> Ticket {
         Ticket {
@@ -131,8 +135,9 @@ mod tests {
             nodes: "w*".into(),
             addresses: vec!["10.99.0.0/16".parse().unwrap()],
             uses: n,
+            created: None,
             expires: SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000),
-            used: BTreeMap::new(),
+            used: Vec::new(),
         }
     }
 

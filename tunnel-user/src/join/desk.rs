@@ -5,27 +5,43 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 use rustls::pki_types::CertificateDer;
 use tunnel_proto::certificate::{Answer, Issued, Join};
-use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::admit::{Asked, Holder, Pages, Refused};
+use super::admit::{Admitted, Asked, Refused};
+use super::clock::{Clock, Time};
 use super::metrics::{JoinMetrics, Outcome};
+use super::pages::{Holder, Pages, PodTicket, Use};
 use super::token::Token;
 use super::{Book, BookError};
-use crate::kubernetes::token::{ReviewError, TokenReviewer};
+use crate::kubernetes::node::{NodeError, Nodes};
+use crate::kubernetes::token::{ReviewError, TokenReviewer, claims};
 use crate::telemetry::audit::events::{self as audit, Listener};
-use crate::tls::identity::{self, Identity};
-use crate::tls::issue::{Applicant, Authority, IssueError, Request};
+use crate::tls::credential::validity;
+use crate::tls::identity::{self, Identity, IdentityError};
+use crate::tls::issue::{Applicant, Authority, IssueError, Request, serial_of};
 use crate::tls::revoked::{Peer, Revocations, Revoked};
 use crate::tls::{Material, Role};
 
+/// A token of Kubernetes is known for so long at most, when it does not end sooner.
+const LONGEST_POD_TOKEN: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// The token of those who joined by Kubernetes, on record.
+const BY_KUBERNETES: &str = "kubernetes";
+
+/// Nodes that are looked up for one request, of those that hold what it asks for.
+const MAX_LOOKUPS: usize = 8;
+
 /// What a token of Kubernetes is good for.
 pub struct Pods {
-    /// Asks the API server.
+    /// Whose a token is.
     pub reviewer: TokenReviewer,
-    /// Which addresses their nodes may have.
+    /// Which addresses a node has.
+    pub nodes: Nodes,
+    /// Which of them their nodes may join with.
     pub addresses: Vec<IpNet>,
 }
 
@@ -45,6 +61,8 @@ pub struct Desk {
     pub pods: Option<Pods>,
     /// Counters.
     pub metrics: JoinMetrics,
+    /// What is judged by.
+    pub clock: Clock,
 }
 
 /// Why there is no certificate.
@@ -65,6 +83,12 @@ enum DeskError {
     /// Kubernetes does not vouch for it.
     #[error(transparent)]
     Review(#[from] ReviewError),
+    /// Kubernetes does not say which addresses a node has.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// A certificate on record.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// Kubernetes does not say where the pod is.
     #[error(
         "the API server does not say to which node the token belongs: it has to be a pod's \
@@ -99,10 +123,19 @@ enum DeskError {
 impl DeskError {
     /// Our own trouble, of which whoever asks is told nothing.
     fn is_ours(&self) -> bool {
-        matches!(
+        let by_api = matches!(
             self,
-            Self::Book(_) | Self::Issue(_) | Self::UnknownCa | Self::GivenUp(_)
-        )
+            Self::Review(ReviewError::Unavailable(_)) | Self::Node(_)
+        );
+        let by_files = matches!(self, Self::Book(_) | Self::Issue(_) | Self::Identity(_));
+        by_api || by_files || matches!(self, Self::UnknownCa | Self::GivenUp(_))
+    }
+
+    /// Whether it is about a name or an address that is somebody's.
+    fn is_taken(&self) -> bool {
+        let taken =
+            |it: &Refused| matches!(it, Refused::Taken { .. } | Refused::AddressTaken { .. });
+        matches!(self, Self::Refused(refused) if taken(refused))
     }
 }
 
@@ -119,28 +152,34 @@ struct Ask {
     node: String,
     addresses: Vec<IpAddr>,
     csr: Vec<u8>,
+    proof: Proof,
+}
+
+/// By what somebody may join.
+enum Proof {
+    /// A token of ours.
+    Token(Token),
+    /// One of Kubernetes.
+    Pod {
+        /// What tells it apart from others.
+        id: String,
+        /// Until when it is good.
+        expires: SystemTime,
+    },
+}
+
+/// A certificate whose holder is gone.
+struct Gone {
+    serial: String,
+    /// What is free of it; all when missing.
+    address: Option<IpAddr>,
 }
 
 impl Desk {
     /// Answers somebody without a certificate. The file, the CA and Kubernetes may take their time.
     pub async fn join(self: &Arc<Self>, join: Join, remote: SocketAddr) -> Answer {
-        let (token, ask) = (
-            join.token,
-            Ask {
-                node: join.node,
-                addresses: join.addresses,
-                csr: join.csr,
-            },
-        );
-        let node = ask.node.clone();
-        let done = match (token.parse::<Token>(), &self.pods) {
-            (Err(_), Some(pods)) => match self.reviewed(pods, &token, ask).await {
-                Ok(ask) => self.apart(move |desk| desk.by_pod(ask)).await,
-                Err(error) => Err(error),
-            },
-            (Err(error), None) => Err(error.into()),
-            (Ok(token), _) => self.apart(move |desk| desk.by_token(&token, ask)).await,
-        };
+        let node = join.node.clone();
+        let done = self.admitted(join).await;
         self.metrics.join(outcome(&done));
         match done {
             Ok((done, by)) => {
@@ -158,10 +197,18 @@ impl Desk {
         }
     }
 
-    /// Answers an agent that has a certificate, over its tunnel.
-    pub async fn renew(self: &Arc<Self>, agent: Identity, csr: Vec<u8>) -> Answer {
+    /// Answers an agent that has a certificate, over its tunnel, which began with `leaf`.
+    pub async fn renew(
+        self: &Arc<Self>,
+        agent: Identity,
+        leaf: Option<CertificateDer<'static>>,
+        csr: Vec<u8>,
+    ) -> Answer {
         let name = agent.name.clone();
-        let done = self.apart(move |desk| desk.by_tunnel(&agent, &csr)).await;
+        let serial = leaf.map(|leaf| serial_of(&leaf)).unwrap_or_default();
+        let done = self
+            .apart(move |desk| desk.by_tunnel(&agent, &serial, &csr))
+            .await;
         self.metrics.renewal(outcome(&done));
         match done {
             Ok(done) => {
@@ -185,38 +232,120 @@ impl Desk {
         tokio::task::spawn_blocking(move || work(&desk)).await?
     }
 
-    async fn reviewed(&self, pods: &Pods, token: &str, ask: Ask) -> Result<Ask, DeskError> {
-        let account = pods.reviewer.review(token.trim()).await?;
-        let node = account.node.ok_or(DeskError::NoNode)?;
-        if node != ask.node {
+    async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), DeskError> {
+        let mut addresses: Vec<_> = { join.addresses.iter() }
+            .map(IpAddr::to_canonical)
+            .collect();
+        addresses.sort();
+        addresses.dedup();
+        let proof = match (join.token.parse(), &self.pods) {
+            (Ok(token), _) => Proof::Token(token),
+            (Err(error), None) => return Err(error.into()),
+            (Err(_), Some(pods)) => {
+                self.reviewed(pods, join.token.trim(), &join.node, &addresses)
+                    .await?
+            }
+        };
+        let ask = Arc::new(Ask {
+            node: join.node,
+            addresses,
+            csr: join.csr,
+            proof,
+        });
+        let asked = ask.clone();
+        let first = self.apart(move |desk| desk.admit(&asked, &[])).await;
+        match (&first, &self.pods) {
+            (Err(error), Some(pods)) if error.is_taken() => {
+                let gone = self.gone(pods, &ask).await?;
+                if gone.is_empty() {
+                    return first;
+                }
+                self.apart(move |desk| desk.admit(&ask, &gone)).await
+            }
+            _ => first,
+        }
+    }
+
+    /// What a token of Kubernetes proves: on which node the pod is, and that these are its addresses.
+    async fn reviewed(
+        &self,
+        pods: &Pods,
+        token: &str,
+        node: &str,
+        addresses: &[IpAddr],
+    ) -> Result<Proof, DeskError> {
+        let account = pods.reviewer.review(token).await?;
+        let of = account.node.ok_or(DeskError::NoNode)?;
+        if of != node {
             return Err(Refused::Node {
-                nodes: node,
-                node: ask.node,
+                nodes: of,
+                node: node.into(),
             }
             .into());
         }
-        Ok(ask)
-    }
-
-    fn by_token(&self, token: &Token, ask: Ask) -> Result<(Done, String), DeskError> {
-        self.admit(ask, token.id(), |pages, asked, now| {
-            pages.by_token(token, asked, now)
+        let known = pods.nodes.addresses(node).await?.unwrap_or_default();
+        if let Some(address) = addresses.iter().find(|address| !known.contains(address)) {
+            return Err(Refused::NotOfNode {
+                address: *address,
+                node: node.into(),
+            }
+            .into());
+        }
+        Ok(Proof::Pod {
+            id: account
+                .credential
+                .unwrap_or_else(|| claims::fingerprint(token)),
+            expires: claims::good_until(token, self.clock.read().now, LONGEST_POD_TOKEN),
         })
     }
 
-    fn by_pod(&self, ask: Ask) -> Result<(Done, String), DeskError> {
-        let allowed = self.pods.as_ref().map(|pods| &pods.addresses[..]);
-        self.admit(ask, "kubernetes", |pages, asked, now| {
-            pages.by_name(allowed.unwrap_or_default(), asked, now)
-        })
+    /// Which certificates in the way of `ask` are of nodes that are gone, or have other addresses now.
+    /// Those of nodes that did not join by Kubernetes it knows nothing of.
+    async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, DeskError> {
+        let asked = ask.clone();
+        let held = self.apart(move |desk| desk.in_the_way(&asked)).await?;
+        let mut gone = Vec::new();
+        for (node, holder) in held.into_iter().take(MAX_LOOKUPS) {
+            let known = match pods.nodes.addresses(&node).await {
+                Ok(known) => known,
+                Err(error) => {
+                    tracing::warn!(%error, "what a node holds stays its own");
+                    continue;
+                }
+            };
+            let serial = holder.serial;
+            let Some(known) = known else {
+                let address = None;
+                gone.push(Gone { serial, address });
+                continue;
+            };
+            let has = |address: &&IpAddr| holder.addresses.contains(address);
+            let moved = ask.addresses.iter().filter(has);
+            gone.extend(moved.filter(|it| !known.contains(it)).map(|address| Gone {
+                serial: serial.clone(),
+                address: Some(*address),
+            }));
+        }
+        Ok(gone)
     }
 
-    fn admit(
-        &self,
-        ask: Ask,
-        by: &str,
-        judge: impl FnOnce(&mut Pages, &Asked<'_>, SystemTime) -> Result<(), Refused>,
-    ) -> Result<(Done, String), DeskError> {
+    fn in_the_way(&self, ask: &Ask) -> Result<Vec<(String, Holder)>, DeskError> {
+        let key = Applicant::read(&ask.csr).map_err(DeskError::Csr)?.key();
+        let (key, time) = (key.to_string(), self.clock.read());
+        let pages = self.book.read()?;
+        let is_in_the_way = |node: &str, holder: &Holder| match node == ask.node {
+            true => holder.key != key && pages.holds_name(holder, time),
+            false => { ask.addresses.iter() }.any(|it| pages.holds_address(holder, it, time)),
+        };
+        let held = pages
+            .holders()
+            .filter(|(node, holder)| holder.token == BY_KUBERNETES && is_in_the_way(node, holder));
+        Ok(held
+            .map(|(node, holder)| (node.to_owned(), holder.clone()))
+            .collect())
+    }
+
+    fn admit(&self, ask: &Ask, gone: &[Gone]) -> Result<(Done, String), DeskError> {
         let applicant = Applicant::read(&ask.csr).map_err(DeskError::Csr)?;
         let (node, addresses) = (&ask.node, &ask.addresses);
         let asked = Asked {
@@ -224,20 +353,54 @@ impl Desk {
             addresses,
             key: applicant.key(),
         };
-        self.book.change(|pages| {
-            let now = SystemTime::now();
-            judge(pages, &asked, now)?;
-            let (done, holder) = self.issue(node, addresses, &applicant, (by, now))?;
-            pages.record(node, holder);
+        let by = match &ask.proof {
+            Proof::Token(token) => token.id(),
+            Proof::Pod { .. } => BY_KUBERNETES,
+        };
+        self.change(|pages, time| {
+            for gone in gone {
+                match gone.address {
+                    Some(address) => pages.release_address(&gone.serial, address),
+                    None => pages.release(&gone.serial),
+                }
+            }
+            let admitted = match &ask.proof {
+                Proof::Token(token) => pages.by_token(token, &asked, time)?,
+                Proof::Pod { id, .. } => {
+                    let allowed = self.pods.as_ref().map(|pods| &pods.addresses[..]);
+                    pages.by_pod(id, allowed.unwrap_or_default(), &asked, time)?
+                }
+            };
+            if let Admitted::Again(leaf) = &admitted {
+                let leaf = CertificateDer::from(&leaf[..]);
+                return Ok((self.issued_before(&leaf)?, by.to_owned()));
+            }
+            let (done, holder) = self.issue(node, addresses, &applicant, (by, time.now))?;
+            let got = Use {
+                node: node.clone(),
+                key: holder.key.clone(),
+                addresses: addresses.clone(),
+                serial: holder.serial.clone(),
+                certificate: STANDARD.encode(&done.issued.chain[0]),
+            };
+            match &ask.proof {
+                Proof::Token(token) if admitted == Admitted::Redated => pages.redated(token, got),
+                Proof::Token(token) => pages.used(token, got),
+                Proof::Pod { id, expires } => {
+                    let expires = (*expires).max(time.now);
+                    let ticket = PodTicket { expires, used: got };
+                    pages.pods.insert(id.clone(), ticket);
+                }
+            }
+            pages.joined(node, holder, time);
             Ok((done, by.to_owned()))
         })
     }
 
-    fn by_tunnel(&self, agent: &Identity, csr: &[u8]) -> Result<Done, DeskError> {
+    fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, DeskError> {
         let applicant = Applicant::read(csr).map_err(DeskError::Csr)?;
-        self.book.change(|pages| {
-            let now = SystemTime::now();
-            pages.renewal(&agent.name, now)?;
+        self.change(|pages, time| {
+            pages.renewal(&agent.name, serial, self.validity, time)?;
             let ours = self.authority()?;
             if *ours.trust_domain() != agent.trust_domain {
                 return Err(DeskError::Domain {
@@ -245,13 +408,62 @@ impl Desk {
                     theirs: agent.trust_domain.to_string(),
                 });
             }
-            let by = pages.issued.get(&*agent.name);
+            let last = || pages.issued.get(&*agent.name)?.last();
+            let by = pages.by_serial(serial).map(|(_, holder)| holder);
+            let by = by.or_else(last);
             let by = by.map_or_else(|| "elsewhere".into(), |holder| holder.token.clone());
-            let addresses = pages.still_of(&agent.name, &agent.addresses, now);
-            let (done, holder) = self.issue(&agent.name, &addresses, &applicant, (&by, now))?;
+            let addresses = pages.still_of(&agent.name, &agent.addresses, time);
+            let (done, holder) =
+                self.issue(&agent.name, &addresses, &applicant, (&by, time.now))?;
             pages.record(&agent.name, holder);
             Ok(done)
         })
+    }
+
+    /// Changes the book, in which revoked certificates keep nothing from others.
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Pages, Time) -> Result<T, DeskError>,
+    ) -> Result<T, DeskError> {
+        self.book.change(|pages| {
+            let time = self.clock.read();
+            pages.by_hand = Book::of_ca(&self.ca).read()?.issued;
+            let domain = &self.material.identity().trust_domain;
+            let is_revoked = |node: &str, holder: &Holder| {
+                let uri = identity::uri(domain, Role::Agent, node);
+                let peer = Peer::issued(uri, &holder.serial);
+                self.revocations.check(&peer).is_err()
+            };
+            let revoked = pages
+                .holders()
+                .filter(|(node, holder)| is_revoked(node, holder));
+            let revoked: Vec<_> = revoked.map(|(_, holder)| holder.serial.clone()).collect();
+            revoked.iter().for_each(|serial| pages.release(serial));
+            let done = change(pages, time)?;
+            if time.is_steady {
+                pages.forget(time.settled);
+            }
+            Ok(done)
+        })
+    }
+
+    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Done, DeskError> {
+        self.revocations.check(&Peer::of(leaf))?;
+        let (_, until) = validity(leaf).unwrap_or((SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH));
+        Ok(Done {
+            identity: Identity::from_certificate(leaf)?.uri(),
+            serial: serial_of(leaf),
+            until,
+            issued: self.with_roots(leaf),
+        })
+    }
+
+    fn with_roots(&self, leaf: &CertificateDer<'_>) -> Issued {
+        let roots = self.material.roots();
+        Issued {
+            chain: vec![leaf.to_vec()],
+            roots: roots.iter().map(|root| root.to_vec()).collect(),
+        }
     }
 
     fn authority(&self) -> Result<Authority, IssueError> {
@@ -281,8 +493,7 @@ impl Desk {
             return Err(DeskError::UnknownCa);
         }
         let leaf = authority.certify(&request, applicant)?;
-        let roots = anchors.certificates();
-        let serial = serial(&leaf);
+        let serial = serial_of(&leaf);
         let holder = Holder {
             addresses: addresses.to_vec(),
             key: applicant.key().to_string(),
@@ -291,15 +502,11 @@ impl Desk {
             until,
             token: by.into(),
         };
-        let issued = Issued {
-            chain: vec![leaf.to_vec()],
-            roots: roots.iter().map(|root| root.to_vec()).collect(),
-        };
         let done = Done {
             identity,
             serial,
             until,
-            issued,
+            issued: self.with_roots(&leaf),
         };
         Ok((done, holder))
     }
@@ -313,7 +520,7 @@ fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
     }
 }
 
-/// What the one who asked is told.
+/// The reason that goes to the worker. What Kubernetes says of a token is for the log.
 fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
     let remote = remote.map(tracing::field::display);
     if error.is_ours() {
@@ -321,15 +528,14 @@ fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
         return "the server could not issue a certificate; its log says why".into();
     }
     tracing::warn!(%error, node, remote, "no certificate issued");
-    error.to_string()
-}
-
-/// As `openssl x509 -serial` prints it, and as `tls.revoked` takes it.
-fn serial(certificate: &CertificateDer<'_>) -> String {
-    let read = X509Certificate::from_der(certificate).ok();
-    let serial = read.map(|(_, it)| it.raw_serial().to_vec());
-    let octets = serial.unwrap_or_default();
-    octets.iter().map(|octet| format!("{octet:02X}")).collect()
+    match error {
+        DeskError::Review(_) => {
+            "the token of Kubernetes is not valid here: its audience, its service account \
+                                 and its end count; the server's log says why"
+                .into()
+        }
+        error => error.to_string(),
+    }
 }
 
 #[cfg(test)]

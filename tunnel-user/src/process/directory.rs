@@ -161,7 +161,7 @@ impl Directory {
     }
 
     fn open_file(&self, name: &str, access: OFlag) -> io::Result<File> {
-        // Of what is no file, a pipe may keep whoever opens it waiting.
+        // Opening a pipe would wait for its other end.
         let flags = access | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let no_file = || {
             let why = format!("{name} is a link, or no file: remove it");

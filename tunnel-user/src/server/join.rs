@@ -23,10 +23,11 @@ use super::doorstep::{Doorstep, Why};
 use super::metrics::Failures;
 use crate::config::ServerConfig;
 use crate::config::server::HandshakesConfig;
+use crate::join::clock::Clock;
 use crate::join::desk::Pods;
 use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
-use crate::kubernetes::{self, token::TokenReviewer};
+use crate::kubernetes::{self, node::Nodes, token::TokenReviewer};
 use crate::process::descriptors::after_failed_accept;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::issue::Authority;
@@ -64,7 +65,8 @@ pub(super) async fn desk(
         Some(pods) => {
             let client = kubernetes::client(&pods.access()).await?;
             Some(Pods {
-                reviewer: TokenReviewer::new(client, pods.rules()),
+                reviewer: TokenReviewer::new(client.clone(), pods.rules()),
+                nodes: Nodes::new(client),
                 addresses: pods.addresses.clone(),
             })
         }
@@ -78,6 +80,7 @@ pub(super) async fn desk(
         revocations: material.revocations(),
         pods,
         metrics: JoinMetrics::default(),
+        clock: Clock::default(),
     })))
 }
 

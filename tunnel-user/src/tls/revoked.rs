@@ -62,6 +62,14 @@ impl Peer {
         }
     }
 
+    /// The holder of a certificate, by the identity and the serial number (hexadecimal digits) in it.
+    pub fn issued(uri: String, serial: &str) -> Self {
+        Self {
+            identity: Some(uri),
+            serial: digits(serial),
+        }
+    }
+
     /// The same, as who it has been taken for.
     #[must_use]
     pub fn known_as(self, identity: &Identity) -> Self {

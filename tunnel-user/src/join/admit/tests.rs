@@ -1,3 +1,4 @@
+use super::super::pages::{Holder, Ticket};
 use super::*;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -22,53 +23,163 @@ fn book(nodes: &str, addresses: &[&str], uses: u32) -> (Pages, Token) {
         nodes: nodes.into(),
         addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
         uses,
+        created: Some(start()),
         expires: start() + HOUR,
-        used: BTreeMap::new(),
+        used: Vec::new(),
     };
     let mut pages = Pages::default();
     pages.tokens.insert(token.id().into(), ticket);
     (pages, token)
 }
 
-fn issue(pages: &mut Pages, node: &str, addresses: &[IpAddr], key: KeyHash, now: SystemTime) {
+/// What is issued to `asked` at that time. Its serial number is that of the certificate before, and one more.
+fn issue(pages: &mut Pages, asked: &Asked<'_>, now: SystemTime) -> Holder {
     let holder = Holder {
-        addresses: addresses.to_vec(),
-        key: key.to_string(),
-        serial: "01".into(),
+        addresses: asked.addresses.to_vec(),
+        key: asked.key.to_string(),
+        serial: format!("{:02X}", pages.holders().count() + 1),
         since: now,
         until: now + 10 * HOUR,
         token: "t".into(),
     };
-    pages.record(node, holder);
+    pages.joined(asked.node, holder.clone(), Time::of(now));
+    holder
 }
 
+fn got(asked: &Asked<'_>, holder: &Holder) -> Use {
+    Use {
+        node: asked.node.into(),
+        key: holder.key.clone(),
+        addresses: holder.addresses.clone(),
+        serial: holder.serial.clone(),
+        certificate: STANDARD.encode(&holder.serial),
+    }
+}
+
+/// The serial number of what somebody gets.
 fn join(
     pages: &mut Pages,
     token: &Token,
     (node, addr, n): (&str, &str, u8),
     now: SystemTime,
-) -> Result<(), Refused> {
-    let addresses = [address(addr)];
+) -> Result<String, Refused> {
+    let addresses: Vec<_> = addr.split(' ').map(address).collect();
     let asked = Asked {
         node,
         addresses: &addresses,
         key: key(n),
     };
-    pages.by_token(token, &asked, now)?;
-    issue(pages, node, &addresses, key(n), now);
-    Ok(())
+    match pages.by_token(token, &asked, Time::of(now))? {
+        Admitted::First => {
+            let holder = issue(pages, &asked, now);
+            pages.used(token, got(&asked, &holder));
+            Ok(holder.serial)
+        }
+        Admitted::Again(der) => Ok(String::from_utf8(der).unwrap()),
+        Admitted::Redated => {
+            let holder = issue(pages, &asked, now);
+            pages.redated(token, got(&asked, &holder));
+            Ok(holder.serial)
+        }
+    }
 }
 
 #[test]
 fn a_token_is_used_up_but_not_by_the_key_that_asks_again() {
     let (mut pages, token) = book("w*", &["10.99.0.0/16"], 2);
     let now = start();
-    join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
-    join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
+    let first = join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
+    let again = join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
+    assert_eq!(again, first);
     join(&mut pages, &token, ("w2", "10.99.0.2", 2), now).unwrap();
     let third = join(&mut pages, &token, ("w3", "10.99.0.3", 3), now);
     assert_eq!(third, Err(Refused::UsedUp));
     join(&mut pages, &token, ("w2", "10.99.0.2", 2), now).unwrap();
+    assert_eq!(pages.holders().count(), 2);
+}
+
+/// Who asks again gets what they got, and nothing else: not for other addresses, not for more or fewer, not
+/// for another name, and not after it has ended.
+#[test]
+fn asking_again_gives_nothing_more() {
+    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 1);
+    let now = start();
+    let both = "10.99.0.1 10.99.0.2";
+    let first = join(&mut pages, &token, ("w1", both, 1), now).unwrap();
+    let turned = join(
+        &mut pages,
+        &token,
+        ("w1", "10.99.0.2 10.99.0.1 10.99.0.1", 1),
+        now,
+    );
+    assert_eq!(turned.unwrap(), first);
+    for addr in ["10.99.0.3", "10.99.0.1", "10.99.0.1 10.99.0.2 10.99.0.3"] {
+        let other = join(&mut pages, &token, ("w1", addr, 1), now).unwrap_err();
+        assert!(
+            matches!(other, Refused::Otherwise { .. }),
+            "{addr}: {other}"
+        );
+    }
+    let name = join(&mut pages, &token, ("w2", "10.99.0.3", 1), now);
+    assert_eq!(name, Err(Refused::UsedUp));
+    assert_eq!(pages.holders().count(), 1);
+    for ticket in pages.tokens.values_mut() {
+        ticket.expires = now + 20 * HOUR;
+    }
+    let late = join(&mut pages, &token, ("w1", both, 1), now + 10 * HOUR);
+    assert_eq!(late, Err(Refused::Over));
+}
+
+/// Keys that take turns with one name use the token up all the same.
+#[test]
+fn a_key_in_between_makes_no_use_free() {
+    let (mut pages, token) = book("w1", &["10.99.0.1/32"], 2);
+    let now = start();
+    let by = |pages: &mut Pages, n| join(pages, &token, ("w1", "10.99.0.1", n), now);
+    let first = by(&mut pages, 1).unwrap();
+    by(&mut pages, 2).unwrap();
+    assert_eq!(by(&mut pages, 3), Err(Refused::UsedUp));
+    assert_eq!(by(&mut pages, 1).unwrap(), first);
+}
+
+#[test]
+fn a_token_of_kubernetes_gives_one_certificate() {
+    let mut pages = Pages::default();
+    let now = start();
+    let addresses = [address("10.99.0.1")];
+    let allowed = ["10.99.0.0/16".parse().unwrap()];
+    let asked = |n| Asked {
+        node: "w1",
+        addresses: &addresses,
+        key: key(n),
+    };
+    let by_pod = |pages: &Pages, id, n| pages.by_pod(id, &allowed, &asked(n), Time::of(now));
+    assert_eq!(by_pod(&pages, "a", 1), Ok(Admitted::First));
+    let holder = issue(&mut pages, &asked(1), now);
+    let ticket = super::super::pages::PodTicket {
+        expires: now + HOUR,
+        used: got(&asked(1), &holder),
+    };
+    pages.pods.insert("a".into(), ticket);
+    let again = Admitted::Again(holder.serial.clone().into());
+    assert_eq!(by_pod(&pages, "a", 1), Ok(again));
+    assert_eq!(by_pod(&pages, "a", 2), Err(Refused::PodUsedUp));
+    // The next token, of another pod: the name is its own, and the one before is renewed no more.
+    assert_eq!(by_pod(&pages, "b", 2), Ok(Admitted::First));
+    issue(&mut pages, &asked(2), now);
+    let hours = 10 * HOUR;
+    let before = pages.renewal("w1", &holder.serial, hours, Time::of(now + HOUR));
+    assert_eq!(before, Err(Refused::Replaced("w1".into())));
+    // No address is its own because the configuration names it.
+    let one = ["10.99.0.1/32".parse().unwrap()];
+    let w2 = Asked {
+        node: "w2",
+        ..asked(3)
+    };
+    let taken = pages.by_pod("c", &one, &w2, Time::of(now)).unwrap_err();
+    assert!(matches!(taken, Refused::AddressTaken { .. }), "{taken}");
+    let beyond = pages.by_pod("c", &[], &w2, Time::of(now));
+    assert_eq!(beyond, Err(Refused::PodAddress(addresses[0])));
 }
 
 #[test]
@@ -140,29 +251,130 @@ fn names_and_addresses_are_given_away_by_name_only() {
     join(&mut pages, &token, ("w2", "10.99.0.1", 8), now).unwrap();
     // What moved is not renewed for the one who had it.
     let had = [address("10.99.0.1"), address("10.99.0.5")];
-    assert_eq!(pages.still_of("w1", &had, now), [address("10.99.0.5")]);
-    assert_eq!(pages.still_of("w2", &had, now), had);
+    let time = Time::of(now);
+    assert_eq!(pages.still_of("w1", &had, time), [address("10.99.0.5")]);
+    assert_eq!(pages.still_of("w2", &had, time), had);
+    // All of them are on record.
+    assert_eq!(pages.holders().count(), 3);
+}
+
+fn renewed(pages: &mut Pages, node: &str, n: u8, now: SystemTime) -> Result<(), Refused> {
+    pages.renewal(node, "", 300 * HOUR, Time::of(now))?;
+    let holder = Holder {
+        addresses: Vec::new(),
+        key: key(n).to_string(),
+        serial: format!("{n:02X}"),
+        since: now,
+        until: now + 300 * HOUR,
+        token: "t".into(),
+    };
+    pages.record(node, holder);
+    Ok(())
 }
 
 #[test]
 fn a_certificate_is_not_renewed_every_second() {
-    let (mut pages, _) = book("w*", &[], 1);
-    assert_eq!(pages.renewal("w1", start()), Ok(()));
-    issue(&mut pages, "w1", &[], key(1), start());
+    let mut pages = Pages::default();
     let second = Duration::from_secs(1);
-    assert_eq!(
-        pages.renewal("w1", start() + 59 * second),
-        Err(Refused::TooSoon)
-    );
-    assert_eq!(pages.renewal("w1", start() + 60 * second), Ok(()));
+    assert_eq!(renewed(&mut pages, "w1", 1, start()), Ok(()));
+    let soon = renewed(&mut pages, "w1", 2, start() + 59 * second);
+    assert_eq!(soon, Err(Refused::TooSoon(60 * second)));
+    // Eight may be had like that, as after answers that were lost; then a thirtieth of a life lies between.
+    for n in 1..8 {
+        let now = start() + u32::from(n) * 60 * second;
+        assert_eq!(renewed(&mut pages, "w1", 1 + n, now), Ok(()));
+    }
+    let last = start() + 7 * 60 * second;
+    let many = renewed(&mut pages, "w1", 9, last + 9 * HOUR);
+    assert_eq!(many, Err(Refused::TooSoon(10 * HOUR)));
+    assert_eq!(renewed(&mut pages, "w1", 9, last + 10 * HOUR), Ok(()));
 }
 
 #[test]
 fn what_is_over_is_forgotten() {
     let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
     join(&mut pages, &token, ("w1", "10.99.0.1", 1), start()).unwrap();
+    pages.release("01");
     pages.forget(start() + 24 * HOUR);
-    assert!(pages.issued.is_empty() && pages.tokens.len() == 1);
+    assert!(pages.issued.is_empty() && pages.released.is_empty() && pages.tokens.len() == 1);
     pages.forget(start() + 25 * HOUR);
     assert_eq!(pages, Pages::default());
+}
+
+/// Sixty days ahead for some seconds: who holds a name goes on holding it, what was issued meanwhile is no
+/// reason to refuse a renewal, and a certificate that is of no use is given again.
+#[test]
+fn a_clock_that_is_ahead_for_seconds_takes_nothing_from_anybody() {
+    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 2);
+    let (now, ahead) = (start(), start() + 60 * 24 * HOUR);
+    join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
+    let stepped = Time {
+        now: ahead,
+        settled: now,
+        is_steady: false,
+    };
+    assert!(pages.name_holder("w1", "another", stepped).is_some());
+    let held = [address("10.99.0.1")];
+    assert!(pages.still_of("w2", &held, stepped).is_empty());
+
+    renewed(&mut pages, "w1", 9, ahead).unwrap();
+    assert_eq!(renewed(&mut pages, "w1", 10, now + HOUR), Ok(()));
+
+    let addresses = [address("10.99.0.2")];
+    let asked = Asked {
+        node: "w2",
+        addresses: &addresses,
+        key: key(2),
+    };
+    let dated_ahead = issue(&mut pages, &asked, ahead);
+    pages.used(&token, got(&asked, &dated_ahead));
+    let again = join(&mut pages, &token, ("w2", "10.99.0.2", 2), now).unwrap();
+    assert_ne!(again, dated_ahead.serial);
+    let once_more = join(&mut pages, &token, ("w2", "10.99.0.2", 2), now).unwrap();
+    assert_eq!(once_more, again);
+    assert_eq!(pages.tokens[token.id()].uses, 0);
+}
+
+/// A node that is gone, and one that was installed again.
+#[test]
+fn what_is_released_others_may_have() {
+    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
+    let now = start();
+    let w1 = join(&mut pages, &token, ("w1", "10.99.0.1 10.99.0.2", 1), now).unwrap();
+    let second = |pages: &mut Pages, addr| join(pages, &token, ("w2", addr, 2), now);
+    assert!(second(&mut pages, "10.99.0.1").is_err());
+    pages.release_address(&w1, address("10.99.0.1"));
+    second(&mut pages, "10.99.0.1").unwrap();
+    let kept = join(&mut pages, &token, ("w3", "10.99.0.2", 3), now).unwrap_err();
+    assert!(matches!(kept, Refused::AddressTaken { .. }), "{kept}");
+    let name = join(&mut pages, &token, ("w1", "10.99.0.9", 4), now).unwrap_err();
+    assert!(matches!(name, Refused::Taken { .. }), "{name}");
+    pages.release(&w1);
+    // Who is there all the same may go on, until another has come.
+    let later = Time::of(now + HOUR);
+    assert_eq!(pages.renewal("w1", &w1, 10 * HOUR, later), Ok(()));
+    join(&mut pages, &token, ("w1", "10.99.0.2", 4), now).unwrap();
+    let replaced = pages.renewal("w1", &w1, 10 * HOUR, later);
+    assert_eq!(replaced, Err(Refused::Replaced("w1".into())));
+}
+
+/// What `cpc pki` issued counts as what was issued here.
+#[test]
+fn a_certificate_that_was_issued_by_hand_keeps_its_name_and_address() {
+    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
+    let (mut other, _) = book("w*", &[], 1);
+    let addresses = [address("10.99.0.1")];
+    let asked = Asked {
+        node: "w1",
+        addresses: &addresses,
+        key: key(1),
+    };
+    issue(&mut other, &asked, start());
+    pages.by_hand = other.issued;
+    let name = join(&mut pages, &token, ("w1", "10.99.0.2", 2), start()).unwrap_err();
+    assert!(matches!(name, Refused::Taken { .. }), "{name}");
+    let addr = join(&mut pages, &token, ("w2", "10.99.0.1", 2), start()).unwrap_err();
+    assert!(matches!(addr, Refused::AddressTaken { .. }), "{addr}");
+    pages.release("01");
+    join(&mut pages, &token, ("w2", "10.99.0.1", 2), start()).unwrap();
 }

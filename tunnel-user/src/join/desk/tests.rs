@@ -1,11 +1,10 @@
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use tempfile::TempDir;
 use tunnel_fake_kubernetes::{FakeKubernetes, Review};
 
 use super::*;
-use crate::join::admit::Ticket;
+use crate::join::pages::Ticket;
 use crate::kubernetes::token::TokenRules;
 use crate::kubernetes::{Access, client};
 use crate::tls::credential::{Credential, Draft, Expected, validity};
@@ -45,19 +44,32 @@ fn office(pods: Option<Pods>) -> Office {
     )
     .unwrap();
     let material = Material::load(files, Role::Server, provider()).unwrap();
-    let desk = Arc::new(Desk {
+    let desk = desk(&place, material, pods);
+    Office { place, desk }
+}
+
+fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Desk> {
+    Arc::new(Desk {
         book: Book::open(&place.path().join("join")).unwrap(),
-        ca,
+        ca: place.path().join("ca"),
         validity: 30 * DAY,
         revocations: material.revocations(),
         material,
         pods,
         metrics: JoinMetrics::default(),
-    });
-    Office { place, desk }
+        clock: Clock::default(),
+    })
 }
 
 impl Office {
+    /// As after a restart of the server.
+    fn opened_again(self) -> Self {
+        let files = self.desk.material.files().clone();
+        let material = Material::load(files, Role::Server, provider()).unwrap();
+        let desk = desk(&self.place, material, None);
+        Self { desk, ..self }
+    }
+
     fn token(&self, uses: u32) -> Token {
         let token = Token::generate().unwrap();
         let ticket = Ticket {
@@ -65,8 +77,9 @@ impl Office {
             nodes: "w*".into(),
             addresses: vec!["10.99.0.0/16".parse().unwrap()],
             uses,
+            created: None,
             expires: SystemTime::now() + DAY,
-            used: BTreeMap::new(),
+            used: Vec::new(),
         };
         let put = self.desk.book.change(|pages| {
             pages.tokens.insert(token.id().into(), ticket);
@@ -77,10 +90,14 @@ impl Office {
     }
 
     async fn join(&self, token: &str, node: &str, draft: &Draft) -> Answer {
+        self.join_at(token, node, "10.99.0.7", draft).await
+    }
+
+    async fn join_at(&self, token: &str, node: &str, addr: &str, draft: &Draft) -> Answer {
         let join = Join {
             token: token.into(),
             node: node.into(),
-            addresses: vec!["10.99.0.7".parse().unwrap()],
+            addresses: vec![addr.parse().unwrap()],
             csr: draft.request("anybody at all").unwrap(),
         };
         let remote = "192.0.2.1:1".parse().unwrap();
@@ -122,10 +139,18 @@ async fn a_certificate_says_what_was_judged_and_nothing_of_the_request() {
     let (_, until) = validity(&leaf).unwrap();
     assert_eq!(until, Authority::open(office.ca()).unwrap().not_after());
     let pages = office.desk.book.read().unwrap();
-    assert_eq!(pages.issued["w1"].serial, serial(&leaf));
-    // An answer that was lost is given again, by another serial number.
+    assert_eq!(pages.issued["w1"][0].serial, serial_of(&leaf));
+    // An answer that was lost is given again, the same, and for nothing else.
     let again = office.join(&token, "w1", &draft).await.unwrap();
-    assert_ne!(again.chain, issued.chain);
+    assert_eq!(again, issued);
+    for addr in ["10.99.0.8", "10.99.0.9"] {
+        let why = office.join_at(&token, "w1", addr, &draft).await;
+        assert!(why.unwrap_err().contains("ask for the same"));
+    }
+    assert_eq!(office.desk.book.read().unwrap().holders().count(), 1);
+    // An address is one, however it is written.
+    let mapped = office.join_at(&token, "w1", "::ffff:10.99.0.7", &draft);
+    assert_eq!(mapped.await.unwrap(), issued);
     let other = Draft::generate().unwrap();
     let why = office.join(&token, "w2", &other).await.unwrap_err();
     assert!(
@@ -145,7 +170,10 @@ async fn who_is_revoked_gets_nothing_and_nothing_is_used() {
         .unwrap_err();
     assert!(why.contains("has been revoked"), "{why}");
     let w9 = agent("cluster.local", "w9", &[]);
-    let why = office.desk.renew(w9, draft.request("").unwrap()).await;
+    let why = office
+        .desk
+        .renew(w9, None, draft.request("").unwrap())
+        .await;
     assert!(why.unwrap_err().contains("has been revoked"));
     let book = Book::open(&office.place.path().join("join")).unwrap();
     assert_eq!(book.read().unwrap().tokens[token.id()].uses, 1);
@@ -191,35 +219,43 @@ async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
     let draft = Draft::generate().unwrap();
     let csr = draft.request("w1").unwrap();
     let w1 = agent("cluster.local", "w1", &["10.99.0.1", "10.99.0.7"]);
-    let issued = office.desk.renew(w1.clone(), csr.clone()).await.unwrap();
+    let issued = office
+        .desk
+        .renew(w1.clone(), None, csr.clone())
+        .await
+        .unwrap();
     let credential = office.complete(&draft, issued, "w1");
     assert_eq!(credential.identity, w1);
-    let soon = office.desk.renew(w1.clone(), csr.clone()).await;
+    let soon = office.desk.renew(w1.clone(), None, csr.clone()).await;
     assert!(soon.unwrap_err().contains("younger than"));
     let foreign = agent("elsewhere", "w2", &[]);
-    let foreign = office.desk.renew(foreign, csr.clone()).await;
+    let foreign = office.desk.renew(foreign, None, csr.clone()).await;
     assert!(foreign.unwrap_err().contains("come from elsewhere"));
     let garbage = office
         .desk
-        .renew(agent("cluster.local", "w3", &[]), vec![1]);
+        .renew(agent("cluster.local", "w3", &[]), None, vec![1]);
     assert!(garbage.await.unwrap_err().contains("of no use"));
     // Of a stolen certificate nothing comes but its own name and addresses.
     let thief = office
         .desk
-        .renew(agent("cluster.local", "w4", &["10.99.0.7"]), csr);
+        .renew(agent("cluster.local", "w4", &["10.99.0.7"]), None, csr);
     let thief = office.complete(&draft, thief.await.unwrap(), "w4");
     assert_eq!(thief.identity, agent("cluster.local", "w4", &[]));
 }
 
-#[tokio::test]
-async fn a_pod_joins_as_its_own_node() {
-    let api = FakeKubernetes::start().unwrap();
-    for (token, node) in [("pod-on-w1", Some("w1")), ("old", None)] {
+/// A desk where pods may join: `pod-on-w1` is the token of one on w1, and so on.
+async fn office_of(api: &FakeKubernetes) -> Office {
+    for (token, node) in [
+        ("pod-on-w1", Some("w1")),
+        ("pod-on-w2", Some("w2")),
+        ("old", None),
+    ] {
         let mut review = Review::of("cpc-system", "cpc-agent", "cpc-join");
         review.node = node.map(Into::into);
         api.set_token(token, review);
     }
     api.set_token("other", Review::of("cpc-system", "default", "cpc-join"));
+    api.put_node_at("w1", "10.99.0.7".parse().unwrap());
     let kubeconfig = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(kubeconfig.path(), api.kubeconfig()).unwrap();
     let access = Access {
@@ -231,10 +267,18 @@ async fn a_pod_joins_as_its_own_node() {
         namespace: "cpc-system".into(),
         service_account: "cpc-agent".into(),
     };
-    let office = office(Some(Pods {
-        reviewer: TokenReviewer::new(client(&access).await.unwrap(), rules),
+    let client = client(&access).await.unwrap();
+    office(Some(Pods {
+        reviewer: TokenReviewer::new(client.clone(), rules),
+        nodes: Nodes::new(client),
         addresses: vec!["10.99.0.0/16".parse().unwrap()],
-    }));
+    }))
+}
+
+#[tokio::test]
+async fn a_pod_joins_as_its_own_node() {
+    let api = FakeKubernetes::start().unwrap();
+    let office = office_of(&api).await;
     let draft = Draft::generate().unwrap();
     for (token, node, named) in [
         ("pod-on-w1", "w2", "nodes called w1"),
@@ -244,10 +288,142 @@ async fn a_pod_joins_as_its_own_node() {
     ] {
         let why = office.join(token, node, &draft).await.unwrap_err();
         assert!(why.contains(named), "{token}: {why}");
+        assert!(!why.contains("default"), "{token}: {why}");
     }
     let issued = office.join("pod-on-w1", "w1", &draft).await.unwrap();
-    office.complete(&draft, issued, "w1");
-    // A pod's key is a new one each time.
+    office.complete(&draft, issued.clone(), "w1");
+    let again = office.join("pod-on-w1", "w1", &draft).await.unwrap();
+    assert_eq!(again, issued);
+    // Another key needs another token, as another pod has one.
     let draft = Draft::generate().unwrap();
-    office.join("pod-on-w1", "w1", &draft).await.unwrap();
+    let why = office.join("pod-on-w1", "w1", &draft).await.unwrap_err();
+    assert!(why.contains("used up"), "{why}");
+    let mut review = Review::of("cpc-system", "cpc-agent", "cpc-join");
+    review.node = Some("w1".into());
+    api.set_token("next-on-w1", review);
+    office.join("next-on-w1", "w1", &draft).await.unwrap();
+}
+
+/// Kubernetes says which addresses a node has; a hint for tokens of ours would lead nowhere.
+#[tokio::test]
+async fn a_pod_joins_with_the_addresses_of_its_node() {
+    let api = FakeKubernetes::start().unwrap();
+    let office = office_of(&api).await;
+    let draft = Draft::generate().unwrap();
+    let w2 = async |addr| office.join_at("pod-on-w2", "w2", addr, &draft).await;
+    let why = w2("10.99.0.8").await.unwrap_err();
+    assert!(why.contains("Kubernetes does not say that w2"), "{why}");
+    api.put_node_at("w2", "10.99.0.8".parse().unwrap());
+    let why = w2("10.99.0.7").await.unwrap_err();
+    assert!(why.contains("Kubernetes does not say that w2"), "{why}");
+    assert!(!why.contains("cpc token create"), "{why}");
+    api.put_node_at("w2", "10.1.1.1".parse().unwrap());
+    let why = w2("10.1.1.1").await.unwrap_err();
+    assert!(why.contains("join.kubernetes.addresses"), "{why}");
+    assert!(!why.contains("cpc token create"), "{why}");
+    api.put_node_at("w2", "10.99.0.8".parse().unwrap());
+    w2("10.99.0.8").await.unwrap();
+}
+
+/// What is wrong between server and API server stands in the server's log alone.
+#[tokio::test]
+async fn trouble_with_kubernetes_stays_with_the_server() {
+    let api = FakeKubernetes::start().unwrap();
+    let office = office_of(&api).await;
+    let draft = Draft::generate().unwrap();
+    api.fail_with(403);
+    for token in ["pod-on-w1", "unknown"] {
+        let why = office.join(token, "w1", &draft).await.unwrap_err();
+        assert_eq!(
+            why,
+            "the server could not issue a certificate; its log says why"
+        );
+    }
+    let failed = DeskError::Review(ReviewError::Lookup("no RBAC for the reviewer".into()));
+    assert!(!told(&failed, "w1", None).contains("RBAC"));
+}
+
+/// An address that comes back: its node is deleted, or has another one, or is revoked.
+#[tokio::test]
+async fn a_certificate_of_a_node_that_is_gone_keeps_nothing() {
+    let api = FakeKubernetes::start().unwrap();
+    let office = office_of(&api).await;
+    let first = Draft::generate().unwrap();
+    office.join("pod-on-w1", "w1", &first).await.unwrap();
+    // Two Nodes with one address: a kubelet writes its own.
+    api.put_node_at("w2", "10.99.0.7".parse().unwrap());
+    let draft = Draft::generate().unwrap();
+    let why = office.join("pod-on-w2", "w2", &draft).await.unwrap_err();
+    assert!(why.contains("cpc token release --ip 10.99.0.7"), "{why}");
+    api.delete_node("w1");
+    office.join("pod-on-w2", "w2", &draft).await.unwrap();
+    // By a token of ours too: w2 has moved, and is then deleted.
+    let token = office.token(3).reveal();
+    let third = Draft::generate().unwrap();
+    let why = office.join(&token, "w3", &third).await.unwrap_err();
+    assert!(why.contains("certificate of w2"), "{why}");
+    api.put_node_at("w2", "10.99.0.9".parse().unwrap());
+    office.join(&token, "w3", &third).await.unwrap();
+    let other = Draft::generate().unwrap();
+    let why = office.join_at(&token, "w2", "10.99.0.9", &other).await;
+    assert!(why.unwrap_err().contains("cpc token release w2"));
+    api.delete_node("w2");
+    office
+        .join_at(&token, "w2", "10.99.0.9", &other)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_node_that_did_not_join_by_kubernetes_need_not_be_in_it() {
+    let api = FakeKubernetes::start().unwrap();
+    let office = office_of(&api).await;
+    let token = office.token(1).reveal();
+    let draft = Draft::generate().unwrap();
+    office.join(&token, "w9-vm", &draft).await.unwrap();
+    let draft = Draft::generate().unwrap();
+    let why = office.join("pod-on-w1", "w1", &draft).await.unwrap_err();
+    assert!(why.contains("certificate of w9-vm"), "{why}");
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_keeps_nothing() {
+    let office = office(None);
+    let token = office.token(2).reveal();
+    let draft = Draft::generate().unwrap();
+    office.join(&token, "w1", &draft).await.unwrap();
+    let other = Draft::generate().unwrap();
+    assert!(office.join(&token, "w2", &other).await.is_err());
+    let list = office.place.path().join("revoked");
+    let pages = office.desk.book.read().unwrap();
+    std::fs::write(&list, format!("serial:{}\n", pages.issued["w1"][0].serial)).unwrap();
+    let office = office.opened_again();
+    office.join(&token, "w2", &other).await.unwrap();
+    // What was issued is not given again either.
+    let why = office.join(&token, "w1", &draft).await.unwrap_err();
+    assert!(why.contains("has been revoked"), "{why}");
+}
+
+#[tokio::test]
+async fn what_cpc_pki_issued_is_known() {
+    let office = office(None);
+    let holder = Holder {
+        addresses: vec!["10.99.0.7".parse().unwrap()],
+        key: "sha256:00".into(),
+        serial: "4A".into(),
+        since: SystemTime::now(),
+        until: SystemTime::now() + DAY,
+        token: "pki".into(),
+    };
+    let put = Book::of_ca(office.ca()).change(|pages| {
+        pages.record("w8", holder);
+        Ok::<_, BookError>(())
+    });
+    put.unwrap();
+    let token = office.token(1).reveal();
+    let draft = Draft::generate().unwrap();
+    let why = office.join(&token, "w1", &draft).await.unwrap_err();
+    assert!(why.contains("certificate of w8"), "{why}");
+    let why = office.join_at(&token, "w8", "10.99.0.1", &draft).await;
+    assert!(why.unwrap_err().contains("another key"));
 }

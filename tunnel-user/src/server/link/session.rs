@@ -114,7 +114,8 @@ async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
     if last.is_some_and(|last| last.elapsed() < ASKED_AFTER) {
         return Err("asked again too soon".into());
     }
-    desk.renew(link.info.identity.clone(), csr).await
+    let leaf = link.connection.peer_certificate();
+    desk.renew(link.info.identity.clone(), leaf, csr).await
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {

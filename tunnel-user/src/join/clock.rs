@@ -1,0 +1,232 @@
+//! What the clock says, and what may be believed of it.
+//!
+//! A clock may be ahead for seconds: a wrong time source, a virtual machine that comes back. So nothing
+//! counts as over, and nothing is forgotten, because of a clock that has just been set.
+
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// The clock and the passing of time may differ by so much from one look to the next.
+const TOLERANCE: Duration = Duration::from_secs(60);
+
+/// A clock that was set is believed after so long.
+const BELIEVED_AFTER: Duration = Duration::from_secs(3600);
+
+/// What is over is forgotten once the clock has been right for so long.
+const STEADY: Duration = Duration::from_secs(24 * 3600);
+
+/// Clocks of two hosts, or of one at two times, may differ by so much.
+pub const SKEW: Duration = Duration::from_secs(300);
+
+/// A time to judge by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Time {
+    /// What the clock says.
+    pub now: SystemTime,
+    /// The same, or earlier: what is over by this is over.
+    pub settled: SystemTime,
+    /// Whether what is over may be forgotten.
+    pub is_steady: bool,
+}
+
+impl Time {
+    /// What the clock says, of which nothing more is known. Nothing is forgotten by it.
+    pub fn of(now: SystemTime) -> Self {
+        Self {
+            now,
+            settled: now,
+            is_steady: false,
+        }
+    }
+}
+
+/// How far a clock was set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Into the future.
+    Ahead(Duration),
+    /// Into the past.
+    Back(Duration),
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (by, where_to) = match self {
+            Self::Ahead(by) => (by, "ahead"),
+            Self::Back(by) => (by, "back"),
+        };
+        let by = Duration::from_secs(by.as_secs());
+        write!(f, "{} {where_to}", humantime::format_duration(by))
+    }
+}
+
+/// A clock that is watched, each time that somebody looks at it.
+#[derive(Debug)]
+pub struct Clock(Mutex<Watch>);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Mutex::new(Watch::new(SystemTime::now(), Instant::now())))
+    }
+}
+
+impl Clock {
+    /// The time. A clock that was set is logged.
+    pub fn read(&self) -> Time {
+        let mut watch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (time, step) = watch.look(SystemTime::now(), Instant::now());
+        if let Some(step) = step {
+            tracing::warn!(
+                %step,
+                "the clock of this host was set: join tokens end by it at once; certificates that end \
+                 by it keep names and addresses for another hour"
+            );
+        }
+        time
+    }
+}
+
+#[derive(Debug)]
+struct Watch {
+    /// Since when the clock goes as time does.
+    since: Instant,
+    last: (SystemTime, Instant),
+    /// What the clock says since it was set, while that is not believed.
+    set: Option<(SystemTime, Instant)>,
+}
+
+impl Watch {
+    fn new(now: SystemTime, at: Instant) -> Self {
+        Self {
+            since: at,
+            last: (now, at),
+            set: None,
+        }
+    }
+
+    fn look(&mut self, now: SystemTime, at: Instant) -> (Time, Option<Step>) {
+        let step = match step(self.last, (now, at)) {
+            None => {
+                (self.last, self.set) = ((now, at), None);
+                let is_steady = at.saturating_duration_since(self.since) >= STEADY;
+                let time = Time {
+                    is_steady,
+                    ..Time::of(now)
+                };
+                return (time, None);
+            }
+            Some(step) => step,
+        };
+        let unseen = match self.set {
+            Some(set) if self::step(set, (now, at)).is_none() => {
+                if at.saturating_duration_since(set.1) >= BELIEVED_AFTER {
+                    *self = Self::new(now, at);
+                    return (Time::of(now), None);
+                }
+                None
+            }
+            _ => {
+                (self.set, self.since) = (Some((now, at)), at);
+                Some(step)
+            }
+        };
+        let time = Time {
+            settled: now.min(passed(self.last, at)),
+            ..Time::of(now)
+        };
+        (time, unseen)
+    }
+}
+
+/// What the clock would say had it not been set.
+fn passed((then, since): (SystemTime, Instant), at: Instant) -> SystemTime {
+    then + at.saturating_duration_since(since)
+}
+
+fn step(last: (SystemTime, Instant), (now, at): (SystemTime, Instant)) -> Option<Step> {
+    let expected = passed(last, at);
+    let step = match now.duration_since(expected) {
+        Ok(by) => (by, Step::Ahead(by)),
+        Err(error) => (error.duration(), Step::Back(error.duration())),
+    };
+    (step.0 > TOLERANCE).then_some(step.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    fn start() -> (SystemTime, Instant) {
+        (SystemTime::UNIX_EPOCH + 20_000 * DAY, Instant::now())
+    }
+
+    #[test]
+    fn a_clock_that_is_ahead_for_seconds_ends_nothing() {
+        let (wall, at) = start();
+        let mut watch = Watch::new(wall, at);
+        let (time, step) = watch.look(wall + 60 * DAY, at + SECOND);
+        assert_eq!(step, Some(Step::Ahead(60 * DAY - SECOND)));
+        assert_eq!(time.settled, wall + SECOND);
+        assert_eq!(time.now, wall + 60 * DAY);
+        // Said once; a further step is another one.
+        assert_eq!(watch.look(wall + 60 * DAY, at + SECOND).1, None);
+        let (time, step) = watch.look(wall + 200 * DAY, at + 2 * SECOND);
+        assert!(step.is_some() && time.settled == wall + 2 * SECOND);
+        let (time, step) = watch.look(wall + 3 * SECOND, at + 3 * SECOND);
+        assert_eq!((time, step), (Time::of(wall + 3 * SECOND), None));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_believed_when_it_stays_so() {
+        let (wall, at) = start();
+        let mut watch = Watch::new(wall, at);
+        let set = wall + 60 * DAY;
+        assert!(watch.look(set, at).1.is_some());
+        let nearly = BELIEVED_AFTER - SECOND;
+        let (time, step) = watch.look(set + nearly, at + nearly);
+        assert_eq!((time.settled, step), (wall + nearly, None));
+        let (time, step) = watch.look(set + BELIEVED_AFTER, at + BELIEVED_AFTER);
+        assert_eq!((time, step), (Time::of(set + BELIEVED_AFTER), None));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_ends_nothing_either() {
+        let (wall, at) = start();
+        let mut watch = Watch::new(wall, at);
+        let (time, step) = watch.look(wall - 60 * DAY, at);
+        assert_eq!(step, Some(Step::Back(60 * DAY)));
+        assert_eq!(step.unwrap().to_string(), "1month 29days 13h 26m 24s back");
+        assert_eq!(time.settled, wall - 60 * DAY);
+    }
+
+    #[test]
+    fn things_are_forgotten_after_a_steady_day() {
+        let (wall, at) = start();
+        let mut watch = Watch::new(wall, at);
+        let steady = |watch: &mut Watch, after| watch.look(wall + after, at + after).0.is_steady;
+        assert!(!steady(&mut watch, STEADY - SECOND));
+        assert!(steady(&mut watch, STEADY));
+        // Slow as it is, a clock that is put right all the time is steady.
+        for n in 1..1000 {
+            let after = STEADY + 60 * n * SECOND;
+            assert!(
+                watch
+                    .look(wall + after + n * SECOND, at + after)
+                    .0
+                    .is_steady
+            );
+        }
+        watch.look(wall + 60 * DAY, at + 2 * DAY);
+        let again = 3 * DAY - SECOND;
+        assert!(
+            !watch
+                .look(wall + again + 1000 * SECOND, at + again)
+                .0
+                .is_steady
+        );
+    }
+}
