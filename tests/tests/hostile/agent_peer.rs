@@ -322,9 +322,6 @@ fn what_an_agent_repeats_fills_no_log() -> Result<()> {
     assert_eq!(stolen.scene.metric("cpc_claims_refused_total")?, 200.0);
     let suppressed = stolen.scene.metric("cpc_log_lines_suppressed_total")?;
     assert_eq!(suppressed, 200.0 - refusals as f64, "{log}");
-    let server = stolen.scene.server();
-    let said = ["WARN", "too many lines", "claims refused", "agent/w2"];
-    server.wait_log(SOON, 0, &said)?;
     stolen.scene.unharmed()
 }
 

@@ -261,6 +261,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_out_is_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = AuditConfig {
+            directory: Some(directory.path().into()),
+            ..AuditConfig::default()
+        };
+        let (subscriber, log) = subscriber(&LogConfig::default(), &config).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            for n in 0..1000 {
+                tracing::info!(target: AUDIT, event = "claims_refused", agent = "w1", n);
+                tracing::warn!(agent = "w1", n, "claims refused");
+            }
+            log.report();
+            log.report();
+        });
+        assert_eq!(log.throttle.take_suppressed(), []);
+        assert!(log.throttle.total() > 900);
+        // Waits for the writers.
+        drop(log);
+        let mut text = String::new();
+        for entry in std::fs::read_dir(directory.path()).unwrap() {
+            text += &std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        }
+        let refused = r#""event":"claims_refused""#;
+        let (records, told) = (
+            text.matches(refused).count(),
+            text.matches("suppressed").count(),
+        );
+        assert!((100..110).contains(&records), "{records} records");
+        let counted = format!(
+            r#""suppressed":{},"of":"claims_refused","last":"w1""#,
+            1000 - records
+        );
+        assert!(text.contains(&counted) && told == 2, "{text}");
+    }
+
+    #[test]
     fn filters() {
         assert_eq!(
             parse("info,cpc::agent=debug").unwrap().to_string(),
