@@ -403,3 +403,29 @@ pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(listen: &str) -> Result<Vec<TcpListener>, AttachError> {
+        let text = format!(
+            r#"{{"name": "x", "cgroup": "/x", "capture": [{{"cidr": "10.0.0.0/8"}}], "listen": {listen}}}"#
+        );
+        listeners(
+            &serde_json::from_str(&text).unwrap(),
+            &mut Inherited::default(),
+        )
+    }
+
+    /// An address that no interface has stands in for one of a family that is not there.
+    #[test]
+    fn a_family_that_is_missing_is_left_out() {
+        let both = opened(r#"["127.0.0.1:0", "[fd00:dead::1]:1"]"#).unwrap();
+        assert_eq!(both.len(), 1);
+        let error = opened(r#"["[fd00:dead::1]:1"]"#).unwrap_err().to_string();
+        assert!(error.contains("[fd00:dead::1]:1"), "{error}");
+        let taken = both[0].local_addr().unwrap();
+        assert!(opened(&format!(r#"["{taken}", "[::1]:0"]"#)).is_err());
+    }
+}
