@@ -92,9 +92,18 @@ impl Provided {
         room.bytes.get(..usize::try_from(result).ok()?)
     }
 
+    /// Whether what a completion says was received stays in its buffer, and is not copied out.
+    pub(super) fn stays(&self, result: i32, flags: u32, skip: usize) -> bool {
+        let number = cqueue::buffer_select(flags);
+        let room = number.and_then(|number| self.rooms.get(usize::from(number)));
+        let length = usize::try_from(result).unwrap_or(0).saturating_sub(skip);
+        length >= COPY_BELOW && room.is_some_and(Room::is_lent)
+    }
+
     /// Takes what a completion says was received: `length` bytes behind the first `skip` ones.
     /// `None`: nothing was.
     pub(super) fn take(&mut self, result: i32, flags: u32, skip: usize) -> Option<BytesMut> {
+        let stays = self.stays(result, flags, skip);
         let number = cqueue::buffer_select(flags)?;
         let length = usize::try_from(result).unwrap_or(0);
         if length == 0 && self.shape.incremental {
@@ -105,7 +114,7 @@ impl Provided {
         let is_used_up = !cqueue::buffer_more(flags);
         room.bytes.advance(skip.min(length));
         let length = length.saturating_sub(skip);
-        if length < COPY_BELOW || !room.is_lent() {
+        if !stays {
             let bytes = BytesMut::from(&room.bytes[..length]);
             room.bytes.advance(length);
             if is_used_up {

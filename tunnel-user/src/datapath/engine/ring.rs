@@ -295,6 +295,12 @@ impl Ring {
         provided.take(of.result, of.flags, skip)
     }
 
+    /// Whether what a completion received stays in its buffer when it is [taken](Self::take).
+    pub(crate) fn stays(&self, group: Group, of: Completion, skip: usize) -> bool {
+        let provided = self.provided(group).borrow();
+        provided.stays(of.result, of.flags, skip)
+    }
+
     /// Looks at what a completion received, before it is [taken](Self::take).
     pub(crate) fn peek<T>(
         &self,

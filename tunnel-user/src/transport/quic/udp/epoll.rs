@@ -110,9 +110,20 @@ impl EpollUdp {
             }
         };
         moved.count(meta[..count].iter());
+        let is_lent = room.is_lent();
         for meta in &meta[..count] {
-            let bytes = room.part(SEGMENT, meta.len);
-            received.batches.push_back((*meta, bytes));
+            if is_lent {
+                let bytes = room.part(SEGMENT, meta.len);
+                received.batches.push_back((*meta, bytes));
+                continue;
+            }
+            // Each packet by itself: one that stays must not keep the others of its batch.
+            let batch = room.bytes.split_to(SEGMENT);
+            for packet in batch[..meta.len].chunks(meta.stride.max(1)) {
+                let mut meta = *meta;
+                (meta.len, meta.stride) = (packet.len(), packet.len());
+                received.batches.push_back((meta, packet.into()));
+            }
         }
         received.buffers.give_back(room);
         Poll::Ready(Ok(()))

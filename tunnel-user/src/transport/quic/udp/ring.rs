@@ -58,6 +58,7 @@ impl Sink for Received {
             let (name, control) = (out.name_data(), out.control_data());
             control::meta(name, control, out.payload_data().len())
         });
+        let is_shared = ring.stays(Group::Udp, completion, HEADER);
         let bytes = ring.take(Group::Udp, completion, HEADER);
         // Errors are those of earlier sends, such as a port that is closed: they are off the socket
         // now, and QUIC finds out by itself. Whoever reads starts anew.
@@ -65,7 +66,17 @@ impl Sink for Received {
             && bytes.len() == meta.len
             && !self.is_closed.get()
         {
-            self.queue.borrow_mut().push_back((meta, bytes));
+            let mut queue = self.queue.borrow_mut();
+            if is_shared {
+                queue.push_back((meta, bytes));
+            } else {
+                // Each packet by itself: one that stays must not keep the others of its batch.
+                for packet in bytes.chunks(meta.stride.max(1)) {
+                    let mut meta = meta;
+                    (meta.len, meta.stride) = (packet.len(), packet.len());
+                    queue.push_back((meta, packet.into()));
+                }
+            }
         }
         wake(&self.reader);
     }
