@@ -126,6 +126,8 @@ close_reasons! {
     Internal = 0x305, Reset, "internal", "an internal fault; see the log of the side that closed";
     /// Its reader took nothing for so long that it held up the other connections of its tunnel.
     Stalled = 0x306, Reset, "stalled", "its reader took nothing and held up the other connections of the tunnel";
+    /// A memory limit refused what its peer had sent and nobody had taken.
+    MemoryLimit = 0x307, Reset, "memory_limit", "it held more unread data than a memory limit allows";
 
     /// The connection outlived the deadline of a drain.
     Drained = 0x400, Drained, "drained", "the drain deadline passed";

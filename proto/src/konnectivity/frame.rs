@@ -125,6 +125,15 @@ impl Decoder {
         }
     }
 
+    /// Bytes of memory that the head of an incomplete message takes.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        match self.partial.is_empty() {
+            true => 0,
+            false => self.partial.capacity(),
+        }
+    }
+
     /// Whether the stream may end here: not within a message.
     #[must_use]
     pub fn is_at_border(&self) -> bool {
