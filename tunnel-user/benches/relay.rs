@@ -73,7 +73,7 @@ async fn run(outward: usize, inward: usize) {
     let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
     let (mut from, mut to) = client.expect("a connection").into_split();
     let (local, _) = accepted.expect("its other end");
-    let budget = Budget::new(1 << 30, 1 << 20);
+    let budget = Budget::new(1 << 30);
     let zeros = vec![0; 256 << 10];
     let send = async {
         let mut left = outward;

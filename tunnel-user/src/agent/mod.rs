@@ -52,7 +52,8 @@ use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
 use crate::tls::lifetime;
 use crate::tls::material::{Change, MaterialError};
-use crate::transport::quic::config::{STREAM_HELD, Setup};
+use crate::transport::quic::MemoryBounds;
+use crate::transport::quic::config::Setup;
 use connector::Servers;
 use held::Tunnels;
 use konnectivity::ClientError;
@@ -142,9 +143,8 @@ pub async fn run(
     let engines = Engines::choose(config.datapath.engine, config.shards);
     engines.register(ours(&mut metrics));
     privileges::finish(CapabilitySet::empty(), "")?;
-    let setup = Setup::new(config.transport, ours(&mut metrics));
     let tunnels = Arc::new(Tunnels::default());
-    let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
+    let budget = Budget::new(config.limits.stalled_bytes);
     let connections = Gate::new(config.limits.connections);
     let limits = LimitMetrics::register(
         ours(&mut metrics),
@@ -153,6 +153,14 @@ pub async fn run(
             (STALLED_BYTES, Some(config.limits.stalled_bytes)),
         ],
     );
+    // An agent has few tunnels, and each may lead to the only server.
+    let memory = MemoryBounds {
+        budget: budget.clone(),
+        per_tunnel: config.limits.stalled_bytes / 2,
+        ended_by_tunnel: limits.refusals(STALLED_BYTES),
+        ended_by_budget: limits.refusals(STALLED_BYTES),
+    };
+    let setup = Setup::new(config.transport, memory, ours(&mut metrics));
     let (phase, phases) = watch::channel(Phase::Running);
     let view = status::View::register(
         ours(&mut metrics),

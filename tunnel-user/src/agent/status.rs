@@ -24,7 +24,6 @@ use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::millis;
 use crate::tls::lifetime::Lifetimes;
-use crate::transport::quic::config::STREAM_HELD;
 
 /// Looks at a running agent.
 pub(super) struct View {
@@ -123,8 +122,7 @@ impl Source for View {
         self.proxy_metrics.set_servers(live, known as usize);
         let stalled = self.budget.stalled();
         self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
-        let held = stalled as u64 * u64::from(STREAM_HELD);
-        self.limits.set_used(STALLED_BYTES, held);
+        self.limits.set_used(STALLED_BYTES, self.budget.used());
         let connections = self.connections.inside() as u64;
         self.limits.set_used(CONNECTIONS, connections);
     }

@@ -47,7 +47,7 @@ pub(super) struct Worker {
     pub metrics: DialMetrics,
     /// What proxy-agent counts.
     pub proxy_metrics: ProxyAgentMetrics,
-    /// The bound on stopped targets.
+    /// The bound on the memory that is held for servers and targets.
     pub budget: Budget,
     /// Where the process is in its life.
     pub phase: watch::Receiver<Phase>,
@@ -60,7 +60,7 @@ pub(super) struct Worker {
 /// The bound on connections in metrics.
 pub(super) const CONNECTIONS: &str = "connections";
 
-/// The bound on stopped targets in metrics.
+/// The bound on memory in metrics.
 pub(super) const STALLED_BYTES: &str = "stalled_bytes";
 
 impl Worker {
@@ -87,8 +87,8 @@ impl Worker {
         if !self.budget.has_room() {
             self.limits.refuse(STALLED_BYTES);
             let text = format!(
-                "{} stopped targets use up limits.stalled_bytes",
-                self.budget.stalled()
+                "unread data takes {} bytes (limits.stalled_bytes)",
+                self.budget.used()
             );
             return Err((CloseReason::Overloaded, text));
         }

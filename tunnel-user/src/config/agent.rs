@@ -16,7 +16,7 @@ use super::{
     base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
-use crate::process::shard;
+use crate::process::{memory, shard};
 
 /// The most tunnels to one server: two processes of an agent, as in a rollout, find room for theirs.
 pub const MAX_TUNNELS: u8 = 16;
@@ -174,7 +174,7 @@ pub struct AgentLimits {
     pub drain: Option<Duration>,
     /// Connections at once.
     pub connections: usize,
-    /// Bytes that stopped targets may hold before new dials are refused.
+    /// Bytes of memory that unread data may take: of stopped targets, and of streams with gaps.
     pub stalled_bytes: u64,
 }
 
@@ -183,7 +183,7 @@ impl Default for AgentLimits {
         Self {
             drain: Some(Duration::from_secs(30)),
             connections: 10_000,
-            stalled_bytes: 1 << 30,
+            stalled_bytes: memory::share(1 << 30),
         }
     }
 }

@@ -17,8 +17,8 @@ use super::{
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::listen::everywhere;
-use crate::process::shard;
 use crate::process::sources::Bounds;
+use crate::process::{memory, shard};
 use crate::tls::TrustDomain;
 use crate::transport::quic::config::MAX_DIALS;
 
@@ -286,10 +286,12 @@ pub struct LimitsConfig {
     pub agents: usize,
     /// The same for each tenant, if it is to be less.
     pub agents_per_tenant: Option<usize>,
-    /// Bytes that stopped readers may hold before new dials are refused.
+    /// Bytes of memory that unread data may take: of stopped readers, and of streams with gaps.
     pub stalled_bytes: u64,
     /// The same for each tenant, if it is to be less.
     pub stalled_bytes_per_tenant: Option<u64>,
+    /// The same for each tunnel; a quarter of `stalled_bytes` when absent.
+    pub stalled_bytes_per_tunnel: Option<u64>,
     /// Handshakes, at each port that strangers come to.
     #[serde(deserialize_with = "super::section")]
     pub handshakes: HandshakesConfig,
@@ -428,6 +430,12 @@ impl LimitsConfig {
             max_retry: self.breaker_max_retry,
         }
     }
+
+    /// Bytes of memory that unread data of one tunnel may take.
+    pub fn stalled_bytes_per_tunnel(&self) -> u64 {
+        self.stalled_bytes_per_tunnel
+            .unwrap_or(self.stalled_bytes / 4)
+    }
 }
 
 impl Default for LimitsConfig {
@@ -445,8 +453,9 @@ impl Default for LimitsConfig {
             dials_per_tunnel: 4000,
             agents: 10_000,
             agents_per_tenant: None,
-            stalled_bytes: 2 << 30,
+            stalled_bytes: memory::share(2 << 30),
             stalled_bytes_per_tenant: None,
+            stalled_bytes_per_tunnel: None,
             handshakes: HandshakesConfig::default(),
             breaker_failures: 5,
             breaker_retry: Duration::from_secs(5),

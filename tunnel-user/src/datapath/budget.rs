@@ -1,48 +1,66 @@
-//! The bound on what stopped readers may hold.
+//! The bound on the memory that peers can make a process hold.
 //!
-//! A stream whose local socket takes nothing holds what the far side may send before it is read;
-//! one that moves holds next to nothing. So the stalled ones are counted, and at the bound new dials
-//! are refused. Living streams are never stalled for each other.
+//! What has arrived and has not been passed on is charged: unread bytes, bytes behind a gap, and what keeping
+//! them costs. A tunnel takes its charge before it keeps more, and ends its largest stream where the budget
+//! refuses. So no more than the budget is ever held, whatever a peer sends.
+//!
+//! A quarter of a budget is for holders of little: those that hold much are refused from three quarters on, so
+//! that a tunnel which takes all it can get leaves the others enough to go on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Shared by all that a process relays, or by a part of that.
+/// A holder of at most so many bytes may use the last quarter of a budget.
+const LITTLE: u64 = 256 << 10;
+
+/// Bytes that may be held by all peers of a process, or by a part of them.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Counts>);
 
 #[derive(Debug)]
 struct Counts {
+    used: AtomicU64,
+    peak: AtomicU64,
+    most: u64,
     stalled: AtomicUsize,
-    peak: AtomicUsize,
-    most: usize,
     /// What this is a part of.
     whole: Option<Budget>,
 }
 
 impl Budget {
-    /// A budget of `bytes`, of which a stalled stream may hold `held`.
-    pub fn new(bytes: u64, held: u32) -> Self {
-        Self::within(None, bytes, held)
+    /// A budget of `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        Self::within(None, bytes)
     }
 
-    /// A part of this budget with a bound of its own: what stalls there counts for both.
-    pub fn part(&self, bytes: u64, held: u32) -> Self {
-        Self::within(Some(self.clone()), bytes, held)
+    /// A part of this budget with a bound of its own: what is charged there counts for both.
+    pub fn part(&self, bytes: u64) -> Self {
+        Self::within(Some(self.clone()), bytes)
     }
 
-    fn within(whole: Option<Self>, bytes: u64, held: u32) -> Self {
+    fn within(whole: Option<Self>, most: u64) -> Self {
         Self(Arc::new(Counts {
+            used: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+            most,
             stalled: AtomicUsize::new(0),
-            peak: AtomicUsize::new(0),
-            most: usize::try_from(bytes / u64::from(held.max(1))).unwrap_or(usize::MAX),
             whole,
         }))
     }
 
     /// Whether a new stream may be taken, as far as this bound goes.
     pub fn has_room(&self) -> bool {
-        self.stalled() < self.0.most
+        self.used() < self.most_for(u64::MAX)
+    }
+
+    /// Bytes that are charged.
+    pub fn used(&self) -> u64 {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that were charged at once since the last call.
+    pub fn take_peak(&self) -> u64 {
+        self.0.peak.swap(self.used(), Ordering::Relaxed)
     }
 
     /// Streams whose local socket takes nothing at the moment.
@@ -50,18 +68,41 @@ impl Budget {
         self.0.stalled.load(Ordering::Relaxed)
     }
 
-    /// The most streams that were stalled at once since it was last asked.
-    pub fn take_peak(&self) -> usize {
-        self.0.peak.swap(self.stalled(), Ordering::Relaxed)
-    }
-
     /// Counts a stalled stream until the guard is dropped.
     pub(super) fn stall(&self) -> Stalled<'_> {
         for budget in self.with_whole() {
-            let before = budget.0.stalled.fetch_add(1, Ordering::Relaxed);
-            budget.0.peak.fetch_max(before + 1, Ordering::Relaxed);
+            budget.0.stalled.fetch_add(1, Ordering::Relaxed);
         }
         Stalled(self)
+    }
+
+    /// How much of this budget a holder of `held` bytes may use up.
+    fn most_for(&self, held: u64) -> u64 {
+        match self.0.most {
+            most if held <= LITTLE => most,
+            most => most - most / 4,
+        }
+    }
+
+    /// Charges `bytes` more to a holder that then holds `held`. Charges nothing where any bound refuses.
+    fn take(&self, bytes: u64, held: u64) -> bool {
+        for (done, budget) in self.with_whole().enumerate() {
+            let most = budget.most_for(held);
+            let add = |used: u64| used.checked_add(bytes).filter(|used| *used <= most);
+            let relaxed = Ordering::Relaxed;
+            match budget.0.used.fetch_update(relaxed, relaxed, add) {
+                Ok(before) => drop(budget.0.peak.fetch_max(before + bytes, relaxed)),
+                Err(_) => {
+                    self.with_whole().take(done).for_each(|it| it.put(bytes));
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn put(&self, bytes: u64) {
+        self.0.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     fn with_whole(&self) -> impl Iterator<Item = &Self> {
@@ -80,38 +121,120 @@ impl Drop for Stalled<'_> {
     }
 }
 
+/// What one holder is charged; given back on drop.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Budget,
+    bytes: u64,
+}
+
+impl Charge {
+    /// Nothing yet.
+    pub fn new(budget: Budget) -> Self {
+        Self { budget, bytes: 0 }
+    }
+
+    /// Bytes that are charged.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Charges `bytes` in place of what was charged before. `false`: the budget refuses, and the charge is as
+    /// it was.
+    pub fn set(&mut self, bytes: u64) -> bool {
+        if let Some(more) = bytes.checked_sub(self.bytes)
+            && more > 0
+            && !self.budget.take(more, bytes)
+        {
+            return false;
+        }
+        let less = self.bytes.saturating_sub(bytes);
+        if less > 0 {
+            self.budget.with_whole().for_each(|it| it.put(less));
+        }
+        self.bytes = bytes;
+        true
+    }
+
+    /// Charges `budget` in place of the former one, which it is a part of. `false`: it refuses, and nothing is
+    /// charged.
+    pub fn move_to(&mut self, budget: &Budget) -> bool {
+        let bytes = self.bytes;
+        *self = Self::new(budget.clone());
+        self.set(bytes)
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn room_returns_when_a_reader_goes_on() {
-        let budget = Budget::new(1000, 600);
-        let stalled = budget.stall();
+    fn room_returns_when_a_charge_goes() {
+        let budget = Budget::new(4000);
+        let mut charge = Charge::new(budget.clone());
+        assert!(charge.set(3500) && !charge.set(4001));
+        assert_eq!((charge.bytes(), budget.used()), (3500, 3500));
         assert!(!budget.has_room());
-        drop(stalled);
-        assert!(budget.has_room());
+        assert!(charge.set(100) && budget.has_room());
+        drop(charge);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]
     fn a_part_counts_for_the_whole_but_not_for_another() {
-        let whole = Budget::new(1000, 400);
-        let [one, other] = [whole.part(400, 400), whole.part(400, 400)];
-        let stalled = one.stall();
-        assert!(!one.has_room());
-        assert!(whole.has_room() && other.has_room());
-        assert_eq!(whole.stalled(), 1);
-        drop(stalled);
-        assert!(one.has_room());
-        assert_eq!(whole.stalled(), 0);
+        let whole = Budget::new(1000);
+        let [one, other] = [400, 900].map(|bytes| Charge::new(whole.part(bytes)));
+        let ([mut one, mut other], whole) = ([one, other], whole);
+        assert!(one.set(400) && !one.set(401));
+        // Refused by the whole: nothing is left charged to the part.
+        assert!(!other.set(700));
+        assert_eq!((other.budget.used(), whole.used()), (0, 400));
+        assert!(other.set(600));
+        drop(one);
+        assert_eq!(whole.used(), 600);
+    }
+
+    #[test]
+    fn the_last_quarter_is_for_holders_of_little() {
+        let budget = Budget::new(4 << 20);
+        let [mut much, mut little] = [(); 2].map(|()| Charge::new(budget.clone()));
+        assert!(much.set(3 << 20) && !much.set((3 << 20) + 1));
+        assert!(little.set(LITTLE) && !little.set(LITTLE + 1));
+    }
+
+    #[test]
+    fn a_charge_moves_to_a_part() {
+        let whole = Budget::new(1000);
+        let mut charge = Charge::new(whole.clone());
+        assert!(charge.set(300));
+        assert!(charge.move_to(&whole.part(300)));
+        assert_eq!(whole.used(), 300);
+        assert!(!charge.move_to(&whole.part(200)));
+        assert_eq!((charge.bytes(), whole.used()), (0, 0));
     }
 
     #[test]
     fn a_peak_between_two_looks_is_seen_once() {
-        let budget = Budget::new(1000, 1);
-        let stalled = [budget.stall(), budget.stall()];
+        let budget = Budget::new(1000);
+        let mut charge = Charge::new(budget.clone());
+        assert!(charge.set(500) && charge.set(100));
+        assert_eq!((budget.take_peak(), budget.take_peak()), (500, 100));
+    }
+
+    #[test]
+    fn stalled_streams_count_for_the_whole() {
+        let whole = Budget::new(1000);
+        let part = whole.part(100);
+        let stalled = part.stall();
+        assert_eq!((part.stalled(), whole.stalled()), (1, 1));
         drop(stalled);
-        let _one = budget.stall();
-        assert_eq!((budget.take_peak(), budget.take_peak()), (2, 1));
+        assert_eq!(whole.stalled(), 0);
     }
 }

@@ -19,7 +19,7 @@ use bytes::{Buf, Bytes};
 use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 
-use super::budget::Budget;
+use super::budget::{Budget, Charge};
 use super::socket::{Departure, LocalSocket};
 use super::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
@@ -30,8 +30,12 @@ const LINGER: Duration = Duration::from_secs(30);
 const LINGER_POLL: Duration = Duration::from_millis(10);
 
 /// A reader that takes nothing for so long has stopped: one that is merely slower than the link
-/// does not count against the budget.
+/// does not count as stalled.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
+
+/// Bytes that a stopped stream is charged whose link charges nothing itself: the window of 1 MiB that the
+/// other kinds of link have, and what keeping it costs.
+const STALLED: u64 = (1 << 20) * 5 / 2;
 
 /// Slices in one vectored write.
 const SLICES: usize = 32;
@@ -180,6 +184,12 @@ const RESET_BY_LOCAL: Ending = Ending {
     reason: CloseReason::PeerReset,
 };
 
+/// The budget refuses what is held for it.
+const TOO_MUCH: Ending = Ending {
+    by: ClosedBy::Link,
+    reason: CloseReason::MemoryLimit,
+};
+
 fn reset_by_remote(reason: CloseReason) -> Ending {
     Ending {
         by: ClosedBy::Remote,
@@ -201,7 +211,7 @@ fn outward(
                 let n = next.pending.len();
                 let sent = match at_once(|| send.send(&mut next.pending)).await {
                     Some(sent) => Ok(sent),
-                    None => Box::pin(send_all(about.local, send, &mut next.pending)).await,
+                    None => Box::pin(send_all(about, send, &mut next.pending)).await,
                 };
                 if let Err(end) = sent? {
                     break end;
@@ -245,17 +255,21 @@ fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
     }
 }
 
-/// Waits for credit. An `Err` is the local socket's.
+/// Waits for credit, and is charged for what waits. An `Err` is the local socket's, or the budget's.
 async fn send_all(
-    local: &impl LocalSocket,
+    about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     pending: &mut Bytes,
 ) -> Result<Result<(), SendEnd>, Ending> {
+    let mut charge = Charge::new(about.budget.clone());
+    if !charge.set(pending.len() as u64) {
+        return Err(TOO_MUCH);
+    }
     tokio::select! {
         biased;
         sent = send.send(pending) => Ok(sent),
         // Without credit nobody reads, which would tell.
-        () = local.revoked() => Err(RESET_BY_LOCAL),
+        () = about.local.revoked() => Err(RESET_BY_LOCAL),
     }
 }
 
@@ -333,17 +347,23 @@ async fn write_all(
     recv: &mut impl RecvHalf,
     mut chunks: Vec<Bytes>,
 ) -> Result<io::Result<()>, Ending> {
+    let is_charged = recv.is_charged();
     let written = async {
         let mut done = 0;
         while done < chunks.len() || !about.local.is_flushed() {
-            wait_for(about.local, about.budget).await?;
-            done += write_now(about, &mut chunks[done..])?;
+            if let Err(error) = wait_for(about.local, about.budget, is_charged).await? {
+                return Ok(Err(error));
+            }
+            match write_now(about, &mut chunks[done..]) {
+                Ok(more) => done += more,
+                Err(error) => return Ok(Err(error)),
+            }
         }
-        Ok(())
+        Ok(Ok(()))
     };
     tokio::select! {
         biased;
-        written = written => Ok(written),
+        written = written => written,
         // A reader that has stopped must not keep what its target has taken back.
         reason = recv.reset() => Err(reset_by_remote(reason)),
     }
@@ -377,16 +397,25 @@ fn write_now(
     Ok(done)
 }
 
-/// Waits until the socket takes bytes again. One that takes none for long counts as stalled.
-async fn wait_for(local: &impl LocalSocket, budget: &Budget) -> io::Result<()> {
+/// Waits until the socket takes bytes again. One that takes none for long counts as stalled, and is charged
+/// for where its link does not. The outer `Err`: the budget has no room for it.
+async fn wait_for(
+    local: &impl LocalSocket,
+    budget: &Budget,
+    is_charged: bool,
+) -> Result<io::Result<()>, Ending> {
     let mut writable = pin!(local.writable());
     tokio::select! {
         biased;
-        ready = &mut writable => return ready,
+        ready = &mut writable => return Ok(ready),
         () = sleep(STALLED_AFTER) => {}
     }
     let _stalled = budget.stall();
-    writable.await
+    let mut charge = Charge::new(budget.clone());
+    if !is_charged && !charge.set(STALLED) {
+        return Err(TOO_MUCH);
+    }
+    Ok(writable.await)
 }
 
 /// Closing a socket with unread bytes resets it and discards what it has not sent yet. So what

@@ -61,4 +61,8 @@ pub trait RecvHalf {
     fn reset(&mut self) -> impl Future<Output = CloseReason>;
     /// Nothing more will be read.
     fn stop(&mut self, reason: CloseReason);
+    /// Whether what waits to be received, and what was given last, is charged to a budget by the link.
+    fn is_charged(&self) -> bool {
+        false
+    }
 }

@@ -1,24 +1,64 @@
-//! Gives memory back to the system when stopped streams have gone.
+//! How much memory there is for what peers send, and how it goes back to the system when they hold less.
 //!
 //! What they held lies between what lives, and glibc returns by itself only what is free at the
-//! top of a heap: hundreds of megabytes would stay resident for ever.
+//! top of a heap: hundreds of megabytes would stay resident until the process ends.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::datapath::Budget;
 
-/// How often it is looked whether streams have gone.
-const INTERVAL: Duration = Duration::from_secs(5);
+/// Interval between two looks at the budget.
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Streams that are not worth the walk through the heaps.
-const FEW: usize = 16;
+/// Bytes that are not worth the walk through the heaps.
+const FEW: u64 = 16 << 20;
 
-/// Returns free memory, for ever, whenever half of the stalled streams have gone.
+/// Where control groups are mounted: version 2 alone, version 2 beside version 1, and version 1; the file
+/// below each that says what a group may use.
+const GROUPS: [(&str, &str); 3] = [
+    ("/sys/fs/cgroup", "memory.max"),
+    ("/sys/fs/cgroup/unified", "memory.max"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+];
+
+/// A quarter of the memory that this process may use, at most `most` bytes.
+pub fn share(most: u64) -> u64 {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    let bounds = paths.flat_map(|path| GROUPS.map(|group| bound_of(group, path)));
+    let machine = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let bounds = bounds.flatten().chain(total(&machine));
+    bounds.map(|bytes| bytes / 4).fold(most, u64::min)
+}
+
+/// The least that a group or one above it may use, in bytes, as far as any says.
+fn bound_of((root, file): (&str, &str), path: &str) -> Option<u64> {
+    let root = Path::new(root);
+    let group = root.join(path.trim_start_matches('/'));
+    let groups = group
+        .ancestors()
+        .take_while(|group| group.starts_with(root));
+    let bounds = groups.filter_map(|group| fs::read_to_string(group.join(file)).ok());
+    bounds.filter_map(|bound| bound.trim().parse().ok()).min()
+}
+
+/// `MemTotal` of proc_meminfo(5), in bytes.
+fn total(text: &str) -> Option<u64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
+}
+
+/// Returns free memory whenever half of what peers held has gone. Never ends.
 pub async fn give_back(budget: Budget) {
     let mut most = 0;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        let now = budget.stalled();
+        let now = budget.used();
         most = most.max(budget.take_peak());
         if has_shrunk(most, now) {
             most = now;
@@ -29,7 +69,7 @@ pub async fn give_back(budget: Budget) {
     }
 }
 
-fn has_shrunk(most: usize, now: usize) -> bool {
+fn has_shrunk(most: u64, now: u64) -> bool {
     most >= FEW && now <= most / 2
 }
 
@@ -48,8 +88,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_few_streams_are_not_worth_it() {
-        assert!(has_shrunk(200, 100) && has_shrunk(FEW, 0));
-        assert!(!has_shrunk(200, 101) && !has_shrunk(FEW - 1, 0));
+    fn a_share_is_that_of_the_narrowest_group() {
+        assert_eq!(
+            total("MemTotal:       16384 kB\nMemFree: 1 kB\n"),
+            Some(16 << 20)
+        );
+        assert_eq!(total("MemFree: 1 kB\n"), None);
+        assert_eq!(share(1000), 1000);
+        assert!(share(u64::MAX) < u64::MAX / 4);
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("a/b");
+        fs::create_dir_all(&inner).unwrap();
+        let root = root.path().to_str().unwrap();
+        let bound = |path| bound_of((root, "memory.max"), path);
+        assert_eq!(bound("/a/b"), None);
+        fs::write(inner.join("memory.max"), "max\n").unwrap();
+        fs::write(inner.parent().unwrap().join("memory.max"), "4096\n").unwrap();
+        assert_eq!(bound("/a/b"), Some(4096));
+        fs::write(inner.join("memory.max"), "1024\n").unwrap();
+        assert_eq!(
+            (bound("/a/b"), bound("/a"), bound("/")),
+            (Some(1024), Some(4096), None)
+        );
+    }
+
+    #[test]
+    fn a_few_bytes_are_not_worth_it() {
+        assert!(has_shrunk(200 << 20, 100 << 20) && has_shrunk(FEW, 0));
+        assert!(!has_shrunk(200 << 20, 101 << 20) && !has_shrunk(FEW - 1, 0));
     }
 }

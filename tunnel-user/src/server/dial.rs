@@ -100,8 +100,9 @@ impl Dial {
         shard: &Shard,
         record: Record,
         tenant: &TrustDomain,
-        (early, dialling): (EarlyBytes, Dialling),
+        (mut early, dialling): (EarlyBytes, Dialling),
     ) -> Self {
+        early.charge_to(shard.tenants.of(tenant).budget.clone());
         Self {
             record: Box::new(record),
             tenant: tenant.clone(),

@@ -5,6 +5,8 @@ use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
 
+use crate::datapath::Budget;
+use crate::datapath::budget::Charge;
 use crate::datapath::stream::{SendEnd, SendHalf};
 use crate::datapath::{LocalSocket, Outbound};
 
@@ -36,6 +38,10 @@ pub(super) struct EarlyBytes {
     kept: Vec<Bytes>,
     len: usize,
     eof: bool,
+    /// What is kept is charged to it.
+    charge: Option<Charge>,
+    /// It takes no more: the client waits for the answer.
+    is_full: bool,
 }
 
 /// How much of them one stream has been given.
@@ -62,7 +68,16 @@ impl EarlyBytes {
             kept,
             len,
             eof: false,
+            charge: None,
+            is_full: false,
         }
+    }
+
+    /// Charges `budget` for what is kept.
+    pub(super) fn charge_to(&mut self, budget: Budget) {
+        let mut charge = Charge::new(budget);
+        self.is_full |= !charge.set(self.len as u64);
+        self.charge = Some(charge);
     }
 
     /// Reads the client and, if it may, gives the stream what there is; until one of them ends.
@@ -81,7 +96,7 @@ impl EarlyBytes {
             {
                 return EarlyEnd::Stream(end);
             }
-            if self.eof || self.len >= KEPT {
+            if self.eof || self.len >= KEPT || self.is_full {
                 Box::pin(local.broken()).await;
                 return EarlyEnd::Client;
             }
@@ -89,6 +104,9 @@ impl EarlyBytes {
                 Ok(bytes) if !bytes.is_empty() => {
                     self.len += bytes.len();
                     self.kept.push(bytes);
+                    let len = self.len as u64;
+                    let charged = self.charge.as_mut().is_none_or(|charge| charge.set(len));
+                    self.is_full |= !charged;
                 }
                 Ok(_) if self.policy == Early::Send => self.eof = true,
                 _ => return EarlyEnd::Client,

@@ -11,7 +11,6 @@ use crate::config::server::LimitsConfig;
 use crate::process::descriptors::Listeners;
 use crate::process::gate::Gate;
 use crate::telemetry::limits::LimitMetrics;
-use crate::transport::quic::config::STREAM_HELD;
 
 /// A bound at which new work is refused while what is there goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,10 +27,12 @@ pub(super) enum Limit {
     DialsPerTenant,
     /// Dials that one tunnel's agent has not answered.
     DialsPerTunnel,
-    /// Bytes that stopped readers may hold.
+    /// Bytes that peers may make the server hold.
     StalledBytes,
     /// The same of one tenant's.
     StalledBytesPerTenant,
+    /// The same of one tunnel's.
+    StalledBytesPerTunnel,
     /// Tunnels of agents.
     Agents,
     /// The same of one tenant.
@@ -42,7 +43,7 @@ pub(super) enum Limit {
 
 impl Limit {
     /// All there are.
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Connections,
         Self::ConnectionsPerTenant,
         Self::ConnectionsPerTunnel,
@@ -51,6 +52,7 @@ impl Limit {
         Self::DialsPerTunnel,
         Self::StalledBytes,
         Self::StalledBytesPerTenant,
+        Self::StalledBytesPerTunnel,
         Self::Agents,
         Self::AgentsPerTenant,
         Self::Handshakes,
@@ -67,6 +69,7 @@ impl Limit {
             Self::DialsPerTunnel => "dials_per_tunnel",
             Self::StalledBytes => "stalled_bytes",
             Self::StalledBytesPerTenant => "stalled_bytes_per_tenant",
+            Self::StalledBytesPerTunnel => "stalled_bytes_per_tunnel",
             Self::Agents => "agents",
             Self::AgentsPerTenant => "agents_per_tenant",
             Self::Handshakes => "handshakes.at_once",
@@ -85,6 +88,7 @@ impl Limit {
             Self::DialsPerTunnel => count(limits.dials_per_tunnel),
             Self::StalledBytes => Some(limits.stalled_bytes),
             Self::StalledBytesPerTenant => limits.stalled_bytes_per_tenant,
+            Self::StalledBytesPerTunnel => Some(limits.stalled_bytes_per_tunnel()),
             Self::Agents => count(limits.agents),
             Self::AgentsPerTenant => limits.agents_per_tenant.and_then(count),
             Self::Handshakes => count(limits.handshakes.at_once),
@@ -101,9 +105,12 @@ impl Limit {
             Self::Dials => format!("the server has {most} dials under way"),
             Self::DialsPerTenant => format!("this tenant has {most} dials under way"),
             Self::DialsPerTunnel => format!("its agent has not answered {most} dials"),
-            Self::StalledBytes => format!("stopped readers hold up to {most} bytes"),
+            Self::StalledBytes => format!("unread data may take {most} bytes"),
             Self::StalledBytesPerTenant => {
-                format!("stopped readers of this tenant hold up to {most} bytes")
+                format!("unread data of this tenant may take {most} bytes")
+            }
+            Self::StalledBytesPerTunnel => {
+                format!("unread data of its tunnel may take {most} bytes")
             }
             Self::Agents => format!("the server serves {most} agents"),
             Self::AgentsPerTenant => format!("the server serves {most} agents of this tenant"),
@@ -136,15 +143,14 @@ pub(super) fn register(registry: &mut Registry, limits: &LimitsConfig) -> LimitM
 pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
     let tenants = || common.tenants.all();
     let inside = |gate: &Gate| gate.inside() as u64;
-    let held = |stalled: usize| stalled as u64 * u64::from(STREAM_HELD);
     let most = |gate: fn(&Tenant) -> &Gate| tenants().map(|t| inside(gate(t))).max().unwrap_or(0);
-    let most_held = tenants().map(|t| held(t.budget.stalled())).max();
+    let most_held = tenants().map(|t| t.budget.used()).max();
     for (limit, used) in [
         (Limit::Connections, inside(&common.connections)),
         (Limit::ConnectionsPerTenant, most(|t| &t.connections)),
         (Limit::Dials, inside(&common.dials)),
         (Limit::DialsPerTenant, most(|t| &t.dials)),
-        (Limit::StalledBytes, held(common.budget.stalled())),
+        (Limit::StalledBytes, common.budget.used()),
         (Limit::StalledBytesPerTenant, most_held.unwrap_or(0)),
         (Limit::Agents, inside(&common.tunnels)),
         (Limit::AgentsPerTenant, most(|t| &t.agents)),

@@ -43,6 +43,7 @@ use std::sync::Arc;
 use tokio::sync::{oneshot, watch};
 use tunnel_proto::session::InstanceId;
 
+use self::limits::Limit;
 use crate::admin::{self, Admin};
 use crate::config::{ConfigError, ServerConfig};
 use crate::datapath::{Budget, Engines};
@@ -65,7 +66,8 @@ use crate::tls::lifetime::{self, Certificates, Lifetimes};
 use crate::tls::material::MaterialError;
 use crate::tls::revoked::Revocations;
 use crate::tls::{Identity, Material, Role, TrustDomain, provider};
-use crate::transport::quic::config::{EndpointError, STREAM_HELD, Setup};
+use crate::transport::quic::MemoryBounds;
+use crate::transport::quic::config::{EndpointError, Setup};
 use crate::transport::quic::secret::{Secret, SecretError};
 use attachments::{Attachments, kernel_routes};
 use bind::Bound;
@@ -164,6 +166,7 @@ impl Tunnel {
     /// `None` where no certificate is configured.
     fn load(
         config: &ServerConfig,
+        memory: MemoryBounds,
         metrics: &mut prometheus_client::registry::Registry,
     ) -> Result<Option<Self>, ServerError> {
         if config.tls.cert.is_none() {
@@ -172,7 +175,7 @@ impl Tunnel {
         Ok(Some(Self {
             material: Material::load(config.tls.files()?, Role::Server, provider())?,
             secret: Secret::load_or_create(&config.state_dir)?.into(),
-            setup: Setup::new(config.transport, ours(metrics)),
+            setup: Setup::new(config.transport, memory, ours(metrics)),
         }))
     }
 }
@@ -213,7 +216,16 @@ pub async fn run(
     let connections = &mut config.limits.connections;
     *connections = host::fit_connections(*connections, shares.connections);
     let mut metrics = prometheus_client::registry::Registry::default();
-    let tunnel = Tunnel::load(&config, &mut metrics)?;
+    let server_metrics = ServerMetrics::register(&mut metrics, &config);
+    let budget = Budget::new(config.limits.stalled_bytes);
+    let refusals = |limit: Limit| server_metrics.limits.refusals(limit.label());
+    let memory = MemoryBounds {
+        budget: budget.clone(),
+        per_tunnel: config.limits.stalled_bytes_per_tunnel(),
+        ended_by_tunnel: refusals(Limit::StalledBytesPerTunnel),
+        ended_by_budget: refusals(Limit::StalledBytes),
+    };
+    let tunnel = Tunnel::load(&config, memory, &mut metrics)?;
     let identity = own_identity(&config, tunnel.as_ref())?;
     let own = identity.trust_domain.clone();
     let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
@@ -231,7 +243,6 @@ pub async fn run(
 
     let engines = Engines::choose(config.datapath.engine, config.shards);
     engines.register(ours(&mut metrics));
-    let server_metrics = ServerMetrics::register(&mut metrics, &config);
     let publish: control::Publish = if config.redirect.attachments.is_empty() {
         Box::new(|_| {})
     } else {
@@ -255,7 +266,6 @@ pub async fn run(
     }
     let failed_tunnels = server_metrics.handshakes.clone();
     let failed_joins = server_metrics.join_handshakes.clone();
-    let budget = Budget::new(config.limits.stalled_bytes, STREAM_HELD);
     let common = Common {
         control: control.handle(),
         desk: desk.clone(),

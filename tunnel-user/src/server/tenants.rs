@@ -10,7 +10,6 @@ use crate::config::frontend::FrontendConfig;
 use crate::datapath::Budget;
 use crate::process::gate::Gate;
 use crate::tls::TrustDomain;
-use crate::transport::quic::config::STREAM_HELD;
 
 /// One tenant's part of the bounds.
 #[derive(Debug)]
@@ -21,7 +20,7 @@ pub(super) struct Tenant {
     pub dials: Gate,
     /// Tunnels of agents.
     pub agents: Gate,
-    /// Stopped readers; they count for the whole server as well.
+    /// Memory that is held for its peers; it counts for the whole server as well.
     pub budget: Budget,
 }
 
@@ -45,10 +44,7 @@ impl Tenants {
             connections: most(limits.connections_per_tenant),
             dials: most(limits.dials_per_tenant),
             agents: most(limits.agents_per_tenant),
-            budget: budget.part(
-                limits.stalled_bytes_per_tenant.unwrap_or(u64::MAX),
-                STREAM_HELD,
-            ),
+            budget: budget.part(limits.stalled_bytes_per_tenant.unwrap_or(u64::MAX)),
         };
         let frontends = &config.frontends;
         let frontends = frontends.http_connect.iter().chain(&frontends.grpc);
@@ -101,7 +97,7 @@ mod tests {
             "cluster.local".parse().unwrap(),
             "other.example".parse().unwrap(),
         );
-        let tenants = Tenants::new(&config, &own, &Budget::new(1000, 1));
+        let tenants = Tenants::new(&config, &own, &Budget::new(1000));
         let _dial = tenants.of(&own).dials.enter().unwrap();
         assert!(tenants.of(&own).dials.enter().is_none());
         assert!(tenants.of(&other).dials.enter().is_some());

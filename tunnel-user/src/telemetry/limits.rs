@@ -53,6 +53,11 @@ impl LimitMetrics {
         self.refused.get_or_create(&Labels { limit }).inc();
     }
 
+    /// What counts the refusals of `limit`.
+    pub fn refusals(&self, limit: &'static str) -> Counter {
+        self.refused.get_or_create(&Labels { limit }).clone()
+    }
+
     /// Notes how much of `limit` is used now.
     pub fn set_used(&self, limit: &'static str, used: u64) {
         self.used.get_or_create(&Labels { limit }).set(gauge(used));

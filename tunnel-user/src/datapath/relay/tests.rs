@@ -147,12 +147,16 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(local: impl LocalSocket + 'static, mut start: Outbound) -> Self {
+    fn start(local: impl LocalSocket + 'static, start: Outbound) -> Self {
+        Self::within(Budget::new(1 << 30), local, start)
+    }
+
+    /// Charges `budget`.
+    fn within(budget: Budget, local: impl LocalSocket + 'static, mut start: Outbound) -> Self {
         local.reset_on_close(true);
         let far = Rc::<Far>::default();
         let (mut send, mut recv, meter) = (FarSend(far.clone()), FarRecv(far.clone()), far.clone());
         let relay = spawn_local(async move {
-            let budget = Budget::new(1 << 30, 1 << 20);
             relay(&local, &mut send, &mut recv, &mut start, &budget, &meter).await
         });
         Self { far, relay }
@@ -524,6 +528,30 @@ fn a_reset_of_a_peer_that_is_not_heard_any_more_is_seen() {
             far.change(|it| assert_eq!(it.taken, b"all"));
         })
         .await;
+    });
+}
+
+/// What waits for credit, or for a reader that has stopped, is charged, and refused where there is no room.
+#[test]
+fn what_the_budget_has_no_room_for_is_reset() {
+    on_each(async || {
+        const WHY: CloseReason = CloseReason::MemoryLimit;
+        for reads in [true, false] {
+            soon(async {
+                let (mut peer, local) = pair().await;
+                let budget = Budget::new(if reads { 4 } else { STALLED - 1 });
+                let rig = Rig::within(budget.clone(), local, Outbound::default());
+                if reads {
+                    peer.write_all(b"bytes").await.unwrap();
+                } else {
+                    rig.give(&much());
+                }
+                assert_eq!(rig.end().await, (ClosedBy::Link, WHY, both(WHY)));
+                assert_reset(&mut peer).await;
+                assert_eq!((budget.used(), budget.stalled()), (0, 0));
+            })
+            .await;
+        }
     });
 }
 

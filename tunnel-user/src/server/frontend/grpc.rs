@@ -87,6 +87,7 @@ async fn stream(
     let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
         return;
     };
+    receiver.charge_to(&shard.tenants.of(&scope.tenant).budget);
     let request = read_dial(&mut sender, &mut receiver, &traffic);
     match timeout(REQUEST_TIMEOUT, request).await {
         Ok(Ok(Some(request))) => {

@@ -77,6 +77,8 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
             return;
         }
     };
+    let tenant = shard.tenants.of(&identity.trust_domain);
+    connection.charge_to(&tenant.budget);
     let session = Shared::new(ServerSession::new(Timers::default(), Instant::now()));
     let mut control = ControlStream::new(session.clone(), stream);
     let path = connection.path();

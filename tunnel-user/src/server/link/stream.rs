@@ -124,4 +124,12 @@ impl RecvHalf for LinkRecv {
             Self::Bridge(recv) => recv.stop(reason),
         }
     }
+
+    fn is_charged(&self) -> bool {
+        match self {
+            Self::Quic(recv) => recv.is_charged(),
+            Self::Konnectivity(recv) => recv.is_charged(),
+            Self::Bridge(recv) => recv.is_charged(),
+        }
+    }
 }

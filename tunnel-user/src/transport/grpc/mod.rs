@@ -117,6 +117,9 @@ pub enum StreamEnd {
     /// The peer asks for more answers than it reads.
     #[error("the peer does not read what it is answered")]
     Unread,
+    /// An incomplete message takes more than the budget has.
+    #[error("there is no memory for the rest of a message")]
+    NoMemory,
     /// We ended it.
     #[error("the stream was closed")]
     Closed,
@@ -129,6 +132,7 @@ impl StreamEnd {
             Self::Reset(_) | Self::Status(_) => CloseReason::PeerReset,
             Self::Lost(_) => CloseReason::LinkLost,
             Self::Packet(_) | Self::Truncated | Self::Unread => CloseReason::ProtocolError,
+            Self::NoMemory => CloseReason::MemoryLimit,
             Self::Closed => CloseReason::Aborted,
         }
     }
@@ -146,7 +150,9 @@ impl StreamEnd {
             Self::Status(status) => status.code,
             Self::Reset(Reason::CANCEL) | Self::Closed => Code::CANCELLED,
             Self::Reset(Reason::REFUSED_STREAM) | Self::Lost(_) => Code::UNAVAILABLE,
-            Self::Packet(DecodeError::TooLong(_)) | Self::Unread => Code::RESOURCE_EXHAUSTED,
+            Self::Packet(DecodeError::TooLong(_)) | Self::Unread | Self::NoMemory => {
+                Code::RESOURCE_EXHAUSTED
+            }
             Self::Reset(_) | Self::Packet(_) | Self::Truncated => Code::INTERNAL,
         }
     }

@@ -8,6 +8,11 @@ use h2::RecvStream;
 use tunnel_proto::konnectivity::{Decoder, Packet};
 
 use super::{Code, Status, StreamEnd};
+use crate::datapath::Budget;
+use crate::datapath::budget::Charge;
+
+/// Bytes of an incomplete message that are part of what a stream costs.
+const FREE: usize = 64 << 10;
 
 /// Takes packets off a stream. The peer has its credit back once all packets of an HTTP/2 frame
 /// have been taken and another one is asked for.
@@ -19,6 +24,8 @@ pub struct PacketReceiver {
     chunk: Bytes,
     /// Bytes whose credit the peer does not have back.
     held: usize,
+    /// What an incomplete message is charged to.
+    charge: Option<Charge>,
 }
 
 impl PacketReceiver {
@@ -28,7 +35,13 @@ impl PacketReceiver {
             decoder: Decoder::default(),
             chunk: Bytes::new(),
             held: 0,
+            charge: None,
         }
+    }
+
+    /// Charges `budget` for what has come of a message that is not complete.
+    pub fn charge_to(&mut self, budget: &Budget) {
+        self.charge = Some(Charge::new(budget.clone()));
     }
 
     /// Waits for the next packet; `None` is the orderly end. Cancelling loses nothing.
@@ -46,7 +59,16 @@ impl PacketReceiver {
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Packet>, StreamEnd>> {
         loop {
             if let Some(packet) = self.decoder.decode(&mut self.chunk)? {
+                // The packet is its taker's now.
+                if let Some(charge) = &mut self.charge {
+                    charge.set(0);
+                }
                 return Poll::Ready(Ok(Some(packet)));
+            }
+            let held = self.decoder.held();
+            let held = if held > FREE { held as u64 } else { 0 };
+            if self.charge.as_mut().is_some_and(|charge| !charge.set(held)) {
+                return Poll::Ready(Err(StreamEnd::NoMemory));
             }
             // All that was received has been taken, or is the head of one message: the decoder
             // bounds that, and without credit its rest could not come.

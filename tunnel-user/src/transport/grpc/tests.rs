@@ -16,6 +16,7 @@ use tunnel_proto::konnectivity::{CONNECT, DecodeError, MAX_DATA, MAX_MESSAGE, Pa
 use super::client::{CallError, Channel, Opened, handshake};
 use super::server::{Call, serve};
 use super::*;
+use crate::datapath::Budget;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -173,6 +174,35 @@ fn a_message_may_be_longer_than_the_window_but_not_too_long() {
         let end = receiver.next().await.unwrap_err();
         assert!(matches!(end, StreamEnd::Packet(DecodeError::TooLong(_))));
         assert_eq!(end.reason(), CloseReason::ProtocolError);
+    });
+}
+
+#[test]
+fn a_message_that_is_not_complete_is_charged() {
+    run(async {
+        let (mut opened, (_sender, mut receiver)) = call().await;
+        let budget = Budget::new(1 << 30);
+        receiver.charge_to(&budget);
+        let mut frame = data(1, MAX_MESSAGE - 100).frame();
+        let (sent, received) = tokio::join!(opened.sender.send(&mut frame), receiver.next());
+        sent.unwrap();
+        assert!(received.unwrap().is_some());
+        assert_eq!(budget.used(), 0);
+
+        let budget = Budget::new(1 << 20);
+        receiver.charge_to(&budget);
+        let mut frame = data(2, MAX_MESSAGE - 100).frame();
+        let sends = async {
+            let _ = opened.sender.send(&mut frame).await;
+        };
+        let end = tokio::select! {
+            end = receiver.next() => end.unwrap_err(),
+            () = sends => unreachable!("it has no credit for all of it"),
+        };
+        assert!(matches!(end, StreamEnd::NoMemory), "{end}");
+        assert_eq!(end.reason(), CloseReason::MemoryLimit);
+        drop(receiver);
+        assert_eq!(budget.used(), 0);
     });
 }
 

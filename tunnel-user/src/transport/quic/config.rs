@@ -15,6 +15,7 @@ use quinn_proto::{
 };
 
 use super::connection_id::Generator;
+use super::ledger::MemoryBounds;
 use super::metrics::UdpMetrics;
 use super::secret::Secret;
 use super::steering::Spread;
@@ -30,9 +31,8 @@ pub const MAX_DIALS: u32 = 8192;
 /// cost. Above the bandwidth-delay product of 1 Gbit/s at 8 ms.
 pub const STREAM_WINDOW: u32 = 1 << 20;
 
-/// Bytes of memory that a stream may cost whose reader has stopped: up to 2.6 times its window was
-/// measured (`cargo nextest run --test stalled --no-capture` prints it); quinn-proto's assembler allows
-/// it, since it joins chunks only once they take that much more than they hold.
+/// Bytes of packets that quinn-proto keeps at most for a stream whose reader has stopped: its assembler
+/// joins chunks once they take one and a half windows more than they hold.
 pub const STREAM_HELD: u32 = STREAM_WINDOW / 2 * 5;
 
 /// Bytes sent and not yet acknowledged on one tunnel.
@@ -97,11 +97,12 @@ pub struct Setup {
     /// Whether many packets may be sent by one call.
     is_segmented: bool,
     udp: UdpMetrics,
+    memory: MemoryBounds,
 }
 
 impl Setup {
     /// Looks once at what this kernel can do, and says so.
-    pub fn new(path: PathConfig, registry: &mut Registry) -> Self {
+    pub fn new(path: PathConfig, memory: MemoryBounds, registry: &mut Registry) -> Self {
         let udp = UdpMetrics::register(registry);
         let offload = offload::check().unwrap_or_else(|error| {
             tracing::debug!(%error, "UDP offloads can't be tried on loopback");
@@ -121,6 +122,7 @@ impl Setup {
             path,
             is_segmented: offload.send,
             udp,
+            memory,
         }
     }
 
@@ -245,7 +247,7 @@ fn open(
     // bounds, so there is no error to have.
     let _ = config.max_udp_payload_size(MAX_PAYLOAD);
     let udp = Udp::new(udp, setup.udp.clone()).map_err(EndpointError::Socket)?;
-    let endpoint = Endpoint::new(udp, config, acceptor);
+    let endpoint = Endpoint::new(udp, config, acceptor, setup.memory.clone());
     Ok(Opened {
         complaints: endpoint.complaints(),
         endpoint,
@@ -258,7 +260,7 @@ fn transport() -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         // Never the bound: unread streams must not use up the credit of the others. What they may
-        // hold is bounded by the stream window and the budget of stalled streams (see `datapath`).
+        // hold is bounded by the stream window and by what is charged for it (see `ledger`).
         .receive_window(VarInt::MAX)
         .send_window(SEND_WINDOW)
         // Runs, see `turns`.

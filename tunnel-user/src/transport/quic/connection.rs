@@ -12,17 +12,26 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quinn_proto::{ConnectionError, ConnectionHandle, Dir, Event, StreamEvent, StreamId, VarInt};
+use quinn_proto::{
+    ApplicationClose, ConnectionError, ConnectionHandle, Dir, Event, StreamEvent, StreamId, VarInt,
+};
 use rustc_hash::FxBuildHasher;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
+use tunnel_proto::close::CloseReason;
 
 use super::endpoint::Shared;
-use super::path;
+use super::ledger::{Excess, Ledger};
 use super::stream::{Recv, Send};
 use super::timers::Timer;
 use super::turns::Turns;
+use super::validation::Validation;
 use super::waiting::{Interest, Waiting};
+use super::{error_code, path};
+use crate::datapath::Budget;
+
+/// What a packet may have on Ethernet, in bytes.
+const USUAL_PACKET: u16 = 1472;
 
 /// A connection. The last handle that goes closes it, with all its streams.
 #[derive(Clone)]
@@ -46,6 +55,10 @@ pub(super) struct State {
     pub(super) timer: Timer,
     /// What the socket has not taken yet, and its contents.
     pub(super) unsent: Option<(quinn_proto::Transmit, Vec<u8>)>,
+    /// How far the peer's address is certain.
+    pub(super) validation: Validation,
+    /// What may not go there yet, and its contents.
+    pub(super) held_back: Option<(quinn_proto::Transmit, Vec<u8>)>,
     /// Why there is no connection any more.
     error: Option<ConnectionError>,
     is_connected: bool,
@@ -56,6 +69,18 @@ pub(super) struct State {
     late: Vec<StreamId>,
     /// Who waits for a stream.
     waiting: HashMap<StreamId, Waiting, FxBuildHasher>,
+    /// What is held of what the peer has sent.
+    pub(super) ledger: Ledger,
+    /// Streams that we ended while their halves are in use, and why.
+    ended: HashMap<StreamId, CloseReason, FxBuildHasher>,
+    /// The stream without which the connection is of no use.
+    pub(super) vital: Option<StreamId>,
+    /// Size of the packet that opened the peer's last stream.
+    opened_by: usize,
+    /// Sending halves that are in use.
+    pub(super) senders: usize,
+    /// Resets of streams that have arrived, as far as the ledger knows of them.
+    resets: u64,
 }
 
 /// The path as others see it, from any thread. It follows the connection.
@@ -145,6 +170,41 @@ impl State {
         self.error.get_or_insert(error);
         self.waiting.drain().for_each(|(_, waiting)| waiting.end());
     }
+
+    /// Why we ended a stream whose halves are in use.
+    pub(super) fn ended(&self, id: StreamId) -> Option<CloseReason> {
+        self.ended.get(&id).copied()
+    }
+
+    /// The receiving half of a stream has gone.
+    pub(super) fn forget_stream(&mut self, id: StreamId) {
+        self.forget(id, Interest::Read);
+        self.ledger.forget(id);
+        self.ended.remove(&id);
+    }
+
+    /// Ends a stream in both directions, whoever uses it.
+    pub(super) fn end_stream(&mut self, id: StreamId, reason: CloseReason) {
+        let code = error_code(reason);
+        // Either fails only when that half has ended.
+        if self.proto.recv_stream(id).stop(code).is_ok() {
+            self.ledger.stopped();
+        }
+        let _ = self.proto.send_stream(id).reset(code);
+        self.ledger.forget(id);
+        self.ended.insert(id, reason);
+        for interest in [Interest::Read, Interest::Write, Interest::Ended] {
+            self.wake(id, interest);
+        }
+    }
+
+    /// Looks which of the streams that were stopped the peer has ended. Those that it has reset by itself
+    /// are taken for some of them: the reader of such a one ends it without a stop.
+    fn count_ended(&mut self) {
+        let resets = self.proto.stats().frame_rx.reset_stream;
+        let new = resets - std::mem::replace(&mut self.resets, resets);
+        self.ledger.ended(new);
+    }
 }
 
 impl Inner {
@@ -152,6 +212,7 @@ impl Inner {
         handle: ConnectionHandle,
         proto: quinn_proto::Connection,
         endpoint: Weak<Shared>,
+        ledger: Ledger,
     ) -> Rc<Self> {
         let view = PathView {
             rtt_micros: AtomicU64::new(0),
@@ -162,12 +223,20 @@ impl Inner {
             proto,
             timer: Timer::default(),
             unsent: None,
+            validation: Validation::new(view.remote()),
+            held_back: None,
             error: None,
             is_connected: false,
             is_noted: false,
             turns: Turns::default(),
             late: Vec::new(),
             waiting: HashMap::default(),
+            ledger,
+            ended: HashMap::default(),
+            vital: None,
+            opened_by: 0,
+            senders: 0,
+            resets: 0,
         };
         Rc::new(Self {
             handle,
@@ -199,8 +268,73 @@ impl Inner {
         state
     }
 
-    /// Passes on what has become of the connection.
-    pub(super) fn announce(&self, state: &mut State) {
+    /// Takes in a packet of `size` bytes from `from`.
+    pub(super) fn take_in(
+        &self,
+        state: &mut State,
+        event: quinn_proto::ConnectionEvent,
+        (from, size): (SocketAddr, usize),
+    ) {
+        state.proto.handle_event(event);
+        let current = state.proto.remote_address();
+        let was_proven = state.validation.is_proven();
+        state.validation.arrived(from, size, current);
+        if was_proven && !state.validation.is_proven() && state.proto.current_mtu() > USUAL_PACKET {
+            // A challenge is as large as the path's packets where there is something to send: of that size
+            // it would wait for long.
+            state.proto.path_changed(Instant::now());
+        }
+        self.arrived(state, size);
+        self.note(state);
+    }
+
+    /// A timer has fired.
+    pub(super) fn time_out(&self, state: &mut State, now: Instant) {
+        state.proto.handle_timeout(now);
+        state.validation.restored(state.proto.remote_address());
+        self.note(state);
+    }
+
+    /// Passes on what a packet of `size` bytes has brought, and keeps within the bounds of what is held.
+    fn arrived(&self, state: &mut State, size: usize) {
+        self.pass_on(state, size);
+        if state.error.is_some() {
+            return;
+        }
+        if state.ledger.has_unended() {
+            state.count_ended();
+        }
+        let senders = state.proto.streams().send_streams();
+        let unacknowledged = senders.saturating_sub(state.senders);
+        state.ledger.unacknowledged(unacknowledged as u64);
+        while let Some(excess) = state.ledger.settle() {
+            match excess {
+                Excess::Stream(id) if state.vital != Some(id) => {
+                    state.end_stream(id, CloseReason::MemoryLimit);
+                }
+                _ => {
+                    self.end_for(state, CloseReason::MemoryLimit);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Ends it and everything on it for `reason`, which is then that of its end here as well.
+    fn end_for(&self, state: &mut State, reason: CloseReason) {
+        let (code, text) = (error_code(reason), reason.label());
+        state
+            .proto
+            .close(Instant::now(), code, Bytes::from_static(text.as_bytes()));
+        state.end(ConnectionError::ApplicationClosed(ApplicationClose {
+            error_code: code,
+            reason: Bytes::from_static(text.as_bytes()),
+        }));
+        self.changed.notify_waiters();
+        self.note(state);
+    }
+
+    fn pass_on(&self, state: &mut State, size: usize) {
         while let Some(event) = state.proto.poll() {
             match event {
                 Event::Connected => {
@@ -211,21 +345,32 @@ impl Inner {
                     state.end(reason);
                     self.changed.notify_waiters();
                 }
-                Event::Stream(StreamEvent::Readable { id }) => state.wake(id, Interest::Read),
+                Event::Stream(StreamEvent::Readable { id }) => {
+                    state.ledger.arrived(id, size);
+                    state.wake(id, Interest::Read);
+                }
                 Event::Stream(StreamEvent::Writable { id }) => state.wake(id, Interest::Write),
                 Event::Stream(StreamEvent::Finished { id }) => state.wake(id, Interest::Ended),
                 Event::Stream(StreamEvent::Stopped { id, .. }) => {
                     state.wake(id, Interest::Ended);
                     state.wake(id, Interest::Write);
                 }
-                Event::Stream(StreamEvent::Opened { .. } | StreamEvent::Available { .. }) => {
+                Event::Stream(StreamEvent::Opened { .. }) => {
+                    state.opened_by = size;
                     self.changed.notify_waiters();
                 }
+                Event::Stream(StreamEvent::Available { .. }) => self.changed.notify_waiters(),
                 // Nobody asks before it is connected, and there are no datagrams.
                 Event::HandshakeDataReady | Event::DatagramReceived | Event::DatagramsUnblocked => {
                 }
             }
         }
+    }
+
+    /// Passes on what has become of the connection.
+    pub(super) fn announce(&self, state: &mut State) {
+        // What packets bring was passed on with them.
+        self.pass_on(state, 0);
         let rtt = u64::try_from(state.proto.rtt().as_micros()).unwrap_or(u64::MAX);
         self.view.rtt_micros.store(rtt, Ordering::Relaxed);
         let payload = state.proto.current_mtu();
@@ -313,7 +458,13 @@ impl Connection {
     /// # Errors
     /// Why the connection is gone.
     pub async fn accept_bi(&self) -> Result<(Send, Recv), ConnectionError> {
-        let accept = |state: &mut State| state.proto.streams().accept(Dir::Bi).into_poll();
+        let accept = |state: &mut State| {
+            let id = state.proto.streams().accept(Dir::Bi)?;
+            // Its first frame is told of by its being opened.
+            state.ledger.arrived(id, state.opened_by);
+            Some(id)
+        };
+        let accept = |state: &mut State| accept(state).into_poll();
         let id = self.inner().when(accept).await?;
         Ok(self.halves(id))
     }
@@ -321,6 +472,21 @@ impl Connection {
     fn halves(&self, id: StreamId) -> (Send, Recv) {
         let inner = self.inner();
         (Send::new(inner.clone(), id), Recv::new(inner.clone(), id))
+    }
+
+    /// Has what is held of the peer's charged to a part of the process's budget.
+    pub fn charge_to(&self, budget: &Budget) {
+        let inner = self.inner();
+        let mut state = inner.state();
+        if !state.ledger.charge_to(budget) {
+            inner.end_for(&mut state, CloseReason::MemoryLimit);
+        }
+    }
+
+    /// Bytes of the peer's that are held.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> u64 {
+        self.inner().state().ledger.held()
     }
 
     /// Ends it and everything on it.

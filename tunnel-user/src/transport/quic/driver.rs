@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 use super::connection::State;
 use super::endpoint::Shared;
 use super::timers::Timers;
+use super::validation::Verdict;
 use super::{turns, udp};
 
 /// Bytes that a pass takes in, about: then connections answer, and streams run.
@@ -73,6 +74,7 @@ impl Driver {
 
     fn take_in(&mut self, packet: bytes::BytesMut, meta: &RecvMeta, now: Instant) {
         self.packets.clear();
+        let size = packet.len();
         let mut proto = self.shared.proto.borrow_mut();
         let event = proto.handle(
             now,
@@ -86,8 +88,7 @@ impl Driver {
             Some(DatagramEvent::ConnectionEvent(handle, event)) => {
                 if let Some(connection) = self.shared.connection(handle) {
                     let mut state = connection.state();
-                    state.proto.handle_event(event);
-                    connection.note(&mut state);
+                    connection.take_in(&mut state, event, (meta.addr, size));
                 }
             }
             Some(DatagramEvent::NewConnection(incoming)) => self.shared.arrive(incoming),
@@ -106,8 +107,7 @@ impl Driver {
             };
             let mut state = connection.state();
             if self.timers.is_due(handle, &mut state.timer, entry, now) {
-                state.proto.handle_timeout(now);
-                connection.note(&mut state);
+                connection.time_out(&mut state, now);
             }
         }
     }
@@ -145,12 +145,24 @@ impl Driver {
             // In its turn, when the socket takes packets again.
             return false;
         }
+        if !self.send_held_back(handle, state) {
+            return false;
+        }
         for _ in 0..SENDS {
             self.packets.clear();
-            let batch = self
-                .shared
-                .udp
-                .batch(usize::from(state.proto.current_mtu()));
+            let is_proven = state.validation.is_proven();
+            let batch = match is_proven {
+                true => self
+                    .shared
+                    .udp
+                    .batch(usize::from(state.proto.current_mtu())),
+                false => 1,
+            };
+            let probes = |state: &State| match is_proven {
+                true => 0,
+                false => state.proto.stats().path.sent_plpmtud_probes,
+            };
+            let probes_before = probes(state);
             let (transmit, wants_more) =
                 turns::watch(|| state.proto.poll_transmit(now, batch, &mut self.packets));
             let Some(transmit) = transmit else {
@@ -159,13 +171,63 @@ impl Driver {
                 }
                 return false;
             };
-            if !self.shared.udp.try_send(&transmit, &self.packets) {
-                state.unsent = Some((transmit, std::mem::take(&mut self.packets)));
-                self.blocked.push(handle);
+            let is_probe = probes(state) > probes_before;
+            let to = transmit.destination;
+            match state.validation.judge(to, transmit.size, is_probe) {
+                Verdict::Send => {}
+                Verdict::Wait => {
+                    // Whether anything follows tells whether the address is validated.
+                    state.held_back = Some((transmit, std::mem::take(&mut self.packets)));
+                    continue;
+                }
+                // Lost as on any network.
+                Verdict::Drop => continue,
+            }
+            if state.validation.is_proven()
+                && let Some((held_back, packets)) = state.held_back.take()
+            {
+                // Lost as on any network when the socket takes no more.
+                let _ = self.shared.udp.try_send(&held_back, &packets);
+            }
+            if !self.send_now(handle, state, transmit) {
                 return false;
             }
         }
         true
+    }
+
+    /// Sends what `packets` holds. `false`: the socket takes no more.
+    fn send_now(
+        &mut self,
+        handle: ConnectionHandle,
+        state: &mut State,
+        transmit: quinn_proto::Transmit,
+    ) -> bool {
+        let is_sent = self.shared.udp.try_send(&transmit, &self.packets);
+        if !is_sent {
+            state.unsent = Some((transmit, std::mem::take(&mut self.packets)));
+            self.blocked.push(handle);
+        }
+        is_sent
+    }
+
+    /// Sends what has waited for its address to prove itself. `false`: nothing else is to be asked for.
+    fn send_held_back(&mut self, handle: ConnectionHandle, state: &mut State) -> bool {
+        let Some((transmit, packets)) = state.held_back.take() else {
+            return true;
+        };
+        let to = transmit.destination;
+        match state.validation.judge_again(to, transmit.size) {
+            Verdict::Send => {
+                self.packets = packets;
+                self.send_now(handle, state, transmit)
+            }
+            Verdict::Wait => {
+                state.held_back = Some((transmit, packets));
+                state.validation.is_used_up()
+            }
+            Verdict::Drop => true,
+        }
     }
 
     /// Sends what the socket did not take before.

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use super::config::Acceptor;
 use super::connection::{Connection, Inner};
 use super::driver::Driver;
+use super::ledger::{Ledger, MemoryBounds};
 use super::udp::Udp;
 
 /// An endpoint. When the last handle has gone, it ends with its last connection.
@@ -45,6 +46,8 @@ pub(super) struct Shared {
     closed: RefCell<Option<(VarInt, Bytes)>>,
     is_abandoned: Cell<bool>,
     driver: RefCell<Option<Waker>>,
+    /// What the peers of each connection may make us hold.
+    memory: MemoryBounds,
 }
 
 impl Shared {
@@ -58,7 +61,8 @@ impl Shared {
         handle: ConnectionHandle,
         proto: quinn_proto::Connection,
     ) -> Rc<Inner> {
-        let inner = Inner::new(handle, proto, Rc::downgrade(self));
+        let ledger = Ledger::new(self.memory.clone());
+        let inner = Inner::new(handle, proto, Rc::downgrade(self), ledger);
         let mut connections = self.connections.borrow_mut();
         if connections.len() <= handle.0 {
             connections.resize(handle.0 + 1, None);
@@ -132,7 +136,12 @@ impl Shared {
 
 impl Endpoint {
     /// Drives an endpoint over `udp` on the running runtime.
-    pub(super) fn new(udp: Udp, config: EndpointConfig, acceptor: Option<Acceptor>) -> Self {
+    pub(super) fn new(
+        udp: Udp,
+        config: EndpointConfig,
+        acceptor: Option<Acceptor>,
+        memory: MemoryBounds,
+    ) -> Self {
         let may_probe = !udp.may_fragment();
         let server = acceptor.as_ref().map(Acceptor::common);
         let proto = quinn_proto::Endpoint::new(Arc::new(config), server, may_probe, None);
@@ -149,6 +158,7 @@ impl Endpoint {
             closed: RefCell::default(),
             is_abandoned: Cell::default(),
             driver: RefCell::default(),
+            memory,
         });
         tokio::task::spawn_local(Driver::new(shared.clone()));
         Self(Rc::new(Handle(shared)))

@@ -19,19 +19,23 @@ mod connection;
 pub mod connection_id;
 mod driver;
 mod endpoint;
+mod ledger;
 mod metrics;
 mod offload;
 mod path;
+mod reassembly;
 pub mod secret;
 pub mod steering;
 mod stream;
 mod timers;
 mod turns;
 pub mod udp;
+mod validation;
 mod waiting;
 
 pub use connection::{Connection, PathView};
 pub use endpoint::{Endpoint, Incoming};
+pub use ledger::MemoryBounds;
 pub use quinn_proto::{ConnectError, ConnectionError, VarInt};
 pub use stream::{HeadError, Recv, Send};
 

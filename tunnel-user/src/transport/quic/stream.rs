@@ -8,21 +8,16 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
-use quinn_proto::{ConnectionError, FinishError, ReadError, StreamId, WriteError};
+use quinn_proto::{ConnectionError, FinishError, StreamId, WriteError};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::PrefaceError;
 
 use super::connection::{Inner, State};
+use super::reassembly::{Read, Reassembly};
 use super::turns::Turn;
 use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-
-/// The most that is taken from a stream at once, in chunks: one vectored write's worth.
-const CHUNKS: usize = 64;
-
-/// Chunks that room is made for at first: a few packets, or the better part of a GRO batch.
-const BATCH: usize = 16;
 
 /// Sends; resets on drop unless finished.
 #[derive(Debug)]
@@ -35,6 +30,7 @@ pub struct Send {
 
 impl Send {
     pub(super) fn new(connection: Rc<Inner>, id: StreamId) -> Self {
+        connection.state().senders += 1;
         Self {
             connection,
             id,
@@ -43,10 +39,12 @@ impl Send {
         }
     }
 
-    /// What is sent on it goes before everything else, and never waits for its turn.
+    /// What is sent on it goes before everything else, and never waits for its turn. Without this stream the
+    /// connection is of no use.
     pub fn go_first(&mut self) {
         let priority = self.turn.go_first();
         let mut state = self.connection.state();
+        state.vital = Some(self.id);
         // Fails only when the stream has ended.
         let _ = state.proto.send_stream(self.id).set_priority(priority);
     }
@@ -89,7 +87,9 @@ impl Send {
                     return Poll::Ready(Err(SendEnd::Stopped(reason_of(code))));
                 }
                 Err(WriteError::ClosedStream) => {
-                    return Poll::Ready(Err(SendEnd::Link(CloseReason::Internal)));
+                    let ended = state.ended(self.id).map(SendEnd::Stopped);
+                    let end = ended.unwrap_or(SendEnd::Link(CloseReason::Internal));
+                    return Poll::Ready(Err(end));
                 }
             }
         }
@@ -99,6 +99,9 @@ impl Send {
 
 /// How the sending half has ended, if it has.
 fn send_end(state: &mut State, id: StreamId) -> Option<SendEnd> {
+    if let Some(reason) = state.ended(id) {
+        return Some(SendEnd::Stopped(reason));
+    }
     match state.proto.send_stream(id).stopped() {
         Ok(Some(code)) => Some(SendEnd::Stopped(reason_of(code))),
         // Its state goes with the last acknowledgement.
@@ -171,7 +174,9 @@ impl Drop for Send {
         if !self.ended {
             self.reset(CloseReason::Aborted);
         }
-        self.connection.state().forget(self.id, Interest::Write);
+        let mut state = self.connection.state();
+        state.forget(self.id, Interest::Write);
+        state.senders -= 1;
     }
 }
 
@@ -187,6 +192,7 @@ pub struct Recv {
     ended: bool,
     /// Whether there was nothing to be read when it was looked last.
     is_empty: bool,
+    reassembly: Reassembly,
 }
 
 /// Why there is no head.
@@ -209,6 +215,7 @@ impl Recv {
             end: None,
             ended: false,
             is_empty: false,
+            reassembly: Reassembly::default(),
         }
     }
 
@@ -281,29 +288,17 @@ impl Recv {
             return Poll::Pending;
         }
         self.is_empty = false;
-        let mut stream = state.proto.recv_stream(self.id);
-        let Ok(mut chunks) = stream.read(true) else {
-            return Poll::Ready(RecvEnd::Link(CloseReason::Internal));
-        };
-        let mut end = None;
+        state.ledger.passed_on(self.id);
         let before = into.len();
-        while into.len() - before < CHUNKS {
-            match chunks.next(usize::MAX) {
-                Ok(Some(chunk)) => {
-                    if into.capacity() == 0 {
-                        into.reserve(BATCH);
-                    }
-                    into.push(chunk.bytes);
-                }
-                Ok(None) => end = Some(RecvEnd::Finished),
-                Err(ReadError::Reset(code)) => end = Some(RecvEnd::Reset(reason_of(code))),
-                Err(ReadError::Blocked) => break,
-            }
-            if end.is_some() {
-                break;
-            }
+        let Some(Read { mut end, credit }) = self.reassembly.read(self.id, &mut state, into) else {
+            // We have ended it.
+            let reason = state.ended(self.id).map(RecvEnd::Reset);
+            return Poll::Ready(reason.unwrap_or(RecvEnd::Link(CloseReason::Internal)));
+        };
+        if state.ledger.is_too_far_ahead(self.id) {
+            state.end_stream(self.id, CloseReason::MemoryLimit);
+            end = Some(RecvEnd::Reset(CloseReason::MemoryLimit));
         }
-        let credit = chunks.finalize().should_transmit();
         // An end gives credit for another stream.
         if credit || end.is_some() {
             self.connection.note(&mut state);
@@ -333,13 +328,17 @@ impl RecvHalf for Recv {
         }
         // There may be bytes while nobody reads.
         self.is_empty = false;
-        let code = poll_fn(|cx| {
+        let reason = poll_fn(|cx| {
             let mut state = self.connection.state();
+            if let Some(reason) = state.ended(self.id) {
+                return Poll::Ready(reason);
+            }
             match state.proto.recv_stream(self.id).received_reset() {
                 Ok(Some(code)) => {
+                    state.ledger.stopped();
                     // Credit for another stream.
                     self.connection.note(&mut state);
-                    Poll::Ready(code)
+                    Poll::Ready(reason_of(code))
                 }
                 Ok(None) => {
                     if state.check().is_ok() {
@@ -352,7 +351,6 @@ impl RecvHalf for Recv {
         })
         .await;
         self.ended = true;
-        let reason = reason_of(code);
         self.end = Some(RecvEnd::Reset(reason));
         reason
     }
@@ -360,9 +358,17 @@ impl RecvHalf for Recv {
     fn stop(&mut self, reason: CloseReason) {
         self.ended = true;
         let mut state = self.connection.state();
-        // Fails only when the stream has ended.
-        let _ = state.proto.recv_stream(self.id).stop(error_code(reason));
+        // What is there may be all of it: then nothing stays.
+        let is_over = self.reassembly.discard(self.id, &mut state);
+        if !is_over && let Ok(()) = state.proto.recv_stream(self.id).stop(error_code(reason)) {
+            state.ledger.stopped();
+        }
+        state.ledger.forget(self.id);
         self.connection.note(&mut state);
+    }
+
+    fn is_charged(&self) -> bool {
+        true
     }
 }
 
@@ -371,6 +377,6 @@ impl Drop for Recv {
         if !self.ended {
             self.stop(CloseReason::Aborted);
         }
-        self.connection.state().forget(self.id, Interest::Read);
+        self.connection.state().forget_stream(self.id);
     }
 }

@@ -1,5 +1,8 @@
 //! Two endpoints over loopback, on one thread.
 
+mod memory;
+mod nat;
+
 use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
@@ -19,6 +22,7 @@ use super::secret::Secret;
 use super::steering::Spread;
 use super::*;
 use crate::config::TransportConfig;
+use crate::datapath::Budget;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use crate::tls::issue::{Authority, Request};
 use crate::tls::material::Files;
@@ -61,17 +65,32 @@ fn material(dir: &TempDir, role: Role, name: &str) -> Arc<Material> {
 
 impl Pair {
     async fn new() -> Self {
+        Self::through(std::future::ready).await
+    }
+
+    /// The agent dials the address that `way` makes of the server's.
+    async fn through<F: Future<Output = SocketAddr>>(way: impl FnOnce(SocketAddr) -> F) -> Self {
+        let memory = MemoryBounds::new(Budget::new(1 << 30), 1 << 28);
+        Self::within(memory, way).await
+    }
+
+    /// What the peers may make either endpoint hold has bounds.
+    async fn within<F: Future<Output = SocketAddr>>(
+        memory: MemoryBounds,
+        way: impl FnOnce(SocketAddr) -> F,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let soon = SystemTime::now() + Duration::from_secs(3600);
         Authority::create(dir.path(), &"test.example".parse().unwrap(), soon).unwrap();
         let secret = Secret::load_or_create(dir.path()).unwrap();
         let udp = udp::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
-        let setup = Setup::new(TransportConfig::default(), &mut Registry::default());
+        let transport = TransportConfig::default();
+        let setup = Setup::new(transport, memory, &mut Registry::default());
         let server = material(&dir, Role::Server, "s1");
         let servers_endpoint = config::server(udp, &server, &secret, 0, &setup)
             .unwrap()
             .endpoint;
-        let address = servers_endpoint.local_addr().unwrap();
+        let address = way(servers_endpoint.local_addr().unwrap()).await;
         let agent = material(&dir, Role::Agent, "w1");
         let spread = (Spread::random(), 0);
         let (opened, config) = config::client(address, &agent, spread, &setup).unwrap();
@@ -115,12 +134,13 @@ async fn take(recv: &mut Recv, count: usize) -> Result<Vec<u8>, RecvEnd> {
 }
 
 fn run(test: impl AsyncFnOnce(Pair)) {
+    run_alone(async || test(Pair::new().await).await);
+}
+
+fn run_alone(test: impl AsyncFnOnce()) {
     let runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = { runtime }.enable_all().build().unwrap();
-    let test = async {
-        let pair = Pair::new().await;
-        test(pair).await;
-    };
+    let test = async { test().await };
     let test = async { timeout(SOON, test).await.unwrap() };
     LocalSet::new().block_on(&runtime, test);
 }

@@ -217,6 +217,8 @@ impl Session<'_> {
     /// Takes packets until the stream ends, or we end it.
     async fn listen(&mut self, mut receiver: PacketReceiver) -> End {
         let link = self.link.clone();
+        let tenants = &self.agents.shard.tenants;
+        receiver.charge_to(&tenants.of(&link.info.identity.trust_domain).budget);
         let opened = Instant::now();
         loop {
             if let Some(reason) = link.closed() {
