@@ -174,6 +174,57 @@ impl Cgroup {
     }
 }
 
+/// A group whose processes may use so much memory and no more. Dropped, it is removed, and what runs in it
+/// ends.
+#[derive(Debug)]
+pub struct MemoryGroup(Cgroup);
+
+impl MemoryGroup {
+    /// Makes it, in whichever hierarchy has the memory controller. `None`: no hierarchy has.
+    ///
+    /// # Errors
+    ///
+    /// The group can't be made, or this is CI (the variable `CI` is set), where there has to be one.
+    pub fn new(name: &str, bytes: u64) -> Result<Option<Self>> {
+        let version_1 = Path::new("/sys/fs/cgroup/memory");
+        let (group, bound) = if version_1.join("cgroup.procs").exists() {
+            (Cgroup::at(version_1).child(name)?, "memory.limit_in_bytes")
+        } else {
+            let root = Cgroup::root()?;
+            let controllers = fs::read_to_string(root.path.join("cgroup.controllers"))?;
+            if !controllers.split_whitespace().any(|name| name == "memory") {
+                if std::env::var_os("CI").is_some() {
+                    bail!("no control group bounds memory here, and CI needs one that does");
+                }
+                eprintln!("skipped: no control group bounds memory here");
+                return Ok(None);
+            }
+            fs::write(root.path.join("cgroup.subtree_control"), "+memory")?;
+            (root.child(name)?, "memory.max")
+        };
+        let group = Self(group);
+        fs::write(group.0.path.join(bound), bytes.to_string())
+            .with_context(|| format!("{bound} of {}", group.0.path.display()))?;
+        Ok(Some(group))
+    }
+}
+
+impl std::ops::Deref for MemoryGroup {
+    type Target = Cgroup;
+
+    fn deref(&self) -> &Cgroup {
+        &self.0
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.remove() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// This process is a member of a group until this is dropped, also by a test that fails: a group
 /// with members can't be removed.
 #[derive(Debug)]

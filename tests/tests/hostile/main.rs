@@ -8,6 +8,7 @@ mod certificates;
 mod descriptors;
 mod handshakes;
 mod limits;
+mod memory;
 #[path = "../../hostile/peer.rs"]
 mod peer;
 mod ports;
