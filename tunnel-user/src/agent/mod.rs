@@ -230,7 +230,13 @@ pub async fn run(
         if config.tls.renew {
             tokio::spawn(renew::keep(material.clone(), renewals));
         }
-        tokio::spawn(material.revocations().watch(audit::revocations));
+        let (revocations, known) = (material.revocations(), material.domains());
+        revocations.warn_of_strangers(&known);
+        let list = revocations.clone();
+        tokio::spawn(revocations.watch(move |outcome| {
+            list.warn_of_strangers(&known);
+            audit::revocations(outcome);
+        }));
     }
     tokio::spawn(lifetime::watch(me.lifetimes()));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));

@@ -1,5 +1,6 @@
 //! The configuration of `cpc server`.
 
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,7 +9,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use tunnel_proto::preface::MAX_DEADLINE;
 
-use super::frontend::FrontendsConfig;
+use super::frontend::{FrontendConfig, FrontendsConfig};
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
 use super::{
@@ -470,6 +471,20 @@ impl ServerConfig {
         self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
     }
 
+    /// The trust domains that peers may be of; the server itself is of `own`.
+    pub fn tenants(&self, own: &TrustDomain) -> HashSet<TrustDomain> {
+        let frontends = &self.frontends;
+        let frontends = frontends.http_connect.iter().chain(&frontends.grpc);
+        let konnectivity = self.konnectivity.iter().filter_map(|it| it.tenant.as_ref());
+        let trusted = self.tls.trust.iter().map(|trust| &trust.domain);
+        { frontends.filter_map(FrontendConfig::tenant) }
+            .chain(konnectivity)
+            .chain(trusted)
+            .chain([own])
+            .cloned()
+            .collect()
+    }
+
     /// Where join tokens stand, and what was issued.
     pub fn join_directory(&self) -> PathBuf {
         self.state_dir.join("join")
@@ -552,7 +567,7 @@ impl ServerConfig {
         if self.tls.renew {
             return value("tls.renew", "is for agents");
         }
-        let mut names = std::collections::HashSet::new();
+        let mut names = HashSet::new();
         for attachment in &self.redirect.attachments {
             if !names.insert(&attachment.name) {
                 return value("redirect.attachments.name", "must be unique");

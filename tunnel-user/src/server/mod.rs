@@ -372,7 +372,13 @@ pub async fn run(
     if let Some(material) = material {
         tokio::spawn(material.watch(audit::certificates));
     }
-    tokio::spawn(revocations.watch(audit::revocations));
+    let known = config.tenants(&own);
+    revocations.warn_of_strangers(&known);
+    let list = revocations.clone();
+    tokio::spawn(revocations.watch(move |outcome| {
+        list.warn_of_strangers(&known);
+        audit::revocations(outcome);
+    }));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(kernel_log);

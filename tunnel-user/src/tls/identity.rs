@@ -267,6 +267,11 @@ pub fn canonical(identity: &str) -> Result<String, IdentityError> {
     Ok(uri(&trust_domain, role, &name))
 }
 
+/// The trust domain of an identity.
+pub fn domain_of(identity: &str) -> Option<TrustDomain> {
+    parse_uri(identity).ok().map(|(domain, ..)| domain)
+}
+
 fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> {
     let wrong = || IdentityError::Uri(uri.chars().take(300).collect());
     let mut parts = uri.strip_prefix("spiffe://").ok_or_else(wrong)?.split('/');

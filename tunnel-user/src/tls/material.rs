@@ -3,6 +3,7 @@
 //! Invariant: what is in force was whole and consistent when it was read. A reload that fails
 //! keeps what was there and says so. Live connections are untouched by a reload.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -230,6 +231,12 @@ impl Material {
     /// Our own chain and key, as they are in force.
     pub fn key(&self) -> Arc<CertifiedKey> {
         self.current.load().key.clone()
+    }
+
+    /// The trust domains that are trusted.
+    pub fn domains(&self) -> HashSet<TrustDomain> {
+        let trust = self.trust.load();
+        trust.domains().map(|(domain, _)| domain.clone()).collect()
     }
 
     /// The CAs that vouch for our own trust domain.

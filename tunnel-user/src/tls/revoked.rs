@@ -12,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::identity::{self, Identity, IdentityError};
+use super::identity::{self, Identity, IdentityError, TrustDomain};
 use super::material::{self, MaterialError};
 
 /// The list in force.
@@ -127,6 +127,19 @@ impl Revocations {
         self.check(&Peer::of(leaf))
     }
 
+    /// Warns of identities on the list that are of no trust domain in `known`: nobody here has them, and
+    /// the domain may be misspelt. They are no error, since servers with other tenants may share a list.
+    pub fn warn_of_strangers(&self, known: &HashSet<TrustDomain>) {
+        let strangers = self.list.borrow().strangers(known);
+        if let Some(first) = strangers.first() {
+            tracing::warn!(
+                identity = first,
+                count = strangers.len(),
+                "tls.revoked names identities of a trust domain that is not trusted here: they match nobody"
+            );
+        }
+    }
+
     /// Waits until the list names `peer`.
     pub async fn strike(&self, peer: &Peer) -> Revoked {
         let mut list = self.list.subscribe();
@@ -173,6 +186,18 @@ impl Revocations {
 }
 
 impl List {
+    /// Identities of other trust domains than `known`, in order.
+    fn strangers(&self, known: &HashSet<TrustDomain>) -> Vec<String> {
+        let is_known = |uri: &str| {
+            let domain = identity::domain_of(uri);
+            domain.is_some_and(|domain| known.contains(&domain))
+        };
+        let strangers = self.identities.iter().filter(|uri| !is_known(uri));
+        let mut strangers: Vec<_> = strangers.cloned().collect();
+        strangers.sort_unstable();
+        strangers
+    }
+
     fn is_empty(&self) -> bool {
         self.identities.is_empty() && self.serials.is_empty()
     }
@@ -392,6 +417,16 @@ mod tests {
         ] {
             assert!(List::parse(right).is_ok(), "{right:?}");
         }
+    }
+
+    /// The one thing that a list can't know to be wrong.
+    #[test]
+    fn a_misspelt_trust_domain_is_noticed() {
+        let text = "spiffe://c/agent/w1\nspiffe://d/agent/w1\nserial:01\nspiffe://cc/agent/w2\n";
+        let list = List::parse(text).unwrap();
+        let known = ["c", "d"].map(|domain| domain.parse().unwrap());
+        let known = HashSet::from(known);
+        assert_eq!(list.strangers(&known), ["spiffe://cc/agent/w2"]);
     }
 
     #[test]
