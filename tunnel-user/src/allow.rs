@@ -4,9 +4,9 @@
 //! other: an address is never allowed by a name's rule, nor a name by an address's. What a name
 //! resolves to is a second question, for whoever resolves it: [`AllowList::allows_resolved`].
 //!
-//! Loopback, link-local, multicast, unspecified and cloud metadata addresses are allowed only by a
-//! rule that lies within such a range, never by a wide one: `0.0.0.0/0` does not open
-//! 169.254.169.254, and no name does, whatever it resolves to.
+//! Loopback, link-local, multicast, unspecified, reserved and cloud metadata addresses, and those in
+//! which an IPv4 address hides, are allowed only by a rule that lies within such a range, never by a
+//! wide one: `0.0.0.0/0` does not open 169.254.169.254, and no name does, whatever it resolves to.
 
 use std::net::IpAddr;
 use std::sync::LazyLock;
@@ -17,26 +17,39 @@ use tunnel_proto::preface::{Destination, Host, Name};
 use crate::config::{AllowRule, Rule};
 
 /// Ranges that only a rule within them opens.
-const GUARDED: [&str; 21] = [
+const GUARDED: [&str; 30] = [
     "0.0.0.0/8",
     "127.0.0.0/8",
     "169.254.0.0/16",
+    // For protocols (RFC 6890), one provider's metadata among them; reserved (RFC 1112, section 4).
+    "192.0.0.0/24",
+    "240.0.0.0/4",
     // Metadata services that are not link-local.
     "100.100.100.200/32",
     "168.63.129.16/32",
-    "fd00:ec2::254/128",
+    "fd00:ec2::/32",
     "fd20:ce::254/128",
     "224.0.0.0/4",
     "255.255.255.255/32",
     "::/128",
     "::1/128",
     "fe80::/10",
+    // Site-local, given up by RFC 3879.
+    "fec0::/10",
     "ff00::/8",
     "::ffff:0:0/96",
+    // IPv4 addresses in other forms: compatible (RFC 4291, section 2.5.5.1), Teredo (RFC 4380), 6to4
+    // (RFC 3056), and a site's own NAT64 (RFC 8215).
+    "::/96",
+    "2001::/32",
+    "2002::/16",
+    "64:ff9b:1::/48",
     // The IPv4 ones again, behind a NAT64 of the well-known prefix (RFC 6052, section 2.1).
     "64:ff9b::/104",
     "64:ff9b::7f00:0/104",
     "64:ff9b::a9fe:0/112",
+    "64:ff9b::c000:0/120",
+    "64:ff9b::f000:0/100",
     "64:ff9b::6464:64c8/128",
     "64:ff9b::a83f:8110/128",
     "64:ff9b::e000:0/100",
@@ -46,9 +59,10 @@ const GUARDED: [&str; 21] = [
 static GUARDED_NETS: LazyLock<Vec<IpNet>> =
     LazyLock::new(|| GUARDED.iter().filter_map(|net| net.parse().ok()).collect());
 
-/// The range that keeps `addr` from being opened by a wide rule, if one does.
+/// The narrowest range that keeps `addr` from being opened by a wide rule, if one does.
 pub fn guard(addr: IpAddr) -> Option<&'static IpNet> {
-    GUARDED_NETS.iter().find(|net| net.contains(&addr))
+    let guards = GUARDED_NETS.iter().filter(|net| net.contains(&addr));
+    guards.max_by_key(|net| net.prefix_len())
 }
 
 /// Rules that allow every address, what is guarded too.
@@ -131,7 +145,7 @@ mod tests {
         list.allows_resolved(&asked.parse().unwrap(), addr.parse().unwrap())
     }
 
-    const SOME_GUARDED: [&str; 12] = [
+    const SOME_GUARDED: [&str; 24] = [
         "127.0.0.1",
         "169.254.169.254",
         "100.100.100.200",
@@ -144,6 +158,18 @@ mod tests {
         "::ffff:127.0.0.1",
         "64:ff9b::127.0.0.1",
         "64:ff9b::169.254.169.254",
+        "64:ff9b::192.0.0.192",
+        "64:ff9b::240.0.0.1",
+        "192.0.0.192",
+        "240.0.0.1",
+        "255.255.255.255",
+        "fd00:ec2::23",
+        "fec0::1",
+        "::10.1.2.3",
+        "2001::1",
+        "2002:a01:203::1",
+        "64:ff9b:1::a01:203",
+        "64:ff9b:1:ffff:ffff:ffff:ffff:ffff",
     ];
 
     #[test]
@@ -161,7 +187,25 @@ mod tests {
         assert!(allows(&wide, "64:ff9b::10.1.2.3", 80));
         for addr in SOME_GUARDED {
             assert!(!allows(&wide, addr, 80), "{addr}");
+            if addr != "::ffff:127.0.0.1" {
+                assert!(allows(&list(&[addr]), addr, 80), "{addr} is named");
+            }
         }
+        // Beside them.
+        for addr in [
+            "192.0.1.1",
+            "239.0.0.1",
+            "fd00:ec3::1",
+            "2001:1::1",
+            "2003::1",
+        ] {
+            assert_eq!(allows(&wide, addr, 80), addr != "239.0.0.1", "{addr}");
+        }
+        assert!(allows(&list(&["2002::/16"]), "2002:a01:203::1", 80));
+        assert!(
+            !allows(&list(&["::/96"]), "::1", 80),
+            "a narrower range guards it"
+        );
         assert!(allows(&list(&["127.0.0.1:80"]), "127.0.0.1", 80));
         let all = AllowList::new(everything());
         for net in &*GUARDED_NETS {
