@@ -20,6 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use super::audit::{AUDIT, Audit, AuditError};
+use super::journal::{self, Prioritised};
 use super::lines::Lines;
 use super::throttle::{self, Throttle};
 use crate::config::{AuditConfig, LogConfig, LogFormat};
@@ -185,10 +186,20 @@ fn subscriber(
     let filter = filter.and(is_logged.with_max_level_hint(LevelFilter::TRACE));
     let throttle = Throttle::new(throttle::LOG, Instant::now());
     let filter = filter.and(throttle.clone());
+    let is_journal = journal::is_stderr();
     let lines = match config.format {
         // Colours are control characters too.
-        LogFormat::Text => lines.with_ansi(false).with_filter(filter).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).with_filter(filter).boxed(),
+        LogFormat::Text => lines
+            .with_ansi(false)
+            .map_event_format(|format| Prioritised::new(format, is_journal))
+            .with_filter(filter)
+            .boxed(),
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .map_event_format(|format| Prioritised::new(format, is_journal))
+            .with_filter(filter)
+            .boxed(),
     };
     let (audit, records) = match audit.is_on() {
         true => Some(Audit::start(audit)?).unzip(),

@@ -7,6 +7,7 @@ pub mod audit;
 pub mod certificates;
 pub mod complaint;
 pub mod exposition;
+mod journal;
 pub mod konnectivity;
 pub mod limits;
 mod lines;
