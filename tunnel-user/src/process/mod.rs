@@ -1,13 +1,15 @@
 //! What a process needs from its host: threads ([`shard`]), signals and the service manager
 //! ([`lifecycle`]), sockets ([`listen`]), some of which outlive it ([`inherited`]), memory that goes back to it
 //! ([`memory`]), capabilities that it gives back ([`privileges`]), directories that others may own
-//! ([`directory`]), and limits, the host's ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
+//! ([`directory`]), limits, the host's ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]),
+//! and which kernel it is ([`kernel`]).
 
 pub mod descriptors;
 pub mod directory;
 pub mod gate;
 pub mod host;
 pub mod inherited;
+pub mod kernel;
 pub mod lifecycle;
 pub mod listen;
 pub mod memory;

@@ -1,6 +1,7 @@
 //! Which capabilities a server's start may take, and which it keeps.
 
 use crate::config::ServerConfig;
+use crate::process::kernel;
 use crate::process::privileges::{ANY_START, CapabilitySet};
 
 /// What the start of a server with this configuration may take.
@@ -18,41 +19,16 @@ pub fn for_start(config: &ServerConfig) -> CapabilitySet {
 }
 
 /// What it keeps for later, and why. `attached`: it did that by itself.
-pub(super) fn kept(config: &ServerConfig, attached: bool) -> (CapabilitySet, &'static str) {
+pub fn kept(config: &ServerConfig, attached: bool) -> (CapabilitySet, &'static str) {
     let attachments = &config.redirect.attachments;
     if attached && attachments.iter().any(|it| it.netns.is_some()) {
         let why = "changed capture sets are compiled in the namespace of the attachment (netns)";
         (CapabilitySet::SYS_ADMIN, why)
-    } else if !attachments.is_empty() && maps_take_a_capability() {
+    } else if !attachments.is_empty() && !kernel::is_since((5, 19)) {
+        // `kernel.unprivileged_bpf_disabled` was about all of bpf(2) then, not about loading programs
+        // and making maps alone.
         (CapabilitySet::BPF, "before Linux 5.19 maps take it")
     } else {
         (CapabilitySet::empty(), "")
-    }
-}
-
-/// Before Linux 5.19 `kernel.unprivileged_bpf_disabled` was about all of bpf(2), not about loading
-/// programs and making maps alone.
-fn maps_take_a_capability() -> bool {
-    let release = rustix::system::uname();
-    let release = release.release().to_string_lossy();
-    version(&release).is_none_or(|version| version < (5, 19))
-}
-
-/// Of `6.18.44-generic`, say, the first two numbers.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn releases_are_compared_as_numbers() {
-        assert_eq!(version("6.1.0-28-amd64"), Some((6, 1)));
-        assert_eq!(version("5.9-rc1"), Some((5, 9)));
-        assert!(version("5.9-rc1") < Some((5, 19)));
-        assert_eq!(version("next"), None);
     }
 }
