@@ -255,6 +255,10 @@ pub enum FailMode {
     Open,
 }
 
+/// With as many routes, those of 20,000 departed agents and the default routes of each tenant the
+/// kernel's table (65,536) still has room.
+pub const MAX_ROUTES: usize = 44_000;
+
 /// `limits`: bounds, and how long things may take.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -287,6 +291,12 @@ pub struct LimitsConfig {
     pub agents: usize,
     /// The same for each tenant, if it is to be less.
     pub agents_per_tenant: Option<usize>,
+    /// Routes at once, names among them, at most [`MAX_ROUTES`]; the default route counts twice.
+    pub routes: usize,
+    /// The same for each tenant, if it is to be less than three quarters of what the others leave.
+    pub routes_per_tenant: Option<usize>,
+    /// The same for each identity; for each process of Konnectivity's agents.
+    pub routes_per_agent: usize,
     /// Bytes of memory that unread data may take: of stopped readers, and of streams with gaps.
     pub stalled_bytes: u64,
     /// The same for each tenant, if it is to be less.
@@ -454,6 +464,9 @@ impl Default for LimitsConfig {
             dials_per_tunnel: 4000,
             agents: 10_000,
             agents_per_tenant: None,
+            routes: 40_000,
+            routes_per_tenant: None,
+            routes_per_agent: 1000,
             stalled_bytes: memory::share(2 << 30),
             stalled_bytes_per_tenant: None,
             stalled_bytes_per_tunnel: None,
@@ -541,6 +554,9 @@ impl ServerConfig {
             return value("routing.strategies", "must name at least one");
         }
         self.limits.check_counts()?;
+        if self.limits.routes > MAX_ROUTES {
+            return value("limits.routes", "must be at most 44000");
+        }
         if self.limits.connections_per_tunnel > MAX_DIALS as usize {
             // Agents let no more streams in: further ones would wait.
             return value("limits.connections_per_tunnel", "must be at most 8192");

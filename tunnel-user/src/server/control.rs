@@ -1,7 +1,8 @@
 //! The control task: owns the registry, publishes snapshots of the routes to the shards, to the
 //! kernel and to readiness. Everything that is decided for all shards is decided here.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,6 +12,7 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
 use super::grants::Grants;
+use super::limits::Limit;
 use super::registry::{Backends, Registry, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
 
@@ -61,15 +63,58 @@ enum Request {
     View(oneshot::Sender<Vec<SessionView>>),
 }
 
+/// How much of the table of routes is taken, and what it had no room for.
+#[derive(Debug, Default)]
+pub struct RouteUsage {
+    all: AtomicU64,
+    most: AtomicU64,
+    refused: Mutex<Vec<(Limit, u64)>>,
+}
+
+impl RouteUsage {
+    /// By all tenants, and by the one that has most.
+    pub(super) fn taken(&self) -> (u64, u64) {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (load(&self.all), load(&self.most))
+    }
+
+    /// Claims that were refused since this was asked last, by bound.
+    pub(super) fn take_refused(&self) -> Vec<(Limit, u64)> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn set(&self, ((all, most), refused): ((usize, usize), Vec<Limit>)) {
+        self.all.store(all as u64, Ordering::Relaxed);
+        self.most.store(most as u64, Ordering::Relaxed);
+        let mut counts = self.lock();
+        for limit in refused {
+            match counts.iter_mut().find(|(counted, _)| *counted == limit) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((limit, 1)),
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(Limit, u64)>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Speaks to the control task from any thread.
 #[derive(Clone)]
 pub struct ControlHandle {
     requests: mpsc::Sender<Request>,
     routes: Arc<ArcSwap<Routes>>,
     backends: Arc<ArcSwap<Backends>>,
+    route_usage: Arc<RouteUsage>,
 }
 
 impl ControlHandle {
+    /// How much of the table of routes is taken.
+    pub(super) fn route_usage(&self) -> &RouteUsage {
+        &self.route_usage
+    }
+
     /// The routes in force.
     pub fn routes(&self) -> arc_swap::Guard<Arc<Routes>> {
         self.routes.load()
@@ -159,6 +204,7 @@ impl Control {
             requests,
             routes: Arc::default(),
             backends: Arc::default(),
+            route_usage: Arc::default(),
         };
         Self {
             registry,
@@ -249,6 +295,7 @@ impl Control {
         // The shards first: what the kernel lets through can then be served.
         self.handle.routes.store(routes.clone());
         (self.publish)(&routes);
+        self.handle.route_usage.set(self.registry.take_usage());
         self.handle
             .backends
             .store(Arc::new(self.registry.backends()));

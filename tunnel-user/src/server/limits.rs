@@ -37,13 +37,19 @@ pub(super) enum Limit {
     Agents,
     /// The same of one tenant.
     AgentsPerTenant,
+    /// Routes.
+    Routes,
+    /// The same of one tenant.
+    RoutesPerTenant,
+    /// The same of one agent.
+    RoutesPerAgent,
     /// Handshakes under way at the tunnel's port.
     Handshakes,
 }
 
 impl Limit {
     /// All there are.
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 15] = [
         Self::Connections,
         Self::ConnectionsPerTenant,
         Self::ConnectionsPerTunnel,
@@ -55,6 +61,9 @@ impl Limit {
         Self::StalledBytesPerTunnel,
         Self::Agents,
         Self::AgentsPerTenant,
+        Self::Routes,
+        Self::RoutesPerTenant,
+        Self::RoutesPerAgent,
         Self::Handshakes,
     ];
 
@@ -72,6 +81,9 @@ impl Limit {
             Self::StalledBytesPerTunnel => "stalled_bytes_per_tunnel",
             Self::Agents => "agents",
             Self::AgentsPerTenant => "agents_per_tenant",
+            Self::Routes => "routes",
+            Self::RoutesPerTenant => "routes_per_tenant",
+            Self::RoutesPerAgent => "routes_per_agent",
             Self::Handshakes => "handshakes.at_once",
         }
     }
@@ -91,6 +103,9 @@ impl Limit {
             Self::StalledBytesPerTunnel => Some(limits.stalled_bytes_per_tunnel()),
             Self::Agents => count(limits.agents),
             Self::AgentsPerTenant => limits.agents_per_tenant.and_then(count),
+            Self::Routes => count(limits.routes),
+            Self::RoutesPerTenant => limits.routes_per_tenant.and_then(count),
+            Self::RoutesPerAgent => count(limits.routes_per_agent),
             Self::Handshakes => count(limits.handshakes.at_once),
         }
     }
@@ -114,6 +129,9 @@ impl Limit {
             }
             Self::Agents => format!("the server serves {most} agents"),
             Self::AgentsPerTenant => format!("the server serves {most} agents of this tenant"),
+            Self::Routes => format!("the server holds {most} routes"),
+            Self::RoutesPerTenant => format!("this tenant has {most} routes"),
+            Self::RoutesPerAgent => format!("one agent has {most} routes"),
             Self::Handshakes => format!("the server has {most} handshakes under way"),
         };
         format!("{what} (limits.{})", self.label())
@@ -141,6 +159,11 @@ pub(super) fn register(registry: &mut Registry, limits: &LimitsConfig) -> LimitM
 
 /// Looks at how much is used now.
 pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
+    let routes = common.control.route_usage();
+    for (limit, refused) in routes.take_refused() {
+        metrics.refusals(limit.label()).inc_by(refused);
+    }
+    let (all_routes, most_routes) = routes.taken();
     let tenants = || common.tenants.all();
     let inside = |gate: &Gate| gate.inside() as u64;
     let most = |gate: fn(&Tenant) -> &Gate| tenants().map(|t| inside(gate(t))).max().unwrap_or(0);
@@ -154,6 +177,8 @@ pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
         (Limit::StalledBytesPerTenant, most_held.unwrap_or(0)),
         (Limit::Agents, inside(&common.tunnels)),
         (Limit::AgentsPerTenant, most(|t| &t.agents)),
+        (Limit::Routes, all_routes),
+        (Limit::RoutesPerTenant, most_routes),
         (Limit::Handshakes, common.door.inside() as u64),
     ] {
         metrics.set_used(limit.label(), used);
@@ -171,6 +196,7 @@ mod tests {
             dials_per_tenant: Some(7),
             stalled_bytes_per_tenant: Some(7),
             agents_per_tenant: Some(7),
+            routes_per_tenant: Some(7),
             ..LimitsConfig::default()
         };
         for limit in Limit::ALL {

@@ -77,7 +77,7 @@ use frontend::scope;
 use grants::Grants;
 use link::konnectivity::Door;
 use metrics::ServerMetrics;
-use registry::Registry;
+use registry::{Registry, RouteBounds};
 use serve::{Listeners, Start};
 use shard::{Common, Peers};
 use tenants::Tenants;
@@ -254,7 +254,8 @@ pub async fn run(
     finish(kept, why)?;
     attached.follow()?;
     let strategies = &config.routing.strategies;
-    let registered = Registry::new(grants, strategies, config.limits.forget);
+    let registered = Registry::new(grants, strategies, config.limits.forget)
+        .bounded(RouteBounds::from(&config.limits));
     let control = Control::new(registered, publish);
     let (phase, phases) = watch::channel(Phase::Running);
     let mut instance = [0; 16];

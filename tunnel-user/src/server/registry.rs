@@ -9,6 +9,7 @@
 //! takes dials beside the others. Those that are believed at their word own nothing.
 
 mod claims;
+mod shares;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -18,9 +19,12 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
 use self::claims::{addresses, alone, certified, for_entries, key};
+pub use self::shares::RouteBounds;
+use self::shares::{Shares, cost};
 use super::grants::Grants;
+use super::limits::Limit;
 use super::routes::{Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
-use crate::config::server::Strategy;
+use crate::config::server::{LimitsConfig, Strategy};
 use crate::tls::TrustDomain;
 
 /// Tunnels of one identity at once: a few for each process, and several processes in a rollout.
@@ -42,6 +46,8 @@ pub struct Session {
     pub claims: Vec<Claim>,
     /// What it wanted to serve and may not.
     pub refused: Vec<Refusal>,
+    /// Whether some of it had no room.
+    crowded: bool,
 }
 
 /// Agents that could be asked: processes, of which each may hold several links.
@@ -92,6 +98,11 @@ pub struct Registry {
     sessions: BTreeMap<LinkId, Session>,
     /// Who holds each claim: the other view of `sessions`.
     holders: HashMap<Key, BTreeSet<LinkId>>,
+    /// How many of them there are.
+    shares: Shares,
+    bounds: RouteBounds,
+    /// Claims that had no room, by the bound that said so, since this was asked last.
+    crowded: Vec<Limit>,
     departed: HashMap<Key, Memory>,
 }
 
@@ -104,8 +115,24 @@ impl Registry {
             forget,
             sessions: BTreeMap::new(),
             holders: HashMap::new(),
+            shares: Shares::default(),
+            bounds: RouteBounds::from(&LimitsConfig::default()),
+            crowded: Vec::new(),
             departed: HashMap::new(),
         }
+    }
+
+    /// Bounds the table of routes.
+    #[must_use]
+    pub fn bounded(mut self, bounds: RouteBounds) -> Self {
+        self.bounds = bounds;
+        self
+    }
+
+    /// Routes that are held, of all tenants and of the one that has most; and the bounds that refused
+    /// claims since this was asked last, once a claim.
+    pub(in crate::server) fn take_usage(&mut self) -> ((usize, usize), Vec<Limit>) {
+        (self.shares.taken(), std::mem::take(&mut self.crowded))
     }
 
     /// Takes a session in.
@@ -124,6 +151,7 @@ impl Registry {
             offer: offer.into_iter().map(alone).collect(),
             claims: Vec::new(),
             refused: Vec::new(),
+            crowded: false,
         };
         self.sessions.insert(link, session);
         self.settle([link].into(), now);
@@ -172,7 +200,10 @@ impl Registry {
         if let Some(session) = self.sessions.remove(&link) {
             let freed = addresses(&session.info, &session.claims).collect();
             self.release(&session.info, session.claims, now);
-            self.settle(self.waiting_for(&freed), now);
+            let mut waiting = self.waiting_for(&freed);
+            let crowded = self.sessions.values().filter(|session| session.crowded);
+            waiting.extend(crowded.map(|session| session.info.id));
+            self.settle(waiting, now);
         }
     }
 
@@ -209,7 +240,11 @@ impl Registry {
             return;
         };
         let info = session.info.clone();
-        let verdict = self.judge(&info, session.offer.clone());
+        let mut verdict = self.judge(&info, session.offer.clone());
+        let crowded = self.fit(&info, &mut verdict);
+        let Some(session) = self.sessions.get(&link) else {
+            return;
+        };
         let before = session.claims.clone();
         let kept: HashSet<_> = verdict.accepted.iter().collect();
         freed.extend(addresses(&info, &before).filter(|(_, claim)| !kept.contains(claim)));
@@ -219,7 +254,82 @@ impl Registry {
         if let Some(session) = self.sessions.get_mut(&link) {
             session.claims = verdict.accepted;
             session.refused = verdict.refused;
+            session.crowded = crowded;
         }
+    }
+
+    /// Refuses of what was accepted all that the table of routes has no room for. Whether there was
+    /// any. A node's own addresses come before everything else that its agent serves.
+    fn fit(&mut self, info: &LinkInfo, verdict: &mut Verdict) -> bool {
+        let tenant = &info.identity.trust_domain;
+        let held_by_others = |claim: &Claim| {
+            let holders = self.holders.get(&key(info, claim));
+            holders.is_some_and(|holders| holders.iter().any(|id| *id != info.id))
+        };
+        let siblings = self.siblings(info);
+        let (mut room, limit) = self.shares.room(&self.bounds, tenant);
+        // While its offer is judged, what a link holds by itself is free.
+        let before = self.sessions.get(&info.id).map(|it| &it.claims);
+        let before: HashSet<_> = before.into_iter().flatten().collect();
+        room += { before.into_iter() }
+            .filter(|claim| !held_by_others(claim))
+            .map(cost)
+            .sum::<usize>();
+        let mut own_room = self.bounds.per_agent.saturating_sub(siblings.len());
+
+        let mut order: Vec<_> = (0..verdict.accepted.len()).collect();
+        order.sort_by_key(|at| !certified(info, &verdict.accepted[*at]));
+        let mut decided: Vec<Option<Limit>> = vec![None; verdict.accepted.len()];
+        let mut seen = HashSet::new();
+        for at in order {
+            let claim = &verdict.accepted[at];
+            if !seen.insert(claim) {
+                continue;
+            }
+            let is_known = siblings.contains(claim);
+            let needed = if held_by_others(claim) {
+                0
+            } else {
+                cost(claim)
+            };
+            if !is_known && own_room == 0 {
+                decided[at] = Some(Limit::RoutesPerAgent);
+            } else if needed > room {
+                decided[at] = Some(limit);
+            } else {
+                room -= needed;
+                own_room -= usize::from(!is_known);
+            }
+        }
+        let (bounds, crowded) = (self.bounds, &mut self.crowded);
+        let mut decided = decided.into_iter();
+        let refused = &mut verdict.refused;
+        let before = crowded.len();
+        verdict.accepted.retain(|claim| {
+            let Some(limit) = decided.next().flatten() else {
+                return true;
+            };
+            crowded.push(limit);
+            refused.push(Refusal {
+                claim: claim.to_string(),
+                why: bounds.text(limit),
+            });
+            false
+        });
+        crowded.len() > before
+    }
+
+    /// What other links of the same agent hold. Agents of Konnectivity may share an identity: there
+    /// each process is an agent of its own.
+    fn siblings(&self, info: &LinkInfo) -> HashSet<Claim> {
+        let is_sibling = |other: &LinkInfo| {
+            info.kind == LinkKind::Quic
+                && other.kind == LinkKind::Quic
+                && other.id != info.id
+                && other.identity == info.identity
+        };
+        let siblings = self.sessions.values().filter(|it| is_sibling(&it.info));
+        siblings.flat_map(|it| it.claims.iter().cloned()).collect()
     }
 
     /// Who offers one of these node addresses and does not serve it.
@@ -400,7 +510,11 @@ impl Registry {
         for claim in claims {
             let key = key(info, claim);
             self.departed.remove(&key);
-            self.holders.entry(key).or_default().insert(info.id);
+            let holders = self.holders.entry(key.clone()).or_default();
+            if holders.is_empty() {
+                self.shares.add(&key);
+            }
+            holders.insert(info.id);
         }
     }
 
@@ -420,6 +534,7 @@ impl Registry {
                 continue;
             }
             self.holders.remove(&key);
+            self.shares.remove(&key);
             if self.departed.len() < MAX_DEPARTED {
                 let memory = Memory {
                     departed: departed.clone(),

@@ -438,3 +438,68 @@ fn further_tunnels_of_an_agent_come_behind_other_agents() {
     let found: Vec<_> = found.unwrap().iter().map(|link| link.id.0).collect();
     assert_eq!(found, [5, 6, 4, 3]);
 }
+
+/// Node addresses of a range, as many as `count`.
+fn many(range: u8, count: u16) -> Vec<Claim> {
+    let address = |n: u16| [10, range, n.to_be_bytes()[0], n.to_be_bytes()[1]];
+    (0..count)
+        .map(|n| Claim::Address(address(n).into()))
+        .collect()
+}
+
+#[test]
+fn two_agents_can_not_fill_the_table_of_routes() {
+    let now = Instant::now();
+    let mut registry = registry().bounded(RouteBounds {
+        all: 100,
+        per_tenant: None,
+        per_agent: 30,
+    });
+    let connect = |registry: &mut Registry, id, name: &str, offer| {
+        registry.connect(
+            link(id, name, "192.0.2.1"),
+            InstanceId([id as u8; 16]),
+            offer,
+            now,
+        )
+    };
+    let verdict = connect(&mut registry, 1, "gw1", many(1, 50));
+    assert_eq!((verdict.accepted.len(), verdict.refused.len()), (30, 20));
+    let why = &verdict.refused[0].why;
+    assert!(
+        why.contains("30") && why.ends_with("(limits.routes_per_agent)"),
+        "{why}"
+    );
+    // Another tunnel of the same agent serves the same, and no more.
+    let verdict = connect(&mut registry, 2, "gw1", many(1, 50));
+    assert_eq!(verdict.accepted.len(), 30);
+    let verdict = connect(&mut registry, 3, "gw1", many(2, 50));
+    assert_eq!(verdict.accepted.len(), 0);
+    connect(&mut registry, 4, "gw2", many(3, 50));
+    // Three quarters are one tenant's, and what stands in a certificate comes first.
+    let mut offer = many(4, 50);
+    offer.push(Claim::Address("192.0.2.1".parse().unwrap()));
+    let verdict = connect(&mut registry, 5, "gw3", offer.clone());
+    assert_eq!(verdict.accepted.len(), 15);
+    assert!(verdict.accepted.contains(&offer[50]));
+    assert!(verdict.refused[0].why.ends_with("(limits.routes)"));
+    let (taken, refused) = registry.take_usage();
+    assert_eq!(taken, (75, 75));
+    let of = |limit| refused.iter().filter(|it| **it == limit).count();
+    assert_eq!(
+        (of(Limit::RoutesPerAgent), of(Limit::Routes)),
+        (20 + 20 + 50 + 20, 36)
+    );
+    assert!(registry.take_usage().1.is_empty());
+    // What an agent offers again has room: it is its own.
+    let again = registry.offer(LinkId(5), offer, now).unwrap();
+    assert_eq!(again.accepted.len(), 15);
+    // Who was refused has what somebody else has left.
+    registry.disconnect(LinkId(4), now);
+    assert_eq!(registry.sessions[&LinkId(5)].claims.len(), 30);
+    assert_eq!(registry.take_usage().0, (60, 60));
+    for id in [1, 2, 3, 5] {
+        registry.disconnect(LinkId(id), now);
+    }
+    assert_eq!(registry.take_usage().0, (0, 0));
+}
