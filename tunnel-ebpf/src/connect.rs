@@ -169,17 +169,18 @@ fn decide(ctx: &SockAddrContext, destination: Endpoint) -> Decision {
     {
         return Decision::Pass(Some(Counter::NotCaptured));
     }
-    let listener = if destination.address.is_mapped() {
-        attachment.listener4
+    let configured = if destination.address.is_mapped() {
+        &attachment.listener4
     } else {
-        attachment.listener6
+        &attachment.listener6
     };
-    if let Some(fault) = listener::fault(ctx, id, &listener) {
-        if attachment.flags & flags::FAIL_OPEN != 0 {
+    let listener = match listener::find(ctx, id, configured) {
+        Ok(listener) => listener,
+        Err(_) if attachment.flags & flags::FAIL_OPEN != 0 => {
             return Decision::Pass(Some(Counter::FailOpen));
         }
-        return Decision::Refuse(fault);
-    }
+        Err(fault) => return Decision::Refuse(fault),
+    };
     let key = Key::new(
         PREFIX_BITS,
         Prefix::of(attachment.tenant, destination.address),

@@ -1,42 +1,63 @@
 //! Whether the connector is there to take a connection.
+//!
+//! An open port proves nothing: once the connector is gone, any local program can bind it. So the
+//! connector's own sockets carry a mark in their storage, which only user space with access to
+//! LISTENERS can set, and which goes when the socket goes.
+
+use core::ptr;
 
 use aya_ebpf::{
     bindings::bpf_sock_tuple,
     helpers::{
         bpf_ktime_get_ns,
-        generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+        generated::{bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get},
     },
     programs::SockAddrContext,
 };
 use tunnel_ebpf_common::{Counter, Endpoint, HEARTBEAT_STALE_NS};
 
-use crate::maps::HEARTBEATS;
+use crate::maps::{HEARTBEATS, LISTENERS};
 
 /// `BPF_F_CURRENT_NETNS`: the namespace of the hook's socket.
 const CURRENT_NETNS: u64 = -1_i64 as u64;
 
-/// Why the connector can't take a connection, or `None` when it can.
+/// The listener that takes connections of `configured`'s family now, or why none can.
 #[inline(always)]
-pub(crate) fn fault(
+pub(crate) fn find(
     ctx: &SockAddrContext,
     attachment: u32,
-    listener: &Endpoint,
-) -> Option<Counter> {
-    if !is_heard(ctx, listener) {
-        return Some(Counter::Dead);
+    configured: &Endpoint,
+) -> Result<Endpoint, Counter> {
+    let Some(heartbeat) = HEARTBEATS.get(attachment) else {
+        return Err(Counter::Dead);
+    };
+    let port = if configured.address.is_mapped() {
+        heartbeat.port4
+    } else {
+        heartbeat.port6
+    };
+    if configured.port == 0 || port == 0 {
+        return Err(Counter::Dead);
     }
-    let heartbeat = HEARTBEATS.get(attachment).copied().unwrap_or(0);
+    let listener = Endpoint {
+        address: configured.address,
+        port,
+    };
+    if !is_ours(ctx, attachment, &listener) {
+        return Err(Counter::Dead);
+    }
     // SAFETY: has no preconditions.
-    let age = unsafe { bpf_ktime_get_ns() }.saturating_sub(heartbeat);
-    (age > HEARTBEAT_STALE_NS).then_some(Counter::Stuck)
+    let age = unsafe { bpf_ktime_get_ns() }.saturating_sub(heartbeat.at);
+    if age > HEARTBEAT_STALE_NS {
+        return Err(Counter::Stuck);
+    }
+    Ok(listener)
 }
 
-/// Whether somebody listens on `listener`. Only a listener matches a tuple without a remote end.
+/// Whether the socket that listens on `listener` is the attachment's. Only a listener matches a tuple
+/// without a remote end.
 #[inline(always)]
-fn is_heard(ctx: &SockAddrContext, listener: &Endpoint) -> bool {
-    if listener.port == 0 {
-        return false;
-    }
+fn is_ours(ctx: &SockAddrContext, attachment: u32, listener: &Endpoint) -> bool {
     // SAFETY: integers only.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
     let port = (listener.port as u16).to_be();
@@ -64,7 +85,15 @@ fn is_heard(ctx: &SockAddrContext, listener: &Endpoint) -> bool {
     if sk.is_null() {
         return false;
     }
+    let map = ptr::from_ref(&LISTENERS).cast_mut();
+    // SAFETY: `sk` is not null; what is returned is null or the map's value.
+    let mark = unsafe {
+        bpf_sk_storage_get(map.cast(), sk.cast(), ptr::null_mut(), 0)
+            .cast::<u32>()
+            .as_ref()
+            .copied()
+    };
     // SAFETY: not null, and released once.
     unsafe { bpf_sk_release(sk.cast()) };
-    true
+    mark == Some(attachment)
 }

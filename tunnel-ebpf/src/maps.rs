@@ -10,7 +10,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use tunnel_ebpf_common as common;
-use tunnel_ebpf_common::{Attachment, Counter, Flow, FlowKey, Origin, PortSet, Prefix};
+use tunnel_ebpf_common::{Attachment, Counter, Flow, FlowKey, Heartbeat, Origin, PortSet, Prefix};
 
 /// Number of the attachment that these programs were loaded for.
 #[unsafe(no_mangle)]
@@ -35,9 +35,15 @@ pub(crate) static CAPTURES: LpmTrie<Prefix, PortSet> =
 #[map]
 pub(crate) static ROUTES: LpmTrie<Prefix, u32> = LpmTrie::with_max_entries(common::MAX_ROUTES, 0);
 
-/// When each attachment's connector was last alive (`CLOCK_MONOTONIC`, nanoseconds).
+/// When each attachment's connector was last alive, and where it listens.
 #[map]
-pub(crate) static HEARTBEATS: Array<u64> = Array::with_max_entries(common::MAX_ATTACHMENTS, 0);
+pub(crate) static HEARTBEATS: Array<Heartbeat> =
+    Array::with_max_entries(common::MAX_ATTACHMENTS, 0);
+
+/// The listeners of connectors, each with the number of its attachment, stored in the socket. Whoever
+/// binds a connector's port has a socket without this mark.
+#[btf_map]
+pub(crate) static LISTENERS: SkStorage<u32> = SkStorage::new();
 
 /// Redirected connections for the accepting side to take.
 #[map]

@@ -23,9 +23,10 @@ pub struct Attachment {
     pub tenant: u32,
     /// Bits of [`flags`].
     pub flags: u32,
-    /// Where IPv4 connections go.
+    /// Where IPv4 connections go. The port is [`crate::Heartbeat`]'s, which says where the connector
+    /// listens now; port 0 here means that the attachment has no such listener.
     pub listener4: Endpoint,
-    /// Where IPv6 connections go.
+    /// The same for IPv6.
     pub listener6: Endpoint,
     /// The name it was configured under, filled up with zeroes.
     pub name: [u8; NAME_LENGTH],

@@ -14,7 +14,7 @@ pub enum Counter {
     NotCaptured = 2,
     /// Captured, but the connector was dead or stuck and the attachment fails open.
     FailOpen = 3,
-    /// Refused: nobody listens.
+    /// Refused: no listener of the connector's is there.
     Dead = 4,
     /// Refused: the connector's heartbeat is stale.
     Stuck = 5,

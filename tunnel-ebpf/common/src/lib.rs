@@ -13,6 +13,7 @@ mod attachment;
 mod capture;
 mod counter;
 mod flow;
+mod heartbeat;
 mod prefix;
 mod route;
 mod shortcut;
@@ -24,12 +25,13 @@ pub use attachment::{Attachment, NAME_LENGTH, flags};
 pub use capture::{MAX_RANGES, PortRange, PortSet};
 pub use counter::{Counter, counter_index};
 pub use flow::{Flow, FlowKey, Origin};
+pub use heartbeat::Heartbeat;
 pub use prefix::{Family, PREFIX_BITS, Prefix};
 pub use route::Verdict;
 pub use shortcut::{MAX_SHORTCUTS, SHORTCUT_BYTES, Writer};
 
 /// Version of the layouts in this crate; part of the directory in which the maps are pinned.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Attachments at a time, over all processes that share a pin directory.
 pub const MAX_ATTACHMENTS: u32 = 64;

@@ -1,6 +1,6 @@
 //! Lets user space store the types in aya's maps.
 
-use crate::{Attachment, Flow, FlowKey, PortSet, Prefix};
+use crate::{Attachment, Flow, FlowKey, Heartbeat, PortSet, Prefix};
 
 // SAFETY: `#[repr(C)]`, made of integers only and without padding, so that every byte is
 // initialised and every bit pattern is a value.
@@ -9,6 +9,8 @@ unsafe impl aya::Pod for Attachment {}
 unsafe impl aya::Pod for Flow {}
 // SAFETY: as above.
 unsafe impl aya::Pod for FlowKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Heartbeat {}
 // SAFETY: as above.
 unsafe impl aya::Pod for PortSet {}
 // SAFETY: as above.
@@ -21,6 +23,7 @@ const _: () = {
     assert!(size_of::<Attachment>() == 16 + 2 * size_of::<Endpoint>() + crate::NAME_LENGTH);
     assert!(size_of::<FlowKey>() == 8 + 2 * size_of::<Endpoint>());
     assert!(size_of::<Flow>() == 8 + size_of::<Endpoint>() + 4);
+    assert!(size_of::<Heartbeat>() == 16);
     assert!(size_of::<Origin>() == size_of::<Endpoint>() + 8);
     assert!(size_of::<Writer>() == size_of::<FlowKey>() + 16);
     assert!(size_of::<Prefix>() == 8 + size_of::<Address>());

@@ -41,6 +41,16 @@ impl Inherited {
         Some(fd.into())
     }
 
+    /// A TCP listener called `name` on the address of `addr`, whatever its port.
+    pub fn tcp_elsewhere(&mut self, addr: SocketAddr, name: &str) -> Option<TcpListener> {
+        let fd = self.take(|n, socket, bound| {
+            socket.r#type().is_ok_and(|t| t == Type::STREAM)
+                && bound.as_socket().is_some_and(|b| b.ip() == addr.ip())
+                && name == n
+        })?;
+        Some(fd.into())
+    }
+
     /// A UDP socket on `addr`.
     pub fn udp(&mut self, addr: SocketAddr) -> Option<UdpSocket> {
         let fd = self.take(|_, socket, bound| {
@@ -82,10 +92,13 @@ impl Inherited {
     }
 }
 
-/// Asks the service manager to keep a socket for our successor (`FileDescriptorStoreMax=`).
-pub fn keep(socket: &impl AsFd, name: &str) {
+/// Asks the service manager to keep a socket for our successor (`FileDescriptorStoreMax=`). False where
+/// there is no manager; one that keeps nothing does not say so.
+pub fn keep(socket: &impl AsFd, name: &str) -> bool {
     let states = [NotifyState::FdStore, NotifyState::FdName(name)];
-    if let Err(error) = sd_notify::notify_with_fds(&states, &[socket.as_fd()]) {
+    let asked = sd_notify::notify_with_fds(&states, &[socket.as_fd()]);
+    if let Err(error) = &asked {
         tracing::debug!(%error, name, "the service manager does not keep the socket");
     }
+    asked.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
 }

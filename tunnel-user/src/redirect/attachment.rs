@@ -1,6 +1,6 @@
 //! Putting an attachment in place, and taking it away.
 
-use std::{io, os::fd::AsFd, path::PathBuf};
+use std::{io, os::fd::AsFd};
 
 use super::{
     AttachmentSpec, Hook, RedirectError, Refusal,
@@ -27,8 +27,7 @@ pub enum Linked {
 pub struct Attachment {
     pin: Pin,
     id: u32,
-    name: String,
-    cgroup: PathBuf,
+    spec: AttachmentSpec,
     programs: Programs,
 }
 
@@ -45,12 +44,10 @@ impl Attachment {
         let programs = Programs::load(pin, id, refusal, spec.shortcut)?;
         settings::write(pin, id, spec)?;
         pin.share(&spec.name)?;
-        let (pin, name, cgroup) = (pin.clone(), spec.name.clone(), spec.cgroup.clone());
         Ok(Self {
-            pin,
+            pin: pin.clone(),
             id,
-            name,
-            cgroup,
+            spec: spec.clone(),
             programs,
         })
     }
@@ -68,16 +65,21 @@ impl Attachment {
     /// Writes new settings (captures, listeners, fail mode, a namespace that was made anew) for
     /// running programs. A new cgroup counts from the next [`Self::link`].
     ///
-    /// The host's own addresses are read again too, so call it when those have changed.
     pub fn update(&mut self, spec: &AttachmentSpec) -> Result<(), RedirectError> {
         spec.check()?;
-        if spec.name != self.name {
+        if spec.name != self.spec.name {
             return Err(RedirectError::NotAttached(spec.name.clone()));
         }
         let _lock = self.pin.lock()?;
         settings::write(&self.pin, self.id, spec)?;
-        self.cgroup.clone_from(&spec.cgroup);
+        self.spec = spec.clone();
         Ok(())
+    }
+
+    /// Reads the host's own addresses again, which are not captured. Whether the capture set changed.
+    pub fn follow_addresses(&self) -> Result<bool, RedirectError> {
+        let _lock = self.pin.lock()?;
+        settings::write(&self.pin, self.id, &self.spec)
     }
 
     /// Puts the programs in the cgroup, each in one step in the place of what is there, and pins
@@ -86,13 +88,13 @@ impl Attachment {
     /// Links of a cgroup that was removed, or that the attachment no longer means, are dropped.
     pub fn link(&self) -> Result<Linked, RedirectError> {
         let _lock = self.pin.lock()?;
-        let cgroup = Cgroup::open(&self.cgroup).map_err(|source| RedirectError::Cgroup {
-            path: self.cgroup.clone(),
+        let cgroup = Cgroup::open(&self.spec.cgroup).map_err(|source| RedirectError::Cgroup {
+            path: self.spec.cgroup.clone(),
             source,
         })?;
         let mut linked = Linked::Replaced;
         for (hook, program) in self.programs.iter() {
-            let pin = self.pin.link(&self.name, hook);
+            let pin = self.pin.link(&self.spec.name, hook);
             let put = || {
                 let there = Link::open(&pin)?;
                 if let Some(link) = there
@@ -106,7 +108,7 @@ impl Attachment {
             };
             let refused = |source: io::Error| RedirectError::Link {
                 name: hook.name(),
-                cgroup: self.cgroup.clone(),
+                cgroup: self.spec.cgroup.clone(),
                 source,
             };
             if put().map_err(refused)? == Linked::Created {
@@ -116,11 +118,11 @@ impl Attachment {
         for hook in Hook::ALL {
             // An option that was taken back.
             if !self.programs.has(hook) {
-                let link = self.pin.link(&self.name, hook);
+                let link = self.pin.link(&self.spec.name, hook);
                 remove_pin(&link).map_err(|error| failed(&link, error))?;
             }
         }
-        self.pin.remember_cgroup(&self.name, cgroup.id())?;
+        self.pin.remember_cgroup(&self.spec.name, cgroup.id())?;
         Ok(linked)
     }
 }

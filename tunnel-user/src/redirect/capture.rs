@@ -27,6 +27,15 @@ const NEVER: [&str; 6] = [
     "fe80::/10",
 ];
 
+/// Captured by a rule within such a range only: this host's provider answers there, for this host.
+const UNLESS_NAMED: [&str; 5] = [
+    "100.100.100.200/32",
+    "168.63.129.16/32",
+    "192.0.0.0/24",
+    "fd00:ec2::/32",
+    "fd20:ce::254/128",
+];
+
 /// Compiles the rules of one attachment. `own` are addresses of this host.
 ///
 /// # Errors
@@ -41,6 +50,9 @@ pub(super) fn compile(
     let capture: Vec<_> = capture.iter().map(Effect::of).collect();
     let mut exclude: Vec<_> = exclude.iter().map(Effect::of).collect();
     let never = NEVER.iter().filter_map(|cidr| cidr.parse().ok());
+    let unless_named = UNLESS_NAMED.iter().filter_map(|cidr| cidr.parse().ok());
+    let is_named = |range: &IpNet| capture.iter().any(|effect| range.contains(&effect.cidr));
+    let never = never.chain(unless_named.filter(|range| !is_named(range)));
     exclude.extend(
         never
             .chain(own.iter().map(|own| IpNet::from(*own)))
@@ -214,6 +226,37 @@ mod tests {
         }
         for address in ["10.0.0.1", "2001:db8::1", "::ffff:10.0.0.1"] {
             assert!(captured(&table, address, 443), "{address}");
+        }
+    }
+
+    #[test]
+    fn metadata_services_are_captured_by_name_only() {
+        let everything = [rule("0.0.0.0/0", &[]), rule("::/0", &[])];
+        let wide = compile(3, &everything, &[], &[]).unwrap();
+        for address in [
+            "100.100.100.200",
+            "168.63.129.16",
+            "192.0.0.192",
+            "fd00:ec2::254",
+            "fd20:ce::254",
+        ] {
+            assert!(!captured(&wide, address, 80), "{address}");
+            let named = [
+                everything[0].clone(),
+                everything[1].clone(),
+                rule(address, &[]),
+            ];
+            let named = compile(3, &named, &[], &[]).unwrap();
+            assert!(captured(&named, address, 80), "{address} is named");
+        }
+        // Where an IPv4 address hides, nothing leaves by the ordinary route.
+        for address in [
+            "2002:a9fe:a9fe::1",
+            "64:ff9b:1::a9fe:a9fe",
+            "2001::1",
+            "240.0.0.1",
+        ] {
+            assert!(captured(&wide, address, 80), "{address}");
         }
     }
 

@@ -2,9 +2,11 @@
 
 use std::{io, path::PathBuf};
 
-use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use aya::{EbpfError, maps::MapError};
 use ipnet::IpNet;
-use tunnel_ebpf_common::{MAX_ATTACHMENTS, MAX_RANGES, NAME_LENGTH};
+use tunnel_ebpf_common::{MAX_ATTACHMENTS, MAX_RANGES, MAX_ROUTES, NAME_LENGTH};
+
+use super::LinkState;
 
 /// Why a redirect could not be made, changed or read.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +85,21 @@ pub enum RedirectError {
         source: io::Error,
     },
 
+    /// What is pinned can't be given to the group.
+    #[error(
+        "{path} can't be given to group {group} (redirect.group): this takes a process that is in it \
+         (systemd: `Group=` of cpc-redirect.service), or CAP_CHOWN"
+    )]
+    Share {
+        /// The file.
+        path: PathBuf,
+        /// The group's number.
+        group: u32,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+
     /// Nothing of this name is pinned.
     #[error(
         "no attachment named {0} here: attach it first (`cpc redirect attach`), with a \
@@ -102,6 +119,33 @@ pub enum RedirectError {
         what: &'static str,
     },
 
+    /// A program of the attachment is not where it should be.
+    #[error(
+        "of attachment {name} the program {hook} is {state}: attach it again (`cpc redirect attach`)"
+    )]
+    Incomplete {
+        /// The attachment.
+        name: String,
+        /// The program.
+        hook: &'static str,
+        /// Where it is.
+        state: LinkState,
+    },
+
+    /// The cgroup is another one than when the programs were attached.
+    #[error(
+        "the cgroup of attachment {0} was made after the programs were attached: until `cpc redirect attach` \
+         is run again (systemd: `systemctl reload cpc-redirect`), its connections take the ordinary route"
+    )]
+    OtherCgroup(String),
+
+    /// Other attachments of this program decide over the same connections.
+    #[error(
+        "{0} decides over the same connections, and refuses them while its server is away: \
+         `cpc redirect list` shows it, `cpc redirect detach` takes it away; then attach again"
+    )]
+    Rivals(String),
+
     /// This process did not attach, and may not change what is captured.
     #[error(
         "without capabilities what is captured can't be changed: \
@@ -112,6 +156,20 @@ pub enum RedirectError {
     /// There is no such group.
     #[error("there is no group {0} (redirect.group): make it, or name a number")]
     Group(String),
+
+    /// More routes than the kernel's table holds.
+    #[error(
+        "{missing} routes have no room in the kernel's table of {MAX_ROUTES}: what they cover is refused as \
+         without a route. `limits.routes` bounds what is accepted"
+    )]
+    RoutesFull {
+        /// How many are not there.
+        missing: usize,
+    },
+
+    /// A map has no room for another entry.
+    #[error("the kernel's table {0} is full: name fewer or wider ranges")]
+    TableFull(&'static str),
 
     /// A map can't be opened, read or written.
     #[error(
@@ -131,15 +189,24 @@ pub enum RedirectError {
 
     /// The kernel refuses a program.
     #[error(
-        "the kernel refuses the program {name} \
-         (this takes Linux 5.15, CAP_BPF and CAP_NET_ADMIN)"
+        "the kernel refuses the program {name} (this takes Linux 5.15, CAP_BPF, CAP_NET_ADMIN and \
+         CAP_PERFMON): {why}"
     )]
     Load {
         /// Its name.
         name: &'static str,
-        /// What aya said, the verifier's log included.
+        /// What the system said, and the last words of the verifier.
+        why: String,
+    },
+
+    /// The kernel is older than what the redirect takes.
+    #[error("the redirect takes Linux 5.15, and this is {release}")]
+    OldKernel {
+        /// What the kernel calls itself.
+        release: String,
+        /// What failed.
         #[source]
-        source: Box<ProgramError>,
+        source: Box<RedirectError>,
     },
 
     /// The object lacks a program: it was built from other sources.

@@ -1,8 +1,14 @@
 //! The connector's sign of life.
 
-use std::time::Duration;
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
 
+use aya::maps::MapError;
 use nix::time::{ClockId, clock_gettime};
+use tunnel_ebpf_common as common;
 
 use super::{
     RedirectError,
@@ -17,32 +23,56 @@ use super::{
 /// a beat from elsewhere would speak for a thread that may be stuck.
 pub struct Heartbeat {
     map: maps::Heartbeats,
+    listeners: maps::Listeners,
     attachment: u32,
+    now: common::Heartbeat,
 }
 
 impl Heartbeat {
     pub(super) fn open(pin: &Pin, name: &str) -> Result<Self, RedirectError> {
         let (attachment, _) = maps::attached(pin, name)?;
+        let map = maps::heartbeats(pin, maps::Access::Write)?;
+        let now = map.get(&attachment, 0).map_err(failed("HEARTBEATS"))?;
         Ok(Self {
-            map: maps::heartbeats(pin, maps::Access::Write)?,
+            map,
+            listeners: maps::listeners(pin)?,
             attachment,
+            now,
         })
+    }
+
+    /// Makes `listener` the one of its family that the kernel programs send connections to, from the
+    /// next beat on. They take no other socket for it, whatever is bound to its port.
+    pub fn listen(&mut self, listener: &TcpListener) -> Result<(), RedirectError> {
+        let unknown = |error: io::Error| failed("LISTENERS")(MapError::IoError(error));
+        let address = listener.local_addr().map_err(unknown)?;
+        self.listeners
+            .insert(listener, self.attachment, 0)
+            .map_err(failed("LISTENERS"))?;
+        let port = match address {
+            SocketAddr::V4(_) => &mut self.now.port4,
+            SocketAddr::V6(_) => &mut self.now.port6,
+        };
+        *port = address.port().into();
+        Ok(())
     }
 
     /// Alive now.
     pub fn beat(&mut self) -> Result<(), RedirectError> {
-        self.set(monotonic_ns())
+        self.now.at = monotonic_ns();
+        self.set(self.now)
     }
 
     /// No longer alive: refuse at once instead of after 3 s. The listener may live on, in a
     /// service manager's hands.
     pub fn stop(&mut self) -> Result<(), RedirectError> {
-        self.set(0)
+        self.now.at = 0;
+        self.set(self.now)
     }
 
-    fn set(&mut self, now: u64) -> Result<(), RedirectError> {
+    fn set(&mut self, heartbeat: common::Heartbeat) -> Result<(), RedirectError> {
         self.map
-            .set(self.attachment, now, 0)
+            .set(self.attachment, heartbeat, 0)
             .map_err(failed("HEARTBEATS"))
     }
 }

@@ -12,6 +12,7 @@ use std::{
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::Path,
+    ptr,
 };
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
@@ -27,6 +28,9 @@ enum Command {
     ObjGetInfoByFd = 15,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkGetFdById = 30,
+    LinkGetNextId = 31,
+    LinkDetach = 34,
 }
 
 /// A cgroup to attach to.
@@ -103,6 +107,51 @@ impl Link {
         }
     }
 
+    /// Every link to a cgroup in the kernel, pinned or not, whoever made it. Takes CAP_SYS_ADMIN.
+    ///
+    /// # Errors
+    ///
+    /// What the system says when looking is not allowed. A link that goes meanwhile is left out.
+    pub(super) fn all() -> io::Result<Vec<Self>> {
+        let mut links = Vec::new();
+        let mut last = 0;
+        loop {
+            let mut attr = IdAttr {
+                id: last,
+                next: 0,
+                flags: 0,
+            };
+            match bpf_mut(Command::LinkGetNextId, &mut attr) {
+                Ok(_) => last = attr.next,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(links),
+                Err(error) => return Err(error),
+            }
+            let attr = IdAttr {
+                id: last,
+                next: 0,
+                flags: 0,
+            };
+            match bpf_fd(Command::LinkGetFdById, &attr).map(Self) {
+                Ok(link) if link.raw_info().is_ok_and(|info| info.kind == CGROUP_LINK) => {
+                    links.push(link);
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    return Err(error);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes the program out of its cgroup at once, whoever else holds the link (`BPF_LINK_DETACH`,
+    /// Linux 5.9).
+    pub(super) fn detach(&self) -> io::Result<()> {
+        let attr = LinkAttr {
+            link: self.0.as_raw_fd(),
+        };
+        bpf(Command::LinkDetach, &attr).map(drop)
+    }
+
     /// Puts a program in a cgroup (`BPF_LINK_CREATE`, Linux 5.7). Others there stay.
     pub(super) fn create(program: BorrowedFd<'_>, cgroup: &Cgroup, hook: Hook) -> io::Result<Self> {
         let attr = LinkCreateAttr {
@@ -146,6 +195,14 @@ impl Link {
 
     /// What the kernel says of the link.
     pub(super) fn info(&self) -> io::Result<LinkInfo> {
+        let info = self.raw_info()?;
+        Ok(LinkInfo {
+            program: info.program,
+            cgroup: info.cgroup,
+        })
+    }
+
+    fn raw_info(&self) -> io::Result<CgroupLinkInfo> {
         let mut info = CgroupLinkInfo::default();
         let attr = InfoAttr {
             fd: self.0.as_raw_fd(),
@@ -153,10 +210,7 @@ impl Link {
             info: &raw mut info as u64,
         };
         bpf(Command::ObjGetInfoByFd, &attr)?;
-        Ok(LinkInfo {
-            program: info.program,
-            cgroup: info.cgroup,
-        })
+        Ok(info)
     }
 }
 
@@ -239,6 +293,22 @@ struct LinkUpdateAttr {
 unsafe impl Attr for LinkUpdateAttr {}
 
 #[repr(C)]
+struct IdAttr {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+// SAFETY: no addresses.
+unsafe impl Attr for IdAttr {}
+
+#[repr(C)]
+struct LinkAttr {
+    link: RawFd,
+}
+// SAFETY: no addresses.
+unsafe impl Attr for LinkAttr {}
+
+#[repr(C)]
 struct InfoAttr {
     fd: RawFd,
     length: u32,
@@ -246,6 +316,9 @@ struct InfoAttr {
 }
 // SAFETY: `info` is a `CgroupLinkInfo` of `length` bytes that lives through the call.
 unsafe impl Attr for InfoAttr {}
+
+/// `BPF_LINK_TYPE_CGROUP`.
+const CGROUP_LINK: u32 = 3;
 
 /// `struct bpf_link_info` of a cgroup link.
 #[repr(C)]
@@ -268,7 +341,22 @@ fn bpf_fd<A: Attr>(command: Command, attr: &A) -> io::Result<OwnedFd> {
 }
 
 fn bpf<A: Attr>(command: Command, attr: &A) -> io::Result<libc::c_long> {
-    // SAFETY: `Attr` promises that the kernel understands the bytes and may follow its addresses.
+    // SAFETY: `Attr` promises that the kernel understands the bytes and may follow its addresses; the
+    // commands that come here write none of them.
+    unsafe { call(command, ptr::from_ref(attr).cast_mut()) }
+}
+
+/// As [`bpf`], for commands that answer in their arguments.
+fn bpf_mut<A: Attr>(command: Command, attr: &mut A) -> io::Result<libc::c_long> {
+    // SAFETY: as above, and what is written is ours.
+    unsafe { call(command, ptr::from_mut(attr)) }
+}
+
+/// # Safety
+///
+/// `attr` is valid for reads, and for writes where the command writes.
+unsafe fn call<A: Attr>(command: Command, attr: *mut A) -> io::Result<libc::c_long> {
+    // SAFETY: the caller's promise.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, attr, size_of::<A>()) };
     if result < 0 {

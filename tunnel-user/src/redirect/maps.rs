@@ -1,23 +1,26 @@
 //! The maps as user space sees them, opened from their pins.
 
+use std::path::Path;
+
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash},
     sys::SyscallError,
 };
-use tunnel_ebpf_common::{Attachment, Flow, FlowKey, PortSet, Prefix};
+use tunnel_ebpf_common::{Attachment, Flow, FlowKey, Heartbeat, PortSet, Prefix};
 
 pub(super) use super::link::Access;
 use super::{RedirectError, link::open_pin, pin::Pin, spec};
 
 /// Every map of the object, to be pinned under its name.
-pub(super) const NAMES: [&str; 8] = [
+pub(super) const NAMES: [&str; 9] = [
     "ATTACHMENTS",
     "AYA_LOGS",
     "CAPTURES",
     "COUNTERS",
     "FLOWS",
     "HEARTBEATS",
+    "LISTENERS",
     "ORIGINS",
     "ROUTES",
 ];
@@ -40,7 +43,9 @@ pub(super) type Captures = LpmTrie<MapData, Prefix, PortSet>;
 /// Routes: numbers of verdicts.
 pub(super) type RouteTrie = LpmTrie<MapData, Prefix, u32>;
 /// Heartbeats by attachment.
-pub(super) type Heartbeats = Array<MapData, u64>;
+pub(super) type Heartbeats = Array<MapData, Heartbeat>;
+/// Numbers of attachments, in their listeners.
+pub(super) type Listeners = SkStorage<MapData, u32>;
 /// Connections to be accepted.
 pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
 /// Counters by attachment and kind.
@@ -69,6 +74,10 @@ pub(super) fn heartbeats(pin: &Pin, access: Access) -> Result<Heartbeats, Redire
     open(pin, "HEARTBEATS", access)
 }
 
+pub(super) fn listeners(pin: &Pin) -> Result<Listeners, RedirectError> {
+    open(pin, "LISTENERS", Access::Write)
+}
+
 pub(super) fn flows(pin: &Pin) -> Result<FlowMap, RedirectError> {
     open(pin, "FLOWS", Access::Write)
 }
@@ -95,12 +104,13 @@ pub(super) fn shortcut_taken(pin: &Pin) -> Result<ShortcutCounts, RedirectError>
 
 /// What a server without capabilities does with the maps, where it may use them
 /// ([`super::Redirect::shared_with`]). It can't change what is captured, nor where that goes.
-pub(super) const SHARED: [(&str, Access); 9] = [
+pub(super) const SHARED: [(&str, Access); 10] = [
     ("ATTACHMENTS", Access::Read),
     ("CAPTURES", Access::Read),
     ("COUNTERS", Access::Read),
     ("FLOWS", Access::Write),
     ("HEARTBEATS", Access::Write),
+    ("LISTENERS", Access::Write),
     ("ROUTES", Access::Write),
     ("SHORTCUT_READ", Access::Write),
     ("SHORTCUT_READERS", Access::Write),
@@ -125,9 +135,32 @@ fn open<M: TryFrom<Map, Error = MapError>>(
         .map_err(failed(name))
 }
 
+/// The attachments that another connector has pinned, of any schema that has had this layout.
+pub(super) fn attachments_at(path: &Path) -> Option<Attachments> {
+    let map = MapData::from_fd(open_pin(path, Access::Read).ok()?).ok()?;
+    Map::from_map_data(map).ok()?.try_into().ok()
+}
+
+/// The same, by the map's number (takes CAP_SYS_ADMIN).
+pub(super) fn attachments_of(id: u32) -> Option<Attachments> {
+    Map::from_map_data(MapData::from_id(id).ok()?)
+        .ok()?
+        .try_into()
+        .ok()
+}
+
 /// An error about a map.
 pub(super) fn failed(name: &'static str) -> impl Fn(MapError) -> RedirectError {
-    move |source| RedirectError::Map { name, source }
+    move |source| match is_full(&source) {
+        true => RedirectError::TableFull(name),
+        false => RedirectError::Map { name, source },
+    }
+}
+
+/// Whether a map had no room for another entry.
+pub(super) fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if matches!(error.io_error.raw_os_error(), Some(libc::ENOSPC | libc::E2BIG)))
 }
 
 /// `None` for a key that is not there.

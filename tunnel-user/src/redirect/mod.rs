@@ -4,7 +4,7 @@
 //! one directory of a BPF file system, and writes captures, routes and heartbeats.
 //!
 //! ```text
-//! PIN/maps-v1/NAME           maps, shared by all attachments; the number is the schema
+//! PIN/maps-v2/NAME           maps, shared by all attachments; the number is the schema
 //! PIN/links/ATTACHMENT/HOOK  what holds the programs in their cgroup
 //! PIN/links/ATTACHMENT/cgroup  the number of that cgroup
 //! ```
@@ -20,6 +20,7 @@
 //!
 //! Accepting connections, and what a missing origin means for them, is the frontend's business.
 
+mod addresses;
 mod attachment;
 mod capture;
 mod counters;
@@ -42,7 +43,9 @@ mod settings;
 mod shortcut;
 mod spec;
 mod status;
+mod survey;
 
+pub use addresses::AddressWatch;
 pub use attachment::{Attachment, Linked};
 pub use counters::{Count, Counters};
 pub use error::RedirectError;
@@ -58,12 +61,15 @@ pub use routes::Routes;
 pub use shortcut::{SHORTCUT_BYTES, Shortcut, Shortcuts};
 pub use spec::{AttachmentSpec, FailMode, Rule, tenant_number};
 pub use status::{LinkState, Status};
+pub use survey::Found;
 pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};
 
 use std::path::PathBuf;
 
 use nix::unistd::Gid;
 use pin::Pin;
+
+use crate::process::kernel;
 
 /// Everything that is pinned under one directory.
 #[derive(Clone, Debug)]
@@ -134,13 +140,74 @@ impl Redirect {
     /// Everything that is wrong with the spec, and whatever the kernel refuses; loading takes
     /// CAP_BPF and CAP_NET_ADMIN.
     pub fn prepare(&self, spec: &AttachmentSpec) -> Result<Attachment, RedirectError> {
-        Attachment::prepare(&self.pin, self.refusal, spec)
+        let prepared = Attachment::prepare(&self.pin, self.refusal, spec);
+        prepared.map_err(|error| match error {
+            RedirectError::Load { .. }
+            | RedirectError::Prepare(_)
+            | RedirectError::Netns { .. }
+                if !kernel::is_since((5, 15)) =>
+            {
+                RedirectError::OldKernel {
+                    release: kernel::release(),
+                    source: Box::new(error),
+                }
+            }
+            error => error,
+        })
     }
 
     /// Detaches and forgets the attachment of this name. Its connections go on; new ones take
     /// the ordinary route. False when there was none.
     pub fn detach(&self, name: &str) -> Result<bool, RedirectError> {
         attachment::detach(&self.pin, name)
+    }
+
+    /// Every attachment of this program that can be seen: those on this BPF file system, in whatever
+    /// pin directory, and with CAP_SYS_ADMIN all others.
+    pub fn survey(&self) -> Vec<Found> {
+        survey::all(&self.pin)
+    }
+
+    /// Other attachments that decide over the connections of `spec`, which is attached. Those that
+    /// are `configured` beside it are meant to. What is found is noted for [`Self::verify`].
+    ///
+    /// # Errors
+    ///
+    /// When `spec` is not attached, or the note can't be written.
+    pub fn rivals(
+        &self,
+        spec: &AttachmentSpec,
+        configured: &[&str],
+    ) -> Result<Vec<Found>, RedirectError> {
+        let rivals = survey::rivals(&self.pin, spec, configured)?;
+        let text: Vec<_> = rivals.iter().map(ToString::to_string).collect();
+        let text = (!text.is_empty()).then(|| text.join(", "));
+        // What a process with CAP_SYS_ADMIN has found, one without can't see again.
+        let noted = self.pin.remembered_rivals(&spec.name);
+        if text.is_some() || survey::sees_all() || !noted.is_some_and(|it| survey::is_hidden(&it)) {
+            self.pin.remember_rivals(&spec.name, text.as_deref())?;
+        }
+        Ok(rivals)
+    }
+
+    /// Takes away what [`Self::survey`] finds, and removes what was pinned for it.
+    ///
+    /// # Errors
+    ///
+    /// When something can't be removed; what came before it is gone.
+    pub fn detach_all(&self) -> Result<Vec<Found>, RedirectError> {
+        survey::detach_all(&self.pin)
+    }
+
+    /// Checks that the attachment of this name is in the cgroup with the number `cgroup`, whole and
+    /// alone. Takes no capability.
+    ///
+    /// # Errors
+    ///
+    /// [`RedirectError::NotAttached`], [`RedirectError::Incomplete`], [`RedirectError::OtherCgroup`] or
+    /// [`RedirectError::Rivals`].
+    pub fn verify(&self, name: &str, cgroup: u64) -> Result<(), RedirectError> {
+        status::verify(&self.pin, name, cgroup)
     }
 
     /// Where the accepting side of an attachment finds what its connections wanted.

@@ -24,6 +24,9 @@ use super::{
 /// open links. A symbolic link, since nothing else on a BPF file system holds text.
 const CGROUP: &str = "cgroup";
 
+/// Beside them, when there are any: other attachments that decide over the same connections.
+const RIVALS: &str = "rivals";
+
 /// A pin directory.
 #[derive(Clone, Debug)]
 pub(super) struct Pin {
@@ -43,6 +46,11 @@ impl Pin {
     /// Lets the members of a group use the maps as a server does: [`maps::SHARED`].
     pub(super) fn shared_with(self, group: Option<Gid>) -> Self {
         Self { group, ..self }
+    }
+
+    /// The directory itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Directory of the maps of this version's schema.
@@ -96,7 +104,14 @@ impl Pin {
         let give = |path: &Path, mode| {
             chown(path, None, Some(group.as_raw()))
                 .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
-                .map_err(|error| failed(path, error))
+                .map_err(|source| match source.kind() {
+                    io::ErrorKind::PermissionDenied => RedirectError::Share {
+                        path: path.to_owned(),
+                        group: group.as_raw(),
+                        source,
+                    },
+                    _ => failed(path, source),
+                })
         };
         let links = self.links(attachment);
         let directories = [Some(&*self.path), links.parent(), Some(&links)];
@@ -120,16 +135,38 @@ impl Pin {
 
     /// Notes which cgroup an attachment's links are in.
     pub(super) fn remember_cgroup(&self, attachment: &str, id: u64) -> Result<(), RedirectError> {
-        let note = self.links(attachment).join(CGROUP);
-        remove_pin(&note)
-            .and_then(|()| symlink(id.to_string(), &note))
-            .map_err(|error| failed(&note, error))
+        self.note(attachment, CGROUP, Some(&id.to_string()))
     }
 
     /// Which cgroup an attachment was linked to last, if it ever was.
     pub(super) fn remembered_cgroup(&self, attachment: &str) -> Option<u64> {
-        let note = fs::read_link(self.links(attachment).join(CGROUP)).ok()?;
-        note.to_str()?.parse().ok()
+        self.noted(attachment, CGROUP)?.parse().ok()
+    }
+
+    /// Notes which other attachments decide over an attachment's connections.
+    pub(super) fn remember_rivals(
+        &self,
+        attachment: &str,
+        rivals: Option<&str>,
+    ) -> Result<(), RedirectError> {
+        self.note(attachment, RIVALS, rivals)
+    }
+
+    /// Which others did when that was looked at last.
+    pub(super) fn remembered_rivals(&self, attachment: &str) -> Option<String> {
+        self.noted(attachment, RIVALS)
+    }
+
+    fn note(&self, attachment: &str, kind: &str, text: Option<&str>) -> Result<(), RedirectError> {
+        let note = self.links(attachment).join(kind);
+        remove_pin(&note)
+            .and_then(|()| text.map_or(Ok(()), |text| symlink(text, &note)))
+            .map_err(|error| failed(&note, error))
+    }
+
+    fn noted(&self, attachment: &str, kind: &str) -> Option<String> {
+        let note = fs::read_link(self.links(attachment).join(kind)).ok()?;
+        note.into_os_string().into_string().ok()
     }
 
     /// Waits until nobody else changes anything here.

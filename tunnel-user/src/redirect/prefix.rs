@@ -17,6 +17,8 @@ use aya::{
 use ipnet::{IpNet, Ipv4Net};
 use tunnel_ebpf_common::{Address, Family, PREFIX_BITS, Prefix};
 
+use super::maps::is_full;
+
 /// A prefix and how many bits of it count, scope and family included. Shorter ones come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
@@ -107,6 +109,21 @@ pub(super) fn plan<V: Copy + PartialEq>(old: &Table<V>, new: &Table<V>) -> Vec<S
     sets.into_iter().chain(removals).collect()
 }
 
+/// As [`plan`], for a trie of `capacity` entries. Where old and new ones do not fit together, removals
+/// come first, without [`plan`]'s guarantee: an address may be without an entry for a moment.
+pub(super) fn plan_within<V: Copy + PartialEq>(
+    old: &Table<V>,
+    new: &Table<V>,
+    capacity: usize,
+) -> Vec<Step<V>> {
+    let mut steps = plan(old, new);
+    let fresh = new.keys().filter(|key| !old.contains_key(key)).count();
+    if old.len() + fresh > capacity {
+        steps.sort_by_key(|step| matches!(step, Step::Set(..)));
+    }
+    steps
+}
+
 /// Reads the entries of a trie, of one scope or of all.
 pub(super) fn read<V: Pod>(
     trie: &LpmTrie<MapData, Prefix, V>,
@@ -136,6 +153,21 @@ pub(super) fn apply<V: Pod>(
         }
     }
     Ok(())
+}
+
+/// Carries as many changes out as the trie has room for. Returns how many it had none for.
+pub(super) fn apply_most<V: Pod>(
+    trie: &mut LpmTrie<MapData, Prefix, V>,
+    steps: &[Step<V>],
+) -> Result<usize, MapError> {
+    let mut missing = 0;
+    for step in steps {
+        match apply(trie, std::slice::from_ref(step)) {
+            Err(error) if is_full(&error) => missing += 1,
+            applied => applied?,
+        }
+    }
+    Ok(missing)
 }
 
 #[cfg(test)]
@@ -219,6 +251,31 @@ pub(super) mod tests {
             }
             prop_assert_eq!(now, new);
         }
+    }
+
+    #[test]
+    fn a_full_table_loses_the_old_before_it_takes_the_new() {
+        let table = |range: std::ops::Range<u32>| -> Table<u32> {
+            let key = |n: u32| Key::new(1, IpNet::from(IpAddr::V4(n.into())));
+            range.map(|n| (key(n), n)).collect()
+        };
+        let (old, new) = (table(0..10), table(5..15));
+        let removals_first = |capacity| {
+            let steps = plan_within(&old, &new, capacity);
+            assert_eq!(steps.len(), 10);
+            let mut now = old.clone();
+            for step in &steps {
+                match step {
+                    Step::Set(key, value) => now.insert(*key, *value),
+                    Step::Remove(key) => now.remove(key),
+                };
+                assert!(now.len() <= capacity);
+            }
+            assert_eq!(now, new);
+            matches!(steps[0], Step::Remove(_))
+        };
+        assert!(!removals_first(15));
+        assert!(removals_first(14));
     }
 
     #[test]

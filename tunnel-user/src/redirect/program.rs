@@ -92,10 +92,39 @@ fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<OwnedFd, RedirectError> {
     let program = ebpf
         .program_mut(name)
         .ok_or(RedirectError::Mismatch(name))?;
-    load_program(program).map_err(|error| RedirectError::Load {
-        name,
-        source: Box::new(error),
-    })
+    load_program(program).map_err(|error| refused(name, &error))
+}
+
+/// An error about a program that was not loaded. The verifier's log can be 50 KB long; its end says why.
+pub(super) fn refused(name: &'static str, error: &ProgramError) -> RedirectError {
+    let why = match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
+            let log = verifier_log.to_string();
+            tracing::debug!(program = name, log, "the verifier's log");
+            match last_words(&log) {
+                Some(words) => format!("{io_error}; the verifier: {words}"),
+                None => io_error.to_string(),
+            }
+        }
+        error => error.to_string(),
+    };
+    RedirectError::Load { name, why }
+}
+
+/// The last line of a verifier's log that is about the program.
+fn last_words(log: &str) -> Option<&str> {
+    let lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    let is_summary =
+        |line: &&str| line.starts_with("processed ") || line.starts_with("verification time");
+    let last = lines.filter(|line| !is_summary(line)).next_back()?;
+    let end = last
+        .char_indices()
+        .nth(200)
+        .map_or(last.len(), |(end, _)| end);
+    Some(&last[..end])
 }
 
 fn load_program(program: &mut Program) -> Result<OwnedFd, ProgramError> {
@@ -110,4 +139,18 @@ fn load_program(program: &mut Program) -> Result<OwnedFd, ProgramError> {
         }
     }
     Ok(program.fd()?.as_fd().try_clone_to_owned()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_the_verifiers_log_its_last_words_are_shown() {
+        let log = "0: R1=ctx() R10=fp0\n; if a < b\n17: (2d) if r1 > r2 goto pc+3\n\
+            R1 pointer comparison prohibited\nprocessed 18 insns (limit 1000000)\n\n";
+        assert_eq!(last_words(log), Some("R1 pointer comparison prohibited"));
+        assert_eq!(last_words("\n"), None);
+        assert_eq!(last_words(&"x".repeat(50_000)).map(str::len), Some(200));
+    }
 }

@@ -1,7 +1,7 @@
 //! What is served, for the kernel to serve or refuse.
 
 use ipnet::IpNet;
-use tunnel_ebpf_common::Verdict;
+use tunnel_ebpf_common::{MAX_ROUTES, Verdict};
 
 use super::{
     RedirectError,
@@ -31,9 +31,13 @@ impl Routes {
     /// not touched, and each address goes from its old verdict to its new one without a gap. Of
     /// two verdicts for one prefix the last counts.
     ///
+    /// Where old and new routes do not fit into the kernel's table together, the old ones go first: an
+    /// address that changes is then without a route for a moment, and refused.
+    ///
     /// # Errors
     ///
-    /// When the kernel's table is full: old and new routes have to fit, 65,536 together.
+    /// [`RedirectError::RoutesFull`] when the new ones alone do not fit: as many as fit are in force, and
+    /// nothing else is.
     pub fn replace(&mut self, routes: &[(u32, IpNet, Verdict)]) -> Result<(), RedirectError> {
         let new: Table<u32> = routes
             .iter()
@@ -43,7 +47,11 @@ impl Routes {
             Some(installed) => installed,
             None => prefix::read(&self.trie, None).map_err(failed("ROUTES"))?,
         };
-        prefix::apply(&mut self.trie, &prefix::plan(&old, &new)).map_err(failed("ROUTES"))?;
+        let steps = prefix::plan_within(&old, &new, MAX_ROUTES as usize);
+        let missing = prefix::apply_most(&mut self.trie, &steps).map_err(failed("ROUTES"))?;
+        if missing > 0 {
+            return Err(RedirectError::RoutesFull { missing });
+        }
         self.installed = Some(new);
         Ok(())
     }

@@ -7,7 +7,7 @@ use nix::{
     ifaddrs::{InterfaceAddress, getifaddrs},
     net::if_::InterfaceFlags,
 };
-use tunnel_ebpf_common::{Attachment, Counter, Endpoint, MAX_ATTACHMENTS, flags};
+use tunnel_ebpf_common::{Attachment, Counter, Endpoint, Heartbeat, MAX_ATTACHMENTS, flags};
 
 use super::{
     AttachmentSpec, FailMode, RedirectError, capture,
@@ -37,8 +37,8 @@ pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
     Err(RedirectError::Full)
 }
 
-/// Writes a spec under its number. Running programs see it at once.
-pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), RedirectError> {
+/// Writes a spec under its number. Running programs see it at once. Whether the captures changed.
+pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<bool, RedirectError> {
     let (netns, own) = namespace(spec.netns.as_deref())?;
     let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
     let entry = entry(spec, netns)?;
@@ -49,10 +49,12 @@ pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<(), Red
     }
     let mut captures = maps::captures(pin, Access::Write)?;
     let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
-    prefix::apply(&mut captures, &prefix::plan(&old, &table)).map_err(failed("CAPTURES"))?;
+    let steps = prefix::plan(&old, &table);
+    prefix::apply(&mut captures, &steps).map_err(failed("CAPTURES"))?;
     attachments
         .insert(id, entry, 0)
-        .map_err(failed("ATTACHMENTS"))
+        .map_err(failed("ATTACHMENTS"))?;
+    Ok(!steps.is_empty())
 }
 
 /// Compares what is in force with a spec, for who may not write it. Returns what differs and yet
@@ -130,7 +132,7 @@ pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
 /// What an earlier attachment left under this number is not the new one's.
 fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
     maps::heartbeats(pin, Access::Write)?
-        .set(id, 0, 0)
+        .set(id, Heartbeat::NONE, 0)
         .map_err(failed("HEARTBEATS"))?;
     let mut counters = maps::counters(pin, Access::Write)?;
     for slot in 0..Counter::SLOTS {

@@ -72,6 +72,24 @@ impl AttachmentSpec {
     }
 }
 
+impl AttachmentSpec {
+    /// Warns of a cgroup that is one unit's or one container's own, by its name: systemd and container
+    /// runtimes make such a cgroup again at each start, with the program in it already. A slice stays.
+    pub fn fleeting_cgroup(&self) -> Option<String> {
+        let name = self.cgroup.file_name()?.to_str()?;
+        let kind = [".service", ".scope"]
+            .into_iter()
+            .find(|kind| name.ends_with(kind))?;
+        Some(format!(
+            "{} is the cgroup of one {}: it is made again at each start, and the first connects after that \
+             take the ordinary route. Name the slice that holds it (for systemd, `Slice=kube-apiserver.slice` \
+             in the unit, and kube.slice/kube-apiserver.slice here)",
+            self.cgroup.display(),
+            kind.trim_start_matches('.')
+        ))
+    }
+}
+
 /// A name as the map holds it.
 pub(super) fn padded(name: &str) -> Result<[u8; NAME_LENGTH], RedirectError> {
     let usable = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
@@ -122,6 +140,46 @@ mod tests {
             &"x".repeat(NAME_LENGTH + 1),
         ] {
             assert!(padded(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_that_each_start_makes_again_is_warned_of() {
+        let warned = |cgroup: &str| {
+            let spec = AttachmentSpec {
+                cgroup: cgroup.into(),
+                ..example()
+            };
+            spec.fleeting_cgroup().is_some()
+        };
+        for fleeting in [
+            "/sys/fs/cgroup/system.slice/kube-apiserver.service",
+            "/sys/fs/cgroup/kubepods.slice/cri-containerd-0123.scope",
+            "/sys/fs/cgroup/system.slice/kube-apiserver.service/",
+        ] {
+            assert!(warned(fleeting), "{fleeting}");
+        }
+        for stable in [
+            "/sys/fs/cgroup/kube.slice/kube-apiserver.slice",
+            "/sys/fs/cgroup/kubepods/burstable/pod0123",
+            "/sys/fs/cgroup",
+        ] {
+            assert!(!warned(stable), "{stable}");
+        }
+    }
+
+    fn example() -> AttachmentSpec {
+        AttachmentSpec {
+            name: "test".to_owned(),
+            tenant: 0,
+            cgroup: PathBuf::new(),
+            netns: None,
+            listen4: None,
+            listen6: None,
+            capture: Vec::new(),
+            exclude: Vec::new(),
+            fail: FailMode::Closed,
+            shortcut: false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What is attached, as the kernel has it.
 
-use std::{collections::BTreeMap, io, net::SocketAddr};
+use std::{collections::BTreeMap, fmt, io, net::SocketAddr};
 
 use serde::Serialize;
 use tunnel_ebpf_common::{Attachment, Counter, Endpoint, flags};
@@ -33,6 +33,19 @@ pub enum LinkState {
     Hidden,
 }
 
+impl fmt::Display for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attached { cgroup, program } => {
+                write!(f, "in another cgroup ({cgroup}, as program {program})")
+            }
+            Self::Orphaned => f.write_str("in a cgroup that was removed"),
+            Self::Missing => f.write_str("missing"),
+            Self::Hidden => f.write_str("hidden"),
+        }
+    }
+}
+
 /// One attachment.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
@@ -44,7 +57,7 @@ pub struct Status {
     pub tenant: u32,
     /// The namespace's cookie.
     pub netns: u64,
-    /// Where connections go.
+    /// Where connections go: the ports on which the connector listens, or is configured to.
     pub listeners: Vec<SocketAddr>,
     /// What happens while the connector is away.
     pub fail: FailMode,
@@ -82,7 +95,14 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
         .map_err(failed("HEARTBEATS"))?;
     let captures = maps::captures(pin, Access::Read)?;
     let captures = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
-    let listeners = [attachment.listener4, attachment.listener6];
+    let port = |configured: Endpoint, port| match heartbeat.at {
+        0 => configured,
+        _ => Endpoint { port, ..configured },
+    };
+    let listeners = [
+        port(attachment.listener4, heartbeat.port4),
+        port(attachment.listener6, heartbeat.port6),
+    ];
     let open = attachment.flags & flags::FAIL_OPEN != 0;
     let counted = counters::of(&maps::counters(pin, Access::Read)?, id)?;
     Ok(Status {
@@ -91,7 +111,7 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
         netns: attachment.netns,
         listeners: listeners
             .into_iter()
-            .filter(|l| *l != Endpoint::NONE)
+            .filter(|l| l.port != 0)
             .map(Into::into)
             .collect(),
         fail: if open {
@@ -101,8 +121,8 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
         },
         shortcut: attachment.flags & flags::SHORTCUT != 0,
         prefixes: captures.len(),
-        heartbeat_age_ms: (heartbeat != 0)
-            .then(|| monotonic_ns().saturating_sub(heartbeat) / 1_000_000),
+        heartbeat_age_ms: (heartbeat.at != 0)
+            .then(|| monotonic_ns().saturating_sub(heartbeat.at) / 1_000_000),
         links: links(pin, &name, attachment)?,
         counters: counted
             .into_iter()
@@ -110,6 +130,29 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
             .collect(),
         name,
     })
+}
+
+/// See [`super::Redirect::verify`].
+pub(super) fn verify(pin: &Pin, name: &str, cgroup: u64) -> Result<(), RedirectError> {
+    let (_, attachment) = maps::attached(pin, name)?;
+    for (hook, state) in links(pin, name, &attachment)? {
+        let is_there = match state {
+            LinkState::Attached { cgroup: there, .. } => there == cgroup,
+            LinkState::Hidden => true,
+            LinkState::Orphaned | LinkState::Missing => false,
+        };
+        if !is_there {
+            let name = name.to_owned();
+            return Err(RedirectError::Incomplete { name, hook, state });
+        }
+    }
+    if pin.remembered_cgroup(name) != Some(cgroup) {
+        return Err(RedirectError::OtherCgroup(name.to_owned()));
+    }
+    match pin.remembered_rivals(name) {
+        Some(rivals) => Err(RedirectError::Rivals(rivals)),
+        None => Ok(()),
+    }
 }
 
 fn links(

@@ -68,7 +68,59 @@ fn multipath_tcp_is_tcp() {
         return;
     };
     socket.connect(&at(V4).into()).unwrap();
+    // The hooks of getpeername(2) are not called for it: it sees where it is connected to.
+    assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(it.listen4()));
     assert_eq!(answer(socket).unwrap(), at(V4).to_string());
+}
+
+/// sendto(2) with MSG_FASTOPEN connects too.
+#[test]
+fn a_connect_by_the_first_write_is_redirected() {
+    let Some(it) = Attached::new() else { return };
+    let socket = it.client.tcp(Domain::IPV4);
+    let to = at(V4).into();
+    socket
+        .send_to_with_flags(b"x", &to, libc::MSG_FASTOPEN)
+        .unwrap();
+    assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(at(V4)));
+    assert_eq!(it.count(Counter::Redirected), 1);
+}
+
+/// Which sockets are redirected was decided when they were made. Whoever uses one, in whatever cgroup,
+/// changes nothing: one that was made outside takes the ordinary route, and one made inside does not.
+#[test]
+fn sockets_keep_the_cgroup_in_which_they_were_made() {
+    let Some(it) = Attached::new() else { return };
+    let outside = it.lab.cgroup.path().parent().unwrap();
+    let moved = Factory::new(outside, &it.lab.netns);
+    for to in [at(V4), at(V6)] {
+        let domain = Domain::for_address(to);
+        let before = moved.tcp(domain);
+        moved.move_to(it.lab.cgroup.path());
+        let after = moved.tcp(domain);
+        moved.move_to(outside);
+        before.connect(&to.into()).unwrap();
+        assert_eq!(answer(before).unwrap(), "decoy");
+        // This process, which connects, is outside as well: the descriptor was passed to it.
+        after.connect(&to.into()).unwrap();
+        assert_eq!(answer(after).unwrap(), to.to_string());
+    }
+}
+
+#[test]
+fn raw_sockets_are_left_alone() {
+    let Some(it) = Attached::new() else { return };
+    for to in [at(V4), at(V6)] {
+        let domain = Domain::for_address(to);
+        let raw = it
+            .client
+            .socket(domain, Type::RAW, libc::IPPROTO_TCP)
+            .unwrap();
+        raw.connect(&to.into()).unwrap();
+        assert_eq!(raw.peer_addr().unwrap().as_socket().unwrap().ip(), to.ip());
+    }
+    assert_eq!(it.count(Counter::Redirected), 0);
+    assert_eq!(it.count(Counter::NotCaptured), 0);
 }
 
 #[test]
@@ -111,6 +163,28 @@ fn own_addresses_are_excluded_where_the_interface_is_up() {
     assert_eq!(ask(&it.client, at("fd99::7")).unwrap(), "decoy");
     let service = at("10.99.8.8");
     assert_eq!(ask(&it.client, service).unwrap(), service.to_string());
+}
+
+#[test]
+fn own_addresses_that_come_later_are_followed() {
+    let Some(it) = Attached::new() else { return };
+    let attachment = it.redirect.prepare(&it.spec).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    let watch = AddressWatch::spawn(it.spec.netns.as_deref(), move || {
+        sender.send(attachment.follow_addresses().unwrap()).unwrap();
+    })
+    .unwrap();
+    let changed = || while !receiver.recv_timeout(Duration::from_secs(10)).unwrap() {};
+    let own = at("10.99.7.7");
+    assert_eq!(ask(&it.client, own).unwrap(), own.to_string());
+    it.lab.netns.ip("address add 10.99.7.7/32 dev lo");
+    changed();
+    assert_eq!(ask(&it.client, own).unwrap(), "decoy");
+    it.lab.netns.ip("address del 10.99.7.7/32 dev lo");
+    changed();
+    assert_eq!(ask(&it.client, own).unwrap(), own.to_string());
+    drop(watch);
+    assert!(receiver.try_iter().all(|changed| !changed));
 }
 
 #[test]

@@ -32,6 +32,13 @@ impl Listeners {
         Self(open(v4), open(v6))
     }
 
+    /// Makes them the attachment's.
+    pub(crate) fn announce(&self, heartbeat: &mut Heartbeat) {
+        for listener in [&self.0, &self.1] {
+            heartbeat.listen(listener).unwrap();
+        }
+    }
+
     pub(crate) fn addresses(&self) -> [SocketAddr; 2] {
         [self.0.local_addr().unwrap(), self.1.local_addr().unwrap()]
     }
@@ -47,6 +54,7 @@ impl Connector {
     pub(crate) fn start(redirect: &Redirect, name: &str, listeners: Listeners) -> Self {
         let mut flows = redirect.flows(name).unwrap();
         let mut heartbeat = redirect.heartbeat(name).unwrap();
+        listeners.announce(&mut heartbeat);
         // The first connection may come before the thread runs.
         heartbeat.beat().unwrap();
         let stop = Arc::new(AtomicBool::new(false));

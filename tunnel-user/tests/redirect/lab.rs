@@ -36,7 +36,10 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
-use tunnel_user::redirect::{self, AttachmentSpec, FailMode, Rule, within};
+use tunnel_user::{
+    process::kernel,
+    redirect::{self, AttachmentSpec, FailMode, Rule, within},
+};
 
 /// Port of the decoys; captured.
 pub(crate) const PORT: u16 = 10250;
@@ -69,6 +72,19 @@ pub(crate) fn skip(missing: &str) {
         "can't run in CI: {missing}"
     );
     eprintln!("skipped: {missing}");
+}
+
+/// The laboratory of a test that expects errnos of connect(2), which the kernel lets a program choose
+/// from Linux 6.1 on.
+pub(crate) fn lab_with_errno() -> Option<Lab> {
+    if !kernel::is_since((6, 1)) {
+        skip(&format!(
+            "needs Linux 6.1 for errnos of connect(2), this is {}",
+            kernel::release()
+        ));
+        return None;
+    }
+    lab()
 }
 
 pub(crate) struct Lab {
@@ -322,6 +338,11 @@ impl Factory {
             }
         }
         Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
+    }
+
+    /// Moves the process, and not the sockets that it has made.
+    pub(crate) fn move_to(&self, cgroup: &Path) {
+        fs::write(cgroup.join("cgroup.procs"), self.child.to_string()).unwrap();
     }
 
     pub(crate) fn tcp(&self, domain: Domain) -> Socket {

@@ -15,6 +15,7 @@ mod lifetime;
 mod origin;
 mod refusal;
 mod shortcut;
+mod survey;
 
 use std::{
     collections::BTreeMap,
@@ -31,11 +32,13 @@ use std::{
 
 use connector::{Connector, Listeners};
 use ipnet::IpNet;
-use lab::{Factory, Lab, Netns, OTHER_V4, PORT, TENANT, V4, V6, lab, remove_cgroup, rule};
+use lab::{
+    Factory, Lab, Netns, OTHER_V4, PORT, TENANT, V4, V6, lab, lab_with_errno, remove_cgroup, rule,
+};
 use socket2::{Domain, Socket, Type};
 use tunnel_user::redirect::{
-    AttachmentSpec, Counter, FailMode, Follower, Hook, LinkState, Linked, Presence, Redirect,
-    RedirectError, Refusal, Verdict,
+    AddressWatch, AttachmentSpec, Counter, FailMode, Follower, Hook, LinkState, Linked, Presence,
+    Redirect, RedirectError, Refusal, Verdict,
 };
 
 /// A laboratory with an attachment whose connector runs, all captured addresses served.
@@ -50,6 +53,11 @@ struct Attached {
 impl Attached {
     fn new() -> Option<Self> {
         Self::with(lab()?, |redirect| redirect)
+    }
+
+    /// Of a test that expects errnos.
+    fn with_errno() -> Option<Self> {
+        Self::with(lab_with_errno()?, |redirect| redirect)
     }
 
     fn with(lab: Lab, configure: impl Fn(Redirect) -> Redirect) -> Option<Self> {

@@ -8,7 +8,9 @@ fn an_origin_is_taken_once() {
     let addresses = it.listeners();
     drop(it.connector);
     let listeners = Listeners::reopen(&it.lab.netns, addresses);
-    it.redirect.heartbeat("test").unwrap().beat().unwrap();
+    let mut heartbeat = it.redirect.heartbeat("test").unwrap();
+    listeners.announce(&mut heartbeat);
+    heartbeat.beat().unwrap();
     let _client = connect(&it.client, at(V4)).unwrap();
     listeners.0.set_nonblocking(false).unwrap();
     let (stream, client) = listeners.0.accept().unwrap();

@@ -7,7 +7,9 @@ use crate::lab::skip;
 
 #[test]
 fn refusals_say_why() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     routes(&it.redirect, &[]);
     assert_eq!(errno(&it.client, at(V4)), libc::ENETUNREACH);
     assert_eq!(errno(&it.client, at(V6)), libc::ENETUNREACH);
@@ -40,7 +42,9 @@ fn refusals_say_why() {
 
 #[test]
 fn the_longest_route_of_the_tenant_decides() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     routes(
         &it.redirect,
         &[
@@ -63,7 +67,9 @@ fn the_longest_route_of_the_tenant_decides() {
 
 #[test]
 fn a_dead_connector_is_refused() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     drop(it.connector);
     let mut heartbeat = it.redirect.heartbeat("test").unwrap();
     heartbeat.beat().unwrap();
@@ -76,10 +82,12 @@ fn a_dead_connector_is_refused() {
 
 #[test]
 fn a_stuck_connector_is_refused() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     drop(it.connector);
-    // Somebody listens, but nobody beats.
-    let _listeners = Listeners::reopen(
+    // The connector listens, but does not beat.
+    let listeners = Listeners::reopen(
         &it.lab.netns,
         [
             it.spec.listen4.unwrap().into(),
@@ -87,6 +95,7 @@ fn a_stuck_connector_is_refused() {
         ],
     );
     let mut heartbeat = it.redirect.heartbeat("test").unwrap();
+    listeners.announce(&mut heartbeat);
     heartbeat.beat().unwrap();
     assert!(connect(&it.client, at(V4)).is_ok());
     thread::sleep(Duration::from_millis(3100));
@@ -99,9 +108,45 @@ fn a_stuck_connector_is_refused() {
     assert_eq!(status[0].counters["refused_stuck"], 2);
 }
 
+/// The connector is gone, its last beat still counts, and another program has its port.
+#[test]
+fn a_stranger_on_the_connectors_port_gets_nothing() {
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
+    let addresses = it.listeners();
+    drop(it.connector);
+    let strangers = Listeners::reopen(&it.lab.netns, addresses);
+    it.redirect.heartbeat("test").unwrap().beat().unwrap();
+    for to in [at(V4), at(V6), at("::ffff:10.99.1.2")] {
+        assert_eq!(errno(&it.client, to), libc::ECONNREFUSED);
+    }
+    let not_accepted = |listener: &std::net::TcpListener| {
+        assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    };
+    not_accepted(&strangers.0);
+    not_accepted(&strangers.1);
+    assert_eq!(it.redirect.status().unwrap()[0].counters["refused_dead"], 3);
+
+    // The next connector takes another port, and the programs follow it there.
+    let listeners = Listeners::open(&it.lab.netns);
+    assert!(
+        !listeners
+            .addresses()
+            .iter()
+            .any(|it| addresses.contains(it))
+    );
+    let _connector = Connector::start(&it.redirect, "test", listeners);
+    for to in [at(V4), at(V6)] {
+        assert_eq!(ask(&it.client, to).unwrap(), to.to_string());
+    }
+    not_accepted(&strangers.0);
+    not_accepted(&strangers.1);
+}
+
 #[test]
 fn fail_open_passes_only_while_the_connector_is_away() {
-    let Some(mut it) = Attached::new() else {
+    let Some(mut it) = Attached::with_errno() else {
         return;
     };
     it.spec.fail = FailMode::Open;
@@ -115,8 +160,10 @@ fn fail_open_passes_only_while_the_connector_is_away() {
     it.redirect.heartbeat("test").unwrap().beat().unwrap();
     assert_eq!(ask(&it.client, at(V4)).unwrap(), "decoy");
     assert_eq!(ask(&it.client, at(V6)).unwrap(), "decoy");
-    let _listeners = Listeners::reopen(&it.lab.netns, addresses);
-    it.redirect.heartbeat("test").unwrap().stop().unwrap();
+    let listeners = Listeners::reopen(&it.lab.netns, addresses);
+    let mut heartbeat = it.redirect.heartbeat("test").unwrap();
+    listeners.announce(&mut heartbeat);
+    heartbeat.stop().unwrap();
     assert_eq!(ask(&it.client, at(V4)).unwrap(), "decoy");
 
     it.spec.fail = FailMode::Closed;
@@ -126,7 +173,9 @@ fn fail_open_passes_only_while_the_connector_is_away() {
 
 #[test]
 fn the_kernel_chooses_errno_where_it_can() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     assert_eq!(
         it.redirect.prepare(&it.spec).unwrap().refusal(),
         Refusal::Errno
@@ -153,7 +202,9 @@ fn kernels_without_errno_reset() {
 
 #[test]
 fn kernels_without_errno_are_not_asked_for_it() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     for (refusal, called) in [(Refusal::Errno, true), (Refusal::Reset, false)] {
         let redirect = it.redirect.clone().refusing_by(refusal);
         redirect.attach(&it.spec).unwrap();
@@ -182,7 +233,9 @@ fn kernels_without_errno_are_not_asked_for_it() {
 
 #[test]
 fn refusals_are_logged() {
-    let Some(it) = Attached::new() else { return };
+    let Some(it) = Attached::with_errno() else {
+        return;
+    };
     let log = Log::default();
     let writer = log.clone();
     tracing_subscriber::fmt()

@@ -63,7 +63,9 @@ impl Pair {
             attach(&spec);
         }
         serve_all(&redirect);
-        redirect.heartbeat("test").unwrap().beat().unwrap();
+        let mut heartbeat = redirect.heartbeat("test").unwrap();
+        listeners.announce(&mut heartbeat);
+        heartbeat.beat().unwrap();
         let factory = Factory::new(lab.cgroup.path(), &lab.netns);
         let client: TcpStream = connect(&factory, at(V4)).unwrap().into();
         listeners.0.set_nonblocking(false).unwrap();
@@ -344,7 +346,7 @@ fn a_shortcut_can_be_taken_back() {
 #[test]
 fn a_refused_shortcut_is_an_error_that_names_it() {
     let Some(it) = Attached::new() else { return };
-    let maps = it.lab.pin().join("maps-v1");
+    let maps = it.lab.pin().join("maps-v2");
     let other = MapData::from_pin(maps.join("HEARTBEATS")).unwrap();
     other.pin(maps.join("SHORTCUT_READERS")).unwrap();
     let mut spec = it.spec.clone();
@@ -361,7 +363,7 @@ fn a_refused_shortcut_is_an_error_that_names_it() {
 fn nothing_of_it_is_loaded_where_nobody_wants_it() {
     let Some(it) = Attached::new() else { return };
     assert!(it.redirect.shortcuts("test").is_err());
-    let pins = std::fs::read_dir(it.lab.pin().join("maps-v1")).unwrap();
+    let pins = std::fs::read_dir(it.lab.pin().join("maps-v2")).unwrap();
     let pinned = pins.filter(|pin| {
         let name = pin.as_ref().unwrap().file_name();
         name.to_string_lossy().contains("SHORTCUT")
@@ -421,7 +423,7 @@ type Lie = aya::maps::HashMap<MapData, FlowKey, u64>;
 /// Gives answers a shortcut too.
 fn answers(pair: &Pair) -> (FlowKey, Lie) {
     let map = |name: &str| {
-        let pinned = pair.it.lab.pin().join("maps-v1").join(name);
+        let pinned = pair.it.lab.pin().join("maps-v2").join(name);
         Map::from_map_data(MapData::from_pin(pinned).unwrap()).unwrap()
     };
     let key = FlowKey {

@@ -7,7 +7,7 @@ use aya::{
     programs::{Program, ProgramError, SkMsg, SockOps},
 };
 
-use super::super::{Hook, RedirectError, link, maps, object, pin::Pin};
+use super::super::{Hook, RedirectError, link, maps, object, pin::Pin, program::refused};
 
 /// The program that decides over each write.
 const VERDICT: &str = "shortcut_verdict";
@@ -56,8 +56,5 @@ fn program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, RedirectError
         }
         Ok(program.fd()?.as_fd().try_clone_to_owned()?)
     };
-    load().map_err(|error| RedirectError::Load {
-        name,
-        source: Box::new(error),
-    })
+    load().map_err(|error| refused(name, &error))
 }
