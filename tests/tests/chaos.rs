@@ -75,7 +75,7 @@ fn connects_until(
 /// when it is back, and no packet left in between.
 #[test]
 fn a_dead_or_stopped_server_is_closed() -> Result<()> {
-    if !lab::available()? {
+    if !lab::available()? || !lab::kernel_since((6, 1), lab::ERRNOS)? {
         return Ok(());
     }
     let mut lab = counting_leaks()?;
@@ -180,7 +180,7 @@ fn a_server_restarted_under_load_leaks_nothing() -> Result<()> {
 /// and none is refused.
 #[test]
 fn an_attachment_that_fails_open_takes_the_ordinary_route() -> Result<()> {
-    if !lab::available()? {
+    if !lab::available()? || !lab::kernel_since((6, 1), lab::ERRNOS)? {
         return Ok(());
     }
     let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;

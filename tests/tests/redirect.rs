@@ -2,7 +2,7 @@
 //! nothing, and who is not redirected is left alone.
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -178,13 +178,14 @@ fn connect_nonblocking(to: SocketAddr) -> Result<TcpStream> {
 }
 
 /// A listener is of no use to somebody who connects to it directly: where that connection was
-/// meant to go is not known, and it is reset.
+/// meant to go is not known, and it is reset. Nor is its port to a program that binds it while no server
+/// runs, and keeps it: nothing that is captured arrives there, and the next server works all the same.
 #[test]
 fn the_listener_itself_serves_nobody() -> Result<()> {
-    if !lab::available()? {
+    if !lab::available()? || !lab::kernel_since((6, 1), lab::ERRNOS)? {
         return Ok(());
     }
-    let lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
+    let mut lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
     let direct = || {
         for listener in ["127.0.0.1:8137", "[::1]:8137"] {
             let stream = TcpStream::connect(listener)?;
@@ -200,7 +201,30 @@ fn the_listener_itself_serves_nobody() -> Result<()> {
         Ok(())
     };
     lab.control_plane.as_apiserver(direct)?;
-    lab.control_plane.netns.enter(direct)
+    lab.control_plane.netns.enter(direct)?;
+
+    lab.control_plane.servers[0].daemon.kill()?;
+    let bind = || {
+        let stranger = TcpListener::bind("127.0.0.1:8137")?;
+        stranger.set_nonblocking(true)?;
+        Ok(stranger)
+    };
+    let stranger = lab.control_plane.netns.enter(bind)?;
+    let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
+    let dial = || Ok(TcpStream::connect_timeout(&echo, PATIENCE));
+    let error = lab.control_plane.as_apiserver(dial)?.err();
+    let error = error.context("a stranger was given a captured connection")?;
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.start()?;
+    server.wait_ready(3 * PATIENCE)?;
+    ensure!(server.log().contains("captured connections go to another port"));
+    let stream = lab.control_plane.as_apiserver(dial)??;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    client::round_trips(stream, 3)?;
+    let accepted = stranger.accept().err().map(|error| error.kind());
+    assert_eq!(accepted, Some(ErrorKind::WouldBlock));
+    Ok(())
 }
 
 /// An API server in a pod: a namespace without any network, in which the listener is opened. Its

@@ -54,6 +54,31 @@ pub fn available() -> Result<bool> {
     Ok(false)
 }
 
+/// What [`kernel_since`] is asked for by tests that expect an errno of a refused connect(2).
+pub const ERRNOS: &str = "errnos of refused connects";
+
+/// Whether the kernel is `version` or newer, from which on it has `what`; a test that needs that returns
+/// early where it is not.
+///
+/// # Errors
+///
+/// It is older and this is CI, where a test that did not run has failed.
+pub fn kernel_since(version: (u32, u32), what: &str) -> Result<bool> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next()?.parse().ok();
+    if next().zip(next()) >= Some(version) {
+        return Ok(true);
+    }
+    let (major, minor) = version;
+    let missing = format!("needs Linux {major}.{minor} for {what}, this is {}", release.trim());
+    if std::env::var_os("CI").is_some() {
+        bail!("{missing}");
+    }
+    eprintln!("skipped: {missing}");
+    Ok(false)
+}
+
 /// The programs of this workspace that a laboratory runs.
 #[derive(Clone, Debug)]
 pub struct Programs {
@@ -141,6 +166,9 @@ impl Engine {
     ///
     /// It has not and this is CI, where a test that did not run has failed.
     pub fn available(self) -> Result<bool> {
+        if self == Self::IoUring && !kernel_since((6, 12), "what io_uring is used for")? {
+            return Ok(false);
+        }
         // SAFETY: without parameters nothing is read or written: EFAULT where it is let.
         let refused = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, 0) } < 0
             && std::io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT);

@@ -9,14 +9,15 @@ use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
-use nix::unistd::{Gid, setgid};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Gid, Pid, setgid};
 use serde_json::json;
 use tunnel_tests::client::{self, eventually, round_trips};
 use tunnel_tests::frontend::Frontend;
@@ -46,7 +47,8 @@ impl Drop for Scene {
 impl Scene {
     /// Configured and not started; `None` where there can be none.
     fn new() -> Result<Option<Self>> {
-        if !lab::available()? {
+        let maps = "the redirect's maps without CAP_BPF";
+        if !lab::available()? || !lab::kernel_since((5, 19), maps)? {
             return Ok(None);
         }
         let built = Programs::of_this_test()?;
@@ -223,16 +225,20 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     scene.attach()?;
     let pins = scene.lab.folder().join("bpf/cpc");
     for (pin, wanted) in [
-        ("maps-v1/ATTACHMENTS", 0o640),
-        ("maps-v1/CAPTURES", 0o640),
-        ("maps-v1/ROUTES", 0o660),
-        ("maps-v1/HEARTBEATS", 0o660),
+        ("maps-v2/ATTACHMENTS", 0o640),
+        ("maps-v2/CAPTURES", 0o640),
+        ("maps-v2/ROUTES", 0o660),
+        ("maps-v2/HEARTBEATS", 0o660),
+        ("maps-v2/LISTENERS", 0o660),
         ("links/kube-apiserver", 0o750),
         ("links/kube-apiserver/connect4", 0o600),
     ] {
         let pin = fs::metadata(pins.join(pin)).with_context(|| pin.to_owned())?;
         assert_eq!((pin.uid(), pin.mode() & 0o777), (0, wanted));
     }
+    let listed = scene.redirect("list", |_| ())?;
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    ensure!(listed.contains("attachment kube-apiserver pinned below"), "{listed}");
     scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
     let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
     round_trips(dial(&scene)?, 1)?;
@@ -272,6 +278,75 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     Ok(())
 }
 
+/// `cpc redirect attach --stay` keeps no capability either, and follows for the server: a cgroup that is
+/// made anew, an address of the host that comes later, a changed capture set.
+#[test]
+fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    let netns = scene.lab.control_plane.netns.clone();
+    let mut program = netns.command(scene.programs.join("cpc"))?;
+    program.args(["redirect", "attach", "--stay", "--config"]);
+    program.arg(scene.server().config_file());
+    let notify = scene.lab.folder().join("stays.sock");
+    let told = UnixDatagram::bind(&notify)?;
+    told.set_read_timeout(Some(SOON))?;
+    program.env("NOTIFY_SOCKET", &notify);
+    let enter = || {
+        keep_of_bounding_set(&ATTACHING)?;
+        Ok(setgid(Gid::from_raw(ID))?)
+    };
+    // SAFETY: bare system calls.
+    unsafe { program.pre_exec(enter) };
+    let stays = Stays(program.spawn()?);
+    let mut message = [0; 64];
+    let length = told.recv(&mut message).context("it is not attached")?;
+    ensure!(message[..length].starts_with(b"READY=1"), "{message:?}");
+    let pid = Pid::from_raw(stays.0.id() as i32);
+    check(Some(pid), &[])?;
+
+    scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
+    let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
+    let served = |scene: &Scene| eventually(SOON, || round_trips(dial(scene)?, 1));
+    let refused = |scene: &Scene| {
+        eventually(SOON, || {
+            ensure!(dial(scene).is_err(), "it was served");
+            Ok(())
+        })
+    };
+    served(&scene)?;
+    let cgroup = scene.lab.control_plane.apiserver.clone();
+    cgroup.remove()?;
+    fs::create_dir(cgroup.path())?;
+    served(&scene)?;
+    scene.server().wait_ready(SOON)?;
+
+    // The host's own now: nothing of it goes to the worker.
+    let own = format!("address add {}/32 dev lo\n", address::node(1));
+    netns.ip(&own)?;
+    refused(&scene)?;
+    netns.ip(&own.replace("add", "del"))?;
+    served(&scene)?;
+
+    scene.server().configure(|config| {
+        let port = json!({"cidr": "0.0.0.0/0", "ports": [Behaviour::Echo.port()]});
+        config["redirect"]["attachments"][0]["exclude"] = json!([port]);
+    })?;
+    kill(pid, Signal::SIGHUP)?;
+    refused(&scene)
+}
+
+/// A process that ends with the test.
+struct Stays(std::process::Child);
+
+impl Drop for Stays {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Started by root with everything, both keep nothing: the server attaches by itself first, and puts
 /// its programs into a cgroup that is made anew with nothing at all.
 #[test]
@@ -287,8 +362,24 @@ fn root_gives_everything_back() -> Result<()> {
     let server = &lab.control_plane.servers[0].daemon;
     let before = server.log().len();
     cgroup.remove()?;
+    // A server whose attachment is missing is not ready, and says why.
+    eventually(SOON, || {
+        let (status, why) = server.get("/readyz")?;
+        let missing = format!("the cgroup {} is not there", cgroup.path().display());
+        ensure!(status == 503 && why.contains(&missing), "{status}: {why}");
+        let (_, metrics) = server.get("/metrics")?;
+        let gauge = "cpc_redirect_in_place{attachment=\"kube-apiserver\"} 0";
+        ensure!(metrics.contains(gauge), "{metrics}");
+        Ok(())
+    })?;
+    server.wait_log(SOON, before, &["redirect NOT in place"])?;
     fs::create_dir(cgroup.path())?;
     server.wait_log(SOON, before, &["redirect in place", "Created"])?;
+    eventually(SOON, || {
+        let (status, why) = server.get("/readyz")?;
+        ensure!(status == 200, "{why}");
+        Ok(())
+    })?;
     round_trips(Frontend::Redirect.dial(&lab, to(Behaviour::Echo))?, 1)?;
     Ok(())
 }

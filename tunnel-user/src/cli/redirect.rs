@@ -4,10 +4,16 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::Subcommand;
+use sd_notify::NotifyState;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::ServerConfig;
+use crate::config::server::RedirectConfig;
+use crate::config::{AuditConfig, ServerConfig};
+use crate::process::{lifecycle, privileges};
 use crate::redirect::Redirect;
+use crate::server::Attachments;
+use crate::telemetry::logging;
 use crate::tls::{Material, Role, provider};
 
 /// Attach, detach and look at the eBPF redirect
@@ -27,13 +33,37 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Put the configured attachments in place, or renew their programs in one step
-    Attach(Config),
+    Attach {
+        #[command(flatten)]
+        config: Config,
+        /// Stay, without any capability: attach again when a cgroup is made anew, keep the host's own
+        /// addresses out of what is captured as they come and go, and put a changed capture set in force
+        /// at SIGHUP. Ending it takes nothing away
+        #[arg(long)]
+        stay: bool,
+    },
     /// Remove attachments: from then on their connections take the ordinary route
     Detach {
         #[command(flatten)]
         config: Config,
-        /// Only this one; all of them when missing
+        /// Only this one; all of redirect.pin when missing
+        #[arg(conflicts_with = "all")]
         name: Option<String>,
+        /// Everything that `list` shows, with its maps, of every version and pin directory. Needs no
+        /// configuration
+        #[arg(long)]
+        all: bool,
+    },
+    /// List every attachment of cpc on this host, whoever made it
+    ///
+    /// Reads the BPF file system, and with CAP_SYS_ADMIN all links in the kernel. Needs no configuration:
+    /// without one it looks below /sys/fs/bpf.
+    List {
+        #[command(flatten)]
+        config: Config,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Show the attachments as the kernel has them
     Status {
@@ -53,6 +83,15 @@ struct Config {
 }
 
 impl Config {
+    /// The redirect below the configured pin directory, or the default one where no file is named.
+    fn redirect(&self) -> anyhow::Result<Redirect> {
+        let pin = match &self.config {
+            Some(_) => self.load()?.redirect.pin,
+            None => RedirectConfig::default().pin,
+        };
+        Ok(Redirect::new(pin))
+    }
+
     fn load(&self) -> anyhow::Result<ServerConfig> {
         let config = ServerConfig::load(self.config.as_deref())?;
         let file = self.config.as_deref();
@@ -64,8 +103,13 @@ impl Config {
 impl Args {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.command {
-            Command::Attach(config) => attach(&config.load()?),
-            Command::Detach { config, name } => detach(&config.load()?, name.as_deref()),
+            Command::Attach { config, stay: true } => stay(&config),
+            Command::Attach { config, .. } => attach(&config.load()?),
+            Command::Detach {
+                config, all: true, ..
+            } => detach_all(&config.redirect()?),
+            Command::Detach { config, name, .. } => detach(&config.load()?, name.as_deref()),
+            Command::List { config, json } => list(&config.redirect()?, json),
             Command::Status { config, json } => status(&config.load()?, json),
         }
     }
@@ -78,13 +122,85 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
     let redirect = crate::server::redirect(&config.redirect)?;
     let material = Material::load(config.tls.files()?, Role::Server, provider())?;
     let own = material.identity().trust_domain;
-    for attachment in &config.redirect.attachments {
-        redirect.attach(&crate::server::spec(attachment, &own))?;
-        println!(
-            "{} is attached to {}",
-            attachment.name,
-            attachment.cgroup.display()
+    let attachments = &config.redirect.attachments;
+    let names: Vec<_> = attachments.iter().map(|it| it.name.as_str()).collect();
+    let mut shared = Vec::new();
+    for attachment in attachments {
+        let spec = crate::server::spec(attachment, &own);
+        redirect.attach(&spec)?;
+        let (name, cgroup) = (&attachment.name, attachment.cgroup.display());
+        if let Some(warning) = spec.fleeting_cgroup() {
+            eprintln!("warning: {name}: {warning}");
+        }
+        if !redirect.rivals(&spec, &names)?.is_empty() {
+            shared.push(name.as_str());
+        }
+        println!("{name} is attached to {cgroup}");
+    }
+    if !shared.is_empty() {
+        bail!(
+            "NOT in place: {}. Other attachments of cpc decide over the same connections and refuse them while \
+             their server is away: `cpc redirect list` shows them, `cpc redirect detach` takes them away; then \
+             attach again",
+            shared.join(", ")
         );
+    }
+    Ok(())
+}
+
+/// Attaches, gives every capability back, and follows the host until it is told to end.
+fn stay(file: &Config) -> anyhow::Result<()> {
+    let config = file.load()?;
+    if config.redirect.attachments.is_empty() {
+        bail!("the configuration names no attachment (redirect.attachments)");
+    }
+    privileges::begin(crate::server::for_start(&config))?;
+    let _log = logging::init(&config.log, &AuditConfig::default())?;
+    let material = Material::load(config.tls.files()?, Role::Server, provider())?;
+    let own = material.identity().trust_domain;
+    let mut attachments = Attachments::hold(&config.redirect, &own)?;
+    let (kept, why) = crate::server::kept(&config, true);
+    privileges::finish(kept, why)?;
+    attachments.follow()?;
+    super::runtime()?.block_on(async {
+        let mut hangups = lifecycle::hangups()?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let watching = tokio::spawn(attachments.watch());
+        lifecycle::notify(&[NotifyState::Ready]);
+        let reload = lifecycle::on_hangup(&mut hangups, async || match file.load() {
+            Ok(config) => attachments.update(&config.redirect, &own),
+            Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
+        });
+        tokio::select! {
+            () = reload => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        watching.abort();
+        anyhow::Ok(())
+    })
+}
+
+fn list(redirect: &Redirect, json: bool) -> anyhow::Result<()> {
+    let found = redirect.survey();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else if found.is_empty() {
+        println!("nothing is attached");
+    }
+    for it in found.iter().filter(|_| !json) {
+        match it.cgroup {
+            Some(cgroup) => println!("{it}, in the cgroup with the inode number {cgroup}"),
+            None => println!("{it}, whose cgroup was removed"),
+        }
+    }
+    Ok(())
+}
+
+fn detach_all(redirect: &Redirect) -> anyhow::Result<()> {
+    for it in redirect.detach_all()? {
+        println!("{it} is detached");
     }
     Ok(())
 }

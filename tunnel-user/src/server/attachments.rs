@@ -3,18 +3,24 @@
 //! A process that may load programs does so. One that may not takes what `cpc redirect attach` has
 //! put in place, compares it, and says where it is not what it should be.
 
+mod health;
+
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use nix::unistd::{Gid, Group};
 
+pub(super) use self::health::Health;
+use self::health::{LinkError, Look, Watch, no_cgroup};
 use crate::config::server::{AttachmentConfig, FailMode, GroupConfig, RedirectConfig};
 use crate::process::inherited::{self, Inherited};
 use crate::process::listen::is_family_missing;
 use crate::process::privileges::{self, CapabilitySet};
 use crate::redirect::{
-    self, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
+    self, AddressWatch, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
     RedirectError, Routes, Shortcuts, Verdict, tenant_number,
 };
 use crate::report::report;
@@ -23,9 +29,8 @@ use crate::server::routes;
 use crate::telemetry::audit::events as audit;
 use crate::tls::TrustDomain;
 
-/// What to do about a cgroup that the programs are not in, where we may not put them there.
-const ATTACH: &str = "run `cpc redirect attach` (systemd: `systemctl reload cpc-redirect`); until then its \
-     connections take the ordinary route";
+/// How long the process that attached is given to follow, before it counts as one that does not.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why an attachment is not in place.
 #[derive(Debug, thiserror::Error)]
@@ -76,13 +81,17 @@ pub(super) struct Accepting {
     pub shortcuts: Option<Shortcuts>,
     /// Our sign of life.
     pub heartbeat: Heartbeat,
+    /// Whether the service manager keeps the listeners open when we leave.
+    pub listeners_kept: bool,
 }
 
 /// Attachments that are in place for as long as this lives, and pinned beyond it.
-pub(super) struct Attachments {
+pub struct Attachments {
     redirect: Redirect,
     attached: Vec<Running>,
     followers: Vec<Follower>,
+    address_watches: Vec<AddressWatch>,
+    health: Health,
 }
 
 /// An attachment as it was put in place.
@@ -90,6 +99,7 @@ struct Running {
     spec: AttachmentSpec,
     /// `None`: somebody else attached.
     kernel: Option<Arc<Mutex<Attachment>>>,
+    link_error: LinkError,
 }
 
 /// The redirect that is configured.
@@ -168,8 +178,12 @@ impl Attachments {
             true => redirect(config)?,
             false => Redirect::new(&config.pin),
         };
+        let health = Health::default();
         let mut attached = Vec::new();
         let mut accepting = Vec::new();
+        let names: Vec<_> = { config.attachments.iter() }
+            .map(|attachment| attachment.name.clone())
+            .collect();
         for attachment in &config.attachments {
             let name = &attachment.name;
             let failed = |why| AttachError::Redirect {
@@ -177,22 +191,12 @@ impl Attachments {
                 why,
             };
             let spec = spec(attachment, own);
-            let prepared = match may_attach {
-                true => Some(redirect.prepare(&spec).map_err(failed)?),
-                false => {
-                    for differs in redirect.compare(&spec).map_err(failed)? {
-                        tracing::warn!(
-                            attachment = name,
-                            differs,
-                            "what is attached is not what is configured; {}",
-                            RedirectError::NotOurs
-                        );
-                    }
-                    None
-                }
-            };
-            let listeners = listeners(attachment, inherited)?;
+            let running = Running::prepare(&redirect, spec, may_attach).map_err(failed)?;
+            let (listeners, listeners_kept) = listeners(attachment, inherited)?;
             let mut heartbeat = redirect.heartbeat(name).map_err(failed)?;
+            for listener in &listeners {
+                heartbeat.listen(listener).map_err(failed)?;
+            }
             heartbeat.beat().map_err(failed)?;
             let flows = redirect.flows(name).map_err(failed)?;
             let shortcuts = attachment
@@ -207,13 +211,9 @@ impl Attachments {
                      tcpdump and ss"
                 );
             }
-            if let Some(prepared) = &prepared
-                && attachment.cgroup.is_dir()
-            {
-                prepared.link().map_err(failed)?;
-            }
-            let kernel = prepared.map(Mutex::new).map(Arc::new);
-            attached.push(Running { spec, kernel });
+            running.link(&redirect, &names).map_err(failed)?;
+            health.add(name);
+            attached.push(running);
             let (name, scope) = (name.clone(), Scope::of_attachment(attachment, own));
             accepting.push(Accepting {
                 name,
@@ -222,14 +222,90 @@ impl Attachments {
                 flows,
                 shortcuts,
                 heartbeat,
+                listeners_kept,
             });
         }
         let all = Self {
             redirect,
             attached,
             followers: Vec::new(),
+            address_watches: Vec::new(),
+            health,
         };
+        all.report_strays(&names);
         Ok((all, accepting))
+    }
+
+    /// Puts every attachment in place, for another process to serve.
+    ///
+    /// # Errors
+    /// [`AttachError`] naming the attachment.
+    pub fn hold(config: &RedirectConfig, own: &TrustDomain) -> Result<Self, AttachError> {
+        let redirect = redirect(config)?;
+        let health = Health::default();
+        let names = { config.attachments.iter() }.map(|it| it.name.clone());
+        let names: Vec<_> = names.collect();
+        let mut attached = Vec::new();
+        for attachment in &config.attachments {
+            let failed = |why| AttachError::Redirect {
+                name: attachment.name.clone(),
+                why,
+            };
+            let spec = spec(attachment, own);
+            let running = Running::prepare(&redirect, spec, true).map_err(failed)?;
+            running.link(&redirect, &names).map_err(failed)?;
+            health.add(&attachment.name);
+            attached.push(running);
+        }
+        Ok(Self {
+            redirect,
+            attached,
+            followers: Vec::new(),
+            address_watches: Vec::new(),
+            health,
+        })
+    }
+
+    /// Says which attachments are pinned beside ours without being configured.
+    fn report_strays(&self, configured: &[String]) {
+        if configured.is_empty() {
+            return;
+        }
+        let Ok(pinned) = self.redirect.status() else {
+            return;
+        };
+        for stray in pinned.iter().filter(|it| !configured.contains(&it.name)) {
+            tracing::warn!(
+                attachment = stray.name,
+                "an attachment is pinned here that is not configured: what it captures is refused. \
+                 `cpc redirect detach NAME` takes it away"
+            );
+        }
+    }
+
+    /// What is known of whether they are in place.
+    pub(super) fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Looks at them for ever.
+    pub fn watch(&self) -> impl Future<Output = ()> + Send + use<> {
+        let look = |running: &Running| (self.look(running), running.link_error.clone());
+        let watch = Watch {
+            health: self.health.clone(),
+            attachments: self.attached.iter().map(look).collect(),
+        };
+        watch.run()
+    }
+
+    fn look(&self, running: &Running) -> Look {
+        let names: Vec<_> = self
+            .attached
+            .iter()
+            .map(|it| it.spec.name.clone())
+            .collect();
+        let ours = running.kernel.is_some();
+        Look::new(&self.redirect, &running.spec, &names, ours)
     }
 
     /// Whether the programs were attached by this process.
@@ -242,21 +318,28 @@ impl Attachments {
     ///
     /// # Errors
     /// [`AttachError`] naming the attachment.
-    pub(super) fn follow(&mut self) -> Result<(), AttachError> {
+    pub fn follow(&mut self) -> Result<(), AttachError> {
         for running in &self.attached {
-            let follower = running.follow(&self.redirect);
+            let follower = running.follow(self.look(running), self.health.clone());
             let follower = follower.map_err(|why| AttachError::Follow {
                 name: running.spec.name.clone(),
                 why,
             })?;
             self.followers.push(follower);
+            match running.follow_addresses(&self.redirect) {
+                Ok(watch) => self.address_watches.push(watch),
+                Err(error) => tracing::warn!(
+                    attachment = running.spec.name, %error,
+                    "the host's addresses are not followed: one that comes later is captured until a reload"
+                ),
+            }
         }
         Ok(())
     }
 
     /// Puts changed capture sets and fail modes in force. What else changed waits for a restart,
     /// since listeners, namespace and tenant are the running server's.
-    pub(super) fn update(&self, config: &RedirectConfig, own: &TrustDomain) {
+    pub fn update(&self, config: &RedirectConfig, own: &TrustDomain) {
         for attachment in &config.attachments {
             let name = &attachment.name;
             let Some(running) = self.attached.iter().find(|a| a.spec.name == *name) else {
@@ -293,27 +376,35 @@ impl Attachments {
     }
 }
 
+/// Opens an attachment's listeners, or takes those that the service manager has kept. Says whether
+/// they outlive this process.
 fn listeners(
     config: &AttachmentConfig,
     inherited: &mut Inherited,
-) -> Result<Vec<TcpListener>, AttachError> {
+) -> Result<(Vec<TcpListener>, bool), AttachError> {
     let fd_name = format!("redirect-{}", config.name);
-    let open = |addr: &SocketAddr| {
+    let mut kept = false;
+    let mut open = |addr: &SocketAddr| {
         if let Some(listener) = inherited.tcp(*addr, Some(&fd_name)) {
+            kept = true;
             return Ok(listener);
         }
-        let listener = redirect::listen(config.netns.as_deref(), *addr).map_err(|why| {
-            AttachError::Listen {
-                name: config.name.clone(),
-                addr: *addr,
-                why,
+        let opened = match redirect::listen(config.netns.as_deref(), *addr) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                elsewhere(config, *addr, inherited.tcp_elsewhere(*addr, &fd_name))
             }
+            opened => opened,
+        };
+        let listener = opened.map_err(|why| AttachError::Listen {
+            name: config.name.clone(),
+            addr: *addr,
+            why,
         })?;
-        inherited::keep(&listener, &fd_name);
+        kept |= inherited::keep(&listener, &fd_name);
         Ok(listener)
     };
     let (mut listeners, mut missing) = (Vec::new(), None);
-    for opened in config.listen.iter().map(open) {
+    for opened in config.listen.iter().map(&mut open) {
         match opened {
             Ok(listener) => listeners.push(listener),
             // By default there is one of each family, and a host may have one alone.
@@ -329,8 +420,26 @@ fn listeners(
     }
     match missing {
         Some(error) if listeners.is_empty() => Err(error),
-        _ => Ok(listeners),
+        _ => Ok((listeners, kept)),
     }
+}
+
+/// Listens on a port that the kernel chooses, since another program has the configured one: any local
+/// program can take that while no server runs, and must not keep the next one from starting.
+fn elsewhere(
+    config: &AttachmentConfig,
+    addr: SocketAddr,
+    kept: Option<TcpListener>,
+) -> io::Result<TcpListener> {
+    let any = SocketAddr::new(addr.ip(), 0);
+    let listener = kept.map_or_else(|| redirect::listen(config.netns.as_deref(), any), Ok)?;
+    tracing::warn!(
+        attachment = config.name, %addr, instead = %listener.local_addr()?,
+        "another program listens at the redirect's address: captured connections go to another port \
+         of ours, never to that program. `ss -ltnp` names it; reserve the port \
+         (net.ipv4.ip_local_reserved_ports) and let the service manager keep the listener"
+    );
+    Ok(listener)
 }
 
 fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {
@@ -338,29 +447,111 @@ fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {
 }
 
 impl Running {
-    /// Attaches whenever the cgroup is made anew, or says that somebody should.
-    fn follow(&self, redirect: &Redirect) -> io::Result<Follower> {
-        let (kernel, redirect) = (self.kernel.clone(), redirect.clone());
-        let (name, cgroup) = (self.spec.name.clone(), self.spec.cgroup.clone());
-        let changed = move |presence| match (presence, &kernel) {
-            (Presence::Absent, _) => {
-                tracing::warn!(attachment = name, cgroup = %cgroup.display(), "the cgroup is not there");
+    /// Loads the programs, or compares what another process has attached.
+    fn prepare(
+        redirect: &Redirect,
+        spec: AttachmentSpec,
+        may_attach: bool,
+    ) -> Result<Self, RedirectError> {
+        let name = &spec.name;
+        if let Some(warning) = spec.fleeting_cgroup() {
+            tracing::warn!(attachment = name, "{warning}");
+        }
+        let prepared = match may_attach {
+            true => Some(redirect.prepare(&spec)?),
+            false => {
+                for differs in redirect.compare(&spec)? {
+                    tracing::warn!(
+                        attachment = name,
+                        differs,
+                        "what is attached is not what is configured; {}",
+                        RedirectError::NotOurs
+                    );
+                }
+                None
             }
-            (Presence::Present(_), Some(kernel)) => match lock(kernel).link() {
-                Ok(linked) => tracing::info!(attachment = name, ?linked, "redirect in place"),
-                Err(error) => tracing::error!(
+        };
+        Ok(Self {
+            kernel: prepared.map(Mutex::new).map(Arc::new),
+            spec,
+            link_error: LinkError::default(),
+        })
+    }
+
+    /// Attaches, where this process has loaded the programs and the cgroup is there.
+    fn link(&self, redirect: &Redirect, configured: &[String]) -> Result<(), RedirectError> {
+        if let Some(kernel) = &self.kernel
+            && self.spec.cgroup.is_dir()
+        {
+            lock(kernel).link()?;
+            // Now: later this process sees less of what others have attached.
+            let names: Vec<_> = configured.iter().map(String::as_str).collect();
+            redirect.rivals(&self.spec, &names)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the host's own addresses out of what is captured, or says that somebody should.
+    fn follow_addresses(&self, redirect: &Redirect) -> io::Result<AddressWatch> {
+        let (kernel, redirect) = (self.kernel.clone(), redirect.clone());
+        let (spec, netns) = (self.spec.clone(), self.spec.netns.clone());
+        let changed = move || {
+            let name = &spec.name;
+            let followed = match &kernel {
+                Some(kernel) => lock(kernel).follow_addresses(),
+                // A process that stays (`cpc redirect attach --stay`) does it about now.
+                None => {
+                    thread::sleep(PATIENCE);
+                    redirect.compare(&spec).map(|differs| !differs.is_empty())
+                }
+            };
+            match (followed, &kernel) {
+                (Ok(false), _) => {}
+                (Ok(true), Some(_)) => tracing::info!(
+                    attachment = name,
+                    "the host's own addresses have changed, and what is captured with them"
+                ),
+                (Ok(true), None) => tracing::warn!(
+                    attachment = name,
+                    "the host's own addresses have changed since the programs were attached: a new one may be \
+                     captured. {}",
+                    RedirectError::NotOurs
+                ),
+                (Err(error), _) => tracing::warn!(
                     attachment = name,
                     error = report(&error),
-                    "redirect NOT in place"
+                    "the host's own addresses have changed, and what is captured has not followed"
                 ),
-            },
-            (Presence::Present(id), None) if redirect.cgroup(&name) == Some(id) => {
-                tracing::info!(attachment = name, "redirect in place");
             }
-            (Presence::Present(_), None) => tracing::error!(
-                attachment = name, cgroup = %cgroup.display(),
-                "redirect NOT in place: the cgroup was made after the programs were attached; {ATTACH}"
-            ),
+        };
+        AddressWatch::spawn(netns.as_deref(), changed)
+    }
+
+    /// Attaches whenever the cgroup is made anew, or says that somebody should.
+    fn follow(&self, look: Look, health: Health) -> io::Result<Follower> {
+        let (kernel, link_error) = (self.kernel.clone(), self.link_error.clone());
+        let (name, cgroup) = (self.spec.name.clone(), self.spec.cgroup.clone());
+        let changed = move |presence| {
+            if presence == Presence::Absent {
+                return health.set(&name, Some(no_cgroup(&cgroup)), "");
+            }
+            // Held so that the watch does not look in between.
+            let mut link_error = link_error.lock().unwrap_or_else(PoisonError::into_inner);
+            let linked = kernel
+                .as_ref()
+                .map(|kernel| lock(kernel).link())
+                .transpose();
+            let detail = match &linked {
+                Ok(linked) => linked.map_or(String::new(), |linked| format!("{linked:?}")),
+                Err(_) => String::new(),
+            };
+            *link_error = linked.err().map(|error| report(&error));
+            if kernel.is_none() && look.fault(false).is_some() {
+                // A process that stays (`cpc redirect attach --stay`) attaches about now.
+                thread::sleep(PATIENCE);
+            }
+            let fault = link_error.clone().or_else(|| look.fault(false));
+            health.set(&name, fault, &detail);
         };
         Follower::spawn(&self.spec.cgroup, changed)
     }
@@ -381,7 +572,10 @@ pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
             })
             .collect();
         if let Err(error) = kernel.replace(&verdicts) {
-            tracing::error!(%error, "routes could not be given to the kernel");
+            tracing::error!(
+                error = report(&error),
+                "routes could not be given to the kernel"
+            );
         }
     })
 }

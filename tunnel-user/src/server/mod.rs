@@ -33,8 +33,8 @@ mod status;
 mod tenants;
 mod troubles;
 
-pub use attachments::{AttachError, redirect, spec};
-pub use privileges::for_start;
+pub use attachments::{AttachError, Attachments, redirect, spec};
+pub use privileges::{for_start, kept};
 
 use std::io;
 use std::net::UdpSocket;
@@ -69,7 +69,7 @@ use crate::tls::{Identity, Material, Role, TrustDomain, provider};
 use crate::transport::quic::MemoryBounds;
 use crate::transport::quic::config::{EndpointError, Setup};
 use crate::transport::quic::secret::{Secret, SecretError};
-use attachments::{Attachments, kernel_routes};
+use attachments::kernel_routes;
 use bind::Bound;
 use control::Control;
 use doorstep::Doorstep;
@@ -250,8 +250,8 @@ pub async fn run(
     };
     let kernel_log = attachments::kernel_log(&config.redirect);
     // Everything below, its threads among it, has what is left.
-    let (kept, why) = privileges::kept(&config, attached.ours());
-    finish(kept, why)?;
+    let (keeps, why) = kept(&config, attached.ours());
+    finish(keeps, why)?;
     attached.follow()?;
     let strategies = &config.routing.strategies;
     let registered = Registry::new(grants, strategies, config.limits.forget)
@@ -299,7 +299,8 @@ pub async fn run(
     let lifetimes = Lifetimes::new(certificates);
     tokio::spawn(lifetime::watch(lifetimes.clone()));
     let name = identity.to_string();
-    let view = status::View::register(&mut metrics, &config, name, engine, &common, lifetimes);
+    let seen = (&common, attached.health());
+    let view = status::View::register(&mut metrics, &config, name, engine, seen, lifetimes);
     for frontend in &bound.tls {
         tokio::spawn(frontend.tls.clone().watch());
     }
@@ -384,6 +385,7 @@ pub async fn run(
     tokio::spawn(memory::give_back(common.budget.clone()));
     tokio::spawn(kernel_log);
     tokio::spawn(log.clone().keep_reporting());
+    tokio::spawn(attached.watch());
     tracing::info!(
         tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
         shards = config.shards, tunnel_shards = tunnels,

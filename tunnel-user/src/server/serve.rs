@@ -153,6 +153,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         flows,
         shortcuts,
         heartbeat,
+        listeners_kept,
     } in start.listeners.accepting
     {
         let flows = flows.into();
@@ -163,15 +164,14 @@ fn open(start: Start) -> Result<Open, ServerError> {
             flows,
             shortcuts,
         });
-        // Once it drains, what still comes may wait for a successor for as long as the last beat
-        // counts, and is refused after that.
-        until_stopping(&shard, redirect::beat(heartbeat));
+        let mut prepared = Vec::new();
         for listener in listeners {
             prepare_listener(&listener)?;
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            let accept = redirect::accept(shard.clone(), attachment.clone(), listener);
-            until_stopping(&shard, accept);
+            prepared.push(tokio::net::TcpListener::from_std(listener)?);
         }
+        let beating = redirect::Beating::new(heartbeat, listeners_kept);
+        let serve = redirect::run(shard.clone(), attachment, prepared, beating);
+        until_stopping(&shard, serve);
     }
     for UnixBound {
         listener,

@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+use super::attachments::Health;
 use super::control::{ControlHandle, SessionView};
 use super::limits;
 use super::shard::Common;
@@ -34,6 +35,11 @@ struct EventLabels {
     event: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AttachmentLabels {
+    attachment: String,
+}
+
 /// Looks at a running server.
 pub(super) struct View {
     identity: String,
@@ -44,6 +50,8 @@ pub(super) struct View {
     phase: watch::Receiver<Phase>,
     pin: Option<PathBuf>,
     events: Family<EventLabels, Counter>,
+    health: Health,
+    in_place: Family<AttachmentLabels, Gauge>,
     ready: Gauge,
     stalled: Gauge,
     breakers_open: Gauge,
@@ -59,7 +67,7 @@ impl View {
         config: &ServerConfig,
         identity: String,
         engine: Engine,
-        common: &Common,
+        (common, health): (&Common, Health),
         lifetimes: Lifetimes,
     ) -> Self {
         let redirects = !config.redirect.attachments.is_empty();
@@ -72,6 +80,8 @@ impl View {
             phase: common.phase.clone(),
             pin: redirects.then(|| config.redirect.pin.clone()),
             events: Family::default(),
+            health,
+            in_place: Family::default(),
             ready: Gauge::default(),
             stalled: Gauge::default(),
             breakers_open: common.metrics.breakers_open.clone(),
@@ -86,8 +96,13 @@ impl View {
             view.events.clone(),
         );
         registry.register(
+            "redirect_in_place",
+            "1 while an attachment of the redirect is in place",
+            view.in_place.clone(),
+        );
+        registry.register(
             "ready",
-            "1 when an agent answers heartbeats",
+            "1 when the redirect is in place and an agent answers heartbeats",
             view.ready.clone(),
         );
         registry.register(
@@ -115,6 +130,7 @@ impl Source for View {
         if let Some(troubles) = self.common.troubles.text() {
             return Err(troubles);
         }
+        self.health.check()?;
         if !self.control.is_ready() {
             return Err(obstacle.unwrap_or_else(|| "no agent answers heartbeats".into()));
         }
@@ -160,6 +176,11 @@ impl Source for View {
         let by_strategy = backends.by_strategy.iter();
         let by_strategy = by_strategy.map(|(strategy, count)| (strategy.label(), *count));
         self.konnectivity.set_backends(backends.all, by_strategy);
+        for (attachment, fault) in self.health.all() {
+            let labels = AttachmentLabels { attachment };
+            let in_place = self.in_place.get_or_create(&labels);
+            in_place.set(fault.is_none().into());
+        }
         for attachment in self.attachments().unwrap_or_default() {
             for (event, count) in attachment.counters {
                 let labels = EventLabels {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use tokio::net::{TcpListener, TcpStream};
 use tunnel_proto::preface::Destination;
 
@@ -39,19 +40,58 @@ pub(crate) struct Attachment {
 /// Twice a second, well below the 3 s after which the kernel takes us for stuck.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
-/// Tells the kernel for ever that the thread that accepts is alive.
-pub(crate) async fn beat(mut heartbeat: Heartbeat) {
-    let mut tick = tokio::time::interval(HEARTBEAT);
-    loop {
-        tick.tick().await;
-        if let Err(error) = heartbeat.beat() {
-            tracing::error!(%error, "the kernel can't be told that we are alive");
+/// Tells the kernel that the thread that accepts is alive. Dropped, it says that nothing is accepted
+/// any more, unless the service manager keeps the listeners: then connects may wait in their backlog
+/// for a successor, for as long as the last beat counts.
+pub(crate) struct Beating {
+    heartbeat: Heartbeat,
+    listeners_kept: bool,
+}
+
+impl Beating {
+    /// Of listeners that are accepted on from now on.
+    pub(crate) fn new(heartbeat: Heartbeat, listeners_kept: bool) -> Self {
+        Self {
+            heartbeat,
+            listeners_kept,
+        }
+    }
+
+    async fn run(mut self) {
+        let mut tick = tokio::time::interval(HEARTBEAT);
+        loop {
+            tick.tick().await;
+            if let Err(error) = self.heartbeat.beat() {
+                tracing::error!(%error, "the kernel can't be told that we are alive");
+            }
         }
     }
 }
 
+impl Drop for Beating {
+    fn drop(&mut self) {
+        if !self.listeners_kept
+            && let Err(error) = self.heartbeat.stop()
+        {
+            tracing::error!(%error, "the kernel can't be told that we leave");
+        }
+    }
+}
+
+/// Accepts and beats until it is dropped: one never goes on without the other.
+pub(crate) async fn run(
+    shard: Rc<Shard>,
+    attachment: Rc<Attachment>,
+    listeners: Vec<TcpListener>,
+    beating: Beating,
+) {
+    let accept = |listener| accept(shard.clone(), attachment.clone(), listener);
+    let accepting = join_all(listeners.into_iter().map(accept));
+    tokio::join!(beating.run(), accepting);
+}
+
 /// Accepts for ever.
-pub(crate) async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListener) {
+async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((socket, client)) => {
