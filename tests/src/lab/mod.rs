@@ -71,7 +71,10 @@ pub fn kernel_since(version: (u32, u32), what: &str) -> Result<bool> {
         return Ok(true);
     }
     let (major, minor) = version;
-    let missing = format!("needs Linux {major}.{minor} for {what}, this is {}", release.trim());
+    let missing = format!(
+        "needs Linux {major}.{minor} for {what}, this is {}",
+        release.trim()
+    );
     if std::env::var_os("CI").is_some() {
         bail!("{missing}");
     }

@@ -238,7 +238,10 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     }
     let listed = scene.redirect("list", |_| ())?;
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    ensure!(listed.contains("attachment kube-apiserver pinned below"), "{listed}");
+    ensure!(
+        listed.contains("attachment kube-apiserver pinned below"),
+        "{listed}"
+    );
     scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
     let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
     round_trips(dial(&scene)?, 1)?;
