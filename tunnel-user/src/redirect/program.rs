@@ -116,10 +116,10 @@ pub(super) fn refused(name: &'static str, error: &ProgramError) -> RedirectError
 
 /// The last line of a verifier's log that is about the program.
 fn last_words(log: &str) -> Option<&str> {
-    let lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
     let is_summary =
         |line: &&str| line.starts_with("processed ") || line.starts_with("verification time");
-    let last = lines.filter(|line| !is_summary(line)).next_back()?;
+    let last = lines.rfind(|line| !is_summary(line))?;
     let end = last
         .char_indices()
         .nth(200)
