@@ -244,7 +244,10 @@ mod tests {
             let named = [
                 everything[0].clone(),
                 everything[1].clone(),
-                rule(address, &[]),
+                rule(
+                    &IpNet::from(address.parse::<IpAddr>().unwrap()).to_string(),
+                    &[],
+                ),
             ];
             let named = compile(3, &named, &[], &[]).unwrap();
             assert!(captured(&named, address, 80), "{address} is named");
