@@ -307,7 +307,11 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     let length = told.recv(&mut message).context("it is not attached")?;
     ensure!(message[..length].starts_with(b"READY=1"), "{message:?}");
     let pid = Pid::from_raw(stays.0.id() as i32);
-    check(Some(pid), &[])?;
+    // The bounding set stays, without CAP_SETPCAP, and no_new_privs lets nothing come of it.
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    for line in ["CapPrm:\t0000000000000000\n", "NoNewPrivs:\t1\n"] {
+        ensure!(status.contains(line), "{status}");
+    }
 
     scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
     let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
