@@ -423,6 +423,9 @@ impl LimitsConfig {
             ("limits.dials_per_tenant", self.dials_per_tenant),
             ("limits.agents", Some(self.agents)),
             ("limits.agents_per_tenant", self.agents_per_tenant),
+            ("limits.routes", Some(self.routes)),
+            ("limits.routes_per_tenant", self.routes_per_tenant),
+            ("limits.routes_per_agent", Some(self.routes_per_agent)),
         ])?;
         super::above_zero([
             ("limits.stalled_bytes", Some(self.stalled_bytes)),
