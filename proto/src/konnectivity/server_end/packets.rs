@@ -119,7 +119,8 @@ impl<W: Clone> ServerEnd<W> {
             {
                 let until = now + LINGER;
                 connection.sending = Sending::Linger { awaits, until };
-                self.linger(dial, now);
+                // One answer may be waited for by many: what follows is for the next timeout.
+                self.lingering.push(std::cmp::Reverse((now, dial)));
             }
         }
         if self.barriers.comes_alive() {
