@@ -18,7 +18,8 @@ pub fn report(error: &(dyn Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
+    use std::path::{Path, PathBuf};
+    use std::{fs, io};
 
     use super::*;
 
@@ -30,6 +31,52 @@ mod tests {
         Kept(#[source] io::Error),
         #[error(transparent)]
         Same(#[from] Box<Outer>),
+    }
+
+    /// The sources of this crate and of the protocol's, with their paths.
+    fn sources() -> Vec<(PathBuf, String)> {
+        let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut folders = vec![own.join("../../proto/src"), own];
+        let mut sources = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|it| it == "rs") {
+                    let text = fs::read_to_string(&path).unwrap();
+                    sources.push((path, text));
+                }
+            }
+        }
+        sources
+    }
+
+    /// A variant that shows its cause in its own text does not keep it as its source as well.
+    #[test]
+    fn no_error_shows_a_cause_that_it_keeps() {
+        let mut both = Vec::new();
+        for (path, text) in sources() {
+            // A variant ends with the comma of its own line, or of its closing brace.
+            for variant in text.split("\n    #[error(").skip(1) {
+                let (shown, rest) = variant.split_once(")]\n").unwrap();
+                let ends = |line: &&str| {
+                    line.starts_with("    ") && !line.starts_with("     ") && line.ends_with(',')
+                };
+                let last = rest.lines().find(ends).unwrap_or_default();
+                let fields = rest.split(last).next().unwrap_or_default().to_owned() + last;
+                let keeps = ["#[from]", "#[source]"]
+                    .iter()
+                    .any(|it| fields.contains(it));
+                let shows = ["{0", "{why", "{source", "{error", "(.0"]
+                    .iter()
+                    .any(|it| shown.contains(it));
+                if keeps && shows {
+                    both.push(format!("{}: {shown}", path.display()));
+                }
+            }
+        }
+        assert_eq!(both, [""; 0]);
     }
 
     #[test]

@@ -76,7 +76,7 @@ enum DeskError {
     Revoked(#[from] Revoked),
     /// The request for a certificate.
     #[error("the request for a certificate is of no use: {0}")]
-    Csr(#[source] rcgen::Error),
+    Csr(rcgen::Error),
     /// Neither kind of token.
     #[error(transparent)]
     NoToken(#[from] super::token::TokenError),
@@ -117,7 +117,13 @@ enum DeskError {
     UnknownCa,
     /// The thread that was to do it.
     #[error("it was given up: {0}")]
-    GivenUp(#[from] tokio::task::JoinError),
+    GivenUp(tokio::task::JoinError),
+}
+
+impl From<tokio::task::JoinError> for DeskError {
+    fn from(why: tokio::task::JoinError) -> Self {
+        Self::GivenUp(why)
+    }
 }
 
 impl DeskError {

@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// The kernel side of all of them.
-    #[error("redirect: {0}")]
+    #[error("redirect")]
     All(#[from] RedirectError),
     /// The kernel side.
     #[error("redirect attachment {name}")]

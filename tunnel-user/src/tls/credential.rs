@@ -39,10 +39,10 @@ pub enum CredentialError {
     },
     /// The key.
     #[error("the key: {0}")]
-    Key(#[from] rcgen::Error),
+    Key(rcgen::Error),
     /// The certificate names nobody.
     #[error("what the server sent is of no use: {0}")]
-    Identity(#[from] IdentityError),
+    Identity(IdentityError),
     /// The certificate names somebody else.
     #[error("the server sent the certificate of {found}, who is not {expected}")]
     Another {
@@ -53,7 +53,7 @@ pub enum CredentialError {
     },
     /// Not a CA where one should be.
     #[error("what the server sent as a CA is of no use: {0}")]
-    Anchor(#[from] AnchorError),
+    Anchor(AnchorError),
     /// A server that brings other CAs than it may.
     #[error("the server sent no CA that counts here{}", listed(.0))]
     NoCa(Vec<(Anchor, Reason)>),
@@ -64,7 +64,31 @@ pub enum CredentialError {
     Clock(String),
     /// The certificate is not for our key, or not by a CA that the server named.
     #[error("what the server sent is of no use: {0}")]
-    Chain(#[from] rustls::Error),
+    Chain(rustls::Error),
+}
+
+impl From<rcgen::Error> for CredentialError {
+    fn from(why: rcgen::Error) -> Self {
+        Self::Key(why)
+    }
+}
+
+impl From<IdentityError> for CredentialError {
+    fn from(why: IdentityError) -> Self {
+        Self::Identity(why)
+    }
+}
+
+impl From<AnchorError> for CredentialError {
+    fn from(why: AnchorError) -> Self {
+        Self::Anchor(why)
+    }
+}
+
+impl From<rustls::Error> for CredentialError {
+    fn from(why: rustls::Error) -> Self {
+        Self::Chain(why)
+    }
 }
 
 /// A key that waits for its certificate.

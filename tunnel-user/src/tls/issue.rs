@@ -63,10 +63,16 @@ pub enum IssueError {
     CrossSign(String),
     /// The certificate could not be made.
     #[error("the certificate could not be made: {0}")]
-    Rcgen(#[from] rcgen::Error),
+    Rcgen(rcgen::Error),
     /// The system has no random numbers.
     #[error("no random numbers for a serial number")]
     Random,
+}
+
+impl From<rcgen::Error> for IssueError {
+    fn from(why: rcgen::Error) -> Self {
+        Self::Rcgen(why)
+    }
 }
 
 /// Somebody's public key, with proof that they hold the private one.

@@ -32,7 +32,7 @@ pub enum ClientError {
     Material(#[from] MaterialError),
     /// TLS.
     #[error("TLS: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(rustls::Error),
     /// No roots.
     #[error("konnectivity.ca is missing: it vouches for the proxy-servers")]
     NoRoots,
@@ -60,10 +60,22 @@ pub enum ClientError {
     TokenText(PathBuf),
     /// The identifiers.
     #[error("konnectivity.identifiers: {0}")]
-    Identifiers(#[from] IdentifierError),
+    Identifiers(IdentifierError),
     /// What stands in a header.
     #[error("{0} holds what can't stand in a header; write visible ASCII, URL-encoded if need be")]
     Header(&'static str),
+}
+
+impl From<rustls::Error> for ClientError {
+    fn from(why: rustls::Error) -> Self {
+        Self::Tls(why)
+    }
+}
+
+impl From<IdentifierError> for ClientError {
+    fn from(why: IdentifierError) -> Self {
+        Self::Identifiers(why)
+    }
 }
 
 /// What dials to proxy-servers need.
