@@ -71,16 +71,18 @@ enum Command {
         /// What stands before the dot of the token
         id: String,
     },
-    /// Show which nodes have certificates: those that joined, and those of `cpc pki` with the same CA
+    /// Show which nodes have certificates
+    ///
+    /// Those that joined here, and those of `cpc pki` from the same CA.
     Issued {
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Let others have the name and the addresses of a node that is gone or was installed again
+    /// Let others have a node's name and addresses
     ///
-    /// Its certificates are valid until they end all the same: `tls.revoked` ends them, and lets others have
-    /// what they hold as well.
+    /// For a node that is gone or was installed again. Its certificates are valid until they end all the
+    /// same: `tls.revoked` ends them, and lets others have what they hold as well.
     Release {
         /// The node's name
         #[arg(required_unless_present = "ip")]
