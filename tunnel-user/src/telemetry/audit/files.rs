@@ -5,9 +5,9 @@
 //! those of days that are over their time, and as many as it takes for the new one to fit. What is
 //! gone before its time is counted and said.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +15,7 @@ use std::time::SystemTime;
 
 use super::Counts;
 use super::tail::{Tail, Unwritten};
+use crate::process::directory::Directory;
 use crate::telemetry::lines::line_count;
 
 /// Of what all files may have, the part that one may: so much goes at once.
@@ -61,12 +62,14 @@ impl Files {
         counts: Arc<Counts>,
         now: SystemTime,
     ) -> io::Result<Self> {
-        if !directory.is_dir() {
-            if let Some(parent) = directory.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            DirBuilder::new().mode(0o700).create(directory)?;
+        if let Some(parent) = directory.parent()
+            && !directory.is_dir()
+            && !parent.as_os_str().is_empty()
+        {
+            Directory::create(parent, 0o755)?;
         }
+        // Also where it is there: root follows no link of another user's.
+        Directory::create(directory, 0o700)?;
         let day = day_of(now);
         let newest = names_in(directory, series)?.into_iter().max();
         let part = newest.filter(|newest| newest.day == day);
