@@ -1,8 +1,8 @@
 # The units of deploy/systemd under systemd as process 1, installed as deploy/README.md says.
 
 installed() {
-    cd "$CHECKOUT"
-    install -m 0755 "$CPC" /usr/local/bin/cpc
+    cd /payload/checkout
+    install -m 0755 /payload/cpc /usr/local/bin/cpc
     install -m 0644 deploy/systemd/cpc-server.service deploy/systemd/cpc-redirect.service /etc/systemd/system/
     install -m 0644 deploy/systemd/cpc-agent.service deploy/systemd/cpc-server.socket /etc/systemd/system/
     install -D -m 0644 deploy/systemd/sysusers-cpc.conf /etc/sysusers.d/cpc.conf
@@ -186,7 +186,7 @@ PYTHON
 }
 
 guard_installed() {
-    cd "$CHECKOUT/deploy/systemd"
+    cd /payload/checkout/deploy/systemd
     for unit in kube-apiserver cpc-redirect; do
         install -m 0644 "$unit.service.d/cpc-guard.conf" "/etc/systemd/system/$unit.service.d/"
     done
