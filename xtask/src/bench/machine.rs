@@ -19,7 +19,7 @@ pub(crate) struct Machine {
     /// Memory, in GiB.
     pub(super) memory: u64,
     /// How many processes wanted to run in the minute before (proc_loadavg(5)): what else went on.
-    pub(super) load_before: String,
+    pub(crate) load_before: String,
     /// What was measured, as git names it.
     pub(crate) commit: String,
     /// Cargo's profile of everything that is built here.

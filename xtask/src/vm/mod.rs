@@ -100,10 +100,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let payload = payload::build(&folder.join("payload"), tests, wants(Part::Units))?;
     let mut failed = Vec::new();
     for series in &args.kernel {
+        let before = Machine::look(false);
         let outcome = one(args, *series, &folder, &archive, &payload)?;
         outcome.print();
         if args.record {
-            record::write(&outcome, &Machine::look(false))?;
+            record::write(&outcome, &before)?;
         }
         if !outcome.succeeded() {
             failed.push(outcome.title());

@@ -1,7 +1,7 @@
 //! docs/kernels.md: what the last recorded run on each kernel came to.
 //!
-//! The section of a series is replaced when it has been run again, so that one kernel can be recorded
-//! alone.
+//! A row is replaced when its group has been run again, so that one kernel or one part can be recorded
+//! alone. Each row says of which commit it is.
 
 use std::fmt::Write;
 use std::fs;
@@ -14,6 +14,10 @@ use crate::workspace;
 
 const HEAD: &str = include_str!("kernels.md");
 const SECTION: &str = "\n## Linux ";
+const COLUMNS: &str = "\
+| what | passed | failed | skipped | s | load | commit |
+| --- | ---: | ---: | ---: | ---: | ---: | --- |
+";
 
 /// Puts the section of `outcome` into the page.
 pub(super) fn write(outcome: &Outcome, machine: &Machine) -> Result<()> {
@@ -29,6 +33,8 @@ pub(super) fn write(outcome: &Outcome, machine: &Machine) -> Result<()> {
 fn with(old: &str, outcome: &Outcome, machine: &Machine) -> Result<String> {
     let new = section(outcome, machine)?;
     let mut sections: Vec<&str> = old.split(SECTION).skip(1).collect();
+    let before = sections.iter().find(|it| key(it) == key(&new));
+    let new = section_with(&new, before.copied().unwrap_or_default(), outcome);
     sections.retain(|it| key(it) != key(&new));
     sections.push(&new);
     sections.sort_by_key(|it| key(it));
@@ -50,16 +56,30 @@ fn key(section: &str) -> ([u32; 2], u32) {
     (series, number(systemd))
 }
 
+/// The section with what the one before has of groups that were not run this time.
+fn section_with(new: &str, before: &str, outcome: &Outcome) -> String {
+    let ran = |line: &str| {
+        let group = line.split('`').nth(1).unwrap_or_default();
+        outcome.groups().iter().any(|(name, ..)| *name == group)
+    };
+    let of = |head: &str| {
+        let kept = before
+            .lines()
+            .filter(|line| line.starts_with(head) && !ran(line));
+        kept.map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let (table, list) = new.rsplit_once("|\n\n").unwrap_or((new, ""));
+    format!("{table}|\n{}\n{list}{}", of("| `"), of("* "))
+}
+
 fn section(outcome: &Outcome, machine: &Machine) -> Result<String> {
     let mut text = format!("{}, systemd {}\n\n", outcome.kernel, outcome.systemd);
-    writeln!(text, "On {}\n", machine.sentence())?;
-    text.push_str(
-        "| what | passed | failed | skipped | s |\n| --- | ---: | ---: | ---: | ---: |\n",
-    );
+    text.push_str(COLUMNS);
     for (name, [passed, skipped, failed], seconds) in outcome.groups() {
+        let (load, commit) = (&machine.load_before, &machine.commit);
         writeln!(
             text,
-            "| `{name}` | {passed} | {failed} | {skipped} | {seconds} |"
+            "| `{name}` | {passed} | {failed} | {skipped} | {seconds} | {load} | {commit} |"
         )?;
     }
     text.push('\n');
@@ -116,5 +136,27 @@ mod tests {
             "## Linux 6.12.117+deb13-cloud-amd64, systemd 257.13-1",
         ];
         assert_eq!(titles, expected);
+    }
+
+    #[test]
+    fn what_was_not_run_again_stays() {
+        let machine = Machine::look(false);
+        let mut first = outcome("6.1.0-50", "252");
+        for (group, name) in [("redirect", "one"), ("units", "two")] {
+            first.checks.push(Check {
+                group: group.to_owned(),
+                name: name.to_owned(),
+                verdict: Verdict::Failed,
+                seconds: 1,
+            });
+        }
+        let page = with("", &first, &machine).unwrap();
+        let page = with(&page, &outcome("6.1.0-51", "252"), &machine).unwrap();
+        assert_eq!(page.matches("## Linux").count(), 1);
+        assert!(page.contains("## Linux 6.1.0-51"), "{page}");
+        assert!(page.contains("| `units` | 1 | 0 | 0 | 3 |"), "{page}");
+        assert!(page.contains("| `redirect` | 0 | 1 | 0 | 1 |"), "{page}");
+        assert!(page.contains("* failed: `redirect` `one`"), "{page}");
+        assert!(!page.contains("`two`"), "{page}");
     }
 }

@@ -195,7 +195,8 @@ guard_installed() {
 }
 
 guard_holds_the_api_server_back() {
-    sleep 10
+    tried_again() { [ "$(property cpc-redirect NRestarts)" -ge 3 ]; }
+    eventually 120 tried_again
     active kube-apiserver && fail "it runs, and nothing is attached"
     [ ! -e /run/kube-apiserver.log ] || fail "it ran"
     no_leak
