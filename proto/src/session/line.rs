@@ -88,6 +88,11 @@ impl Line {
         Ok(due.silent)
     }
 
+    /// See [`Liveness::challenge`].
+    pub(super) fn challenge(&mut self, limit: Duration, now: Instant) {
+        self.liveness.challenge(limit, now);
+    }
+
     pub(super) fn poll_transmit(&mut self) -> Option<Bytes> {
         self.outbox.pop()
     }

@@ -4,6 +4,7 @@
 //! heartbeat interval, a Ping goes out, and another after each further interval. Two ends with one
 //! interval so ask by turns, and each measures the round trip. The peer is silent when nothing was
 //! heard for a while, a shorter one where connections are in use, and alive again at the next byte.
+//! Who has a reason to doubt the peer asks at once, and waits no longer than that reason allows.
 //!
 //! Silence is a reason to choose another agent, not to close: the transport's idle timeout does that.
 
@@ -51,6 +52,8 @@ pub(super) struct Liveness {
     asked: Option<Instant>,
     rtt: Option<Duration>,
     silent: bool,
+    /// The peer is silent at this time unless something is heard before.
+    challenge: Option<Instant>,
 }
 
 /// What is to be done at a timeout.
@@ -74,6 +77,7 @@ impl Liveness {
             asked: None,
             rtt: None,
             silent: false,
+            challenge: None,
         }
     }
 
@@ -91,7 +95,19 @@ impl Liveness {
     pub(super) fn heard(&mut self, now: Instant) -> bool {
         self.last_heard = now;
         self.next_ping = now + self.timers.heartbeat;
+        self.challenge = None;
         std::mem::take(&mut self.silent)
+    }
+
+    /// Asks for a life sign at once: a Ping is due, and the peer is silent unless something is heard
+    /// within `limit`, or within three round trips where these take longer. A challenge under way
+    /// stays as it is.
+    pub(super) fn challenge(&mut self, limit: Duration, now: Instant) {
+        if self.challenge.is_none() {
+            let limit = limit.max(self.rtt.unwrap_or_default() * 3);
+            self.challenge = Some(now + limit);
+            self.next_ping = now;
+        }
     }
 
     /// A Pong arrived. Only the answer to the last Ping counts, and once.
@@ -132,6 +148,11 @@ impl Liveness {
 
     /// When the peer becomes silent unless something is heard.
     fn silent_at(&self) -> Instant {
+        let at = self.silent_by_timers();
+        self.challenge.map_or(at, |challenge| challenge.min(at))
+    }
+
+    fn silent_by_timers(&self) -> Instant {
         let busy = self.last_heard + self.timers.silent_busy;
         let idle = self.last_heard + self.timers.silent_idle;
         match self.last_traffic {

@@ -180,6 +180,15 @@ impl ServerSession {
         self.line.note_traffic(now);
     }
 
+    /// Asks the agent for a life sign at once. [`ServerEvent::Silent`] follows unless one comes within
+    /// `limit`, or within three round trips where these take longer. Without effect before the
+    /// Welcome.
+    pub fn challenge(&mut self, limit: Duration, now: Instant) {
+        if matches!(self.phase, Phase::Established) {
+            self.line.challenge(limit, now);
+        }
+    }
+
     /// The smoothed round-trip time of Pings; `None` before the first answer.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {

@@ -161,6 +161,44 @@ fn a_dead_peer_is_silent_after_10_s_or_5_with_traffic() {
 }
 
 #[test]
+fn a_dead_peer_that_is_challenged_is_silent_within_the_limit() {
+    for limit in [SECOND, LATENCY] {
+        let mut pair = Pair::established(usize::MAX);
+        pair.run(60 * SECOND).unwrap();
+        pair.to_server.dead = true;
+        let asked = pair.now;
+        pair.server.challenge(limit, asked);
+        // A further one changes nothing.
+        pair.run(LATENCY).unwrap();
+        pair.server.challenge(limit, pair.now);
+        pair.run(60 * SECOND).unwrap();
+        let [(at, ServerEvent::Silent)] = pair.server_events[..] else {
+            panic!("{:?}", pair.server_events);
+        };
+        // A path that takes longer is left its three round trips of twice the latency.
+        let limit = limit.max(6 * LATENCY);
+        assert_eq!(pair.start + at - asked, limit);
+    }
+}
+
+#[test]
+fn a_living_peer_that_is_challenged_answers() {
+    let mut pair = Pair::established(usize::MAX);
+    for _ in 0..10 {
+        pair.server.challenge(SECOND, pair.now);
+        pair.run(SECOND / 3).unwrap();
+    }
+    pair.run(60 * SECOND).unwrap();
+    assert_eq!(pair.server_events, []);
+
+    let mut early = Pair::new(usize::MAX);
+    early.server.challenge(Duration::ZERO, early.now);
+    early.run(SECOND).unwrap();
+    let is_silent = |(_, event): &(_, ServerEvent)| *event == ServerEvent::Silent;
+    assert!(!early.server_events.iter().any(is_silent));
+}
+
+#[test]
 fn traffic_of_long_ago_does_not_count() {
     for (ago, limit) in [(4, 5), (6, 10)] {
         let mut pair = Pair::established(usize::MAX);
