@@ -102,6 +102,7 @@ async fn session(
         software_version: "0".into(),
         features: Vec::new(),
         offer,
+        predecessor: None,
     };
     let mut session = AgentSession::new(hello, Timers::default(), Instant::now())?;
     let mut buffer = vec![0; 4096];

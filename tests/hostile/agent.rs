@@ -112,6 +112,7 @@ pub(crate) async fn claims(aim: &Aim) -> Result<()> {
         software_version: "0".into(),
         features: Vec::new(),
         offer: Vec::new(),
+        predecessor: None,
     };
     // Reads what the server answers; what it would say itself is not sent.
     let mut session = AgentSession::new(own, Timers::default(), Instant::now())?;

@@ -152,6 +152,7 @@ pub(crate) fn introduction(name: &str, addresses: &[IpAddr]) -> Result<Bytes> {
         software_version: "0".into(),
         features: Vec::new(),
         offer: addresses.iter().copied().map(Claim::Address).collect(),
+        predecessor: None,
     };
     let mut session = AgentSession::new(hello, Timers::default(), Instant::now())?;
     session.poll_transmit().context("an agent says nothing")

@@ -153,6 +153,7 @@ mod tests {
                 names: vec!["*.svc".to_owned()],
                 default_route: true,
             }),
+            predecessor: Vec::new(),
         });
         assert_eq!(
             encode(&Envelope { message: Some(hello) }).unwrap(),

@@ -34,7 +34,7 @@ pub enum AgentEvent {
     Silent,
     /// The silent server was heard again.
     Alive,
-    /// The server is about to leave and opens no more streams.
+    /// The server is about to leave.
     Draining {
         /// When it will close what is left.
         deadline: Instant,
@@ -134,8 +134,8 @@ impl AgentSession {
         }))
     }
 
-    /// Tells the server that the agent is about to leave: no new streams, and what lives may go on
-    /// for `deadline`.
+    /// Tells the server that the agent is about to leave: new streams had better go elsewhere, and
+    /// what lives may go on for `deadline`.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].

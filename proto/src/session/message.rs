@@ -17,6 +17,9 @@ pub const MAX_TEXT: usize = 253;
 /// The most features in a [`Hello`].
 pub const MAX_FEATURES: usize = 64;
 
+/// The feature of an agent that takes dials while it drains. Earlier releases refuse them.
+pub const SERVES_WHILE_DRAINING: &str = "serves-while-draining";
+
 /// Random bytes that a process chooses when it starts: tells a restart from a second tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(pub [u8; 16]);
@@ -46,6 +49,16 @@ pub struct Hello {
     pub features: Vec<String>,
     /// What the agent offers to serve.
     pub offer: Vec<Claim>,
+    /// An earlier process of the agent that has certainly ended.
+    pub predecessor: Option<InstanceId>,
+}
+
+impl Hello {
+    /// Whether the agent takes dials while it drains.
+    #[must_use]
+    pub fn serves_while_draining(&self) -> bool {
+        self.features.iter().any(|f| f == SERVES_WHILE_DRAINING)
+    }
 }
 
 /// A server takes an agent in.
@@ -90,6 +103,7 @@ impl From<&Hello> for control::Hello {
             software_version: hello.software_version.clone(),
             features: hello.features.clone(),
             offer: Some(to_offer(&hello.offer)),
+            predecessor: hello.predecessor.map_or_else(Vec::new, |id| id.0.to_vec()),
         }
     }
 }
@@ -109,6 +123,10 @@ impl TryFrom<control::Hello> for Hello {
                 software_version: name("the software's version", wire.software_version)?,
                 features: features(wire.features)?,
                 offer: claims(wire.offer)?,
+                predecessor: match &*wire.predecessor {
+                    [] => None,
+                    bytes => Some(instance_id(bytes)?),
+                },
             })
         };
         checked().map_err(|error| SessionError::Invalid {

@@ -33,7 +33,7 @@ pub enum ServerEvent {
     Silent,
     /// The silent agent was heard again.
     Alive,
-    /// The agent is about to leave: open no more streams.
+    /// The agent is about to leave: dials should go elsewhere where they can.
     Draining {
         /// When it will close what is left.
         deadline: Instant,
@@ -166,8 +166,7 @@ impl ServerSession {
         self.line.send(Message::CertificateAnswer(answer.into()))
     }
 
-    /// Tells the agent that the server is about to leave: no new streams will come, and what lives
-    /// may go on for `deadline`. Before the Welcome it waits for that.
+    /// Tells the agent that the server is about to leave: what lives may go on for `deadline`. Before the Welcome it waits for that.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].

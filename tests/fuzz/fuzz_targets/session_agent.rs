@@ -21,6 +21,7 @@ fn hello() -> Hello {
         software_version: "0.1.0".to_owned(),
         features: Vec::new(),
         offer: vec![Claim::DefaultRoute],
+        predecessor: None,
     }
 }
 

@@ -13,6 +13,7 @@ mod leases;
 mod me;
 pub mod plan;
 mod policy;
+mod predecessor;
 mod quic;
 mod race;
 mod renew;
@@ -173,6 +174,8 @@ pub async fn run(
     );
     let mut instance = [0; 16];
     aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
+    let instance = InstanceId(instance);
+    let predecessor = predecessor::take(config.state_dir.as_deref(), instance);
 
     let servers = config.servers.iter();
     let addresses = servers.map(|server| (server.address.as_str().into(), config.protocol(server)));
@@ -190,7 +193,8 @@ pub async fn run(
         material: me.material.clone(),
         setup,
         konnectivity: me.konnectivity.clone(),
-        instance: InstanceId(instance),
+        instance,
+        predecessor,
         serve,
         renewals: renewals.clone(),
         policy: policy.clone(),

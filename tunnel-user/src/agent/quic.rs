@@ -10,7 +10,9 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
-use tunnel_proto::session::{AgentEvent, AgentSession, Hello, InstanceId, SessionError, Timers};
+use tunnel_proto::session::{
+    AgentEvent, AgentSession, Hello, InstanceId, SERVES_WHILE_DRAINING, SessionError, Timers,
+};
 
 use super::dialer;
 use super::plan::{Way, Wire};
@@ -166,8 +168,9 @@ impl Reached {
             instance_id: worker.instance,
             node: worker.node.to_string(),
             software_version: env!("CARGO_PKG_VERSION").into(),
-            features: Vec::new(),
+            features: vec![SERVES_WHILE_DRAINING.into()],
             offer: worker.offer(),
+            predecessor: worker.predecessor,
         };
         let session = Shared::new(AgentSession::new(hello, Timers::default(), Instant::now())?);
         let mut control = ControlStream::new(session.clone(), stream);

@@ -35,6 +35,8 @@ pub(super) struct Worker {
     pub node: Arc<str>,
     /// This process.
     pub instance: InstanceId,
+    /// An earlier process that has certainly ended.
+    pub predecessor: Option<InstanceId>,
     /// What we offer to serve beyond the node addresses in our certificate.
     pub serve: watch::Receiver<Vec<Claim>>,
     /// What asks for another certificate.

@@ -42,6 +42,9 @@ pub(super) struct Args {
     /// Tunnels to each server [default: 1]
     #[arg(long, env = "CPC_TUNNELS", value_name = "N")]
     tunnels: Option<u8>,
+    /// Directory of a lock that proves to servers that an earlier process of this agent has ended
+    #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
     #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
     allow: Vec<AllowRule>,
@@ -89,6 +92,7 @@ impl Args {
         );
         overlay(&mut config.shards, self.shards);
         overlay(&mut config.tunnels, self.tunnels);
+        overlay(&mut config.state_dir, self.state_dir.clone().map(Some));
         overlay(&mut config.admin, self.admin);
         overlay(&mut config.datapath.engine, self.engine);
         self.tls.apply(&mut config.tls);

@@ -1,7 +1,7 @@
 //! The configuration of `cpc agent`.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -49,6 +49,8 @@ pub struct AgentConfig {
     pub shards: usize,
     /// Tunnels to each server, over QUIC.
     pub tunnels: u8,
+    /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
+    pub state_dir: Option<PathBuf>,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
     #[serde(deserialize_with = "super::allow::list")]
     pub allow: Option<Vec<AllowRule>>,
@@ -79,6 +81,7 @@ impl Default for AgentConfig {
             serve: ServeConfig::default(),
             shards: shard::usual(),
             tunnels: 1,
+            state_dir: None,
             allow: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8136)),
             health: None,
@@ -198,6 +201,7 @@ impl AgentConfig {
         let base = base_of(path);
         config.tls.resolve(&base);
         config.audit.resolve(&base);
+        config.state_dir = config.state_dir.map(|dir| base.join(dir));
         if let Some(konnectivity) = &mut config.konnectivity {
             konnectivity.resolve(&base);
         }

@@ -17,6 +17,7 @@ pub(super) fn hello() -> Hello {
         software_version: "0.1.0".to_owned(),
         features: vec!["extra".to_owned()],
         offer: Vec::new(),
+        predecessor: Some(InstanceId([9; 16])),
     }
 }
 

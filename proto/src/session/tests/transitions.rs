@@ -442,6 +442,13 @@ fn fields_are_bounded() {
     );
     assert_eq!(
         error(control::Hello {
+            predecessor: vec![0; 17],
+            ..good()
+        }),
+        MessageError::InstanceId(17)
+    );
+    assert_eq!(
+        error(control::Hello {
             features: vec![String::new(); MAX_FEATURES + 1],
             ..good()
         }),
