@@ -76,6 +76,8 @@ fn link(id: u64) -> Arc<LinkInfo> {
         remote: ([127, 0, 0, 1], 1).into(),
         rtt: Duration::ZERO,
         mtu: None,
+        since_packet: Duration::ZERO,
+        since_data: Duration::ZERO,
     }));
     LinkInfo::new(
         (LinkId(id), 0),

@@ -45,6 +45,10 @@ pub struct Path {
     pub rtt: Duration,
     /// The largest IP packet that is sent, in bytes, where we decide on it.
     pub mtu: Option<u16>,
+    /// The time since the last packet from the agent, acknowledgements included.
+    pub since_packet: Duration,
+    /// The time since the agent last said something.
+    pub since_data: Duration,
 }
 
 /// Looks at a link's path, from any thread.

@@ -86,6 +86,8 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
         remote: path.remote(),
         rtt: path.rtt(),
         mtu: Some(path.mtu()),
+        since_packet: path.since_packet(),
+        since_data: path.since_packet(),
     }));
     let info = LinkInfo::new(
         (shard.next_link(), shard.index),

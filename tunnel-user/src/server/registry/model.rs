@@ -312,6 +312,8 @@ impl Run {
             remote: "127.0.0.1:1".parse().unwrap(),
             rtt: Duration::ZERO,
             mtu: None,
+            since_packet: Duration::ZERO,
+            since_data: Duration::ZERO,
         };
         let probe = Probe(Box::new(move || path));
         let place = (LinkId(self.last), 0);

@@ -60,6 +60,8 @@ fn link_of(id: u64, name: &str, address: &str, kind: LinkKind, trust: Trust) -> 
         remote: "127.0.0.1:1".parse().unwrap(),
         rtt: Duration::ZERO,
         mtu: None,
+        since_packet: unheard,
+        since_data: unheard,
     };
     let probe = Probe(Box::new(move || path));
     LinkInfo::new((LinkId(id), 0), kind, (identity, trust), probe)

@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -88,8 +88,13 @@ pub(super) struct State {
 pub struct PathView {
     rtt_micros: AtomicU64,
     payload: AtomicU16,
+    /// When the last packet arrived, in microseconds since [`START`].
+    heard_micros: AtomicU64,
     remote: Mutex<SocketAddr>,
 }
+
+/// What `heard_micros` counts from.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl PathView {
     /// Smoothed round-trip time.
@@ -101,6 +106,18 @@ impl PathView {
     pub fn mtu(&self) -> u16 {
         let payload = self.payload.load(Ordering::Relaxed);
         payload.saturating_add(path::overhead(self.remote().ip()))
+    }
+
+    /// The time since the last packet from the peer.
+    pub fn since_packet(&self) -> Duration {
+        let heard = Duration::from_micros(self.heard_micros.load(Ordering::Relaxed));
+        START.elapsed().saturating_sub(heard)
+    }
+
+    fn heard(&self, now: Instant) {
+        let micros = now.saturating_duration_since(*START).as_micros();
+        let micros = u64::try_from(micros).unwrap_or(u64::MAX);
+        self.heard_micros.store(micros, Ordering::Relaxed);
     }
 
     /// The peer's address as it is now.
@@ -217,8 +234,10 @@ impl Inner {
         let view = PathView {
             rtt_micros: AtomicU64::new(0),
             payload: AtomicU16::new(proto.current_mtu()),
+            heard_micros: AtomicU64::new(0),
             remote: Mutex::new(proto.remote_address()),
         };
+        view.heard(Instant::now());
         let state = State {
             proto,
             timer: Timer::default(),
@@ -250,6 +269,11 @@ impl Inner {
     /// Its state. Never held while something else runs.
     pub(super) fn state(&self) -> RefMut<'_, State> {
         self.state.borrow_mut()
+    }
+
+    /// A packet has arrived.
+    pub(super) fn heard(&self, now: Instant) {
+        self.view.heard(now);
     }
 
     /// There may be something to send: the driver's next pass looks.

@@ -87,6 +87,7 @@ impl Driver {
         match event {
             Some(DatagramEvent::ConnectionEvent(handle, event)) => {
                 if let Some(connection) = self.shared.connection(handle) {
+                    connection.heard(now);
                     let mut state = connection.state();
                     connection.take_in(&mut state, event, (meta.addr, size));
                 }

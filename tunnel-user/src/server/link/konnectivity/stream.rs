@@ -251,6 +251,8 @@ mod tests {
             remote: "127.0.0.1:1".parse().unwrap(),
             rtt: Duration::ZERO,
             mtu: None,
+            since_packet: Duration::ZERO,
+            since_data: Duration::ZERO,
         };
         let identity = Identity::new("a".parse().unwrap(), Role::Agent, "w1").unwrap();
         let info = LinkInfo::new(
