@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tunnel_tests::client::{self, eventually};
+use tunnel_tests::lab::process::Process;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::load::{Attempt, Failure, Load, ask, ask_through, line};
 use tunnel_tests::service;
@@ -156,16 +157,31 @@ fn agent(lab: &Lab) -> Result<Value> {
 }
 
 /// An agent that is killed and started again serves its node at once: nobody waits until its
-/// former self is given up.
+/// former self is given up. What was open ends when the new process is there; a connection that was
+/// dialled meanwhile, and on which nothing was sent, goes to the new process.
 #[test]
 fn an_agent_killed_and_started_again_serves_its_node() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
     let mut lab = Lab::up(spec(1, 1)?)?;
+    let state = lab.folder().join("agent-state");
     echoes(&lab)?;
-    for round in 1..=2 {
-        lab.worker("w1")?.agent()?.kill()?;
+    let open = |lab: &Lab| {
+        lab.control_plane.as_apiserver(|| {
+            let stream = TcpStream::connect(node(Behaviour::Echo))?;
+            stream.set_read_timeout(Some(BACK))?;
+            Ok(stream)
+        })
+    };
+    // The second process makes a lock, which the third one finds, and so on.
+    for round in 1..=3 {
+        let held = open(&lab)?;
+        client::round_trips(&held, 1)?;
+        let agent = lab.worker("w1")?.agent()?;
+        agent.kill()?;
+        agent.configure(|config| config["state_dir"] = json!(state))?;
+        let waiting = open(&lab)?;
         let start = Instant::now();
         lab.worker("w1")?.agent()?.start()?;
         let ready = || {
@@ -182,8 +198,64 @@ fn an_agent_killed_and_started_again_serves_its_node() -> Result<()> {
         let took = start.elapsed();
         println!("round {round}: served {took:?} after the agent's start");
         ensure!(took < BACK, "served only {took:?} after the agent's start");
+        let error = (&held).read(&mut [0]).err();
+        let error = error.with_context(|| format!("round {round}: a clean end"))?;
+        ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}");
+        println!("round {round}: ended after {:?}", start.elapsed());
+        client::round_trips(&waiting, 1)
+            .with_context(|| format!("round {round}: dialled while nobody was there"))?;
     }
+    let log = lab.control_plane.servers[0].daemon.log();
+    assert_eq!(log.matches("proven=true").count(), 2, "{log}");
     Ok(())
+}
+
+/// A second process of an agent takes new dials, and the first one, which lives, keeps its connections, as
+/// in a rollout.
+#[test]
+fn a_live_agent_keeps_its_connections_beside_its_successor() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::up(spec(1, 1)?)?;
+    let held = lab.control_plane.as_apiserver(|| {
+        let stream = TcpStream::connect(node(Behaviour::Echo))?;
+        stream.set_read_timeout(Some(BACK))?;
+        Ok(stream)
+    })?;
+    client::round_trips(&held, 1)?;
+
+    let config = lab.worker("w1")?.agent()?.config_file();
+    let log = lab.folder().join("successor.log");
+    let mut command = lab.workers[0]
+        .netns
+        .command(Programs::of_this_test()?.cpc)?;
+    command.arg("agent").arg("--config").arg(config);
+    command.args(["--admin", "127.0.0.1:8199"]);
+    let mut successor = Process::start("successor", &mut command, &log)?;
+    let streams = |status: &Value| -> Vec<i64> {
+        let rows = status["agents"].as_array().into_iter().flatten();
+        rows.filter_map(|row| row["streams"].as_i64()).collect()
+    };
+    let beside = || {
+        let server = &lab.control_plane.servers[0].daemon;
+        server.wait_status(BACK, |status| streams(status).len() == 2)?;
+        // Longer than a process whose life is doubted is waited for.
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            client::round_trips(&held, 1).context("of the live process")?;
+            thread::sleep(Duration::from_millis(50));
+        }
+        let new = lab
+            .control_plane
+            .as_apiserver(|| Ok(TcpStream::connect(node(Behaviour::Echo))?))?;
+        client::round_trips(&new, 1)?;
+        let spread = |status: &Value| streams(status) == [1, 1];
+        server.wait_status(BACK, spread).map(drop)
+    };
+    let done = beside();
+    successor.terminate()?;
+    done
 }
 
 /// A server that is killed and started again has its agents back: they notice at once that it is
@@ -318,8 +390,8 @@ fn answered_or_clean(attempt: &Attempt, killed: &[Instant]) -> Result<()> {
 
 /// The way back from an agent is cut after it has reached the target and before it could say so,
 /// until its tunnel is given up. Where bytes of the client's had been sent along, they may have been
-/// read: the client is told, by a reset, and nobody else is asked. Where none had, another agent is,
-/// and the client notices nothing. A connection from before is reset.
+/// read: the client is told, by a reset, and nobody else is asked. Where none had, another agent is
+/// asked within a second or so, and the client notices nothing. A connection from before is reset.
 #[test]
 fn a_lost_dial_is_tried_again_only_if_nothing_was_sent() -> Result<()> {
     if !lab::available()? {
@@ -358,7 +430,12 @@ fn a_lost_dial_is_tried_again_only_if_nothing_was_sent() -> Result<()> {
         ensure!(there == (3, 2), "at the target: {there:?}");
         Ok(())
     })?;
-    assert_eq!(left.connections(), 0);
+    // Long before the tunnel is given up, since nothing is heard of the first agent.
+    eventually(BACK, || {
+        ensure!(left.connections() == 1, "no other agent was asked");
+        Ok(())
+    })?;
+    assert_eq!(line(&late, "late")?, "w2 late");
 
     for (mut stream, name) in [(&early, "early"), (&held, "held")] {
         let error = stream.read(&mut [0]).err();
@@ -368,11 +445,6 @@ fn a_lost_dial_is_tried_again_only_if_nothing_was_sent() -> Result<()> {
             "{name}: {error}"
         );
     }
-    eventually(BACK, || {
-        ensure!(left.connections() == 1, "no other agent was asked");
-        Ok(())
-    })?;
-    assert_eq!(line(&late, "late")?, "w2 late");
     assert_eq!(left.requests(), ["late"]);
     Ok(())
 }

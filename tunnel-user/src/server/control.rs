@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
@@ -49,6 +49,7 @@ enum Request {
     Connect {
         info: Arc<LinkInfo>,
         instance: InstanceId,
+        predecessor: Option<InstanceId>,
         offer: Vec<Claim>,
         reply: oneshot::Sender<Verdict>,
     },
@@ -105,6 +106,7 @@ impl RouteUsage {
 pub struct ControlHandle {
     requests: mpsc::Sender<Request>,
     routes: Arc<ArcSwap<Routes>>,
+    published: watch::Receiver<()>,
     backends: Arc<ArcSwap<Backends>>,
     route_usage: Arc<RouteUsage>,
 }
@@ -120,6 +122,11 @@ impl ControlHandle {
         self.routes.load()
     }
 
+    /// Changes whenever other routes come into force.
+    pub fn published(&self) -> watch::Receiver<()> {
+        self.published.clone()
+    }
+
     /// Whether at least one agent answers heartbeats.
     pub fn is_ready(&self) -> bool {
         self.backends.load().all > 0
@@ -130,11 +137,12 @@ impl ControlHandle {
         self.backends.load_full()
     }
 
-    /// Registers a session. When this returns its routes are in force. `None`: we are ending.
+    /// Registers a session of process `instance`, which may know of a `predecessor` that has ended.
+    /// When this returns its routes are in force. `None`: we are ending.
     pub async fn connect(
         &self,
         info: Arc<LinkInfo>,
-        instance: InstanceId,
+        (instance, predecessor): (InstanceId, Option<InstanceId>),
         offer: Vec<Claim>,
     ) -> Option<Verdict> {
         let (reply, verdict) = oneshot::channel();
@@ -142,6 +150,7 @@ impl ControlHandle {
             .send(Request::Connect {
                 info,
                 instance,
+                predecessor,
                 offer,
                 reply,
             })
@@ -193,16 +202,21 @@ pub struct Control {
     registry: Registry,
     requests: mpsc::Receiver<Request>,
     handle: ControlHandle,
+    published: watch::Sender<()>,
     publish: Publish,
+    /// Links that have just come, and the processes that theirs know to have ended.
+    arrived: Vec<(LinkId, Option<InstanceId>)>,
 }
 
 impl Control {
     /// A control task over an empty registry. `publish` carries routes to the kernel.
     pub fn new(registry: Registry, publish: Publish) -> Self {
         let (requests, receiver) = mpsc::channel(QUEUE);
+        let (published, watching) = watch::channel(());
         let handle = ControlHandle {
             requests,
             routes: Arc::default(),
+            published: watching,
             backends: Arc::default(),
             route_usage: Arc::default(),
         };
@@ -210,7 +224,9 @@ impl Control {
             registry,
             requests: receiver,
             handle,
+            published,
             publish,
+            arrived: Vec::new(),
         }
     }
 
@@ -239,6 +255,10 @@ impl Control {
             if changed {
                 self.publish();
             }
+            // What ends now is dialled again over those that have come.
+            for (link, predecessor) in self.arrived.drain(..) {
+                self.registry.succeed(link, predecessor);
+            }
             for (reply, verdict) in verdicts {
                 // Whoever asked may have gone.
                 let _ = oneshot::Sender::send(reply, verdict);
@@ -260,9 +280,11 @@ impl Control {
             Request::Connect {
                 info,
                 instance,
+                predecessor,
                 offer,
                 reply,
             } => {
+                self.arrived.push((info.id, predecessor));
                 let verdict = self.registry.connect(info, instance, offer, now);
                 verdicts.push((reply, verdict));
             }
@@ -294,6 +316,7 @@ impl Control {
         let routes = Arc::new(self.registry.routes());
         // The shards first: what the kernel lets through can then be served.
         self.handle.routes.store(routes.clone());
+        self.published.send_replace(());
         (self.publish)(&routes);
         self.handle.route_usage.set(self.registry.take_usage());
         self.handle

@@ -47,6 +47,9 @@ const HOMECOMING: Duration = Duration::from_secs(3);
 /// How often is looked whether they are.
 const HOMECOMING_POLL: Duration = Duration::from_millis(20);
 
+/// An agent that has not answered by then, and of which no packet has come since, may be gone.
+const UNHEARD: Duration = Duration::from_secs(1);
+
 /// A dial that succeeded.
 #[derive(Debug)]
 pub(super) struct Dialled {
@@ -248,9 +251,19 @@ impl Dial {
         self.attempt += 1;
         let is_last = self.candidates.as_ref().is_none_or(VecDeque::is_empty);
         let patience = (!is_last).then_some(left / 3);
+        let asked = Instant::now();
+        let others = Others {
+            tenant: &self.tenant,
+            host: &request.destination.host,
+            asked: &self.asked,
+        };
+        let doubt = async {
+            doubtful(info, asked, patience).await;
+            others.but(shard, info.id).await;
+        };
         let mut cursor = Cursor::default();
         let early = (&mut self.early, &mut cursor);
-        let tried = Box::pin(try_link(shard, info, &request, local, early, patience));
+        let tried = Box::pin(try_link(shard, info, &request, local, early, doubt));
         let Ok(tried) = timeout_at(self.deadline, tried).await else {
             let error = too_late(shard, &self.record);
             return Err(Failed { error, safe: false });
@@ -286,15 +299,67 @@ async fn candidates(
     }
 }
 
-/// Asks one agent. With `patience` there is another one to ask: a link that falls silent, or has
-/// not answered by then, is given up while that is safe.
+/// Waits until an agent that has been asked may be gone: it falls silent, or nothing is heard of it. With
+/// `patience` another one could be asked, and the dial waits no longer than that.
+async fn doubtful(info: &LinkInfo, asked: Instant, patience: Option<Duration>) {
+    let unheard = async {
+        let path = (info.probe.0)();
+        // An acknowledgement takes a round trip.
+        sleep(UNHEARD.max(3 * path.rtt)).await;
+        if (info.probe.0)().since_packet < asked.elapsed() {
+            std::future::pending().await
+        }
+    };
+    let impatient = async {
+        match patience {
+            Some(patience) => sleep(patience).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = info.silenced.notified() => {}
+        () = unheard => {}
+        () = impatient => {}
+    }
+}
+
+/// Whom else a dial may ask.
+struct Others<'a> {
+    tenant: &'a TrustDomain,
+    host: &'a Host,
+    asked: &'a [LinkId],
+}
+
+impl Others<'_> {
+    /// Waits until there is one besides `link`.
+    async fn but(&self, shard: &Shard, link: LinkId) {
+        if self.asked.len() + 1 >= MAX_CANDIDATES {
+            return std::future::pending().await;
+        }
+        let mut published = shard.control.published();
+        loop {
+            let found = shard.control.routes().candidates(self.tenant, self.host);
+            let mut found = found.iter().flatten();
+            if found.any(|other| other.id != link && !self.asked.contains(&other.id)) {
+                return;
+            }
+            if published.changed().await.is_err() {
+                // The control task has ended, and so will everything else.
+                std::future::pending().await
+            }
+        }
+    }
+}
+
+/// Asks one agent. When `doubt` completes there is another one to ask, and the link is given up while
+/// that is safe.
 async fn try_link(
     shard: &Rc<Shard>,
     info: &LinkInfo,
     request: &DialRequest,
     local: &impl LocalSocket,
     (early, cursor): (&mut EarlyBytes, &mut Cursor),
-    patience: Option<Duration>,
+    doubt: impl Future<Output = ()>,
 ) -> Result<(LinkSend, LinkRecv), Failed> {
     let lost = |reason: CloseReason, safe| Failed {
         error: DialError::new(
@@ -323,13 +388,7 @@ async fn try_link(
 
     let touched = cursor.touched.clone();
     let hopeless = async {
-        let Some(patience) = patience else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            () = info.silenced.notified() => {}
-            () = sleep(patience) => {}
-        }
+        doubt.await;
         if touched.get() {
             std::future::pending().await
         }

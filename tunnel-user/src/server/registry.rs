@@ -3,7 +3,8 @@
 //! Claims belong to an identity, not to a session. Sessions of one identity coexist (a restart, a
 //! rollout, several tunnels); those of its newest process take new dials, the older ones drain. A
 //! node address belongs to one identity at a time, and to the one that has it in its certificate
-//! before one that is merely granted it; ranges, names and the default route may be shared.
+//! before one that is merely granted it; ranges, names and the default route may be shared. An agent
+//! that is heard comes before a silent one in both.
 //!
 //! Agents of Konnectivity usually share one certificate or service account: there each process
 //! takes dials beside the others. Those that are believed at their word own nothing.
@@ -13,7 +14,8 @@ mod shares;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
@@ -23,7 +25,7 @@ pub use self::shares::RouteBounds;
 use self::shares::{Shares, cost};
 use super::grants::Grants;
 use super::limits::Limit;
-use super::routes::{Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
+use super::routes::{Absence, Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
 use crate::config::server::{LimitsConfig, Strategy};
 use crate::tls::TrustDomain;
 
@@ -33,6 +35,9 @@ const MAX_LINKS: usize = 32;
 /// Claims of departed agents that are remembered at most.
 const MAX_DEPARTED: usize = 20_000;
 
+/// An agent that was heard within this time is not asked for a life sign when others claim its address.
+const RECENTLY: Duration = Duration::from_secs(1);
+
 /// A connected agent.
 #[derive(Debug)]
 pub struct Session {
@@ -40,6 +45,8 @@ pub struct Session {
     pub info: Arc<LinkInfo>,
     /// Its process.
     pub instance: InstanceId,
+    /// Not heard for too long, as far as was reported.
+    silent: bool,
     /// What it offers.
     pub offer: Vec<Claim>,
     /// What it serves.
@@ -60,6 +67,11 @@ pub struct Backends {
 }
 
 impl Session {
+    /// How good its right to a node address is; among equals the first one has it.
+    fn right(&self, claim: &Claim) -> (bool, bool) {
+        (!self.silent, certified(&self.info, claim))
+    }
+
     fn verdict(&self) -> Verdict {
         Verdict {
             accepted: self.claims.clone(),
@@ -148,6 +160,7 @@ impl Registry {
         let session = Session {
             info,
             instance,
+            silent: false,
             offer: offer.into_iter().map(alone).collect(),
             claims: Vec::new(),
             refused: Vec::new(),
@@ -155,6 +168,7 @@ impl Registry {
         };
         self.sessions.insert(link, session);
         self.settle([link].into(), now);
+        self.challenge_owners(link);
         // It was put in above, and judging removes nobody.
         self.sessions[&link].verdict()
     }
@@ -176,6 +190,85 @@ impl Registry {
         }
     }
 
+    /// Doubts the earlier processes of an agent that has just connected. One that `predecessor` proves
+    /// to have ended, or that is silent, ends at once with its streams; any other is to give a life
+    /// sign, and goes on when it does, as in a rollout.
+    ///
+    /// Agents of Konnectivity prove nothing, and one of their processes may have several streams: only
+    /// a silent stream of the same process ends.
+    pub fn succeed(&self, link: LinkId, predecessor: Option<InstanceId>) {
+        let Some(new) = self.sessions.get(&link) else {
+            return;
+        };
+        for old in self.other_links(new) {
+            let info = &old.info;
+            match info.kind {
+                LinkKind::Quic if old.instance == new.instance => {}
+                LinkKind::Quic if old.silent || predecessor == Some(old.instance) => {
+                    let proven = predecessor == Some(old.instance);
+                    tracing::info!(
+                        agent = %info.identity, instance = %old.instance, proven,
+                        "an earlier process of the agent has ended, and so do its connections"
+                    );
+                    info.replaced.notify_one();
+                }
+                LinkKind::Quic => info.challenged.notify_one(),
+                LinkKind::Konnectivity if old.silent && old.instance == new.instance => {
+                    info.replaced.notify_one();
+                }
+                LinkKind::Konnectivity => {}
+            }
+        }
+    }
+
+    /// Other sessions of the same identity over the same protocol.
+    fn other_links<'a>(&'a self, of: &'a Session) -> impl Iterator<Item = &'a Session> {
+        let (id, kind) = (of.info.id, of.info.kind);
+        let identity = (&of.info.identity.trust_domain, &of.info.identity.name);
+        self.sessions.values().filter(move |session| {
+            let info = &session.info;
+            let own = (&info.identity.trust_domain, &info.identity.name);
+            info.kind == kind && own == identity && info.id != id
+        })
+    }
+
+    /// Takes note of whether a link is silent, as its [`LinkInfo`] says. What a silent agent was first
+    /// to claim may be another's now; one that has a successor ends.
+    pub fn changed(&mut self, link: LinkId, now: Instant) {
+        let Some(session) = self.sessions.get_mut(&link) else {
+            return;
+        };
+        let silent = session.info.silent.load(Ordering::Relaxed);
+        if std::mem::replace(&mut session.silent, silent) == silent {
+            return;
+        }
+        if !silent {
+            return self.settle([link].into(), now);
+        }
+        let held = addresses(&session.info, &session.claims).collect();
+        self.end_if_succeeded(link);
+        self.settle(self.waiting_for(&held), now);
+    }
+
+    /// Ends a silent link of an agent whose later process is heard.
+    fn end_if_succeeded(&self, link: LinkId) {
+        let Some(session) = self.sessions.get(&link) else {
+            return;
+        };
+        let successor = self.other_links(session).find(|other| {
+            let is_later = other.info.id > link && other.instance != session.instance;
+            other.info.kind == LinkKind::Quic && is_later && !other.silent
+        });
+        if let Some(successor) = successor {
+            tracing::info!(
+                agent = %session.info.identity, instance = %session.instance,
+                successor = %successor.instance,
+                "a silent process of the agent has a successor, and its connections end"
+            );
+            session.info.replaced.notify_one();
+        }
+    }
+
     /// Replaces what a session offers. `None` when the session is gone.
     pub fn offer(&mut self, link: LinkId, offer: Vec<Claim>, now: Instant) -> Option<Verdict> {
         let session = self.sessions.get_mut(&link)?;
@@ -189,9 +282,26 @@ impl Registry {
         }
         session.offer = offer;
         self.settle([link].into(), now);
+        self.challenge_owners(link);
         let verdict = self.sessions.get(&link)?.verdict();
         let is_new = verdict != before;
         Some(Verdict { is_new, ..verdict })
+    }
+
+    /// Has those give a life sign that hold node addresses which `link` offers too. One that was heard
+    /// a moment ago need not: however often an address is claimed, its owner is seldom asked.
+    fn challenge_owners(&self, link: LinkId) {
+        let Some(session) = self.sessions.get(&link) else {
+            return;
+        };
+        let offered = session.offer.iter();
+        let refused = offered.filter(|claim| !session.claims.contains(claim));
+        for holder in refused.flat_map(|claim| self.rivals(&session.info, claim)) {
+            let is_quic = holder.info.kind == LinkKind::Quic;
+            if is_quic && !holder.silent && (holder.info.probe.0)().since_packet >= RECENTLY {
+                holder.info.challenged.notify_one();
+            }
+        }
     }
 
     /// Forgets a session, and remembers what it served. What others were refused because it served
@@ -215,8 +325,8 @@ impl Registry {
 
     /// Judges the offers of `links`, and of everybody who gains or loses by what becomes of theirs.
     ///
-    /// Ends: who has displaced another can't be displaced, and one who gains a node address gives up
-    /// none for it.
+    /// Ends: who has displaced another can't be displaced, since the right of each stays what it is, and
+    /// one who gains a node address gives up none for it.
     fn settle(&mut self, mut links: BTreeSet<LinkId>, now: Instant) {
         while !links.is_empty() {
             let (mut freed, mut again) = (HashSet::new(), BTreeSet::new());
@@ -240,7 +350,7 @@ impl Registry {
             return;
         };
         let info = session.info.clone();
-        let mut verdict = self.judge(&info, session.offer.clone());
+        let mut verdict = self.judge(session, session.offer.clone());
         let crowded = self.fit(&info, &mut verdict);
         let Some(session) = self.sessions.get(&link) else {
             return;
@@ -249,7 +359,7 @@ impl Registry {
         let kept: HashSet<_> = verdict.accepted.iter().collect();
         freed.extend(addresses(&info, &before).filter(|(_, claim)| !kept.contains(claim)));
         self.release(&info, before, now);
-        displaced.extend(self.weaker_holders(&info, &verdict.accepted));
+        displaced.extend(self.weaker_holders(link, &verdict.accepted));
         self.hold(&info, &verdict.accepted);
         if let Some(session) = self.sessions.get_mut(&link) {
             session.claims = verdict.accepted;
@@ -408,9 +518,20 @@ impl Registry {
                 routes.any.links.push(session.info.clone());
             }
         }
+        let mut connected = HashSet::new();
+        if !self.departed.is_empty() {
+            // Agents of Konnectivity may share a name.
+            let links = self.sessions.values().map(|session| &session.info);
+            let own = links.filter(|link| link.kind == LinkKind::Quic);
+            connected.extend(own.map(|l| (&l.identity.trust_domain, &l.identity.name)));
+        }
         for ((tenant, claim), memory) in &self.departed {
+            let mut departed = memory.departed.clone();
+            if connected.contains(&(tenant, &departed.name)) {
+                departed.absence = Absence::Elsewhere;
+            }
             for_entries(&mut routes, tenant, claim, |entry| {
-                entry.departed = Some(memory.departed.clone());
+                entry.departed = Some(departed.clone());
             });
         }
         routes
@@ -442,7 +563,8 @@ impl Registry {
         chosen
     }
 
-    fn judge(&self, info: &LinkInfo, offer: Vec<Claim>) -> Verdict {
+    fn judge(&self, session: &Session, offer: Vec<Claim>) -> Verdict {
+        let info = &session.info;
         if info.trust == Trust::Believed {
             return Verdict {
                 accepted: offer,
@@ -453,11 +575,11 @@ impl Registry {
         let (granted, mut refused) = self.grants.cut(&info.identity, offer);
         let mut accepted = Vec::with_capacity(granted.len());
         for claim in granted {
-            match self.owner(info, &claim) {
+            match self.owner(session, &claim) {
                 None => accepted.push(claim),
                 Some(owner) => refused.push(Refusal {
                     claim: claim.to_string(),
-                    why: format!("the node address is served by {}", owner.identity),
+                    why: format!("the node address is served by {}", owner.info.identity),
                 }),
             }
         }
@@ -473,35 +595,40 @@ impl Registry {
     }
 
     /// Another identity of the tenant that holds a node address, with as good a right to it.
-    fn owner<'a>(&'a self, info: &'a LinkInfo, claim: &Claim) -> Option<&'a LinkInfo> {
-        let mut rivals = self.rivals(info, claim);
-        rivals.find(|holder| certified(holder, claim) || !certified(info, claim))
+    fn owner<'a>(&'a self, session: &'a Session, claim: &Claim) -> Option<&'a Session> {
+        let mut rivals = self.rivals(&session.info, claim);
+        rivals.find(|holder| holder.right(claim) >= session.right(claim))
     }
 
-    /// Who holds node addresses that `info`'s certificate gives to `info`.
-    fn weaker_holders(&self, info: &LinkInfo, claims: &[Claim]) -> BTreeSet<LinkId> {
-        let weaker = |claim| {
-            let rivals = self.rivals(info, claim);
-            rivals.filter(move |holder| certified(info, claim) && !certified(holder, claim))
+    /// Who holds node addresses that `link` has a better right to.
+    fn weaker_holders(&self, link: LinkId, claims: &[Claim]) -> BTreeSet<LinkId> {
+        let Some(session) = self.sessions.get(&link) else {
+            return BTreeSet::new();
         };
-        claims.iter().flat_map(weaker).map(|h| h.id).collect()
+        let weaker = |claim| {
+            let rivals = self.rivals(&session.info, claim);
+            rivals.filter(move |holder| holder.right(claim) < session.right(claim))
+        };
+        let weaker = claims.iter().flat_map(weaker);
+        weaker.map(|holder| holder.info.id).collect()
     }
 
-    /// Other identities of the tenant that hold a node address by right.
+    /// Sessions of other identities of the tenant that hold a node address by right.
     fn rivals<'a>(
         &'a self,
         info: &'a LinkInfo,
         claim: &Claim,
-    ) -> impl Iterator<Item = &'a LinkInfo> + use<'a> {
+    ) -> impl Iterator<Item = &'a Session> + use<'a> {
         let holders = match claim {
             Claim::Address(_) => self.holders.get(&key(info, claim)),
             _ => None,
         };
-        let infos = holders
+        let sessions = holders
             .into_iter()
             .flatten()
-            .filter_map(|id| Some(&*self.sessions.get(id)?.info));
-        infos.filter(|holder| {
+            .filter_map(|id| self.sessions.get(id));
+        sessions.filter(|holder| {
+            let holder = &holder.info;
             holder.trust == Trust::Granted && holder.identity.name != info.identity.name
         })
     }
@@ -522,7 +649,8 @@ impl Registry {
     fn release(&mut self, info: &LinkInfo, claims: Vec<Claim>, now: Instant) {
         let departed = Departed {
             name: info.identity.name.clone(),
-            last_seen: SystemTime::now(),
+            last_seen: info.last_seen(),
+            absence: Absence::Disconnected,
         };
         for claim in claims {
             let key = key(info, &claim);

@@ -3,8 +3,8 @@
 //!
 //! The choice follows the configured strategies in order. Usually: the longest prefix first, then
 //! shorter ones, the default route last; within a prefix the newest process of each identity, the
-//! least loaded first. Links that are silent or draining are not chosen, but a draining agent of
-//! Konnectivity is where nobody else is left: it goes on serving for ever.
+//! least loaded first. Silent links are not chosen, and draining ones come last: an agent that drains
+//! is better than none.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -107,6 +107,8 @@ pub struct LinkInfo {
     pub silent: AtomicBool,
     /// About to leave.
     pub draining: AtomicBool,
+    /// The agent takes dials while it drains.
+    pub serves_while_draining: AtomicBool,
     /// Held up by one of its connections: dials had better go elsewhere.
     pub held_up: AtomicBool,
     /// Open streams.
@@ -121,6 +123,8 @@ pub struct LinkInfo {
     pub silenced: Notify,
     /// Told when its place is given to another link.
     pub replaced: Notify,
+    /// Told when the agent is to give a life sign at once.
+    pub challenged: Notify,
 }
 
 impl LinkInfo {
@@ -140,6 +144,8 @@ impl LinkInfo {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
+            // Agents of Konnectivity go on serving for ever.
+            serves_while_draining: AtomicBool::new(kind == LinkKind::Konnectivity),
             held_up: AtomicBool::default(),
             streams: AtomicI64::default(),
             unanswered: AtomicI64::default(),
@@ -147,6 +153,7 @@ impl LinkInfo {
             probe,
             silenced: Notify::new(),
             replaced: Notify::new(),
+            challenged: Notify::new(),
         })
     }
 
@@ -164,20 +171,41 @@ impl LinkInfo {
         !self.silent.load(Ordering::Relaxed) && !self.draining.load(Ordering::Relaxed)
     }
 
-    /// Whether new dials may go to it where nothing else is left. Agents of ours refuse them while
-    /// they drain.
+    /// Whether new dials may go to it where nothing else is left. Agents of earlier releases refuse
+    /// them while they drain.
     pub fn is_last_resort(&self) -> bool {
-        self.kind == LinkKind::Konnectivity && !self.silent.load(Ordering::Relaxed)
+        self.serves_while_draining.load(Ordering::Relaxed) && !self.silent.load(Ordering::Relaxed)
+    }
+
+    /// When the agent was last heard.
+    pub fn last_seen(&self) -> SystemTime {
+        let now = SystemTime::now();
+        now.checked_sub((self.probe.0)().since_data).unwrap_or(now)
     }
 }
 
-/// The last that was heard of an agent that is not there.
+/// Why an agent that served a destination takes no dials for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Absence {
+    /// It is not connected.
+    Disconnected,
+    /// It is connected, and has not been heard for too long.
+    Silent,
+    /// It drains, and takes none while it does.
+    Draining,
+    /// It is connected, and serves other destinations now.
+    Elsewhere,
+}
+
+/// The last that was heard of an agent that takes no dials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Departed {
     /// Its name.
     pub name: Arc<str>,
-    /// When it was last connected.
+    /// When it was last heard, or last served the destination.
     pub last_seen: SystemTime,
+    /// What has become of it.
+    pub absence: Absence,
 }
 
 /// Why there is nobody to ask.
@@ -234,12 +262,15 @@ impl Entry {
     }
 
     fn unavailable(&self) -> Option<Departed> {
-        // A silent link is as good as gone, since about now.
-        let silent = self.links.first().map(|link| Departed {
+        let connected = self.links.last().map(|link| Departed {
             name: link.identity.name.clone(),
-            last_seen: SystemTime::now(),
+            last_seen: link.last_seen(),
+            absence: match link.silent.load(Ordering::Relaxed) {
+                true => Absence::Silent,
+                false => Absence::Draining,
+            },
         });
-        silent.or_else(|| self.departed.clone())
+        connected.or_else(|| self.departed.clone())
     }
 }
 
@@ -282,9 +313,9 @@ impl Routes {
                     found.push(link.clone());
                 }
             }
-            if !found.is_empty() {
-                return Ok(found);
-            }
+        }
+        if !found.is_empty() {
+            return Ok(found);
         }
         let departed = entries.iter().find_map(|entry| entry.unavailable());
         Err(departed.map_or(RouteError::NoRoute, RouteError::NoAgent))

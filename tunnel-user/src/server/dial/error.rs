@@ -4,10 +4,10 @@ use std::time::{Duration, SystemTime};
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::text::go_error;
-use tunnel_proto::preface::Destination;
+use tunnel_proto::preface::{Destination, Host};
 
 use crate::server::limits::Limit;
-use crate::server::routes::{LinkInfo, LinkKind, RouteError};
+use crate::server::routes::{Absence, Departed, LinkInfo, LinkKind, RouteError};
 use crate::server::shard::Shard;
 use crate::telemetry::access::Record;
 use crate::telemetry::konnectivity::DialFailure;
@@ -99,13 +99,24 @@ pub(super) fn no_route(error: RouteError, record: &Record) -> DialError {
             let ago = SystemTime::now()
                 .duration_since(departed.last_seen)
                 .unwrap_or_default();
-            let ago = humantime::format_duration(Duration::from_secs(ago.as_secs()));
-            let text = format!(
-                "agent {} is not connected (last seen {ago} ago)",
-                departed.name
-            );
+            let text = absent(&departed, host, ago);
             DialError::new(CloseReason::NoAgent, Closer::Server, text)
         }
+    }
+}
+
+/// Says why the agent that served `host` is not asked.
+fn absent(departed: &Departed, host: &Host, ago: Duration) -> String {
+    let name = &departed.name;
+    let ago = humantime::format_duration(Duration::from_secs(ago.as_secs()));
+    match departed.absence {
+        Absence::Disconnected => format!("agent {name} is not connected (last seen {ago} ago)"),
+        Absence::Silent => format!("agent {name} does not answer (last heard {ago} ago)"),
+        Absence::Draining => format!("agent {name} is draining and takes no new connections"),
+        Absence::Elsewhere => format!(
+            "agent {name} is connected, but has not served {host} for {ago}; `cpc status` shows \
+             what it serves and was refused"
+        ),
     }
 }
 
@@ -153,6 +164,38 @@ mod tests {
 
         let long = refused(LinkKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
         assert_eq!(long.answer().unwrap().chars().count(), MAX_ANSWER);
+    }
+
+    #[test]
+    fn an_absent_agent_is_called_what_it_is() {
+        let host = "10.99.1.2".parse().unwrap();
+        for (absence, expected) in [
+            (
+                Absence::Disconnected,
+                "agent w1 is not connected (last seen 12s ago)",
+            ),
+            (
+                Absence::Silent,
+                "agent w1 does not answer (last heard 12s ago)",
+            ),
+            (
+                Absence::Draining,
+                "agent w1 is draining and takes no new connections",
+            ),
+            (
+                Absence::Elsewhere,
+                "agent w1 is connected, but has not served 10.99.1.2 for 12s; `cpc status` shows \
+                 what it serves and was refused",
+            ),
+        ] {
+            let departed = Departed {
+                name: "w1".into(),
+                last_seen: SystemTime::now(),
+                absence,
+            };
+            let said = absent(&departed, &host, Duration::from_millis(12_900));
+            assert_eq!(said, expected);
+        }
     }
 
     #[test]

@@ -23,6 +23,9 @@ use crate::transport::quic::link_reason;
 /// Refused claims that stand in the log.
 const SHOWN_CLAIMS: usize = 16;
 
+/// An agent whose life is doubted has so long for a sign of it.
+const CHALLENGE: Duration = Duration::from_secs(1);
+
 /// An agent that asks for certificates faster is not heard.
 const ASKED_AFTER: Duration = Duration::from_secs(10);
 
@@ -51,7 +54,11 @@ pub(super) async fn run(
                 continue;
             }
             () = link.info.replaced.notified() => {
-                link.close(CloseReason::Replaced);
+                let text = "another session took its place";
+                return link.session.with(|s| s.refuse(CloseReason::Replaced, text)).into();
+            }
+            () = link.info.challenged.notified() => {
+                link.session.with(|s| s.challenge(CHALLENGE, Instant::now()));
                 continue;
             }
         };
@@ -82,12 +89,12 @@ async fn handle(
             tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
             info.silent.store(true, Ordering::Relaxed);
             info.silenced.notify_waiters();
-            shard.control.changed().await;
+            shard.control.changed(info.id).await;
         }
         ServerEvent::Alive => {
             tracing::info!(agent = %info.identity, "agent is heard again");
             info.silent.store(false, Ordering::Relaxed);
-            shard.control.changed().await;
+            shard.control.changed(info.id).await;
         }
         ServerEvent::Draining { reason, .. } => {
             // An agent may say so again and again.
@@ -136,7 +143,7 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
     let offered = hello.offer.len();
     let connect = shard
         .control
-        .connect(link.info.clone(), hello.instance_id, hello.offer);
+        .connect(link.info.clone(), process, hello.offer);
     let Some(verdict) = connect.await else {
         return Err(link
             .session

@@ -7,9 +7,12 @@
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
+use futures_util::FutureExt;
 use ipnet::IpNet;
+use proptest::option::of;
 use proptest::prelude::{ProptestConfig, Strategy, any, prop_oneof, proptest};
 use proptest::sample::{Index, subsequence};
+use tokio::sync::Notify;
 use tunnel_proto::preface::Host;
 
 use super::*;
@@ -139,7 +142,8 @@ const HOSTS: [&str; 8] = [
 
 #[derive(Clone, Debug)]
 enum Event {
-    Connect(usize, u8, Vec<Claim>),
+    /// Who, which process, which process is said to have ended, and what is offered.
+    Connect(usize, u8, Option<u8>, Vec<Claim>),
     Offer(Index, Vec<Claim>),
     Disconnect(Index),
     Silent(Index, bool),
@@ -150,8 +154,8 @@ enum Event {
 fn any_event() -> impl Strategy<Value = Event> {
     let offer = || subsequence(universe(), 0..=4);
     prop_oneof![
-        4 => (0..AGENTS.len(), 0..3_u8, offer())
-            .prop_map(|(who, instance, offer)| Event::Connect(who, instance, offer)),
+        4 => (0..AGENTS.len(), 0..3_u8, of(0..3_u8), offer())
+            .prop_map(|(who, instance, ended, offer)| Event::Connect(who, instance, ended, offer)),
         2 => (any::<Index>(), offer()).prop_map(|(which, offer)| Event::Offer(which, offer)),
         2 => any::<Index>().prop_map(Event::Disconnect),
         1 => any::<(Index, bool)>().prop_map(|(which, is)| Event::Silent(which, is)),
@@ -166,6 +170,7 @@ struct Connected {
     info: Arc<LinkInfo>,
     who: usize,
     instance: u8,
+    silent: bool,
     offer: Vec<Claim>,
 }
 
@@ -239,20 +244,17 @@ impl Reference {
         claims.any(|claim| self.is_entitled(link, claim))
     }
 
-    /// Identities that have the best right to a node address; one of them has it.
+    /// Identities that have the best right to a node address; one of them has it. Agents that are heard
+    /// come before silent ones, then those whose certificate has the address.
     fn best(&self, tenant: &str, addr: IpAddr) -> Vec<&'static str> {
         let rightful = self.connected.iter().filter(|link| {
             let agent = link.agent();
             agent.trust == Trust::Granted && agent.tenant == tenant && self.contends(link, addr)
         });
-        let certified = rightful
-            .clone()
-            .filter(|link| link.is_certified(&addr.to_string()));
-        let certified: Vec<_> = certified.map(|link| link.agent().name).collect();
-        if certified.is_empty() {
-            return rightful.map(|link| link.agent().name).collect();
-        }
-        certified
+        let right = |link: &Connected| (!link.silent, link.is_certified(&addr.to_string()));
+        let most = rightful.clone().map(right).max();
+        let best = rightful.filter(|link| Some(right(link)) == most);
+        best.map(|link| link.agent().name).collect()
     }
 
     /// Whether dials may go to `link`, as far as its process and its health go.
@@ -267,7 +269,15 @@ impl Reference {
             .filter(|other| other.who == link.who)
             .rev();
         let newest = siblings.find(|other| other.is_available());
-        link.is_available() && newest.is_some_and(|newest| newest.instance == link.instance)
+        let is_chosen = newest.is_none_or(|newest| newest.instance == link.instance);
+        is_chosen && (link.is_available() || link.info.is_last_resort())
+    }
+
+    /// The links of `who`'s other processes.
+    fn other_processes(&self, who: usize, instance: u8) -> impl Iterator<Item = &Connected> {
+        let quic = move |link: &&Connected| link.agent().kind == LinkKind::Quic;
+        let own = self.connected.iter().filter(move |link| link.who == who);
+        own.filter(quic).filter(move |l| l.instance != instance)
     }
 
     fn covers(claim: &Claim, host: &Host) -> bool {
@@ -284,6 +294,10 @@ impl Reference {
 struct Run {
     registry: Registry,
     reference: Reference,
+    /// Links that the last event is to end.
+    ended: BTreeSet<LinkId>,
+    /// Links that are to give a life sign after it.
+    challenged: BTreeSet<LinkId>,
     now: Instant,
     last: u64,
 }
@@ -294,12 +308,14 @@ impl Run {
         Self {
             registry: Registry::new(Grants::default(), &strategies, Duration::from_secs(60)),
             reference: Reference::default(),
+            ended: BTreeSet::new(),
+            challenged: BTreeSet::new(),
             now: Instant::now(),
             last: 0,
         }
     }
 
-    fn connect(&mut self, who: usize, instance: u8, offer: Vec<Claim>) {
+    fn connect(&mut self, who: usize, instance: u8, ended: Option<u8>, offer: Vec<Claim>) {
         self.last += 1;
         let agent = &AGENTS[who];
         let identity = Identity {
@@ -318,13 +334,32 @@ impl Run {
         let probe = Probe(Box::new(move || path));
         let place = (LinkId(self.last), 0);
         let info = LinkInfo::new(place, agent.kind, (identity, agent.trust), probe);
-        let process = InstanceId([instance; 16]);
+        if agent.kind == LinkKind::Quic {
+            // Of either release.
+            let serves = instance.is_multiple_of(2);
+            info.serves_while_draining.store(serves, Ordering::Relaxed);
+        }
+        let process = |instance| InstanceId([instance; 16]);
         self.registry
-            .connect(info.clone(), process, offer.clone(), self.now);
+            .connect(info.clone(), process(instance), offer.clone(), self.now);
+        self.registry.succeed(info.id, ended.map(process));
+        if agent.kind == LinkKind::Quic {
+            for link in self.reference.other_processes(who, instance) {
+                match link.silent || ended == Some(link.instance) {
+                    true => self.ended.insert(link.info.id),
+                    false => self.challenged.insert(link.info.id),
+                };
+            }
+        } else {
+            let own = self.reference.connected.iter();
+            let own = own.filter(|l| l.who == who && l.instance == instance && l.silent);
+            self.ended.extend(own.map(|link| link.info.id));
+        }
         self.reference.connected.push(Connected {
             info,
             who,
             instance,
+            silent: false,
             offer,
         });
     }
@@ -333,7 +368,9 @@ impl Run {
         let count = self.reference.connected.len();
         let pick = |index: Index| (count > 0).then(|| index.index(count));
         match event {
-            Event::Connect(who, instance, offer) => self.connect(who, instance, offer),
+            Event::Connect(who, instance, ended, offer) => {
+                self.connect(who, instance, ended, offer);
+            }
             Event::Offer(which, offer) => {
                 if let Some(at) = pick(which) {
                     let link = &mut self.reference.connected[at];
@@ -349,8 +386,7 @@ impl Run {
             }
             Event::Silent(which, is) => {
                 if let Some(at) = pick(which) {
-                    let info = &self.reference.connected[at].info;
-                    info.silent.store(is, Ordering::Relaxed);
+                    self.silent(at, is);
                 }
             }
             Event::Draining(which, is) => {
@@ -374,6 +410,32 @@ impl Run {
                 self.reference.rules = rules;
             }
         }
+    }
+
+    fn silent(&mut self, at: usize, is: bool) {
+        let link = &mut self.reference.connected[at];
+        let falls = !std::mem::replace(&mut link.silent, is) && is;
+        let link = self.reference.connected[at].clone();
+        link.info.silent.store(is, Ordering::Relaxed);
+        self.registry.changed(link.info.id, self.now);
+        let mut others = self.reference.other_processes(link.who, link.instance);
+        let mut later = others.by_ref().filter(|other| other.info.id > link.info.id);
+        let is_quic = link.agent().kind == LinkKind::Quic;
+        if falls && is_quic && later.any(|other| !other.silent) {
+            self.ended.insert(link.info.id);
+        }
+    }
+
+    /// Ended are links of processes that are known to be gone, and no others.
+    fn check_successions(&mut self) {
+        let told = |notify: fn(&LinkInfo) -> &Notify| {
+            let links = self.reference.connected.iter().map(|link| &link.info);
+            let told = links.filter(|info| notify(info).notified().now_or_never().is_some());
+            told.map(|info| info.id).collect::<BTreeSet<_>>()
+        };
+        let (ended, challenged) = (told(|info| &info.replaced), told(|info| &info.challenged));
+        assert_eq!(std::mem::take(&mut self.ended), ended);
+        assert_eq!(std::mem::take(&mut self.challenged), challenged);
     }
 
     fn session(&self, link: &Connected) -> &Session {
@@ -483,6 +545,7 @@ proptest! {
         let mut run = Run::new();
         for event in events {
             run.happens(event);
+            run.check_successions();
             run.check_claims();
             run.check_owners();
             run.check_dials();

@@ -2,6 +2,7 @@ use super::*;
 use crate::config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use crate::server::routes::{Path, Probe, RouteError};
 use crate::tls::{Identity, Role};
+use futures_util::FutureExt;
 use ipnet::IpNet;
 use std::sync::atomic::Ordering;
 use tunnel_proto::preface::Host;
@@ -50,6 +51,20 @@ fn believed(id: u64) -> Arc<LinkInfo> {
 }
 
 fn link_of(id: u64, name: &str, address: &str, kind: LinkKind, trust: Trust) -> Arc<LinkInfo> {
+    link_over(id, name, address, (kind, trust), Duration::ZERO)
+}
+
+fn unheard_link(id: u64, name: &str, address: &str, unheard: Duration) -> Arc<LinkInfo> {
+    link_over(id, name, address, (LinkKind::Quic, Trust::Granted), unheard)
+}
+
+fn link_over(
+    id: u64,
+    name: &str,
+    address: &str,
+    (kind, trust): (LinkKind, Trust),
+    unheard: Duration,
+) -> Arc<LinkInfo> {
     let identity = Identity {
         trust_domain: "a".parse().unwrap(),
         role: Role::Agent,
@@ -93,6 +108,64 @@ fn the_newest_process_takes_new_dials() {
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
     new.silent.store(true, Ordering::Relaxed);
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+}
+
+/// A silent owner gives its address up to an agent that is heard, and does not get it back by being
+/// heard again; of two that are heard the first keeps it.
+#[test]
+fn an_address_passes_on_when_its_owner_falls_silent() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let (one, two) = (link(1, "w1", "10.99.1.2"), link(2, "w9", "10.99.1.2"));
+    registry.connect(one.clone(), InstanceId([1; 16]), claim("10.99.1.2"), now);
+    registry.connect(two.clone(), InstanceId([2; 16]), claim("10.99.1.2"), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+    one.silent.store(true, Ordering::Relaxed);
+    registry.changed(LinkId(1), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+    one.silent.store(false, Ordering::Relaxed);
+    registry.changed(LinkId(1), now);
+    assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
+
+    // It was silent already.
+    two.silent.store(true, Ordering::Relaxed);
+    registry.disconnect(LinkId(1), now);
+    registry.changed(LinkId(2), now);
+    let three = link(3, "w1", "10.99.1.2");
+    let verdict = registry.connect(three, InstanceId([3; 16]), claim("10.99.1.2"), now);
+    assert_eq!(verdict.accepted, claim("10.99.1.2"));
+}
+
+/// Claiming an address has its owner asked for a life sign, unless it was heard a moment ago.
+#[test]
+fn a_claimed_address_has_its_owner_challenged() {
+    for (unheard, challenged) in [(Duration::ZERO, false), (2 * RECENTLY, true)] {
+        let mut registry = registry();
+        let owner = unheard_link(1, "w1", "10.99.1.2", unheard);
+        let two = link(2, "w9", "10.99.1.2");
+        let now = Instant::now();
+        registry.connect(owner.clone(), InstanceId([1; 16]), claim("10.99.1.2"), now);
+        registry.connect(two, InstanceId([2; 16]), claim("10.99.1.2"), now);
+        let is = owner.challenged.notified().now_or_never().is_some();
+        assert_eq!(is, challenged, "{unheard:?}");
+    }
+}
+
+/// Only an agent's own earlier process can be named its predecessor.
+#[test]
+fn a_predecessor_of_another_identity_is_not_believed() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let victim = link(1, "w1", "10.99.1.2");
+    registry.connect(victim.clone(), InstanceId([1; 16]), claim("10.99.1.2"), now);
+    let thief = link(2, "w9", "10.99.1.9");
+    registry.connect(thief, InstanceId([2; 16]), claim("10.99.1.9"), now);
+    registry.succeed(LinkId(2), Some(InstanceId([1; 16])));
+    assert!(victim.replaced.notified().now_or_never().is_none());
+    let successor = link(3, "w1", "10.99.1.2");
+    registry.connect(successor, InstanceId([3; 16]), claim("10.99.1.2"), now);
+    registry.succeed(LinkId(3), Some(InstanceId([1; 16])));
+    assert!(victim.replaced.notified().now_or_never().is_some());
 }
 
 #[test]
@@ -349,19 +422,86 @@ fn agents_of_one_service_account_serve_side_by_side() {
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2, 1]));
 }
 
+/// Of Konnectivity, or of ours where its release takes dials while it drains.
 #[test]
-fn a_draining_agent_of_konnectivity_is_the_last_resort() {
+fn a_draining_agent_is_the_last_resort() {
+    for kind in [LinkKind::Konnectivity, LinkKind::Quic] {
+        let mut registry = registry();
+        let of = |id, name| link_of(id, name, "192.0.2.1", kind, Trust::Believed);
+        let (old, new) = (of(1, "w1"), of(2, "w2"));
+        for info in [&old, &new] {
+            let now = Instant::now();
+            registry.connect(info.clone(), InstanceId([0; 16]), claim("10.99.1.2"), now);
+        }
+        old.serves_while_draining.store(true, Ordering::Relaxed);
+        old.draining.store(true, Ordering::Relaxed);
+        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2, 1]));
+        new.silent.store(true, Ordering::Relaxed);
+        assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
+        assert!(registry.routes().verdicts().all(|(_, _, served)| served));
+        assert_eq!(registry.backends().all, 1);
+
+        old.serves_while_draining.store(false, Ordering::Relaxed);
+        let absence = |answer| match answer {
+            Err(RouteError::NoAgent(departed)) => departed.absence,
+            other => panic!("{other:?}"),
+        };
+        let asked = ask(&registry, "a", "10.99.1.2");
+        assert_eq!(absence(asked), Absence::Silent, "the newest one tells");
+        registry.disconnect(LinkId(2), Instant::now());
+        let asked = ask(&registry, "a", "10.99.1.2");
+        assert_eq!(absence(asked), Absence::Draining);
+    }
+}
+
+/// A process that drains takes no dials while its successor is there.
+#[test]
+fn a_draining_process_leaves_dials_to_its_successor() {
     let mut registry = registry();
-    let (old, new) = (believed(1), believed(2));
-    for info in [&old, &new] {
+    let (old, new) = (link(1, "w1", "10.99.1.2"), link(2, "w1", "10.99.1.2"));
+    for (info, instance) in [(&old, 1), (&new, 2)] {
         let now = Instant::now();
-        registry.connect(info.clone(), InstanceId([0; 16]), claim("10.99.1.2"), now);
+        info.serves_while_draining.store(true, Ordering::Relaxed);
+        registry.connect(
+            info.clone(),
+            InstanceId([instance; 16]),
+            claim("10.99.1.2"),
+            now,
+        );
     }
     old.draining.store(true, Ordering::Relaxed);
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2]));
-    new.silent.store(true, Ordering::Relaxed);
+    registry.disconnect(LinkId(2), Instant::now());
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
-    assert!(registry.routes().verdicts().all(|(_, _, served)| served));
+}
+
+/// What is said of an agent that does not serve a destination any more.
+#[test]
+fn an_absent_agent_is_told_from_one_that_serves_something_else() {
+    let mut registry = registry();
+    let now = Instant::now();
+    let absence = |registry: &Registry| match ask(registry, "a", "10.99.1.2") {
+        Err(RouteError::NoAgent(departed)) => departed,
+        other => panic!("{other:?}"),
+    };
+    let unheard = Duration::from_secs(600);
+    let silent = unheard_link(1, "w1", "10.99.1.2", unheard);
+    silent.silent.store(true, Ordering::Relaxed);
+    registry.connect(silent, InstanceId([1; 16]), claim("10.99.1.2"), now);
+    let said = absence(&registry);
+    assert_eq!(said.absence, Absence::Silent);
+    assert!(said.last_seen.elapsed().unwrap() >= unheard);
+
+    registry.disconnect(LinkId(1), now);
+    let said = absence(&registry);
+    assert_eq!(said.absence, Absence::Disconnected);
+    assert!(said.last_seen.elapsed().unwrap() >= unheard);
+
+    let moved = link(2, "w1", "10.99.1.9");
+    registry.connect(moved, InstanceId([2; 16]), claim("10.99.1.9"), now);
+    assert_eq!(absence(&registry).absence, Absence::Elsewhere);
+    registry.disconnect(LinkId(2), now);
+    assert_eq!(absence(&registry).absence, Absence::Disconnected);
 }
 
 #[test]

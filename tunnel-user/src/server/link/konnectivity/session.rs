@@ -137,6 +137,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let outbox = session.link.outbox.clone();
     let mut sending = pin!(outbox.drive(sender));
     let known = known(&peer, &session.link.info.identity);
+    let replaced = session.link.info.clone();
     let served = async {
         tokio::select! {
             end = &mut sending => (End::Stream(end), true),
@@ -144,6 +145,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
                 audit::cut("tunnel", remote, &why);
                 (End::Revoked(why), false)
             }
+            () = replaced.replaced.notified() => (End::Told(CloseReason::Replaced), false),
             end = session.listen(receiver) => (end, false),
         }
     };
@@ -282,7 +284,7 @@ impl Session<'_> {
             }
         }
         if self.registered {
-            control.changed().await;
+            control.changed(info.id).await;
         }
         Ok(())
     }
@@ -302,7 +304,7 @@ impl Session<'_> {
         let offered = offer.len();
         let connect = shard
             .control
-            .connect(info.clone(), introduction.instance(), offer);
+            .connect(info.clone(), (introduction.instance(), None), offer);
         let Some(verdict) = connect.await else {
             return Err(End::Told(CloseReason::Shutdown));
         };
