@@ -57,6 +57,11 @@ pub trait LocalSocket {
     fn departure(&self) -> Departure {
         Departure::Unknown
     }
+    /// Waits, after the peer's end of file, until the peer has gone altogether, as far as the socket can
+    /// tell that from a half-close.
+    fn departed(&self) -> impl Future<Output = ()> {
+        self.broken()
+    }
     /// Waits until the connection has to end, whatever it does.
     fn cut(&self) -> impl Future<Output = ()> {
         std::future::pending()
@@ -310,6 +315,23 @@ impl LocalSocket for TcpStream {
 
 impl LocalSocket for UnixStream {
     stream_socket!();
+
+    /// The kernel tells a closed peer from one that has shut down its half (`EPOLLHUP`, unix_poll).
+    async fn departed(&self) {
+        // With a readiness of its own: clearing the stream's would stop its writers.
+        let watched = self.as_fd().try_clone_to_owned();
+        let Ok(watched) = watched.and_then(|fd| Self::from_std(fd.into())) else {
+            return self.broken().await;
+        };
+        // An error here means that the reactor is gone, and then so is everything else.
+        while let Ok(ready) = watched.ready(Interest::WRITABLE).await {
+            if ready.is_write_closed() {
+                break;
+            }
+            let blocks = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+            let _ = watched.try_io(Interest::WRITABLE, blocks);
+        }
+    }
 
     fn reset_on_close(&self, _reset: bool) {}
 

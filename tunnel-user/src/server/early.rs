@@ -18,8 +18,11 @@ const KEPT: usize = 64 << 10;
 pub(super) enum Early {
     /// They are sent behind the request: no round trip is lost. An end of file is a half-close.
     Send,
-    /// They are held, since the client waits for an answer. An end of file cancels the dial.
+    /// They are held, since the client waits for an answer. An end of file is a half-close, unless the
+    /// client has gone altogether.
     Hold,
+    /// They are held, and an end of file cancels the dial: the protocol knows no half-close.
+    HoldWhole,
 }
 
 /// Why a client is not read any more before its dial is answered.
@@ -96,7 +99,11 @@ impl EarlyBytes {
             {
                 return EarlyEnd::Stream(end);
             }
-            if self.eof || self.len >= KEPT || self.is_full {
+            if self.eof {
+                Box::pin(local.departed()).await;
+                return EarlyEnd::Client;
+            }
+            if self.len >= KEPT || self.is_full {
                 Box::pin(local.broken()).await;
                 return EarlyEnd::Client;
             }
@@ -108,7 +115,7 @@ impl EarlyBytes {
                     let charged = self.charge.as_mut().is_none_or(|charge| charge.set(len));
                     self.is_full |= !charged;
                 }
-                Ok(_) if self.policy == Early::Send => self.eof = true,
+                Ok(_) if self.policy != Early::HoldWhole => self.eof = true,
                 _ => return EarlyEnd::Client,
             }
         }

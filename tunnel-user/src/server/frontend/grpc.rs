@@ -168,7 +168,7 @@ async fn serve_dial(
         Ok(admitted) => admitted,
         Err(error) => return refuse(socket, &error.to_string()).await,
     };
-    let early = EarlyBytes::new(Early::Hold, Bytes::new());
+    let early = EarlyBytes::new(Early::HoldWhole, Bytes::new());
     let span = record.span();
     let mut dial = Dial::new(shard, record, &scope.tenant, (early, dialling));
     let served = async {
