@@ -1,12 +1,12 @@
 //! Ending in order: what is open goes on until it ends or the time is over, what is new goes
-//! elsewhere or is refused at once.
+//! elsewhere, or is served where nobody else would.
 
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tunnel_tests::client::{connect_through, eventually, round_trips};
@@ -36,8 +36,66 @@ fn through_proxy(lab: &Lab, to: SocketAddr) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// The server is told to end with connections open: they go on, new ones are refused at once,
-/// agents are told. It ends by itself when the last connection has.
+/// The server is told to end with connections open: they go on, new ones are served, by agents that have
+/// come since as well, and agents are told. It ends by itself when the last connection has.
+#[test]
+fn a_server_that_ends_serves_until_then() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::up(LabSpec {
+        workers: 2,
+        ..LabSpec::new(Programs::of_this_test()?)
+    })?;
+    let other = (address::node(2), Behaviour::Echo.port()).into();
+    let redirected = through_redirect(&lab, other)?;
+    let proxied = through_proxy(&lab, other)?;
+    round_trips(&redirected, 1)?;
+    round_trips(&proxied, 1)?;
+
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.signal(Signal::SIGTERM)?;
+    eventually(PATIENCE, || {
+        let log = lab.workers[0].agent.as_ref().context("no agent")?.log();
+        ensure!(
+            log.contains("server is draining"),
+            "the agent was not told:\n{log}"
+        );
+        Ok(())
+    })?;
+    let (status, why) = lab.control_plane.servers[0].daemon.get("/readyz")?;
+    assert_eq!((status, why.as_str()), (503, "draining\n"));
+    let proxy = lab.control_plane.servers[0].sockets.connect_unix.clone();
+    let served = |lab: &Lab| {
+        let asked = || Ok(ask(echo(), "new"));
+        let answer = lab.control_plane.as_apiserver(asked)?;
+        ensure!(answer.is_ok(), "redirected: {answer:?}");
+        let answer = ask_through(&proxy, echo(), "new");
+        ensure!(answer.is_ok(), "proxied: {answer:?}");
+        Ok(())
+    };
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(2) {
+        round_trips(&redirected, 1).context("redirected, draining")?;
+        round_trips(&proxied, 1).context("proxied, draining")?;
+        served(&lab)?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // Each agent has its tunnel, and dials no other to this process.
+    let server = &lab.control_plane.servers[0].daemon;
+    let tunnels = server.log().matches("agent connected").count();
+    assert_eq!(tunnels, 2);
+
+    let agent = lab.worker("w1")?.agent()?;
+    agent.kill()?;
+    agent.start()?;
+    eventually(2 * PATIENCE, || served(&lab)).context("by an agent that has come since")?;
+    let server = &mut lab.control_plane.servers[0].daemon;
+    drop((redirected, proxied));
+    server.wait_ended(2 * PATIENCE)
+}
+
+/// The same with a connection that does not end with its agent: the server waits for it.
 #[test]
 fn a_server_that_ends_waits_for_its_connections() -> Result<()> {
     if !lab::available()? || !lab::kernel_since((6, 1), lab::ERRNOS)? {
@@ -48,40 +106,21 @@ fn a_server_that_ends_waits_for_its_connections() -> Result<()> {
     let proxied = through_proxy(&lab, echo())?;
     round_trips(&redirected, 1)?;
     round_trips(&proxied, 1)?;
-
-    lab.control_plane.servers[0]
-        .daemon
-        .signal(Signal::SIGTERM)?;
-    let start = Instant::now();
-    let refused = || match lab.control_plane.as_apiserver(|| Ok(ask(echo(), "new")))? {
-        Err(Failure::Connect(error)) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
-        other => bail!("{other:?} instead of ECONNREFUSED"),
-    };
-    eventually(PATIENCE, refused)?;
-    let proxy = &lab.control_plane.servers[0].sockets.connect_unix;
-    let asked = ask_through(proxy, echo(), "new");
-    ensure!(matches!(asked, Err(Failure::Proxy(_))), "{asked:?}");
-    eventually(PATIENCE, || {
-        let log = lab.workers[0].agent.as_ref().context("no agent")?.log();
-        ensure!(
-            log.contains("server is draining"),
-            "the agent was not told:\n{log}"
-        );
-        Ok(())
-    })?;
-    while start.elapsed() < Duration::from_secs(2) {
-        round_trips(&redirected, 1).context("redirected, draining")?;
-        round_trips(&proxied, 1).context("proxied, draining")?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    refused()?;
-
     let server = &mut lab.control_plane.servers[0].daemon;
+    server.signal(Signal::SIGTERM)?;
     drop(redirected);
     let early = server.wait_ended(Duration::from_millis(500));
     ensure!(early.is_err(), "it ended with a connection open");
+    round_trips(&proxied, 1)?;
     drop(proxied);
-    server.wait_ended(PATIENCE)
+    server.wait_ended(PATIENCE)?;
+    // Neither is there any more.
+    let refused = lab.control_plane.as_apiserver(|| Ok(ask(echo(), "new")))?;
+    ensure!(
+        matches!(&refused, Err(Failure::Connect(e)) if e.kind() == ErrorKind::ConnectionRefused),
+        "{refused:?} instead of ECONNREFUSED"
+    );
+    Ok(())
 }
 
 /// A connection that does not end by itself is reset when the drain's time is over: a clean end
@@ -178,4 +217,29 @@ fn an_agent_that_ends_hands_over() -> Result<()> {
     ensure!(early.is_err(), "it ended with a connection open");
     drop(open);
     agent.wait_ended(PATIENCE)
+}
+
+/// The only agent for its node is told to end: until its streams have ended it serves new ones as well,
+/// and so does one that is told so while a request runs.
+#[test]
+fn an_agent_that_ends_alone_serves_until_then() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::up(LabSpec::new(Programs::of_this_test()?))?;
+    let held = through_redirect(&lab, echo())?;
+    round_trips(&held, 1)?;
+    lab.worker("w1")?.agent()?.signal(Signal::SIGTERM)?;
+    let server = &lab.control_plane.servers[0].daemon;
+    server.wait_status(PATIENCE, |status| {
+        status["agents"][0]["state"] == "draining"
+    })?;
+    assert_eq!(server.get("/readyz")?.0, 200);
+    for _ in 0..20 {
+        round_trips(through_redirect(&lab, echo())?, 1).context("redirected")?;
+        round_trips(through_proxy(&lab, echo())?, 1).context("proxied")?;
+    }
+    round_trips(&held, 1)?;
+    drop(held);
+    lab.worker("w1")?.agent()?.wait_ended(PATIENCE)
 }

@@ -17,10 +17,11 @@ use tunnel_proto::close::CloseReason;
 use super::address::{Resolved, keep_resolving};
 use super::errand::{Errand, Event, Order, Welcomed};
 use super::held::{TunnelView, Tunnels};
-use super::plan::{Plan, Verdict, Way, Wire};
+use super::plan::{Health, Plan, Verdict, Way, Wire};
 use super::shards::Dispatch;
 use super::tunnel::{About, End, GOODBYE};
 use crate::config::agent::Protocol;
+use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::telemetry::complaint::Complaint;
 use crate::transport::quic::steering::Spread;
@@ -41,6 +42,7 @@ pub(super) struct Servers {
 pub(super) async fn run(
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
+    connections: Gate,
     servers: Servers,
     view: Arc<Tunnels>,
 ) {
@@ -59,6 +61,7 @@ pub(super) async fn run(
     let mut connector = Connector {
         shards,
         phase,
+        connections,
         plan,
         spread: Spread::random(),
         dialling: HashMap::new(),
@@ -83,6 +86,8 @@ pub(super) async fn run(
 struct Connector {
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
+    /// Closed at the end when nothing was left to be served.
+    connections: Gate,
     plan: Plan,
     spread: Spread,
     /// Where the tunnels go that are being dialled.
@@ -150,8 +155,14 @@ impl Connector {
                 () = &mut ended => break,
             }
         }
+        // With the first a server knows that a dial which has no answer yet was not served, and may go
+        // elsewhere.
+        let reason = match self.connections.is_closed() {
+            true => CloseReason::Draining,
+            false => CloseReason::Shutdown,
+        };
         for tunnel in self.tunnels.values() {
-            tunnel.order(Order::Close(CloseReason::Shutdown));
+            tunnel.order(Order::Close(reason));
         }
         // Each tunnel says goodbye and reports its end. What is still being dialled ends with its
         // shard.
@@ -261,9 +272,9 @@ impl Connector {
                     way,
                     stats,
                 } = &tunnel.about;
-                let (wire, live) = (way.wire, stats.is_live());
-                self.plan.changed(wire, server_id, number, live, now);
-                if live && !self.plan.holds(wire, server_id, number) {
+                let (wire, health) = (way.wire, stats.health());
+                self.plan.changed(wire, server_id, number, health, now);
+                if health == Health::Live && !self.plan.holds(wire, server_id, number) {
                     tunnel.order(Order::Retire);
                 } else {
                     self.retire_superseded();

@@ -18,7 +18,7 @@ use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
 use super::race::race;
 use super::stats::{OnTunnel, TunnelStats};
-use super::worker::{Admitted, Worker};
+use super::worker::{Admitted, ENDING, Worker};
 use crate::datapath::socket::prepare;
 use crate::datapath::stream::{RecvHalf, SendEnd, SendHalf};
 use crate::datapath::{ClosedBy, Outbound, Socket, relay};
@@ -39,7 +39,7 @@ struct Failure {
 
 /// The half of a stream on which a server is answered what became of its dial.
 pub(super) trait Answer: SendHalf {
-    /// Whether the server asks another agent when we say that we drain.
+    /// Whether the server asks another agent when we say that we are ending.
     const ASKS_OTHERS: bool;
 
     /// Says what became of the dial; a refusal ends the stream. A server that is gone shows in what
@@ -147,10 +147,10 @@ async fn dial_and_answer<S: Answer, R: RecvHalf>(
 ) -> Option<Box<Dialled<S, R>>> {
     let dialled = {
         let connected = async {
-            if S::ASKS_OTHERS && worker.is_draining() {
+            if S::ASKS_OTHERS && worker.is_ending() {
                 return Err(Failure {
                     reason: CloseReason::Draining,
-                    detail: "the agent is ending".into(),
+                    detail: ENDING.into(),
                 });
             }
             let (socket, admitted) = Box::pin(admit_and_connect(worker, request)).await?;

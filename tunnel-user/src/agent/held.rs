@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::plan::Health;
 use super::tunnel::About;
 use crate::transport::quic::PathView;
 
@@ -56,7 +57,9 @@ impl Tunnels {
     /// How many servers are reached, each over one tunnel or several.
     pub(super) fn live_servers(&self) -> usize {
         let held = self.held();
-        let live = held.values().filter(|t| t.about.stats.is_live());
+        // One that drains serves until it leaves.
+        let heard = |t: &&TunnelView| t.about.stats.health() != Health::Silent;
+        let live = held.values().filter(heard);
         live.map(|t| &t.about.server_id)
             .collect::<HashSet<_>>()
             .len()

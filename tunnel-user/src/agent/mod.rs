@@ -209,7 +209,13 @@ pub async fn run(
     let mut shards = Shards::new(engines);
     let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;
     // It keeps the shards as long as it lives.
-    let connector = connector::run(dispatch, phases.clone(), servers, tunnels);
+    let connector = connector::run(
+        dispatch,
+        phases.clone(),
+        connections.clone(),
+        servers,
+        tunnels,
+    );
     let connector = tokio::spawn(connector);
 
     let admin = Admin::new(metrics, log.clone(), Arc::new(view));
@@ -284,14 +290,14 @@ pub async fn run(
     Ok(())
 }
 
-/// Waits until a draining agent has no connection left. Proxy-servers may ask for some until they
-/// have heard of it.
+/// Waits until a draining agent has no connection left, and then takes none any more. Proxy-servers may
+/// ask for some until they have heard of it.
 async fn idle(phase: &watch::Sender<Phase>, connections: &Gate, proxies: bool) {
     lifecycle::stopping(phase.subscribe()).await;
     if proxies {
         tokio::time::sleep(DRAIN_HEARD).await;
     }
-    while connections.inside() > 0 {
+    while !connections.close_if_empty() {
         tokio::time::sleep(IDLE_POLL).await;
     }
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use tunnel_proto::session::InstanceId;
 
 use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
-pub use self::way::{Leads, Verdict, Way, Wire};
+pub use self::way::{Health, Leads, Verdict, Way, Wire};
 use crate::config::agent::Protocol;
 
 /// The pace of dialling an address: from this..
@@ -159,7 +159,7 @@ impl Plan {
     /// this address is known to lead to it and enough live tunnels do, too, since the server would
     /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
     pub fn reached(&mut self, way: Way, server: &str, now: Instant, chance: f64) -> bool {
-        let full = self.is_full(way.wire, server);
+        let full = self.is_full(way, server);
         let known = self.held(way.wire).get(server).into_iter().flatten();
         let known = { known }.any(|held| held.address == way.address);
         match self.candidates.get_mut(&way) {
@@ -209,7 +209,7 @@ impl Plan {
         if verdict == Verdict::Keep {
             self.hold(way, tunnel, &server, instance, (fallback, now));
         }
-        let is_full = self.is_full(way.wire, &server);
+        let is_full = self.is_full(way, &server);
         if let Some(candidate) = self.candidates.get_mut(&way) {
             candidate.dialling = false;
             candidate.leads_to = Some(server);
@@ -226,7 +226,7 @@ impl Plan {
     fn judge(&self, way: Way, server: &str, instance: Option<InstanceId>) -> Verdict {
         let map = self.held(way.wire);
         let held = map.get(server).into_iter().flatten();
-        let live = held.filter(|held| held.live);
+        let live = held.filter(|held| held.live && !held.draining);
         let (same, other): (Vec<_>, Vec<_>) = live.partition(|held| held.instance == instance);
         if same.len() >= self.most(way.wire) {
             return Verdict::Decline;
@@ -264,18 +264,20 @@ impl Plan {
             since: now,
             fallback,
             live: true,
+            draining: false,
         });
     }
 
     /// A server fell silent, drains, or is heard again.
-    pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, live: bool, now: Instant) {
+    pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, health: Health, now: Instant) {
         let mut held = self.held_mut(wire).get_mut(server).into_iter().flatten();
         let Some(held) = held.find(|held| held.tunnel == tunnel) else {
             return;
         };
-        held.live = live;
+        held.live = health != Health::Silent;
+        held.draining = health == Health::Draining;
         let address = held.address;
-        if !live {
+        if !held.live {
             self.hasten(wire, server, address, now, Duration::ZERO);
         }
     }
@@ -333,10 +335,12 @@ impl Plan {
         }
     }
 
-    /// Whether there are enough live ones to `server`.
-    fn is_full(&self, wire: Wire, server: &str) -> bool {
-        let held = self.held(wire).get(server).into_iter().flatten();
-        held.filter(|held| held.live).count() >= self.most(wire)
+    /// Whether `way` is not needed, since there are enough live ones to `server`. Those to a server that
+    /// drains count at their own address: elsewhere its successor may be found.
+    fn is_full(&self, way: Way, server: &str) -> bool {
+        let held = self.held(way.wire).get(server).into_iter().flatten();
+        let counts = |held: &&Held| held.live && (!held.draining || held.address == way.address);
+        held.filter(counts).count() >= self.most(way.wire)
     }
 
     fn held(&self, wire: Wire) -> &Tunnels {
@@ -395,12 +399,12 @@ impl Plan {
         }
         // A virtual address may lead to another one than last time.
         let mut here = live(self.held(way.wire)).filter(|(_, held)| held.address == way.address);
-        if here.any(|(server, _)| !self.is_full(way.wire, server)) {
+        if here.any(|(server, _)| !self.is_full(*way, server)) {
             return true;
         }
         let served = match &candidate.leads_to {
             Some(server) => {
-                self.is_full(way.wire, server)
+                self.is_full(*way, server)
                     || candidate.fallback && self.is_superseded(server, way.address)
             }
             // Nobody knows what gRPC would lead to, but QUIC leads somewhere.

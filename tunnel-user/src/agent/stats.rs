@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::Refusal;
 
+use super::plan::Health;
 use crate::telemetry::access::Totals;
 
 /// What people want to see of a tunnel. Written by its task, read anywhere.
@@ -51,9 +52,15 @@ impl TunnelStats {
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = refused;
     }
 
-    /// Whether the server is there and stays.
-    pub(super) fn is_live(&self) -> bool {
-        !self.silent.load(Ordering::Relaxed) && !self.draining.load(Ordering::Relaxed)
+    /// What is known of the server.
+    pub(super) fn health(&self) -> Health {
+        if self.silent.load(Ordering::Relaxed) {
+            Health::Silent
+        } else if self.draining.load(Ordering::Relaxed) {
+            Health::Draining
+        } else {
+            Health::Live
+        }
     }
 }
 

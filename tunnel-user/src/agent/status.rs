@@ -11,6 +11,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use super::held::{TunnelView, Tunnels};
+use super::plan::Health;
 use super::tunnel::About;
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use crate::admin::Source;
@@ -134,12 +135,10 @@ fn row(tunnel: &TunnelView) -> ServerRow {
         way,
         stats,
     } = &tunnel.about;
-    let state = if stats.silent.load(Ordering::Relaxed) {
-        "silent"
-    } else if stats.draining.load(Ordering::Relaxed) {
-        "draining"
-    } else {
-        "live"
+    let state = match stats.health() {
+        Health::Silent => "silent",
+        Health::Draining => "draining",
+        Health::Live => "live",
     };
     let refused = stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
     ServerRow {

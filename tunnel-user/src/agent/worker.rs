@@ -1,6 +1,7 @@
 //! What every tunnel of an agent shares.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use prometheus_client::metrics::gauge::Gauge;
@@ -15,7 +16,7 @@ use super::renew::Renewals;
 use crate::allow::AllowList;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
-use crate::process::lifecycle::Phase;
+use crate::process::lifecycle::{self, Phase};
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::metrics::DialMetrics;
@@ -59,6 +60,9 @@ pub(super) struct Worker {
     pub limits: LimitMetrics,
 }
 
+/// What a person reads who asked too late.
+pub(super) const ENDING: &str = "the agent is ending";
+
 /// The bound on connections in metrics.
 pub(super) const CONNECTIONS: &str = "connections";
 
@@ -76,9 +80,16 @@ impl Worker {
         own.chain(self.serve.borrow().iter().cloned()).collect()
     }
 
-    /// Whether connections had better go elsewhere.
-    pub(super) fn is_draining(&self) -> bool {
-        *self.phase.borrow() != Phase::Running
+    /// Whether a new connection would be cut before long. Until then an agent that drains serves: it may
+    /// be the only one for its node.
+    pub(super) fn is_ending(&self) -> bool {
+        match *self.phase.borrow() {
+            Phase::Running => false,
+            Phase::Draining(deadline) => {
+                deadline.saturating_duration_since(Instant::now()) < lifecycle::LAST_CALL
+            }
+            Phase::Ended => true,
+        }
     }
 
     /// Counts a connection, or says why none is taken.
@@ -95,6 +106,9 @@ impl Worker {
             return Err((CloseReason::Overloaded, text));
         }
         let Some(entered) = self.connections.enter() else {
+            if self.connections.is_closed() {
+                return Err((CloseReason::Draining, ENDING.into()));
+            }
             self.limits.refuse(CONNECTIONS);
             let text = format!(
                 "the agent holds {} connections (limits.connections)",

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Set in the count of a gate that lets nothing more in.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
 /// A bound on things under way. Its clones share it.
 #[derive(Clone, Debug)]
 pub struct Gate {
@@ -23,18 +26,31 @@ impl Gate {
         }
     }
 
-    /// One more; `None` at the bound.
+    /// One more; `None` at the bound, and once it is closed.
     pub fn enter(&self) -> Option<Entered> {
         let before = self.inside.fetch_add(1, Ordering::Relaxed);
         // Leaves again when it is dropped: others may be refused meanwhile, but never one too many
         // let in.
         let entered = Entered(self.inside.clone());
-        (before < self.most).then_some(entered)
+        (before < self.most && before & CLOSED == 0).then_some(entered)
     }
 
     /// How many are inside.
     pub fn inside(&self) -> usize {
-        self.inside.load(Ordering::Relaxed)
+        self.inside.load(Ordering::Relaxed) & !CLOSED
+    }
+
+    /// Closes it for good if nothing is inside. Returns whether it is closed: then nothing is under
+    /// way, and nothing will be.
+    pub fn close_if_empty(&self) -> bool {
+        let order = (Ordering::Acquire, Ordering::Relaxed);
+        let closed = self.inside.compare_exchange(0, CLOSED, order.0, order.1);
+        closed.is_ok() || self.is_closed()
+    }
+
+    /// Whether it lets nothing more in.
+    pub fn is_closed(&self) -> bool {
+        self.inside.load(Ordering::Relaxed) & CLOSED != 0
     }
 }
 
@@ -57,6 +73,18 @@ mod tests {
         drop(entered);
         assert_eq!(gate.inside(), 0);
         assert!(gate.enter().is_some());
+    }
+
+    #[test]
+    fn an_empty_gate_can_be_closed_for_good() {
+        let gate = Gate::new(usize::MAX);
+        let entered = gate.enter().unwrap();
+        assert!(!gate.close_if_empty());
+        let other = gate.clone().enter().unwrap();
+        drop((entered, other));
+        assert!(gate.close_if_empty() && gate.close_if_empty() && gate.is_closed());
+        assert!(gate.enter().is_none());
+        assert_eq!(gate.inside(), 0);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 pub enum Phase {
     /// Everything is served.
     Running,
-    /// Nothing new is taken; what lives may go on until then.
+    /// What lives may go on until then, and what comes is served where nobody else would serve it.
     Draining(Instant),
     /// Everything ends now.
     Ended,
@@ -74,6 +74,32 @@ pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output 
 pub async fn stopping(mut phase: watch::Receiver<Phase>) {
     // An error means that the process is ending.
     let _ = phase.wait_for(|phase| *phase != Phase::Running).await;
+}
+
+/// So shortly before the deadline of its drain a process takes nothing new: it would be cut in the middle.
+pub const LAST_CALL: Duration = Duration::from_secs(1);
+
+/// Waits until nothing new is to be taken: the deadline of the drain is near, or the end is there.
+pub async fn last_call(mut phase: watch::Receiver<Phase>) {
+    loop {
+        let until = match *phase.borrow_and_update() {
+            Phase::Running => None,
+            Phase::Draining(deadline) => Some(deadline.checked_sub(LAST_CALL).unwrap_or(deadline)),
+            Phase::Ended => return,
+        };
+        let near = async {
+            match until {
+                Some(until) => tokio::time::sleep_until(until.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = near => return,
+            changed = phase.changed() => if changed.is_err() {
+                return;
+            },
+        }
+    }
 }
 
 /// Waits for the end.

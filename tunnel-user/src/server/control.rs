@@ -15,6 +15,7 @@ use super::grants::Grants;
 use super::limits::Limit;
 use super::registry::{Backends, Registry, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
+use crate::tls::Identity;
 
 /// Requests that wait; shards that ask more wait themselves.
 const QUEUE: usize = 1024;
@@ -58,7 +59,8 @@ enum Request {
         offer: Vec<Claim>,
         reply: oneshot::Sender<Verdict>,
     },
-    Changed,
+    Changed(LinkId),
+    Holds(Identity, InstanceId, oneshot::Sender<bool>),
     Disconnect(LinkId),
     SetGrants(Box<Grants>),
     View(oneshot::Sender<Vec<SessionView>>),
@@ -170,8 +172,15 @@ impl ControlHandle {
     }
 
     /// A link became available, or ceased to be.
-    pub async fn changed(&self) {
-        let _ = self.requests.send(Request::Changed).await;
+    pub async fn changed(&self, link: LinkId) {
+        let _ = self.requests.send(Request::Changed(link)).await;
+    }
+
+    /// Whether there is a session of that process.
+    pub async fn holds(&self, identity: &Identity, instance: InstanceId) -> bool {
+        let (reply, holds) = oneshot::channel();
+        let request = Request::Holds(identity.clone(), instance, reply);
+        self.requests.send(request).await.is_ok() && holds.await.unwrap_or(false)
     }
 
     /// A session is over.
@@ -296,7 +305,17 @@ impl Control {
                 verdicts.push((reply, verdict));
                 return is_new;
             }
-            Request::Changed => {}
+            Request::Changed(link) => self.registry.changed(link, now),
+            Request::Holds(identity, instance, reply) => {
+                let mut sessions = self.registry.sessions();
+                let holds = sessions.any(|session| {
+                    let own = &session.info.identity;
+                    let own = (&own.trust_domain, &own.name, session.instance);
+                    own == (&identity.trust_domain, &identity.name, instance)
+                });
+                let _ = reply.send(holds);
+                return false;
+            }
             Request::Disconnect(link) => self.registry.disconnect(link, now),
             Request::SetGrants(grants) => self.registry.set_grants(*grants, now),
             Request::View(reply) => {

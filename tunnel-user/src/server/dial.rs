@@ -425,9 +425,10 @@ async fn try_link(
                 HeadError::End(RecvEnd::Finished) => CloseReason::LinkLost,
                 HeadError::End(RecvEnd::Reset(reason) | RecvEnd::Link(reason)) => *reason,
             };
-            // A tunnel that its agent declines serves no stream.
-            let declined = reason == CloseReason::DuplicateServer;
-            Err(lost(reason, declined || !touched.get()))
+            // A tunnel that its agent declines serves no stream, and an agent that ends for want of
+            // anything to serve has dialled nothing that it did not answer.
+            let unserved = [CloseReason::DuplicateServer, CloseReason::Draining].contains(&reason);
+            Err(lost(reason, unserved || !touched.get()))
         }
         Answer::Missing => {
             send.reset(CloseReason::Cancelled);

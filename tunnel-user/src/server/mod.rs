@@ -39,6 +39,7 @@ pub use privileges::{for_start, kept};
 use std::io;
 use std::net::UdpSocket;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tunnel_proto::session::InstanceId;
@@ -195,6 +196,17 @@ fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identi
         key: "server_id",
         why: e.to_string(),
     })
+}
+
+/// How often a draining server looks whether its connections have ended.
+const IDLE_POLL: Duration = Duration::from_millis(50);
+
+/// Waits until a draining server has no connection left, and then takes none any more.
+async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
+    lifecycle::stopping(phase.subscribe()).await;
+    while !connections.close_if_empty() {
+        tokio::time::sleep(IDLE_POLL).await;
+    }
 }
 
 /// The tenant of a server that has no certificate to name one.
@@ -417,7 +429,7 @@ pub async fn run(
             audit::changed("configuration", Err(&error));
         }
     });
-    let idle = shards.all_ended();
+    let idle = idle(&phase, &common.connections);
     let lost = lifecycle::lost(&phase, shards.any_ended());
     tokio::select! {
         done = lifecycle::until_stopped(&phase, Some(config.limits.drain), idle) => done?,

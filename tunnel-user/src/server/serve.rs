@@ -22,9 +22,6 @@ use crate::process::host;
 use crate::process::lifecycle;
 use crate::transport::quic::{Endpoint, config, error_code};
 
-/// How often a draining shard looks whether its connections have ended.
-const IDLE_POLL: Duration = Duration::from_millis(50);
-
 /// How long goodbyes may take.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -92,15 +89,11 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
         Err(error) => return drop(started.send(Err(error))),
     };
     let _ = started.send(Ok(()));
-    let idle = async {
-        lifecycle::stopping(phase.clone()).await;
-        while !shard.is_idle() {
-            sleep(IDLE_POLL).await;
-        }
-    };
-    let reason = tokio::select! {
-        () = idle => CloseReason::Shutdown,
-        () = lifecycle::ended(phase.clone()) => CloseReason::Drained,
+    lifecycle::ended(phase).await;
+    let reason = match shard.connections.is_closed() {
+        true => CloseReason::Shutdown,
+        // Some were still open at the deadline.
+        false => CloseReason::Drained,
     };
     shard.close_links(reason);
     if let Some(endpoint) = endpoint {
@@ -171,7 +164,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         }
         let beating = redirect::Beating::new(heartbeat, listeners_kept);
         let serve = redirect::run(shard.clone(), attachment, prepared, beating);
-        until_stopping(&shard, serve);
+        until_last_call(&shard, serve);
     }
     for UnixBound {
         listener,
@@ -183,7 +176,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let service = Service { scope, protocol };
         let accept = listener::accept_unix(shard.clone(), service, listener, file);
-        until_stopping(&shard, accept);
+        until_last_call(&shard, accept);
     }
     for TlsBound {
         listener,
@@ -196,14 +189,14 @@ fn open(start: Start) -> Result<Open, ServerError> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let service = Service { scope, protocol };
         let accept = listener::accept_tls(shard.clone(), service, listener, tls);
-        until_stopping(&shard, accept);
+        until_last_call(&shard, accept);
     }
     let mut agents = None;
     if let Some(door) = start.door {
         let agents = agents.insert(Agents::new(shard.clone(), door));
         if let Some(listener) = start.listeners.agents {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            until_stopping(&shard, agents.clone().accept(listener));
+            until_last_call(&shard, agents.clone().accept(listener));
         }
     }
     Ok(Open {
@@ -213,14 +206,14 @@ fn open(start: Start) -> Result<Open, ServerError> {
     })
 }
 
-/// Runs an endless task until the process drains, and drops what it holds then, a listener first
-/// of all.
-fn until_stopping(shard: &Shard, task: impl Future<Output = ()> + 'static) {
+/// Runs an endless task until the process takes nothing new any more, and drops what it holds then, a
+/// listener first of all. While the process drains nobody else would serve what comes.
+fn until_last_call(shard: &Shard, task: impl Future<Output = ()> + 'static) {
     let phase = shard.phase.clone();
     tokio::task::spawn_local(async move {
         tokio::select! {
             () = task => {}
-            () = lifecycle::stopping(phase) => {}
+            () = lifecycle::last_call(phase) => {}
         }
     });
 }

@@ -240,11 +240,6 @@ impl Shard {
         changed
     }
 
-    /// Whether no connection is open, here or elsewhere: one that is handed over is on its way.
-    pub(super) fn is_idle(&self) -> bool {
-        self.connections.inside() == 0
-    }
-
     /// Ends every link, and what lives on it.
     pub(super) fn close_links(&self, reason: CloseReason) {
         for link in self.links.borrow().values() {

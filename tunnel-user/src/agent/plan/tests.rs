@@ -128,11 +128,47 @@ fn a_silent_server_is_dialled_beside_its_tunnel() {
     let mut plan = plan(&[A], now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, false, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
     let now = now + FASTEST;
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 2, 1, now), Verdict::Keep);
     // The old tunnel's end is no loss.
+    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    assert_eq!(plan.next_timeout(), None);
+}
+
+/// It serves until it leaves, and refuses another tunnel: dialling it again would be in vain.
+#[test]
+fn a_draining_server_is_dialled_when_it_has_left() {
+    let now = Instant::now();
+    let mut plan = plan(&[A], now);
+    plan.due(now);
+    welcome(&mut plan, A, "s1", 1, 1, 1, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Draining, now);
+    assert_eq!(plan.next_timeout(), None);
+    let now = now + 30 * FASTEST;
+    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    assert_eq!(plan.due(now), [quic(A)]);
+    assert_eq!(welcome(&mut plan, A, "s1", 2, 2, 1, now), Verdict::Keep);
+    assert_eq!(plan.next_timeout(), None);
+}
+
+/// Where a server of the same id takes over at another address, it is found while the old one drains.
+#[test]
+fn the_successor_of_a_draining_server_is_found_elsewhere() {
+    let now = Instant::now();
+    let mut plan = plan(&[A, B], now);
+    plan.due(now);
+    welcome(&mut plan, A, "s1", 1, 1, 1, now);
+    let other = welcome(&mut plan, B, "s1", 2, 2, 1, now);
+    assert!(matches!(other, Verdict::Conflict(_)), "{other:?}");
+    plan.changed(Wire::Quic, "s1", 1, Health::Draining, now);
+    let now = now + 30 * FASTEST;
+    assert_eq!(plan.due(now), [quic(B)]);
+    assert!(plan.reached(quic(B), "s1", now, 0.5));
+    assert_eq!(welcome(&mut plan, B, "s1", 2, 3, 1, now), Verdict::Keep);
+    assert!(plan.holds(Wire::Quic, "s1", 3) && !plan.holds(Wire::Quic, "s1", 1));
+    // The end of the old one's tunnel is no loss.
     plan.ended(Wire::Quic, "s1", 1, now, 0.0);
     assert_eq!(plan.next_timeout(), None);
 }
@@ -143,7 +179,7 @@ fn a_restarted_server_takes_the_place_of_its_former_process() {
     let mut plan = plan(&[A], now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, false, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
     plan.due(now + FASTEST);
     assert_eq!(welcome(&mut plan, A, "s1", 9, 2, 1, now), Verdict::Keep);
     assert!(plan.holds(Wire::Quic, "s1", 2) && !plan.holds(Wire::Quic, "s1", 1));
@@ -157,7 +193,7 @@ fn of_two_servers_with_one_id_the_first_is_kept_while_it_lives() {
     assert_eq!(welcome(&mut plan, A, "s1", 1, 1, 2, now), Verdict::Keep);
     let conflict = Verdict::Conflict(A.into());
     assert_eq!(welcome(&mut plan, B, "s1", 2, 2, 2, now), conflict);
-    plan.changed(Wire::Quic, "s1", 1, false, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
     assert_eq!(welcome(&mut plan, B, "s1", 2, 3, 2, now), Verdict::Keep);
 }
 
@@ -288,10 +324,10 @@ fn a_silent_quic_tunnel_is_backed_by_grpc_at_once_and_until_it_is_heard_again() 
     let mut plan = plan_of(&[A], Protocol::Auto, now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, false, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
     assert!(plan.due(now).contains(&grpc(A)));
     assert_eq!(greet(&mut plan, A, "s1", 2, 1, now), Verdict::Keep);
-    plan.changed(Wire::Quic, "s1", 1, true, now);
+    plan.changed(Wire::Quic, "s1", 1, Health::Live, now);
     assert_eq!(plan.superseded(), [2]);
 }
 
@@ -358,7 +394,7 @@ fn several_tunnels_to_a_server_come_one_behind_the_other() {
     plan.ended(Wire::Quic, "s1", 2, now, 0.0);
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 4, 1, now), Verdict::Keep);
-    plan.changed(Wire::Quic, "s1", 3, false, now);
+    plan.changed(Wire::Quic, "s1", 3, Health::Silent, now);
     now = plan.next_timeout().unwrap();
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 5, 1, now), Verdict::Keep);

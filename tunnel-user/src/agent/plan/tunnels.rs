@@ -16,7 +16,10 @@ pub(super) struct Held {
     pub since: Instant,
     /// It is no longer wanted once QUIC reaches the same server.
     pub fallback: bool,
+    /// Its server is heard.
     pub live: bool,
+    /// Its server is about to leave.
+    pub draining: bool,
 }
 
 /// The tunnels that are held, by server; for none there is no entry.

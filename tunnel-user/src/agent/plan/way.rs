@@ -44,6 +44,18 @@ pub struct Leads {
     pub server_count: u32,
 }
 
+/// What is known of a tunnel's server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It is heard, and stays.
+    Live,
+    /// It is heard, and is about to leave. Until then it sends connections, so that another tunnel to the
+    /// same process is of no use; its successor at the same address comes when it has left.
+    Draining,
+    /// It has not been heard for too long.
+    Silent,
+}
+
 /// What to do with a fresh tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {

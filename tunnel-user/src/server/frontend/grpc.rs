@@ -57,7 +57,8 @@ pub(super) async fn connection(
         let client = client.map(tracing::field::display);
         return tracing::warn!(client, "too many gRPC connections (limits.connections)");
     };
-    let stopping = lifecycle::stopping(shard.phase.clone());
+    // Until then new calls are served as well.
+    let stopping = lifecycle::ended(shard.phase.clone());
     let traffic = Rc::new(shard.metrics.konnectivity.clients());
     let on_call = |call| {
         let (shard, scope, traffic) = (shard.clone(), scope.clone(), traffic.clone());

@@ -105,6 +105,14 @@ fn admit(shard: &Shard, scope: &Scope, record: &Record) -> Result<(Admitted, Dia
         let text = limit.text(&shard.limits);
         DialError::new(CloseReason::Overloaded, Closer::Server, text)
     };
+    let overloaded = |limit| match shard.connections.is_closed() {
+        true => DialError::new(
+            CloseReason::Draining,
+            Closer::Server,
+            "the server is ending",
+        ),
+        false => overloaded(limit),
+    };
     let allowed = scope.check(&record.destination);
     let admitted = allowed.and_then(|()| shard.admit(&scope.tenant).map_err(overloaded));
     admitted.inspect_err(|error| failed(shard, record, error))

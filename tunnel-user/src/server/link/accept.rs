@@ -31,7 +31,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Accepts tunnels for ever.
 pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
-        if *shard.phase.borrow() != Phase::Running {
+        if *shard.phase.borrow() == Phase::Ended {
             // Agents look elsewhere, and here again for our successor.
             incoming.refuse();
             continue;

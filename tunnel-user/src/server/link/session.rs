@@ -99,8 +99,13 @@ async fn handle(
         ServerEvent::Draining { reason, .. } => {
             // An agent may say so again and again.
             if !info.draining.swap(true, Ordering::Relaxed) {
+                if reason == CloseReason::Replaced {
+                    // By another tunnel of the same process, which takes its dials.
+                    let serves = &info.serves_while_draining;
+                    serves.store(false, Ordering::Relaxed);
+                }
                 tracing::info!(agent = %info.identity, reason = reason.label(), "agent is draining");
-                shard.control.changed().await;
+                shard.control.changed(info.id).await;
             }
         }
         ServerEvent::Statistics(_) => {}
@@ -126,6 +131,14 @@ async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {
+    // An agent that we have told that we drain looks for our successor. One that was started again
+    // meanwhile has nobody else.
+    let draining = *shard.phase.borrow() != Phase::Running;
+    let identity = &link.info.identity;
+    if draining && shard.control.holds(identity, hello.instance_id).await {
+        let text = "the server is draining";
+        return Err(link.session.with(|s| s.refuse(CloseReason::Shutdown, text)));
+    }
     match shard.admit_tunnel(&link.info.identity.trust_domain) {
         Ok(place) => drop(link.place.replace(Some(place))),
         Err(limit) => {
@@ -141,6 +154,10 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
         .borrow_mut()
         .insert(link.info.id, Link::Quic(link.clone()));
     let offered = hello.offer.len();
+    let serves = hello.serves_while_draining();
+    let serves_while_draining = &link.info.serves_while_draining;
+    serves_while_draining.store(serves, Ordering::Relaxed);
+    let process = (hello.instance_id, hello.predecessor);
     let connect = shard
         .control
         .connect(link.info.clone(), process, hello.offer);

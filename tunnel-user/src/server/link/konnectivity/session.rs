@@ -188,7 +188,7 @@ fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
 /// Gives an agent its place, or says why there is none.
 fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<Taken, Status> {
     let shard = &agents.shard;
-    if *shard.phase.borrow() != Phase::Running {
+    if *shard.phase.borrow() == Phase::Ended {
         return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
     }
     let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
