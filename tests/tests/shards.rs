@@ -184,6 +184,37 @@ fn tunnels_on_every_shard_outlive_a_new_mapping() -> Result<()> {
     Ok(())
 }
 
+/// Two agents with a tunnel each have a shard each, wherever their first packets arrive.
+#[test]
+fn agents_are_spread_over_the_shards_by_load() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let spec = LabSpec::new(Programs::of_this_test()?);
+    let mut lab = Lab::without_connector(LabSpec { workers: 2, ..spec })?;
+    lab.configure_connector()?;
+    let server = &mut lab.control_plane.servers[0].daemon;
+    server.configure(|config| config["shards"] = json!(2))?;
+    lab.start_configured()?;
+    let mut seen = 0;
+    for round in 1..=4 {
+        let server = &lab.control_plane.servers[0].daemon;
+        // Those of before are still there until their successors have come.
+        let status = server.wait_status(SOON, |status| {
+            let fresh = server.log().matches("agent connected").count() >= seen + 2;
+            fresh && live(status, "agents").count() == 2
+        })?;
+        let spread = shards(live(&status, "agents"));
+        ensure!(spread.len() == 2, "round {round}: {status}");
+        seen = server.log().matches("agent connected").count();
+        for worker in &mut lab.workers {
+            worker.agent()?.terminate()?;
+            worker.agent()?.start()?;
+        }
+    }
+    Ok(())
+}
+
 /// Everything that a tunnel is restarts with it: a killed server's tunnels come back to all shards,
 /// also when there are others than before.
 #[test]

@@ -63,7 +63,7 @@ pub(super) async fn run(
         phase,
         connections,
         plan,
-        spread: Spread::random(),
+        spread: Spread::random(tunnels > 1),
         dialling: HashMap::new(),
         tunnels: HashMap::new(),
         complaints: HashMap::new(),

@@ -58,6 +58,8 @@ pub(super) struct ServerMetrics {
     pub limits: LimitMetrics,
     /// Strangers who had to prove their address first.
     pub handshakes_retried: Counter,
+    /// Newcomers that were sent to a shard with fewer tunnels.
+    pub handshakes_moved: Counter,
     /// Handshakes of tunnels, of both kinds.
     pub handshakes: Failures,
     /// Handshakes of frontends.
@@ -83,6 +85,7 @@ impl ServerMetrics {
             konnectivity,
             limits: limits::register(registry, &config.limits),
             handshakes_retried: Counter::default(),
+            handshakes_moved: Counter::default(),
             handshakes: Failures::default(),
             frontend_handshakes: Failures::default(),
             join_handshakes: Failures::default(),
@@ -111,6 +114,11 @@ impl ServerMetrics {
             "handshakes_retried",
             "First packets of tunnels that were answered with a Retry",
             metrics.handshakes_retried.clone(),
+        );
+        registry.register(
+            "handshakes_moved",
+            "First packets of tunnels that were sent to a shard with fewer tunnels",
+            metrics.handshakes_moved.clone(),
         );
         metrics.handshakes.register(
             registry,

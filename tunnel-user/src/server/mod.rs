@@ -23,6 +23,7 @@ mod join;
 mod leases;
 mod limits;
 mod link;
+mod loads;
 mod metrics;
 mod privileges;
 pub mod registry;
@@ -77,6 +78,7 @@ use doorstep::Doorstep;
 use frontend::scope;
 use grants::Grants;
 use link::konnectivity::Door;
+use loads::Loads;
 use metrics::ServerMetrics;
 use registry::{Registry, RouteBounds};
 use serve::{Listeners, Start};
@@ -301,6 +303,7 @@ pub async fn run(
         started: tokio::time::Instant::now(),
         phase: phases.clone(),
         last_link: Arc::default(),
+        loads: Loads::new(bound.udp.len()),
         peers,
     };
     let engine = engines.engine();

@@ -20,6 +20,7 @@ use super::doorstep::Doorstep;
 use super::limits::Limit;
 use super::link::Link;
 use super::link::konnectivity::Agents;
+use super::loads::Loads;
 use super::metrics::ServerMetrics;
 use super::routes::LinkId;
 use super::tenants::Tenants;
@@ -78,6 +79,8 @@ pub(super) struct Common {
     pub phase: watch::Receiver<Phase>,
     /// The last link id that was given out.
     pub last_link: Arc<AtomicU64>,
+    /// Tunnels over QUIC by shard.
+    pub loads: Loads,
     /// All shards.
     pub peers: Peers,
 }

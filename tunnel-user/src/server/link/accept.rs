@@ -5,7 +5,7 @@ use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
@@ -15,6 +15,7 @@ use crate::process::lifecycle::Phase;
 use crate::process::sources::{Crowded, Place, Verdict};
 use crate::server::doorstep::Why;
 use crate::server::limits::Limit;
+use crate::server::loads::Counted;
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events::{self as audit, Listener};
@@ -28,6 +29,9 @@ use crate::transport::quic::{
 /// A peer that has not shown its certificate and opened its control stream by then is dropped.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A newcomer that was sent to another shard counts there for so long: it comes within a round trip.
+const ON_ITS_WAY: Duration = Duration::from_secs(1);
+
 /// Accepts tunnels for ever.
 pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
@@ -38,14 +42,28 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
         }
         let remote = incoming.remote_address();
         match shard.door.judge(remote.ip(), !incoming.may_retry()) {
-            Verdict::Enter(place) => {
-                place.charge(Instant::now());
-                tokio::task::spawn_local(serve(shard.clone(), incoming, place));
-            }
+            Verdict::Enter(place) => match elsewhere(&shard, &incoming) {
+                Some(at) => {
+                    shard.metrics.handshakes_moved.inc();
+                    let coming = (place, shard.loads.enter(at));
+                    // The next one takes note of it.
+                    tokio::task::spawn_local(async move {
+                        sleep(ON_ITS_WAY).await;
+                        drop(coming);
+                    });
+                    incoming.retry(number(at));
+                }
+                None => {
+                    place.charge(Instant::now());
+                    let counted = shard.loads.enter(shard.index);
+                    tokio::task::spawn_local(serve(shard.clone(), incoming, (place, counted)));
+                }
+            },
             // By a Retry (RFC 9000 section 8.1.2).
             Verdict::Prove => {
                 shard.metrics.handshakes_retried.inc();
-                incoming.retry();
+                let at = elsewhere(&shard, &incoming).unwrap_or(shard.index);
+                incoming.retry(number(at));
             }
             Verdict::Refuse(why) => {
                 if why == Crowded::Full {
@@ -59,8 +77,20 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     }
 }
 
-/// Serves one agent from its first packet to its last.
-async fn serve(shard: Rc<Shard>, incoming: Incoming, under_way: Place) {
+/// The shard that a newcomer is sent to, where that has fewer tunnels than this one.
+fn elsewhere(shard: &Shard, incoming: &Incoming) -> Option<usize> {
+    let movable = incoming.may_retry() && !incoming.is_placed();
+    movable.then(|| shard.loads.lighter(shard.index)).flatten()
+}
+
+/// A shard as connection ids name it.
+fn number(shard: usize) -> u8 {
+    // Below the bound on shards.
+    shard as u8
+}
+
+/// Serves one agent from its first packet to its last, while it is `counted` on this shard.
+async fn serve(shard: Rc<Shard>, incoming: Incoming, (under_way, _counted): (Place, Counted)) {
     let remote = incoming.remote_address();
     let Some((connection, stream)) = handshake(&shard, incoming).await else {
         return;

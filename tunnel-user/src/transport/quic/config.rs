@@ -141,6 +141,7 @@ impl Setup {
 pub(super) struct Acceptor {
     common: ServerConfig,
     setup: Setup,
+    ids: Generator,
 }
 
 impl Acceptor {
@@ -149,6 +150,11 @@ impl Acceptor {
         let mut config = self.common.clone();
         config.transport_config(Arc::new(self.setup.transport(remote, AGENTS_STREAMS)));
         Arc::new(config)
+    }
+
+    /// Makes the shard's connection ids.
+    pub(super) fn ids(&self) -> &Generator {
+        &self.ids
     }
 
     /// What holds for all of them.
@@ -192,11 +198,12 @@ pub fn server(
 
     let ids = Generator::new(secret.connection_id_key(), &material.identity().name, shard);
     let mut endpoint = EndpointConfig::new(Arc::new(secret.reset_key()));
-    endpoint.cid_generator(move || Box::new(ids.clone()));
     let acceptor = Acceptor {
         common: config,
         setup: setup.clone(),
+        ids: ids.clone(),
     };
+    endpoint.cid_generator(move || Box::new(ids.clone()));
     open(udp, endpoint, Some(acceptor), setup)
 }
 

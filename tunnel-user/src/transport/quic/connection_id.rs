@@ -12,6 +12,9 @@
 //! persisted secret, so ids of before a restart are still recognised as ours and answered with a
 //! stateless reset.
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use aws_lc_rs::{hmac, rand};
@@ -22,12 +25,14 @@ pub(super) const LEN: usize = 16;
 pub(super) const SHARD_AT: usize = 1;
 const TAG_AT: usize = 12;
 
-/// Makes and checks the connection ids of one shard of one server.
+/// Makes and checks the connection ids of one shard of one server. Clones share a diversion.
 #[derive(Clone)]
 pub struct Generator {
     key: hmac::Key,
     server: [u8; 2],
     shard: u8,
+    /// The shard that ids name now.
+    named: Arc<AtomicU8>,
 }
 
 impl Generator {
@@ -35,7 +40,20 @@ impl Generator {
     pub fn new(key: hmac::Key, server_id: &str, shard: u8) -> Self {
         let hash = hmac::sign(&key, server_id.as_bytes());
         let server = [hash.as_ref()[0], hash.as_ref()[1]];
-        Self { key, server, shard }
+        Self {
+            key,
+            server,
+            shard,
+            named: Arc::new(AtomicU8::new(shard)),
+        }
+    }
+
+    /// Has the ids that `make` needs name another shard: packets that carry them are steered there.
+    pub(super) fn divert<T>(&self, shard: u8, make: impl FnOnce() -> T) -> T {
+        self.named.store(shard, Ordering::Relaxed);
+        let made = make();
+        self.named.store(self.shard, Ordering::Relaxed);
+        made
     }
 
     fn tag(&self, head: &[u8]) -> [u8; LEN - TAG_AT] {
@@ -46,11 +64,19 @@ impl Generator {
     }
 }
 
+impl fmt::Debug for Generator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator")
+            .field("shard", &self.shard)
+            .finish_non_exhaustive()
+    }
+}
+
 impl ConnectionIdGenerator for Generator {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut id = [0; LEN];
         id[0] = LAYOUT;
-        id[SHARD_AT] = self.shard;
+        id[SHARD_AT] = self.named.load(Ordering::Relaxed);
         id[2..4].copy_from_slice(&self.server);
         // Without random numbers ids would repeat; quinn then draws again, and TLS fails first.
         let _ = rand::fill(&mut id[4..TAG_AT]);
@@ -89,6 +115,16 @@ mod tests {
         assert!(generator(b"one").validate(&id).is_ok());
         assert!(generator(b"two").validate(&id).is_err());
         assert_ne!(*id, *one.generate_cid());
+    }
+
+    #[test]
+    fn ids_can_be_diverted_to_another_shard() {
+        let one = generator(b"one");
+        let mut other = one.clone();
+        let diverted = one.divert(7, || other.generate_cid());
+        assert_eq!(diverted[SHARD_AT], 7);
+        assert!(one.validate(&diverted).is_ok());
+        assert_eq!(other.generate_cid()[SHARD_AT], 3);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::config::Acceptor;
 use super::connection::{Connection, Inner};
 use super::driver::Driver;
 use super::ledger::{Ledger, MemoryBounds};
+use super::steering;
 use super::udp::Udp;
 
 /// An endpoint. When the last handle has gone, it ends with its last connection.
@@ -317,13 +318,23 @@ impl Incoming {
         self.endpoint.respond(&transmit, &answer);
     }
 
-    /// Has him prove his address; he then comes again (RFC 9000 section 8.1.2). One who
+    /// Whether the agent has chosen the shard on purpose, for one of several tunnels.
+    pub fn is_placed(&self) -> bool {
+        steering::is_placed(self.get().orig_dst_cid())
+    }
+
+    /// Has him prove his address; he then comes again (RFC 9000 section 8.1.2), to shard `at`. One who
     /// [may not](Self::may_retry) be asked gets no answer.
-    pub fn retry(mut self) {
+    pub fn retry(mut self, at: u8) {
         let mut answer = Vec::new();
         let incoming = self.take();
         let mut proto = self.endpoint.proto.borrow_mut();
-        match proto.retry(incoming, &mut answer) {
+        let retry = || proto.retry(incoming, &mut answer);
+        let retried = match &self.endpoint.acceptor {
+            Some(acceptor) => acceptor.ids().divert(at, retry),
+            None => retry(),
+        };
+        match retried {
             Ok(transmit) => self.endpoint.respond(&transmit, &answer),
             Err(error) => proto.ignore(error.into_incoming()),
         }

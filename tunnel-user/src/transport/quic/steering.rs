@@ -11,6 +11,8 @@
 //!   agents have their tunnels land on different shards, without knowing how many there are
 //!   ([`Spread`]). A stranger may choose too: what he gains is a shard's handshakes, which are
 //!   bounded for all shards together.
+//! * A shard that has more tunnels than another sends a newcomer there, by a Retry with an id of the
+//!   other's ([`Incoming::retry`](super::Incoming::retry)): keys are the same on all of them.
 //! * What is no QUIC goes somewhere, and is dropped there.
 
 use std::io;
@@ -34,6 +36,9 @@ const LONG_HEADER: u32 = 0x80;
 
 /// The longest id, in bytes: never mistaken for one of ours.
 const CHOSEN: usize = 20;
+
+/// The length of the id of a tunnel that is to stay on the shard which its id chooses.
+const PLACED: usize = 19;
 
 /// Has the kernel steer packets to the sockets of `group`, which share a port and are in the order of
 /// their binding.
@@ -123,29 +128,43 @@ fn jump(condition: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
 /// Has the tunnels of one agent land on different shards of a server: consecutive numbers do,
 /// however many shards there are.
 #[derive(Clone, Copy, Debug)]
-pub struct Spread(u16);
+pub struct Spread {
+    first: u16,
+    /// The length of the ids, in bytes.
+    length: usize,
+}
 
 impl Spread {
-    /// Starts anywhere, so that agents with one tunnel each don't all choose the same shard.
-    pub fn random() -> Self {
+    /// Starts anywhere, so that agents don't all choose the same shard. The server may move a tunnel to
+    /// a shard with fewer, unless it is one of `several` of its agent, which had better be apart.
+    pub fn random(several: bool) -> Self {
         let mut bytes = [0; 2];
         // Without random numbers TLS has failed before.
         let _ = rand::fill(&mut bytes);
-        Self(u16::from_be_bytes(bytes))
+        Self {
+            first: u16::from_be_bytes(bytes),
+            length: if several { PLACED } else { CHOSEN },
+        }
     }
 
     /// Makes the first connection ids of tunnel `number`.
     pub(super) fn ids(self, number: u8) -> Arc<dyn Fn() -> ConnectionId + Send + Sync> {
         // Not around the end: the numbers there leave other remainders.
-        let number = self.0.min(u16::MAX - u16::from(u8::MAX)) + u16::from(number);
+        let number = self.first.min(u16::MAX - u16::from(u8::MAX)) + u16::from(number);
+        let length = self.length;
         Arc::new(move || {
             let mut id = [0; CHOSEN];
             // What must not be guessed is behind it (RFC 9000 section 7.2).
             let _ = rand::fill(&mut id);
             id[..2].copy_from_slice(&number.to_be_bytes());
-            ConnectionId::new(&id)
+            ConnectionId::new(&id[..length])
         })
     }
+}
+
+/// Whether the client that chose `id` wants the shard that it chooses, and no other.
+pub(super) fn is_placed(id: &ConnectionId) -> bool {
+    id.len() == PLACED
 }
 
 #[cfg(test)]

@@ -92,7 +92,7 @@ impl Pair {
             .endpoint;
         let address = way(servers_endpoint.local_addr().unwrap()).await;
         let agent = material(&dir, Role::Agent, "w1");
-        let spread = (Spread::random(), 0);
+        let spread = (Spread::random(false), 0);
         let (opened, config) = config::client(address, &agent, spread, &setup).unwrap();
         let agents_endpoint = opened.endpoint;
         let connecting = agents_endpoint.connect(config, address, "cpc.invalid");
@@ -368,4 +368,52 @@ fn a_closed_endpoint_lets_nobody_in() {
         assert!(pair.agent.accept_bi().await.is_err());
         pair.servers_endpoint.wait_idle().await;
     });
+}
+
+/// A shard sends a newcomer to another one, on the same port, and there the handshake is finished.
+#[test]
+fn a_newcomer_is_sent_to_another_shard() {
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_all().build().unwrap();
+    let test = async {
+        let dir = tempfile::tempdir().unwrap();
+        let soon = SystemTime::now() + Duration::from_secs(3600);
+        Authority::create(dir.path(), &"test.example".parse().unwrap(), soon).unwrap();
+        let secret = Secret::load_or_create(dir.path()).unwrap();
+        let memory = MemoryBounds::new(Budget::new(1 << 30), 1 << 28);
+        let setup = Setup::new(TransportConfig::default(), memory, &mut Registry::default());
+        let server = material(&dir, Role::Server, "s1");
+        let first = udp::bind_to_share(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        let shards = udp::beside(first, 2).unwrap().into_iter().zip(0..);
+        let shards: Vec<_> = shards
+            .map(|(udp, shard)| config::server(udp, &server, &secret, shard, &setup).unwrap())
+            .map(|opened| opened.endpoint)
+            .collect();
+        let address = shards[0].local_addr().unwrap();
+        let agent = material(&dir, Role::Agent, "w1");
+        for several in [false, true] {
+            let spread = (Spread::random(several), 0);
+            let (opened, config) = config::client(address, &agent, spread, &setup).unwrap();
+            let connecting = opened.endpoint.connect(config, address, "cpc.invalid");
+            let accepted = async {
+                let (incoming, other) = tokio::select! {
+                    incoming = shards[0].accept() => (incoming.unwrap(), 1),
+                    incoming = shards[1].accept() => (incoming.unwrap(), 0),
+                };
+                assert_eq!(incoming.is_placed(), several);
+                assert!(incoming.may_retry());
+                incoming.retry(other);
+                let incoming = shards[usize::from(other)].accept().await.unwrap();
+                assert!(!incoming.may_retry());
+                incoming.accept().await.unwrap()
+            };
+            let (agent, server) = tokio::join!(connecting.unwrap(), accepted);
+            let mut stream = server.open_bi().await.unwrap();
+            stream.0.send(&mut Bytes::from_static(b"?")).await.unwrap();
+            let mut other = agent.unwrap().accept_bi().await.unwrap();
+            assert_eq!(take(&mut other.1, 1).await, Ok(b"?".to_vec()));
+        }
+    };
+    let test = async { timeout(SOON, test).await.unwrap() };
+    LocalSet::new().block_on(&runtime, test);
 }

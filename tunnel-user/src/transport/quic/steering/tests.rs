@@ -106,7 +106,15 @@ fn both_families_are_steered_alike() {
 #[test]
 fn a_first_flight_stays_together_and_tunnels_land_apart() {
     let group = Group::new(V4, 3);
-    for spread in [Spread(0), Spread(77), Spread(u16::MAX), Spread::random()] {
+    let from = |first| Spread {
+        first,
+        length: CHOSEN,
+    };
+    let random = [Spread::random(false), Spread::random(true)];
+    for spread in [from(0), from(77), from(u16::MAX)]
+        .into_iter()
+        .chain(random)
+    {
         let mut landed: Vec<_> = (0..3)
             .map(|number| {
                 let id = chosen(spread, number);
