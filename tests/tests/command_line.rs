@@ -91,7 +91,7 @@ fn every_subcommand_explains_itself() -> Result<()> {
             "no {expected} in {all:?}"
         );
     }
-    for (command, below) in [("pki", 5), ("redirect", 3)] {
+    for (command, below) in [("pki", 5), ("redirect", 4), ("token", 5)] {
         let found = all
             .iter()
             .filter(|it| it.len() == 2 && it[0] == command)
