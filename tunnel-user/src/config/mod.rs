@@ -414,6 +414,7 @@ mod tests {
             "agents_per_tenant",
             "stalled_bytes",
             "stalled_bytes_per_tenant",
+            "stalled_bytes_per_tunnel",
         ] {
             let text = format!("tls: {{cert: a, key: b, ca: c}}\nlimits: {{{key}: 0}}\n");
             let error = parse(&text).unwrap().check().unwrap_err().to_string();

@@ -433,6 +433,10 @@ impl LimitsConfig {
                 "limits.stalled_bytes_per_tenant",
                 self.stalled_bytes_per_tenant,
             ),
+            (
+                "limits.stalled_bytes_per_tunnel",
+                self.stalled_bytes_per_tunnel,
+            ),
         ])
     }
 
