@@ -318,7 +318,7 @@ fn what_an_agent_repeats_fills_no_log() -> Result<()> {
     let count = |piece: &str| log.lines().filter(|line| line.contains(piece)).count();
     assert_eq!(count("agent is draining"), 1, "{log}");
     let refusals = count("claims refused");
-    ensure!((1..40).contains(&refusals), "{refusals} lines in {log}");
+    ensure!((1..150).contains(&refusals), "{refusals} lines in {log}");
     assert_eq!(stolen.scene.metric("cpc_claims_refused_total")?, 200.0);
     let suppressed = stolen.scene.metric("cpc_log_lines_suppressed_total")?;
     assert_eq!(suppressed, 200.0 - refusals as f64, "{log}");

@@ -56,9 +56,9 @@ const fn rate(burst: u32, period: Duration) -> Rate {
 
 /// Of the log: a source writes 12 lines of a kind a minute.
 pub const LOG: Rates = Rates {
-    source: rate(20, Duration::from_secs(5)),
+    source: rate(100, Duration::from_secs(5)),
     known: rate(1000, Duration::from_millis(500)),
-    strangers: rate(100, Duration::from_secs(1)),
+    strangers: rate(500, Duration::from_secs(1)),
 };
 
 /// Of the audit: it keeps records for weeks, and whole fleets may connect at once.
