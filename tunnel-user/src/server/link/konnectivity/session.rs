@@ -238,7 +238,14 @@ impl Session<'_> {
                 packet = receiver.next(), if wants_packets => match packet {
                     Ok(Some(packet)) => {
                         link.received.packet(&packet);
-                        link.step(|end, now| end.handle_packet(packet, now))
+                        link.step(|end, now| {
+                            end.handle_packet(packet, now)?;
+                            // What is due does not wait for a pause between packets.
+                            match end.poll_timeout() <= now {
+                                true => end.handle_timeout(now),
+                                false => Ok(()),
+                            }
+                        })
                     }
                     Ok(None) => return End::Left,
                     Err(end) => return End::Stream(end),
