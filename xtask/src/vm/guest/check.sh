@@ -55,5 +55,5 @@ no_leak() { [ "$(leaks)" = 0 ] || fail "$(leaks) connections left by the ordinar
 served() {
     local from=$(($(lines /run/kube-apiserver.log) + 1))
     answered() { [ "$(attempts "$from" answered)" -ge 5 ]; }
-    eventually "${1:-30}" answered
+    eventually "${1:-120}" answered
 }

@@ -32,18 +32,18 @@ installed() {
 
 both_units_on_one_host() {
     systemctl start worker cpc-redirect cpc-server cpc-agent kube-apiserver
-    for unit in cpc-redirect cpc-server cpc-agent; do eventually 20 active "$unit"; done
+    for unit in cpc-redirect cpc-server cpc-agent; do eventually 120 active "$unit"; done
     # Each start gives the unit's directories to its user.
     systemctl restart cpc-server
     systemctl restart cpc-agent
     systemctl restart cpc-server
-    for unit in cpc-server cpc-agent; do eventually 20 active "$unit"; done
+    for unit in cpc-server cpc-agent; do eventually 120 active "$unit"; done
     [ "$(stat --format %U /var/log/cpc)" = cpc ]
     ls /var/log/cpc/audit.*.jsonl /var/log/cpc-agent/audit.*.jsonl
 }
 
 main_path() {
-    served 30
+    served
     no_leak
     python3 - <<'PYTHON'
 import socket
@@ -76,14 +76,14 @@ reload() {
     systemctl reload cpc-redirect
     systemctl reload cpc-server
     systemctl reload cpc-agent
-    eventually 10 logged cpc-agent "$from" "allow-list and offer reloaded"
+    eventually 60 logged cpc-agent "$from" "allow-list and offer reloaded"
     # A broken configuration is refused by the process, which shows that it was read.
     sed --in-place '$a nonsense: 1' /etc/cpc/server.yaml
     systemctl reload cpc-server
-    eventually 10 logged cpc-server "$from" "configuration not reloaded"
+    eventually 60 logged cpc-server "$from" "configuration not reloaded"
     sed --in-place '$d' /etc/cpc/server.yaml
     systemctl reload cpc-server
-    for unit in cpc-redirect cpc-server cpc-agent; do eventually 10 active "$unit"; done
+    for unit in cpc-redirect cpc-server cpc-agent; do eventually 300 active "$unit"; done
     [ "$before" = "$(property cpc-server MainPID),$(property cpc-agent MainPID)" ] || fail "restarted"
     served
     no_leak
@@ -111,7 +111,7 @@ restart_of_each() {
     [ "$(property cpc-server NFileDescriptorStore)" -gt 0 ] || fail "no listener is kept"
     for unit in cpc-server cpc-agent kube-apiserver cpc-redirect; do
         systemctl restart "$unit"
-        eventually 20 active "$unit"
+        eventually 120 active "$unit"
         served
     done
     no_leak
@@ -122,7 +122,7 @@ a_crash_is_followed_by_a_start() {
         pid=$(property "$unit" MainPID)
         kill -KILL "$pid"
         another() { active "$unit" && [ "$(property "$unit" MainPID)" != "$pid" ]; }
-        eventually 20 another
+        eventually 120 another
         served
     done
     no_leak
@@ -134,7 +134,7 @@ watchdog() {
         pid=$(property "$unit" MainPID)
         kill -STOP "$pid"
         another() { active "$unit" && [ "$(property "$unit" MainPID)" != "$pid" ]; }
-        eventually 60 another
+        eventually 180 another
         logged "$unit" "$from" "atchdog" || fail "$unit ended without the watchdog"
         served
     done
@@ -149,7 +149,7 @@ a_late_certificate() {
         systemctl start "$unit" && fail "it starts without a certificate"
         sleep 8
         mv "/etc/cpc/$role.late" "/etc/cpc/$role.crt"
-        eventually 20 active "$unit"
+        eventually 120 active "$unit"
     done
     served
     no_leak
@@ -160,11 +160,11 @@ socket_activation() {
     systemctl enable cpc-server.socket
     systemctl start cpc-server.socket
     systemctl start cpc-server
-    eventually 20 active cpc-server
+    eventually 120 active cpc-server
     from=$(mark)
     inode=$(stat --format %i /run/cpc/connect.sock)
     systemctl restart cpc-server
-    eventually 20 active cpc-server
+    eventually 120 active cpc-server
     [ "$inode" = "$(stat --format %i /run/cpc/connect.sock)" ] || fail "another CONNECT socket"
     if logged cpc-server "$from" "is not used"; then fail "a socket is not used"; fi
     main_path
@@ -172,8 +172,8 @@ socket_activation() {
 
 # What a boot left behind, looked at when the next one is up.
 boot_order() {
-    for unit in cpc-redirect cpc-server cpc-agent kube-apiserver; do eventually 60 active "$unit"; done
-    served 60
+    for unit in cpc-redirect cpc-server cpc-agent kube-apiserver; do eventually 300 active "$unit"; done
+    served 300
     no_leak
     # The host's own address, which it has had since worker-network.service.
     /payload/guest/in-slice.sh python3 - <<'PYTHON'
@@ -201,9 +201,9 @@ guard_holds_the_api_server_back() {
     [ ! -e /run/kube-apiserver.log ] || fail "it ran"
     no_leak
     mv /etc/cpc/server.late /etc/cpc/server.crt
-    eventually 30 active cpc-redirect
-    eventually 30 active kube-apiserver
-    served 60
+    eventually 120 active cpc-redirect
+    eventually 120 active kube-apiserver
+    served 300
     no_leak
 }
 
@@ -214,7 +214,7 @@ guard_does_not_mind_a_reload() {
     systemctl stop cpc-redirect
     active kube-apiserver && fail "it runs without the redirect's unit"
     systemctl start cpc-redirect
-    eventually 20 active kube-apiserver
+    eventually 120 active kube-apiserver
     served
     no_leak
 }
