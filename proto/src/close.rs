@@ -248,6 +248,7 @@ mod tests {
                 "0x304 aborted",
                 "0x305 internal",
                 "0x306 stalled",
+                "0x307 memory_limit",
                 "0x400 drained",
                 "0x401 shutdown",
                 "0x500 protocol_error",
