@@ -85,7 +85,7 @@ impl Measure {
         all.extend([1000, 10_000].map(Self::Idle));
         all.extend(Neighbour::ALL.map(Self::Beside));
         all.extend([1, 100, 2000].map(Self::Agents));
-        all.extend([10, 1000, 10_000, 100_000].map(Self::Routes));
+        all.extend([10, 1000, 10_000, 30_000].map(Self::Routes));
         all
     }
 

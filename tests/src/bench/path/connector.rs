@@ -63,6 +63,8 @@ pub(super) fn start(
     }
     let mut config = config::server(&folder, &sockets, 1, redirect.as_ref(), 0);
     config["policy"]["grants"] = grants().into();
+    // One identity of the crowd may hold all routes that a tenant may have.
+    config["limits"] = json!({"routes": 44_000, "routes_per_agent": 33_000});
     merge(&mut config, server);
     let mut running = Running::new(dials[0].clone());
     running.dials = dials.into();
