@@ -8,7 +8,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::control::{self, Envelope, Offer, Ping, Routes, envelope::Message};
+use tunnel_proto::control::{self, Drain, Envelope, Offer, Ping, Routes, envelope::Message};
 use tunnel_proto::preface::DialResponse;
 use tunnel_proto::session::{AgentEvent, AgentSession, Hello, InstanceId, Timers};
 
@@ -214,6 +214,24 @@ pub(crate) async fn deaf(aim: &Aim) -> Result<()> {
     // Bounded by time; by then the server has ended it.
     let _ = timeout(WHILE, flood).await;
     end(aim, &connection).await;
+    Ok(())
+}
+
+/// Drains without an end: the same message, as often as it can.
+pub(crate) async fn drains(aim: &Aim) -> Result<()> {
+    let (connection, mut send, _recv) = welcomed(aim, 10).await?;
+    let drain = Drain {
+        deadline_ms: 30_000,
+        reason: CloseReason::Shutdown.code(),
+    };
+    let drains = frame(Message::Drain(drain))?.repeat(1000);
+    let flood = async {
+        while send.write_all(&drains).await.is_ok() {
+            aim.tally.add("drains", 1000);
+        }
+    };
+    let _ = timeout(WHILE, flood).await;
+    drop(connection);
     Ok(())
 }
 

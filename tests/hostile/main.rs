@@ -13,11 +13,13 @@ mod agent;
 mod frontend;
 mod http2;
 mod impostor;
+mod leaky;
 mod loris;
 mod peer;
 mod replay;
 mod storm;
 mod tally;
+mod withholds;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -80,6 +82,8 @@ fn main() -> Result<()> {
             "deaf" => agent::deaf(&aim).await,
             "opens" => agent::opens(&aim).await,
             "pours" => agent::pours(&aim).await,
+            "withholds" => withholds::withholds(&aim).await,
+            "drains" => agent::drains(&aim).await,
             "replay" => replay::replay(&aim).await,
             "storm" => storm::storm(&aim, Some(&aim.credentials()?)).await,
             "strangers" => storm::storm(&aim, None).await,

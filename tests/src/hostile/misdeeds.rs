@@ -121,6 +121,18 @@ pub(super) const ALL: &[Misdeed] = &[
         ..NOTHING
     },
     Misdeed {
+        title: "an agent withholds a byte of 50 dialled streams, and sends what follows",
+        name: "withholds",
+        some: &["dials", "bytes behind a gap"],
+        ..NOTHING
+    },
+    Misdeed {
+        title: "an agent drains again and again",
+        name: "drains",
+        some: &["drains"],
+        ..NOTHING
+    },
+    Misdeed {
         title: "a session is replayed",
         name: "replay",
         some: &["sessions recorded", "packets sent again"],

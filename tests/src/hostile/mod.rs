@@ -39,7 +39,7 @@ const ALONE: Duration = Duration::from_secs(4);
 /// The server's memory may grow by so much while a misdeed goes on, in KiB: far above what any of
 /// them needs, far below what the bounds of its configuration would let all of them take together.
 const GROWTH: u64 = 256 * 1024;
-/// Clients of the agent that pours: each holds a window of the server's memory.
+/// Clients of the agents that pour and withhold: each holds a window of the server's memory.
 const POURED: usize = 50;
 /// Where Konnectivity's agents and gRPC clients come in.
 const KONNECTIVITY: u16 = 8091;
@@ -285,7 +285,7 @@ impl Scene {
         let (from, bytes) = (Instant::now(), pair.bytes());
         let mut program = self.start(misdeed)?;
         let dialled = match misdeed.name {
-            "pours" => self.dial_worker_2()?,
+            "pours" | "withholds" => self.dial_worker_2()?,
             _ => Vec::new(),
         };
         let memory = self.watch(&mut program)?;

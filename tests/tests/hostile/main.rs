@@ -7,6 +7,8 @@ mod agent_peer;
 mod certificates;
 mod descriptors;
 mod handshakes;
+#[path = "../../hostile/leaky.rs"]
+mod leaky;
 mod limits;
 mod memory;
 #[path = "../../hostile/peer.rs"]

@@ -1,22 +1,14 @@
 //! What a hostile agent can make the server hold: no more than its bounds, whatever it withholds.
 
-use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::{Bytes, BytesMut};
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{
-    AsyncUdpSocket, Connection, Endpoint, EndpointConfig, RecvStream, Runtime, SendStream,
-    TokioRuntime, UdpPoller, WriteError,
-};
+use quinn::{Connection, RecvStream, SendStream, WriteError};
 use serde_json::json;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -28,6 +20,7 @@ use tunnel_tests::lab::cgroup::MemoryGroup;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
+use crate::leaky;
 use crate::peer::{self, Credentials};
 use crate::scene::{SOON, echo, metric, runtime};
 
@@ -39,47 +32,6 @@ const HELD: usize = 220;
 const WINDOW: usize = 1 << 20;
 /// Rounds of one byte sent and one withheld, on each stream.
 const FRAGMENTS: usize = 30;
-
-/// A socket that loses what it sends whenever it is told to.
-#[derive(Debug)]
-struct Leaky {
-    socket: Arc<dyn AsyncUdpSocket>,
-    loses: Arc<AtomicBool>,
-}
-
-impl AsyncUdpSocket for Leaky {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.socket.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match self.loses.load(Ordering::Relaxed) {
-            true => Ok(()),
-            false => self.socket.try_send(transmit),
-        }
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Task<'_>,
-        bufs: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.socket.poll_recv(cx, bufs, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.socket.max_transmit_segments()
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.socket.max_receive_segments()
-    }
-}
 
 /// An agent that is welcome, says yes to each dial, and never sends again what was lost.
 struct Withholder {
@@ -97,36 +49,10 @@ impl Withholder {
         let socket = lab.workers[1].netns.enter(peer::any_port)?;
         let tunnel = lab.control_plane.servers[0].sockets.tunnel;
         let loses = Arc::new(AtomicBool::new(false));
-        let mut transport = quinn::TransportConfig::default();
-        let mut congestion = quinn::congestion::CubicConfig::default();
-        congestion.initial_window(window);
-        transport
-            .congestion_controller_factory(Arc::new(congestion))
-            .max_concurrent_bidi_streams(4096_u32.into())
-            .keep_alive_interval(Some(Duration::from_secs(1)))
-            // What is withheld keeps all behind it in the sender's hands.
-            .send_window(u64::MAX)
-            // Nothing is ever taken for lost.
-            .packet_threshold(u32::MAX)
-            .time_threshold(1e6);
-        let tls = peer::client_tls(Some(&credentials), peer::ALPN)?;
-        let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
-        config.transport_config(Arc::new(transport));
         let hello = peer::introduction("w2", &address::nodes(2))?;
         let leaks = loses.clone();
         let (connection, control) = runtime.block_on(async {
-            let socket = TokioRuntime.wrap_udp_socket(socket)?;
-            let socket = Arc::new(Leaky {
-                socket,
-                loses: leaks,
-            });
-            let mut endpoint = Endpoint::new_with_abstract_socket(
-                EndpointConfig::default(),
-                None,
-                socket,
-                Arc::new(TokioRuntime),
-            )?;
-            endpoint.set_default_client_config(config);
+            let endpoint = leaky::agent(socket, &credentials, window, leaks)?;
             let connection = peer::dial(&endpoint, tunnel).await?;
             let (mut send, mut recv) = connection.open_bi().await?;
             send.write_all(&hello).await?;
