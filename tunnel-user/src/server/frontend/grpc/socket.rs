@@ -97,6 +97,10 @@ impl ProxySocket {
 
     /// Says that there is no connection, and waits until the client ends the stream.
     pub(super) async fn refused(&self, error: &str) {
+        // A client that has left gets no answer, and none is counted.
+        if poll_fn(|cx| Poll::Ready(self.sender.borrow_mut().poll_reset(cx).is_ready())).await {
+            return;
+        }
         self.put(&self.dial_response(error));
         if poll_fn(|cx| self.poll_flush(cx)).await.is_ok() {
             self.left().await;
