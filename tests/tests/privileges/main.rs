@@ -191,18 +191,21 @@ fn the_main_job_takes_no_privilege() -> Result<()> {
     let open = Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))?;
     round_trips(&open, 1)?;
     scene.server().signal(Signal::SIGTERM)?;
-    let lab = &scene.lab;
-    eventually(SOON, || {
-        let dialled = lab
-            .control_plane
-            .as_apiserver(|| Ok(TcpStream::connect(to(Behaviour::Echo)).map(drop)))?;
-        let kind = dialled.err().map(|error| error.kind());
-        ensure!(kind == Some(ErrorKind::ConnectionRefused), "{kind:?}");
-        Ok(())
-    })?;
+    scene.server().wait_log(SOON, 0, &["draining"])?;
+    // A drain serves new connections too, until there is none.
+    round_trips(
+        &Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))?,
+        1,
+    )?;
     round_trips(&open, 3)?;
     drop(open);
     scene.server().wait_ended(SOON)?;
+    let lab = &scene.lab;
+    let dialled = lab
+        .control_plane
+        .as_apiserver(|| Ok(TcpStream::connect(to(Behaviour::Echo)).map(drop)))?;
+    let kind = dialled.err().map(|error| error.kind());
+    ensure!(kind == Some(ErrorKind::ConnectionRefused), "{kind:?}");
     scene.agent()?.terminate()
 }
 
@@ -333,7 +336,7 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     let own = format!("address add {}/32 dev lo\n", address::node(1));
     netns.ip(&own)?;
     refused(&scene)?;
-    netns.ip(&own.replace("add", "del"))?;
+    netns.ip(&own.replace(" add ", " del "))?;
     served(&scene)?;
 
     scene.server().configure(|config| {
