@@ -28,8 +28,7 @@ pub fn share(most: u64) -> u64 {
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
     let bounds = paths.flat_map(|path| GROUPS.map(|group| bound_of(group, path)));
-    let machine = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let bounds = bounds.flatten().chain(total(&machine));
+    let bounds = bounds.flatten().chain([machine()]);
     bounds.map(|bytes| bytes / 4).fold(most, u64::min)
 }
 
@@ -44,13 +43,10 @@ fn bound_of((root, file): (&str, &str), path: &str) -> Option<u64> {
     bounds.filter_map(|bound| bound.trim().parse().ok()).min()
 }
 
-/// `MemTotal` of proc_meminfo(5), in bytes.
-fn total(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kibibytes << 10)
+/// The machine's memory in bytes (sysinfo(2)). A unit with `ProcSubset=pid` has no `/proc/meminfo`.
+fn machine() -> u64 {
+    let known = rustix::system::sysinfo();
+    known.totalram.saturating_mul(known.mem_unit.into())
 }
 
 /// Returns free memory whenever half of what peers held has gone. Never ends.
@@ -89,13 +85,8 @@ mod tests {
 
     #[test]
     fn a_share_is_that_of_the_narrowest_group() {
-        assert_eq!(
-            total("MemTotal:       16384 kB\nMemFree: 1 kB\n"),
-            Some(16 << 20)
-        );
-        assert_eq!(total("MemFree: 1 kB\n"), None);
         assert_eq!(share(1000), 1000);
-        assert!(share(u64::MAX) < u64::MAX / 4);
+        assert!(share(u64::MAX) <= machine() / 4);
         let root = tempfile::tempdir().unwrap();
         let inner = root.path().join("a/b");
         fs::create_dir_all(&inner).unwrap();
@@ -110,6 +101,15 @@ mod tests {
             (bound("/a/b"), bound("/a"), bound("/")),
             (Some(1024), Some(4096), None)
         );
+    }
+
+    #[test]
+    fn the_machines_memory_is_all_that_a_container_may_see_of_it() {
+        let text = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = text.lines().find_map(|it| it.strip_prefix("MemTotal:"));
+        let kibibytes = line.unwrap().trim().strip_suffix(" kB").unwrap();
+        assert!(machine() >> 10 >= kibibytes.parse().unwrap());
+        assert!(machine() < 1 << 50, "in bytes");
     }
 
     #[test]
