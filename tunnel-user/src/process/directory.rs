@@ -127,12 +127,18 @@ impl Directory {
         Ok(nix::unistd::fsync(&self.fd)?)
     }
 
-    /// Makes the file `name`.
+    /// Makes the file `name`, which is on the disk then.
     ///
     /// # Errors
-    /// What the system says; [`io::ErrorKind::AlreadyExists`] where there is anything of that name.
+    /// What the system says, and there is no such file; [`io::ErrorKind::AlreadyExists`] where there is
+    /// anything of that name, which stays as it is.
     pub fn create_new(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
-        self.make(name, mode)?.write_all(content)
+        let mut file = self.make(name, mode)?;
+        let written = file
+            .write_all(content)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| Ok(nix::unistd::fsync(&self.fd)?));
+        written.inspect_err(|_| drop(self.remove(name)))
     }
 
     /// Removes the file `name`, or a link of that name.

@@ -1,6 +1,8 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
 use super::*;
@@ -126,4 +128,30 @@ fn links_of_roots_own_are_followed() {
         directory.replace("x", link.as_bytes(), 0o600).unwrap();
         assert_eq!(fs::read(path.join("x")).unwrap(), link.as_bytes());
     }
+}
+
+/// A key that was cut would be in the way of the next attempt, and taken for one.
+#[test]
+fn a_file_that_does_not_fit_is_not_left_there() {
+    if !geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "CI runs tests as root");
+        println!("skipped: only root can mount a file system that is small");
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    // A thread's own mounts end with it.
+    let tried = std::thread::scope(|scope| {
+        let small = scope.spawn(|| {
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let (none, size) = (MsFlags::empty(), Some("size=64k"));
+            mount(None::<&str>, place.path(), Some("tmpfs"), none, size).unwrap();
+            let directory = Directory::open(place.path()).unwrap();
+            let failed = directory.create_new("x", &[0; 1 << 20], 0o600);
+            (failed.unwrap_err().kind(), directory.has("x"))
+        });
+        small.join().unwrap()
+    });
+    assert_eq!(tried, (io::ErrorKind::StorageFull, false));
 }
