@@ -160,14 +160,14 @@ impl Pages {
         time: Time,
     ) -> Result<Admitted, Refused> {
         let ticket = self.ticket(token, time.now).ok_or(Refused::Token)?;
-        if let Some(before) = ticket.used.iter().find(|it| it.is_of(asked)) {
-            return self.again(before, asked, time);
-        }
         let terms = Terms {
             nodes: &ticket.nodes,
             addresses: &ticket.addresses,
             kind: Kind::Token,
         };
+        if let Some(before) = ticket.used.iter().find(|it| it.is_of(asked)) {
+            return self.again(before, &terms, asked, time);
+        }
         self.check(&terms, asked, time)?;
         match ticket.uses {
             0 => Err(Refused::UsedUp),
@@ -203,16 +203,16 @@ impl Pages {
         asked: &Asked<'_>,
         time: Time,
     ) -> Result<Admitted, Refused> {
-        match self.pods.get(id).map(|ticket| &ticket.used) {
-            Some(before) if before.is_of(asked) => return self.again(before, asked, time),
-            Some(_) => return Err(Refused::PodUsedUp),
-            None => {}
-        }
         let terms = Terms {
             nodes: asked.node,
             addresses,
             kind: Kind::Pod,
         };
+        match self.pods.get(id).map(|ticket| &ticket.used) {
+            Some(before) if before.is_of(asked) => return self.again(before, &terms, asked, time),
+            Some(_) => return Err(Refused::PodUsedUp),
+            None => {}
+        }
         self.check(&terms, asked, time)?;
         Ok(Admitted::First)
     }
@@ -250,7 +250,13 @@ impl Pages {
     }
 
     /// Somebody who asks once more gets what they got before, and nothing else.
-    fn again(&self, before: &Use, asked: &Asked<'_>, time: Time) -> Result<Admitted, Refused> {
+    fn again(
+        &self,
+        before: &Use,
+        terms: &Terms<'_>,
+        asked: &Asked<'_>,
+        time: Time,
+    ) -> Result<Admitted, Refused> {
         let sorted = |addresses: &[IpAddr]| {
             let mut sorted = addresses.to_vec();
             sorted.sort();
@@ -269,6 +275,11 @@ impl Pages {
             return Err(Refused::Over);
         }
         if time.now + SKEW < holder.since {
+            // A new certificate. What was taken from the first, by revocation too, does not come back by it.
+            if self.released.contains_key(&before.serial) {
+                return Err(Refused::Over);
+            }
+            self.check(terms, asked, time)?;
             return Ok(Admitted::Redated);
         }
         let certificate = STANDARD.decode(&before.certificate);

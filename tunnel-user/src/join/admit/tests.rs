@@ -335,6 +335,47 @@ fn a_clock_that_is_ahead_for_seconds_takes_nothing_from_anybody() {
     assert_eq!(pages.tokens[token.id()].uses, 0);
 }
 
+/// The certificate that a clock dated ahead was revoked or released, or another node has what is in it: what
+/// comes in its place is judged as any other.
+#[test]
+fn a_certificate_is_not_dated_anew_for_who_lost_it() {
+    let (now, ahead) = (start(), start() + 60 * 24 * HOUR);
+    let w1 = ("w1", "10.99.0.1", 1);
+    let dated_ahead = |nodes: &str| {
+        let (mut pages, token) = book(nodes, &["10.99.0.0/16"], 2);
+        let addresses = [address("10.99.0.1")];
+        let asked = Asked {
+            node: "w1",
+            addresses: &addresses,
+            key: key(1),
+        };
+        let holder = issue(&mut pages, &asked, ahead);
+        pages.used(&token, got(&asked, &holder));
+        (pages, token, holder)
+    };
+    let (mut pages, token, _) = dated_ahead("w*");
+    assert!(join(&mut pages, &token, w1, now).is_ok());
+
+    let (mut pages, token, holder) = dated_ahead("w*");
+    pages.release(&holder.serial);
+    assert_eq!(join(&mut pages, &token, w1, now), Err(Refused::Over));
+
+    // Also with a token that names the node, which takes the name from whoever has it.
+    let (mut pages, token, holder) = dated_ahead("w1");
+    pages.release_address(&holder.serial, address("10.99.0.1"));
+    assert_eq!(join(&mut pages, &token, w1, now), Err(Refused::Over));
+
+    let (mut pages, token, holder) = dated_ahead("w*");
+    let by_hand = Holder {
+        serial: "4A".into(),
+        since: now,
+        ..holder
+    };
+    pages.by_hand.insert("w8".into(), vec![by_hand]);
+    let taken = join(&mut pages, &token, w1, now).unwrap_err();
+    assert!(matches!(taken, Refused::AddressTaken { .. }), "{taken}");
+}
+
 /// A node that is gone, and one that was installed again.
 #[test]
 fn what_is_released_others_may_have() {
