@@ -404,6 +404,7 @@ impl Desk {
     }
 
     fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, DeskError> {
+        self.revocations.check(&Peer::issued(agent.uri(), serial))?;
         let applicant = Applicant::read(csr).map_err(DeskError::Csr)?;
         self.change(|pages, time| {
             pages.renewal(&agent.name, serial, self.validity, time)?;

@@ -404,6 +404,25 @@ async fn a_revoked_certificate_keeps_nothing() {
     assert!(why.contains("has been revoked"), "{why}");
 }
 
+/// Its tunnel may not have been ended yet.
+#[tokio::test]
+async fn a_revoked_certificate_is_not_renewed() {
+    let office = office(None);
+    let draft = Draft::generate().unwrap();
+    let csr = draft.request("w1").unwrap();
+    let w1 = agent("cluster.local", "w1", &["10.99.0.7"]);
+    let token = office.token(1).reveal();
+    let issued = office.join(&token, "w1", &draft).await.unwrap();
+    let leaf = CertificateDer::from(issued.chain[0].clone());
+    let list = office.place.path().join("revoked");
+    std::fs::write(&list, format!("serial:{}\n", serial_of(&leaf))).unwrap();
+    let office = office.opened_again();
+    let before = office.desk.book.read().unwrap();
+    let why = office.desk.renew(w1, Some(leaf), csr).await.unwrap_err();
+    assert!(why.contains("has been revoked"), "{why}");
+    assert_eq!(office.desk.book.read().unwrap(), before);
+}
+
 #[tokio::test]
 async fn what_cpc_pki_issued_is_known() {
     let office = office(None);
