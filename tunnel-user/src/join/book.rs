@@ -74,10 +74,10 @@ impl Book {
     /// # Errors
     /// [`BookError`].
     pub fn read(&self) -> Result<Pages, BookError> {
-        self.read_in(&self.directory()?)
+        self.parse(self.text_in(&self.directory()?)?.as_deref())
     }
 
-    /// Changes it, unless `change` fails.
+    /// Changes it, unless `change` fails. Nothing is written where nothing has changed.
     ///
     /// # Errors
     /// What `change` says, or [`BookError`]; then it is as it was.
@@ -89,11 +89,15 @@ impl Book {
         let directory = self.directory()?;
         let locked = directory.lock(lock);
         let _lock = locked.map_err(|error| self.error(lock, &error))?;
-        let mut pages = self.read_in(&directory)?;
+        let before = self.text_in(&directory)?;
+        let mut pages = self.parse(before.as_deref())?;
         let done = change(&mut pages)?;
         let written = serde_json::to_vec_pretty(&pages)
             .map_err(io::Error::from)
-            .and_then(|text| directory.replace(file, &text, *mode));
+            .and_then(|text| match before.as_ref() == Some(&text) {
+                true => Ok(()),
+                false => directory.replace(file, &text, *mode),
+            });
         written.map_err(|error| self.error(file, &error))?;
         Ok(done)
     }
@@ -102,13 +106,19 @@ impl Book {
         Directory::open(&self.directory).map_err(|error| self.error("", &error))
     }
 
-    fn read_in(&self, directory: &Directory) -> Result<Pages, BookError> {
+    fn text_in(&self, directory: &Directory) -> Result<Option<Vec<u8>>, BookError> {
         let file = self.names.file;
         match directory.read(file) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|error| self.error(file, &error)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Pages::default()),
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(self.error(file, &error)),
         }
+    }
+
+    fn parse(&self, text: Option<&[u8]>) -> Result<Pages, BookError> {
+        let pages = text.map(serde_json::from_slice).transpose();
+        let pages = pages.map_err(|error| self.error(self.names.file, &error))?;
+        Ok(pages.unwrap_or_default())
     }
 
     fn error(&self, file: &str, why: &dyn std::fmt::Display) -> BookError {
@@ -122,6 +132,7 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::MetadataExt;
     use std::time::{Duration, SystemTime};
 
     use super::super::pages::Ticket;
@@ -165,6 +176,28 @@ mod tests {
         assert_eq!(pages.tokens["3-4"], ticket(3));
         let left: Vec<_> = fs::read_dir(&directory).unwrap().collect();
         assert_eq!(left.len(), 2, "{left:?}");
+    }
+
+    #[test]
+    fn what_has_not_changed_is_not_written() {
+        let place = tempfile::tempdir().unwrap();
+        let book = Book::open(place.path()).unwrap();
+        // A file that is replaced is another one.
+        let file = || fs::metadata(place.path().join(FILE)).unwrap().ino();
+        let put = |uses| {
+            let changed = book.change(|pages| {
+                pages.tokens.insert("x".into(), ticket(uses));
+                Ok::<_, BookError>(())
+            });
+            changed.unwrap();
+        };
+        put(1);
+        let first = file();
+        put(1);
+        assert_eq!(file(), first);
+        put(2);
+        assert_ne!(file(), first);
+        assert_eq!(book.read().unwrap().tokens["x"].uses, 2);
     }
 
     #[test]
