@@ -151,6 +151,8 @@ struct Done {
     serial: String,
     until: SystemTime,
     issued: Issued,
+    /// Whether it was issued just now, and not given once more.
+    is_new: bool,
 }
 
 /// What somebody without a certificate asks for.
@@ -189,10 +191,17 @@ impl Desk {
         self.metrics.join(outcome(&done));
         match done {
             Ok((done, by)) => {
-                tracing::info!(
-                    agent = done.identity, %remote, token = by, serial = done.serial,
-                    until = %humantime::format_rfc3339_seconds(done.until), "agent joined"
-                );
+                if done.is_new {
+                    tracing::info!(
+                        agent = done.identity, %remote, token = by, serial = done.serial,
+                        until = %humantime::format_rfc3339_seconds(done.until), "agent joined"
+                    );
+                } else {
+                    tracing::debug!(
+                        agent = done.identity, %remote, token = by, serial = done.serial,
+                        "an agent got its certificate once more"
+                    );
+                }
                 audit::joined(&done.identity, remote, &by, (&done.serial, done.until));
                 Ok(done.issued)
             }
@@ -462,6 +471,7 @@ impl Desk {
             serial: serial_of(leaf),
             until,
             issued: self.with_roots(leaf),
+            is_new: false,
         })
     }
 
@@ -514,6 +524,7 @@ impl Desk {
             serial,
             until,
             issued: self.with_roots(&leaf),
+            is_new: true,
         };
         Ok((done, holder))
     }
