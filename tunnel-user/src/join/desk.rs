@@ -372,6 +372,12 @@ impl Desk {
             Proof::Token(token) => token.id(),
             Proof::Pod { .. } => BY_KUBERNETES,
         };
+        // Who has no token does not get to the lock, which all others wait for.
+        if let Proof::Token(token) = &ask.proof {
+            let pages = self.book.read()?;
+            let known = pages.ticket(token, self.clock.read().now);
+            known.ok_or(Refused::Token)?;
+        }
         self.change(|pages, time| {
             for gone in gone {
                 match gone.address {

@@ -179,6 +179,30 @@ async fn who_is_revoked_gets_nothing_and_nothing_is_used() {
     assert_eq!(book.read().unwrap().tokens[token.id()].uses, 1);
 }
 
+/// Others wait for the lock, and for who holds it.
+#[tokio::test]
+async fn a_wrong_token_takes_no_lock() {
+    let office = office(None);
+    let draft = Draft::generate().unwrap();
+    let wrong = Token::generate().unwrap().reveal();
+    let book = office.desk.book.clone();
+    let (locked, is_locked) = std::sync::mpsc::channel();
+    let (free, is_free) = std::sync::mpsc::channel::<()>();
+    let holding = std::thread::spawn(move || {
+        let held = book.change(|_| {
+            locked.send(()).unwrap();
+            let _ = is_free.recv();
+            Ok::<_, BookError>(())
+        });
+        held.unwrap();
+    });
+    is_locked.recv().unwrap();
+    let why = office.join(&wrong, "w1", &draft).await.unwrap_err();
+    drop(free);
+    holding.join().unwrap();
+    assert!(why.contains("the token is unknown"), "{why}");
+}
+
 #[tokio::test]
 async fn our_own_trouble_is_not_told_and_costs_nothing() {
     let office = office(None);
