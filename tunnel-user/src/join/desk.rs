@@ -9,6 +9,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 use rustls::pki_types::CertificateDer;
+use tokio::sync::Semaphore;
+use tokio::task::JoinError;
 use tunnel_proto::certificate::{Answer, Issued, Join};
 
 use super::admit::{Admitted, Asked, Refused};
@@ -45,6 +47,35 @@ pub struct Pods {
     pub addresses: Vec<IpNet>,
 }
 
+/// Jobs at once. Most of a job is under the book's lock, so more of them would wait there, each on a thread.
+const MAX_JOBS: usize = 8;
+
+/// Bounds the jobs on files and signatures, also those whose caller has gone.
+#[derive(Clone)]
+pub struct Jobs(Arc<Semaphore>);
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_JOBS)))
+    }
+}
+
+impl Jobs {
+    /// Runs `job` on a thread of its own when it is its turn. Whoever gives up before takes no thread.
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        // It is never closed.
+        let turn = self.0.clone().acquire_owned().await.ok();
+        tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            job()
+        })
+        .await
+    }
+}
+
 /// Issues certificates to agents.
 pub struct Desk {
     /// Tokens, and what was issued.
@@ -63,6 +94,8 @@ pub struct Desk {
     pub metrics: JoinMetrics,
     /// What is judged by.
     pub clock: Clock,
+    /// Who is served at once.
+    pub jobs: Jobs,
 }
 
 /// Why there is no certificate.
@@ -117,11 +150,11 @@ enum DeskError {
     UnknownCa,
     /// The thread that was to do it.
     #[error("it was given up: {0}")]
-    GivenUp(tokio::task::JoinError),
+    GivenUp(JoinError),
 }
 
-impl From<tokio::task::JoinError> for DeskError {
-    fn from(why: tokio::task::JoinError) -> Self {
+impl From<JoinError> for DeskError {
+    fn from(why: JoinError) -> Self {
         Self::GivenUp(why)
     }
 }
@@ -244,7 +277,7 @@ impl Desk {
         work: impl FnOnce(&Self) -> Result<T, DeskError> + Send + 'static,
     ) -> Result<T, DeskError> {
         let desk = self.clone();
-        tokio::task::spawn_blocking(move || work(&desk)).await?
+        self.jobs.run(move || work(&desk)).await?
     }
 
     async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), DeskError> {

@@ -24,7 +24,7 @@ use super::metrics::Failures;
 use crate::config::ServerConfig;
 use crate::config::server::HandshakesConfig;
 use crate::join::clock::Clock;
-use crate::join::desk::Pods;
+use crate::join::desk::{Jobs, Pods};
 use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
 use crate::kubernetes::{self, node::Nodes, token::TokenReviewer};
@@ -81,6 +81,7 @@ pub(super) async fn desk(
         pods,
         metrics: JoinMetrics::default(),
         clock: Clock::default(),
+        jobs: Jobs::default(),
     })))
 }
 

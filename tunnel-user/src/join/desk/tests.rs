@@ -58,6 +58,7 @@ fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Des
         pods,
         metrics: JoinMetrics::default(),
         clock: Clock::default(),
+        jobs: Jobs::default(),
     })
 }
 
@@ -177,6 +178,30 @@ async fn who_is_revoked_gets_nothing_and_nothing_is_used() {
     assert!(why.unwrap_err().contains("has been revoked"));
     let book = Book::open(&office.place.path().join("join")).unwrap();
     assert_eq!(book.read().unwrap().tokens[token.id()].uses, 1);
+}
+
+#[tokio::test]
+async fn a_job_has_its_place_until_it_ends_and_not_until_its_caller_does() {
+    let jobs = Jobs::default();
+    let (free, is_free) = std::sync::mpsc::channel::<()>();
+    let is_free = Arc::new(std::sync::Mutex::new(is_free));
+    for _ in 0..MAX_JOBS {
+        let (started, is_started) = tokio::sync::oneshot::channel();
+        let (jobs, is_free) = (jobs.clone(), is_free.clone());
+        let caller = tokio::spawn(async move {
+            let job = move || {
+                started.send(()).unwrap();
+                let _ = is_free.lock().unwrap().recv();
+            };
+            jobs.run(job).await
+        });
+        is_started.await.unwrap();
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+    }
+    assert_eq!(jobs.0.available_permits(), 0);
+    drop(free);
+    assert_eq!(jobs.run(|| 1).await.unwrap(), 1);
 }
 
 /// Others wait for the lock, and for who holds it.
