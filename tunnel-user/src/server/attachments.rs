@@ -291,11 +291,7 @@ impl Attachments {
     /// Looks at them for ever.
     pub fn watch(&self) -> impl Future<Output = ()> + Send + use<> {
         let look = |running: &Running| (self.look(running), running.link_error.clone());
-        let watch = Watch {
-            health: self.health.clone(),
-            attachments: self.attached.iter().map(look).collect(),
-        };
-        watch.run()
+        Watch::new(self.health.clone(), self.attached.iter().map(look)).run()
     }
 
     fn look(&self, running: &Running) -> Look {
@@ -535,7 +531,7 @@ impl Running {
             if presence == Presence::Absent {
                 return health.set(&name, Some(no_cgroup(&cgroup)), "");
             }
-            // Held so that the watch does not look in between.
+            // Held so that the watch does not look in between: it comes back later.
             let mut link_error = link_error.lock().unwrap_or_else(PoisonError::into_inner);
             let linked = kernel
                 .as_ref()

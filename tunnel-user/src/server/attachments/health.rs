@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use crate::redirect::{AttachmentSpec, Counter, Redirect, RedirectError};
@@ -18,6 +18,9 @@ const INTERVAL: Duration = Duration::from_secs(2);
 
 /// Every how many looks those for other attachments are among them: they read the BPF file system.
 const SURVEY: u32 = 5;
+
+/// Looks in a row that are left out at most while the follower attaches.
+const PATIENCE: u32 = 2;
 
 /// Connections in a row that are redirected and do not arrive, before they count as lost.
 const LOST: u64 = 5;
@@ -134,36 +137,83 @@ pub(super) fn no_cgroup(path: &std::path::Path) -> String {
 
 /// Looks at every attachment, again and again.
 pub(super) struct Watch {
-    pub(super) health: Health,
-    /// Each with the error with which its cgroup was attached to last, if with one.
-    pub(super) attachments: Vec<(Look, LinkError)>,
+    health: Health,
+    attachments: Vec<Watched>,
 }
 
-/// What linking failed with last: the follower writes it.
+struct Watched {
+    look: Look,
+    /// The error with which its cgroup was attached to last, if with one.
+    link_error: LinkError,
+    arrivals: Arrivals,
+    /// Looks in a row that were left out.
+    left_out: u32,
+}
+
+/// What linking failed with last. The follower writes it, and holds it while it attaches.
 pub(super) type LinkError = Arc<Mutex<Option<String>>>;
 
 impl Watch {
-    pub(super) async fn run(self) {
+    pub(super) fn new(
+        health: Health,
+        attachments: impl Iterator<Item = (Look, LinkError)>,
+    ) -> Self {
+        let watched = |(look, link_error)| Watched {
+            look,
+            link_error,
+            arrivals: Arrivals::default(),
+            left_out: 0,
+        };
+        Self {
+            health,
+            attachments: attachments.map(watched).collect(),
+        }
+    }
+
+    /// Never ends. Files and the kernel hold up nothing else of the runtime.
+    pub(super) async fn run(mut self) {
         let mut tick = tokio::time::interval(INTERVAL);
-        let mut arrivals: Vec<_> = self
-            .attachments
-            .iter()
-            .map(|_| Arrivals::default())
-            .collect();
         for turn in 1_u32.. {
             tick.tick().await;
-            for ((look, link_error), arrivals) in self.attachments.iter().zip(&mut arrivals) {
-                // Held so that the follower does not attach in between.
-                let link_error = link_error.lock().unwrap_or_else(PoisonError::into_inner);
-                let fault = { link_error.clone() }.or_else(|| look.fault(turn % SURVEY == 0));
-                let lost = || {
-                    let (redirected, established) = look.counted().ok()?;
-                    arrivals.observe(redirected, established)
-                };
-                self.health
-                    .set(&look.spec.name, fault.or_else(lost), "again");
-            }
+            let looked = tokio::task::spawn_blocking(move || {
+                self.look(turn % SURVEY == 0);
+                self
+            });
+            // It fails only when the process is ending.
+            let Ok(back) = looked.await else { return };
+            self = back;
         }
+    }
+
+    fn look(&mut self, survey: bool) {
+        for watched in &mut self.attachments {
+            watched.look(&self.health, survey);
+        }
+    }
+}
+
+impl Watched {
+    fn look(&mut self, health: &Health, survey: bool) {
+        // Held so that the follower does not attach in between.
+        let held = match self.link_error.try_lock() {
+            Ok(held) => Some(held),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            // It is attaching, and says itself what came of it.
+            Err(TryLockError::WouldBlock) if self.left_out < PATIENCE => {
+                self.left_out += 1;
+                return;
+            }
+            // It waits for a process that holds the lock of the pin directory.
+            Err(TryLockError::WouldBlock) => None,
+        };
+        self.left_out = 0;
+        let failed = held.as_deref().cloned().flatten();
+        let fault = failed.or_else(|| self.look.fault(survey));
+        let lost = || {
+            let (redirected, established) = self.look.counted().ok()?;
+            self.arrivals.observe(redirected, established)
+        };
+        health.set(&self.look.spec.name, fault.or_else(lost), "again");
     }
 }
 
@@ -217,6 +267,31 @@ mod tests {
         assert!(arrivals.observe(120, 90).is_some());
         assert_eq!(arrivals.observe(121, 91), None);
         assert_eq!(arrivals.observe(121, 91), None);
+    }
+
+    #[test]
+    fn a_follower_that_attaches_is_left_alone_but_not_for_ever() {
+        let place = tempfile::tempdir().unwrap();
+        let config = r#"{"name": "x", "cgroup": "/nowhere", "capture": [{"cidr": "10.0.0.0/8"}]}"#;
+        let config = serde_json::from_str(config).unwrap();
+        let spec = super::super::spec(&config, &"cluster.local".parse().unwrap());
+        let look = Look::new(&Redirect::new(place.path()), &spec, &[], false);
+        let (health, link_error) = (Health::default(), LinkError::default());
+        health.add("x");
+        let attachments = [(look, link_error.clone())];
+        let mut watch = Watch::new(health.clone(), attachments.into_iter());
+        let mut said = || {
+            watch.look(false);
+            health.check().unwrap_err()
+        };
+        let attaching = link_error.lock().unwrap();
+        for _ in 0..PATIENCE {
+            assert!(said().contains("not looked at yet"));
+        }
+        assert!(said().contains("/nowhere is not there"));
+        drop(attaching);
+        *link_error.lock().unwrap() = Some("no link".into());
+        assert!(said().contains("no link"));
     }
 
     #[test]
