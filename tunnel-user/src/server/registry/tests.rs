@@ -597,6 +597,21 @@ fn two_agents_can_not_fill_the_table_of_routes() {
         per_tenant: None,
         per_agent: 30,
     });
+    // A single address of a range that several may serve is granted to nobody.
+    let own = [
+        ("gw1", "10.1.0.0/16"),
+        ("gw1", "10.2.0.0/16"),
+        ("gw2", "10.3.0.0/16"),
+        ("gw3", "10.4.0.0/16"),
+    ];
+    let own = own.map(|(name, net)| GrantConfig {
+        identity: format!("spiffe://a/agent/{name}"),
+        cidrs: vec![net.parse().unwrap()],
+        names: Vec::new(),
+        default_route: false,
+    });
+    let policy = PolicyConfig { grants: own.into() };
+    registry.set_grants(Grants::new(&policy).unwrap(), now);
     let connect = |registry: &mut Registry, id, name: &str, offer| {
         registry.connect(
             link(id, name, "192.0.2.1"),
