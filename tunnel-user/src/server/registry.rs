@@ -451,7 +451,9 @@ impl Registry {
             let mut offered = addresses(&session.info, &session.offer);
             offered.any(|key| freed.contains(&key) && !session.claims.contains(&key.1))
         };
-        let waiting = self.sessions.values().filter(waits);
+        // What is offered and not served is refused: that is rare, and to look for it costs less.
+        let refused = { self.sessions.values() }.filter(|session| !session.refused.is_empty());
+        let waiting = refused.filter(waits);
         waiting.map(|session| session.info.id).collect()
     }
 
