@@ -513,6 +513,12 @@ impl Connection {
         self.inner().state().ledger.held()
     }
 
+    /// Resets of streams that have arrived.
+    #[cfg(test)]
+    pub(super) fn resets(&self) -> u64 {
+        self.inner().state().proto.stats().frame_rx.reset_stream
+    }
+
     /// Ends it and everything on it.
     pub fn close(&self, code: VarInt, reason: &[u8]) {
         self.inner().close(code, Bytes::copy_from_slice(reason));

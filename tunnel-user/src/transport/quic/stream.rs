@@ -175,6 +175,13 @@ impl Drop for Send {
             self.reset(CloseReason::Aborted);
         }
         let mut state = self.connection.state();
+        let mut stream = state.proto.send_stream(self.id);
+        if let Ok(Some(code)) = stream.stopped()
+            && stream.reset(code).is_ok()
+        {
+            // A peer that has stopped it after its end counts on a reset (RFC 9000 section 3.5).
+            self.connection.note(&mut state);
+        }
         state.forget(self.id, Interest::Write);
         state.senders -= 1;
     }

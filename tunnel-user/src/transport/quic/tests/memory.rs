@@ -115,3 +115,27 @@ fn streams_that_are_given_up_and_ended_leave_nothing() {
         assert_eq!(budget.used(), 0);
     });
 }
+
+/// A stream that its peer stops after it was finished, and before all of it has arrived, is reset.
+#[test]
+fn a_stream_that_is_stopped_after_its_end_is_reset() {
+    run(async |pair| {
+        let ((mut send, _recv), (_agents_send, agents_recv)) = pair.stream().await;
+        // All of it is taken at once, and more than goes into the first flight of packets.
+        send.go_first();
+        send.send(&mut pattern(500_000, 1)).await.unwrap();
+        send.finish();
+        drop(agents_recv);
+        let end = SendEnd::Stopped(CloseReason::Aborted);
+        assert_eq!(send.stopped().await, end);
+        assert_eq!(pair.agent.resets(), 0);
+        drop(send);
+        for _ in 0..500 {
+            if pair.agent.resets() == 1 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("not reset");
+    });
+}
