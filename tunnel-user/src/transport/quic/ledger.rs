@@ -149,14 +149,15 @@ impl Ledger {
         }
     }
 
-    /// `frames` chunks of `id` were read.
-    pub(super) fn read(&mut self, id: StreamId, frames: u64) {
+    /// `frames` chunks of `id` with `bytes` in all were read, and more wait. `ahead` bytes of it lie behind a
+    /// gap. What packets had beside those bytes stays charged until the stream is read out.
+    pub(super) fn read(&mut self, id: StreamId, (frames, bytes): (u64, u64), ahead: u64) {
         self.change(id, |holding| {
-            let before = holding.unread();
-            let share = holding.packets * frames / holding.frames.max(frames).max(1);
-            holding.packets -= share;
+            let before = holding.unread() + holding.ahead;
+            holding.packets = holding.packets.saturating_sub(bytes);
             holding.frames = holding.frames.saturating_sub(frames);
-            holding.given += before.saturating_sub(holding.unread());
+            holding.ahead = ahead;
+            holding.given += before.saturating_sub(holding.unread() + ahead);
         });
     }
 
@@ -165,7 +166,7 @@ impl Ledger {
     pub(super) fn read_out(&mut self, id: StreamId, ahead: u64, gives: bool) {
         self.change(id, |holding| {
             holding.given = match gives {
-                true => holding.given + holding.unread(),
+                true => holding.given + (holding.unread() + holding.ahead).saturating_sub(ahead),
                 false => 0,
             };
             (holding.packets, holding.frames, holding.ahead) = (0, 0, ahead);
@@ -305,8 +306,9 @@ mod tests {
         assert!(budget.used() >= poured && budget.used() < poured + BLOCK);
         assert_eq!(ledger.frames(stream(0)), MANY);
         // Given to a reader, which may not get rid of it.
-        ledger.read(stream(0), MANY / 2);
-        ledger.read(stream(0), MANY / 4);
+        for part in [MANY / 2, MANY / 4] {
+            ledger.read(stream(0), (part, part * PACKET as u64), 0);
+        }
         assert_eq!(ledger.held, poured);
         ledger.read_out(stream(0), 0, true);
         assert_eq!(ledger.held, poured);
@@ -324,8 +326,30 @@ mod tests {
         assert_eq!(ledger.held, 500_000);
         ledger.passed_on(stream(0));
         assert!(budget.used() >= 500_000);
+        // Part of it goes to the reader, then the rest, beside what has arrived since.
+        ledger.read_out(stream(0), 200_000, true);
+        assert_eq!(ledger.held, 500_000);
+        ledger.passed_on(stream(0));
+        assert_eq!(ledger.held, 200_000);
+        ledger.arrived(stream(0), PACKET);
+        let all = 200_000 + PACKET as u64 + FRAME;
+        ledger.read(stream(0), (1, PACKET as u64), 50_000);
+        assert_eq!(ledger.held, all);
         ledger.read_out(stream(0), 0, true);
+        assert_eq!(ledger.held, all);
+        ledger.passed_on(stream(0));
         assert_eq!((ledger.held, budget.used()), (0, 0));
+    }
+
+    #[test]
+    fn small_chunks_that_are_read_leave_large_packets_charged() {
+        let (mut ledger, _) = ledger(8 << 20, 8 << 20);
+        for size in [100, PACKET] {
+            (0..10).for_each(|_| ledger.arrived(stream(0), size));
+        }
+        ledger.read(stream(0), (10, 1000), 0);
+        ledger.passed_on(stream(0));
+        assert_eq!(ledger.held, 10 * (PACKET as u64 + FRAME));
     }
 
     #[test]

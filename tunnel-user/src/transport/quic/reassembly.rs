@@ -60,7 +60,7 @@ impl Reassembly {
             let is_ordered = self.ahead.is_none();
             let mut stream = state.proto.recv_stream(id);
             let mut chunks = stream.read(is_ordered).ok()?;
-            let mut taken = 0;
+            let (mut taken, mut bytes) = (0, 0);
             let pass = loop {
                 if into.len() - before >= CHUNKS {
                     break Pass::Full;
@@ -68,6 +68,7 @@ impl Reassembly {
                 match chunks.next(usize::MAX) {
                     Ok(Some(chunk)) => {
                         taken += 1;
+                        bytes += chunk.bytes.len() as u64;
                         self.take(chunk, into);
                     }
                     Ok(None) => break Pass::End(RecvEnd::Finished),
@@ -80,13 +81,13 @@ impl Reassembly {
             credit |= chunks.finalize().should_transmit();
             let end = match pass {
                 Pass::Full => {
-                    state.ledger.read(id, taken);
+                    state.ledger.read(id, (taken, bytes), self.ahead());
                     return Some(Read { end: None, credit });
                 }
                 Pass::Blocked if is_ordered && taken < state.ledger.frames(id) => {
                     // Some of it lies behind a gap, or came twice: only reading tells.
                     self.ahead = Some(Box::default());
-                    state.ledger.read(id, taken);
+                    state.ledger.read(id, (taken, bytes), 0);
                     continue;
                 }
                 Pass::Blocked => None,
@@ -97,10 +98,15 @@ impl Reassembly {
                 state.ledger.stopped();
                 self.ahead = None;
             }
-            let ahead = self.ahead.as_ref().map_or(0, |ahead| ahead.cost());
-            state.ledger.read_out(id, ahead, into.len() > before);
+            let gives = into.len() > before;
+            state.ledger.read_out(id, self.ahead(), gives);
             return Some(Read { end, credit });
         }
+    }
+
+    /// Bytes of memory that what lies behind a gap costs.
+    fn ahead(&self) -> u64 {
+        self.ahead.as_ref().map_or(0, |ahead| ahead.cost())
     }
 
     /// Passes on a chunk that is the next one, and what follows it; keeps any other.
