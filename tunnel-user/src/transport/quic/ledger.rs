@@ -70,7 +70,7 @@ impl MemoryBounds {
 pub(super) enum Excess {
     /// The largest stream.
     Stream(StreamId),
-    /// The tunnel: no stream of it holds anything.
+    /// The tunnel: no stream of it holds more than its end would cost.
     Tunnel,
 }
 
@@ -247,7 +247,9 @@ impl Ledger {
             &self.bounds.ended_by_budget
         };
         refused.inc();
-        Some(self.largest().map_or(Excess::Tunnel, Excess::Stream))
+        let helps = |cost| cost >= UNENDED || self.unended + self.unacknowledged < FEW_UNENDED;
+        let largest = self.largest().filter(|(_, cost)| helps(*cost));
+        Some(largest.map_or(Excess::Tunnel, |(id, _)| Excess::Stream(id)))
     }
 
     /// `id` holds more behind a gap than a stream may.
@@ -266,10 +268,13 @@ impl Ledger {
         self.held
     }
 
-    fn largest(&self) -> Option<StreamId> {
-        let by_cost = |(_, holding): &(&StreamId, &Holding)| holding.cost();
-        let largest = self.streams.iter().max_by_key(by_cost);
-        largest.map(|(id, _)| *id)
+    /// The stream that holds most, and what it costs.
+    fn largest(&self) -> Option<(StreamId, u64)> {
+        let costs = self
+            .streams
+            .iter()
+            .map(|(id, holding)| (*id, holding.cost()));
+        costs.max_by_key(|(_, cost)| *cost)
     }
 }
 
@@ -395,6 +400,19 @@ mod tests {
         ledger.ended(1 << 10);
         assert_eq!(ledger.settle(), None);
         assert!(budget.used() > 0);
+    }
+
+    #[test]
+    fn a_stream_whose_end_frees_nothing_is_not_ended() {
+        for (unended, ends_tunnel) in [(FEW_UNENDED - 1, false), (FEW_UNENDED, true)] {
+            let (mut ledger, _) = ledger(1 << 20, 1 << 20);
+            (0..unended).for_each(|_| ledger.stopped());
+            (0..(1 << 20) / FRAME).for_each(|index| ledger.arrived(stream(index), 60));
+            let excess = ledger.settle();
+            assert_eq!(excess == Some(Excess::Tunnel), ends_tunnel, "{excess:?}");
+            ledger.arrived(stream(7), PACKET);
+            assert_eq!(ledger.settle(), Some(Excess::Stream(stream(7))));
+        }
     }
 
     #[test]
