@@ -130,9 +130,11 @@ impl Reassembly {
 
     /// Throws away what is there. `true`: that was all, and quinn-proto has forgotten the stream.
     pub(super) fn discard(&mut self, id: StreamId, state: &mut State) -> bool {
-        self.ahead = None;
+        // Out of order only where it was read so before: quinn-proto's change to that counts bytes twice which
+        // came twice and were read once.
+        let is_ordered = self.ahead.take().is_none();
         let mut stream = state.proto.recv_stream(id);
-        let Ok(mut chunks) = stream.read(false) else {
+        let Ok(mut chunks) = stream.read(is_ordered) else {
             return true;
         };
         let (is_over, is_reset) = loop {
