@@ -20,7 +20,7 @@ use super::pages::{Holder, Pages, PodTicket, Use};
 use super::token::Token;
 use super::{Book, BookError};
 use crate::kubernetes::node::{NodeError, Nodes};
-use crate::kubernetes::token::{ReviewError, TokenReviewer, claims};
+use crate::kubernetes::token::{ReviewError, TokenReviewer, claims, fingerprint::fingerprint};
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::credential::validity;
 use crate::tls::identity::{self, Identity, IdentityError};
@@ -340,9 +340,7 @@ impl Desk {
             .into());
         }
         Ok(Proof::Pod {
-            id: account
-                .credential
-                .unwrap_or_else(|| claims::fingerprint(token)),
+            id: account.credential.unwrap_or_else(|| fingerprint(token)),
             expires: claims::good_until(token, self.clock.read().now, LONGEST_POD_TOKEN),
         })
     }

@@ -5,7 +5,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Deserialize;
@@ -28,16 +27,6 @@ pub fn good_until(token: &str, now: SystemTime, longest: Duration) -> SystemTime
     let end = expiry(token).and_then(|exp| Duration::try_from_secs_f64(exp).ok());
     let end = end.and_then(|end| SystemTime::UNIX_EPOCH.checked_add(end));
     end.map_or(now + longest, |end| end.min(now + longest))
-}
-
-/// What tells `token` apart from others: the digest of what is signed of it, since one signature has
-/// several spellings.
-pub fn fingerprint(token: &str) -> String {
-    let signed = token.rsplit_once('.').map_or(token, |(signed, _)| signed);
-    let digest = digest(&SHA256, signed.as_bytes());
-    { digest.as_ref().iter() }
-        .map(|octet| format!("{octet:02x}"))
-        .collect()
 }
 
 fn expiry(token: &str) -> Option<f64> {
@@ -75,12 +64,5 @@ mod tests {
         assert_eq!(end("opaque"), now + day);
         assert_eq!(end(&expiring_in(1e300)), now + day);
         assert!(end(&expiring_in(100.0)) < now + day / 2);
-    }
-
-    #[test]
-    fn spellings_of_a_signature_are_one_token() {
-        assert_eq!(fingerprint("e30.e30.AAAB"), fingerprint("e30.e30.AAAC"));
-        assert_ne!(fingerprint("e30.e30.AAAB"), fingerprint("e30.e31.AAAB"));
-        assert_ne!(fingerprint("opaque"), fingerprint("another"));
     }
 }

@@ -5,6 +5,7 @@
 //! are at the same time. Tokens are kept as digests.
 
 pub mod claims;
+pub mod fingerprint;
 mod judge;
 mod verdicts;
 
