@@ -55,7 +55,7 @@ pub struct FilterError {
 }
 
 impl LogHandle {
-    /// Says every [`REPORT`] which lines were left out, in the log and in the audit.
+    /// Says every `REPORT` which lines were left out, in the log and in the audit.
     pub async fn keep_reporting(self) {
         loop {
             tokio::time::sleep(REPORT).await;

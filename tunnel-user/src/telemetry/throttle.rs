@@ -1,12 +1,12 @@
 //! Bounds how many lines peers can cause, in the log and in the audit.
 //!
-//! The kind of a line is its place in the code. Its source is whom its fields name ([`fields`]): an
+//! The kind of a line is its place in the code. Its source is whom its fields name (`fields`): an
 //! agent or a server by its identity, or the network of an address. Each source has a bucket for each
 //! kind, and all sources of a kind share another one, so that neither one peer nor many fill a disk, and
 //! one peer hides no line about another. What is left out is counted, and said in a line of its own.
 //!
 //! Every line passes here ([`Throttle`] is a filter), so that no place in the code can forget it. Memory
-//! is fixed: two keyed hashes lead each bucket to two of [`BUCKETS`] counters, and the lower one counts.
+//! is fixed: two keyed hashes lead each bucket to two of `BUCKETS` counters, and the lower one counts.
 
 mod fields;
 

@@ -242,7 +242,7 @@ impl Anchors {
     /// Checks that one of them vouches for `leaf` at `now`, by way of `between`.
     ///
     /// # Errors
-    /// What webpki says, or [`ChainError`] where only the CA, or a CA between, is at fault.
+    /// What webpki says, or `ChainError` where only the CA, or a CA between, is at fault.
     pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
