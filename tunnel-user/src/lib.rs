@@ -7,7 +7,6 @@
 pub mod admin;
 pub mod agent;
 pub mod allow;
-mod buffers;
 pub mod cli;
 pub mod config;
 pub mod datapath;

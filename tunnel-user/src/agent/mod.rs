@@ -38,14 +38,14 @@ use crate::allow::AllowList;
 use crate::config::agent::ServeConfig;
 use crate::config::konnectivity::CountSource;
 use crate::config::{AgentConfig, AllowRule, ConfigError};
-use crate::datapath::{Budget, Engines};
+use crate::datapath::{Budget, Engines, reclaim};
 use crate::kubernetes::AccessError;
 use crate::process::descriptors::{Listeners, Shares};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
-use crate::process::shard::Shards;
-use crate::process::{self, host, memory};
+use crate::datapath::shard::Shards;
+use crate::process::{self, host};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
@@ -250,7 +250,7 @@ pub async fn run(
     }
     tokio::spawn(lifetime::watch(me.lifetimes()));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
-    tokio::spawn(memory::give_back(budget));
+    tokio::spawn(reclaim::give_back(budget));
     tokio::spawn(log.clone().keep_reporting());
     tracing::info!(identity = %me, servers = config.servers.len(), admin = %config.admin, shards = config.shards, tunnels = config.tunnels, "agent is up");
     audit::process("started", "agent", &me);

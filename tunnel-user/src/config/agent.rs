@@ -16,7 +16,7 @@ use super::{
     base_of, check_shards,
 };
 use crate::process::lifecycle::LONGEST_DRAIN;
-use crate::process::{memory, shard};
+use crate::process::{cores, memory};
 
 /// The most tunnels to one server: two processes of an agent, as in a rollout, find room for theirs.
 pub const MAX_TUNNELS: u8 = 16;
@@ -79,7 +79,7 @@ impl Default for AgentConfig {
             datapath: DatapathConfig::default(),
             konnectivity: None,
             serve: ServeConfig::default(),
-            shards: shard::usual(),
+            shards: cores::usual_shards(),
             tunnels: 1,
             state_dir: None,
             allow: None,

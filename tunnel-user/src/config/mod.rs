@@ -23,7 +23,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::UserMessageFormatter;
 
-use crate::process::shard;
+use crate::process::cores::MAX_SHARDS;
 use crate::tls::{Files, TrustDomain};
 
 pub use agent::AgentConfig;
@@ -70,12 +70,12 @@ fn above_zero<T: Default + PartialEq, const N: usize>(
 
 /// Checks a number of shards.
 fn check_shards(shards: usize) -> Result<(), ConfigError> {
-    if (1..=shard::MAX).contains(&shards) {
+    if (1..=MAX_SHARDS).contains(&shards) {
         return Ok(());
     }
     Err(ConfigError::Value {
         key: "shards",
-        why: format!("must be 1 to {}", shard::MAX),
+        why: format!("must be 1 to {}", MAX_SHARDS),
     })
 }
 

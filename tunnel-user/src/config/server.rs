@@ -19,7 +19,7 @@ use super::{
 use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::listen::everywhere;
 use crate::process::sources::Bounds;
-use crate::process::{memory, shard};
+use crate::process::{cores, memory};
 use crate::tls::TrustDomain;
 use crate::transport::quic::config::MAX_DIALS;
 
@@ -92,7 +92,7 @@ impl Default for ServerConfig {
             listen: everywhere(TUNNEL_PORT),
             server_id: None,
             server_count: 1,
-            shards: shard::usual(),
+            shards: cores::usual_shards(),
             state_dir: "/var/lib/cpc".into(),
             tls: TlsConfig::default(),
             transport: TransportConfig::default(),

@@ -5,7 +5,7 @@ use std::io;
 
 use bytes::Bytes;
 
-use crate::buffers::Buffers;
+use crate::datapath::buffers::Buffers;
 
 /// The most that one read takes.
 const READ_SIZE: usize = 64 << 10;

@@ -11,8 +11,11 @@
 
 pub mod budget;
 mod buffer;
+pub mod buffers;
 pub mod engine;
+pub mod reclaim;
 pub mod relay;
+pub mod shard;
 pub mod socket;
 pub mod stream;
 

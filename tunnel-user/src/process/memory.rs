@@ -1,19 +1,7 @@
-//! How much memory there is for what peers send, and how it goes back to the system when they hold less.
-//!
-//! What they held lies between what lives, and glibc returns by itself only what is free at the
-//! top of a heap: hundreds of megabytes would stay resident until the process ends.
+//! How much memory this process may use for what peers send.
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
-
-use crate::datapath::Budget;
-
-/// Interval between two looks at the budget.
-const INTERVAL: Duration = Duration::from_secs(1);
-
-/// Bytes that are not worth the walk through the heaps.
-const FEW: u64 = 16 << 20;
 
 /// Where control groups are mounted: version 2 alone, version 2 beside version 1, and version 1; the file
 /// below each that says what a group may use.
@@ -49,36 +37,6 @@ fn machine() -> u64 {
     known.totalram.saturating_mul(known.mem_unit.into())
 }
 
-/// Returns free memory whenever half of what peers held has gone. Never ends.
-pub async fn give_back(budget: Budget) {
-    let mut most = 0;
-    loop {
-        tokio::time::sleep(INTERVAL).await;
-        let now = budget.used();
-        most = most.max(budget.take_peak());
-        if has_shrunk(most, now) {
-            most = now;
-            // Milliseconds for each 100 MB, but none of a shard's time. It fails only when the
-            // process is ending.
-            let _ = tokio::task::spawn_blocking(trim).await;
-        }
-    }
-}
-
-fn has_shrunk(most: u64, now: u64) -> bool {
-    most >= FEW && now <= most / 2
-}
-
-#[cfg(target_env = "gnu")]
-fn trim() {
-    // SAFETY: malloc_trim(3) takes its own locks, is safe from any thread, and moves nothing.
-    unsafe { libc::malloc_trim(0) };
-}
-
-/// Other C libraries return free pages by themselves.
-#[cfg(not(target_env = "gnu"))]
-fn trim() {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,11 +68,5 @@ mod tests {
         let kibibytes = line.unwrap().trim().strip_suffix(" kB").unwrap();
         assert!(machine() >> 10 >= kibibytes.parse().unwrap());
         assert!(machine() < 1 << 50, "in bytes");
-    }
-
-    #[test]
-    fn a_few_bytes_are_not_worth_it() {
-        assert!(has_shrunk(200 << 20, 100 << 20) && has_shrunk(FEW, 0));
-        assert!(!has_shrunk(200 << 20, 101 << 20) && !has_shrunk(FEW - 1, 0));
     }
 }

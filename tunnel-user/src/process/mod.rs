@@ -1,9 +1,10 @@
-//! What a process needs from its host: threads ([`shard`]), signals and the service manager
-//! ([`lifecycle`]), sockets ([`listen`]), some of which outlive it ([`inherited`]), memory that goes back to it
+//! What a process needs from its host: cores ([`cores`]), signals and the service manager
+//! ([`lifecycle`]), sockets ([`listen`]), some of which outlive it ([`inherited`]), its share of the memory
 //! ([`memory`]), capabilities that it gives back ([`privileges`]), directories that others may own
 //! ([`directory`]), limits, the host's ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]),
 //! and which kernel it is ([`kernel`]).
 
+pub mod cores;
 pub mod descriptors;
 pub mod directory;
 pub mod gate;
@@ -15,5 +16,4 @@ pub mod listen;
 pub mod memory;
 pub mod privileges;
 pub mod room;
-pub mod shard;
 pub mod sources;

@@ -13,7 +13,7 @@ use bytes::{Buf, BytesMut};
 use io_uring::types::BufRingEntry;
 use io_uring::{IoUring, cqueue};
 
-use crate::buffers::{Buffers, Room};
+use crate::datapath::buffers::{Buffers, Room};
 
 /// Below this a receive is copied out: a short chunk that is kept must not hold a whole buffer.
 const COPY_BELOW: usize = 8 << 10;

@@ -10,7 +10,7 @@ use bytes::BytesMut;
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use tokio::io::Interest;
 
-use crate::buffers::Buffers;
+use crate::datapath::buffers::Buffers;
 use crate::transport::quic::metrics::Moved;
 
 /// The most that one receive gives, in bytes: a full GRO batch.

@@ -11,17 +11,8 @@ use tokio::runtime::Builder;
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
-use super::lifecycle::Pulse;
-use crate::datapath::engine::{self, Engines, Ring};
-
-/// The most shards that a process may have.
-pub const MAX: usize = 64;
-
-/// One for each core that we may run on.
-pub fn usual() -> usize {
-    let cores = std::thread::available_parallelism();
-    cores.map_or(1, usize::from).clamp(1, MAX)
-}
+use super::engine::{self, Engines, Ring};
+use crate::process::lifecycle::Pulse;
 
 /// The shards of a process.
 #[derive(Debug, Default)]
