@@ -10,6 +10,7 @@
 //! | [`route`] | what an agent claims to serve |
 //! | [`certificate`] | asking for a certificate, and the answer |
 //! | [`join`] | the same for who has none yet |
+//! | [`trust_domain`] | who vouches for an identity |
 //! | [`session`] | the agent's and the server's end of a control stream, without I/O |
 //! | [`http_connect`] | the HTTP `CONNECT` request and its answers |
 //! | [`konnectivity`] | the messages of Kubernetes' Konnectivity and what goes with them |
@@ -29,4 +30,5 @@ pub mod preface;
 pub mod route;
 pub mod session;
 mod text;
+pub mod trust_domain;
 pub mod varint;

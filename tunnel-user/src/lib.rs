@@ -6,7 +6,6 @@
 
 pub mod admin;
 pub mod agent;
-pub mod allow;
 pub mod cli;
 pub mod config;
 pub mod datapath;

@@ -4,8 +4,6 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::tls::lifetime::{Lifetime, Lifetimes};
-
 /// What either program tells.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "role", rename_all = "lowercase")]
@@ -67,22 +65,6 @@ pub struct CertificateRow {
     pub not_after: String,
     /// `valid`, `expires soon`, `expired` or `not valid yet`.
     pub state: String,
-}
-
-impl CertificateRow {
-    /// Those of a process, as they are at `now`.
-    pub fn of(lifetimes: &Lifetimes, now: SystemTime) -> Vec<Self> {
-        let row = |life: Lifetime| Self {
-            state: life.state(now).label().into(),
-            purpose: life.purpose.label().into(),
-            kind: life.kind.label().into(),
-            subject: life.subject,
-            key: life.key.map(|key| key.to_string()),
-            file: life.file.display().to_string(),
-            not_after: rfc3339(life.not_after),
-        };
-        lifetimes.all().into_iter().map(row).collect()
-    }
 }
 
 /// One connected agent.

@@ -34,25 +34,25 @@ use tunnel_proto::route::{Claim, MAX_CLAIMS};
 use tunnel_proto::session::InstanceId;
 
 use crate::admin::{self, Admin};
-use crate::allow::AllowList;
 use crate::config::agent::ServeConfig;
+use crate::config::allow_list::AllowList;
 use crate::config::konnectivity::CountSource;
 use crate::config::{AgentConfig, AllowRule, ConfigError};
+use crate::datapath::shard::Shards;
 use crate::datapath::{Budget, Engines, reclaim};
 use crate::kubernetes::AccessError;
 use crate::process::descriptors::{Listeners, Shares};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
-use crate::datapath::shard::Shards;
 use crate::process::{self, host};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
-use crate::tls::lifetime;
 use crate::tls::material::{Change, MaterialError};
+use crate::tls::{self, lifetime};
 use crate::transport::quic::MemoryBounds;
 use crate::transport::quic::config::Setup;
 use connector::Servers;
@@ -232,7 +232,7 @@ pub async fn run(
             if outcome.is_ok() {
                 policy.store(Arc::new(current_policy(&allow, &me)));
             }
-            audit::certificates(outcome);
+            tls::audit::certificates(outcome);
         };
         tokio::spawn(material.watch(renew));
     }
@@ -245,7 +245,7 @@ pub async fn run(
         let list = revocations.clone();
         tokio::spawn(revocations.watch(move |outcome| {
             list.warn_of_strangers(&known);
-            audit::revocations(outcome);
+            tls::audit::revocations(outcome);
         }));
     }
     tokio::spawn(lifetime::watch(me.lifetimes()));

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::allow::AllowList;
+use crate::config::allow_list::AllowList;
 use crate::config::{AllowRule, PortRange, Rule};
 
 /// The kubelet's port, where its own node's agent may dial by default.

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use tunnel_proto::certificate::Answer;
 
 use self::pace::{CLOCK_HOLD, Moment, Pace, clock_error};
-use crate::telemetry::audit::events as audit;
+use crate::tls;
 use crate::tls::credential::{Credential, CredentialError, Draft, Expected, validity};
 use crate::tls::material::RELOAD_INTERVAL;
 use crate::tls::{Material, provider};
@@ -160,7 +160,7 @@ fn report(server: &str, credential: &Credential) -> Duration {
             server, ca = ca.subject(), key = %ca.key(), %why,
             "a CA that the server offers is not trusted"
         );
-        audit::ca_refused(server, ca, why);
+        tls::audit::ca_refused(server, ca, why);
     }
     if let Some((off, ahead)) = clock_error(from, SystemTime::now()) {
         let off = humantime::format_duration(Duration::from_secs(off.as_secs()));

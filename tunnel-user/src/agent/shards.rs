@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 
 use super::errand::{self, Errand};
 use super::worker::Worker;
-use crate::process::gate::{Entered, Gate};
 use crate::datapath::shard::Shards;
+use crate::process::gate::{Entered, Gate};
 
 /// The ways to an agent's shards.
 pub(super) struct Dispatch(Vec<Way>);

@@ -15,16 +15,16 @@ use super::plan::Health;
 use super::tunnel::About;
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use crate::admin::Source;
-use crate::admin::status::{AgentStatus, CertificateRow, Refused, ServerRow, Status, rfc3339};
-use crate::allow::AllowList;
+use crate::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use crate::config::allow_list::AllowList;
 use crate::datapath::{Budget, Engine};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
-use crate::telemetry::certificates::CertificateMetrics;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::millis;
-use crate::tls::lifetime::Lifetimes;
+use crate::tls::lifetime::{self, Lifetimes};
+use crate::tls::metrics::CertificateMetrics;
 
 /// Looks at a running agent.
 pub(super) struct View {
@@ -108,7 +108,7 @@ impl Source for View {
             server_count: self.tunnels.server_count(),
             shards: self.shards,
             engine: self.engine.label().into(),
-            certificates: CertificateRow::of(&self.lifetimes, SystemTime::now()),
+            certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
             servers: self.tunnels.view().iter().map(row).collect(),
             allow: self.policy.load().rules().collect(),
         });

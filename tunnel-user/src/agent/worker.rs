@@ -13,7 +13,7 @@ use tunnel_proto::session::InstanceId;
 use super::konnectivity::Client;
 use super::race::Answered;
 use super::renew::Renewals;
-use crate::allow::AllowList;
+use crate::config::allow_list::AllowList;
 use crate::datapath::Budget;
 use crate::process::gate::{Entered, Gate};
 use crate::process::lifecycle::{self, Phase};

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use super::common::{LogArgs, TlsArgs, begin, overlay};
 use super::join;
 use crate::config::address;
+use crate::config::datapath::EngineChoice;
 use crate::config::{AgentConfig, AllowRule, ConfigError};
-use crate::datapath::engine::Choice;
 use crate::process::privileges::ANY_START;
 
 /// Run an agent, on a worker
@@ -53,7 +53,7 @@ pub(super) struct Args {
     admin: Option<SocketAddr>,
     /// What moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
-    engine: Option<Choice>,
+    engine: Option<EngineChoice>,
     #[command(flatten)]
     tls: TlsArgs,
     /// Ask a server for another certificate in time; --cert and --key have to be one file

@@ -7,8 +7,8 @@ use anyhow::Context;
 
 use super::common::{LogArgs, TlsArgs, begin, overlay};
 
+use crate::config::datapath::EngineChoice;
 use crate::config::{ConfigError, ServerConfig};
-use crate::datapath::engine::Choice;
 use crate::process::inherited::Inherited;
 
 /// Run the server, on the control plane
@@ -42,7 +42,7 @@ pub(super) struct Args {
     admin: Option<SocketAddr>,
     /// What moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
-    engine: Option<Choice>,
+    engine: Option<EngineChoice>,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]

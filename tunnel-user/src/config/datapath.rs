@@ -2,12 +2,24 @@
 
 use serde::Deserialize;
 
-use crate::datapath::engine::Choice;
-
 /// `datapath`: how bytes are moved between sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatapathConfig {
     /// The kernel's interface that tunnels and TCP connections are driven by.
-    pub engine: Choice,
+    pub engine: EngineChoice,
+}
+
+/// Which engine is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum EngineChoice {
+    /// The one that was measured to be the better one.
+    #[default]
+    Auto,
+    /// Readiness by epoll(7), which is always there.
+    Epoll,
+    /// Completions by io_uring(7); epoll where the kernel refuses it.
+    IoUring,
 }

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use tunnel_proto::trust_domain::TrustDomain;
 
-use super::konnectivity::check_floor;
+use super::tls_floor::TlsFloor;
 use super::{AllowRule, ConfigError};
-use crate::tls::{TlsFloor, TrustDomain};
 
 /// `frontends`: ways in.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -36,7 +36,7 @@ impl FrontendsConfig {
                 ..
             }) = frontend
             {
-                check_floor("frontends.tls_floor", floor)?;
+                floor.check("frontends.tls_floor")?;
             }
         }
         Ok(())

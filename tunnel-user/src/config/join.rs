@@ -7,9 +7,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::kubernetes::{Access, TokenRules};
 use super::{ConfigError, rule};
-use crate::kubernetes::Access;
-use crate::kubernetes::token::TokenRules;
 use crate::process::listen::everywhere;
 
 /// TCP port of the join listener.

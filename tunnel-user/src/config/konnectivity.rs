@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tunnel_proto::trust_domain::TrustDomain;
 
 use super::ConfigError;
-use crate::kubernetes::token::TokenRules;
-use crate::kubernetes::{Access, LabelError, Labels, Rate, Selector};
+use super::kubernetes::{Access, Rate, TokenRules};
+use super::labels::{LabelError, Labels, Selector};
+use super::tls_floor::TlsFloor;
 use crate::process::listen::everywhere;
-use crate::tls::floor::FloorError;
-use crate::tls::{TlsFloor, TrustDomain};
 
 /// The most server ids that one server may present.
 const MAX_SERVER_IDS: u32 = 8;
@@ -222,7 +222,7 @@ impl KonnectivityConfig {
                 "cert and key go together; leave both out to use those in `tls`",
             );
         }
-        check_floor("konnectivity.tls_floor", &self.tls_floor)
+        self.tls_floor.check("konnectivity.tls_floor")
     }
 
     pub(super) fn resolve(&mut self, base: &Path) {
@@ -336,15 +336,6 @@ impl ProxyServerConfig {
             leases.resolve(base);
         }
     }
-}
-
-/// Whether TLS can be had that way.
-pub(super) fn check_floor(key: &'static str, floor: &TlsFloor) -> Result<(), ConfigError> {
-    let why = |error: FloorError| ConfigError::Value {
-        key,
-        why: error.to_string(),
-    };
-    floor.accepted().map(drop).map_err(why)
 }
 
 fn resolve<const N: usize>(base: &Path, paths: [&mut Option<PathBuf>; N]) {

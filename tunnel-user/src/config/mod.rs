@@ -7,13 +7,17 @@
 pub mod address;
 pub mod agent;
 mod allow;
+pub mod allow_list;
 pub mod audit;
 pub mod datapath;
 pub mod frontend;
 pub mod join;
 pub mod konnectivity;
+pub mod kubernetes;
+pub mod labels;
 pub mod rule;
 pub mod server;
+pub mod tls_floor;
 pub mod transport;
 
 use std::io;
@@ -22,9 +26,9 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::UserMessageFormatter;
+use tunnel_proto::trust_domain::TrustDomain;
 
 use crate::process::cores::MAX_SHARDS;
-use crate::tls::{Files, TrustDomain};
 
 pub use agent::AgentConfig;
 pub use allow::AllowRule;
@@ -184,19 +188,34 @@ pub struct TrustConfig {
     pub ca: PathBuf,
 }
 
+/// Where TLS material lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// PEM chain, the leaf first.
+    pub cert: PathBuf,
+    /// PEM private key of the leaf.
+    pub key: PathBuf,
+    /// PEM roots that vouch for the leaf's own trust domain.
+    pub ca: PathBuf,
+    /// Further trust domains and the PEM roots that vouch for each.
+    pub trust: Vec<(TrustDomain, PathBuf)>,
+    /// Peers who count no more.
+    pub revoked: Option<PathBuf>,
+}
+
 impl TlsConfig {
     /// The files, all of them named.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key that is missing.
-    pub fn files(&self) -> Result<Files, ConfigError> {
+    pub fn files(&self) -> Result<TlsFiles, ConfigError> {
         let need = |path: &Option<PathBuf>, key| {
             path.clone().ok_or_else(|| ConfigError::Value {
                 key,
                 why: "is needed; `cpc pki` makes certificates".into(),
             })
         };
-        Ok(Files {
+        Ok(TlsFiles {
             cert: need(&self.cert, "tls.cert")?,
             key: need(&self.key, "tls.key")?,
             ca: need(&self.ca, "tls.ca")?,

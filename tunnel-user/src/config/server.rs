@@ -8,10 +8,12 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use tunnel_proto::preface::MAX_DEADLINE;
+use tunnel_proto::trust_domain::TrustDomain;
 
 use super::frontend::{FrontendConfig, FrontendsConfig};
 use super::konnectivity::{KonnectivityConfig, LeaseConfig};
 use super::rule::{self, Rule};
+use super::transport::MAX_DIALS;
 use super::{
     AllowRule, AuditConfig, ConfigError, DatapathConfig, JoinConfig, LogConfig, TUNNEL_PORT,
     TlsConfig, TransportConfig, Version, base_of, check_shards,
@@ -20,8 +22,6 @@ use crate::process::lifecycle::LONGEST_DRAIN;
 use crate::process::listen::everywhere;
 use crate::process::sources::Bounds;
 use crate::process::{cores, memory};
-use crate::tls::TrustDomain;
-use crate::transport::quic::config::MAX_DIALS;
 
 /// Everything a server is told.
 #[derive(Clone, Debug, Deserialize)]
@@ -279,7 +279,6 @@ pub struct LimitsConfig {
     pub connections_per_tenant: Option<usize>,
     /// Connections over one tunnel at once, below [`MAX_DIALS`].
     ///
-    /// [`MAX_DIALS`]: crate::transport::quic::config::MAX_DIALS
     pub connections_per_tunnel: usize,
     /// Dials under way at once.
     pub dials: usize,

@@ -8,6 +8,9 @@ use serde::de::{Error, Visitor};
 
 use super::ConfigError;
 
+/// Connections that a server may hold open over one tunnel at once.
+pub const MAX_DIALS: u32 = 8192;
+
 /// Sizes that an IP packet may be told to have. What IPv6 promises on every path is enough for
 /// QUIC's floor of 1200 bytes of payload; more than 65535 does not fit an IP header.
 const MTUS: RangeInclusive<u16> = 1280..=u16::MAX;

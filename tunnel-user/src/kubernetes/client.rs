@@ -8,9 +8,10 @@ use kube::client::ClientBuilder;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::core::Status;
 use kube::{Client, Config, Error};
-use serde::Deserialize;
 use tokio::time::timeout;
 use tower::limit::RateLimitLayer;
+
+use crate::config::kubernetes::{Access, Rate};
 
 /// An API server that is not connected by then is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -21,25 +22,6 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// What stands in the API server's audit log.
 const USER_AGENT: HeaderValue =
     HeaderValue::from_static(concat!("cpc/", env!("CARGO_PKG_VERSION")));
-
-/// How the API is reached.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Access {
-    /// A kubeconfig, of which the current context counts. As a pod when missing.
-    pub kubeconfig: Option<PathBuf>,
-    /// How often it may be asked; as often as needed when missing.
-    pub rate: Option<Rate>,
-}
-
-/// A bound on requests.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rate {
-    /// Requests a second in the long run, more than 0.
-    pub per_second: f32,
-    /// Requests at once, at least 1.
-    pub burst: u32,
-}
 
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +84,7 @@ pub async fn client(access: &Access) -> Result<Client, AccessError> {
     config.headers.push((header::USER_AGENT, USER_AGENT));
     let builder = ClientBuilder::try_from(config)?;
     Ok(match access.rate {
-        Some(rate) => builder.with_layer(&rate.layer()?).build(),
+        Some(rate) => builder.with_layer(&layer(rate)?).build(),
         None => builder.build(),
     })
 }
@@ -112,17 +94,15 @@ async fn by_kubeconfig(path: &PathBuf) -> Result<Config, KubeconfigError> {
     Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await
 }
 
-impl Rate {
-    fn layer(self) -> Result<RateLimitLayer, AccessError> {
-        let Self { per_second, burst } = self;
-        // Refuses what is no number, too.
-        let period = Duration::try_from_secs_f32(burst as f32 / per_second);
-        match period {
-            Ok(period) if burst > 0 && !period.is_zero() => {
-                Ok(RateLimitLayer::new(burst.into(), period))
-            }
-            _ => Err(AccessError::Rate { per_second, burst }),
+fn layer(rate: Rate) -> Result<RateLimitLayer, AccessError> {
+    let Rate { per_second, burst } = rate;
+    // Refuses what is no number, too.
+    let period = Duration::try_from_secs_f32(burst as f32 / per_second);
+    match period {
+        Ok(period) if burst > 0 && !period.is_zero() => {
+            Ok(RateLimitLayer::new(burst.into(), period))
         }
+        _ => Err(AccessError::Rate { per_second, burst }),
     }
 }
 

@@ -7,10 +7,8 @@
 
 mod client;
 mod delays;
-mod labels;
 pub mod lease;
 pub mod node;
 pub mod token;
 
-pub use client::{Access, AccessError, Rate, client};
-pub use labels::{LabelError, Labels, Selector};
+pub use client::{AccessError, client};

@@ -59,7 +59,8 @@ mod tests {
     use tunnel_fake_kubernetes::FakeKubernetes;
 
     use super::*;
-    use crate::kubernetes::{Access, client};
+    use crate::config::kubernetes::Access;
+    use crate::kubernetes::client;
 
     #[tokio::test]
     async fn the_addresses_of_a_node_are_its_ips() {

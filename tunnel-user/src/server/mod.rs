@@ -48,25 +48,28 @@ use tunnel_proto::session::InstanceId;
 use self::limits::Limit;
 use crate::admin::{self, Admin};
 use crate::config::{ConfigError, ServerConfig};
+use crate::datapath::shard::Shards;
 use crate::datapath::{Budget, Engines, reclaim};
 use crate::join::BookError;
 use crate::kubernetes::AccessError;
 use crate::process::descriptors::Shares;
 use crate::process::gate::Gate;
+use crate::process::host;
 use crate::process::inherited::Inherited;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{PrivilegeError, finish};
-use crate::datapath::shard::Shards;
-use crate::process::host;
 use crate::redirect::{Redirect, RedirectError};
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
-use crate::tls::identity::name_of;
+use crate::tls::identity::{IdentityError, name_of};
 use crate::tls::issue::IssueError;
-use crate::tls::lifetime::{self, Certificates, Lifetimes};
 use crate::tls::material::MaterialError;
 use crate::tls::revoked::Revocations;
+use crate::tls::{
+    self,
+    lifetime::{self, Certificates, Lifetimes},
+};
 use crate::tls::{Identity, Material, Role, TrustDomain, provider};
 use crate::transport::quic::MemoryBounds;
 use crate::transport::quic::config::{EndpointError, Setup};
@@ -190,7 +193,7 @@ fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identi
     }
     let tenant = config.konnectivity.as_ref().and_then(|k| k.tenant.clone());
     let tenant = tenant.map_or_else(|| DEFAULT_TENANT.parse(), Ok);
-    let identity = tenant.and_then(|tenant| {
+    let identity = tenant.map_err(IdentityError::from).and_then(|tenant| {
         let name = name_of(config.server_id.as_deref().unwrap_or_default());
         Identity::new(tenant, Role::Server, &name)
     });
@@ -387,14 +390,14 @@ pub async fn run(
         tokio::spawn(admin::serve(health, admin.health_router(), shares.http));
     }
     if let Some(material) = material {
-        tokio::spawn(material.watch(audit::certificates));
+        tokio::spawn(material.watch(tls::audit::certificates));
     }
     let known = config.tenants(&own);
     revocations.warn_of_strangers(&known);
     let list = revocations.clone();
     tokio::spawn(revocations.watch(move |outcome| {
         list.warn_of_strangers(&known);
-        audit::revocations(outcome);
+        tls::audit::revocations(outcome);
     }));
     tokio::spawn(lifecycle::watchdog(shards.pulses()));
     tokio::spawn(reclaim::give_back(common.budget.clone()));

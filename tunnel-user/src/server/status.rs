@@ -17,17 +17,17 @@ use super::control::{ControlHandle, SessionView};
 use super::limits;
 use super::shard::Common;
 use crate::admin::Source;
-use crate::admin::status::{AgentRow, CertificateRow, Refused, ServerStatus, Status, rfc3339};
+use crate::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
 use crate::config::ServerConfig;
 use crate::datapath::Engine;
 use crate::process::lifecycle::Phase;
 use crate::redirect::{self, Redirect};
 use crate::report::report;
-use crate::telemetry::certificates::CertificateMetrics;
 use crate::telemetry::konnectivity::ProxyServerMetrics;
 use crate::telemetry::metrics::ours;
 use crate::telemetry::millis;
-use crate::tls::lifetime::Lifetimes;
+use crate::tls::lifetime::{self, Lifetimes};
+use crate::tls::metrics::CertificateMetrics;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EventLabels {
@@ -154,7 +154,7 @@ impl Source for View {
                 shards: self.shards,
                 engine: self.engine.label().into(),
                 breakers_open: self.breakers_open.get(),
-                certificates: CertificateRow::of(&self.lifetimes, SystemTime::now()),
+                certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
                 agents,
                 attachments: attachments
                     .iter()

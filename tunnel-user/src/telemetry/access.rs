@@ -15,7 +15,6 @@ use tunnel_proto::preface::{ConnectionId, Destination};
 use super::logging::ACCESS;
 use super::metrics::{Closer, DialMetrics, FrontendKind};
 use super::{millis, seconds};
-use crate::datapath::Meter;
 
 /// Bytes of one connection.
 #[derive(Debug, Default)]
@@ -122,33 +121,17 @@ pub struct ConnectionMeter<'a, const LOCAL_IS_CLIENT: bool> {
 }
 
 impl<const LOCAL_IS_CLIENT: bool> ConnectionMeter<'_, LOCAL_IS_CLIENT> {
-    fn up(&self, n: usize) {
+    /// Counts `n` bytes from the client to the target.
+    pub fn up(&self, n: usize) {
         self.bytes.up.set(self.bytes.up.get() + n as u64);
         self.totals.up.fetch_add(n as u64, Ordering::Relaxed);
         self.metrics.up.inc_by(n as u64);
     }
 
-    fn down(&self, n: usize) {
+    /// Counts `n` bytes from the target to the client.
+    pub fn down(&self, n: usize) {
         self.bytes.down.set(self.bytes.down.get() + n as u64);
         self.totals.down.fetch_add(n as u64, Ordering::Relaxed);
         self.metrics.down.inc_by(n as u64);
-    }
-}
-
-impl<const LOCAL_IS_CLIENT: bool> Meter for ConnectionMeter<'_, LOCAL_IS_CLIENT> {
-    fn outbound(&self, n: usize) {
-        if LOCAL_IS_CLIENT {
-            self.up(n)
-        } else {
-            self.down(n)
-        }
-    }
-
-    fn inbound(&self, n: usize) {
-        if LOCAL_IS_CLIENT {
-            self.down(n)
-        } else {
-            self.up(n)
-        }
     }
 }

@@ -4,7 +4,6 @@
 
 pub mod access;
 pub mod audit;
-pub mod certificates;
 pub mod complaint;
 pub mod exposition;
 mod journal;

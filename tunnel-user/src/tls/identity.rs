@@ -5,9 +5,10 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
+pub use tunnel_proto::trust_domain::TrustDomain;
+use tunnel_proto::trust_domain::TrustDomainError;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// What a certificate's holder may play.
@@ -38,44 +39,6 @@ impl fmt::Display for Role {
     }
 }
 
-/// A trust domain: who vouches for an identity. It is also the tenant that the identity belongs
-/// to. Lower-case letters, digits, `.`, `-` and `_`, 1 to 255 of them (SPIFFE-ID section 2.1).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TrustDomain(Arc<str>);
-
-impl TrustDomain {
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for TrustDomain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for TrustDomain {
-    type Err = IdentityError;
-
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
-        if s.is_empty() || s.len() > 255 || !s.bytes().all(allowed) {
-            return Err(IdentityError::TrustDomain(s.chars().take(64).collect()));
-        }
-        Ok(Self(s.into()))
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for TrustDomain {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
-
 /// Why a certificate gives no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
@@ -91,8 +54,8 @@ pub enum IdentityError {
     #[error("{0:?} is no identity: spiffe://<trust domain>/<server|agent|client>/<name> is one")]
     Uri(String),
     /// A trust domain with characters that none may have.
-    #[error("{0:?} is no trust domain: 1 to 255 of a-z 0-9 . - _")]
-    TrustDomain(String),
+    #[error(transparent)]
+    TrustDomain(#[from] TrustDomainError),
     /// A name with characters that none may have.
     #[error("{0:?} is no name: 1 to 253 of A-Z a-z 0-9 . - _")]
     Name(String),

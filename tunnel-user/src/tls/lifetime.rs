@@ -14,6 +14,7 @@ use super::anchors::{Anchor, Anchors};
 use super::credential::validity;
 use super::identity::Identity;
 use super::pin::KeyHash;
+use crate::admin::status::{CertificateRow, rfc3339};
 
 /// How often the clock is compared with the certificates.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -307,6 +308,20 @@ fn announce(life: &Lifetime, state: State, now: SystemTime) {
             tracing::error!(purpose, subject, %file, %from, "{what} is not valid yet: is the clock right?");
         }
     }
+}
+
+/// Returns the status rows of a process's certificates, as they are at `now`.
+pub fn rows(lifetimes: &Lifetimes, now: SystemTime) -> Vec<CertificateRow> {
+    let row = |life: Lifetime| CertificateRow {
+        state: life.state(now).label().into(),
+        purpose: life.purpose.label().into(),
+        kind: life.kind.label().into(),
+        subject: life.subject,
+        key: life.key.map(|key| key.to_string()),
+        file: life.file.display().to_string(),
+        not_after: rfc3339(life.not_after),
+    };
+    lifetimes.all().into_iter().map(row).collect()
 }
 
 #[cfg(test)]

@@ -24,32 +24,17 @@ use super::lifetime::{Certificates, Lifetime, Purpose};
 use super::pem;
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
+use crate::config::TlsFiles;
 use crate::telemetry::complaint::Complaint;
 
 /// How often the files are looked at.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where TLS material lies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Files {
-    /// PEM chain, the leaf first.
-    pub cert: PathBuf,
-    /// PEM private key of the leaf.
-    pub key: PathBuf,
-    /// PEM roots that vouch for the leaf's own trust domain.
-    pub ca: PathBuf,
-    /// Further trust domains and the PEM roots that vouch for each.
-    pub trust: Vec<(TrustDomain, PathBuf)>,
-    /// Peers who count no more.
-    pub revoked: Option<PathBuf>,
-}
-
-impl Files {
-    fn all(&self) -> impl Iterator<Item = &PathBuf> {
-        let own = [&self.cert, &self.key, &self.ca];
-        own.into_iter()
-            .chain(self.trust.iter().map(|(_, path)| path))
-    }
+/// The files that are watched.
+fn all(files: &TlsFiles) -> impl Iterator<Item = &PathBuf> {
+    let own = [&files.cert, &files.key, &files.ca];
+    own.into_iter()
+        .chain(files.trust.iter().map(|(_, path)| path))
 }
 
 /// Why TLS material was not taken.
@@ -149,7 +134,7 @@ fn file(path: &Path, why: &dyn fmt::Display) -> MaterialError {
 /// One side's key, its identity and whom it trusts, each of which may change while in use.
 #[derive(Debug)]
 pub struct Material {
-    files: Files,
+    files: TlsFiles,
     role: Role,
     provider: Arc<CryptoProvider>,
     current: ArcSwap<Own>,
@@ -206,7 +191,7 @@ impl Material {
     /// # Errors
     /// [`MaterialError`] naming the file at fault.
     pub fn load(
-        files: Files,
+        files: TlsFiles,
         role: Role,
         provider: Arc<CryptoProvider>,
     ) -> Result<Arc<Self>, MaterialError> {
@@ -251,7 +236,7 @@ impl Material {
     }
 
     /// Where all of it lies.
-    pub fn files(&self) -> &Files {
+    pub fn files(&self) -> &TlsFiles {
         &self.files
     }
 
@@ -272,7 +257,7 @@ impl Material {
     /// # Errors
     /// [`MaterialError`]; what was in force stays.
     pub fn reload(&self) -> Result<Option<Change>, MaterialError> {
-        if fingerprint(self.files.all()) == self.current.load().fingerprint {
+        if fingerprint(all(&self.files)) == self.current.load().fingerprint {
             return Ok(None);
         }
         let (own, trust) = read(&self.files, self.role, &self.provider)?;
@@ -369,12 +354,12 @@ impl ResolvesClientCert for Material {
 }
 
 fn read(
-    files: &Files,
+    files: &TlsFiles,
     role: Role,
     provider: &Arc<CryptoProvider>,
 ) -> Result<(Own, TrustStore), MaterialError> {
     // Taken first: a file that changes while it is read is then read again.
-    let fingerprint = fingerprint(files.all());
+    let fingerprint = fingerprint(all(files));
     let key = load_key(&files.cert, &files.key, provider)?;
     pem::warn_if_exposed(&files.key);
     let leaf = key

@@ -4,13 +4,14 @@
 //! vouches for its own trust domain only ([`verify`]), for the callers of one listener ([`callers`]), for
 //! servers by name ([`named`]), or for the CA that follows it ([`succession`]). Certificates, keys and
 //! CAs are PEM files ([`pem`]) that are watched and read anew without a restart ([`material`]), and so is the list of
-//! those who count no more ([`revoked`]); a CA of ours makes certificates ([`issue`]), which who joins asks
+//! those who count no more ([`revoked`]); what is recorded of them is in [`audit`] and [`metrics`]; a CA of ours makes certificates ([`issue`]), which who joins asks
 //! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
 //! we speak TLS with is in [`floor`]. Identities by pattern are in [`pattern`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
 pub mod anchors;
+pub mod audit;
 pub mod callers;
 pub mod credential;
 pub mod floor;
@@ -18,6 +19,7 @@ pub mod identity;
 pub mod issue;
 pub mod lifetime;
 pub mod material;
+pub mod metrics;
 pub mod named;
 pub mod pattern;
 pub mod pem;
@@ -28,9 +30,8 @@ pub mod succession;
 pub(crate) mod testing;
 pub mod verify;
 
-pub use floor::{TlsFloor, TlsVersion};
 pub use identity::{Identity, Role, TrustDomain};
-pub use material::{Files, Material};
+pub use material::Material;
 pub use pin::KeyHash;
 
 use std::sync::Arc;

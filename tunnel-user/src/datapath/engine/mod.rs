@@ -25,25 +25,12 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use serde::Deserialize;
+
+use crate::config::datapath::EngineChoice;
 
 pub(crate) use ring::Ring;
 pub use socket::Socket;
 pub(crate) use thread::{before_park, current, leave, run};
-
-/// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum Choice {
-    /// The one that was measured to be the better one.
-    #[default]
-    Auto,
-    /// Readiness by epoll(7), which is always there.
-    Epoll,
-    /// Completions by io_uring(7); epoll where the kernel refuses it.
-    IoUring,
-}
 
 /// What moves bytes on the shards of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,11 +68,11 @@ pub struct Engines {
 
 impl Engines {
     /// Chooses for `shards` shards. What is wanted and can't be had is told once, with its remedy.
-    pub fn choose(wanted: Choice, shards: usize) -> Self {
+    pub fn choose(wanted: EngineChoice, shards: usize) -> Self {
         let rings = match wanted {
             // What `auto` picks, and why: docs/adr/0021.
-            Choice::Auto | Choice::Epoll => Vec::new(),
-            Choice::IoUring => probe::rings(shards).unwrap_or_else(|refused| {
+            EngineChoice::Auto | EngineChoice::Epoll => Vec::new(),
+            EngineChoice::IoUring => probe::rings(shards).unwrap_or_else(|refused| {
                 tracing::warn!("io_uring can't be used, epoll takes its place: {refused}");
                 Vec::new()
             }),

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::testing::{ring, run_on};
 use super::*;
+use crate::config::datapath::EngineChoice;
 use crate::datapath::LocalSocket;
 use crate::datapath::socket::{Portable, prepare};
 
@@ -233,11 +234,11 @@ fn a_ring_ends_with_all_that_is_in_flight() {
 fn what_the_kernel_refuses_is_replaced_by_epoll() {
     let chosen = std::thread::spawn(|| {
         refuse_io_uring();
-        Engines::choose(Choice::IoUring, 2).engine()
+        Engines::choose(EngineChoice::IoUring, 2).engine()
     });
     assert_eq!(chosen.join().unwrap(), Engine::Epoll);
     if ring().is_some() {
-        let chosen = Engines::choose(Choice::IoUring, 2);
+        let chosen = Engines::choose(EngineChoice::IoUring, 2);
         assert_eq!((chosen.engine(), chosen.rings.len()), (Engine::IoUring, 2));
     }
 }

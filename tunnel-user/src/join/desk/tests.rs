@@ -4,11 +4,12 @@ use tempfile::TempDir;
 use tunnel_fake_kubernetes::{FakeKubernetes, Review};
 
 use super::*;
+use crate::config::TlsFiles;
+use crate::config::kubernetes::{Access, TokenRules};
 use crate::join::pages::Ticket;
-use crate::kubernetes::token::TokenRules;
-use crate::kubernetes::{Access, client};
+use crate::kubernetes::client;
 use crate::tls::credential::{Credential, Draft, Expected, validity};
-use crate::tls::{Files, KeyHash, TrustDomain, provider};
+use crate::tls::{KeyHash, TrustDomain, provider};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -31,7 +32,7 @@ fn office(pods: Option<Pods>) -> Office {
         not_after: SystemTime::now() + DAY,
     };
     Authority::open(&ca).unwrap().issue(&request, &own).unwrap();
-    let files = Files {
+    let files = TlsFiles {
         cert: own.join("server.crt"),
         key: own.join("server.key"),
         ca: own.join("ca.crt"),

@@ -12,7 +12,7 @@ use kube::{Api, Client, ResourceExt};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::held_for;
-use crate::kubernetes::Labels;
+use crate::config::labels::Labels;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::Delays;
 use crate::telemetry::complaint::Complaint;

@@ -32,7 +32,8 @@ mod tests {
     use tunnel_fake_kubernetes::FakeKubernetes;
 
     use super::*;
-    use crate::kubernetes::{Access, client};
+    use crate::config::kubernetes::Access;
+    use crate::kubernetes::client;
 
     pub(super) async fn client_of(api: &FakeKubernetes) -> kube::Client {
         let kubeconfig = NamedTempFile::new().unwrap();

@@ -2,7 +2,8 @@
 
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
 
-use super::{ReviewError, ServiceAccount, TokenRules, Verdict};
+use super::{ReviewError, ServiceAccount, Verdict};
+use crate::config::kubernetes::TokenRules;
 
 /// Where the API server names the node of the pod that a token was issued to.
 const NODE: &str = "authentication.kubernetes.io/node-name";

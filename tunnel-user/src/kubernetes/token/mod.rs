@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::client::call;
 use super::delays::Delays;
+use crate::config::kubernetes::TokenRules;
 use claims::left;
 use judge::judge;
 use verdicts::{Entered, Kept, Verdicts};
@@ -36,17 +37,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Reviews that the API server is asked for at the same time.
 const AT_ONCE: usize = 16;
-
-/// Which tokens are good.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenRules {
-    /// Whom a token must be for.
-    pub audience: String,
-    /// The namespace of the service account that it must be of.
-    pub namespace: String,
-    /// The service account.
-    pub service_account: String,
-}
 
 /// Whose a token is.
 #[derive(Clone, Debug, PartialEq, Eq)]

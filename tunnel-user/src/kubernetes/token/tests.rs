@@ -4,7 +4,8 @@ use tunnel_fake_kubernetes::{FakeKubernetes, Review};
 
 use super::claims::expiring_in;
 use super::*;
-use crate::kubernetes::{Access, client};
+use crate::config::kubernetes::{Access, TokenRules};
+use crate::kubernetes::client;
 
 fn rules() -> TokenRules {
     TokenRules {

@@ -19,6 +19,7 @@ use super::tls::FrontendTls;
 use super::unix::{Fate, SocketFile};
 use super::{Scope, grpc, http_connect, scope};
 use crate::config::frontend::Answers;
+use crate::config::tls_floor::{TlsFloor, TlsVersion};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::descriptors::after_failed_accept;
 use crate::process::sources::Place;
@@ -26,7 +27,6 @@ use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::revoked::Peer;
-use crate::tls::{TlsFloor, TlsVersion};
 use crate::transport::grpc::{ALPN, AnyAuthority, tcp};
 
 /// A client that has not finished its TLS handshake by then is dropped.
@@ -300,10 +300,11 @@ mod tests {
     use rustls::version::{TLS12, TLS13};
 
     use super::*;
+    use crate::tls::floor::accepted;
 
     #[test]
     fn tls_before_1_3_is_for_grpc() {
-        let versions = |protocol: Protocol| protocol.floor().accepted().unwrap().versions;
+        let versions = |protocol: Protocol| accepted(&protocol.floor()).versions;
         for answers in [Answers::Detailed, Answers::Konnectivity] {
             assert_eq!(versions(Protocol::HttpConnect(answers)), [&TLS13]);
         }

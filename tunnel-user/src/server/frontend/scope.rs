@@ -6,7 +6,7 @@ use arc_swap::ArcSwapOption;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::Destination;
 
-use crate::allow::AllowList;
+use crate::config::allow_list::AllowList;
 use crate::config::frontend::FrontendConfig;
 use crate::config::server::AttachmentConfig;
 use crate::config::{AllowRule, ServerConfig};

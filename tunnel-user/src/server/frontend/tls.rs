@@ -9,7 +9,7 @@ use super::listener::Protocol;
 use crate::config::frontend::TcpFrontend;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
-use crate::tls::floor::Accepted;
+use crate::tls::floor::{Accepted, accepted};
 use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
 use crate::tls::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
 use crate::tls::pem;
@@ -101,9 +101,8 @@ fn read(
     // Taken first: a file that changes while it is read is then read again.
     let fingerprint = files(config);
     let floor = config.tls_floor.clone();
-    let accepted = floor.unwrap_or_else(|| protocol.floor()).accepted();
-    let Accepted { provider, versions } =
-        accepted.map_err(|e| file(&config.cert, e.to_string()))?;
+    let floor = floor.unwrap_or_else(|| protocol.floor());
+    let Accepted { provider, versions } = accepted(&floor);
     let key = load_key(&config.cert, &config.key, &provider)?;
     pem::warn_if_exposed(&config.key);
     let anchors = load_anchors(&config.client_ca)?;

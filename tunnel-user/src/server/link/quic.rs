@@ -33,7 +33,7 @@ impl QuicLink {
     /// Opens a stream and sends `request` on it. Waits for the agent's permission when
     /// [`MAX_DIALS`] are open, so bound it.
     ///
-    /// [`MAX_DIALS`]: crate::transport::quic::config::MAX_DIALS
+    /// [`MAX_DIALS`]: crate::config::transport::MAX_DIALS
     ///
     /// # Errors
     /// Why the tunnel is gone.

@@ -8,10 +8,6 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::Refusal;
 
 use super::AUDIT;
-use crate::tls::Identity;
-use crate::tls::anchors::Anchor;
-use crate::tls::material::{Change, MaterialError};
-use crate::tls::revoked::Revoked;
 
 /// Bytes of refused claims that a record names; it counts all.
 const NAMED: usize = 2048;
@@ -25,14 +21,19 @@ pub fn process(event: &'static str, role: &'static str, identity: &dyn Display) 
 }
 
 /// An agent is connected.
-pub fn agent_connected(agent: &Identity, remote: SocketAddr, kind: &'static str, accepted: usize) {
+pub fn agent_connected(
+    agent: &dyn Display,
+    remote: SocketAddr,
+    kind: &'static str,
+    accepted: usize,
+) {
     tracing::info!(
         target: AUDIT, event = "agent_connected", %agent, %remote, kind, accepted,
     );
 }
 
 /// An agent is not connected any more.
-pub fn agent_disconnected(agent: &Identity, reason: CloseReason) {
+pub fn agent_disconnected(agent: &dyn Display, reason: CloseReason) {
     tracing::info!(
         target: AUDIT, event = "agent_disconnected", %agent, reason = reason.label(),
     );
@@ -53,7 +54,7 @@ pub fn renewed(agent: &str, (serial, until): (&str, SystemTime)) {
 }
 
 /// Something of a peer's that was under way has been ended, because the peer counts no more.
-pub fn cut(what: &'static str, remote: SocketAddr, revoked: &Revoked) {
+pub fn cut(what: &'static str, remote: SocketAddr, revoked: &dyn Display) {
     tracing::info!(
         target: AUDIT, event = "revoked", what, %remote, why = %revoked,
     );
@@ -91,7 +92,7 @@ pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &dyn Display) {
 }
 
 /// An agent wanted to serve what it may not.
-pub fn claims_refused(agent: &Identity, refused: &[Refusal]) {
+pub fn claims_refused(agent: &dyn Display, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
     };
@@ -109,32 +110,22 @@ pub fn claims_refused(agent: &Identity, refused: &[Refusal]) {
     );
 }
 
-/// Certificates were to be reloaded: whether they were, and which CAs that added or removed.
-pub fn certificates(outcome: Result<&Change, &MaterialError>) {
-    changed("certificates", outcome.map(drop).map_err(|it| it as _));
-    let Ok(change) = outcome else {
-        return;
-    };
-    for (event, cas) in [("ca_added", &change.added), ("ca_removed", &change.removed)] {
-        for (domain, ca) in cas {
-            let until = humantime::format_rfc3339_seconds(ca.validity().1);
-            tracing::info!(
-                target: AUDIT, event, %domain, ca = ca.subject(), key = %ca.key(), %until,
-            );
-        }
-    }
+/// A CA vouches for peers from now on, or no longer: its trust domain, subject, key and last valid
+/// moment.
+pub fn ca_changed(
+    event: &'static str,
+    domain: &dyn Display,
+    ca: &str,
+    key: &dyn Display,
+    until: SystemTime,
+) {
+    let until = humantime::format_rfc3339_seconds(until);
+    tracing::info!(target: AUDIT, event, %domain, ca, %key, %until);
 }
 
 /// A server offered a CA that none of ours vouches for.
-pub fn ca_refused(server: &str, ca: &Anchor, why: &dyn Display) {
-    tracing::info!(
-        target: AUDIT, event = "ca_refused", server, ca = ca.subject(), key = %ca.key(), %why,
-    );
-}
-
-/// The list of revoked peers was to be reloaded: whether it was.
-pub fn revocations(outcome: Result<(), &MaterialError>) {
-    changed("list of revoked peers", outcome.map_err(|it| it as _));
+pub fn ca_refused(server: &str, ca: &str, key: &dyn Display, why: &dyn Display) {
+    tracing::info!(target: AUDIT, event = "ca_refused", server, ca, %key, %why);
 }
 
 /// Records of one kind were left out, because too many came.

@@ -22,10 +22,8 @@ use super::steering::Spread;
 use super::udp::Udp;
 use super::{Endpoint, offload, path, udp};
 use crate::config::TransportConfig as PathConfig;
+use crate::config::transport::MAX_DIALS;
 use crate::tls::{ALPN, Material, Role, tunnel_provider};
-
-/// Connections that a server may hold open over one tunnel at once.
-pub const MAX_DIALS: u32 = 8192;
 
 /// Bytes that the far side may send on one stream before they are read: what a stopped reader can
 /// cost. Above the bandwidth-delay product of 1 Gbit/s at 8 ms.

@@ -21,11 +21,11 @@ use super::config::Setup;
 use super::secret::Secret;
 use super::steering::Spread;
 use super::*;
+use crate::config::TlsFiles;
 use crate::config::TransportConfig;
 use crate::datapath::Budget;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use crate::tls::issue::{Authority, Request};
-use crate::tls::material::Files;
 use crate::tls::{Material, Role, provider};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -53,7 +53,7 @@ fn material(dir: &TempDir, role: Role, name: &str) -> Arc<Material> {
         Role::Server => "server",
         _ => "agent",
     };
-    let files = Files {
+    let files = TlsFiles {
         cert: out.join(format!("{kind}.crt")),
         key: out.join(format!("{kind}.key")),
         ca: out.join("ca.crt"),

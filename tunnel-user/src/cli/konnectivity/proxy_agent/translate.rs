@@ -9,12 +9,12 @@ use std::time::Duration;
 use tunnel_proto::konnectivity::Identifiers;
 
 use super::Args;
-use crate::allow;
 use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, port, wrong};
 use crate::config::agent::ServerAddress;
+use crate::config::allow_list;
 use crate::config::konnectivity::{CountSource, LeaseConfig, ProxyServerConfig};
+use crate::config::labels::Selector;
 use crate::config::{AgentConfig, ConfigError};
-use crate::kubernetes::Selector;
 
 const PORTS: RangeInclusive<u16> = 1..=u16::MAX;
 
@@ -36,7 +36,7 @@ impl Args {
         if !self.own.cpc_allow.is_empty() {
             config.allow = Some(self.own.cpc_allow.clone());
         } else if config.allow.is_none() {
-            config.allow = Some(allow::everything());
+            config.allow = Some(allow_list::everything());
             notes.push(
                 "whatever a proxy-server asks for is dialled, loopback and metadata services of \
                  clouds among it, as with Konnectivity; --cpc-allow names what may be"

@@ -12,12 +12,12 @@ use super::{Args, Mode};
 use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, port, wrong};
 use crate::config::frontend::{Answers, FrontendConfig, TcpFrontend, UnixFrontend};
 use crate::config::konnectivity::{KonnectivityConfig, LeaseConfig, TokenConfig};
+use crate::config::kubernetes::Rate;
+use crate::config::labels::Labels;
 use crate::config::server::Strategy;
+use crate::config::tls_floor::{TlsFloor, TlsVersion, is_suite};
 use crate::config::{ConfigError, ServerConfig};
-use crate::kubernetes::{Labels, Rate};
 use crate::process::lifecycle::LONGEST_DRAIN;
-use crate::tls::floor::is_suite;
-use crate::tls::{TlsFloor, TlsVersion};
 
 /// Neither reserved nor ephemeral.
 const PORTS: RangeInclusive<u16> = 1024..=49151;

@@ -9,14 +9,15 @@ use rustls::server::NoClientAuth;
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::konnectivity::KonnectivityConfig;
+use crate::config::tls_floor::TlsFloor;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
-use crate::tls::floor::Accepted;
+use crate::tls::floor::{Accepted, accepted};
 use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
 use crate::tls::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
 use crate::tls::pem;
 use crate::tls::revoked::Revocations;
-use crate::tls::{Role, TlsFloor, TrustDomain};
+use crate::tls::{Role, TrustDomain};
 use crate::transport::grpc;
 
 /// The TLS of the listener, read anew when its files change.
@@ -113,9 +114,7 @@ fn read(files: &Files) -> Result<Loaded, MaterialError> {
     };
     // Taken first: a file that changes while it is read is then read again.
     let fingerprint = files.fingerprint();
-    let accepted = files.floor.accepted();
-    let Accepted { provider, versions } =
-        accepted.map_err(|e| wrong(&files.cert, e.to_string()))?;
+    let Accepted { provider, versions } = accepted(&files.floor);
     let key = load_key(&files.cert, &files.key, &provider)?;
     pem::warn_if_exposed(&files.key);
     let builder = rustls::ServerConfig::builder_with_provider(provider.clone())

@@ -1,10 +1,10 @@
 use clap::Parser;
 
 use super::*;
-use crate::allow::AllowList;
 use crate::cli::konnectivity::common::Translated;
 use crate::cli::{Cli, Command};
 use crate::config::agent::Protocol;
+use crate::config::allow_list::AllowList;
 
 fn translate(flags: &[&str]) -> Result<Translated<AgentConfig>, String> {
     let line = ["cpc", "proxy-agent"].iter().chain(flags);

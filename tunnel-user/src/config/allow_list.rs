@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 use ipnet::IpNet;
 use tunnel_proto::preface::{Destination, Host, Name};
 
-use crate::config::{AllowRule, Rule};
+use super::{AllowRule, Rule};
 
 /// Ranges that only a rule within them opens.
 const GUARDED: [&str; 30] = [
