@@ -67,7 +67,7 @@ pub(super) fn root(archive: &Archive, release: Release, folder: &Path) -> Result
 pub(super) fn initrd(archive: &Archive, kernel: &Unpacked, work: &Path) -> Result<PathBuf> {
     let tree = work.join("initrd.tree");
     remove(&tree)?;
-    for folder in ["bin", "dev", "proc", "root", "drivers"] {
+    for folder in ["bin", "dev", "proc", "sysroot", "drivers"] {
         fs::create_dir_all(tree.join(folder))?;
     }
     let unpacked = work.join("busybox");
