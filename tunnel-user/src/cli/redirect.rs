@@ -1,5 +1,6 @@
 //! `cpc redirect`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::bail;
@@ -11,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::server::RedirectConfig;
 use crate::config::{AuditConfig, ServerConfig};
 use crate::process::{lifecycle, privileges};
-use crate::redirect::Redirect;
+use crate::redirect::{Found, Redirect};
 use crate::server::Attachments;
 use crate::telemetry::logging;
 use crate::tls::{Material, Role, provider};
@@ -22,8 +23,10 @@ use crate::tls::{Material, Role, provider};
 /// answers, what is captured is refused (or passes, where the attachment fails open).
 ///
 /// A `cpc server` that has CAP_NET_ADMIN attaches by itself. One without capabilities uses what
-/// `attach` has put in place, if it is a member of redirect.group; `attach` is then to be run at each
-/// boot before it, and again for a changed capture set and for a cgroup that was made anew.
+/// `attach` has put in place, if it is a member of redirect.group. `attach --stay` then starts before it at
+/// each boot and goes on following cgroups and the host's addresses; the shipped unit cpc-redirect.service
+/// does that. `attach` alone is to be run at each boot, and again for a changed capture set, for a cgroup
+/// that was made anew, and for an address that the host got later.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -33,12 +36,16 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Put the configured attachments in place, or renew their programs in one step
+    ///
+    /// Fails while another attachment of cpc decides over the same connections; with --stay this is one line
+    /// of the log, and another one when that attachment is gone.
     Attach {
         #[command(flatten)]
         config: Config,
         /// Stay, without any capability: attach again when a cgroup is made anew, keep the host's own
         /// addresses out of what is captured as they come and go, and put a changed capture set in force
-        /// at SIGHUP. Ending it takes nothing away
+        /// at SIGHUP. Tells a service manager when everything is attached (sd_notify). Ending it takes
+        /// nothing away
         #[arg(long)]
         stay: bool,
     },
@@ -53,6 +60,10 @@ enum Command {
         /// configuration
         #[arg(long)]
         all: bool,
+        /// Below this pin directory, as `list` names it, in place of the configured one. Needs no
+        /// configuration
+        #[arg(long, value_name = "DIR", conflicts_with = "all")]
+        pin: Option<PathBuf>,
     },
     /// List every attachment of cpc on this host, whoever made it
     ///
@@ -108,7 +119,12 @@ impl Args {
             Command::Detach {
                 config, all: true, ..
             } => detach_all(&config.redirect()?),
-            Command::Detach { config, name, .. } => detach(&config.load()?, name.as_deref()),
+            Command::Detach {
+                config, name, pin, ..
+            } => {
+                let pin = pin.map_or_else(|| config.load().map(|it| it.redirect.pin), Ok)?;
+                detach(&Redirect::new(pin), name.as_deref())
+            }
             Command::List { config, json } => list(&config.redirect()?, json),
             Command::Status { config, json } => status(&config.load()?, json),
         }
@@ -125,6 +141,7 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
     let attachments = &config.redirect.attachments;
     let names: Vec<_> = attachments.iter().map(|it| it.name.as_str()).collect();
     let mut shared = Vec::new();
+    let mut remedies = BTreeSet::new();
     for attachment in attachments {
         let spec = crate::server::spec(attachment, &own);
         redirect.attach(&spec)?;
@@ -132,20 +149,31 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
         if let Some(warning) = spec.fleeting_cgroup() {
             eprintln!("warning: {name}: {warning}");
         }
-        if !redirect.rivals(&spec, &names)?.is_empty() {
-            shared.push(name.as_str());
+        let rivals = redirect.rivals(&spec, &names)?;
+        if !rivals.is_empty() {
+            remedies.extend(rivals.iter().map(Found::remedy));
+            shared.push(format!(
+                "{name} shares its connections with {}",
+                listed(&rivals)
+            ));
         }
         println!("{name} is attached to {cgroup}");
     }
     if !shared.is_empty() {
         bail!(
-            "NOT in place: {}. Other attachments of cpc decide over the same connections and refuse them while \
-             their server is away: `cpc redirect list` shows them, `cpc redirect detach` takes them away; then \
-             attach again",
-            shared.join(", ")
+            "NOT in place: {}. An attachment refuses its connections while its server is away. Take what is not \
+             needed away with {}, then attach again",
+            shared.join("; "),
+            remedies.into_iter().collect::<Vec<_>>().join(" and ")
         );
     }
     Ok(())
+}
+
+/// The others, for people.
+fn listed(rivals: &[Found]) -> String {
+    let rivals: Vec<_> = rivals.iter().map(ToString::to_string).collect();
+    rivals.join(", ")
 }
 
 /// Attaches, gives every capability back, and follows the host until it is told to end.
@@ -177,6 +205,10 @@ fn stay(file: &Config) -> anyhow::Result<()> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+        lifecycle::notify(&[NotifyState::Stopping]);
+        tracing::info!(
+            "ends: what is attached stays and captures on, the host's addresses and cgroups are no longer followed"
+        );
         watching.abort();
         anyhow::Ok(())
     })
@@ -205,8 +237,7 @@ fn detach_all(redirect: &Redirect) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn detach(config: &ServerConfig, name: Option<&str>) -> anyhow::Result<()> {
-    let redirect = Redirect::new(&config.redirect.pin);
+fn detach(redirect: &Redirect, name: Option<&str>) -> anyhow::Result<()> {
     let names: Vec<String> = match name {
         Some(name) => vec![name.into()],
         None => redirect

@@ -135,14 +135,16 @@ pub enum RedirectError {
     /// The cgroup is another one than when the programs were attached.
     #[error(
         "the cgroup of attachment {0} was made after the programs were attached: until `cpc redirect attach` \
-         is run again (systemd: `systemctl reload cpc-redirect`), its connections take the ordinary route"
+         is run again (systemd: `systemctl restart cpc-redirect`), its connections take the ordinary route"
     )]
     OtherCgroup(String),
 
     /// Other attachments of this program decide over the same connections.
     #[error(
         "{0} decides over the same connections, and refuses them while its server is away: \
-         `cpc redirect list` shows it, `cpc redirect detach` takes it away; then attach again"
+         `cpc redirect list` shows it, `cpc redirect detach --pin DIRECTORY NAME` takes it away, or \
+         `cpc redirect detach --all` what is pinned elsewhere. A process that attached and stays notices \
+         within seconds; after `cpc redirect attach` alone attach again"
     )]
     Rivals(String),
 

@@ -51,6 +51,19 @@ pub struct Found {
     netns: Option<Vec<u64>>,
 }
 
+impl Found {
+    /// The command that takes it away, in backquotes.
+    pub fn remedy(&self) -> String {
+        match (&self.name, &self.pin) {
+            (Some(name), Some(pin)) => {
+                format!("`cpc redirect detach --pin {} {name}`", pin.display())
+            }
+            // By name it can't be told from the others.
+            _ => "`cpc redirect detach --all`, by a process with CAP_SYS_ADMIN,".to_owned(),
+        }
+    }
+}
+
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.name, &self.pin) {
