@@ -3,22 +3,24 @@
 
 mod profile;
 mod sandbox;
+mod uninstall;
 mod units;
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, setgid};
 use serde_json::json;
+use socket2::Socket;
 use tunnel_tests::client::{self, eventually, round_trips};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::daemon::Daemon;
@@ -88,24 +90,27 @@ impl Scene {
 
     /// Runs `cpc redirect COMMAND` on the control plane, prepared by `place`.
     fn redirect(&self, command: &str, place: impl FnOnce(&mut Command)) -> Result<Output> {
+        let config = self.lab.control_plane.servers[0].daemon.config_file();
+        self.redirect_of(&config, command, place)
+    }
+
+    /// The same with another configuration.
+    fn redirect_of(
+        &self,
+        config: &Path,
+        command: &str,
+        place: impl FnOnce(&mut Command),
+    ) -> Result<Output> {
         let cpc = self.programs.join("cpc");
         let mut program = self.lab.control_plane.netns.command(cpc)?;
-        program.args(["redirect", command, "--config"]);
-        program.arg(self.lab.control_plane.servers[0].daemon.config_file());
+        program.args(["redirect", command, "--config"]).arg(config);
         place(&mut program);
         Ok(program.output()?)
     }
 
-    /// `cpc redirect attach` as its unit starts it: root of the server's group, three capabilities.
+    /// `cpc redirect attach`, which ends.
     fn attach(&self) -> Result<()> {
-        let output = self.redirect("attach", |command| {
-            let enter = || {
-                keep_of_bounding_set(&ATTACHING)?;
-                Ok(setgid(Gid::from_raw(ID))?)
-            };
-            // SAFETY: bare system calls.
-            unsafe { command.pre_exec(enter) };
-        })?;
+        let output = self.redirect("attach", as_the_unit)?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "attach: {said}");
         Ok(())
@@ -292,24 +297,8 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
         return Ok(());
     };
     let netns = scene.lab.control_plane.netns.clone();
-    let mut program = netns.command(scene.programs.join("cpc"))?;
-    program.args(["redirect", "attach", "--stay", "--config"]);
-    program.arg(scene.server().config_file());
-    let notify = scene.lab.folder().join("stays.sock");
-    let told = UnixDatagram::bind(&notify)?;
-    told.set_read_timeout(Some(SOON))?;
-    program.env("NOTIFY_SOCKET", &notify);
-    let enter = || {
-        keep_of_bounding_set(&ATTACHING)?;
-        Ok(setgid(Gid::from_raw(ID))?)
-    };
-    // SAFETY: bare system calls.
-    unsafe { program.pre_exec(enter) };
-    let stays = Stays(program.spawn()?);
-    let mut message = [0; 64];
-    let length = told.recv(&mut message).context("it is not attached")?;
-    ensure!(message[..length].starts_with(b"READY=1"), "{message:?}");
-    let pid = Pid::from_raw(stays.0.id() as i32);
+    let stays = Stays::start(&scene)?;
+    let pid = stays.pid();
     // The bounding set stays, without CAP_SETPCAP, and no_new_privs lets nothing come of it.
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     for line in ["CapPrm:\t0000000000000000\n", "NoNewPrivs:\t1\n"] {
@@ -317,14 +306,6 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     }
 
     scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
-    let dial = |scene: &Scene| Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo));
-    let served = |scene: &Scene| eventually(SOON, || round_trips(dial(scene)?, 1));
-    let refused = |scene: &Scene| {
-        eventually(SOON, || {
-            ensure!(dial(scene).is_err(), "it was served");
-            Ok(())
-        })
-    };
     served(&scene)?;
     let cgroup = scene.lab.control_plane.apiserver.clone();
     cgroup.remove()?;
@@ -347,13 +328,155 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     refused(&scene)
 }
 
-/// A process that ends with the test.
-struct Stays(std::process::Child);
+/// What is attached outlives the process that stays, killed or asked to end. The next one takes it over,
+/// with what has changed meanwhile.
+#[test]
+fn what_is_attached_outlives_the_process_that_stays() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    let netns = scene.lab.control_plane.netns.clone();
+    let stays = Stays::start(&scene)?;
+    scene.start(&Profile::of("server")?, &Profile::of("agent")?)?;
+    served(&scene)?;
+    let open = dial(&scene)?;
+    drop(stays);
+    served(&scene)?;
+    let own = format!("address add {}/32 dev lo\n", address::node(1));
+    netns.ip(&own)?;
+    let mut stays = Stays::start(&scene)?;
+    refused(&scene)?;
+    netns.ip(&own.replace(" add ", " del "))?;
+    served(&scene)?;
+
+    kill(stays.pid(), Signal::SIGTERM)?;
+    let ended = stays.process.wait()?;
+    ensure!(ended.success(), "{ended}: {}", stays.log()?);
+    served(&scene)?;
+    round_trips(open, 1)?;
+    scene.server().wait_ready(SOON)
+}
+
+/// While another attachment decides over the same connections, `attach` fails with the command that takes it
+/// away. A process that stays says so once, and once more when that is gone.
+#[test]
+fn another_attachment_is_named_with_its_remedy() -> Result<()> {
+    let Some(scene) = Scene::new()? else {
+        return Ok(());
+    };
+    let own = scene.lab.control_plane.servers[0].daemon.config_file();
+    let other = own.with_file_name("other.yaml");
+    let text = fs::read_to_string(&own)?;
+    fs::write(&other, text.replace("bpf/cpc", "bpf/other"))?;
+    let attached = scene.redirect_of(&other, "attach", as_the_unit)?;
+    ensure!(attached.status.success(), "{attached:?}");
+
+    let refused = scene.redirect("attach", as_the_unit)?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    let pins = scene.lab.folder().join("bpf/other");
+    let remedy = ["redirect", "detach", "--pin"].map(str::to_owned);
+    let remedy = [
+        &remedy[..],
+        &[pins.display().to_string(), "kube-apiserver".into()],
+    ]
+    .concat();
+    let command = format!("`cpc {}`", remedy.join(" "));
+    ensure!(said.contains(&command), "{said}");
+
+    let stays = Stays::start(&scene)?;
+    let not = "redirect NOT in place";
+    eventually(SOON, || {
+        let log = stays.log()?;
+        ensure!(log.contains(not), "{log}");
+        Ok(())
+    })?;
+    let detached = Command::new(scene.programs.join("cpc"))
+        .args(&remedy)
+        .output()?;
+    ensure!(detached.status.success(), "{detached:?}");
+    eventually(2 * SOON, || {
+        let log = stays.log()?;
+        ensure!(log.contains("redirect in place"), "{log}");
+        Ok(())
+    })?;
+    let log = stays.log()?;
+    assert_eq!(log.matches(not).count(), 1, "{log}");
+    Ok(())
+}
+
+fn dial(scene: &Scene) -> Result<Socket> {
+    Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))
+}
+
+fn served(scene: &Scene) -> Result<()> {
+    eventually(SOON, || round_trips(dial(scene)?, 1)).map(drop)
+}
+
+fn refused(scene: &Scene) -> Result<()> {
+    eventually(SOON, || {
+        ensure!(dial(scene).is_err(), "it was served");
+        Ok(())
+    })
+}
+
+/// As `cpc-redirect.service` starts it: root of the server's group, three capabilities.
+fn as_the_unit(command: &mut Command) {
+    let enter = || {
+        keep_of_bounding_set(&ATTACHING)?;
+        Ok(setgid(Gid::from_raw(ID))?)
+    };
+    // SAFETY: bare system calls.
+    unsafe { command.pre_exec(enter) };
+}
+
+/// `cpc redirect attach --stay`, which ends with the test.
+struct Stays {
+    process: Child,
+    log: PathBuf,
+}
+
+impl Stays {
+    /// Starts it as its unit does, and waits until it says that everything is attached.
+    fn start(scene: &Scene) -> Result<Self> {
+        let folder = scene.lab.folder();
+        let netns = &scene.lab.control_plane.netns;
+        let mut program = netns.command(scene.programs.join("cpc"))?;
+        program.args(["redirect", "attach", "--stay", "--config"]);
+        program.arg(scene.lab.control_plane.servers[0].daemon.config_file());
+        let notify = folder.join("stays.sock");
+        let _ = fs::remove_file(&notify);
+        let told = UnixDatagram::bind(&notify)?;
+        told.set_read_timeout(Some(SOON))?;
+        program.env("NOTIFY_SOCKET", &notify);
+        let log = folder.join("stays.log");
+        let file = File::create(&log)?;
+        program.stdout(file.try_clone()?).stderr(file);
+        as_the_unit(&mut program);
+        let stays = Self {
+            process: program.spawn()?,
+            log,
+        };
+        let mut message = [0; 64];
+        let told = told.recv(&mut message);
+        let length = told.with_context(|| format!("it is not attached: {:?}", stays.log()))?;
+        ensure!(message[..length].starts_with(b"READY=1"), "{message:?}");
+        Ok(stays)
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.id() as i32)
+    }
+
+    fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+}
 
 impl Drop for Stays {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use crate::profile::deploy;
 
@@ -158,16 +159,74 @@ fn the_redirect_comes_before_the_api_server() -> Result<()> {
             "{key}"
         );
     }
-    for (file, key) in [("cpc-order.conf", "Wants"), ("cpc-guard.conf", "Requires")] {
+    // Active when it has attached, not when it was started.
+    assert_eq!(redirect.words("Service", "Type"), ["notify"]);
+    for (file, key, before) in [
+        ("cpc-order.conf", "Wants", "cpc-redirect.service"),
+        (
+            "cpc-guard.conf",
+            "Requires",
+            "cpc-redirect-attached.service",
+        ),
+    ] {
         let unit = Unit::read(&folder.join("kube-apiserver.service.d").join(file))?;
         for key in [key, "After"] {
-            assert_eq!(
-                unit.words("Unit", key),
-                ["cpc-redirect.service"],
-                "{file} {key}"
+            assert_eq!(unit.words("Unit", key), [before], "{file} {key}");
+        }
+    }
+    Ok(())
+}
+
+/// systemd restarts what requires a unit along with it, after a crash too. So the API server requires one
+/// that stays active, which requires nothing.
+#[test]
+fn no_restart_of_the_redirect_reaches_the_api_server() -> Result<()> {
+    let guard = Unit::read(&deploy().join("systemd/cpc-redirect-attached.service"))?;
+    for key in ["Requires", "BindsTo", "PartOf", "Requisite"] {
+        assert_eq!(guard.words("Unit", key), Vec::<&str>::new(), "{key}");
+    }
+    assert_eq!(guard.words("Unit", "After"), ["cpc-redirect.service"]);
+    assert_eq!(guard.words("Service", "Type"), ["oneshot"]);
+    assert_eq!(guard.words("Service", "RemainAfterExit"), ["yes"]);
+    for unit in services()? {
+        for key in ["Requires", "BindsTo", "PartOf", "Requisite"] {
+            let needed = unit.words("Unit", key);
+            ensure!(
+                !needed.contains(&"cpc-redirect.service"),
+                "{}: {key}",
+                unit.name
             );
         }
     }
+    Ok(())
+}
+
+/// In the pod one container attaches before the server starts, and one like it stays beside the server.
+#[test]
+fn the_pod_attaches_and_stays() -> Result<()> {
+    let manifest = fs::read_to_string(deploy().join("kubernetes/server/cpc-server.yaml"))?;
+    let pod: Value = serde_saphyr::from_str(&manifest)?;
+    let attach = &pod["spec"]["initContainers"][0];
+    let [stay, server] = ["redirect", "server"].map(|name| {
+        let containers = pod["spec"]["containers"].as_array().into_iter().flatten();
+        let mut named = containers.filter(|it| it["name"] == name);
+        named.next().with_context(|| format!("no container {name}"))
+    });
+    let (stay, server) = (stay?, server?);
+    let config = "/etc/cpc/server.yaml";
+    assert_eq!(
+        attach["args"],
+        json!(["redirect", "attach", "--config", config])
+    );
+    assert_eq!(
+        stay["args"],
+        json!(["redirect", "attach", "--stay", "--config", config])
+    );
+    for key in ["securityContext", "volumeMounts", "image"] {
+        assert_eq!(attach[key], stay[key], "{key}");
+    }
+    let none = json!({"drop": ["ALL"]});
+    assert_eq!(server["securityContext"]["capabilities"], none);
     Ok(())
 }
 
@@ -189,7 +248,7 @@ fn systemd_takes_every_line() -> Result<()> {
         fs::write(system.join(format!("{target}.target")), "[Unit]\n")?;
     }
     // Programs that the units name have to be there.
-    for program in ["usr/local/bin/cpc", "bin/kill"] {
+    for program in ["usr/local/bin/cpc", "bin/kill", "usr/bin/systemctl"] {
         let file = root.path().join(program);
         fs::create_dir_all(file.parent().context("no folder")?)?;
         fs::write(&file, "#!/bin/sh\n")?;

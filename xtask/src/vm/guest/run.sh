@@ -15,7 +15,7 @@ case $stage in
     if [ -n "$TESTS" ]; then . ./tests.sh; fi
     if [ -n "$UNITS" ]; then
         check installed
-        for name in both_units_on_one_host main_path sandbox reload reload_is_waited_for restart_of_each \
+        for name in both_units_on_one_host main_path sandbox a_late_address reload reload_is_waited_for restart_of_each \
             a_crash_is_followed_by_a_start watchdog a_late_certificate socket_activation; do
             check "$name"
         done
@@ -31,7 +31,7 @@ case $stage in
     ;;
 3)
     check guard_holds_the_api_server_back
-    check guard_does_not_mind_a_reload
+    check guard_does_not_mind_the_redirect
     ;;
 esac
 echo finished

@@ -59,14 +59,36 @@ PYTHON
 }
 
 sandbox() {
-    for unit in cpc-server cpc-agent; do
+    for unit in cpc-server cpc-agent cpc-redirect; do
         pid=$(property "$unit" MainPID)
         for set in Inh Prm Eff Bnd Amb; do
+            # The redirect's bounding set stays, and no_new_privs lets nothing come of it.
+            if [ "$unit$set" = cpc-redirectBnd ]; then continue; fi
             grep --quiet "^Cap$set:[[:space:]]*0*\$" "/proc/$pid/status" || fail "$unit has capabilities ($set)"
         done
         grep --quiet "^Seccomp:[[:space:]]*2\$" "/proc/$pid/status"
+        grep --quiet "^NoNewPrivs:[[:space:]]*1\$" "/proc/$pid/status"
+        if [ "$unit" = cpc-redirect ]; then continue; fi
         grep --quiet "^Uid:[[:space:]]*[1-9]" "/proc/$pid/status"
     done
+}
+
+# An address that the host gets late, as from DHCP or from keepalived: what connects to it stays on the host.
+a_late_address() {
+    reachable() {
+        /payload/guest/in-slice.sh python3 - <<'PYTHON'
+import socket
+server = socket.create_server(("10.99.7.7", 9999))
+client = socket.create_connection(("10.99.7.7", 9999), timeout=5)
+server.settimeout(5)
+server.accept()
+PYTHON
+    }
+    ip address add 10.99.7.7/32 dev lo
+    eventually 60 reachable
+    ip address del 10.99.7.7/32 dev lo
+    served
+    no_leak
 }
 
 reload() {
@@ -77,6 +99,7 @@ reload() {
     systemctl reload cpc-server
     systemctl reload cpc-agent
     eventually 60 logged cpc-agent "$from" "allow-list and offer reloaded"
+    eventually 60 logged cpc-redirect "$from" "capture set reloaded"
     # A broken configuration is refused by the process, which shows that it was read.
     sed --in-place '$a nonsense: 1' /etc/cpc/server.yaml
     systemctl reload cpc-server
@@ -118,7 +141,7 @@ restart_of_each() {
 }
 
 a_crash_is_followed_by_a_start() {
-    for unit in cpc-server cpc-agent; do
+    for unit in cpc-server cpc-agent cpc-redirect; do
         pid=$(property "$unit" MainPID)
         kill -KILL "$pid"
         another() { active "$unit" && [ "$(property "$unit" MainPID)" != "$pid" ]; }
@@ -187,9 +210,8 @@ PYTHON
 
 guard_installed() {
     cd /payload/checkout/deploy/systemd
-    for unit in kube-apiserver cpc-redirect; do
-        install -m 0644 "$unit.service.d/cpc-guard.conf" "/etc/systemd/system/$unit.service.d/"
-    done
+    install -m 0644 cpc-redirect-attached.service /etc/systemd/system/
+    install -m 0644 kube-apiserver.service.d/cpc-guard.conf /etc/systemd/system/kube-apiserver.service.d/
     systemctl daemon-reload
     mv /etc/cpc/server.crt /etc/cpc/server.late
 }
@@ -202,19 +224,31 @@ guard_holds_the_api_server_back() {
     no_leak
     mv /etc/cpc/server.late /etc/cpc/server.crt
     eventually 120 active cpc-redirect
+    eventually 120 active cpc-redirect-attached
     eventually 120 active kube-apiserver
     served 300
     no_leak
 }
 
-guard_does_not_mind_a_reload() {
+guard_does_not_mind_the_redirect() {
     pid=$(property kube-apiserver MainPID)
+    same() { [ "$(property kube-apiserver MainPID)" = "$pid" ] || fail "the API server was restarted: $1"; }
     systemctl reload cpc-redirect
-    [ "$(property kube-apiserver MainPID)" = "$pid" ]
-    systemctl stop cpc-redirect
-    active kube-apiserver && fail "it runs without the redirect's unit"
-    systemctl start cpc-redirect
-    eventually 120 active kube-apiserver
+    same reload
+    redirect=$(property cpc-redirect MainPID)
+    kill -KILL "$redirect"
+    another() { active cpc-redirect && [ "$(property cpc-redirect MainPID)" != "$redirect" ]; }
+    eventually 120 another
     served
+    same crash
+    systemctl restart cpc-redirect
+    served
+    same restart
+    systemctl stop cpc-redirect
+    served
+    same stop
+    systemctl start cpc-redirect
+    served
+    same start
     no_leak
 }
