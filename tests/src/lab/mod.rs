@@ -22,6 +22,7 @@ pub mod router;
 pub mod server;
 pub mod shaper;
 pub mod site;
+pub mod small_disk;
 pub mod usage;
 pub mod worker;
 
@@ -325,6 +326,17 @@ impl Lab {
     /// There is one of that name in this laboratory.
     pub fn netns(&self, name: &str) -> Result<netns::Netns> {
         netns::Netns::create(self.site.netns(name).name())
+    }
+
+    /// A small file system at the folder `name` of this laboratory.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses the mount.
+    pub fn small_disk(&self, name: &str, bytes: u64) -> Result<small_disk::SmallDisk> {
+        Ok(small_disk::SmallDisk::at(
+            self.site.mount_small(name, bytes)?,
+        ))
     }
 
     /// One more control group.

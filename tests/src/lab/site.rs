@@ -154,6 +154,21 @@ impl Site {
         Ok(path)
     }
 
+    /// A small file system in memory at the folder `name`, which is made if need be: for what happens where
+    /// it is full.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses the mount.
+    pub fn mount_small(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.subfolder(name)?;
+        let options = format!("size={bytes},mode=0755");
+        let (kind, options) = (Some("tmpfs"), Some(&*options));
+        mount(Some("small"), &path, kind, MsFlags::empty(), options)
+            .with_context(|| format!("cannot mount a file system at {}", path.display()))?;
+        Ok(path)
+    }
+
     /// Ends every process of the laboratory and removes everything that it left.
     ///
     /// # Errors
@@ -172,10 +187,15 @@ impl Site {
                 Netns::named(name).delete()?;
             }
         }
-        match umount2(&self.folder.join("bpf"), MntFlags::MNT_DETACH) {
-            // It was not mounted, or not made yet.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => (),
-            Err(error) => return Err(error).context("cannot unmount the BPF file system"),
+        for path in mounts_below(&self.folder)? {
+            match umount2(&path, MntFlags::MNT_DETACH) {
+                // Somebody else was faster.
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => (),
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("cannot unmount {}", path.display()));
+                }
+            }
         }
         fs::remove_dir_all(&self.folder)
             .with_context(|| format!("cannot remove {}", self.folder.display()))
@@ -198,6 +218,19 @@ impl Drop for Site {
             eprintln!("laboratory {} is not removed: {error:#}", self.id);
         }
     }
+}
+
+/// What is mounted below `folder` (proc_pid_mountinfo(5)), the last one first. The names there have none of
+/// the characters that are escaped.
+fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let below = points
+        .map(PathBuf::from)
+        .filter(|path| path.starts_with(folder));
+    let mut below: Vec<_> = below.collect();
+    below.reverse();
+    Ok(below)
 }
 
 /// Removes the laboratories whose owner has ended without doing so.

@@ -45,7 +45,7 @@ impl Directory {
     /// # Errors
     /// As [`Self::open`].
     pub fn create(path: &Path, mode: u32) -> io::Result<Self> {
-        Self::walk(path, Some(mode))
+        Self::walk(path, Some(mode)).map_err(with_remedy)
     }
 
     /// The directory that `path` lies in, and the last part of `path`.
@@ -97,6 +97,10 @@ impl Directory {
     /// # Errors
     /// As [`Self::read`].
     pub fn lock(&self, name: &str) -> io::Result<Flock<File>> {
+        self.locked(name).map_err(with_remedy)
+    }
+
+    fn locked(&self, name: &str) -> io::Result<Flock<File>> {
         let file = match self.make(name, 0o600) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 self.open_file(name, OFlag::O_RDWR)?
@@ -112,6 +116,10 @@ impl Directory {
     /// # Errors
     /// What the system says; what was there is there still.
     pub fn replace(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
+        self.replaced(name, content, mode).map_err(with_remedy)
+    }
+
+    fn replaced(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
         let mut random = [0; 8];
         rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;
         let aside = format!(".{name}.{:016x}", u64::from_ne_bytes(random));
@@ -133,12 +141,14 @@ impl Directory {
     /// What the system says, and there is no such file; [`io::ErrorKind::AlreadyExists`] where there is
     /// anything of that name, which stays as it is.
     pub fn create_new(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
-        let mut file = self.make(name, mode)?;
+        let mut file = self.make(name, mode).map_err(with_remedy)?;
         let written = file
             .write_all(content)
             .and_then(|()| file.sync_all())
             .and_then(|()| Ok(nix::unistd::fsync(&self.fd)?));
-        written.inspect_err(|_| drop(self.remove(name)))
+        written
+            .inspect_err(|_| drop(self.remove(name)))
+            .map_err(with_remedy)
     }
 
     /// Removes the file `name`, or a link of that name.
@@ -179,6 +189,16 @@ impl Directory {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Adds to an error what its reader can do about it, where the file system is full.
+pub fn with_remedy(error: io::Error) -> io::Error {
+    let remedy = match error.kind() {
+        io::ErrorKind::StorageFull => "make room on its file system (`df`, `df -i`)",
+        io::ErrorKind::QuotaExceeded => "make room within the user's quota, or raise it",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{error}: {remedy}"))
 }
 
 /// Opens a directory part by part, each by the descriptor of the one before.

@@ -141,7 +141,7 @@ impl Authority {
         let cert = params.self_signed(&key)?;
         let room = Room::open(dir)?;
         room.put("ca.key", &key.serialize_pem(), 0o600)?;
-        room.put("ca.crt", &cert.pem(), 0o644)
+        room.put_or_take_back("ca.crt", &cert.pem(), &["ca.key"])
     }
 
     /// Opens the CA in `dir`.
@@ -361,12 +361,12 @@ impl Made {
     /// Writes `<role>.crt`, `<role>.key` and a copy of `ca.crt`, if there is none.
     ///
     /// # Errors
-    /// [`IssueError`]; nothing that was there is overwritten.
+    /// [`IssueError`]; nothing that was there is overwritten, and nothing is left in the way of the next try.
     pub fn save(&self, room: &Room) -> Result<(), IssueError> {
         let [certificate, key] = self.names();
         room.put(&key, &self.key, 0o600)?;
-        room.put(&certificate, &self.certificate.pem(), 0o644)?;
-        match room.put("ca.crt", &self.ca, 0o644) {
+        room.put_or_take_back(&certificate, &self.certificate.pem(), &[&key])?;
+        match room.put_or_take_back("ca.crt", &self.ca, &[&key, &certificate]) {
             Err(IssueError::Exists(_)) => Ok(()),
             put => put,
         }
@@ -387,6 +387,22 @@ impl Room {
             path: path.into(),
             directory: opened?,
         })
+    }
+
+    /// Puts a file that anybody may read. Where that fails, as on a full disk, those `before` it go.
+    fn put_or_take_back(
+        &self,
+        name: &str,
+        content: &str,
+        before: &[&str],
+    ) -> Result<(), IssueError> {
+        let put = self.put(name, content, 0o644);
+        if let Err(IssueError::Io { .. }) = put {
+            for name in before {
+                let _ = self.directory.remove(name);
+            }
+        }
+        put
     }
 
     fn put(&self, name: &str, content: &str, mode: u32) -> Result<(), IssueError> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::files::{Bounds, Files};
 use super::{AuditError, Counts, SERIES};
 use crate::config::AuditConfig;
+use crate::process::directory::with_remedy;
 use crate::telemetry::lines::line_count;
 
 /// The journal's socket (systemd.io, "Native Journal Protocol").
@@ -66,7 +67,7 @@ impl Sink {
             && let Err(unwritten) = files.append(lines, SystemTime::now())
         {
             missing = line_count(&lines[unwritten.whole..]);
-            error = Some(unwritten.why);
+            error = Some(with_remedy(unwritten.why));
         }
         if let Some(journal) = &self.journal {
             let mut unsent = 0;

@@ -21,7 +21,7 @@ const SECRET_LEN: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The state directory is not usable.
-    #[error("{}: {why}; set `state_dir` to a directory that this process may write", path.display())]
+    #[error("{}: {why}; `state_dir` has to be a directory that this process may write", path.display())]
     Io {
         /// The file.
         path: PathBuf,
