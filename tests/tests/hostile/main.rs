@@ -7,6 +7,7 @@ mod agent_peer;
 mod certificates;
 mod descriptors;
 mod handshakes;
+mod joins;
 #[path = "../../hostile/leaky.rs"]
 mod leaky;
 mod limits;

@@ -6,13 +6,16 @@ use anyhow::{Context, Result, ensure};
 use tonic::Code;
 use tunnel_tests::client::eventually;
 use tunnel_tests::exposition::Page;
-use tunnel_tests::lab::address;
+use tunnel_tests::lab::{self, address};
 
 use crate::authority::Authority;
 use crate::program::Maker;
 use crate::scene::{Scene, each_server};
 use crate::script::SOON;
 use crate::wire;
+
+/// How often an agent says what it need say once.
+const REPEATS: usize = 1000;
 
 /// Each server says who it is and how many there are, at once and once.
 #[test]
@@ -125,10 +128,10 @@ fn a_server_asks_for_certificates_where_it_knows_an_authority() -> Result<()> {
 /// Health says whether there is an agent, and a method is known or not.
 #[test]
 fn the_pages_tell_whether_there_is_an_agent() -> Result<()> {
-    if !tunnel_tests::lab::available()? {
+    if !lab::available()? {
         return Ok(());
     }
-    let ours = Maker::Ours(tunnel_tests::lab::Programs::of_this_test()?.cpc);
+    let ours = Maker::Ours(lab::Programs::of_this_test()?.cpc);
     for maker in [Maker::peer(), Some(ours)].into_iter().flatten() {
         let scene = Scene::new(1)?;
         let more = ["--proxy-strategies=default"];
@@ -188,6 +191,31 @@ fn who_drains_is_asked_last() -> Result<()> {
         }
         leaving.quiet()
     })
+}
+
+/// One that says so again and again is one that drains: there is one line, and it is dialled still.
+#[test]
+fn a_drain_that_is_repeated_is_one() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::with_server(1, |_| ())?;
+    let mut agent = scene.script_agent(1, "leaving", "ipv4=10.7.7.7")?;
+    for _ in 0..REPEATS {
+        agent.send(wire::drain())?;
+    }
+    // Behind them.
+    let mut client = scene.client_at(scene.grpc())?;
+    client.send(wire::dial("10.7.7.7:1", 1))?;
+    agent.accept(1)?;
+    client.dial_response()?;
+    let server = scene.cpc_server();
+    server.wait_status(SOON, |status| status["agents"][0]["state"] == "draining")?;
+    let log = server.log();
+    assert_eq!(log.matches("agent is draining").count(), 1, "{log}");
+    let lines = log.lines().count();
+    ensure!(lines < 100, "{lines} lines: {log}");
+    agent.quiet()
 }
 
 /// By destination, whatever comes first in the list of strategies.
