@@ -158,14 +158,6 @@ fn merge(config: &mut Value, more: &Value) {
                 merge(config.entry(key.clone()).or_insert(Value::Null), value);
             }
         }
-        (Value::Array(config), Value::Array(more)) => {
-            for (index, value) in more.iter().enumerate() {
-                match config.get_mut(index) {
-                    Some(old) => merge(old, value),
-                    None => config.push(value.clone()),
-                }
-            }
-        }
         (config, more) => *config = more.clone(),
     }
 }
@@ -189,14 +181,14 @@ mod tests {
 
     #[test]
     fn merging_changes_what_is_named() {
-        let mut config = json!({"a": {"b": 1, "c": 2}, "list": [{"x": 1, "y": 2}]});
+        let mut config = json!({"a": {"b": 1, "c": 2}, "list": [1]});
         merge(
             &mut config,
-            &json!({"a": {"c": 3}, "list": [{"y": 4}, 5], "new": true}),
+            &json!({"a": {"c": 3}, "list": [2], "new": true}),
         );
         let expected = json!({
             "a": {"b": 1, "c": 3},
-            "list": [{"x": 1, "y": 4}, 5],
+            "list": [2],
             "new": true,
         });
         assert_eq!(config, expected);

@@ -215,16 +215,14 @@ impl Path {
 /// Variants of the connector that are compared with its defaults: a name, and the keys that make
 /// it. One that this `cpc` does not know yet is reported as it refuses it.
 fn variants() -> Vec<Path> {
-    let variant = |name: &str, server: Value, agent: Value| {
-        let redirect = true;
+    let both = |name: &str, keys: Value| {
         let way = Way::Connector {
-            redirect,
-            server,
-            agent,
+            redirect: true,
+            server: keys.clone(),
+            agent: keys,
         };
         Path::new(name, way)
     };
-    let both = |name: &str, keys: Value| variant(name, keys.clone(), keys);
     vec![
         both("redirect, one shard", json!({"shards": 1})),
         both("redirect, no log", json!({"log": {"access": false}})),
@@ -232,11 +230,6 @@ fn variants() -> Vec<Path> {
         both(
             "redirect, io_uring",
             json!({"datapath": {"engine": "io_uring"}}),
-        ),
-        variant(
-            "redirect, shortcut",
-            json!({"redirect": {"attachments": [{"shortcut": true}]}}),
-            json!({}),
         ),
     ]
 }
