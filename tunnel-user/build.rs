@@ -4,7 +4,7 @@
 
 use std::{env, fs, path::PathBuf};
 
-/// Names another object than the default one; the shortcut's is looked for beside it.
+/// Names another object than the default one.
 const OVERRIDE: &str = "CPC_EBPF_OBJECT";
 
 fn main() {
@@ -24,20 +24,11 @@ fn main() {
             directory.join("cpc-redirect.o")
         }
     };
-    let shortcut = object.with_file_name("cpc-shortcut.o");
-    if let (Ok(object), Ok(shortcut)) = (object.canonicalize(), shortcut.canonicalize()) {
+    if let Ok(object) = object.canonicalize() {
         println!("cargo::rerun-if-changed={}", object.display());
         println!("cargo::rustc-env=CPC_EBPF_OBJECT_PATH={}", object.display());
-        println!("cargo::rerun-if-changed={}", shortcut.display());
-        println!(
-            "cargo::rustc-env=CPC_EBPF_SHORTCUT_PATH={}",
-            shortcut.display()
-        );
         println!("cargo::rustc-cfg=ebpf_object");
     } else if env::var_os(OVERRIDE).is_some() {
-        println!(
-            "cargo::error={OVERRIDE}: there is no {}, or no cpc-shortcut.o beside it",
-            object.display()
-        );
+        println!("cargo::error={OVERRIDE}: there is no {}", object.display());
     }
 }

@@ -161,7 +161,7 @@ fn errors_in_configuration_say_where() -> Result<()> {
     let folder = Folder::new("config")?;
     let file = folder.path().join("config.yaml");
     let path = file.to_str().context("not UTF-8")?;
-    let server: [(&str, &[&str]); 9] = [
+    let server: [(&str, &[&str]); 10] = [
         ("version: 1\nlissen: 1.2.3.4:5\n", &["line 2", "lissen"]),
         ("version: 2\n", &["line 1", "version 2"]),
         ("version: 1\nlisten: nowhere\n", &["line 2", "listen"]),
@@ -181,6 +181,10 @@ fn errors_in_configuration_say_where() -> Result<()> {
         (
             "version: 1\nredirect:\n  attachments:\n    - name: a\n      cgroup: /a\n      capture: [{cidr: 10.0.0.0/8, ports: [70000]}]\n",
             &["line 6", "ports"],
+        ),
+        (
+            "version: 1\nredirect:\n  attachments:\n    - name: a\n      cgroup: /a\n      capture: []\n      shortcut: false\n",
+            &["line 7", "was removed", "delete the key `shortcut`"],
         ),
         ("version: 1\nserver_count: 0\n", &["server_count"]),
     ];

@@ -14,8 +14,8 @@ use crate::{sh, workspace};
 
 const TARGET: &str = "bpfel-unknown-none";
 const PACKAGE: &str = "tunnel-ebpf";
-/// The binaries of that package: the redirect, and its option.
-const BINARIES: [&str; 2] = ["cpc-redirect", "cpc-shortcut"];
+/// The binary of that package.
+const BINARY: &str = "cpc-redirect";
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 /// Asks the `clippy-driver` beside it, which belongs to the same compiler.
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
@@ -134,40 +134,35 @@ pub(crate) fn tools() -> Result<(Toolchain, PathBuf)> {
     Ok((toolchain, linker))
 }
 
-/// Where an object is put; the user-space build takes it from there.
-fn object(binary: &str) -> PathBuf {
-    workspace::root().join(format!("target/bpf/{binary}.o"))
+/// Where the object is put; the user-space build takes it from there.
+fn object() -> PathBuf {
+    workspace::root().join(format!("target/bpf/{BINARY}.o"))
 }
 
-/// An object that has yet to be built, if there is one.
+/// The object, where it has yet to be built.
 pub(crate) fn missing() -> Option<PathBuf> {
-    BINARIES
-        .map(object)
-        .into_iter()
-        .find(|object| !object.exists())
+    Some(object()).filter(|object| !object.exists())
 }
 
-/// Builds the kernel programs and puts the objects at [`object`].
+/// Builds the kernel programs and puts the object at [`object`].
 pub(crate) fn build() -> Result<()> {
     sh::heading("Kernel programs");
     let (toolchain, linker) = tools()?;
     eprintln!("    with {}", toolchain.describe());
     sh::run(&mut toolchain.cargo("build", &linker))?;
 
-    for binary in BINARIES {
-        let built = workspace::target()
-            .join(TARGET)
-            .join("release")
-            .join(binary);
-        let code = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-        let object = object(binary);
-        install(&code, &object)?;
-        eprintln!(
-            "    {} ({} KiB)",
-            object.display(),
-            code.len().div_ceil(1024)
-        );
-    }
+    let built = workspace::target()
+        .join(TARGET)
+        .join("release")
+        .join(BINARY);
+    let code = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    let object = object();
+    install(&code, &object)?;
+    eprintln!(
+        "    {} ({} KiB)",
+        object.display(),
+        code.len().div_ceil(1024)
+    );
     Ok(())
 }
 

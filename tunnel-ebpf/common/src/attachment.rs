@@ -6,11 +6,12 @@ use crate::Endpoint;
 pub const NAME_LENGTH: usize = 32;
 
 /// Bits of [`Attachment::flags`].
+///
+/// In this [`SCHEMA`](crate::SCHEMA) the bit of value 2 stays clear: it switches the shortcut of earlier
+/// versions on, whose program may still be in the cgroup.
 pub mod flags {
     /// While the connector is dead or stuck, connections take the ordinary route.
     pub const FAIL_OPEN: u32 = 1;
-    /// Clients' bytes may go past TCP on loopback.
-    pub const SHORTCUT: u32 = 2;
 }
 
 /// One attachment, under its number.

@@ -16,7 +16,6 @@ mod flow;
 mod heartbeat;
 mod prefix;
 mod route;
-mod shortcut;
 #[cfg(feature = "user")]
 mod user;
 
@@ -28,7 +27,6 @@ pub use flow::{Flow, FlowKey, Origin};
 pub use heartbeat::Heartbeat;
 pub use prefix::{Family, PREFIX_BITS, Prefix};
 pub use route::Verdict;
-pub use shortcut::{MAX_SHORTCUTS, SHORTCUT_BYTES, Writer};
 
 /// Version of the layouts in this crate; part of the directory in which the maps are pinned.
 pub const SCHEMA: u32 = 2;

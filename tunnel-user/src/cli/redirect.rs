@@ -252,6 +252,8 @@ fn detach(redirect: &Redirect, name: Option<&str>) -> anyhow::Result<()> {
         }
         println!("{name} is detached");
     }
+    // Those that an earlier version has left where nothing is attached any more.
+    redirect.remove_retired_maps()?;
     Ok(())
 }
 
@@ -270,10 +272,6 @@ fn status(config: &ServerConfig, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a person has to know of an attachment with the shortcut.
-const SHORTCUT: &str = "  shortcut is on: breaks programs that read from blocking sockets or have \
-    TLS in the kernel (kTLS), and hides bytes from tcpdump and ss\n";
-
 /// One attachment, for people. Reads JSON, since `cpc status` has it from another process.
 pub(super) fn render(attachment: &Value) -> String {
     let text = |key: &str| attachment[key].as_str().unwrap_or("?").to_owned();
@@ -290,9 +288,6 @@ pub(super) fn render(attachment: &Value) -> String {
         listeners.join(" "),
         attachment["prefixes"],
     );
-    if attachment["shortcut"] == true {
-        out += SHORTCUT;
-    }
     for (hook, link) in attachment["links"].as_object().into_iter().flatten() {
         let state = link["state"].as_str().unwrap_or("?");
         if !matches!(state, "attached" | "hidden") {

@@ -15,6 +15,7 @@ pub mod join;
 pub mod konnectivity;
 pub mod kubernetes;
 pub mod labels;
+mod removed;
 pub mod rule;
 pub mod server;
 pub mod tls_floor;
@@ -25,7 +26,6 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
-use serde_saphyr::UserMessageFormatter;
 use tunnel_proto::trust_domain::TrustDomain;
 
 use crate::process::cores::MAX_SHARDS;
@@ -140,7 +140,7 @@ pub fn load<T: DeserializeOwned + Default>(path: Option<&Path>) -> Result<T, Con
     serde_saphyr::from_str(&text).map_err(|e| ConfigError::Parse {
         path: path.into(),
         // The library's own words are for those who program with it.
-        why: e.render_with_formatter(&UserMessageFormatter),
+        why: e.render_with_formatter(&removed::Formatter),
     })
 }
 
@@ -302,6 +302,29 @@ mod tests {
             error.contains("lissen") && error.contains("line 3"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn the_shortcut_is_to_be_deleted() {
+        for value in ["true", "false", "", "{a: 1}"] {
+            let text = format!(
+                "redirect:\n  attachments:\n    - name: a\n      shortcut: {value}\n      cgroup: /a\n"
+            );
+            let error = parse(&text).unwrap_err().to_string();
+            for said in ["line 4", "was removed", "delete the key `shortcut`"] {
+                assert!(error.contains(said), "{value:?}: {error}");
+            }
+            assert!(!error.contains("unknown"), "{error}");
+        }
+        // A key that was never there is unknown, and those that there are do not name this one.
+        let error = parse("redirect: {attachments: [{shortcuts: true}]}").unwrap_err();
+        let error = error.to_string();
+        let named = "unknown field `shortcuts`, expected one of name, cgroup";
+        assert!(
+            error.contains(named) && !error.contains("shortcut,"),
+            "{error}"
+        );
+        assert!(!error.contains("removed"), "{error}");
     }
 
     #[test]

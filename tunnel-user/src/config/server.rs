@@ -239,9 +239,6 @@ pub struct AttachmentConfig {
     /// What happens to what is captured while the server is dead or stuck.
     #[serde(default)]
     pub fail: FailMode,
-    /// Whether clients' bytes go past TCP on loopback.
-    #[serde(default)]
-    pub shortcut: bool,
 }
 
 /// What happens to captured connections while the server is dead or stuck.

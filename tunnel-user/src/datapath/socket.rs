@@ -218,32 +218,6 @@ pub(super) fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
-/// Sequence numbers that TCP has received on a connection: a byte each, and one for the end of file
-/// (tcp(7), `TCP_INFO`).
-///
-/// # Errors
-/// What the system says.
-pub fn received(socket: &TcpStream) -> io::Result<u64> {
-    /// Where `tcpi_bytes_received` lies in `struct tcp_info` (Linux 4.1).
-    const BYTES_RECEIVED: usize = 128;
-    let mut info = [0_u64; BYTES_RECEIVED / 8 + 1];
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, to a place that lives through the call.
-    let done = unsafe {
-        libc::getsockopt(
-            std::os::fd::AsRawFd::as_raw_fd(socket),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(info[BYTES_RECEIVED / 8])
-}
-
 /// The methods that TCP and Unix sockets share to the letter.
 macro_rules! stream_socket {
     () => {

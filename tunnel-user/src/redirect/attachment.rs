@@ -8,7 +8,7 @@ use super::{
     maps,
     pin::{Pin, failed},
     program::Programs,
-    settings,
+    retired, settings,
 };
 
 /// What [`Attachment::link`] found to do.
@@ -41,7 +41,7 @@ impl Attachment {
         pin.create(&spec.name)?;
         let _lock = pin.lock()?;
         let id = settings::number(pin, &spec.name)?;
-        let programs = Programs::load(pin, id, refusal, spec.shortcut)?;
+        let programs = Programs::load(pin, id, refusal)?;
         settings::write(pin, id, spec)?;
         pin.share(&spec.name)?;
         Ok(Self {
@@ -85,7 +85,8 @@ impl Attachment {
     /// Puts the programs in the cgroup, each in one step in the place of what is there, and pins
     /// the links. Takes well under a millisecond: the programs are in the kernel already.
     ///
-    /// Links of a cgroup that was removed, or that the attachment no longer means, are dropped.
+    /// Links of a cgroup that was removed, or that the attachment no longer means, are dropped, and so is
+    /// what an earlier version had beside them.
     pub fn link(&self) -> Result<Linked, RedirectError> {
         let _lock = self.pin.lock()?;
         let cgroup = Cgroup::open(&self.spec.cgroup).map_err(|source| RedirectError::Cgroup {
@@ -115,13 +116,8 @@ impl Attachment {
                 linked = Linked::Created;
             }
         }
-        for hook in Hook::ALL {
-            // An option that was taken back.
-            if !self.programs.has(hook) {
-                let link = self.pin.link(&self.spec.name, hook);
-                remove_pin(&link).map_err(|error| failed(&link, error))?;
-            }
-        }
+        retired::remove_link(&self.pin, &self.spec.name)?;
+        retired::remove_maps(&self.pin)?;
         self.pin.remember_cgroup(&self.spec.name, cgroup.id())?;
         Ok(linked)
     }
@@ -134,12 +130,14 @@ pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
     }
     let _lock = pin.lock()?;
     let Some((id, _)) = maps::find(&maps::attachments(pin, maps::Access::Read)?, name)? else {
+        retired::remove_maps(pin)?;
         return Ok(false);
     };
     for hook in Hook::ALL.into_iter().rev() {
         let link = pin.link(name, hook);
         remove_pin(&link).map_err(|error| failed(&link, error))?;
     }
+    retired::remove_link(pin, name)?;
     // An attempt that broke off may have left a half-finished pin.
     let directory = pin.links(name);
     match std::fs::remove_dir_all(&directory) {
@@ -148,6 +146,7 @@ pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
         }
         _ => {}
     }
+    retired::remove_maps(pin)?;
     settings::remove(pin, id)?;
     Ok(true)
 }

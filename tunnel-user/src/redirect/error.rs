@@ -227,23 +227,6 @@ pub enum RedirectError {
         source: io::Error,
     },
 
-    /// A program can't be attached to a map of sockets.
-    #[error("program {name} can't be attached to its sockets")]
-    Attach {
-        /// Its name.
-        name: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-
-    /// The kernel has no shortcut.
-    #[error(
-        "this kernel can't do `shortcut` (CONFIG_NET_SOCK_MSG, Linux 5.15): \
-         leave it out, everything else works without"
-    )]
-    Shortcut(#[source] Box<RedirectError>),
-
     /// The programs' log can't be read.
     #[error("the kernel programs' log can't be read (this takes CAP_SYS_ADMIN)")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),

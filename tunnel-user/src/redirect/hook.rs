@@ -3,8 +3,6 @@
 /// One program and the hook it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// Notes clients for the shortcut, where the attachment has one (`BPF_CGROUP_SOCK_OPS`).
-    Shortcut,
     /// Hands the origin to the accepting side (`BPF_CGROUP_SOCK_OPS`).
     Established,
     /// Answers getpeername(2) for IPv4 sockets.
@@ -20,17 +18,7 @@ pub enum Hook {
 impl Hook {
     /// All of them in the order of attaching: what a redirected socket needs comes before what
     /// redirects it. Detaching goes the other way.
-    pub const ALL: [Self; 6] = [
-        Self::Shortcut,
-        Self::Established,
-        Self::Getpeername4,
-        Self::Getpeername6,
-        Self::Connect4,
-        Self::Connect6,
-    ];
-
-    /// Those that every attachment has.
-    pub const REQUIRED: [Self; 5] = [
+    pub const ALL: [Self; 5] = [
         Self::Established,
         Self::Getpeername4,
         Self::Getpeername6,
@@ -41,7 +29,6 @@ impl Hook {
     /// Name of the program in its object, and of its link's pin.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Shortcut => "shortcut_begin",
             Self::Established => "established",
             Self::Getpeername4 => "getpeername4",
             Self::Getpeername6 => "getpeername6",
@@ -53,7 +40,7 @@ impl Hook {
     /// `enum bpf_attach_type` of linux/bpf.h.
     pub(super) const fn attach_type(self) -> u32 {
         match self {
-            Self::Shortcut | Self::Established => 3,
+            Self::Established => 3,
             Self::Connect4 => 10,
             Self::Connect6 => 11,
             Self::Getpeername4 => 29,

@@ -24,7 +24,6 @@ use super::Hook;
 enum Command {
     ObjPin = 6,
     ObjGet = 7,
-    ProgAttach = 8,
     ObjGetInfoByFd = 15,
     LinkCreate = 28,
     LinkUpdate = 29,
@@ -220,19 +219,6 @@ impl AsFd for Link {
     }
 }
 
-/// Attaches a program to the sockets of a map (`BPF_SK_MSG_VERDICT`), in the place of what was
-/// attached before, for as long as the map lives. Links to maps of sockets are younger (Linux 6.10).
-pub(super) fn attach_to_sockets(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<()> {
-    const SK_MSG_VERDICT: u32 = 7;
-    let attr = ProgAttachAttr {
-        target: map.as_raw_fd(),
-        program: program.as_raw_fd(),
-        attach_type: SK_MSG_VERDICT,
-        flags: 0,
-    };
-    bpf(Command::ProgAttach, &attr).map(drop)
-}
-
 /// Removes a pin; that there is none is fine.
 pub(super) fn remove_pin(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
@@ -271,16 +257,6 @@ struct LinkCreateAttr {
 }
 // SAFETY: no addresses.
 unsafe impl Attr for LinkCreateAttr {}
-
-#[repr(C)]
-struct ProgAttachAttr {
-    target: RawFd,
-    program: RawFd,
-    attach_type: u32,
-    flags: u32,
-}
-// SAFETY: no addresses.
-unsafe impl Attr for ProgAttachAttr {}
 
 #[repr(C)]
 struct LinkUpdateAttr {

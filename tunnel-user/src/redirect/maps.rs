@@ -4,7 +4,7 @@ use std::path::Path;
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SkStorage},
     sys::SyscallError,
 };
 use tunnel_ebpf_common::{Attachment, Flow, FlowKey, Heartbeat, PortSet, Prefix};
@@ -25,17 +25,6 @@ pub(super) const NAMES: [&str; 9] = [
     "ROUTES",
 ];
 
-/// Every map of the shortcut's object; the first two are the redirect's.
-pub(super) const SHORTCUT_NAMES: [&str; 7] = [
-    "ATTACHMENTS",
-    "ORIGINS",
-    "SHORTCUT_READ",
-    "SHORTCUT_READERS",
-    "SHORTCUT_TAKEN",
-    "SHORTCUT_WRITERS",
-    "SHORTCUT_WRITTEN",
-];
-
 /// Attachments by number.
 pub(super) type Attachments = HashMap<MapData, u32, Attachment>;
 /// Captured prefixes.
@@ -50,13 +39,6 @@ pub(super) type Listeners = SkStorage<MapData, u32>;
 pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
 /// Counters by attachment and kind.
 pub(super) type CounterMap = PerCpuArray<MapData, u64>;
-
-/// Our ends of shortcuts.
-pub(super) type ShortcutReaders = SockHash<MapData, FlowKey>;
-/// The clients' ends.
-pub(super) type ShortcutWriters = SockHash<MapData, FlowKey>;
-/// Bytes, by connection.
-pub(super) type ShortcutCounts = HashMap<MapData, FlowKey, u64>;
 
 pub(super) fn attachments(pin: &Pin, access: Access) -> Result<Attachments, RedirectError> {
     open(pin, "ATTACHMENTS", access)
@@ -86,25 +68,9 @@ pub(super) fn counters(pin: &Pin, access: Access) -> Result<CounterMap, Redirect
     open(pin, "COUNTERS", access)
 }
 
-pub(super) fn shortcut_readers(pin: &Pin) -> Result<ShortcutReaders, RedirectError> {
-    open(pin, "SHORTCUT_READERS", Access::Write)
-}
-
-pub(super) fn shortcut_writers(pin: &Pin) -> Result<ShortcutWriters, RedirectError> {
-    open(pin, "SHORTCUT_WRITERS", Access::Write)
-}
-
-pub(super) fn shortcut_read(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
-    open(pin, "SHORTCUT_READ", Access::Write)
-}
-
-pub(super) fn shortcut_taken(pin: &Pin) -> Result<ShortcutCounts, RedirectError> {
-    open(pin, "SHORTCUT_TAKEN", Access::Write)
-}
-
 /// What a server without capabilities does with the maps, where it may use them
 /// ([`super::Redirect::shared_with`]). It can't change what is captured, nor where that goes.
-pub(super) const SHARED: [(&str, Access); 10] = [
+pub(super) const SHARED: [(&str, Access); 7] = [
     ("ATTACHMENTS", Access::Read),
     ("CAPTURES", Access::Read),
     ("COUNTERS", Access::Read),
@@ -112,9 +78,6 @@ pub(super) const SHARED: [(&str, Access); 10] = [
     ("HEARTBEATS", Access::Write),
     ("LISTENERS", Access::Write),
     ("ROUTES", Access::Write),
-    ("SHORTCUT_READ", Access::Write),
-    ("SHORTCUT_READERS", Access::Write),
-    ("SHORTCUT_TAKEN", Access::Write),
 ];
 
 /// Opens a pinned map. That its keys and values have our sizes is checked.

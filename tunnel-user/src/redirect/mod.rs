@@ -9,6 +9,8 @@
 //! PIN/links/ATTACHMENT/cgroup  the number of that cgroup
 //! ```
 //!
+//! Earlier versions pinned more, which goes when an attachment is attached again or detached (`retired`).
+//!
 //! Invariants:
 //! * What is pinned outlives this process: while the connector is away, captured connections are
 //!   refused (or pass, where the attachment fails open); none slips through meanwhile.
@@ -38,9 +40,9 @@ mod object;
 mod pin;
 mod prefix;
 mod program;
+mod retired;
 mod routes;
 mod settings;
-mod shortcut;
 mod spec;
 mod status;
 mod survey;
@@ -58,7 +60,7 @@ pub use netns::{cookie, within};
 pub use object::object;
 pub use program::Refusal;
 pub use routes::Routes;
-pub use shortcut::{SHORTCUT_BYTES, Shortcut, Shortcuts};
+pub use settings::CAPTURE_SET;
 pub use spec::{AttachmentSpec, FailMode, Rule, tenant_number};
 pub use status::{LinkState, Status};
 pub use survey::Found;
@@ -162,6 +164,20 @@ impl Redirect {
         attachment::detach(&self.pin, name)
     }
 
+    /// Removes the maps that earlier versions pinned and this one does not use, unless an attachment of
+    /// theirs does. Attaching and detaching do so too.
+    ///
+    /// # Errors
+    ///
+    /// When one can't be removed.
+    pub fn remove_retired_maps(&self) -> Result<(), RedirectError> {
+        if !self.pin.exists() {
+            return Ok(());
+        }
+        let _lock = self.pin.lock()?;
+        retired::remove_maps(&self.pin)
+    }
+
     /// Every attachment of this program that can be seen: those on this BPF file system, in whatever
     /// pin directory, and with CAP_SYS_ADMIN all others.
     pub fn survey(&self) -> Vec<Found> {
@@ -215,11 +231,6 @@ impl Redirect {
         Flows::open(&self.pin, name)
     }
 
-    /// The shortcuts of an attachment that has them.
-    pub fn shortcuts(&self, name: &str) -> Result<Shortcuts, RedirectError> {
-        Shortcuts::open(&self.pin, name)
-    }
-
     /// The sign of life of an attachment's connector.
     pub fn heartbeat(&self, name: &str) -> Result<Heartbeat, RedirectError> {
         Heartbeat::open(&self.pin, name)
@@ -269,6 +280,5 @@ mod tests {
         is_send::<Flows>();
         is_send::<Heartbeat>();
         is_send::<Routes>();
-        is_send::<Shortcuts>();
     }
 }

@@ -6,16 +6,6 @@ static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("CPC_EBPF_O
 #[cfg(not(ebpf_object))]
 static OBJECT: Option<&[u8]> = None;
 
-#[cfg(ebpf_object)]
-static SHORTCUT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("CPC_EBPF_SHORTCUT_PATH")));
-#[cfg(not(ebpf_object))]
-static SHORTCUT: Option<&[u8]> = None;
-
-/// The programs of the shortcut, as [`object`].
-pub(super) fn shortcut() -> Option<&'static [u8]> {
-    SHORTCUT
-}
-
 /// The kernel programs (an ELF object), or `None` in a build that was made without them.
 pub fn object() -> Option<&'static [u8]> {
     OBJECT

@@ -68,6 +68,13 @@ impl Pin {
         self.path.join("links").join(attachment)
     }
 
+    /// Lists the directories of links, one for each attachment that has been linked or is about to be.
+    pub(super) fn all_links(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.path.join("links"));
+        let paths = entries.into_iter().flatten().flatten();
+        paths.map(|entry| entry.path()).collect()
+    }
+
     /// Where a link is pinned.
     pub(super) fn link(&self, attachment: &str, hook: Hook) -> PathBuf {
         self.links(attachment).join(hook.name())
@@ -123,12 +130,7 @@ impl Pin {
                 Access::Read => 0o640,
                 Access::Write => 0o660,
             };
-            match give(&self.map(name), mode) {
-                // The shortcut's, where no attachment has it.
-                Err(RedirectError::Pin { source, .. })
-                    if source.kind() == io::ErrorKind::NotFound => {}
-                given => given?,
-            }
+            give(&self.map(name), mode)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use aya::{
 };
 use serde::Serialize;
 
-use super::{Hook, RedirectError, maps, object::object, pin::Pin, shortcut};
+use super::{Hook, RedirectError, maps, object::object, pin::Pin};
 
 /// What the caller of connect(2) sees of a refusal; depends on the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -34,19 +34,13 @@ impl Programs {
         pin: &Pin,
         attachment: u32,
         refusal: Option<Refusal>,
-        with_shortcut: bool,
     ) -> Result<Self, RedirectError> {
-        let mut programs = match refusal {
+        match refusal {
             Some(refusal) => Self::load_as(pin, attachment, refusal),
             // Whether the helper may be called shows only when a program that does is loaded.
             None => Self::load_as(pin, attachment, Refusal::Errno)
                 .or_else(|_| Self::load_as(pin, attachment, Refusal::Reset)),
-        }?;
-        if with_shortcut {
-            let program = shortcut::load(pin, attachment)?;
-            programs.fds.insert(0, (Hook::Shortcut, program));
         }
-        Ok(programs)
     }
 
     fn load_as(pin: &Pin, attachment: u32, refusal: Refusal) -> Result<Self, RedirectError> {
@@ -63,7 +57,7 @@ impl Programs {
         let mut ebpf = loader
             .load(object)
             .map_err(|error| RedirectError::Prepare(Box::new(error)))?;
-        let fds = Hook::REQUIRED
+        let fds = Hook::ALL
             .into_iter()
             .map(|hook| Ok((hook, load(&mut ebpf, hook)?)))
             .collect::<Result<_, RedirectError>>()?;
@@ -73,11 +67,6 @@ impl Programs {
     /// The programs in the order of attaching.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Hook, &OwnedFd)> {
         self.fds.iter().map(|(hook, fd)| (*hook, fd))
-    }
-
-    /// Whether there is one for this hook.
-    pub(super) fn has(&self, hook: Hook) -> bool {
-        self.fds.iter().any(|(there, _)| *there == hook)
     }
 
     /// How they refuse.
@@ -96,7 +85,7 @@ fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<OwnedFd, RedirectError> {
 }
 
 /// An error about a program that was not loaded. The verifier's log can be 50 KB long; its end says why.
-pub(super) fn refused(name: &'static str, error: &ProgramError) -> RedirectError {
+fn refused(name: &'static str, error: &ProgramError) -> RedirectError {
     let why = match error {
         ProgramError::LoadError {
             io_error,

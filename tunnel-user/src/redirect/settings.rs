@@ -14,8 +14,11 @@ use super::{
     maps::{self, Access, failed},
     netns,
     pin::Pin,
-    prefix, spec,
+    prefix, retired, spec,
 };
+
+/// Names the capture set in what [`compare`] returns.
+pub const CAPTURE_SET: &str = "capture set";
 
 /// The number that an attachment of this name has, or would get: the lowest free one.
 ///
@@ -71,12 +74,10 @@ pub(super) fn compare(
     let wanted = entry(spec, netns)?;
     let endpoints = |entry: &Attachment| (entry.listener4, entry.listener6);
     let fails = |entry: &Attachment| entry.flags & flags::FAIL_OPEN;
-    let shortcut = |entry: &Attachment| entry.flags & flags::SHORTCUT;
     for (what, differs) in [
         ("network namespace", there.netns != wanted.netns),
         ("tenant", there.tenant != wanted.tenant),
         ("listen", endpoints(&there) != endpoints(&wanted)),
-        ("shortcut", shortcut(&there) != shortcut(&wanted)),
     ] {
         if differs {
             let name = spec.name.clone();
@@ -87,11 +88,14 @@ pub(super) fn compare(
     if fails(&there) != fails(&wanted) {
         differs.push("fail");
     }
+    if retired::is_attached(pin, &spec.name) {
+        differs.push("shortcut (removed)");
+    }
     if let Some((_, own)) = now {
         let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
         let captures = maps::captures(pin, Access::Read)?;
         if prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))? != table {
-            differs.push("capture set");
+            differs.push(CAPTURE_SET);
         }
     }
     Ok(differs)
@@ -101,7 +105,10 @@ fn entry(spec: &AttachmentSpec, netns: u64) -> Result<Attachment, RedirectError>
     Ok(Attachment {
         netns,
         tenant: spec.tenant,
-        flags: flags(spec),
+        flags: match spec.fail {
+            FailMode::Open => flags::FAIL_OPEN,
+            FailMode::Closed => 0,
+        },
         listener4: spec.listen4.map_or(Endpoint::NONE, |listen| {
             Endpoint::from(std::net::SocketAddr::V4(listen))
         }),
@@ -110,12 +117,6 @@ fn entry(spec: &AttachmentSpec, netns: u64) -> Result<Attachment, RedirectError>
         }),
         name: spec::padded(&spec.name)?,
     })
-}
-
-fn flags(spec: &AttachmentSpec) -> u32 {
-    let open = (spec.fail == FailMode::Open).then_some(flags::FAIL_OPEN);
-    let shortcut = spec.shortcut.then_some(flags::SHORTCUT);
-    open.unwrap_or(0) | shortcut.unwrap_or(0)
 }
 
 /// Forgets what was written. The programs must be detached already.

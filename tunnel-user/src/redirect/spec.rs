@@ -57,8 +57,6 @@ pub struct AttachmentSpec {
     pub exclude: Vec<Rule>,
     /// What happens while the connector is away.
     pub fail: FailMode,
-    /// Whether clients' bytes may go past TCP on loopback: see [`super::Shortcuts`].
-    pub shortcut: bool,
 }
 
 impl AttachmentSpec {
@@ -179,7 +177,6 @@ mod tests {
             capture: Vec::new(),
             exclude: Vec::new(),
             fail: FailMode::Closed,
-            shortcut: false,
         }
     }
 

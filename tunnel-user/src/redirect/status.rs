@@ -61,8 +61,6 @@ pub struct Status {
     pub listeners: Vec<SocketAddr>,
     /// What happens while the connector is away.
     pub fail: FailMode,
-    /// Whether clients' bytes go past TCP on loopback.
-    pub shortcut: bool,
     /// Prefixes in the compiled capture set.
     pub prefixes: usize,
     /// Milliseconds since the connector's last sign of life; `None`: it never gave one, or said
@@ -119,11 +117,10 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
         } else {
             FailMode::Closed
         },
-        shortcut: attachment.flags & flags::SHORTCUT != 0,
         prefixes: captures.len(),
         heartbeat_age_ms: (heartbeat.at != 0)
             .then(|| monotonic_ns().saturating_sub(heartbeat.at) / 1_000_000),
-        links: links(pin, &name, attachment)?,
+        links: links(pin, &name)?,
         counters: counted
             .into_iter()
             .map(|(counter, n)| (Counter::label(counter), n))
@@ -134,8 +131,8 @@ fn one(pin: &Pin, id: u32, attachment: &Attachment) -> Result<Status, RedirectEr
 
 /// See [`super::Redirect::verify`].
 pub(super) fn verify(pin: &Pin, name: &str, cgroup: u64) -> Result<(), RedirectError> {
-    let (_, attachment) = maps::attached(pin, name)?;
-    for (hook, state) in links(pin, name, &attachment)? {
+    maps::attached(pin, name)?;
+    for (hook, state) in links(pin, name)? {
         let is_there = match state {
             LinkState::Attached { cgroup: there, .. } => there == cgroup,
             LinkState::Hidden => true,
@@ -155,12 +152,7 @@ pub(super) fn verify(pin: &Pin, name: &str, cgroup: u64) -> Result<(), RedirectE
     }
 }
 
-fn links(
-    pin: &Pin,
-    name: &str,
-    attachment: &Attachment,
-) -> Result<BTreeMap<&'static str, LinkState>, RedirectError> {
-    let wanted = |hook: &Hook| *hook != Hook::Shortcut || attachment.flags & flags::SHORTCUT != 0;
+fn links(pin: &Pin, name: &str) -> Result<BTreeMap<&'static str, LinkState>, RedirectError> {
     let state = |hook: Hook| {
         let path = pin.link(name, hook);
         let info = Link::open(&path).and_then(|link| link.map(|link| link.info()).transpose());
@@ -176,5 +168,5 @@ fn links(
         };
         Ok((hook.name(), state))
     };
-    Hook::ALL.into_iter().filter(wanted).map(state).collect()
+    Hook::ALL.into_iter().map(state).collect()
 }

@@ -20,7 +20,7 @@ use super::{
     link::{Link, remove_pin},
     maps,
     pin::{Pin, failed},
-    spec,
+    retired, spec,
 };
 
 /// How an attachment is called that no pin here names.
@@ -139,6 +139,7 @@ pub(super) fn detach_all(pin: &Pin) -> Result<Vec<Found>, RedirectError> {
                 }
                 remove_pin(&path).map_err(|error| failed(&path, error))?;
             }
+            retired::remove_link(&pin, &name)?;
         }
         for name in names(pin.path()).iter().filter(|name| is_ours(name)) {
             let path = pin.path().join(name);

@@ -21,7 +21,7 @@ use crate::process::listen::is_family_missing;
 use crate::process::privileges::{self, CapabilitySet};
 use crate::redirect::{
     self, AddressWatch, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
-    RedirectError, Routes, Shortcuts, Verdict, tenant_number,
+    RedirectError, Routes, Verdict, tenant_number,
 };
 use crate::report::report;
 use crate::server::frontend::Scope;
@@ -77,8 +77,6 @@ pub(super) struct Accepting {
     pub listeners: Vec<TcpListener>,
     /// What they had wanted.
     pub flows: Flows,
-    /// Their way past TCP on loopback, where it is wanted.
-    pub shortcuts: Option<Shortcuts>,
     /// Our sign of life.
     pub heartbeat: Heartbeat,
     /// Whether the service manager keeps the listeners open when we leave.
@@ -158,7 +156,6 @@ pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
             FailMode::Closed => redirect::FailMode::Closed,
             FailMode::Open => redirect::FailMode::Open,
         },
-        shortcut: config.shortcut,
     }
 }
 
@@ -199,18 +196,6 @@ impl Attachments {
             }
             heartbeat.beat().map_err(failed)?;
             let flows = redirect.flows(name).map_err(failed)?;
-            let shortcuts = attachment
-                .shortcut
-                .then(|| redirect.shortcuts(name).map_err(failed))
-                .transpose()?;
-            if attachment.shortcut {
-                tracing::warn!(
-                    attachment = name,
-                    "the shortcut past TCP on loopback is on: it breaks programs that read from \
-                     blocking sockets or have TLS in the kernel (kTLS), and hides bytes from \
-                     tcpdump and ss"
-                );
-            }
             running.link(&redirect, &names).map_err(failed)?;
             health.add(name);
             attached.push(running);
@@ -220,7 +205,6 @@ impl Attachments {
                 scope,
                 listeners,
                 flows,
-                shortcuts,
                 heartbeat,
                 listeners_kept,
             });
@@ -498,7 +482,8 @@ impl Running {
                 // A process that stays (`cpc redirect attach --stay`) does it about now.
                 None => {
                     thread::sleep(PATIENCE);
-                    redirect.compare(&spec).map(|differs| !differs.is_empty())
+                    let differs = redirect.compare(&spec);
+                    differs.map(|differs| differs.contains(&redirect::CAPTURE_SET))
                 }
             };
             match (followed, &kernel) {

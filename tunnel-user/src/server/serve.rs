@@ -2,7 +2,6 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -144,19 +143,12 @@ fn open(start: Start) -> Result<Open, ServerError> {
         scope,
         listeners,
         flows,
-        shortcuts,
         heartbeat,
         listeners_kept,
     } in start.listeners.accepting
     {
         let flows = flows.into();
-        let shortcuts = shortcuts.map(|shortcuts| Arc::new(Mutex::new(shortcuts)));
-        let attachment = Rc::new(redirect::Attachment {
-            name,
-            scope,
-            flows,
-            shortcuts,
-        });
+        let attachment = Rc::new(redirect::Attachment { name, scope, flows });
         let mut prepared = Vec::new();
         for listener in listeners {
             prepare_listener(&listener)?;

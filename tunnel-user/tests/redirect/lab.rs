@@ -121,7 +121,6 @@ impl Lab {
             capture: vec![rule("10.99.0.0/16"), rule("fd99::/64")],
             exclude: Vec::new(),
             fail: FailMode::Closed,
-            shortcut: false,
         }
     }
 }

@@ -14,7 +14,7 @@ mod lab;
 mod lifetime;
 mod origin;
 mod refusal;
-mod shortcut;
+mod retired;
 mod survey;
 
 use std::{

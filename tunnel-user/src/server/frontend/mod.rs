@@ -8,7 +8,6 @@ mod http_connect;
 pub(super) mod listener;
 pub(super) mod redirect;
 pub(super) mod scope;
-mod shortcut;
 mod tls;
 pub(super) mod unix;
 

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,12 +13,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tunnel_proto::preface::Destination;
 
 use super::client::{Client, Manner};
-use super::shortcut::ShortcutSocket;
 use super::{Scope, admit};
 use crate::datapath::Socket;
 use crate::datapath::socket::Portable;
 use crate::process::descriptors::after_failed_accept;
-use crate::redirect::{Flows, Heartbeat, Shortcuts};
+use crate::redirect::{Flows, Heartbeat};
 use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::{Admitted, Dialling, Shard};
@@ -33,8 +32,6 @@ pub(crate) struct Attachment {
     pub scope: Arc<Scope>,
     /// Where origins are looked up.
     pub flows: RefCell<Flows>,
-    /// Their way past TCP on loopback, where it is wanted.
-    pub shortcuts: Option<Arc<Mutex<Shortcuts>>>,
 }
 
 /// Twice a second, well below the 3 s after which the kernel takes us for stuck.
@@ -112,16 +109,6 @@ fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client
     record.client = Some(client);
     let Ok(admitted) = admit(shard, &attachment.scope, &record) else {
         return;
-    };
-    let socket = match &attachment.shortcuts {
-        None => socket,
-        Some(shortcuts) => match ShortcutSocket::open(socket, client, shortcuts) {
-            Ok(socket) => return serve(shard, attachment, record, admitted, socket),
-            Err((socket, error)) => {
-                tracing::debug!(%client, %error, "no shortcut for this connection");
-                socket
-            }
-        },
     };
     match Socket::new(socket) {
         Ok(socket) => serve(shard, attachment, record, admitted, socket),
