@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::process::gate::{Entered, Gate};
+
 /// Tunnels by shard, those on their way included. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Loads(Arc<[AtomicUsize]>);
@@ -12,6 +14,20 @@ pub(super) struct Loads(Arc<[AtomicUsize]>);
 pub(super) struct Counted {
     loads: Loads,
     shard: usize,
+}
+
+/// A newcomer that was sent to another shard, where it counts until this is dropped.
+#[derive(Debug)]
+pub(super) struct Moved {
+    counted: Counted,
+    _under_way: Entered,
+}
+
+impl Moved {
+    /// The shard that it was sent to.
+    pub(super) fn shard(&self) -> usize {
+        self.counted.shard
+    }
 }
 
 impl Loads {
@@ -31,8 +47,17 @@ impl Loads {
         }
     }
 
-    /// The shard with the fewest tunnels, if it has fewer than `shard`.
-    pub(super) fn lighter(&self, shard: usize) -> Option<usize> {
+    /// Sends a newcomer from `shard` to the one with the fewest tunnels, if that has fewer, and counts it
+    /// there. `under_way` bounds those that were sent and have not come: beyond it newcomers stay.
+    pub(super) fn move_from(&self, shard: usize, under_way: &Gate) -> Option<Moved> {
+        let at = self.lighter(shard)?;
+        Some(Moved {
+            _under_way: under_way.enter()?,
+            counted: self.enter(at),
+        })
+    }
+
+    fn lighter(&self, shard: usize) -> Option<usize> {
         let load = |of: &AtomicUsize| of.load(Ordering::Relaxed);
         let own = load(self.0.get(shard)?);
         let loads = self.0.iter().map(load).enumerate();
@@ -68,6 +93,25 @@ mod tests {
                 assert!(apart <= 1, "{each:?} after {n} of {arrivals:?}");
             }
         }
+    }
+
+    /// Newcomers come to the shard that they were sent to a round trip later.
+    #[test]
+    fn newcomers_that_arrive_at_once_are_spread_up_to_a_bound() {
+        let (loads, under_way) = (Loads::new(4), Gate::new(40));
+        let here: Vec<_> = (0..40).map(|_| loads.enter(0)).collect();
+        let mut moved: Vec<_> = (0..30)
+            .map(|_| loads.move_from(0, &under_way).unwrap())
+            .collect();
+        for shard in 1..4 {
+            assert_eq!(moved.iter().filter(|it| it.shard() == shard).count(), 10);
+        }
+        moved.extend((0..10).map(|_| loads.move_from(0, &under_way).unwrap()));
+        assert!(loads.move_from(0, &under_way).is_none(), "the bound");
+        drop(moved);
+        assert_eq!(loads.move_from(0, &under_way).unwrap().shard(), 1);
+        drop(here);
+        assert!(loads.move_from(0, &under_way).is_none(), "all are alike");
     }
 
     #[test]

@@ -11,11 +11,12 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
 
 use super::{QuicLink, session};
+use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
 use crate::process::sources::{Crowded, Place, Verdict};
 use crate::server::doorstep::Why;
 use crate::server::limits::Limit;
-use crate::server::loads::Counted;
+use crate::server::loads::{Counted, Moved};
 use crate::server::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events::{self as audit, Listener};
@@ -32,8 +33,12 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A newcomer that was sent to another shard counts there for so long: it comes within a round trip.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
+/// Newcomers that count on other shards at once: first packets from forged addresses are among them.
+const MAX_ON_THEIR_WAY: usize = 1024;
+
 /// Accepts tunnels for ever.
 pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
+    let moving = Gate::new(MAX_ON_THEIR_WAY);
     while let Some(incoming) = endpoint.accept().await {
         if *shard.phase.borrow() == Phase::Ended {
             // Agents look elsewhere, and here again for our successor.
@@ -42,17 +47,8 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
         }
         let remote = incoming.remote_address();
         match shard.door.judge(remote.ip(), !incoming.may_retry()) {
-            Verdict::Enter(place) => match elsewhere(&shard, &incoming) {
-                Some(at) => {
-                    shard.metrics.handshakes_moved.inc();
-                    let coming = (place, shard.loads.enter(at));
-                    // The next one takes note of it.
-                    tokio::task::spawn_local(async move {
-                        sleep(ON_ITS_WAY).await;
-                        drop(coming);
-                    });
-                    incoming.retry(number(at));
-                }
+            Verdict::Enter(place) => match elsewhere(&shard, &incoming, &moving) {
+                Some(moved) => send_on(&shard, incoming, moved, Some(place)),
                 None => {
                     place.charge(Instant::now());
                     let counted = shard.loads.enter(shard.index);
@@ -62,8 +58,10 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
             // By a Retry (RFC 9000 section 8.1.2).
             Verdict::Prove => {
                 shard.metrics.handshakes_retried.inc();
-                let at = elsewhere(&shard, &incoming).unwrap_or(shard.index);
-                incoming.retry(number(at));
+                match elsewhere(&shard, &incoming, &moving) {
+                    Some(moved) => send_on(&shard, incoming, moved, None),
+                    None => incoming.retry(number(shard.index)),
+                }
             }
             Verdict::Refuse(why) => {
                 if why == Crowded::Full {
@@ -77,10 +75,21 @@ pub(in crate::server) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     }
 }
 
-/// The shard that a newcomer is sent to, where that has fewer tunnels than this one.
-fn elsewhere(shard: &Shard, incoming: &Incoming) -> Option<usize> {
+/// Has a newcomer count on the shard that it is sent to, where that has fewer tunnels than this one.
+fn elsewhere(shard: &Shard, incoming: &Incoming, moving: &Gate) -> Option<Moved> {
     let movable = incoming.may_retry() && !incoming.is_placed();
-    movable.then(|| shard.loads.lighter(shard.index)).flatten()
+    let from = movable.then_some(shard.index)?;
+    shard.loads.move_from(from, moving)
+}
+
+/// Sends a newcomer to another shard by a Retry. The next one takes note of it until it has come.
+fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<Place>) {
+    shard.metrics.handshakes_moved.inc();
+    incoming.retry(number(moved.shard()));
+    tokio::task::spawn_local(async move {
+        sleep(ON_ITS_WAY).await;
+        drop((moved, place));
+    });
 }
 
 /// A shard as connection ids name it.
