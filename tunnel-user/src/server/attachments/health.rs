@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::redirect::{AttachmentSpec, Counter, Redirect, RedirectError};
 use crate::report::report;
@@ -24,6 +24,9 @@ const PATIENCE: u32 = 2;
 
 /// Connections in a row that are redirected and do not arrive, before they count as lost.
 const LOST: u64 = 5;
+
+/// Connections count as lost until none was lost for so long.
+const QUIET: Duration = Duration::from_secs(600);
 
 /// What keeps each attachment from being in place, if something does.
 #[derive(Clone, Debug, Default)]
@@ -211,7 +214,8 @@ impl Watched {
         let fault = failed.or_else(|| self.look.fault(survey));
         let lost = || {
             let (redirected, established) = self.look.counted().ok()?;
-            self.arrivals.observe(redirected, established)
+            self.arrivals
+                .observe(redirected, established, Instant::now())
         };
         health.set(&self.look.spec.name, fault.or_else(lost), "again");
     }
@@ -222,20 +226,28 @@ impl Watched {
 #[derive(Debug, Default)]
 struct Arrivals {
     established: u64,
-    /// How many had been redirected when one was last established.
-    redirected: Option<u64>,
+    redirected: u64,
+    /// How many had been redirected when one was last established, or none had been lost for [`QUIET`].
+    base: Option<u64>,
+    /// When there was a further one that was redirected.
+    last: Option<Instant>,
     /// Whether enough were missing at the last look: they may have been on their way.
     suspected: bool,
 }
 
 impl Arrivals {
-    /// Takes in how many there were of each. Says what is wrong when none arrives.
-    fn observe(&mut self, redirected: u64, established: u64) -> Option<String> {
-        let base = match self.redirected {
-            Some(base) if established == self.established => base,
-            _ => *self.redirected.insert(redirected),
+    /// Takes in how many there were of each by `now`. Says what is wrong when none arrives.
+    fn observe(&mut self, redirected: u64, established: u64, now: Instant) -> Option<String> {
+        let last = match self.last {
+            Some(last) if redirected == self.redirected => last,
+            _ => *self.last.insert(now),
         };
-        self.established = established;
+        let is_quiet = now.saturating_duration_since(last) >= QUIET;
+        let base = match self.base {
+            Some(base) if established == self.established && !is_quiet => base,
+            _ => *self.base.insert(redirected),
+        };
+        (self.established, self.redirected) = (established, redirected);
         let lost = redirected.saturating_sub(base);
         let suspected = std::mem::replace(&mut self.suspected, lost >= LOST);
         (suspected && self.suspected).then(|| {
@@ -253,20 +265,43 @@ mod tests {
 
     #[test]
     fn connections_that_never_arrive_are_noticed_and_so_is_the_next_that_does() {
-        let mut arrivals = Arrivals::default();
+        let (mut arrivals, now) = (Arrivals::default(), Instant::now());
         assert_eq!(
-            arrivals.observe(100, 90),
+            arrivals.observe(100, 90, now),
             None,
             "those before the start do not count"
         );
-        assert_eq!(arrivals.observe(104, 90), None);
-        assert_eq!(arrivals.observe(104, 90), None, "few");
-        assert_eq!(arrivals.observe(105, 90), None, "on their way, perhaps");
-        let why = arrivals.observe(105, 90).unwrap();
+        assert_eq!(arrivals.observe(104, 90, now), None);
+        assert_eq!(arrivals.observe(104, 90, now), None, "few");
+        assert_eq!(
+            arrivals.observe(105, 90, now),
+            None,
+            "on their way, perhaps"
+        );
+        let why = arrivals.observe(105, 90, now).unwrap();
         assert!(why.starts_with("5 connections were redirected"), "{why}");
-        assert!(arrivals.observe(120, 90).is_some());
-        assert_eq!(arrivals.observe(121, 91), None);
-        assert_eq!(arrivals.observe(121, 91), None);
+        assert!(arrivals.observe(120, 90, now).is_some());
+        assert_eq!(arrivals.observe(121, 91, now), None);
+        assert_eq!(arrivals.observe(121, 91, now), None);
+    }
+
+    #[test]
+    fn what_was_lost_is_over_once_nothing_is_lost_any_more() {
+        let (mut arrivals, start) = (Arrivals::default(), Instant::now());
+        let mut lost = |redirected, after| {
+            let observed = arrivals.observe(redirected, 90, start + after);
+            observed.is_some()
+        };
+        let second = Duration::from_secs(1);
+        assert!(!lost(100, Duration::ZERO));
+        assert!(!lost(105, second));
+        assert!(lost(105, QUIET));
+        assert!(lost(106, QUIET + second), "one more");
+        assert!(lost(106, 2 * QUIET));
+        assert!(!lost(106, 2 * QUIET + second), "quiet for long enough");
+        assert!(!lost(106, 2 * QUIET + 3 * second));
+        assert!(!lost(111, 3 * QUIET));
+        assert!(lost(111, 3 * QUIET + second), "again");
     }
 
     #[test]
