@@ -4,10 +4,11 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 
 use crate::config::frontend::UnixFrontend;
@@ -39,14 +40,14 @@ pub(super) enum Fate {
 }
 
 /// Makes the socket of a Unix frontend. One left by a process that is gone is replaced; one that
-/// answers is not, unless it is to be taken over.
+/// answers is not, unless it is to be taken over. Waits for no other process.
 ///
 /// # Errors
 /// What the system says.
 pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
     let path = &config.unix;
     if fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        if !config.takeover && UnixStream::connect(path).is_ok() {
+        if !config.takeover && is_served(path) {
             let text = format!("{} is served by another process", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
         }
@@ -66,6 +67,18 @@ pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener
         is_inherited: false,
     };
     Ok((listener, file))
+}
+
+/// Whether a process listens behind a socket. One whose backlog is full does, and is not waited for.
+fn is_served(path: &Path) -> bool {
+    let connected = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    match connected() {
+        Ok(()) => true,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
 }
 
 /// Sets a socket's mode. Who owns its directory may have put a link in its place since.
@@ -164,6 +177,8 @@ impl Drop for SocketFile {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::config::frontend::Answers;
 
@@ -192,6 +207,21 @@ mod tests {
         drop(listener);
         let (_successor, theirs) = bind(&config).unwrap();
         assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
+    }
+
+    /// Whoever connects to it would wait for a place.
+    #[test]
+    fn a_socket_whose_backlog_is_full_is_left_alone_at_once() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let stuck = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        stuck.bind(&SockAddr::unix(&config.unix).unwrap()).unwrap();
+        stuck.listen(0).unwrap();
+        let _waits = UnixStream::connect(&config.unix).unwrap();
+        let refused = bind(&config).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop(stuck);
+        bind(&config).unwrap();
     }
 
     #[test]
