@@ -1,7 +1,8 @@
 //! What the clock says, and what may be believed of it.
 //!
 //! A clock may be ahead for seconds: a wrong time source, a virtual machine that comes back. So nothing
-//! counts as over, and nothing is forgotten, because of a clock that has just been set.
+//! counts as over, and nothing is forgotten, because of a clock that has just been set. Nor because of one
+//! that was ahead when the server started: the last settled time is on record.
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -15,6 +16,9 @@ const BELIEVED_AFTER: Duration = Duration::from_secs(3600);
 
 /// What is over is forgotten once the clock has been right for so long.
 const STEADY: Duration = Duration::from_secs(24 * 3600);
+
+/// How far ahead of the last settled time a clock is at a start after an ordinary absence.
+const FAR: Duration = Duration::from_secs(24 * 3600);
 
 /// Clocks of two hosts, or of one at two times, may differ by so much.
 pub const SKEW: Duration = Duration::from_secs(300);
@@ -65,13 +69,28 @@ impl fmt::Display for Step {
 #[derive(Debug)]
 pub struct Clock(Mutex<Watch>);
 
-impl Default for Clock {
-    fn default() -> Self {
-        Self(Mutex::new(Watch::new(SystemTime::now(), Instant::now())))
-    }
-}
-
 impl Clock {
+    /// A clock of which an earlier process said last that it was `settled`. How long ago that was is not
+    /// known: one that is elsewhere by now counts as set, and that is logged.
+    pub fn resume(settled: Option<SystemTime>) -> Self {
+        let (watch, step) = Watch::resume(settled, SystemTime::now(), Instant::now());
+        match step {
+            None => {}
+            Some(Step::Ahead(by)) if by < FAR => tracing::info!(
+                "the last settled time on record is {} ago: certificates that ended since keep names and \
+                 addresses for another hour",
+                humantime::format_duration(Duration::from_secs(by.as_secs()))
+            ),
+            Some(step) => tracing::warn!(
+                %step,
+                "the clock of this host is far from the last settled time on record: it was set, or no server \
+                 ran for long. Join tokens end by it at once; certificates that end by it keep names and \
+                 addresses for another hour"
+            ),
+        }
+        Self(Mutex::new(watch))
+    }
+
     /// The time. A clock that was set is logged.
     pub fn read(&self) -> Time {
         let mut watch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,6 +122,21 @@ impl Watch {
             last: (now, at),
             set: None,
         }
+    }
+
+    /// Goes on from the time that was `settled` last, at the latest at `at`.
+    fn resume(settled: Option<SystemTime>, now: SystemTime, at: Instant) -> (Self, Option<Step>) {
+        let known = settled.map(|settled| (settled, at));
+        let Some((known, step)) = known.and_then(|known| Some((known, step(known, (now, at))?)))
+        else {
+            return (Self::new(now, at), None);
+        };
+        let watch = Self {
+            since: at,
+            last: known,
+            set: Some((now, at)),
+        };
+        (watch, Some(step))
     }
 
     fn look(&mut self, now: SystemTime, at: Instant) -> (Time, Option<Step>) {
@@ -191,6 +225,52 @@ mod tests {
         assert_eq!((time.settled, step), (wall + nearly, None));
         let (time, step) = watch.look(set + BELIEVED_AFTER, at + BELIEVED_AFTER);
         assert_eq!((time, step), (Time::of(set + BELIEVED_AFTER), None));
+    }
+
+    /// The clock was ahead before the server was there to see it step.
+    #[test]
+    fn a_clock_that_is_ahead_at_a_start_is_believed_when_it_stays_so() {
+        let (known, at) = start();
+        let ahead = known + 60 * DAY;
+        let (mut watch, step) = Watch::resume(Some(known), ahead, at);
+        assert_eq!(step, Some(Step::Ahead(60 * DAY)));
+        let (time, step) = watch.look(ahead + SECOND, at + SECOND);
+        assert_eq!((time.settled, step), (known + SECOND, None));
+        assert_eq!(time.now, ahead + SECOND);
+        let nearly = BELIEVED_AFTER - SECOND;
+        assert_eq!(
+            watch.look(ahead + nearly, at + nearly).0.settled,
+            known + nearly
+        );
+        let (time, step) = watch.look(ahead + BELIEVED_AFTER, at + BELIEVED_AFTER);
+        assert_eq!((time, step), (Time::of(ahead + BELIEVED_AFTER), None));
+
+        // Put right: so long no server ran.
+        let (mut watch, _) = Watch::resume(Some(known), ahead, at);
+        let right = known + DAY;
+        let (time, step) = watch.look(right, at + SECOND);
+        assert!(step.is_some() && time.settled == known + SECOND);
+        let (time, _) = watch.look(right + BELIEVED_AFTER, at + SECOND + BELIEVED_AFTER);
+        assert_eq!(time.settled, right + BELIEVED_AFTER);
+    }
+
+    #[test]
+    fn a_start_goes_by_the_clock_where_nothing_speaks_against_it() {
+        let (now, at) = start();
+        for settled in [
+            None,
+            Some(now),
+            Some(now - TOLERANCE),
+            Some(now + TOLERANCE),
+        ] {
+            let (mut watch, step) = Watch::resume(settled, now, at);
+            assert_eq!(step, None);
+            assert_eq!(watch.look(now, at), (Time::of(now), None));
+        }
+        // Behind what was settled: nothing ends by it.
+        let (mut watch, step) = Watch::resume(Some(now + DAY), now, at);
+        assert_eq!(step, Some(Step::Back(DAY)));
+        assert_eq!(watch.look(now, at).0.settled, now);
     }
 
     #[test]

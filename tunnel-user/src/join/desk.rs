@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
+use tokio::time::MissedTickBehavior;
 use tunnel_proto::certificate::{Answer, Issued, Join};
 
 use super::admit::{Admitted, Asked, Refused};
@@ -21,6 +22,7 @@ use super::token::Token;
 use super::{Book, BookError};
 use crate::kubernetes::node::{NodeError, Nodes};
 use crate::kubernetes::token::{ReviewError, TokenReviewer, claims, fingerprint::fingerprint};
+use crate::report::report;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::credential::validity;
 use crate::tls::identity::{self, Identity, IdentityError};
@@ -46,6 +48,9 @@ pub struct Pods {
     /// Which of them their nodes may join with.
     pub addresses: Vec<IpNet>,
 }
+
+/// The settled time on record is no older while a server runs.
+const TIME_KEPT_EVERY: Duration = Duration::from_secs(3600);
 
 /// Jobs at once. Most of a job is under the book's lock, so more of them would wait there, each on a thread.
 const MAX_JOBS: usize = 8;
@@ -269,6 +274,31 @@ impl Desk {
             }
             Err(error) => Err(told(&error, &name, None)),
         }
+    }
+
+    /// Writes the settled time into the book, at once and again and again, for the next start.
+    pub async fn keep_time(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(TIME_KEPT_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            if let Err(error) = self.apart(Self::note_time).await {
+                tracing::warn!(
+                    error = report(&error),
+                    "the time is not on record: the next start compares its clock with an earlier one"
+                );
+            }
+        }
+    }
+
+    fn note_time(&self) -> Result<(), DeskError> {
+        self.book.change(|pages| {
+            let settled = self.clock.read().settled;
+            let since = settled.duration_since(SystemTime::UNIX_EPOCH);
+            let seconds = since.unwrap_or_default().as_secs();
+            pages.settled = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+            Ok(())
+        })
     }
 
     /// Files and signatures hold up nothing else.

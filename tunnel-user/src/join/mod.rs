@@ -11,7 +11,7 @@
 //! holds is given away only by a token that names exactly it, or when that certificate is revoked, released,
 //! or its node gone from Kubernetes. A token's use is counted before the certificate leaves; the key that
 //! used it gets the same certificate when it asks again, since an answer can be lost. What was issued stays
-//! on record while it is valid. A clock that steps ends none of that: [`clock`].
+//! on record while it is valid. A clock that steps, or is ahead at a start, ends none of that: [`clock`].
 //!
 //! [`book`] keeps [`pages`], tokens and what was issued, in one file; [`admit`] decides, without I/O;
 //! [`desk`] asks both and the CA.

@@ -20,6 +20,10 @@ pub type Issued = BTreeMap<String, Vec<Holder>>;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Pages {
+    /// The last time that a server knew to be right, in whole seconds: the next start compares its clock
+    /// with it ([`super::clock`]).
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub settled: Option<SystemTime>,
     /// Tokens by their ids.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub tokens: BTreeMap<String, Ticket>,

@@ -72,15 +72,16 @@ pub(super) async fn desk(
         }
         None => None,
     };
+    let book = Book::open(&directory)?;
     Ok(Some(Arc::new(Desk {
-        book: Book::open(&directory)?,
+        clock: Clock::resume(book.read()?.settled),
+        book,
         ca: config.ca.clone(),
         validity: config.validity,
         material: material.clone(),
         revocations: material.revocations(),
         pods,
         metrics: JoinMetrics::default(),
-        clock: Clock::default(),
         jobs: Jobs::default(),
     })))
 }
@@ -130,6 +131,7 @@ pub(super) async fn serve(
 ) -> Result<(), ServerError> {
     let acceptor = acceptor(&desk.material).map_err(io::Error::other)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
+    tokio::spawn(desk.clone().keep_time());
     tokio::spawn(async move {
         loop {
             let (socket, remote) = match listener.accept().await {

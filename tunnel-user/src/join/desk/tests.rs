@@ -50,15 +50,16 @@ fn office(pods: Option<Pods>) -> Office {
 }
 
 fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Desk> {
+    let book = Book::open(&place.path().join("join")).unwrap();
     Arc::new(Desk {
-        book: Book::open(&place.path().join("join")).unwrap(),
+        clock: Clock::resume(book.read().unwrap().settled),
+        book,
         ca: place.path().join("ca"),
         validity: 30 * DAY,
         revocations: material.revocations(),
         material,
         pods,
         metrics: JoinMetrics::default(),
-        clock: Clock::default(),
         jobs: Jobs::default(),
     })
 }
@@ -471,6 +472,57 @@ async fn a_revoked_certificate_is_not_renewed() {
     let why = office.desk.renew(w1, Some(leaf), csr).await.unwrap_err();
     assert!(why.contains("has been revoked"), "{why}");
     assert_eq!(office.desk.book.read().unwrap(), before);
+}
+
+/// A server starts while its clock is ahead: by that a certificate is over, whose holder is there.
+#[tokio::test]
+async fn a_start_with_a_clock_that_is_ahead_gives_nothing_away() {
+    for (settled, is_kept) in [(Some(2 * DAY), true), (Some(DAY / 2), false), (None, false)] {
+        let office = office(None);
+        let now = SystemTime::now();
+        let holder = Holder {
+            addresses: vec!["10.99.0.7".parse().unwrap()],
+            key: "sha256:00".into(),
+            serial: "4A".into(),
+            since: now - 3 * DAY,
+            until: now - DAY,
+            token: "x".into(),
+        };
+        let put = office.desk.book.change(|pages| {
+            pages.record("w8", holder);
+            pages.settled = settled.map(|ago| now - ago);
+            Ok::<_, BookError>(())
+        });
+        put.unwrap();
+        let office = office.opened_again();
+        let token = office.token(1).reveal();
+        let draft = Draft::generate().unwrap();
+        let joined = office.join(&token, "w1", &draft).await;
+        match is_kept {
+            true => assert!(joined.unwrap_err().contains("certificate of w8")),
+            false => drop(joined.unwrap()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_settled_time_is_on_record_and_a_clock_that_is_ahead_moves_it_not() {
+    let office = office(None);
+    let settled = |office: &Office| office.desk.book.read().unwrap().settled;
+    assert_eq!(settled(&office), None);
+    office.desk.note_time().unwrap();
+    let now = SystemTime::now();
+    let ago = now.duration_since(settled(&office).unwrap()).unwrap();
+    assert!(ago < DAY);
+    let long_ago = SystemTime::UNIX_EPOCH + 20_000 * DAY;
+    let put = office.desk.book.change(|pages| {
+        pages.settled = Some(long_ago);
+        Ok::<_, BookError>(())
+    });
+    put.unwrap();
+    let office = office.opened_again();
+    office.desk.note_time().unwrap();
+    assert!(settled(&office).unwrap() < long_ago + DAY);
 }
 
 #[tokio::test]
