@@ -5,13 +5,14 @@
 //! names has ended. Servers are told, and end what that process left open at once, instead of asking it
 //! for a life sign.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use tunnel_proto::session::InstanceId;
+
+use crate::process::directory::Directory;
 
 /// The file below `state_dir`.
 const FILE: &str = "agent.lock";
@@ -77,18 +78,7 @@ enum Lock {
 }
 
 fn open(state_dir: &Path) -> io::Result<File> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)?;
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(state_dir.join(FILE))
+    Directory::create(state_dir, 0o700)?.open_to_write(FILE, 0o600)
 }
 
 fn lock(mut file: &File, own: InstanceId) -> io::Result<Lock> {
@@ -151,5 +141,22 @@ mod tests {
         fs::remove_file(dir.path().join(FILE)).unwrap();
         std::os::unix::fs::symlink("elsewhere", dir.path().join(FILE)).unwrap();
         assert!(open(dir.path()).is_err());
+    }
+
+    /// A link on the way to state_dir, put there by another user, leads root nowhere.
+    #[test]
+    fn root_is_not_led_elsewhere() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI runs tests as root");
+            println!("skipped: only root can be led elsewhere");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (link, elsewhere) = (dir.path().join("state"), dir.path().join("elsewhere"));
+        fs::create_dir(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+        std::os::unix::fs::lchown(&link, Some(65_534), None).unwrap();
+        assert!(open(&link).is_err());
+        assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
     }
 }

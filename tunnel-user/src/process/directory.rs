@@ -88,8 +88,67 @@ impl Directory {
 
     /// Whether there is anything called `name`.
     pub fn has(&self, name: &str) -> bool {
+        self.look(name).is_ok()
+    }
+
+    /// What is called `name`, itself where it is a link: to be looked at, not to be read.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn look(&self, name: &str) -> io::Result<File> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        openat(&self.fd, name, flags, Mode::empty()).is_ok()
+        Ok(openat(&self.fd, name, flags, Mode::empty())?.into())
+    }
+
+    /// The names in it that are UTF-8, in no order.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            let entry = entry?;
+            names.extend(entry.file_name().to_str().map(ToOwned::to_owned));
+        }
+        names.retain(|name| name != "." && name != "..");
+        Ok(names)
+    }
+
+    /// The length of the file `name`, in bytes.
+    ///
+    /// # Errors
+    /// What the system says, or that it is no regular file.
+    pub fn size(&self, name: &str) -> io::Result<u64> {
+        let metadata = self.look(name)?.metadata()?;
+        match metadata.is_file() {
+            true => Ok(metadata.len()),
+            false => Err(no_file(name)),
+        }
+    }
+
+    /// Opens the file `name` to be read.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn open_to_read(&self, name: &str) -> io::Result<File> {
+        self.open_file(name, OFlag::O_RDONLY)
+    }
+
+    /// Opens the file `name` to be read and written, and makes it where it is missing.
+    ///
+    /// # Errors
+    /// As [`Self::read`], or that the file is another user's than the directory and has a second name.
+    pub fn open_to_write(&self, name: &str, mode: u32) -> io::Result<File> {
+        self.not_another_ones(name, self.open_or_make(name, OFlag::O_RDWR, mode)?)
+    }
+
+    /// Opens the file `name` to be read and appended to, and makes it where it is missing.
+    ///
+    /// # Errors
+    /// As [`Self::open_to_write`].
+    pub fn open_to_append(&self, name: &str, mode: u32) -> io::Result<File> {
+        let access = OFlag::O_RDWR | OFlag::O_APPEND;
+        self.not_another_ones(name, self.open_or_make(name, access, mode)?)
     }
 
     /// Locks the file `name`, which is made where it is missing, until the lock is dropped.
@@ -97,17 +156,16 @@ impl Directory {
     /// # Errors
     /// As [`Self::read`].
     pub fn lock(&self, name: &str) -> io::Result<Flock<File>> {
-        self.locked(name).map_err(with_remedy)
+        let file = self.open_or_make(name, OFlag::O_RDWR, 0o600)?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
     }
 
-    fn locked(&self, name: &str) -> io::Result<Flock<File>> {
-        let file = match self.make(name, 0o600) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.open_file(name, OFlag::O_RDWR)?
-            }
-            made => made?,
-        };
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+    /// Gives `from` the name `to`, and replaces what is called so in one step.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(renameat(&self.fd, from, &self.fd, to)?)
     }
 
     /// Makes the file `name`, or replaces it in one step, so that after a crash the old one or the new one
@@ -123,11 +181,11 @@ impl Directory {
         let mut random = [0; 8];
         rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;
         let aside = format!(".{name}.{:016x}", u64::from_ne_bytes(random));
-        let mut file = self.make(&aside, mode)?;
+        let mut file = self.make(&aside, OFlag::O_RDWR, mode)?;
         let written = file
             .write_all(content)
             .and_then(|()| file.sync_all())
-            .and_then(|()| Ok(renameat(&self.fd, &*aside, &self.fd, name)?));
+            .and_then(|()| self.rename(&aside, name));
         if let Err(error) = written {
             let _ = self.remove(&aside);
             return Err(error);
@@ -141,7 +199,8 @@ impl Directory {
     /// What the system says, and there is no such file; [`io::ErrorKind::AlreadyExists`] where there is
     /// anything of that name, which stays as it is.
     pub fn create_new(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
-        let mut file = self.make(name, mode).map_err(with_remedy)?;
+        let made = self.make(name, OFlag::O_RDWR, mode);
+        let mut file = made.map_err(with_remedy)?;
         let written = file
             .write_all(content)
             .and_then(|()| file.sync_all())
@@ -159,8 +218,17 @@ impl Directory {
         Ok(unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir)?)
     }
 
-    fn make(&self, name: &str, mode: u32) -> io::Result<File> {
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    fn open_or_make(&self, name: &str, access: OFlag, mode: u32) -> io::Result<File> {
+        match self.make(name, access, mode) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.open_file(name, access)
+            }
+            made => made.map_err(with_remedy),
+        }
+    }
+
+    fn make(&self, name: &str, access: OFlag, mode: u32) -> io::Result<File> {
+        let flags = access | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         let private = Mode::S_IRUSR | Mode::S_IWUSR;
         let made = acting_as(self.owner, || openat(&self.fd, name, flags, private))?;
         let file = File::from(made);
@@ -176,16 +244,24 @@ impl Directory {
         Ok(file)
     }
 
+    /// A file that root writes in place: who owns the directory may have linked another user's there.
+    fn not_another_ones(&self, name: &str, file: File) -> io::Result<File> {
+        let metadata = file.metadata()?;
+        match self.owner {
+            Some((uid, _)) if metadata.uid() != uid.as_raw() && metadata.nlink() > 1 => {
+                let why = format!("{name} is another user's, and has a second name: remove it");
+                Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+            }
+            _ => Ok(file),
+        }
+    }
+
     fn open_file(&self, name: &str, access: OFlag) -> io::Result<File> {
         // Opening a pipe would wait for its other end.
         let flags = access | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let no_file = || {
-            let why = format!("{name} is a link, or no file: remove it");
-            io::Error::new(io::ErrorKind::InvalidInput, why)
-        };
         match openat(&self.fd, name, flags, Mode::empty()) {
             Ok(fd) if is(&fstat(&fd)?, SFlag::S_IFREG) => Ok(fd.into()),
-            Ok(_) | Err(Errno::ELOOP | Errno::ENXIO | Errno::EISDIR) => Err(no_file()),
+            Ok(_) | Err(Errno::ELOOP | Errno::ENXIO | Errno::EISDIR) => Err(no_file(name)),
             Err(error) => Err(error.into()),
         }
     }
@@ -199,6 +275,11 @@ pub fn with_remedy(error: io::Error) -> io::Error {
         _ => return error,
     };
     io::Error::new(error.kind(), format!("{error}: {remedy}"))
+}
+
+fn no_file(name: &str) -> io::Error {
+    let why = format!("{name} is a link, or no file: remove it");
+    io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
 /// Opens a directory part by part, each by the descriptor of the one before.

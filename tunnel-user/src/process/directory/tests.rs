@@ -47,6 +47,21 @@ fn files_are_locked_made_replaced_and_removed() {
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
     assert!(directory.has("x") && !directory.has("y"));
     directory.remove("x").unwrap();
+    for (open, text) in [(true, "1"), (true, "2"), (false, "3")] {
+        let file = match open {
+            true => directory.open_to_append("log", 0o640),
+            false => directory.open_to_write("log", 0o600),
+        };
+        file.unwrap().write_all(text.as_bytes()).unwrap();
+    }
+    assert_eq!(directory.read("log").unwrap(), b"32");
+    assert_eq!(directory.size("log").unwrap(), 2);
+    assert_eq!(owner(&below.join("log")).1, 0o640);
+    let mut names = directory.names().unwrap();
+    names.sort();
+    assert_eq!(names, ["lock", "log"]);
+    directory.rename("log", "x").unwrap();
+    directory.remove("x").unwrap();
     let missing = directory.read("x").unwrap_err();
     assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     assert_eq!(fs::read_dir(&below).unwrap().count(), 1);
@@ -71,6 +86,8 @@ fn a_link_in_the_directory_is_never_followed() {
             "{error}"
         );
         assert!(directory.read(name).is_err(), "{name}");
+        assert!(directory.size(name).is_err(), "{name}");
+        assert!(directory.open_to_append(name, 0o600).is_err(), "{name}");
     }
     assert!(directory.create_new("lock", b"x", 0o600).is_err());
     directory.replace("file", b"new", 0o600).unwrap();
@@ -98,6 +115,9 @@ fn root_is_led_nowhere_by_a_directorys_owner() {
     let directory = Directory::open(&path).unwrap();
     assert!(directory.lock("lock").is_err());
     drop(directory.lock("hard").unwrap());
+    let error = directory.open_to_append("hard", 0o600).unwrap_err();
+    assert!(error.to_string().contains("second name"), "{error}");
+    assert!(directory.open_to_write("hard", 0o600).is_err());
     directory.replace("hard", b"another", 0o644).unwrap();
     assert_eq!(owner(&victim), (0, 0o600));
     assert_eq!(fs::read(&victim).unwrap(), b"root's");

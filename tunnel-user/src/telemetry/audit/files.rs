@@ -5,10 +5,9 @@
 //! those of days that are over their time, and as many as it takes for the new one to fit. What is
 //! gone before its time is counted and said.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -32,7 +31,8 @@ pub(super) struct Bounds {
 
 /// Files that are appended to.
 pub(super) struct Files {
-    directory: PathBuf,
+    /// Opened once: who may move it leads us nowhere.
+    directory: Directory,
     /// What the names of its files begin with.
     series: &'static str,
     bounds: Bounds,
@@ -69,17 +69,17 @@ impl Files {
             Directory::create(parent, 0o755)?;
         }
         // Also where it is there: root follows no link of another user's.
-        Directory::create(directory, 0o700)?;
+        let directory = Directory::create(directory, 0o700)?;
         let day = day_of(now);
-        let newest = names_in(directory, series)?.into_iter().max();
+        let newest = names_in(&directory, series)?.into_iter().max();
         let part = newest.filter(|newest| newest.day == day);
         let name = Name {
             part: part.map_or(0, |newest| newest.part),
             day,
         };
-        let tail = append_to(&name.path(directory, series))?;
+        let tail = append_to(&directory, &name.file(series))?;
         let files = Self {
-            directory: directory.to_owned(),
+            directory,
             series,
             bounds,
             counts,
@@ -118,7 +118,7 @@ impl Files {
     }
 
     fn begin(&mut self, name: Name) -> io::Result<()> {
-        let tail = append_to(&name.path(&self.directory, self.series))?;
+        let tail = append_to(&self.directory, &name.file(self.series))?;
         (self.name, self.tail) = (name, tail);
         if let Err(why) = self.prune() {
             tracing::warn!(%why, "files of the audit can't be removed");
@@ -139,15 +139,15 @@ impl Files {
             if name.day != day {
                 (day, days) = (&name.day, days + 1);
             }
-            let path = name.path(&self.directory, self.series);
+            let file = name.file(self.series);
             if days > self.bounds.days {
-                fs::remove_file(&path)?;
+                self.directory.remove(&file)?;
                 continue;
             }
-            let size = fs::metadata(&path)?.len();
+            let size = self.directory.size(&file)?;
             is_over |= size > room;
             if is_over {
-                self.lose(&path)?;
+                self.lose(&file)?;
             } else {
                 room -= size;
             }
@@ -156,12 +156,13 @@ impl Files {
     }
 
     /// Removes a file before its time.
-    fn lose(&self, path: &Path) -> io::Result<()> {
-        let records = count_lines(path)?;
-        fs::remove_file(path)?;
+    fn lose(&self, file: &str) -> io::Result<()> {
+        let records = count_lines(self.directory.open_to_read(file)?)?;
+        self.directory.remove(file)?;
         self.counts.removed.fetch_add(records, Ordering::Relaxed);
         tracing::warn!(
-            file = %path.display(), records,
+            file,
+            records,
             "audit records are removed before their time, there are too many: raise audit.max_bytes"
         );
         Ok(())
@@ -175,12 +176,12 @@ impl Bounds {
 }
 
 impl Name {
-    fn path(&self, directory: &Path, series: &str) -> PathBuf {
+    fn file(&self, series: &str) -> String {
         let Self { day, part } = self;
-        directory.join(match part {
+        match part {
             0 => format!("{series}.{day}.jsonl"),
             part => format!("{series}.{day}.{part}.jsonl"),
-        })
+        }
     }
 
     fn parse(name: &str, series: &str) -> Option<Self> {
@@ -199,30 +200,19 @@ impl Name {
 }
 
 /// Those that are ours; others are nobody's business.
-fn names_in(directory: &Path, series: &str) -> io::Result<Vec<Name>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(directory)? {
-        let name = entry?.file_name();
-        names.extend(name.to_str().and_then(|name| Name::parse(name, series)));
-    }
-    Ok(names)
+fn names_in(directory: &Directory, series: &str) -> io::Result<Vec<Name>> {
+    let names = directory.names()?.into_iter();
+    Ok(names
+        .filter_map(|name| Name::parse(&name, series))
+        .collect())
 }
 
-/// Opens a file, or makes it. Others may own the directory: a link is not followed, and a pipe not waited for.
-fn append_to(path: &Path) -> io::Result<Tail<File>> {
-    let mut options = OpenOptions::new();
-    let options = options.append(true).create(true).mode(0o600);
-    let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    let file = opened.open(path)?;
-    if !file.metadata()?.is_file() {
-        let text = format!("{} is no file", path.display());
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-    }
-    Tail::of(file, path)
+fn append_to(directory: &Directory, file: &str) -> io::Result<Tail<File>> {
+    Tail::of(directory.open_to_append(file, 0o600)?)
 }
 
-fn count_lines(path: &Path) -> io::Result<u64> {
-    let (mut file, mut chunk, mut lines) = (File::open(path)?, vec![0; 64 << 10], 0);
+fn count_lines(mut file: File) -> io::Result<u64> {
+    let (mut chunk, mut lines) = (vec![0; 64 << 10], 0);
     loop {
         match file.read(&mut chunk)? {
             0 => return Ok(lines),
@@ -240,6 +230,8 @@ fn day_of(now: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
     use std::time::Duration;
 
     use super::*;
@@ -305,7 +297,7 @@ mod tests {
         let left = bytes(place.path()) / 5;
         assert_eq!(removed(&files), 200 - left);
         assert!(left > 10, "{left} are left");
-        let newest = fs::read_to_string(files.name.path(place.path(), "audit")).unwrap();
+        let newest = fs::read_to_string(place.path().join(files.name.file("audit"))).unwrap();
         assert!(newest.ends_with("0199\n"), "{newest}");
     }
 
@@ -337,6 +329,24 @@ mod tests {
         fs::write(place.path().join("notes.txt"), "not ours").unwrap();
         open(place.path(), 9);
         assert!(names(place.path()).contains(&"notes.txt".to_owned()));
+    }
+
+    /// Who owns what is above puts a link to another directory where ours was.
+    #[test]
+    fn a_directory_that_is_moved_away_stays_the_one_that_is_written_to() {
+        let place = tempfile::tempdir().unwrap();
+        let (ours, moved) = (place.path().join("audit"), place.path().join("moved"));
+        let victim = place.path().join("victim");
+        fs::create_dir(&victim).unwrap();
+        fs::write(victim.join("audit.2026-11-20.jsonl"), "another's\n").unwrap();
+        let mut files = open(&ours, 0);
+        fs::rename(&ours, &moved).unwrap();
+        symlink(&victim, &ours).unwrap();
+        for day in 0..6 {
+            files.append(b"{}\n", at(day)).unwrap();
+        }
+        assert_eq!(names(&victim), ["audit.2026-11-20.jsonl"]);
+        assert_eq!(names(&moved).len(), BOUNDS.days);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The end of a file of records: a record is there to its end, or not at all.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 
 use crate::telemetry::lines::{whole_lines, write_counted};
 
@@ -44,20 +44,15 @@ pub(super) struct Unwritten {
 }
 
 impl Tail<File> {
-    /// The end of `file`, which lies at `path` and may have been cut by the end of a process.
-    pub(super) fn of(file: File, path: &Path) -> io::Result<Self> {
-        let size = file.size()?;
-        let is_cut = size > 0 && last_byte(path)? != b'\n';
+    /// The end of `file`, which can be read too and may have been cut by the end of a process.
+    pub(super) fn of(file: File) -> io::Result<Self> {
+        let (size, mut last) = (file.size()?, [b'\n']);
+        if let Some(at) = size.checked_sub(1) {
+            file.read_exact_at(&mut last, at)?;
+        }
+        let is_cut = last != [b'\n'];
         Ok(Self { file, size, is_cut })
     }
-}
-
-fn last_byte(path: &Path) -> io::Result<u8> {
-    let mut file = File::open(path)?;
-    file.seek(SeekFrom::End(-1))?;
-    let mut last = [0];
-    file.read_exact(&mut last)?;
-    Ok(last[0])
 }
 
 impl<F: Medium> Tail<F> {
@@ -185,8 +180,9 @@ mod tests {
             ("", "{3}\n"),
         ] {
             std::fs::write(&path, left).unwrap();
-            let file = File::options().append(true).open(&path).unwrap();
-            Tail::of(file, &path).unwrap().append(b"{3}\n").unwrap();
+            let mut options = File::options();
+            let file = options.append(true).read(true).open(&path).unwrap();
+            Tail::of(file).unwrap().append(b"{3}\n").unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
         }
     }
