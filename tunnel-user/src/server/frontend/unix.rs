@@ -3,15 +3,16 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 
 use crate::config::frontend::UnixFrontend;
+use crate::process::directory::Directory;
 
 /// How often the file is looked for.
 const LOOK: Duration = Duration::from_secs(1);
@@ -46,20 +47,23 @@ pub(super) enum Fate {
 /// What the system says.
 pub(in crate::server) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
     let path = &config.unix;
-    if fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
+    // Only making it goes by its path; where that leads elsewhere by then, nothing is found here.
+    let (directory, name) = Directory::of(path)?;
+    if directory.look(name).is_ok_and(|found| is_socket(&found)) {
         if !config.takeover && is_served(path) {
             let text = format!("{} is served by another process", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
         }
-        fs::remove_file(path)?;
+        directory.remove(name)?;
     }
     // Under another name until its mode is right: nobody can connect before.
-    let aside = aside(path);
-    let _ = fs::remove_file(&aside);
-    let listener = UnixListener::bind(&aside)?;
-    set_mode(&aside, config.mode)?;
-    let own = id_of(&aside)?;
-    fs::rename(&aside, path)?;
+    let aside = format!("{name}.new");
+    let _ = directory.remove(&aside);
+    let listener = UnixListener::bind(path.with_file_name(&aside))?;
+    let made = directory.look(&aside)?;
+    set_mode(&made, path, config.mode)?;
+    let own = id(&made.metadata()?);
+    directory.rename(&aside, name)?;
     listener.set_nonblocking(true)?;
     let file = SocketFile {
         config: config.clone(),
@@ -81,31 +85,28 @@ fn is_served(path: &Path) -> bool {
     }
 }
 
-/// Sets a socket's mode. Who owns its directory may have put a link in its place since.
-fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
-    let mut options = fs::File::options();
-    options
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
-    let opened = options.open(path)?;
-    if !opened.metadata()?.file_type().is_socket() {
+fn is_socket(found: &fs::File) -> bool {
+    let metadata = found.metadata();
+    metadata.is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Sets the mode of the socket for `path`. Who owns its directory may have put a link in its place since.
+fn set_mode(made: &fs::File, path: &Path, mode: u32) -> io::Result<()> {
+    if !is_socket(made) {
         let text = format!("{} was replaced while it was made", path.display());
         return Err(io::Error::other(text));
     }
     // What was opened by its path alone has no fchmod(2).
-    let opened = format!("/proc/self/fd/{}", opened.as_raw_fd());
+    let opened = format!("/proc/self/fd/{}", made.as_raw_fd());
     fs::set_permissions(opened, fs::Permissions::from_mode(mode))
 }
 
-fn aside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    name.into()
+fn id_of(path: &Path) -> io::Result<FileId> {
+    Ok(id(&fs::symlink_metadata(path)?))
 }
 
-fn id_of(path: &Path) -> io::Result<FileId> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino(), metadata.created().ok()))
+fn id(metadata: &fs::Metadata) -> FileId {
+    (metadata.dev(), metadata.ino(), metadata.created().ok())
 }
 
 impl SocketFile {
@@ -167,10 +168,16 @@ impl SocketFile {
 /// process has put in its place is left alone, and so is the service manager's.
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let own = self.own.filter(|_| !self.is_inherited);
-        if own.is_some_and(|own| id_of(self.path()).is_ok_and(|id| id == own)) {
+        let Some(own) = self.own.filter(|_| !self.is_inherited) else {
+            return;
+        };
+        let Ok((directory, name)) = Directory::of(self.path()) else {
+            return;
+        };
+        let found = directory.look(name).and_then(|found| found.metadata());
+        if found.is_ok_and(|found| id(&found) == own) {
             // The next start replaces what can't be removed.
-            let _ = fs::remove_file(self.path());
+            let _ = directory.remove(name);
         }
     }
 }
@@ -178,6 +185,7 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::config::frontend::Answers;
