@@ -79,6 +79,22 @@ mod tests {
         assert_eq!(both, [""; 0]);
     }
 
+    /// What is shown by `%` says nothing of its causes: an error of the redirect would lose its errno.
+    #[test]
+    fn no_log_line_loses_a_cause() {
+        let mut lost = Vec::new();
+        for (path, text) in sources() {
+            let lines = text.lines().filter(|line| {
+                let code = line.trim_start();
+                let is_shown = |field: &str| code.contains(field) && !code.starts_with("//");
+                // In two parts, so that this file has none.
+                is_shown(concat!("%", "error")) || is_shown(concat!("error = ", "%"))
+            });
+            lost.extend(lines.map(|line| format!("{}: {line}", path.display())));
+        }
+        assert_eq!(lost, [""; 0], "take `error = report(&error)`");
+    }
+
     #[test]
     fn each_cause_is_said_once() {
         let cause = || io::Error::other("the cause");

@@ -28,6 +28,7 @@ use prometheus_client::registry::Registry;
 use tower_http::compression::CompressionLayer;
 
 use crate::process::descriptors;
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::exposition::Format;
 use crate::telemetry::logging::LogHandle;
@@ -108,7 +109,7 @@ pub async fn serve(listener: std::net::TcpListener, router: Router, most: usize)
         axum::serve(listener::Listener::new(listener, most), router).await
     };
     if let Err(error) = served.await {
-        tracing::error!(%error, "an HTTP listener has ended");
+        tracing::error!(error = report(&error), "an HTTP listener has ended");
     }
 }
 

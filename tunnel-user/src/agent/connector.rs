@@ -23,6 +23,7 @@ use super::tunnel::{About, End, GOODBYE};
 use crate::config::agent::Protocol;
 use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
+use crate::report::report;
 use crate::telemetry::complaint::Complaint;
 use crate::transport::quic::steering::Spread;
 
@@ -233,7 +234,7 @@ impl Connector {
             // What was known before may still be right. Said once, not at every try.
             Err(error) => {
                 if self.unresolved.insert(server.clone()) {
-                    tracing::warn!(%server, %error, "name not resolved, asking for ever");
+                    tracing::warn!(%server, error = report(&error), "name not resolved, asking for ever");
                 }
                 return;
             }
@@ -381,9 +382,9 @@ impl Connector {
         let protocol = wire.label();
         let reached = |tunnel: &Held| tunnel.about.way.address == address;
         if self.tunnels.values().any(reached) {
-            tracing::info!(%address, protocol, error = %text, "server not reached this way, trying for ever");
+            tracing::info!(%address, protocol, error = text, "server not reached this way, trying for ever");
         } else {
-            tracing::warn!(%address, protocol, error = %text, "server not reached, trying for ever");
+            tracing::warn!(%address, protocol, error = text, "server not reached, trying for ever");
         }
     }
 }

@@ -22,6 +22,7 @@ use super::worker::{Admitted, ENDING, Worker};
 use crate::datapath::socket::prepare;
 use crate::datapath::stream::{RecvHalf, SendEnd, SendHalf};
 use crate::datapath::{ClosedBy, Outbound, Socket, relay};
+use crate::report::report;
 use crate::telemetry::access::{ConnectionMeter, Record};
 use crate::telemetry::konnectivity::{Counted, DialTrouble};
 use crate::telemetry::metrics::{Closer, FrontendKind};
@@ -95,7 +96,7 @@ async fn ask(
     let request = match timeout(REQUEST_TIMEOUT, recv.read_head(DialRequest::decode)).await {
         Ok(Ok(request)) => request,
         Ok(Err(HeadError::Malformed(error))) => {
-            tracing::warn!(server = %server_id, %error, "dial request refused");
+            tracing::warn!(server = %server_id, error = report(&error), "dial request refused");
             let refused = DialResponse::Refused {
                 reason: error.reason(),
                 detail: error.to_string(),

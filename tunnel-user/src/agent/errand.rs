@@ -12,6 +12,7 @@ use super::tunnel::{About, DialError, Dialled, End, Tunnel};
 use super::worker::Worker;
 use super::{konnectivity, quic};
 use crate::process::gate::Entered;
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::transport::quic::PathView;
 use crate::transport::quic::steering::Spread;
@@ -94,7 +95,7 @@ impl Errand {
         let dialled = match self.dial(worker).await {
             Ok(Some(dialled)) => dialled,
             Ok(None) => return,
-            Err(error) => return tell(Event::Failed(*way, *number, error.to_string())),
+            Err(error) => return tell(Event::Failed(*way, *number, report(&error))),
         };
         let tunnel = dialled.tunnel();
         let (orders, told) = mpsc::unbounded_channel();

@@ -18,6 +18,7 @@ use tunnel_proto::join::{self, Reader};
 
 use super::race::{in_turn, race};
 use crate::process::directory::Directory;
+use crate::report::report;
 use crate::tls::credential::{Credential, CredentialError, Draft, Expected};
 use crate::tls::pin::PinnedVerifier;
 use crate::tls::{KeyHash, provider};
@@ -163,7 +164,11 @@ async fn ask_until_answered(joining: &Joining, csr: Vec<u8>) -> Result<Answer, J
             let server = joining.server.clone();
             return Err(JoinError::Server { server, why });
         }
-        tracing::warn!(server = joining.server, %why, "not joined yet");
+        tracing::warn!(
+            server = joining.server,
+            why = report(&why),
+            "not joined yet"
+        );
         sleep(delay).await;
     }
 }

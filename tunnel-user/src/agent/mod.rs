@@ -46,6 +46,7 @@ use crate::process::gate::Gate;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{self, CapabilitySet, PrivilegeError};
 use crate::process::{self, host};
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
@@ -262,16 +263,25 @@ pub async fn run(
             policy.store(Arc::new(current_policy(&allow, &me)));
             match claims(&config.serve) {
                 Ok(claims) => drop(offers.send_replace(claims)),
-                Err(error) => tracing::warn!(%error, "offer not reloaded, the old one stays"),
+                Err(error) => tracing::warn!(
+                    error = report(&error),
+                    "offer not reloaded, the old one stays"
+                ),
             }
             if let Err(error) = log.set(&config.log.filter) {
-                tracing::warn!(%error, "log filter not reloaded, the old one stays");
+                tracing::warn!(
+                    error = report(&error),
+                    "log filter not reloaded, the old one stays"
+                );
             }
             tracing::info!("allow-list and offer reloaded");
             audit::changed("allow-list and offer", Ok(()));
         }
         Err(error) => {
-            tracing::warn!(%error, "configuration not reloaded, the old one stays");
+            tracing::warn!(
+                error = report(&error),
+                "configuration not reloaded, the old one stays"
+            );
             audit::changed("configuration", Err(&error));
         }
     });

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tunnel_proto::session::InstanceId;
 
 use crate::process::directory::Directory;
+use crate::report::report;
 
 /// The file below `state_dir`.
 const FILE: &str = "agent.lock";
@@ -62,7 +63,7 @@ async fn wait(file: File, own: InstanceId) {
 
 fn complain(error: &io::Error) {
     tracing::warn!(
-        %error,
+        error = report(error),
         "the lock in state_dir can't be used: after a crash of this agent servers learn of it a second \
          later"
     );

@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 use tunnel_proto::certificate::Answer;
 
 use self::pace::{CLOCK_HOLD, Moment, Pace, clock_error};
+use crate::report::report;
 use crate::tls;
 use crate::tls::credential::{Credential, CredentialError, Draft, Expected, validity};
 use crate::tls::material::RELOAD_INTERVAL;
@@ -95,7 +96,7 @@ pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
     let folder = files.cert.parent().unwrap_or(Path::new("/"));
     if let Err(error) = tempfile::tempfile_in(folder) {
         tracing::warn!(
-            folder = %folder.display(), %error,
+            folder = %folder.display(), error = report(&error),
             "the certificate can't be renewed (tls.renew): its folder has to be ours to write"
         );
     }
@@ -108,7 +109,7 @@ pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
         }
         match renew(&material, &renewals).await {
             Ok((server, credential)) => {
-                pace.issued(report(&server, &credential), Moment::now());
+                pace.issued(announce(&server, &credential), Moment::now());
                 delays = tries();
                 sleep(2 * RELOAD_INTERVAL).await;
             }
@@ -118,7 +119,12 @@ pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
                     _ => delays.next().unwrap_or(LONGEST),
                 };
                 let left = left(&material);
-                tracing::warn!(%error, ?left, ?again, "certificate not renewed");
+                tracing::warn!(
+                    error = report(&error),
+                    ?left,
+                    ?again,
+                    "certificate not renewed"
+                );
                 pace.failed(again, Moment::now());
             }
         }
@@ -152,7 +158,7 @@ async fn renew(
 }
 
 /// Says what came of it. Returns for how long the certificate is valid.
-fn report(server: &str, credential: &Credential) -> Duration {
+fn announce(server: &str, credential: &Credential) -> Duration {
     let (from, until) = (credential.not_before, credential.not_after);
     tracing::info!(server, until = %humantime::format_rfc3339_seconds(until), "certificate renewed");
     for (ca, why) in &credential.refused {

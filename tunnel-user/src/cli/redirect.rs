@@ -13,6 +13,7 @@ use crate::config::server::RedirectConfig;
 use crate::config::{AuditConfig, ServerConfig};
 use crate::process::{lifecycle, privileges};
 use crate::redirect::{Found, Redirect};
+use crate::report::report;
 use crate::server::Attachments;
 use crate::telemetry::logging;
 use crate::tls::{Material, Role, provider};
@@ -198,7 +199,10 @@ fn stay(file: &Config) -> anyhow::Result<()> {
         lifecycle::notify(&[NotifyState::Ready]);
         let reload = lifecycle::on_hangup(&mut hangups, async || match file.load() {
             Ok(config) => attachments.update(&config.redirect, &own),
-            Err(error) => tracing::warn!(%error, "configuration not reloaded, the old one stays"),
+            Err(error) => tracing::warn!(
+                error = report(error.as_ref()),
+                "configuration not reloaded, the old one stays"
+            ),
         });
         tokio::select! {
             () = reload => {}

@@ -13,6 +13,7 @@ use tokio::task::LocalSet;
 
 use super::engine::{self, Engines, Ring};
 use crate::process::lifecycle::Pulse;
+use crate::report::report;
 
 /// The shards of a process.
 #[derive(Debug, Default)]
@@ -113,7 +114,7 @@ where
             engine::leave();
             if let Err(error) = ran {
                 // The end of a shard ends the process.
-                tracing::error!(%error, "the shard's ring can't be used");
+                tracing::error!(error = report(&error), "the shard's ring can't be used");
             }
             // Look-ups of names that still run on helper threads must not hold up the end.
             runtime.shutdown_background();

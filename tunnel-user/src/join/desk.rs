@@ -385,7 +385,7 @@ impl Desk {
             let known = match pods.nodes.addresses(&node).await {
                 Ok(known) => known,
                 Err(error) => {
-                    tracing::warn!(%error, "what a node holds stays its own");
+                    tracing::warn!(error = report(&error), "what a node holds stays its own");
                     continue;
                 }
             };
@@ -609,10 +609,15 @@ fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
 fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
     let remote = remote.map(tracing::field::display);
     if error.is_ours() {
-        tracing::error!(%error, node, remote, "no certificate could be issued");
+        tracing::error!(
+            error = report(error),
+            node,
+            remote,
+            "no certificate could be issued"
+        );
         return "the server could not issue a certificate; its log says why".into();
     }
-    tracing::warn!(%error, node, remote, "no certificate issued");
+    tracing::warn!(error = report(error), node, remote, "no certificate issued");
     match error {
         DeskError::Review(_) => {
             "the token of Kubernetes is not valid here: its audience, its service account \

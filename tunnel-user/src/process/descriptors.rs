@@ -14,6 +14,8 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::time::sleep;
 
+use crate::report::report;
+
 /// How long a listener rests after an accept that failed.
 const REST: Duration = Duration::from_millis(100);
 
@@ -123,13 +125,15 @@ pub async fn after_failed_accept(
     answer: &[u8],
 ) {
     if !is_exhausted(error) {
-        tracing::warn!(name, %error, "can't accept");
+        tracing::warn!(name, error = report(error), "can't accept");
         return sleep(REST).await;
     }
     let refused = refuse_waiting(listener, answer);
     REFUSED.fetch_add(refused, Ordering::Relaxed);
     tracing::warn!(
-        name, refused, %error,
+        name,
+        refused,
+        error = report(error),
         "no file descriptor is left for a connection; raise LimitNOFILE (ulimit -n), or lower limits.connections"
     );
     sleep(if refused > 0 { SHORT_REST } else { REST }).await;

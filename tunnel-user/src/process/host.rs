@@ -6,6 +6,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::descriptors;
 
+use crate::report::report;
+
 /// A connection takes one file descriptor, and a burst of them should not end at the soft limit.
 const WANTED_FILES: u64 = 65_536;
 
@@ -15,7 +17,7 @@ pub fn raise_file_limit() {
         && soft < hard
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
-        tracing::debug!(%error, "limit of open files not raised");
+        tracing::debug!(error = report(&error), "limit of open files not raised");
     }
     descriptors::set_spare_aside();
 }

@@ -12,6 +12,8 @@ use std::path::Path;
 use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef, Type};
 
+use crate::report::report;
+
 /// The sockets that nobody has taken yet.
 #[derive(Debug, Default)]
 pub struct Inherited(Vec<(String, OwnedFd)>);
@@ -98,7 +100,11 @@ pub fn keep(socket: &impl AsFd, name: &str) -> bool {
     let states = [NotifyState::FdStore, NotifyState::FdName(name)];
     let asked = sd_notify::notify_with_fds(&states, &[socket.as_fd()]);
     if let Err(error) = &asked {
-        tracing::debug!(%error, name, "the service manager does not keep the socket");
+        tracing::debug!(
+            error = report(error),
+            name,
+            "the service manager does not keep the socket"
+        );
     }
     asked.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
 }

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::report::report;
+
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -110,7 +112,7 @@ pub async fn ended(mut phase: watch::Receiver<Phase>) {
 /// Tells systemd, if it started us with `Type=notify` (sd_notify(3)).
 pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
+        tracing::debug!(error = report(&error), "systemd was not told");
     }
 }
 

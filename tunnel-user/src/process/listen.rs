@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::report::report;
+
 /// Connections that may wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
 
@@ -47,7 +49,7 @@ pub fn with_fallback<T>(
         Err(error)
             if addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && is_family_missing(&error) =>
         {
-            tracing::warn!(%addr, %error, "this host has no IPv6: listening on IPv4 alone");
+            tracing::warn!(%addr, error = report(&error), "this host has no IPv6: listening on IPv4 alone");
             open((Ipv4Addr::UNSPECIFIED, addr.port()).into())
         }
         opened => opened,

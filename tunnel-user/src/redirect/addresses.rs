@@ -18,6 +18,8 @@ use nix::{
 
 use super::netns::within;
 
+use crate::report::report;
+
 /// How long changes are collected before they count as one.
 const REST_MS: u16 = 100;
 
@@ -54,7 +56,10 @@ impl AddressWatch {
                 match poll(&mut fds, PollTimeout::NONE) {
                     Ok(_) | Err(Errno::EINTR) => {}
                     Err(error) => {
-                        return tracing::error!(%error, "the host's addresses are no longer followed");
+                        return tracing::error!(
+                            error = report(&error),
+                            "the host's addresses are no longer followed"
+                        );
                     }
                 }
                 // More may follow, and so may the end.

@@ -20,6 +20,8 @@ use nix::{
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
 };
 
+use crate::report::report;
+
 /// Whether the cgroup is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
@@ -69,7 +71,12 @@ impl Follower {
                 ];
                 match poll(&mut fds, PollTimeout::NONE) {
                     Ok(_) | Err(Errno::EINTR) => {}
-                    Err(error) => return tracing::error!(%error, "a cgroup is no longer followed"),
+                    Err(error) => {
+                        return tracing::error!(
+                            error = report(&error),
+                            "a cgroup is no longer followed"
+                        );
+                    }
                 }
                 if fds[1].any() == Some(true) {
                     return;

@@ -309,7 +309,8 @@ impl Attachments {
             match running.follow_addresses(&self.redirect) {
                 Ok(watch) => self.address_watches.push(watch),
                 Err(error) => tracing::warn!(
-                    attachment = running.spec.name, %error,
+                    attachment = running.spec.name,
+                    error = report(&error),
                     "the host's addresses are not followed: one that comes later is captured until a reload"
                 ),
             }
@@ -347,8 +348,11 @@ impl Attachments {
                     audit::changed("capture set", Ok(()));
                 }
                 Err(error) => {
-                    let error = report(&error);
-                    tracing::warn!(attachment = name, error, "capture set not reloaded");
+                    tracing::warn!(
+                        attachment = name,
+                        error = report(&error),
+                        "capture set not reloaded"
+                    );
                     audit::changed("capture set", Err(&error));
                 }
             }
@@ -574,7 +578,10 @@ pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + 
             None => return,
         };
         if let Err(error) = written {
-            tracing::debug!(%error, "what the kernel programs log is not seen here");
+            tracing::debug!(
+                error = report(&error),
+                "what the kernel programs log is not seen here"
+            );
         }
     }
 }

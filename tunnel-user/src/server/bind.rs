@@ -14,6 +14,7 @@ use crate::config::ServerConfig;
 use crate::config::frontend::FrontendConfig;
 use crate::process::inherited::Inherited;
 use crate::process::listen;
+use crate::report::report;
 use crate::tls::TrustDomain;
 use crate::tls::revoked::Revocations;
 use crate::transport::quic::udp::{beside, bind, bind_to_share, enlarge};
@@ -195,7 +196,7 @@ fn tunnel(
     let kept = named(name(), first.try_clone())?;
     beside(first, shards).or_else(|error| {
         tracing::warn!(
-            %addr, %error,
+            %addr, error = report(&error),
             "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
              a service manager needs ReusePort=yes in its unit, and to be opened by our user"
         );

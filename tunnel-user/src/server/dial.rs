@@ -33,6 +33,7 @@ use crate::datapath::Budget;
 use crate::datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use crate::datapath::{LocalSocket, Outbound};
 use crate::process::lifecycle::Phase;
+use crate::report::report;
 use crate::telemetry::access::Record;
 use crate::telemetry::konnectivity::Counted;
 use crate::telemetry::metrics::Closer;
@@ -193,7 +194,7 @@ impl Dial {
                 Ok(dialled) => return Ok(Step::Dialled(Box::new(dialled))),
                 Err(Failed { error, safe: false }) => return Err(error),
                 Err(Failed { error, .. }) => {
-                    tracing::debug!(agent = %info.identity, %error, "trying another agent");
+                    tracing::debug!(agent = %info.identity, error = report(&error), "trying another agent");
                     self.last = Some(error);
                     self.asked.push(info.id);
                     // Its successor may be there by now.

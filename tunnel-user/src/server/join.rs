@@ -29,6 +29,7 @@ use crate::join::metrics::Outcome;
 use crate::join::{Book, Desk, JoinMetrics};
 use crate::kubernetes::{self, node::Nodes, token::TokenReviewer};
 use crate::process::descriptors::after_failed_accept;
+use crate::report::report;
 use crate::telemetry::audit::events::{self as audit, Listener};
 use crate::tls::issue::Authority;
 use crate::tls::{Identity, Material, pem, provider};
@@ -162,7 +163,7 @@ pub(super) async fn serve(
                 };
                 desk.metrics.join(Outcome::Failed);
                 strangers.failed(why);
-                tracing::warn!(%remote, %error, "nobody joined");
+                tracing::warn!(%remote, error = report(&error), "nobody joined");
                 audit::peer_refused(Listener::Join, remote, &error);
             });
         }

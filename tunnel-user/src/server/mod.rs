@@ -59,6 +59,7 @@ use crate::process::inherited::Inherited;
 use crate::process::lifecycle::{self, Phase};
 use crate::process::privileges::{PrivilegeError, finish};
 use crate::redirect::{Redirect, RedirectError};
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
@@ -420,18 +421,27 @@ pub async fn run(
                     audit::changed("policy", Ok(()));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "policy not reloaded, the old one stays");
+                    tracing::warn!(
+                        error = report(&error),
+                        "policy not reloaded, the old one stays"
+                    );
                     audit::changed("policy", Err(&error));
                 }
             }
             attached.update(&config.redirect, &own);
             scope::reload(&scopes, &config);
             if let Err(error) = log.set(&config.log.filter) {
-                tracing::warn!(%error, "log filter not reloaded, the old one stays");
+                tracing::warn!(
+                    error = report(&error),
+                    "log filter not reloaded, the old one stays"
+                );
             }
         }
         Err(error) => {
-            tracing::warn!(%error, "configuration not reloaded, the old one stays");
+            tracing::warn!(
+                error = report(&error),
+                "configuration not reloaded, the old one stays"
+            );
             audit::changed("configuration", Err(&error));
         }
     });

@@ -1,6 +1,6 @@
 //! Records of certificates that came into force or went.
 
-use std::fmt::Display;
+use std::error::Error;
 
 use super::anchors::Anchor;
 use super::material::{Change, MaterialError};
@@ -21,7 +21,7 @@ pub fn certificates(outcome: Result<&Change, &MaterialError>) {
 }
 
 /// Records that a server offered a CA that none of ours vouches for.
-pub fn ca_refused(server: &str, ca: &Anchor, why: &dyn Display) {
+pub fn ca_refused(server: &str, ca: &Anchor, why: &(dyn Error + 'static)) {
     events::ca_refused(server, ca.subject(), &ca.key(), why);
 }
 

@@ -25,6 +25,7 @@ use super::pem;
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 use crate::config::TlsFiles;
+use crate::report::report;
 use crate::telemetry::complaint::Complaint;
 
 /// How often the files are looked at.
@@ -293,7 +294,10 @@ impl Material {
             Ok(())
         };
         let complain = |error: &MaterialError| {
-            tracing::warn!(%error, "certificates not reloaded, the old ones stay");
+            tracing::warn!(
+                error = report(error),
+                "certificates not reloaded, the old ones stay"
+            );
             changed(Err(error));
         };
         watch(reload, complain).await;

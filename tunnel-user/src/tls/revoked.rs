@@ -15,6 +15,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::identity::{self, Identity, IdentityError, TrustDomain};
 use super::material::{self, MaterialError};
 
+use crate::report::report;
+
 /// The list in force.
 #[derive(Debug)]
 pub struct Revocations {
@@ -178,7 +180,10 @@ impl Revocations {
             Ok(())
         };
         let complain = |error: &MaterialError| {
-            tracing::error!(%error, "list of revoked peers not reloaded, the old one stays");
+            tracing::error!(
+                error = report(error),
+                "list of revoked peers not reloaded, the old one stays"
+            );
             changed(Err(error));
         };
         material::watch(reload, complain).await;

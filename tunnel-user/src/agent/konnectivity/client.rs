@@ -15,6 +15,7 @@ use tunnel_proto::route::Claim;
 use uuid::Uuid;
 
 use crate::config::konnectivity::ProxyServerConfig;
+use crate::report::report;
 use crate::tls::lifetime::{Certificates, Lifetime, Purpose};
 use crate::tls::material::{MaterialError, load_anchors, load_key};
 use crate::tls::named::NamedVerifier;
@@ -94,7 +95,10 @@ impl Client {
     pub(in crate::agent) fn new(config: &ProxyServerConfig) -> Result<Self, ClientError> {
         let (identifiers, unusable) = Identifiers::parse_strict(&config.identifiers)?;
         for error in unusable {
-            tracing::warn!(%error, "konnectivity.identifiers: left to the server to understand");
+            tracing::warn!(
+                error = report(&error),
+                "konnectivity.identifiers: left to the server to understand"
+            );
         }
         let agent_id = config.agent_id.clone();
         let agent_id = agent_id.unwrap_or_else(|| Uuid::new_v4().to_string());

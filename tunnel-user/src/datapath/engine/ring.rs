@@ -18,6 +18,8 @@ use io_uring::{IoUring, cqueue, opcode};
 
 use super::buffers::{Provided, Shape};
 
+use crate::report::report;
+
 /// Requests that wait to be submitted, at most.
 const REQUESTS: u32 = 256;
 
@@ -238,7 +240,7 @@ impl Ring {
                 Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
             );
             if !is_usual {
-                tracing::error!(%error, "io_uring_enter");
+                tracing::error!(error = report(&error), "io_uring_enter");
             }
         }
     }

@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::held_for;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::{Delays, apart};
+use crate::report::report;
 use crate::telemetry::complaint::Complaint;
 use crate::telemetry::konnectivity::LeaseReads;
 
@@ -69,7 +70,10 @@ impl LeaseCounter {
                 continue;
             };
             if complaint.is_news(&error.to_string()) {
-                tracing::warn!(%error, "servers can't be counted by their leases, trying for ever");
+                tracing::warn!(
+                    error = report(&error),
+                    "servers can't be counted by their leases, trying for ever"
+                );
             }
             sleep(delays.next()).await;
         }

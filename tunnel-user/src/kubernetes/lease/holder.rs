@@ -15,6 +15,7 @@ use super::held_for;
 use crate::config::labels::Labels;
 use crate::kubernetes::client::{CallError, call, outcome};
 use crate::kubernetes::delays::Delays;
+use crate::report::report;
 use crate::telemetry::complaint::Complaint;
 use crate::telemetry::konnectivity::LeaseCalls;
 
@@ -84,7 +85,11 @@ impl LeaseHolder {
                 }
                 Err(error) => {
                     if failures == 0 {
-                        tracing::warn!(server_id, %error, "lease not renewed, trying for ever");
+                        tracing::warn!(
+                            server_id,
+                            error = report(&error),
+                            "lease not renewed, trying for ever"
+                        );
                     }
                     failures += 1;
                     sleep(delays.next()).await;
@@ -128,7 +133,7 @@ impl LeaseHolder {
         let (name, how) = (name(server_id), DeleteParams::default());
         match call(self.leases.delete(&name, &how)).await {
             Err(error) if !error.is_not_found() => {
-                tracing::warn!(server_id, %error, "lease not given up");
+                tracing::warn!(server_id, error = report(&error), "lease not given up");
             }
             _ => {}
         }
@@ -141,7 +146,10 @@ impl LeaseHolder {
             match self.clear_once().await {
                 Ok(()) => complaint.clear(),
                 Err(error) if complaint.is_news(&error.to_string()) => {
-                    tracing::warn!(%error, "leases that have run out are not cleared away");
+                    tracing::warn!(
+                        error = report(&error),
+                        "leases that have run out are not cleared away"
+                    );
                 }
                 Err(_) => {}
             }

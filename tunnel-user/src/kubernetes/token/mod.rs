@@ -233,7 +233,7 @@ impl Inner {
             .as_ref()
             .is_none_or(|(until, _)| *until <= since)
         {
-            tracing::warn!(error = %why, "tokens of agents can't be reviewed");
+            tracing::warn!(error = why, "tokens of agents can't be reviewed");
             pause.until = Some((Instant::now() + pause.delays.next(), why));
         }
     }

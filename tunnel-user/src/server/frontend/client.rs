@@ -15,6 +15,7 @@ use super::{Served, answers, failed, serve};
 use crate::config::frontend::Answers;
 use crate::datapath::LocalSocket;
 use crate::datapath::socket::Portable;
+use crate::report::report;
 use crate::server::dial::{Dial, DialError, Dialled, Step};
 use crate::server::shard::{Admitted, Shard};
 use crate::telemetry::konnectivity::Counted;
@@ -105,13 +106,14 @@ impl<L: Portable> Client<L> {
         let packed = match local.pack() {
             Ok(packed) => packed,
             // It is reset, as it was set to be.
-            Err(error) => return tracing::warn!(%error, "client not handed over"),
+            Err(error) => return tracing::warn!(error = report(&error), "client not handed over"),
         };
         shard.run_on(at, move |shard| {
             let there = shard.clone();
             let dialled = async move {
                 let unpacked = L::unpack(packed);
-                let refused = |error| tracing::warn!(%error, "client not taken over");
+                let refused =
+                    |error| tracing::warn!(error = report(&error), "client not taken over");
                 let client = Self {
                     local: unpacked.map_err(refused).ok()?,
                     manner,

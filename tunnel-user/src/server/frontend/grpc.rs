@@ -30,6 +30,7 @@ use tunnel_proto::preface::Destination;
 use self::socket::ProxySocket;
 use super::{Scope, Served, admit, failed, serve};
 use crate::process::lifecycle;
+use crate::report::report;
 use crate::server::dial::{Dial, DialError, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::Shard;
@@ -68,7 +69,11 @@ pub(super) async fn connection(
         });
     };
     if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
-        tracing::debug!(client = client.map(tracing::field::display), %error, "gRPC client has left");
+        tracing::debug!(
+            client = client.map(tracing::field::display),
+            error = report(&error),
+            "gRPC client has left"
+        );
     }
 }
 
@@ -100,7 +105,11 @@ async fn stream(
             sender.finish(&Status::ok());
         }
         Ok(Err(end)) => {
-            tracing::debug!(client = client.map(tracing::field::display), error = %end, "no DIAL_REQ");
+            tracing::debug!(
+                client = client.map(tracing::field::display),
+                error = report(&end),
+                "no DIAL_REQ"
+            );
             traffic.not_received(end.code().name());
             sender.finish(&end.status());
         }

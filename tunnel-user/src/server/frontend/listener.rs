@@ -23,6 +23,7 @@ use crate::config::tls_floor::{TlsFloor, TlsVersion};
 use crate::datapath::socket::{TlsSocket, prepare_listener};
 use crate::process::descriptors::after_failed_accept;
 use crate::process::sources::Place;
+use crate::report::report;
 use crate::server::doorstep::{Doorstep, Why};
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events::{self as audit, Listener};
@@ -117,7 +118,7 @@ impl Service {
                     let socket = AnyAuthority::new(socket);
                     grpc::connection(&shard, &scope, None, socket).await;
                 }
-                Err(error) => tracing::warn!(%error, "client not taken over"),
+                Err(error) => tracing::warn!(error = report(&error), "client not taken over"),
             }
         });
         Ok(())
@@ -180,13 +181,17 @@ fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             doorstep.failed(Why::Tls);
-            tracing::warn!(%client, %error, "frontend handshake failed");
+            tracing::warn!(%client, error = report(&error), "frontend handshake failed");
             audit::peer_refused(Listener::Frontend, client, &error);
         }
         Err(_) => {
             doorstep.failed(Why::Timeout);
             tracing::warn!(%client, "frontend handshake not finished in time");
-            audit::peer_refused(Listener::Frontend, client, &io::ErrorKind::TimedOut);
+            audit::peer_refused(
+                Listener::Frontend,
+                client,
+                &io::Error::from(io::ErrorKind::TimedOut),
+            );
         }
     }
 }
@@ -211,7 +216,7 @@ pub(in crate::server) async fn accept_unix(
                     // Who waits at the old one is served.
                     while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
                         if let Err(error) = service.take_unix(&shard, socket) {
-                            tracing::warn!(%error, "client not taken over");
+                            tracing::warn!(error = report(&error), "client not taken over");
                         }
                     }
                     listener = other;
@@ -245,7 +250,10 @@ fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<Unix
                 *fate = Fate::There;
                 return Some(listener);
             }
-            Err(error) => format!("it was removed, and can't be made again: {error}"),
+            Err(error) => format!(
+                "it was removed, and can't be made again: {}",
+                report(&error)
+            ),
         },
     };
     let trouble = format!("the frontend's socket {path} is not there: {why}");

@@ -18,6 +18,7 @@ use crate::datapath::Socket;
 use crate::datapath::socket::Portable;
 use crate::process::descriptors::after_failed_accept;
 use crate::redirect::{Flows, Heartbeat};
+use crate::report::report;
 use crate::server::dial::{Dial, connection_id};
 use crate::server::early::{Early, EarlyBytes};
 use crate::server::shard::{Admitted, Dialling, Shard};
@@ -59,7 +60,10 @@ impl Beating {
         loop {
             tick.tick().await;
             if let Err(error) = self.heartbeat.beat() {
-                tracing::error!(%error, "the kernel can't be told that we are alive");
+                tracing::error!(
+                    error = report(&error),
+                    "the kernel can't be told that we are alive"
+                );
             }
         }
     }
@@ -70,7 +74,10 @@ impl Drop for Beating {
         if !self.listeners_kept
             && let Err(error) = self.heartbeat.stop()
         {
-            tracing::error!(%error, "the kernel can't be told that we leave");
+            tracing::error!(
+                error = report(&error),
+                "the kernel can't be told that we leave"
+            );
         }
     }
 }
@@ -112,7 +119,7 @@ fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client
     };
     match Socket::new(socket) {
         Ok(socket) => serve(shard, attachment, record, admitted, socket),
-        Err(error) => tracing::warn!(%error, "connection is reset"),
+        Err(error) => tracing::warn!(error = report(&error), "connection is reset"),
     }
 }
 
@@ -151,7 +158,7 @@ fn origin(
             "connection without an origin is reset: nobody may connect here directly"
         ),
         Err(error) => tracing::error!(
-            attachment = attachment.name, %client, %error, "origin not found, connection is reset"
+            attachment = attachment.name, %client, error = report(&error), "origin not found, connection is reset"
         ),
     }
     shard.metrics.origins_missing.inc();

@@ -7,6 +7,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::listener::Protocol;
 use crate::config::frontend::TcpFrontend;
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::{Accepted, accepted};
@@ -66,7 +67,7 @@ impl FrontendTls {
             Ok(())
         };
         let complain = |error: &MaterialError| {
-            tracing::warn!(frontend = %self.config.tcp, %error, "certificates not reloaded, the old ones stay");
+            tracing::warn!(frontend = %self.config.tcp, error = report(error), "certificates not reloaded, the old ones stay");
             audit::changed("certificates of a frontend", Err(error));
         };
         watch(reload, complain).await;

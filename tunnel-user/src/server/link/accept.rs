@@ -14,6 +14,7 @@ use super::{QuicLink, session};
 use crate::process::gate::Gate;
 use crate::process::lifecycle::Phase;
 use crate::process::sources::{Crowded, Place, Verdict};
+use crate::report::report;
 use crate::server::doorstep::Why;
 use crate::server::limits::Limit;
 use crate::server::loads::{Counted, Moved};
@@ -109,7 +110,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, (under_way, _counted): (Pla
         Ok(identity) => identity,
         Err(error) => {
             shard.door.failed(Why::Identity);
-            tracing::warn!(%remote, %error, "agent refused");
+            tracing::warn!(%remote, error = report(&error), "agent refused");
             audit::peer_refused(Listener::Tunnel, remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
             connection.close(reason, error.to_string().as_bytes());
@@ -190,14 +191,18 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
         }
         Ok(Err(error)) => {
             shard.door.failed(Why::Tls);
-            tracing::warn!(%remote, %error, "handshake failed");
+            tracing::warn!(%remote, error = report(&error), "handshake failed");
             audit::peer_refused(Listener::Tunnel, remote, &error);
         }
         Err(_) => {
             shard.door.failed(Why::Timeout);
             let seconds = HANDSHAKE_TIMEOUT.as_secs();
             tracing::warn!(%remote, seconds, "handshake not finished in time");
-            audit::peer_refused(Listener::Tunnel, remote, &io::ErrorKind::TimedOut);
+            audit::peer_refused(
+                Listener::Tunnel,
+                remote,
+                &io::Error::from(io::ErrorKind::TimedOut),
+            );
         }
     }
     None

@@ -1,5 +1,6 @@
 //! What is recorded beside connections: one function for each event.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::time::SystemTime;
@@ -8,6 +9,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::Refusal;
 
 use super::AUDIT;
+use crate::report::report;
 
 /// Bytes of refused claims that a record names; it counts all.
 const NAMED: usize = 2048;
@@ -85,9 +87,9 @@ impl Listener {
 }
 
 /// Somebody who wanted to be an agent, or a client with a certificate, was not let in.
-pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &dyn Display) {
+pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &(dyn Error + 'static)) {
     tracing::info!(
-        target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, %why,
+        target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, why = report(why),
     );
 }
 
@@ -124,8 +126,8 @@ pub fn ca_changed(
 }
 
 /// A server offered a CA that none of ours vouches for.
-pub fn ca_refused(server: &str, ca: &str, key: &dyn Display, why: &dyn Display) {
-    tracing::info!(target: AUDIT, event = "ca_refused", server, ca, %key, %why);
+pub fn ca_refused(server: &str, ca: &str, key: &dyn Display, why: &(dyn Error + 'static)) {
+    tracing::info!(target: AUDIT, event = "ca_refused", server, ca, %key, why = report(why));
 }
 
 /// Records of one kind were left out, because too many came.
@@ -134,8 +136,8 @@ pub(super) fn suppressed(of: &str, records: u64, last: &str) {
 }
 
 /// Something was to be changed while we run: whether it was.
-pub fn changed(what: &'static str, outcome: Result<(), &dyn Display>) {
-    let error = outcome.err().map(tracing::field::display);
+pub fn changed(what: &'static str, outcome: Result<(), &(dyn Error + 'static)>) {
+    let error = outcome.err().map(report);
     tracing::info!(
         target: AUDIT, event = "configuration", what, done = error.is_none(), error,
     );

@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use super::Counts;
 use super::tail::{Tail, Unwritten};
 use crate::process::directory::Directory;
+use crate::report::report;
 use crate::telemetry::lines::line_count;
 
 /// Of what all files may have, the part that one may: so much goes at once.
@@ -112,7 +113,7 @@ impl Files {
                 return Err(Unwritten { whole: 0, why });
             }
             // There is room in yesterday's.
-            tracing::warn!(%why, "no further file for the audit");
+            tracing::warn!(why = report(&why), "no further file for the audit");
         }
         self.tail.append(lines)
     }
@@ -121,7 +122,7 @@ impl Files {
         let tail = append_to(&self.directory, &name.file(self.series))?;
         (self.name, self.tail) = (name, tail);
         if let Err(why) = self.prune() {
-            tracing::warn!(%why, "files of the audit can't be removed");
+            tracing::warn!(why = report(&why), "files of the audit can't be removed");
         }
         Ok(())
     }

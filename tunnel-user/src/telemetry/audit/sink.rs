@@ -11,6 +11,7 @@ use super::files::{Bounds, Files};
 use super::{AuditError, Counts, SERIES};
 use crate::config::AuditConfig;
 use crate::process::directory::with_remedy;
+use crate::report::report;
 use crate::telemetry::lines::line_count;
 
 /// The journal's socket (systemd.io, "Native Journal Protocol").
@@ -86,7 +87,10 @@ impl Sink {
         let is_news = |at: Instant| at.elapsed() >= COMPLAIN_AFTER;
         if self.complained.is_none_or(is_news) {
             self.complained = Some(Instant::now());
-            tracing::error!(%why, "audit records are lost (cpc_audit_records_lost_total)");
+            tracing::error!(
+                why = report(why),
+                "audit records are lost (cpc_audit_records_lost_total)"
+            );
         }
     }
 }

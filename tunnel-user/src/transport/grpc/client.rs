@@ -22,6 +22,8 @@ use super::{
     Status, StreamEnd, until_silent,
 };
 
+use crate::report::report;
+
 /// A server on the agent port ends connections that ping more often.
 const FEWEST_BETWEEN_PINGS: Duration = Duration::from_secs(30);
 
@@ -127,7 +129,7 @@ where
         let silent = until_silent(pings, keepalive);
         tokio::select! {
             ended = connection => if let Err(error) = ended {
-                tracing::debug!(%error, "HTTP/2 connection ended");
+                tracing::debug!(error = report(&error), "HTTP/2 connection ended");
             },
             () = silent => tracing::debug!("HTTP/2 peer does not answer pings"),
         }

@@ -23,6 +23,7 @@ use super::udp::Udp;
 use super::{Endpoint, offload, path, udp};
 use crate::config::TransportConfig as PathConfig;
 use crate::config::transport::MAX_DIALS;
+use crate::report::report;
 use crate::tls::{ALPN, Material, Role, tunnel_provider};
 
 /// Bytes that the far side may send on one stream before they are read: what a stopped reader can
@@ -103,7 +104,10 @@ impl Setup {
     pub fn new(path: PathConfig, memory: MemoryBounds, registry: &mut Registry) -> Self {
         let udp = UdpMetrics::register(registry);
         let offload = offload::check().unwrap_or_else(|error| {
-            tracing::debug!(%error, "UDP offloads can't be tried on loopback");
+            tracing::debug!(
+                error = report(&error),
+                "UDP offloads can't be tried on loopback"
+            );
             // As long as nothing is known against it.
             offload::Offload {
                 send: true,

@@ -1,6 +1,7 @@
 //! Taking agents in: connections, their bounds, and the calls on them.
 
 use std::cell::RefCell;
+use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,6 +21,7 @@ use super::session;
 use crate::process::descriptors::after_failed_accept;
 use crate::process::gate::Gate;
 use crate::process::sources::Place;
+use crate::report::report;
 use crate::server::doorstep::Why;
 use crate::server::shard::Shard;
 use crate::telemetry::audit::events::{self as audit, Listener};
@@ -135,9 +137,9 @@ impl Agents {
         let _counted = self.connections.enter();
         // Not while we drain: an agent drops a server that says so, with all its connections.
         let ending = self.ending.notified();
-        let failed = |why, error: &dyn std::fmt::Display| {
+        let failed = |why, error: &(dyn Error + 'static)| {
             self.door.step.failed(why);
-            tracing::warn!(%remote, %error, "agent's handshake failed");
+            tracing::warn!(%remote, error = report(error), "agent's handshake failed");
             audit::peer_refused(Listener::Konnectivity, remote, error);
         };
         let secured = async {
@@ -148,7 +150,7 @@ impl Agents {
         let (tls, socket) = match timeout(HANDSHAKE_TIMEOUT, secured).await {
             Ok(Ok(secured)) => secured,
             Ok(Err(error)) => return failed(Why::Tls, &error),
-            Err(_) => return failed(Why::Timeout, &io::ErrorKind::TimedOut),
+            Err(_) => return failed(Why::Timeout, &io::Error::from(io::ErrorKind::TimedOut)),
         };
         let certificates = tls.get_ref().1.peer_certificates();
         let peer = Rc::new(Peer {
@@ -172,7 +174,7 @@ impl Agents {
         tokio::select! {
             served = served => match served {
                 Err(error @ ServeError::Handshake) => failed(Why::Timeout, &error),
-                Err(error) => tracing::debug!(%remote, %error, "agent's connection ended"),
+                Err(error) => tracing::debug!(%remote, error = report(&error), "agent's connection ended"),
                 Ok(()) => {}
             },
             () = unused(&peer.calls) => tracing::debug!(%remote, "connection without a call ends"),

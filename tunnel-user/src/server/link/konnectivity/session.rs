@@ -92,7 +92,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
         Ok(introduced) => introduced,
         Err(refusal) => {
             agents.door.step.failed(Why::Identity);
-            tracing::warn!(%remote, error = %refusal, "agent refused");
+            tracing::warn!(%remote, error = crate::report::report(&refusal), "agent refused");
             audit::peer_refused(Listener::Konnectivity, remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
         }
@@ -102,7 +102,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
         Ok(server_id) => server_id,
         Err(status) => {
             agents.door.step.failed(Why::Overload);
-            tracing::warn!(%remote, agent = %identity, error = %status, "agent refused");
+            tracing::warn!(%remote, agent = %identity, error = status.to_string(), "agent refused");
             return call.refuse(&status);
         }
     };

@@ -10,6 +10,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::config::konnectivity::KonnectivityConfig;
 use crate::config::tls_floor::TlsFloor;
+use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::tls::callers::Callers;
 use crate::tls::floor::{Accepted, accepted};
@@ -89,7 +90,10 @@ impl AgentTls {
             Ok(())
         };
         let complain = |error: &MaterialError| {
-            tracing::warn!(%error, "certificates for agents of Konnectivity not reloaded, the old ones stay");
+            tracing::warn!(
+                error = report(error),
+                "certificates for agents of Konnectivity not reloaded, the old ones stay"
+            );
             audit::changed("certificates for agents of Konnectivity", Err(error));
         };
         watch(reload, complain).await;
