@@ -157,7 +157,7 @@ impl Connector {
             }
         }
         // With the first a server knows that a dial which has no answer yet was not served, and may go
-        // elsewhere.
+        // elsewhere. A tunnel says so only where no answer can be on its way.
         let reason = match self.connections.is_closed() {
             true => CloseReason::Draining,
             false => CloseReason::Shutdown,

@@ -164,7 +164,7 @@ async fn struck(worker: &Worker, tunnel: Tunnel) -> End {
 async fn obey(tunnel: Tunnel, mut told: mpsc::UnboundedReceiver<Order>) -> End {
     while let Some(order) = told.recv().await {
         match order {
-            Order::Close(reason) => tunnel.close(reason),
+            Order::Close(reason) => tunnel.close_when_heard(reason).await,
             Order::Retire => drop(tokio::task::spawn_local(tunnel.clone().retire())),
         }
     }

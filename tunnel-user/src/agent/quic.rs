@@ -39,6 +39,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 /// What a server is told of a tunnel that will end with its last stream: not before long.
 const RETIREMENT: Duration = Duration::from_secs(24 * 3600);
 
+/// How often a tunnel that is to end looks whether the ends of its streams have arrived.
+const ARRIVAL_LOOK: Duration = Duration::from_millis(10);
+
 /// Why a tunnel did not come to be.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DialError {
@@ -235,6 +238,19 @@ impl Tunnel {
         self.close(CloseReason::Replaced);
     }
 
+    /// Gives the ends of streams some time to arrive, and ends the tunnel: see [`farewell`].
+    pub(super) async fn close_when_heard(&self, reason: CloseReason) {
+        let heard = async {
+            while self.connection.has_unacknowledged() {
+                tokio::time::sleep(ARRIVAL_LOOK).await;
+            }
+        };
+        if reason == CloseReason::Draining {
+            let _ = timeout(GOODBYE / 2, heard).await;
+        }
+        self.close(farewell(reason, self.connection.has_unacknowledged()));
+    }
+
     /// Ends the tunnel and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
         self.connection
@@ -342,11 +358,36 @@ impl Tunnel {
     }
 }
 
+/// The reason that a tunnel ends with. With [`CloseReason::Draining`] the server takes each dial without an
+/// answer for one that was not served, and asks another agent. While an answer or a reset may be lost with
+/// the tunnel that is not so.
+fn farewell(reason: CloseReason, has_unacknowledged: bool) -> CloseReason {
+    match reason {
+        CloseReason::Draining if has_unacknowledged => CloseReason::Shutdown,
+        reason => reason,
+    }
+}
+
 /// The reason behind a tunnel's end.
 pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
     match end {
         ControlEnd::Session(error) => error.reason(),
         ControlEnd::Connection(error) => link_reason(error),
         ControlEnd::Closed => CloseReason::ProtocolError,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dial_whose_answer_may_be_lost_is_not_called_unserved() {
+        assert_eq!(farewell(CloseReason::Draining, true), CloseReason::Shutdown);
+        assert_eq!(
+            farewell(CloseReason::Draining, false),
+            CloseReason::Draining
+        );
+        assert_eq!(farewell(CloseReason::Replaced, true), CloseReason::Replaced);
     }
 }

@@ -94,6 +94,14 @@ impl Tunnel {
         }
     }
 
+    /// Ends it, with a reason that is true for what the server has heard.
+    pub(super) async fn close_when_heard(&self, reason: CloseReason) {
+        match self {
+            Self::Quic(tunnel) => tunnel.close_when_heard(reason).await,
+            Self::Grpc(tunnel) => tunnel.close(reason),
+        }
+    }
+
     /// Ends it and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
         match self {

@@ -215,6 +215,12 @@ impl State {
         }
     }
 
+    /// Streams that nobody writes to any more, whose end the peer has not acknowledged.
+    fn unacknowledged(&mut self) -> usize {
+        let senders = self.proto.streams().send_streams();
+        senders.saturating_sub(self.senders)
+    }
+
     /// Looks which of the streams that were stopped the peer has ended. Those that it has reset by itself
     /// are taken for some of them: the reader of such a one ends it without a stop.
     fn count_ended(&mut self) {
@@ -328,8 +334,7 @@ impl Inner {
         if state.ledger.has_unended() {
             state.count_ended();
         }
-        let senders = state.proto.streams().send_streams();
-        let unacknowledged = senders.saturating_sub(state.senders);
+        let unacknowledged = state.unacknowledged();
         state.ledger.unacknowledged(unacknowledged as u64);
         while let Some(excess) = state.ledger.settle() {
             match excess {
@@ -517,6 +522,12 @@ impl Connection {
     #[cfg(test)]
     pub(super) fn resets(&self) -> u64 {
         self.inner().state().proto.stats().frame_rx.reset_stream
+    }
+
+    /// Whether there is a stream that nobody writes to any more, of which the peer may not know all: answer,
+    /// end or reset may be lost with the connection.
+    pub fn has_unacknowledged(&self) -> bool {
+        self.inner().state().unacknowledged() > 0
     }
 
     /// Ends it and everything on it.

@@ -203,3 +203,29 @@ fn what_is_lost_is_sent_again_and_comes_in_order() {
         assert!(pair.server.held() == 0 && pair.agent.held() == 0);
     });
 }
+
+/// An answer, an end or a reset that is lost on the way.
+#[test]
+fn the_end_of_a_stream_is_unacknowledged_until_it_has_arrived() {
+    run_alone(async || {
+        let (pair, nat) = behind_nat().await;
+        for is_reset in [false, true] {
+            let (mut server, mut agent) = pair.stream().await;
+            assert!(!pair.agent.has_unacknowledged(), "one is in use");
+            nat.is_cut.set(true);
+            agent.0.send(&mut Bytes::from_static(b"!")).await.unwrap();
+            match is_reset {
+                true => agent.0.reset(CloseReason::Aborted),
+                false => agent.0.finish(),
+            }
+            drop(agent);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(pair.agent.has_unacknowledged());
+            nat.is_cut.set(false);
+            while take(&mut server.1, 1).await.is_ok() {}
+            while pair.agent.has_unacknowledged() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+}
