@@ -416,17 +416,36 @@ fn configuration_is_reloaded() -> Result<()> {
     through(&lab, pod)?;
 
     // Broken files, on both sides.
+    let shows = |daemon: &Daemon, is_successful: u8| {
+        eventually(SOON, || {
+            let (_, metrics) = daemon.get("/metrics")?;
+            let line = format!("\ncpc_config_last_reload_successful {is_successful}\n");
+            ensure!(metrics.contains(&line), "no {line} in {metrics}");
+            Ok(())
+        })
+    };
     let broken = |daemon: &mut Daemon| -> Result<()> {
+        shows(daemon, 1)?;
         let seen = daemon.log().len();
         daemon.configure(|config| config["unheard_of"] = json!(1))?;
         daemon.signal(Signal::SIGHUP)?;
         let pieces = ["WARN", "configuration not reloaded", "unheard_of", "line"];
-        daemon.wait_log(SOON, seen, &pieces).map(drop)
+        daemon.wait_log(SOON, seen, &pieces)?;
+        shows(daemon, 0)
+    };
+    let mended = |daemon: &mut Daemon| -> Result<()> {
+        daemon.configure(|config| {
+            config.as_object_mut().map(|it| it.remove("unheard_of"));
+        })?;
+        daemon.signal(Signal::SIGHUP)?;
+        shows(daemon, 1)
     };
     broken(&mut lab.control_plane.servers[0].daemon)?;
     broken(lab.workers[0].agent()?)?;
     through(&lab, pod)?;
     assert_eq!(errno(&lab)?, Some(libc::ENETUNREACH));
+    mended(&mut lab.control_plane.servers[0].daemon)?;
+    mended(lab.workers[0].agent()?)?;
     round_trips(&old, 3).context("the connection from before")?;
     Ok(())
 }

@@ -26,7 +26,7 @@ mod worker;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -52,6 +52,7 @@ use crate::telemetry::konnectivity::ProxyAgentMetrics;
 use crate::telemetry::limits::LimitMetrics;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{DialMetrics, ours};
+use crate::telemetry::reload::ReloadMetrics;
 use crate::tls::material::{Change, MaterialError};
 use crate::tls::{self, lifetime};
 use crate::transport::quic::MemoryBounds;
@@ -142,6 +143,7 @@ pub async fn run(
         proxy_metrics.register(&mut metrics);
     }
     let dials = DialMetrics::register(ours(&mut metrics));
+    let reloads = ReloadMetrics::register(ours(&mut metrics), SystemTime::now());
     let engines = Engines::choose(config.datapath.engine, config.shards);
     engines.register(ours(&mut metrics));
     privileges::finish(CapabilitySet::empty(), "")?;
@@ -257,33 +259,40 @@ pub async fn run(
     audit::process("started", "agent", &me);
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
-    let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
-        Ok(config) => {
-            *allow.lock().unwrap_or_else(PoisonError::into_inner) = config.allow;
-            policy.store(Arc::new(current_policy(&allow, &me)));
-            match claims(&config.serve) {
-                Ok(claims) => drop(offers.send_replace(claims)),
-                Err(error) => tracing::warn!(
-                    error = report(&error),
-                    "offer not reloaded, the old one stays"
-                ),
+    let reload = lifecycle::on_hangup(&mut hangups, async || {
+        let is_in_force = match reread() {
+            Ok(config) => {
+                *allow.lock().unwrap_or_else(PoisonError::into_inner) = config.allow;
+                policy.store(Arc::new(current_policy(&allow, &me)));
+                let offered = match claims(&config.serve) {
+                    Ok(claims) => {
+                        offers.send_replace(claims);
+                        tracing::info!("allow-list and offer reloaded");
+                        audit::changed("allow-list and offer", Ok(()));
+                        true
+                    }
+                    Err(error) => {
+                        tracing::warn!(
+                            error = report(&error),
+                            "allow-list reloaded, offer not: the old one stays"
+                        );
+                        audit::changed("allow-list", Ok(()));
+                        audit::changed("offer", Err(&error));
+                        false
+                    }
+                };
+                offered & log.reload(&config.log.filter)
             }
-            if let Err(error) = log.set(&config.log.filter) {
+            Err(error) => {
                 tracing::warn!(
                     error = report(&error),
-                    "log filter not reloaded, the old one stays"
+                    "configuration not reloaded, the old one stays"
                 );
+                audit::changed("configuration", Err(&error));
+                false
             }
-            tracing::info!("allow-list and offer reloaded");
-            audit::changed("allow-list and offer", Ok(()));
-        }
-        Err(error) => {
-            tracing::warn!(
-                error = report(&error),
-                "configuration not reloaded, the old one stays"
-            );
-            audit::changed("configuration", Err(&error));
-        }
+        };
+        reloads.note(is_in_force, SystemTime::now());
     });
     let idle = idle(&phase, &connections, config.konnectivity.is_some());
     let lost = lifecycle::lost(&phase, shards.any_ended());

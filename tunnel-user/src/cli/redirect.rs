@@ -198,7 +198,7 @@ fn stay(file: &Config) -> anyhow::Result<()> {
         let watching = tokio::spawn(attachments.watch());
         lifecycle::notify(&[NotifyState::Ready]);
         let reload = lifecycle::on_hangup(&mut hangups, async || match file.load() {
-            Ok(config) => attachments.update(&config.redirect, &own),
+            Ok(config) => drop(attachments.update(&config.redirect, &own)),
             Err(error) => tracing::warn!(
                 error = report(error.as_ref()),
                 "configuration not reloaded, the old one stays"

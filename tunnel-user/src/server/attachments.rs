@@ -319,8 +319,10 @@ impl Attachments {
     }
 
     /// Puts changed capture sets and fail modes in force. What else changed waits for a restart,
-    /// since listeners, namespace and tenant are the running server's.
-    pub fn update(&self, config: &RedirectConfig, own: &TrustDomain) {
+    /// since listeners, namespace and tenant are the running server's. Returns whether all is in force that
+    /// can be; what is not is logged.
+    pub fn update(&self, config: &RedirectConfig, own: &TrustDomain) -> bool {
+        let mut is_in_force = true;
         for attachment in &config.attachments {
             let name = &attachment.name;
             let Some(running) = self.attached.iter().find(|a| a.spec.name == *name) else {
@@ -354,9 +356,11 @@ impl Attachments {
                         "capture set not reloaded"
                     );
                     audit::changed("capture set", Err(&error));
+                    is_in_force = false;
                 }
             }
         }
+        is_in_force
     }
 }
 

@@ -40,7 +40,7 @@ pub use privileges::{for_start, kept};
 use std::io;
 use std::net::UdpSocket;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{oneshot, watch};
 use tunnel_proto::session::InstanceId;
@@ -63,6 +63,7 @@ use crate::report::report;
 use crate::telemetry::audit::events as audit;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::ours;
+use crate::telemetry::reload::ReloadMetrics;
 use crate::tls::identity::{IdentityError, name_of};
 use crate::tls::issue::IssueError;
 use crate::tls::material::MaterialError;
@@ -235,6 +236,7 @@ pub async fn run(
     *connections = host::fit_connections(*connections, shares.connections);
     let mut metrics = prometheus_client::registry::Registry::default();
     let server_metrics = ServerMetrics::register(&mut metrics, &config);
+    let reloads = ReloadMetrics::register(ours(&mut metrics), SystemTime::now());
     let budget = Budget::new(config.limits.stalled_bytes);
     let refusals = |limit: Limit| server_metrics.limits.refusals(limit.label());
     let memory = MemoryBounds {
@@ -413,37 +415,38 @@ pub async fn run(
     audit::process("started", "server", &identity);
     lifecycle::notify(&[sd_notify::NotifyState::Ready]);
 
-    let reload = lifecycle::on_hangup(&mut hangups, async || match reread() {
-        Ok(config) => {
-            match Grants::new(&config.policy) {
-                Ok(grants) => {
-                    common.control.set_grants(grants).await;
-                    audit::changed("policy", Ok(()));
-                }
-                Err(error) => {
-                    tracing::warn!(
-                        error = report(&error),
-                        "policy not reloaded, the old one stays"
-                    );
-                    audit::changed("policy", Err(&error));
-                }
+    let reload = lifecycle::on_hangup(&mut hangups, async || {
+        let is_in_force = match reread() {
+            Ok(config) => {
+                let granted = match Grants::new(&config.policy) {
+                    Ok(grants) => {
+                        common.control.set_grants(grants).await;
+                        audit::changed("policy", Ok(()));
+                        true
+                    }
+                    Err(error) => {
+                        tracing::warn!(
+                            error = report(&error),
+                            "policy not reloaded, the old one stays"
+                        );
+                        audit::changed("policy", Err(&error));
+                        false
+                    }
+                };
+                let captured = attached.update(&config.redirect, &own);
+                scope::reload(&scopes, &config);
+                granted & captured & log.reload(&config.log.filter)
             }
-            attached.update(&config.redirect, &own);
-            scope::reload(&scopes, &config);
-            if let Err(error) = log.set(&config.log.filter) {
+            Err(error) => {
                 tracing::warn!(
                     error = report(&error),
-                    "log filter not reloaded, the old one stays"
+                    "configuration not reloaded, the old one stays"
                 );
+                audit::changed("configuration", Err(&error));
+                false
             }
-        }
-        Err(error) => {
-            tracing::warn!(
-                error = report(&error),
-                "configuration not reloaded, the old one stays"
-            );
-            audit::changed("configuration", Err(&error));
-        }
+        };
+        reloads.note(is_in_force, SystemTime::now());
     });
     let idle = idle(&phase, &common.connections);
     let lost = lifecycle::lost(&phase, shards.any_ended());

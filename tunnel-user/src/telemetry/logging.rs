@@ -24,6 +24,7 @@ use super::journal::{self, Prioritised};
 use super::lines::Lines;
 use super::throttle::{self, Throttle};
 use crate::config::{AuditConfig, LogConfig, LogFormat};
+use crate::report::report;
 
 /// How often the log says what was left out of it.
 const REPORT: Duration = Duration::from_secs(10);
@@ -97,6 +98,19 @@ impl LogHandle {
             filter: filter.into(),
             why: e.to_string(),
         })
+    }
+
+    /// Puts the filter of a configuration that was read again in force. Returns whether it is; that the old
+    /// one stays is logged.
+    pub fn reload(&self, filter: &str) -> bool {
+        let set = self.set(filter);
+        if let Err(error) = &set {
+            tracing::warn!(
+                error = report(error),
+                "log filter not reloaded, the old one stays"
+            );
+        }
+        set.is_ok()
     }
 }
 

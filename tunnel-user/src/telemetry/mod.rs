@@ -1,6 +1,6 @@
 //! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
 //! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`]
-//! and of the [`process`]; [`exposition`] writes them.
+//! and of the [`process`], and of its last [`reload`]; [`exposition`] writes them.
 
 pub mod access;
 pub mod audit;
@@ -13,6 +13,7 @@ mod lines;
 pub mod logging;
 pub mod metrics;
 pub mod process;
+pub mod reload;
 pub mod throttle;
 
 use std::time::Duration;
