@@ -6,7 +6,7 @@
 //! CAs are PEM files ([`pem`]) that are watched and read anew without a restart ([`material`]), and so is the list of
 //! those who count no more ([`revoked`]); what is recorded of them is in [`audit`] and [`metrics`]; a CA of ours makes certificates ([`issue`]), which who joins asks
 //! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
-//! we speak TLS with is in [`floor`]. Identities by pattern are in [`pattern`].
+//! we speak TLS with is in [`floor`]; what all verifiers do alike with signatures, in `signatures`. Identities by pattern are in [`pattern`].
 //!
 //! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
 
@@ -25,6 +25,7 @@ pub mod pattern;
 pub mod pem;
 pub mod pin;
 pub mod revoked;
+mod signatures;
 pub mod succession;
 #[cfg(test)]
 pub(crate) mod testing;
