@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use super::line_end::LineEnd;
+
 /// The writing thread rests for so long after it has written: what is logged meanwhile wakes nobody
 /// and is written by one call. With a line a connection, waking it for each costs more than the line.
 const REST: Duration = Duration::from_millis(5);
@@ -22,8 +24,7 @@ const BATCH: usize = 32 << 10;
 pub(super) struct Lines<W> {
     batch: Vec<u8>,
     to: W,
-    /// The last byte that was written ends no line.
-    is_cut: bool,
+    end: LineEnd,
     lost: Arc<AtomicU64>,
 }
 
@@ -33,7 +34,7 @@ impl<W: Write> Lines<W> {
         Self {
             batch: Vec::new(),
             to,
-            is_cut: false,
+            end: LineEnd::default(),
             lost: Arc::default(),
         }
     }
@@ -44,44 +45,15 @@ impl<W: Write> Lines<W> {
     }
 
     fn write_out(&mut self) -> io::Result<()> {
-        if self.is_cut && !self.batch.is_empty() {
-            write_counted(&mut self.to, b"\n")
-                .1
-                .inspect_err(|_| count(&self.lost, &self.batch))
-                .inspect_err(|_| self.batch.clear())?;
-            self.is_cut = false;
-        }
-        let (n, written) = write_counted(&mut self.to, &self.batch);
-        let whole = whole_lines(&self.batch[..n]);
-        self.is_cut = n > whole;
-        count(&self.lost, &self.batch[whole..]);
+        let written = self.end.write(&mut self.to, &self.batch);
+        count(&self.lost, &self.batch[written.whole..]);
         self.batch.clear();
-        written
+        written.outcome
     }
 }
 
 fn count(lost: &AtomicU64, lines: &[u8]) {
     lost.fetch_add(line_count(lines), Ordering::Relaxed);
-}
-
-/// Writes all of `bytes`, or says how many were written before what failed.
-pub(super) fn write_counted(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
-    let mut n = 0;
-    while n < bytes.len() {
-        match to.write(&bytes[n..]) {
-            Ok(0) => return (n, Err(io::ErrorKind::WriteZero.into())),
-            Ok(more) => n += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return (n, Err(error)),
-        }
-    }
-    (n, Ok(()))
-}
-
-/// The length of the lines that `bytes` holds to their end.
-pub(super) fn whole_lines(bytes: &[u8]) -> usize {
-    let newline = bytes.iter().rposition(|byte| *byte == b'\n');
-    newline.map_or(0, |at| at + 1)
 }
 
 /// How many lines end in `bytes`.
@@ -178,6 +150,7 @@ mod tests {
         };
         assert!(!log(&mut lines, "one\ntwo\nthree\n", 0));
         assert!(!log(&mut lines, "four\n", 0));
+        assert!(log(&mut lines, "", 0), "nothing to write mends nothing");
         assert!(log(&mut lines, "five\n", 100));
         assert!(log(&mut lines, "six\n", 0));
         let written = String::from_utf8(lines.to.written).unwrap();

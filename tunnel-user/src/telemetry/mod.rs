@@ -9,6 +9,7 @@ pub mod exposition;
 mod journal;
 pub mod konnectivity;
 pub mod limits;
+mod line_end;
 mod lines;
 pub mod logging;
 pub mod metrics;

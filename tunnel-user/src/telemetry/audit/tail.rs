@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
-use crate::telemetry::lines::{whole_lines, write_counted};
+use crate::telemetry::line_end::LineEnd;
 
 /// A file that is appended to, as far as it matters here.
 pub(super) trait Medium: Write {
@@ -30,8 +30,7 @@ impl Medium for File {
 pub(super) struct Tail<F> {
     file: F,
     size: u64,
-    /// The last byte ends no record.
-    is_cut: bool,
+    end: LineEnd,
 }
 
 /// Records that were not written to their end.
@@ -50,8 +49,8 @@ impl Tail<File> {
         if let Some(at) = size.checked_sub(1) {
             file.read_exact_at(&mut last, at)?;
         }
-        let is_cut = last != [b'\n'];
-        Ok(Self { file, size, is_cut })
+        let end = LineEnd::new(last != [b'\n']);
+        Ok(Self { file, size, end })
     }
 }
 
@@ -67,21 +66,15 @@ impl<F: Medium> Tail<F> {
     /// # Errors
     /// [`Unwritten`].
     pub(super) fn append(&mut self, records: &[u8]) -> Result<(), Unwritten> {
-        if self.is_cut {
-            let (n, written) = write_counted(&mut self.file, b"\n");
-            self.size += n as u64;
-            written.map_err(|why| Unwritten { whole: 0, why })?;
-            self.is_cut = false;
-        }
-        let (n, written) = write_counted(&mut self.file, records);
-        self.size += n as u64;
-        let Err(why) = written else {
+        let written = self.end.write(&mut self.file, records);
+        self.size += written.bytes as u64;
+        let Err(why) = written.outcome else {
             return Ok(());
         };
-        let whole = whole_lines(&records[..n]);
-        if n > whole {
-            self.is_cut = self.take_back((n - whole) as u64).is_err();
+        if written.cut > 0 && self.take_back(written.cut as u64).is_ok() {
+            self.end.taken_back();
         }
+        let whole = written.whole;
         Err(Unwritten { whole, why })
     }
 
@@ -143,7 +136,7 @@ mod tests {
                 may_cut,
             },
             size: 0,
-            is_cut: false,
+            end: LineEnd::default(),
         }
     }
 
