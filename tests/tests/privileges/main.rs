@@ -325,6 +325,8 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
         config["redirect"]["attachments"][0]["exclude"] = json!([port]);
     })?;
     kill(pid, Signal::SIGHUP)?;
+    stays.hear("RELOADING=1")?;
+    stays.hear("READY=1")?;
     refused(&scene)
 }
 
@@ -350,6 +352,7 @@ fn what_is_attached_outlives_the_process_that_stays() -> Result<()> {
     served(&scene)?;
 
     kill(stays.pid(), Signal::SIGTERM)?;
+    stays.hear("STOPPING=1")?;
     let ended = stays.process.wait()?;
     ensure!(ended.success(), "{ended}: {}", stays.log()?);
     served(&scene)?;
@@ -433,6 +436,8 @@ fn as_the_unit(command: &mut Command) {
 /// `cpc redirect attach --stay`, which ends with the test.
 struct Stays {
     process: Child,
+    /// What it tells its service manager.
+    told: UnixDatagram,
     log: PathBuf,
 }
 
@@ -455,13 +460,21 @@ impl Stays {
         as_the_unit(&mut program);
         let stays = Self {
             process: program.spawn()?,
+            told,
             log,
         };
-        let mut message = [0; 64];
-        let told = told.recv(&mut message);
-        let length = told.with_context(|| format!("it is not attached: {:?}", stays.log()))?;
-        ensure!(message[..length].starts_with(b"READY=1"), "{message:?}");
+        let attached = stays.hear("READY=1");
+        attached.with_context(|| format!("it is not attached: {:?}", stays.log()))?;
         Ok(stays)
+    }
+
+    /// Takes the next message to the service manager, which begins with `piece`.
+    fn hear(&self, piece: &str) -> Result<()> {
+        let mut message = [0; 64];
+        let length = self.told.recv(&mut message)?;
+        let told = String::from_utf8_lossy(&message[..length]);
+        ensure!(told.starts_with(piece), "{told:?}, not {piece}");
+        Ok(())
     }
 
     fn pid(&self) -> Pid {
