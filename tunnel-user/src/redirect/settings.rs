@@ -17,7 +17,7 @@ use super::{
     prefix, retired, spec,
 };
 
-/// Names the capture set in what [`compare`] returns.
+/// Names the capture set in what [`Redirect::compare`](super::Redirect::compare) returns.
 pub const CAPTURE_SET: &str = "capture set";
 
 /// The number that an attachment of this name has, or would get: the lowest free one.
