@@ -471,7 +471,7 @@ fn a_request_is_never_made_twice() -> Result<()> {
     lab.configure_connector()?;
     let ledgers = service::start(&mut lab)?;
     lab.control_plane.servers[0].daemon.configure(|config| {
-        config["log"] = json!({"filter": "info,tunnel_user::server::dial=debug"});
+        config["log"] = json!({"filter": "info,cpc::server::dial=debug"});
         config["limits"] = json!({"dial_timeout": "2s"});
     })?;
     end_at_once(&mut lab)?;

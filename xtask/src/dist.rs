@@ -30,7 +30,7 @@ struct Sbom {
 
 const SBOMS: [Sbom; 2] = [
     Sbom {
-        package: "tunnel-user",
+        package: "cpc",
         target: None,
         written: "cpc_bin.cdx.json",
         name: "cpc.cdx.json",
@@ -63,7 +63,7 @@ pub(crate) fn run() -> Result<()> {
     sh::heading("Program");
     let mut build = workspace::cargo();
     build.args(["build", "--locked", "--release"]);
-    sh::run(build.args(["--package", "tunnel-user", "--bin", "cpc"]))?;
+    sh::run(build.args(["--package", "cpc"]))?;
     let dist = workspace::target().join("dist");
     if dist.exists() {
         fs::remove_dir_all(&dist)?;

@@ -17,12 +17,6 @@ pub(crate) fn build() -> Result<Programs> {
     }
     let mut cargo = workspace::cargo();
     cargo.args(["build", "--profile", PROFILE]);
-    sh::run(cargo.args([
-        "--package",
-        "tunnel-user",
-        "--package",
-        "tunnel-tests",
-        "--bins",
-    ]))?;
+    sh::run(cargo.args(["--package", "cpc", "--package", "tunnel-tests", "--bins"]))?;
     Ok(Programs::in_folder(&workspace::target().join(PROFILE)))
 }

@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 
 // Without the crate that it belongs to, which brings everything else along.
 #[allow(dead_code)]
-#[path = "../../../tunnel-user/src/tls/identity.rs"]
+#[path = "../../../tunnel-user/identity/src/identity.rs"]
 mod identity;
 
 use identity::{Identity, TrustDomain, check_name, name_of};

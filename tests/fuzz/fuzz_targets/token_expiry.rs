@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use libfuzzer_sys::fuzz_target;
 
 // Without the crate that it belongs to, which brings everything else along.
-#[path = "../../../tunnel-user/src/kubernetes/token/claims.rs"]
+#[path = "../../../tunnel-user/kubernetes/src/token/claims.rs"]
 mod claims;
 
 fuzz_target!(|data: &[u8]| {

@@ -125,7 +125,7 @@ fn build(release: bool) -> Result<Programs> {
     sh::heading("Programs");
     let profile = if release { "release" } else { PROFILE };
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--profile", profile, "--package", "tunnel-user"]);
+    cargo.args(["build", "--profile", profile, "--package", "cpc"]);
     cargo.args(["--package", "tunnel-tests", "--bins"]);
     sh::run(cargo.args(["--example", "stock-quinn", "--example", "crowd"]))?;
     Ok(Programs::in_folder(&workspace::target().join(profile)))

@@ -80,7 +80,7 @@ fn copy_checkout(to: &Path) -> Result<()> {
 fn copy_tests(folder: &Path, checkout: &Path, tests: &[String]) -> Result<()> {
     let mut list = workspace::cargo();
     list.args(["nextest", "list", "--cargo-profile", PROFILE]);
-    list.args(["--package", "tunnel-user", "--package", "tunnel-tests"]);
+    list.args(["--package", "cpc-redirect", "--package", "tunnel-tests"]);
     for test in tests {
         list.args(["--test", test]);
     }

@@ -128,7 +128,7 @@ fn of_units(line: &str) -> Option<Check> {
     })
 }
 
-/// `PASS [   1.234s] (1/46) tunnel-user::redirect capture::name`
+/// `PASS [   1.234s] (1/46) cpc-redirect::redirect capture::name`
 fn of_nextest(line: &str) -> Option<Check> {
     let (verdict, rest) = line.trim_start().split_once(" [")?;
     let verdict = match verdict {
@@ -157,8 +157,8 @@ mod tests {
     const TEXT: &str = "\
 machine 6.1.0-50-cloud-amd64, systemd 252.39-1~deb12u2
 >     Starting 3 tests across 2 binaries
->         PASS [   1.500s] (1/3) tunnel-user::redirect capture::one
->         PASS [   0.020s] (2/3) tunnel-user::redirect refusal::two
+>         PASS [   1.500s] (1/3) cpc-redirect::redirect capture::one
+>         PASS [   0.020s] (2/3) cpc-redirect::redirect refusal::two
 >   stderr ---
 >     skipped: refusal by errno needs Linux 6.1
 >         SLOW [> 60.000s] (3/3) tunnel-tests::connector three
@@ -201,7 +201,7 @@ finished
         );
         assert!(!outcome.succeeded());
         let groups = [
-            ("tunnel-user::redirect", [1, 1, 0], 2),
+            ("cpc-redirect::redirect", [1, 1, 0], 2),
             ("tunnel-tests::connector", [0, 0, 1], 61),
             ("units", [1, 1, 1], 74),
         ];

@@ -1,0 +1,405 @@
+//! Holds tunnels to every server, for ever: resolves, has shards dial as [`Plan`] says, and decides
+//! which tunnels are kept. It runs beside the shards, where each tunnel lives ([`errand`]).
+//!
+//! [`errand`]: super::errand
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tunnel_proto::close::CloseReason;
+
+use super::address::{Resolved, keep_resolving};
+use super::errand::{Errand, Event, Order, Welcomed};
+use super::held::{TunnelView, Tunnels};
+use super::plan::{Health, Plan, Verdict, Way, Wire};
+use super::shards::Dispatch;
+use super::tunnel::{About, End, GOODBYE};
+use cpc_config::agent::Protocol;
+use cpc_host::gate::Gate;
+use cpc_host::lifecycle::{self, Phase};
+use cpc_host::report::report;
+use cpc_observe::complaint::Complaint;
+use cpc_transport::quic::steering::Spread;
+
+/// Where servers are found, and how many tunnels there are to be.
+pub(super) struct Servers {
+    /// "host:port", and what is spoken there.
+    pub addresses: Vec<(Arc<str>, Protocol)>,
+    /// How many proxy-servers there are by their leases, where those are watched.
+    pub leases: watch::Receiver<Option<u32>>,
+    /// Whether what proxy-servers say counts as well.
+    pub count_both: bool,
+    /// Tunnels to each server over QUIC.
+    pub tunnels: u8,
+}
+
+/// Connects for ever, until the process drains; then waits for the end and closes everything.
+pub(super) async fn run(
+    shards: Dispatch,
+    phase: watch::Receiver<Phase>,
+    connections: Gate,
+    servers: Servers,
+    view: Arc<Tunnels>,
+) {
+    let Servers {
+        addresses,
+        leases,
+        count_both,
+        tunnels,
+    } = servers;
+    let mut plan = Plan::default();
+    plan.set_tunnels(tunnels.into());
+    if count_both {
+        plan.count_both();
+    }
+    let (events, inbox) = mpsc::unbounded_channel();
+    let mut connector = Connector {
+        shards,
+        phase,
+        connections,
+        plan,
+        spread: Spread::random(tunnels > 1),
+        dialling: HashMap::new(),
+        tunnels: HashMap::new(),
+        complaints: HashMap::new(),
+        names: HashMap::new(),
+        unresolved: HashSet::new(),
+        last: 0,
+        events,
+        view,
+    };
+    let (answers, resolved) = mpsc::unbounded_channel();
+    for (server, protocol) in addresses {
+        connector
+            .names
+            .insert(server.clone(), (protocol, Vec::new()));
+        tokio::spawn(keep_resolving(server, answers.clone()));
+    }
+    connector.connect(inbox, resolved, leases).await;
+}
+
+struct Connector {
+    shards: Dispatch,
+    phase: watch::Receiver<Phase>,
+    /// Closed at the end when nothing was left to be served.
+    connections: Gate,
+    plan: Plan,
+    spread: Spread,
+    /// Where the tunnels go that are being dialled.
+    dialling: HashMap<u64, Place>,
+    tunnels: HashMap<u64, Held>,
+    complaints: HashMap<Way, Complaint>,
+    /// What the names of servers lead to.
+    names: HashMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
+    unresolved: HashSet<Arc<str>>,
+    last: u64,
+    events: mpsc::UnboundedSender<Event>,
+    view: Arc<Tunnels>,
+}
+
+/// Where a tunnel lives.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    shard: usize,
+    /// Which of those at its address it is: one that follows it gets the same number.
+    slot: u8,
+}
+
+/// A tunnel that is kept.
+struct Held {
+    about: About,
+    place: Place,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+impl Held {
+    /// Without effect on a tunnel that is ending.
+    fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+    }
+}
+
+impl Connector {
+    async fn connect(
+        &mut self,
+        mut inbox: mpsc::UnboundedReceiver<Event>,
+        mut resolved: mpsc::UnboundedReceiver<Resolved>,
+        mut leases: watch::Receiver<Option<u32>>,
+    ) {
+        let stopping = lifecycle::stopping(self.phase.clone());
+        let ended = lifecycle::ended(self.phase.clone());
+        let (mut stopping, mut ended) = (std::pin::pin!(stopping), std::pin::pin!(ended));
+        let mut draining = false;
+        loop {
+            if !draining {
+                for way in self.plan.due(Instant::now()) {
+                    self.dial(way);
+                }
+            }
+            // Leases change it, a welcome, and a tunnel's end.
+            self.view.set_server_count(self.plan.server_count());
+            let next = self.plan.next_timeout().filter(|_| !draining);
+            tokio::select! {
+                Some(event) = inbox.recv() => self.handle(event),
+                Some((server, answer)) = resolved.recv() => {
+                    self.resolved(server, answer, Instant::now());
+                }
+                () = sleep_until(next) => {}
+                Ok(()) = leases.changed() => self.plan.set_leases(*leases.borrow_and_update()),
+                () = &mut stopping, if !draining => draining = true,
+                () = &mut ended => break,
+            }
+        }
+        // With the first a server knows that a dial which has no answer yet was not served, and may go
+        // elsewhere. A tunnel says so only where no answer can be on its way.
+        let reason = match self.connections.is_closed() {
+            true => CloseReason::Draining,
+            false => CloseReason::Shutdown,
+        };
+        for tunnel in self.tunnels.values() {
+            tunnel.order(Order::Close(reason));
+        }
+        // Each tunnel says goodbye and reports its end. What is still being dialled ends with its
+        // shard.
+        let goodbyes = async {
+            while !self.tunnels.is_empty() {
+                match inbox.recv().await {
+                    Some(event @ Event::Ended(..)) => self.handle(event),
+                    Some(_) => {}
+                    None => break,
+                }
+            }
+        };
+        let _ = timeout(2 * GOODBYE, goodbyes).await;
+    }
+
+    fn dial(&mut self, way: Way) {
+        let Way { address, wire } = way;
+        self.last += 1;
+        let number = self.last;
+        let held = self.tunnels.values();
+        let held: Vec<_> = held
+            .map(|held| (held.about.way.address, held.place))
+            .collect();
+        let taken = |slot: &u8| {
+            let mut held = held.iter();
+            held.any(|(to, place)| *to == address && place.slot == *slot)
+        };
+        let slot = (0..u8::MAX).find(|slot| !taken(slot)).unwrap_or_default();
+        let held = held.iter().map(|(to, place)| (*to, place.shard));
+        let (shard, Some(place)) = self.shards.place(address, held) else {
+            return;
+        };
+        tracing::debug!(%address, protocol = wire.label(), shard, "dialling");
+        self.dialling.insert(number, Place { shard, slot });
+        let errand = Errand {
+            number,
+            way,
+            server: self.name_of(way),
+            spread: (self.spread, slot),
+            events: self.events.clone(),
+            place,
+        };
+        self.shards.send(shard, errand);
+    }
+
+    /// How the server is called that `way` was resolved from.
+    fn name_of(&self, way: Way) -> Option<Arc<str>> {
+        let leads = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
+            let other = match way.wire {
+                Wire::Quic => Protocol::Konnectivity,
+                Wire::Grpc => Protocol::Quic,
+            };
+            *protocol != other && addresses.contains(&way.address)
+        };
+        let mut names = self.names.iter();
+        let name = names.find_map(|(name, leads_to)| leads(leads_to).then_some(name));
+        name.cloned()
+    }
+
+    fn resolved(&mut self, server: Arc<str>, resolved: io::Result<Vec<SocketAddr>>, now: Instant) {
+        match resolved {
+            Ok(addresses) => {
+                self.unresolved.remove(&server);
+                if let Some((_, known)) = self.names.get_mut(&server) {
+                    *known = addresses;
+                }
+            }
+            // What was known before may still be right. Said once, not at every try.
+            Err(error) => {
+                if self.unresolved.insert(server.clone()) {
+                    tracing::warn!(%server, error = report(&error), "name not resolved, asking for ever");
+                }
+                return;
+            }
+        }
+        let names = self.names.values();
+        let addresses: Vec<_> = names
+            .flat_map(|(protocol, addresses)| addresses.iter().map(|addr| (*addr, *protocol)))
+            .collect();
+        let known = |way: &Way| addresses.iter().any(|(address, _)| *address == way.address);
+        self.complaints.retain(|way, _| known(way));
+        self.plan.set_addresses(&addresses, now);
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = Instant::now();
+        match event {
+            Event::Reached(way, number, server, introduce) => {
+                let wanted = self.plan.reached(way, &server, now, chance());
+                if !wanted {
+                    self.dialling.remove(&number);
+                }
+                let _ = introduce.send(wanted);
+            }
+            Event::Failed(way, number, error) => {
+                self.dialling.remove(&number);
+                self.plan.failed(way, now, chance());
+                self.complain(way, &error);
+            }
+            Event::Welcomed(tunnel) => self.welcomed(*tunnel, now),
+            Event::Changed(number) => {
+                let Some(tunnel) = self.tunnels.get(&number) else {
+                    return;
+                };
+                let About {
+                    server_id,
+                    way,
+                    stats,
+                } = &tunnel.about;
+                let (wire, health) = (way.wire, stats.health());
+                self.plan.changed(wire, server_id, number, health, now);
+                if health == Health::Live && !self.plan.holds(wire, server_id, number) {
+                    tunnel.order(Order::Retire);
+                } else {
+                    self.retire_superseded();
+                }
+            }
+            Event::Ended(number, end) => self.ended(number, &end, now),
+        }
+    }
+
+    fn ended(&mut self, number: u64, end: &End, now: Instant) {
+        let Some(Held { about, .. }) = self.tunnels.remove(&number) else {
+            return;
+        };
+        let About { server_id, way, .. } = &about;
+        let (address, protocol) = (way.address, way.wire.label());
+        let (reason, why) = (end.reason.label(), &end.why);
+        if end.reason == CloseReason::Replaced || *self.phase.borrow() != Phase::Running {
+            tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
+        } else {
+            tracing::warn!(server = %server_id, %address, protocol, reason, %why, "tunnel ended");
+        }
+        self.view.remove(number);
+        self.plan.ended(way.wire, server_id, number, now, chance());
+    }
+
+    fn welcomed(&mut self, tunnel: Welcomed, now: Instant) {
+        let Welcomed {
+            number,
+            about,
+            leads,
+            path,
+            orders,
+            keep,
+        } = tunnel;
+        let Some(place) = self.dialling.remove(&number) else {
+            return;
+        };
+        let About {
+            server_id,
+            way,
+            stats,
+        } = &about;
+        let way = *way;
+        let verdict = self.plan.welcomed(way, number, leads, now, chance());
+        if let Verdict::Conflict(other) = verdict {
+            self.complain(
+                way,
+                &format_args!("{other} is a server {server_id} too; give each an id of its own"),
+            );
+        } else {
+            self.complaints.remove(&way);
+        }
+        if verdict != Verdict::Keep {
+            let _ = keep.send(false);
+            return;
+        }
+        let refused = stats
+            .refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(first) = refused.first() {
+            tracing::warn!(
+                server = %server_id, refused = refused.len(), claim = %first.claim, why = %first.why,
+                "the server refuses claims; `cpc status` shows all"
+            );
+        }
+        tracing::info!(
+            server = %server_id, address = %way.address, protocol = way.wire.label(),
+            servers = self.plan.server_count(), shard = place.shard, "tunnel is up"
+        );
+        let view = TunnelView::new(about.clone(), path, place.shard);
+        self.view.insert(number, view);
+        let held = Held {
+            about,
+            place,
+            orders,
+        };
+        self.tunnels.insert(number, held);
+        // Without effect on one that has been lost meanwhile: it tells its end.
+        let _ = keep.send(true);
+        self.retire_superseded();
+    }
+
+    /// Lets go of gRPC where QUIC does the same: what lives on it lives on.
+    fn retire_superseded(&mut self) {
+        for number in self.plan.superseded() {
+            if let Some(tunnel) = self.tunnels.get(&number) {
+                let About { server_id, way, .. } = &tunnel.about;
+                tracing::info!(server = %server_id, address = %way.address, "QUIC takes over");
+                tunnel.order(Order::Retire);
+            }
+        }
+    }
+
+    /// Once for each kind of trouble with a way, not at every try. That a server does not speak
+    /// QUIC is no trouble where the other protocol leads to it.
+    fn complain(&mut self, way: Way, error: &dyn fmt::Display) {
+        let text = error.to_string();
+        if !self.complaints.entry(way).or_default().is_news(&text) {
+            return;
+        }
+        let Way { address, wire } = way;
+        let protocol = wire.label();
+        let reached = |tunnel: &Held| tunnel.about.way.address == address;
+        if self.tunnels.values().any(reached) {
+            tracing::info!(%address, protocol, error = text, "server not reached this way, trying for ever");
+        } else {
+            tracing::warn!(%address, protocol, error = text, "server not reached, trying for ever");
+        }
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// In 0..1.
+fn chance() -> f64 {
+    let mut byte = [0];
+    // Without random numbers all agents would dial at once, which is no harm to this one.
+    let _ = aws_lc_rs::rand::fill(&mut byte);
+    f64::from(byte[0]) / 256.0
+}

@@ -1,0 +1,260 @@
+//! One tunnel to a proxy-server: dial it, hear who it is, serve what it asks for.
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use http::HeaderMap;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::{CONNECT, metadata};
+
+use super::client::{Client, ClientError};
+use super::session::{Asked, Session};
+use crate::dialer;
+use crate::plan::Way;
+use crate::stats::{OnTunnel, TunnelStats};
+use crate::tunnel::{About, End, GOODBYE, LOOK_INTERVAL};
+use crate::worker::Worker;
+use cpc_config::address::split;
+use cpc_host::lifecycle::Phase;
+use cpc_observe::konnectivity::{Direction, Segment, StreamMetrics};
+use cpc_transport::grpc::client::{CallError, Opened, handshake, secure};
+use cpc_transport::grpc::{PacketReceiver, PacketSender, StreamEnd, tcp};
+
+/// A server that has not accepted TCP by then is tried again later.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A server that has not said who it is by then is tried again later. It may have to ask others
+/// whether our token is good.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The longest id of a server, in bytes.
+const MAX_SERVER_ID: usize = 253;
+
+/// Why a tunnel did not come to be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    /// TCP.
+    #[error("TCP: {0}")]
+    Connect(io::Error),
+    /// As configured it can't be.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// TLS, HTTP/2 or the call.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The server does not say who it is.
+    #[error("the server's answer must have one {0}; is it a proxy-server's port for agents?")]
+    Metadata(&'static str),
+}
+
+impl From<io::Error> for DialError {
+    fn from(why: io::Error) -> Self {
+        Self::Connect(why)
+    }
+}
+
+/// An established tunnel.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    /// What it is.
+    pub about: About,
+    session: Rc<Session>,
+    closing: Cell<Option<CloseReason>>,
+    close: Notify,
+}
+
+/// A tunnel that nobody drives yet, and what the server said.
+#[derive(Debug)]
+pub(crate) struct Dialled {
+    /// The tunnel.
+    pub tunnel: Rc<Tunnel>,
+    /// How many servers there are.
+    pub server_count: u32,
+    sender: PacketSender,
+    receiver: PacketReceiver,
+}
+
+/// Dials the server at `way`, which is configured as `server`, "host:port".
+///
+/// # Errors
+/// [`DialError`].
+pub(crate) async fn dial(
+    client: &Client,
+    way: Way,
+    server: &str,
+    metrics: &StreamMetrics,
+) -> Result<Dialled, DialError> {
+    let host = split(server).map_or(server, |(host, _)| host);
+    let (tls, name, metadata) = (client.tls()?, client.server_name(host)?, client.metadata()?);
+    let metadata = metadata.iter().map(|(key, value)| (*key, value.as_str()));
+    let metadata: Vec<_> = metadata.chain([(metadata::HALVES, "1")]).collect();
+
+    let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(way.address)).await;
+    let socket = socket.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    tcp::prepare(&socket)?;
+    let stream = secure(socket, tls, name).await?;
+    let (mut channel, connection) = handshake(stream, &client.settings(), server).await?;
+    // Ends with the last half of its only call.
+    tokio::task::spawn_local(connection);
+    let Opened {
+        headers,
+        sender,
+        receiver,
+    } = channel.open(CONNECT, &metadata, HEADERS_TIMEOUT).await?;
+    let server_id = one(&headers, metadata::SERVER_ID)
+        .filter(|id| !id.is_empty() && id.len() <= MAX_SERVER_ID)
+        .ok_or(DialError::Metadata(metadata::SERVER_ID))?;
+    let server_count = one(&headers, metadata::SERVER_COUNT)
+        .and_then(|count| count.parse().ok())
+        .ok_or(DialError::Metadata(metadata::SERVER_COUNT))?;
+    let halves = one(&headers, metadata::HALVES) == Some("1");
+    let about = About {
+        server_id: server_id.into(),
+        way,
+        stats: Arc::new(TunnelStats::new(&client.claims(), Vec::new())),
+    };
+    let tunnel = Rc::new(Tunnel {
+        about,
+        session: Session::new(metrics.tally(Segment::FromAgent), halves),
+        closing: Cell::new(None),
+        close: Notify::new(),
+    });
+    Ok(Dialled {
+        tunnel,
+        server_count,
+        sender,
+        receiver,
+    })
+}
+
+/// The value of a field that must stand there once.
+fn one<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let mut values = headers.get_all(name).into_iter();
+    let value = values.next()?.to_str().ok()?;
+    values.next().is_none().then_some(value)
+}
+
+impl Tunnel {
+    /// Ends the tunnel when its last connection has ended: the server is asked to choose others,
+    /// and what it has asked for by then is served.
+    pub(crate) async fn retire(self: Rc<Self>) {
+        self.about.stats.draining.store(true, Ordering::Relaxed);
+        self.session.drain();
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            if self.session.is_empty() {
+                break;
+            }
+        }
+        self.close(CloseReason::Replaced);
+    }
+
+    /// Ends the tunnel and everything on it. What targets have sent by now still leaves.
+    pub(crate) fn close(&self, reason: CloseReason) {
+        self.closing.set(Some(reason));
+        self.close.notify_one();
+    }
+
+    async fn closing(&self) -> CloseReason {
+        loop {
+            if let Some(reason) = self.closing.get() {
+                return reason;
+            }
+            self.close.notified().await;
+        }
+    }
+}
+
+impl Dialled {
+    /// Ends a tunnel that is not wanted. Its server may have chosen it already: what it has asked
+    /// for is served.
+    pub(crate) async fn decline(self, worker: Rc<Worker>) {
+        tokio::task::spawn_local(self.tunnel.clone().retire());
+        self.serve(worker).await;
+    }
+
+    /// Serves the tunnel until it ends, and says why it did.
+    pub(crate) async fn serve(self, worker: Rc<Worker>) -> End {
+        let Self {
+            tunnel,
+            sender,
+            mut receiver,
+            ..
+        } = self;
+        let session = &tunnel.session;
+        let mut phase = worker.phase.clone();
+        let metrics = &worker.proxy_metrics;
+        let received = metrics.streams.tally(Segment::ToAgent);
+        let outbox = session.outbox().clone();
+        let driven = tokio::task::spawn_local(async move { outbox.drive(sender).await });
+        let end = loop {
+            let blocked = session.is_blocked();
+            tokio::select! {
+                end = session.outbox().ended() => {
+                    metrics.server_failed(Direction::ToServer);
+                    metrics.streams.error(Segment::FromAgent, end.code().name(), None);
+                    break End::new(end.reason(), end);
+                }
+                packet = receiver.next(), if !blocked => match packet {
+                    Ok(Some(packet)) => {
+                        received.packet(&packet);
+                        if let Some(asked) = session.handle(packet) {
+                            let served = serve(worker.clone(), tunnel.clone(), asked);
+                            tokio::task::spawn_local(served);
+                        }
+                    }
+                    Ok(None) => {
+                        let why = "the server ended the call";
+                        break End::new(CloseReason::LinkLost, why);
+                    }
+                    Err(end) => {
+                        metrics.server_failed(Direction::FromServer);
+                        metrics.streams.error(Segment::ToAgent, end.code().name(), None);
+                        break End::new(end.reason(), end);
+                    }
+                },
+                () = session.released(), if blocked => {}
+                reason = tunnel.closing() => break End::new(reason, StreamEnd::Closed),
+                Ok(()) = phase.changed() => {
+                    if let Phase::Draining(_) = *phase.borrow_and_update() {
+                        session.drain();
+                    }
+                }
+            }
+        };
+        session.end(end.reason);
+        // Nothing to wait for where the stream has ended.
+        let goodbye = async {
+            let _ = driven.await;
+            while let Ok(Some(_)) = receiver.next().await {}
+        };
+        let _ = timeout(GOODBYE, goodbye).await;
+        // A server that gives no credit would hold on to what is left.
+        session.outbox().close(StreamEnd::Closed);
+        end
+    }
+}
+
+/// Serves one dial.
+async fn serve(worker: Rc<Worker>, tunnel: Rc<Tunnel>, asked: Asked) {
+    let Asked {
+        request,
+        send,
+        recv,
+    } = asked;
+    let About {
+        server_id, stats, ..
+    } = &tunnel.about;
+    let dialled = Box::pin(dialer::dial(&worker, server_id, &request, (send, recv))).await;
+    if let Some(mut dialled) = dialled {
+        let on_tunnel = OnTunnel::new(stats.clone());
+        dialled.relay(&worker, on_tunnel).await;
+    }
+}

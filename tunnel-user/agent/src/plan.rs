@@ -1,0 +1,467 @@
+//! Which server address to dial next, and over what. Sans-IO: time and chance are arguments.
+//!
+//! The aim: a live tunnel to every server, or several over QUIC where that is configured, told apart
+//! by server id, since several addresses may lead to one server and one address (a virtual IP) to
+//! several. Dialling never ends; only its
+//! pace changes.
+//!
+//! Where both protocols may be spoken QUIC is preferred: gRPC is dialled a little later, and only
+//! while QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC
+//! tunnels that may end with their last connection.
+
+mod tunnels;
+mod way;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tunnel_proto::session::InstanceId;
+
+use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
+pub use self::way::{Health, Leads, Verdict, Way, Wire};
+use cpc_config::agent::Protocol;
+
+/// The pace of dialling an address: from this..
+const SLOWEST: Duration = Duration::from_secs(10);
+
+/// ..to this, and half as slow again after each failure.
+const FASTEST: Duration = Duration::from_secs(1);
+
+/// After a tunnel was lost its server is dialled at once, but not by all agents in the same instant.
+const SPREAD: Duration = Duration::from_millis(200);
+
+/// What QUIC is given before gRPC is tried where either may be spoken.
+const HEAD_START: Duration = Duration::from_secs(1);
+
+/// How often a proxy-server's address is dialled though nothing is missing: servers that came
+/// later are not announced to agents that are connected already.
+const RECONCILE: Duration = Duration::from_secs(60);
+
+/// The most tunnels to proxy-servers: what one says of their number is not believed beyond.
+const MAX_PROXY_SERVERS: usize = 256;
+
+#[derive(Debug)]
+struct Candidate {
+    leads_to: Option<Arc<str>>,
+    /// QUIC is preferred at this address.
+    fallback: bool,
+    resolved: bool,
+    dialling: bool,
+    /// When it may be dialled if it is wanted..
+    next: Instant,
+    /// ..and when if it is not.
+    reconcile: Instant,
+    pace: Duration,
+}
+
+/// What is known of addresses and servers.
+#[derive(Debug, Default)]
+pub struct Plan {
+    candidates: BTreeMap<Way, Candidate>,
+    quic: Tunnels,
+    grpc: Tunnels,
+    /// Tunnels to one server over QUIC, beyond the first.
+    further: usize,
+    /// As the last server said.
+    quic_count: u32,
+    grpc_count: u32,
+    /// As their leases say, in place of what proxy-servers say.
+    leases: Option<u32>,
+    /// Or both are asked, and the larger number counts.
+    larger: bool,
+}
+
+impl Plan {
+    /// Holds so many tunnels to each server over QUIC, one at least.
+    pub fn set_tunnels(&mut self, count: usize) {
+        self.further = count.saturating_sub(1);
+    }
+
+    /// The addresses that the configured names have now, and what may be spoken there.
+    pub fn set_addresses(&mut self, addresses: &[(SocketAddr, Protocol)], now: Instant) {
+        for candidate in self.candidates.values_mut() {
+            candidate.resolved = false;
+        }
+        for &(address, protocol) in addresses {
+            if protocol != Protocol::Konnectivity {
+                let wire = Wire::Quic;
+                self.resolved(Way { address, wire }, false, now);
+            }
+            if protocol != Protocol::Quic {
+                let wire = Wire::Grpc;
+                self.resolved(Way { address, wire }, protocol == Protocol::Auto, now);
+            }
+        }
+        self.candidates
+            .retain(|_, candidate| candidate.resolved || candidate.dialling);
+    }
+
+    fn resolved(&mut self, way: Way, fallback: bool, now: Instant) {
+        let wait = if fallback { HEAD_START } else { Duration::ZERO };
+        let candidate = self.candidates.entry(way).or_insert_with(|| Candidate {
+            leads_to: None,
+            fallback,
+            resolved: true,
+            dialling: false,
+            next: now + wait,
+            reconcile: now + RECONCILE,
+            pace: FASTEST,
+        });
+        candidate.resolved = true;
+    }
+
+    /// Leases alone are not believed: proxy-servers that say that there are more are, too.
+    pub fn count_both(&mut self) {
+        self.larger = true;
+    }
+
+    /// How many proxy-servers there are by their leases; with `None` they say themselves.
+    pub fn set_leases(&mut self, count: Option<u32>) {
+        // A server without a lease is still a server.
+        self.leases = count.map(|count| count.max(1));
+    }
+
+    /// The ways to dial now. Each is then under way until [`failed`](Self::failed) or
+    /// [`welcomed`](Self::welcomed).
+    pub fn due(&mut self, now: Instant) -> Vec<Way> {
+        let is_due = |(way, candidate): (&Way, &Candidate)| {
+            let at = self.at(way, candidate)?;
+            (at <= now).then_some(*way)
+        };
+        let due: Vec<_> = self.candidates.iter().filter_map(is_due).collect();
+        for way in &due {
+            if let Some(candidate) = self.candidates.get_mut(way) {
+                candidate.dialling = true;
+            }
+        }
+        due
+    }
+
+    /// When [`due`](Self::due) should be asked again.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        self.candidates
+            .iter()
+            .filter_map(|(way, candidate)| self.at(way, candidate))
+            .min()
+    }
+
+    /// A dial came to nothing. `chance` is in 0..1.
+    pub fn failed(&mut self, way: Way, now: Instant, chance: f64) {
+        if let Some(candidate) = self.candidates.get_mut(&way) {
+            candidate.dialling = false;
+            slow_down(candidate, now, chance);
+        }
+    }
+
+    /// A dial reached `server`, as its certificate says. Whether to introduce ourselves: not where
+    /// this address is known to lead to it and enough live tunnels do, too, since the server would
+    /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
+    pub fn reached(&mut self, way: Way, server: &str, now: Instant, chance: f64) -> bool {
+        let full = self.is_full(way, server);
+        let known = self.held(way.wire).get(server).into_iter().flatten();
+        let known = { known }.any(|held| held.address == way.address);
+        match self.candidates.get_mut(&way) {
+            Some(candidate) if full && (known || candidate.leads_to.as_deref() == Some(server)) => {
+                candidate.dialling = false;
+                slow_down(candidate, now, chance);
+                false
+            }
+            _ => true,
+        }
+    }
+
+    /// Whether `tunnel` is one of those that are held to `server`.
+    pub fn holds(&self, wire: Wire, server: &str, tunnel: u64) -> bool {
+        let mut held = self.held(wire).get(server).into_iter().flatten();
+        held.any(|held| held.tunnel == tunnel)
+    }
+
+    /// A dial led to a server. `tunnel` tells this tunnel from others, `chance` is in 0..1.
+    pub fn welcomed(
+        &mut self,
+        way: Way,
+        tunnel: u64,
+        leads: Leads,
+        now: Instant,
+        chance: f64,
+    ) -> Verdict {
+        let Leads {
+            server,
+            instance,
+            server_count,
+        } = leads;
+        let candidate = self.candidates.get(&way);
+        let fallback = candidate.is_some_and(|candidate| candidate.fallback);
+        let superseded = fallback && self.is_superseded(&server, way.address);
+        match way.wire {
+            Wire::Quic => self.quic_count = server_count,
+            // It counts the ids that it presents, not the servers that QUIC reaches.
+            Wire::Grpc if superseded => {}
+            Wire::Grpc => self.grpc_count = server_count,
+        }
+        let verdict = if superseded {
+            Verdict::Decline
+        } else {
+            self.judge(way, &server, instance)
+        };
+        if verdict == Verdict::Keep {
+            self.hold(way, tunnel, &server, instance, (fallback, now));
+        }
+        let is_full = self.is_full(way, &server);
+        if let Some(candidate) = self.candidates.get_mut(&way) {
+            candidate.dialling = false;
+            candidate.leads_to = Some(server);
+            slow_down(candidate, now, chance);
+            if verdict == Verdict::Keep {
+                candidate.pace = FASTEST;
+                // Further tunnels come at once.
+                candidate.next = if is_full { now + FASTEST } else { now };
+            }
+        }
+        verdict
+    }
+
+    fn judge(&self, way: Way, server: &str, instance: Option<InstanceId>) -> Verdict {
+        let map = self.held(way.wire);
+        let held = map.get(server).into_iter().flatten();
+        let live = held.filter(|held| held.live && !held.draining);
+        let (same, other): (Vec<_>, Vec<_>) = live.partition(|held| held.instance == instance);
+        if same.len() >= self.most(way.wire) {
+            return Verdict::Decline;
+        }
+        let mut elsewhere = other.iter().filter(|held| held.address != way.address);
+        match elsewhere.next() {
+            Some(held) if same.is_empty() => Verdict::Conflict(held.address),
+            _ if way.wire == Wire::Quic || map.contains_key(server) => Verdict::Keep,
+            _ if map.len() >= MAX_PROXY_SERVERS => Verdict::Decline,
+            _ => Verdict::Keep,
+        }
+    }
+
+    fn hold(
+        &mut self,
+        way: Way,
+        tunnel: u64,
+        server: &Arc<str>,
+        instance: Option<InstanceId>,
+        (fallback, now): (bool, Instant),
+    ) {
+        let most = self.most(way.wire);
+        let held = self.held_mut(way.wire).entry(server.clone()).or_default();
+        // What leads to another process of that name has had its time.
+        held.retain(|held| held.instance == instance);
+        if held.len() >= most
+            && let Some(silent) = held.iter().position(|held| !held.live)
+        {
+            held.remove(silent);
+        }
+        held.push(Held {
+            tunnel,
+            instance,
+            address: way.address,
+            since: now,
+            fallback,
+            live: true,
+            draining: false,
+        });
+    }
+
+    /// A server fell silent, drains, or is heard again.
+    pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, health: Health, now: Instant) {
+        let mut held = self.held_mut(wire).get_mut(server).into_iter().flatten();
+        let Some(held) = held.find(|held| held.tunnel == tunnel) else {
+            return;
+        };
+        held.live = health != Health::Silent;
+        held.draining = health == Health::Draining;
+        let address = held.address;
+        if !held.live {
+            self.hasten(wire, server, address, now, Duration::ZERO);
+        }
+    }
+
+    /// A tunnel has ended: its server is dialled at once, unless the tunnel had hardly begun.
+    /// `chance` is in 0..1.
+    pub fn ended(&mut self, wire: Wire, server: &str, tunnel: u64, now: Instant, chance: f64) {
+        let Some(Held { address, since, .. }) = take(self.held_mut(wire), server, tunnel) else {
+            return;
+        };
+        // A server that lets agents in and then ends them would be dialled without a pause.
+        let from = now.max(since + FASTEST);
+        let again = from + SPREAD.mul_f64(chance);
+        for (way, candidate) in &mut self.candidates {
+            let leads = candidate.leads_to.as_deref() == Some(server) || way.address == address;
+            if way.wire == wire && leads {
+                candidate.pace = FASTEST;
+                candidate.next = again;
+            }
+        }
+        self.hasten(wire, server, address, from, HEAD_START);
+    }
+
+    /// The gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
+    pub fn superseded(&mut self) -> Vec<u64> {
+        let superseded = |(server, held): &(&Arc<str>, &Held)| {
+            held.fallback && self.is_superseded(server, held.address)
+        };
+        let superseded = all(&self.grpc).filter(superseded);
+        let superseded: Vec<_> = superseded
+            .map(|(s, held)| (s.clone(), held.tunnel))
+            .collect();
+        for (server, tunnel) in &superseded {
+            take(&mut self.grpc, server, *tunnel);
+        }
+        superseded.into_iter().map(|(_, tunnel)| tunnel).collect()
+    }
+
+    /// How many servers there are, by their leases or as they said; 0 before any did.
+    pub fn server_count(&self) -> u32 {
+        let grpc = self.proxy_servers();
+        match (self.quic.is_empty(), self.grpc.is_empty()) {
+            (false, true) => self.quic_count,
+            (true, false) => grpc,
+            _ => self.quic_count.max(grpc),
+        }
+    }
+
+    /// How many tunnels there may be to one server.
+    fn most(&self, wire: Wire) -> usize {
+        match wire {
+            Wire::Quic => self.further + 1,
+            // Its proxy-servers present an id for each.
+            Wire::Grpc => 1,
+        }
+    }
+
+    /// Whether `way` is not needed, since there are enough live ones to `server`. Those to a server that
+    /// drains count at their own address: elsewhere its successor may be found.
+    fn is_full(&self, way: Way, server: &str) -> bool {
+        let held = self.held(way.wire).get(server).into_iter().flatten();
+        let counts = |held: &&Held| held.live && (!held.draining || held.address == way.address);
+        held.filter(counts).count() >= self.most(way.wire)
+    }
+
+    fn held(&self, wire: Wire) -> &Tunnels {
+        match wire {
+            Wire::Quic => &self.quic,
+            Wire::Grpc => &self.grpc,
+        }
+    }
+
+    fn held_mut(&mut self, wire: Wire) -> &mut Tunnels {
+        match wire {
+            Wire::Quic => &mut self.quic,
+            Wire::Grpc => &mut self.grpc,
+        }
+    }
+
+    /// QUIC has failed `server`: gRPC to its address is tried after `wait`, and to others, where a
+    /// balancer may lead to it too, not before.
+    fn hasten(
+        &mut self,
+        wire: Wire,
+        server: &str,
+        address: SocketAddr,
+        now: Instant,
+        wait: Duration,
+    ) {
+        if wire != Wire::Quic {
+            return;
+        }
+        for (way, candidate) in &mut self.candidates {
+            let leads = candidate.leads_to.as_deref() == Some(server) || way.address == address;
+            if candidate.fallback && leads {
+                candidate.pace = FASTEST;
+                candidate.next = now + wait;
+            } else if candidate.fallback {
+                candidate.next = candidate.next.max(now + wait);
+            }
+        }
+    }
+
+    /// When to dial it; `None` while there is no use in it.
+    fn at(&self, way: &Way, candidate: &Candidate) -> Option<Instant> {
+        if !candidate.resolved || candidate.dialling {
+            return None;
+        }
+        if self.is_wanted(way, candidate) {
+            return Some(candidate.next);
+        }
+        let reconciled = way.wire == Wire::Grpc && !self.grpc.is_empty() && self.leases.is_none();
+        reconciled.then_some(candidate.reconcile)
+    }
+
+    fn is_wanted(&self, way: &Way, candidate: &Candidate) -> bool {
+        if way.wire == Wire::Grpc && reached(&self.grpc).count() >= MAX_PROXY_SERVERS {
+            return false;
+        }
+        // A virtual address may lead to another one than last time.
+        let mut here = live(self.held(way.wire)).filter(|(_, held)| held.address == way.address);
+        if here.any(|(server, _)| !self.is_full(*way, server)) {
+            return true;
+        }
+        let served = match &candidate.leads_to {
+            Some(server) => {
+                self.is_full(*way, server)
+                    || candidate.fallback && self.is_superseded(server, way.address)
+            }
+            // Nobody knows what gRPC would lead to, but QUIC leads somewhere.
+            None => candidate.fallback && live(&self.quic).any(|(_, h)| h.address == way.address),
+        };
+        !served || self.is_missing(way.wire, candidate.fallback)
+    }
+
+    fn proxy_servers(&self) -> u32 {
+        match self.leases {
+            Some(leases) if self.larger => leases.max(self.grpc_count),
+            Some(leases) => leases,
+            None => self.grpc_count,
+        }
+    }
+
+    /// Whether there are servers that no live tunnel leads to.
+    fn is_missing(&self, wire: Wire, fallback: bool) -> bool {
+        let quic_missing = reached(&self.quic).count() < self.quic_count as usize;
+        match wire {
+            Wire::Quic => quic_missing,
+            Wire::Grpc if fallback && self.quic_count > 0 && !quic_missing => false,
+            Wire::Grpc => {
+                let expected = match self.proxy_servers() {
+                    0 if fallback => self.quic_count,
+                    expected => expected,
+                };
+                let over_quic = reached(&self.quic).filter(|s| !is_reached(&self.grpc, s));
+                let known = reached(&self.grpc).count() + over_quic.count();
+                known < expected as usize
+            }
+        }
+    }
+
+    /// Whether QUIC reaches the server that calls itself `server` over gRPC at `address`. Servers
+    /// of ours present several ids to proxy agents there: their own, and that with a number.
+    fn is_superseded(&self, server: &str, address: SocketAddr) -> bool {
+        live(&self.quic).any(|(id, held)| match server.strip_prefix(&**id) {
+            Some("") => true,
+            Some(rest) => held.address.ip() == address.ip() && is_number(rest),
+            None => false,
+        })
+    }
+}
+
+/// Whether it is what a server's further ids have behind the first.
+fn is_number(suffix: &str) -> bool {
+    let digits = suffix.strip_prefix('-').unwrap_or_default();
+    !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn slow_down(candidate: &mut Candidate, now: Instant, chance: f64) {
+    let jitter = 0.75 + chance / 2.0;
+    candidate.next = now + candidate.pace.mul_f64(jitter);
+    candidate.reconcile = now + RECONCILE.mul_f64(jitter);
+    candidate.pace = candidate.pace.mul_f64(1.5).min(SLOWEST);
+}
+
+#[cfg(test)]
+mod tests;

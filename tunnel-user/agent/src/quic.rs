@@ -1,0 +1,393 @@
+//! One tunnel over QUIC: dial a server, introduce ourselves, serve the streams that it opens.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::control::VERSION;
+use tunnel_proto::session::{
+    AgentEvent, AgentSession, Hello, InstanceId, SERVES_WHILE_DRAINING, SessionError, Timers,
+};
+
+use super::dialer;
+use super::plan::{Way, Wire};
+use super::renew::Request;
+use super::stats::TunnelStats;
+use super::tunnel::{About, GOODBYE, LOOK_INTERVAL};
+use super::worker::Worker;
+use cpc_host::host;
+use cpc_host::lifecycle::Phase;
+use cpc_identity::identity::IdentityError;
+use cpc_identity::revoked::Peer;
+use cpc_identity::{Identity, Material};
+use cpc_transport::control_stream::{ControlEnd, ControlStream, Shared};
+use cpc_transport::quic::config::{self, EndpointError, Setup};
+use cpc_transport::quic::steering::Spread;
+use cpc_transport::quic::{
+    ConnectError, Connection, ConnectionError, Endpoint, PathView, error_code, link_reason,
+    peer_identity,
+};
+
+/// A server that has not finished its handshake by then is tried again later.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What a server is told of a tunnel that will end with its last stream: not before long.
+const RETIREMENT: Duration = Duration::from_secs(24 * 3600);
+
+/// How often a tunnel that is to end looks whether the ends of its streams have arrived.
+const ARRIVAL_LOOK: Duration = Duration::from_millis(10);
+
+/// Why a tunnel did not come to be.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DialError {
+    /// No socket.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// quinn-proto refuses to try.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The handshake failed.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// The handshake took too long.
+    #[error("no answer within {} s; is UDP let through?", HANDSHAKE_TIMEOUT.as_secs())]
+    Timeout,
+    /// The server has no stream for us to introduce ourselves on.
+    #[error("the server allows no control stream")]
+    NoStream,
+    /// The server's certificate has a problem that the verifier let pass.
+    #[error("the server's certificate names nobody: {0}")]
+    Identity(IdentityError),
+    /// A server is who its certificate says, whatever it says of itself.
+    #[error("{identity} calls itself {claimed}: it was refused")]
+    Impostor {
+        /// Who it is.
+        identity: Identity,
+        /// Whose place it wanted.
+        claimed: String,
+    },
+    /// The session failed.
+    #[error(transparent)]
+    Control(#[from] ControlEnd),
+    /// Our own first message can't be sent.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl From<IdentityError> for DialError {
+    fn from(why: IdentityError) -> Self {
+        Self::Identity(why)
+    }
+}
+
+/// An established tunnel.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    /// What it is.
+    pub about: About,
+    /// The server's process.
+    pub server_instance: InstanceId,
+    connection: Connection,
+    endpoint: Endpoint,
+    session: Rc<Shared<AgentSession>>,
+}
+
+/// A tunnel that nobody drives yet, and what the server said.
+#[derive(Debug)]
+pub(super) struct Dialled {
+    /// The tunnel.
+    pub tunnel: Rc<Tunnel>,
+    /// How many servers there are.
+    pub server_count: u32,
+    control: ControlStream<AgentSession>,
+}
+
+/// A server that has shown its certificate.
+#[derive(Debug)]
+pub(super) struct Reached {
+    /// Who it is.
+    pub identity: Identity,
+    address: SocketAddr,
+    connection: Connection,
+    endpoint: Endpoint,
+}
+
+/// Dials `address`. `spread` is for the server's shards.
+///
+/// # Errors
+/// [`DialError`].
+pub(super) async fn reach(
+    material: &Arc<Material>,
+    setup: &Setup,
+    address: SocketAddr,
+    spread: (Spread, u8),
+) -> Result<Reached, DialError> {
+    let (opened, config) = config::client(address, material, spread, setup)?;
+    host::complain(&opened.complaints);
+    let endpoint = opened.endpoint;
+    // Never checked: a server is known by its identity.
+    let connecting = endpoint.connect(config, address, "cpc.invalid")?;
+    let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
+        .await
+        .map_err(|_| DialError::Timeout)??;
+    Ok(Reached {
+        identity: peer_identity(&connection)?,
+        address,
+        connection,
+        endpoint,
+    })
+}
+
+impl Reached {
+    /// Ends a connection that is not wanted.
+    pub(super) async fn decline(self, reason: CloseReason) {
+        decline(&self.connection, &self.endpoint, reason).await;
+    }
+
+    /// Introduces us and waits to be welcomed.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub(super) async fn introduce(self, worker: &Worker) -> Result<Dialled, DialError> {
+        let Self {
+            identity,
+            address,
+            connection,
+            endpoint,
+        } = self;
+        let mut stream = timeout(HANDSHAKE_TIMEOUT, connection.open_bi())
+            .await
+            .map_err(|_| DialError::NoStream)??;
+        // Before the streams of dials: a heartbeat must not wait for them.
+        stream.0.go_first();
+        let hello = Hello {
+            version: VERSION,
+            agent_id: worker.node.to_string(),
+            instance_id: worker.instance,
+            node: worker.node.to_string(),
+            software_version: env!("CARGO_PKG_VERSION").into(),
+            features: vec![SERVES_WHILE_DRAINING.into()],
+            offer: worker.offer(),
+            predecessor: worker.predecessor,
+        };
+        let session = Shared::new(AgentSession::new(hello, Timers::default(), Instant::now())?);
+        let mut control = ControlStream::new(session.clone(), stream);
+        let welcome = loop {
+            if let AgentEvent::Welcomed(welcome) = control.next().await? {
+                break welcome;
+            }
+        };
+        if *identity.name != *welcome.server_id {
+            let claimed = welcome.server_id;
+            return Err(DialError::Impostor { identity, claimed });
+        }
+        let server_count = welcome.server_count;
+        let tunnel = Rc::new(Tunnel {
+            about: About {
+                server_id: welcome.server_id.as_str().into(),
+                way: Way {
+                    address,
+                    wire: Wire::Quic,
+                },
+                stats: Arc::new(TunnelStats::new(&welcome.accepted, welcome.refused)),
+            },
+            server_instance: welcome.instance_id,
+            connection,
+            endpoint,
+            session,
+        });
+        Ok(Dialled {
+            tunnel,
+            server_count,
+            control,
+        })
+    }
+}
+
+async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReason) {
+    connection.close(error_code(reason), reason.label().as_bytes());
+    let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
+}
+
+impl Tunnel {
+    /// The server, as a list of revoked peers may know it.
+    pub(super) fn peer(&self) -> Peer {
+        let leaf = self.connection.peer_certificate();
+        leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default()
+    }
+
+    /// How the path to the server does.
+    pub(super) fn path(&self) -> Arc<PathView> {
+        self.connection.path()
+    }
+
+    /// Ends the tunnel when its last stream has ended: another one took its place while it was
+    /// silent.
+    pub(super) async fn retire(self: Rc<Self>) {
+        let told = self
+            .session
+            .with(|s| s.drain(RETIREMENT, CloseReason::Replaced));
+        while told.is_ok() && self.about.stats.streams.load(Ordering::Relaxed) > 0 {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+        self.close(CloseReason::Replaced);
+    }
+
+    /// Gives the ends of streams some time to arrive, and ends the tunnel: see [`farewell`].
+    pub(super) async fn close_when_heard(&self, reason: CloseReason) {
+        let heard = async {
+            while self.connection.has_unacknowledged() {
+                tokio::time::sleep(ARRIVAL_LOOK).await;
+            }
+        };
+        if reason == CloseReason::Draining {
+            let _ = timeout(GOODBYE / 2, heard).await;
+        }
+        self.close(farewell(reason, self.connection.has_unacknowledged()));
+    }
+
+    /// Ends the tunnel and everything on it.
+    pub(super) fn close(&self, reason: CloseReason) {
+        self.connection
+            .close(error_code(reason), reason.label().as_bytes());
+    }
+}
+
+impl Dialled {
+    /// Ends a tunnel that is not wanted, and lets the server know.
+    pub(super) async fn decline(self, reason: CloseReason) {
+        decline(&self.tunnel.connection, &self.tunnel.endpoint, reason).await;
+    }
+
+    /// Serves the tunnel until it ends, and says why it did. `changed` is called when the server
+    /// falls silent, is heard again, or drains.
+    pub(super) async fn serve(mut self, worker: Rc<Worker>, changed: impl Fn()) -> ControlEnd {
+        let tunnel = self.tunnel.clone();
+        let mut serve = worker.serve.clone();
+        let mut phase = worker.phase.clone();
+        // A certificate that was asked for on this tunnel.
+        let mut asked = None;
+        let end = loop {
+            tokio::select! {
+                event = self.control.next() => match event {
+                    Ok(AgentEvent::Certificate(answer)) => {
+                        if let Some(asked) = asked.take() {
+                            // Whoever asked may have given up.
+                            let answer = (tunnel.about.server_id.clone(), answer);
+                            let _ = oneshot::Sender::send(asked, answer);
+                        }
+                    }
+                    Ok(event) => tunnel.note(event, &changed),
+                    Err(end) => break end,
+                },
+                stream = tunnel.connection.accept_bi() => match stream {
+                    Ok(stream) => {
+                        tunnel.session.note_traffic(Instant::now());
+                        let who = (tunnel.about.server_id.clone(), tunnel.about.stats.clone());
+                        let served = dialer::serve(worker.clone(), who, stream);
+                        tokio::task::spawn_local(served);
+                    }
+                    Err(error) => break error.into(),
+                },
+                request = worker.renewals.next() => {
+                    let Request { csr, answer } = request;
+                    asked = Some(answer);
+                    if let Err(error) = tunnel.session.with(|s| s.request_certificate(csr)) {
+                        break error.into();
+                    }
+                }
+                Ok(()) = serve.changed() => {
+                    serve.mark_unchanged();
+                    if let Err(error) = tunnel.session.with(|s| s.offer(worker.offer())) {
+                        break error.into();
+                    }
+                }
+                Ok(()) = phase.changed() => {
+                    let phase = *phase.borrow_and_update();
+                    if let Phase::Draining(deadline) = phase {
+                        let left = deadline.saturating_duration_since(Instant::now());
+                        let drained = tunnel.session.with(|s| s.drain(left, CloseReason::Shutdown));
+                        if let Err(error) = drained {
+                            break error.into();
+                        }
+                    }
+                }
+            }
+        };
+        if let ControlEnd::Session(_) | ControlEnd::Closed = &end {
+            tunnel
+                .connection
+                .close(error_code(reason_of(&end)), end.to_string().as_bytes());
+        }
+        let _ = timeout(GOODBYE, tunnel.endpoint.wait_idle()).await;
+        end
+    }
+}
+
+impl Tunnel {
+    fn note(&self, event: AgentEvent, changed: &impl Fn()) {
+        let About {
+            server_id, stats, ..
+        } = &self.about;
+        match event {
+            AgentEvent::Silent => {
+                tracing::warn!(server = %server_id, "server is silent");
+                stats.silent.store(true, Ordering::Relaxed);
+                changed();
+            }
+            AgentEvent::Alive => {
+                tracing::info!(server = %server_id, "server is heard again");
+                stats.silent.store(false, Ordering::Relaxed);
+                changed();
+            }
+            AgentEvent::Draining { reason, .. } => {
+                // A server may say so again and again.
+                if !stats.draining.swap(true, Ordering::Relaxed) {
+                    tracing::info!(server = %server_id, reason = reason.label(), "server is draining");
+                    changed();
+                }
+            }
+            AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
+            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) => {}
+        }
+    }
+}
+
+/// The reason that a tunnel ends with. With [`CloseReason::Draining`] the server takes each dial without an
+/// answer for one that was not served, and asks another agent. While an answer or a reset may be lost with
+/// the tunnel that is not so.
+fn farewell(reason: CloseReason, has_unacknowledged: bool) -> CloseReason {
+    match reason {
+        CloseReason::Draining if has_unacknowledged => CloseReason::Shutdown,
+        reason => reason,
+    }
+}
+
+/// The reason behind a tunnel's end.
+pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
+    match end {
+        ControlEnd::Session(error) => error.reason(),
+        ControlEnd::Connection(error) => link_reason(error),
+        ControlEnd::Closed => CloseReason::ProtocolError,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dial_whose_answer_may_be_lost_is_not_called_unserved() {
+        assert_eq!(farewell(CloseReason::Draining, true), CloseReason::Shutdown);
+        assert_eq!(
+            farewell(CloseReason::Draining, false),
+            CloseReason::Draining
+        );
+        assert_eq!(farewell(CloseReason::Replaced, true), CloseReason::Replaced);
+    }
+}

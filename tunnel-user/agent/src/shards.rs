@@ -1,0 +1,61 @@
+//! Which shard a tunnel goes to.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::sync::mpsc;
+
+use super::errand::{self, Errand};
+use super::worker::Worker;
+use cpc_datapath::shard::Shards;
+use cpc_host::gate::{Entered, Gate};
+
+/// The ways to an agent's shards.
+pub(super) struct Dispatch(Vec<Way>);
+
+struct Way {
+    errands: mpsc::UnboundedSender<Errand>,
+    /// Tunnels that are there, or on their way.
+    tunnels: Gate,
+}
+
+impl Dispatch {
+    /// Starts `count` shards, each with its own `worker`.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub(super) fn start(shards: &mut Shards, count: usize, worker: &Worker) -> io::Result<Self> {
+        let ways = (0..count).map(|_| {
+            let (errands, inbox) = mpsc::unbounded_channel();
+            let worker = worker.clone();
+            shards.spawn(move || errand::run(worker, inbox))?;
+            let tunnels = Gate::new(usize::MAX);
+            Ok(Way { errands, tunnels })
+        });
+        Ok(Self(ways.collect::<io::Result<_>>()?))
+    }
+
+    /// A place for a tunnel to `address`: on a shard with the fewest of those in `held`, which say
+    /// where they lead and on which shard they live, and among these with the fewest of all.
+    pub(super) fn place(
+        &self,
+        address: SocketAddr,
+        held: impl Iterator<Item = (SocketAddr, usize)>,
+    ) -> (usize, Option<Entered>) {
+        let mut there = vec![0; self.0.len()];
+        for (_, shard) in held.filter(|(to, _)| *to == address) {
+            there[shard] += 1;
+        }
+        let load = |index: &usize| (there[*index], self.0[*index].tunnels.inside());
+        let index = (0..self.0.len()).min_by_key(load).unwrap_or_default();
+        let entered = self.0.get(index).and_then(|way| way.tunnels.enter());
+        (index, entered)
+    }
+
+    /// Sends an errand to shard `index`. One that has ended drops it: then all of us are ending.
+    pub(super) fn send(&self, index: usize, errand: Errand) {
+        if let Some(way) = self.0.get(index) {
+            let _ = way.errands.send(errand);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What an agent tells of itself: status, readiness, and metrics that are read from elsewhere.
+
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use super::held::{TunnelView, Tunnels};
+use super::plan::Health;
+use super::tunnel::About;
+use super::worker::{CONNECTIONS, STALLED_BYTES};
+use cpc_config::allow_list::AllowList;
+use cpc_datapath::{Budget, Engine};
+use cpc_host::gate::Gate;
+use cpc_host::lifecycle::Phase;
+use cpc_identity::lifetime::{self, Lifetimes};
+use cpc_identity::metrics::CertificateMetrics;
+use cpc_observe::admin::Source;
+use cpc_observe::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use cpc_observe::konnectivity::ProxyAgentMetrics;
+use cpc_observe::limits::LimitMetrics;
+use cpc_observe::millis;
+
+/// Looks at a running agent.
+pub(super) struct View {
+    identity: String,
+    tunnels: Arc<Tunnels>,
+    policy: Arc<ArcSwap<AllowList>>,
+    budget: Budget,
+    connections: Gate,
+    limits: LimitMetrics,
+    shards: usize,
+    engine: Engine,
+    phase: watch::Receiver<Phase>,
+    servers: Gauge,
+    stalled: Gauge,
+    lifetimes: Lifetimes,
+    certificates: CertificateMetrics,
+    proxy_metrics: ProxyAgentMetrics,
+}
+
+impl View {
+    /// Of an agent that is being started. Its metrics are added to `registry`.
+    pub(super) fn register(
+        registry: &mut Registry,
+        (identity, shards, engine): (String, usize, Engine),
+        tunnels: Arc<Tunnels>,
+        policy: Arc<ArcSwap<AllowList>>,
+        (budget, connections, limits): (Budget, Gate, LimitMetrics),
+        phase: watch::Receiver<Phase>,
+        (proxy_metrics, lifetimes): (ProxyAgentMetrics, Lifetimes),
+    ) -> Self {
+        let certificates = CertificateMetrics::register(registry, lifetimes.clone());
+        let (servers, stalled) = (Gauge::default(), Gauge::default());
+        registry.register(
+            "servers",
+            "Servers that hold a live tunnel",
+            servers.clone(),
+        );
+        registry.register(
+            "stalled_streams",
+            "Streams whose target takes nothing at the moment",
+            stalled.clone(),
+        );
+        Self {
+            identity,
+            tunnels,
+            policy,
+            budget,
+            connections,
+            limits,
+            shards,
+            engine,
+            phase,
+            servers,
+            stalled,
+            lifetimes,
+            certificates,
+            proxy_metrics,
+        }
+    }
+}
+
+impl Source for View {
+    fn ready(&self) -> Result<(), String> {
+        if *self.phase.borrow() != Phase::Running {
+            return Err("draining".into());
+        }
+        let obstacle = self.lifetimes.obstacle(SystemTime::now());
+        if self.tunnels.live_servers() == 0 {
+            return Err(obstacle.unwrap_or_else(|| "no server is reached".into()));
+        }
+        // What is up goes on; a tunnel that is lost does not come back.
+        obstacle.map_or(Ok(()), Err)
+    }
+
+    fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
+        let status = Status::Agent(AgentStatus {
+            identity: self.identity.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ready: self.ready().is_ok(),
+            not_ready: self.ready().err(),
+            server_count: self.tunnels.server_count(),
+            shards: self.shards,
+            engine: self.engine.label().into(),
+            certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
+            servers: self.tunnels.view().iter().map(row).collect(),
+            allow: self.policy.load().rules().collect(),
+        });
+        Box::pin(async { serde_json::to_value(status).unwrap_or_default() })
+    }
+
+    fn refresh(&self) {
+        self.certificates.refresh();
+        let live = self.tunnels.live_servers();
+        self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
+        let known = self.tunnels.server_count().max(1);
+        self.proxy_metrics.set_servers(live, known as usize);
+        let stalled = self.budget.stalled();
+        self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
+        self.limits.set_used(STALLED_BYTES, self.budget.used());
+        let connections = self.connections.inside() as u64;
+        self.limits.set_used(CONNECTIONS, connections);
+    }
+}
+
+fn row(tunnel: &TunnelView) -> ServerRow {
+    let About {
+        server_id,
+        way,
+        stats,
+    } = &tunnel.about;
+    let state = match stats.health() {
+        Health::Silent => "silent",
+        Health::Draining => "draining",
+        Health::Live => "live",
+    };
+    let refused = stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
+    ServerRow {
+        server_id: server_id.to_string(),
+        address: way.address.to_string(),
+        shard: tunnel.shard,
+        protocol: way.wire.label().into(),
+        state: state.into(),
+        rtt_ms: tunnel.rtt().map(millis),
+        mtu: tunnel.mtu(),
+        streams: stats.streams.load(Ordering::Relaxed),
+        up_bytes: stats.totals.up.load(Ordering::Relaxed),
+        down_bytes: stats.totals.down.load(Ordering::Relaxed),
+        routes: stats
+            .accepted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone(),
+        refused: refused
+            .iter()
+            .map(|r| Refused {
+                claim: r.claim.clone(),
+                why: r.why.clone(),
+            })
+            .collect(),
+        since: rfc3339(stats.since),
+    }
+}

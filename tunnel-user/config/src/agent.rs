@@ -1,0 +1,280 @@
+//! The configuration of `cpc agent`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde::de::Error;
+
+use super::allow::AllowRule;
+use super::konnectivity::ProxyServerConfig;
+use super::rule;
+use super::{
+    AuditConfig, ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version,
+    base_of, check_shards,
+};
+use cpc_host::lifecycle::LONGEST_DRAIN;
+use cpc_host::{cores, memory};
+
+/// The most tunnels to one server: two processes of an agent, as in a rollout, find room for theirs.
+pub const MAX_TUNNELS: u8 = 16;
+
+/// Everything an agent is told.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AgentConfig {
+    /// Version of the schema.
+    pub version: Version,
+    /// Servers. Names are resolved anew every 10 s.
+    #[serde(deserialize_with = "super::section")]
+    pub servers: Vec<ServerAddress>,
+    /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
+    #[serde(deserialize_with = "super::section")]
+    pub tls: TlsConfig,
+    /// How packets travel.
+    #[serde(deserialize_with = "super::section")]
+    pub transport: TransportConfig,
+    /// How bytes are moved.
+    #[serde(deserialize_with = "super::section")]
+    pub datapath: DatapathConfig,
+    /// How proxy-servers of Konnectivity are dialled.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub konnectivity: Option<ProxyServerConfig>,
+    /// What we offer to serve, beyond the node addresses in our certificate.
+    #[serde(deserialize_with = "super::section")]
+    pub serve: ServeConfig,
+    /// Threads that carry tunnels.
+    pub shards: usize,
+    /// Tunnels to each server, over QUIC.
+    pub tunnels: u8,
+    /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
+    pub state_dir: Option<PathBuf>,
+    /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
+    #[serde(deserialize_with = "super::allow::list")]
+    pub allow: Option<Vec<AllowRule>>,
+    /// Address of health, metrics and status.
+    pub admin: SocketAddr,
+    /// Address of health and metrics as Konnectivity's programs tell them.
+    pub health: Option<SocketAddr>,
+    /// Bounds.
+    #[serde(deserialize_with = "super::section")]
+    pub limits: AgentLimits,
+    /// Logging.
+    #[serde(deserialize_with = "super::section")]
+    pub log: LogConfig,
+    /// The record of who reached what.
+    #[serde(deserialize_with = "super::section")]
+    pub audit: AuditConfig,
+}
+
+impl Default for AgentConfig {
+    fn default() -> Self {
+        Self {
+            version: Version,
+            servers: Vec::new(),
+            tls: TlsConfig::default(),
+            transport: TransportConfig::default(),
+            datapath: DatapathConfig::default(),
+            konnectivity: None,
+            serve: ServeConfig::default(),
+            shards: cores::usual_shards(),
+            tunnels: 1,
+            state_dir: None,
+            allow: None,
+            admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8136)),
+            health: None,
+            limits: AgentLimits::default(),
+            log: LogConfig::default(),
+            audit: AuditConfig::default(),
+        }
+    }
+}
+
+/// One server, or several behind one name: `host:port`, or that with a protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "ServerKeys")]
+pub struct ServerAddress {
+    /// `host:port`.
+    pub address: String,
+    /// What is spoken there; when missing QUIC, or with a `konnectivity` section whatever is.
+    pub protocol: Option<Protocol>,
+}
+
+/// What is spoken with a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// Ours, with `cpc server`.
+    Quic,
+    /// Konnectivity's, with a proxy-server.
+    Konnectivity,
+    /// QUIC where it is answered, else Konnectivity's.
+    Auto,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum ServerKeys {
+    Plain(String),
+    Keys {
+        address: String,
+        protocol: Option<Protocol>,
+    },
+}
+
+impl From<ServerKeys> for ServerAddress {
+    fn from(keys: ServerKeys) -> Self {
+        match keys {
+            ServerKeys::Plain(address) => address.into(),
+            ServerKeys::Keys { address, protocol } => Self { address, protocol },
+        }
+    }
+}
+
+impl From<String> for ServerAddress {
+    fn from(address: String) -> Self {
+        Self {
+            address,
+            protocol: None,
+        }
+    }
+}
+
+impl AgentConfig {
+    /// What is spoken with `server`.
+    pub fn protocol(&self, server: &ServerAddress) -> Protocol {
+        let usual = match self.konnectivity {
+            Some(_) => Protocol::Auto,
+            None => Protocol::Quic,
+        };
+        server.protocol.unwrap_or(usual)
+    }
+}
+
+/// `serve`: what is offered. The server cuts it to what it grants.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServeConfig {
+    /// Address ranges; a single address may stand without its prefix length.
+    #[serde(deserialize_with = "rule::nets")]
+    pub cidrs: Vec<IpNet>,
+    /// DNS names, `*.suffix` among them.
+    #[serde(deserialize_with = "super::section")]
+    pub names: Vec<String>,
+    /// Everything that nobody else serves.
+    pub default_route: bool,
+}
+
+/// `limits` of an agent.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AgentLimits {
+    /// How long a stopping agent waits for connections to end; `None` (`forever` in the file) means
+    /// until a second signal, be there connections or not.
+    #[serde(deserialize_with = "drain")]
+    pub drain: Option<Duration>,
+    /// Connections at once.
+    pub connections: usize,
+    /// Bytes of memory that unread data may take: of stopped targets, and of streams with gaps.
+    pub stalled_bytes: u64,
+}
+
+impl Default for AgentLimits {
+    fn default() -> Self {
+        Self {
+            drain: Some(Duration::from_secs(30)),
+            connections: 10_000,
+            stalled_bytes: memory::share(1 << 30),
+        }
+    }
+}
+
+impl AgentConfig {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut config: Self = super::load(path)?;
+        let base = base_of(path);
+        config.tls.resolve(&base);
+        config.audit.resolve(&base);
+        config.state_dir = config.state_dir.map(|dir| base.join(dir));
+        if let Some(konnectivity) = &mut config.konnectivity {
+            konnectivity.resolve(&base);
+        }
+        Ok(config)
+    }
+
+    /// Checks what serde can't.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_shards(self.shards)?;
+        if !(1..=MAX_TUNNELS).contains(&self.tunnels) {
+            return Err(ConfigError::Value {
+                key: "tunnels",
+                why: format!("must be 1 to {MAX_TUNNELS}"),
+            });
+        }
+        if self.limits.drain > Some(LONGEST_DRAIN) {
+            return Err(ConfigError::Value {
+                key: "limits.drain",
+                why: "must be at most 24 h".into(),
+            });
+        }
+        super::above_zero([("limits.connections", Some(self.limits.connections))])?;
+        super::above_zero([("limits.stalled_bytes", Some(self.limits.stalled_bytes))])?;
+        self.transport.check()?;
+        self.audit.check()?;
+        if self.tls.renew && self.tls.cert != self.tls.key {
+            return Err(ConfigError::Value {
+                key: "tls.renew",
+                why: "needs key and certificate in one file, as `cpc agent join` writes it, named by \
+                      tls.cert and tls.key: two can't be replaced in one step"
+                    .into(),
+            });
+        }
+        if self.servers.is_empty() {
+            return Err(ConfigError::Value {
+                key: "servers",
+                why: "is empty: name at least one, such as cp.example.org:8132".into(),
+            });
+        }
+        for server in &self.servers {
+            let address = &server.address;
+            if super::address::split(address).is_none() {
+                return Err(ConfigError::Value {
+                    key: "servers",
+                    why: format!("{address:?} is not host:port"),
+                });
+            }
+            match self.protocol(server) {
+                Protocol::Konnectivity | Protocol::Auto if self.konnectivity.is_none() => {
+                    return Err(ConfigError::Value {
+                        key: "konnectivity",
+                        why: format!("is needed to reach {address} over gRPC"),
+                    });
+                }
+                Protocol::Quic | Protocol::Auto => drop(self.tls.files()?),
+                Protocol::Konnectivity => {}
+            }
+        }
+        if let Some(konnectivity) = &self.konnectivity {
+            konnectivity.check()?;
+        }
+        Ok(())
+    }
+}
+
+fn drain<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+    match String::deserialize(d)?.as_str() {
+        "forever" => Ok(None),
+        text => humantime::parse_duration(text)
+            .map(Some)
+            .map_err(|error| D::Error::custom(format!("{text:?}: {error}; 30s and forever are"))),
+    }
+}

@@ -1,0 +1,345 @@
+//! `konnectivity`: what a server and an agent need to know of Konnectivity, whose agents the one
+//! may serve and whose servers the other may dial.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use tunnel_proto::trust_domain::TrustDomain;
+
+use super::ConfigError;
+use super::kubernetes::{Access, Rate, TokenRules};
+use super::labels::{LabelError, Labels, Selector};
+use super::tls_floor::TlsFloor;
+use cpc_host::listen::everywhere;
+
+/// The most server ids that one server may present.
+const MAX_SERVER_IDS: u32 = 8;
+
+/// What HTTP/2 allows: a peer that pings more often is told to go away.
+const SHORTEST_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// `konnectivity` of a server: the agents of Konnectivity that it serves.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KonnectivityConfig {
+    /// TCP address of `AgentService`, always with TLS.
+    pub listen: SocketAddr,
+    /// The tenant that its agents are; the server's own trust domain when missing.
+    pub tenant: Option<TrustDomain>,
+    /// PEM chain that agents check; `tls.cert` when missing.
+    pub cert: Option<PathBuf>,
+    /// Its PEM key; `tls.key` when missing.
+    pub key: Option<PathBuf>,
+    /// PEM roots that vouch for agents. A certificate is asked for only when they are given.
+    pub client_ca: Option<PathBuf>,
+    /// Agents show a service account's token. Not together with `client_ca`.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub token: Option<TokenConfig>,
+    /// Whether an agent serves whatever it says that it serves, as with Konnectivity. Otherwise it
+    /// serves what its identity is granted.
+    pub believe_identifiers: bool,
+    /// Server ids that are presented, 1 to 8: an agent opens a stream to each, and connections on
+    /// different streams can't stop each other.
+    pub server_ids: u32,
+    /// How often an idle agent is pinged over HTTP/2, at least 30 s.
+    #[serde(with = "humantime_serde")]
+    pub keepalive: Duration,
+    /// What TLS is accepted.
+    #[serde(deserialize_with = "super::section")]
+    pub tls_floor: TlsFloor,
+}
+
+impl Default for KonnectivityConfig {
+    fn default() -> Self {
+        Self {
+            listen: everywhere(8091),
+            tenant: None,
+            cert: None,
+            key: None,
+            client_ca: None,
+            token: None,
+            believe_identifiers: false,
+            server_ids: 3,
+            keepalive: Duration::from_secs(3600),
+            tls_floor: TlsFloor::default(),
+        }
+    }
+}
+
+/// `konnectivity.token`: which tokens let an agent in.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TokenConfig {
+    /// The audience that a token must be for.
+    pub audience: String,
+    /// The namespace of the service account.
+    pub namespace: String,
+    /// The service account.
+    pub service_account: String,
+    /// How to reach the API server that reviews tokens; as a pod when missing.
+    pub kubeconfig: Option<PathBuf>,
+    /// How often it may be asked; as often as needed when missing.
+    pub rate: Option<Rate>,
+}
+
+impl Default for TokenConfig {
+    fn default() -> Self {
+        Self {
+            audience: "system:konnectivity-server".into(),
+            namespace: "kube-system".into(),
+            service_account: "konnectivity-agent".into(),
+            kubeconfig: None,
+            rate: None,
+        }
+    }
+}
+
+/// `leases`: servers are counted by the leases that they hold.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LeaseConfig {
+    /// Where they are.
+    pub namespace: String,
+    /// What tells them from others: on a server `key=value`, several with commas between; on an
+    /// agent any label selector.
+    pub label: String,
+    /// How to reach the API server; as a pod when missing.
+    pub kubeconfig: Option<PathBuf>,
+    /// How often it may be asked; as often as needed when missing.
+    pub rate: Option<Rate>,
+}
+
+impl Default for LeaseConfig {
+    fn default() -> Self {
+        Self {
+            namespace: "kube-system".into(),
+            label: "k8s-app=konnectivity-server".into(),
+            kubeconfig: None,
+            rate: None,
+        }
+    }
+}
+
+impl TokenConfig {
+    /// Which tokens are good.
+    pub fn rules(&self) -> TokenRules {
+        TokenRules {
+            audience: self.audience.clone(),
+            namespace: self.namespace.clone(),
+            service_account: self.service_account.clone(),
+        }
+    }
+
+    /// How the API server is reached that reviews them.
+    pub fn access(&self) -> Access {
+        Access {
+            kubeconfig: self.kubeconfig.clone(),
+            rate: self.rate,
+        }
+    }
+}
+
+impl LeaseConfig {
+    /// The labels that a server's leases bear.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn labels(&self) -> Result<Labels, ConfigError> {
+        self.label
+            .parse()
+            .map_err(|e: LabelError| ConfigError::Value {
+                key: "leases.label",
+                why: e.to_string(),
+            })
+    }
+
+    /// What an agent tells them from others by.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn selector(&self) -> Result<Selector, ConfigError> {
+        self.label
+            .parse()
+            .map_err(|e: LabelError| ConfigError::Value {
+                key: "konnectivity.leases.label",
+                why: e.to_string(),
+            })
+    }
+
+    /// How their API server is reached.
+    pub fn access(&self) -> Access {
+        Access {
+            kubeconfig: self.kubeconfig.clone(),
+            rate: self.rate,
+        }
+    }
+
+    pub(super) fn resolve(&mut self, base: &Path) {
+        resolve(base, [&mut self.kubeconfig]);
+    }
+}
+
+impl KonnectivityConfig {
+    /// The server ids that a server of the name `server_id` presents: that one first.
+    pub fn ids(&self, server_id: &str) -> impl Iterator<Item = String> {
+        (1..=self.server_ids).map(move |n| match n {
+            1 => server_id.to_owned(),
+            n => format!("{server_id}-{n}"),
+        })
+    }
+
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if !(1..=MAX_SERVER_IDS).contains(&self.server_ids) {
+            return value("konnectivity.server_ids", "must be 1 to 8");
+        }
+        if self.keepalive < SHORTEST_KEEPALIVE {
+            return value("konnectivity.keepalive", "must be at least 30 s");
+        }
+        if self.client_ca.is_some() && self.token.is_some() {
+            return value(
+                "konnectivity.token",
+                "agents show a certificate (client_ca) or a token, not both",
+            );
+        }
+        if self.client_ca.is_none() && self.token.is_none() && !self.believe_identifiers {
+            return value(
+                "konnectivity",
+                "must name client_ca or token: without either nobody knows who an agent is \
+                 (believe_identifiers: true lets in whoever comes, as Konnectivity does)",
+            );
+        }
+        if self.cert.is_some() != self.key.is_some() {
+            return value(
+                "konnectivity.cert",
+                "cert and key go together; leave both out to use those in `tls`",
+            );
+        }
+        self.tls_floor.check("konnectivity.tls_floor")
+    }
+
+    pub(super) fn resolve(&mut self, base: &Path) {
+        resolve(base, [&mut self.cert, &mut self.key, &mut self.client_ca]);
+        if let Some(token) = &mut self.token {
+            resolve(base, [&mut token.kubeconfig]);
+        }
+    }
+}
+
+/// `konnectivity` of an agent: how it dials proxy-servers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProxyServerConfig {
+    /// PEM roots that vouch for proxy-servers.
+    pub ca: Option<PathBuf>,
+    /// PEM chain that proxy-servers may ask for.
+    pub cert: Option<PathBuf>,
+    /// Its PEM key.
+    pub key: Option<PathBuf>,
+    /// A file with a service account's token, read anew for each connection.
+    pub token_file: Option<PathBuf>,
+    /// The name in the proxy-server's certificate; the host that is dialled when missing.
+    pub server_name: Option<String>,
+    /// Who we say that we are; random when missing.
+    pub agent_id: Option<String>,
+    /// What we say that we serve, URL-query encoded: `ipv4=10.0.0.1&host=w1&default-route=true`.
+    pub identifiers: String,
+    /// How often an idle server is pinged over HTTP/2, at least 30 s.
+    #[serde(with = "humantime_serde")]
+    pub keepalive: Duration,
+    /// Names offered in ALPN beside `h2`.
+    #[serde(deserialize_with = "super::section")]
+    pub alpn: Vec<String>,
+    /// Servers are counted by their leases, not by what the last one says.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub leases: Option<LeaseConfig>,
+    /// With leases: what counts.
+    pub server_count: CountSource,
+}
+
+/// What an agent counts proxy-servers by, where it looks at leases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CountSource {
+    /// Leases alone.
+    #[default]
+    Leases,
+    /// Leases, or what proxy-servers say: the larger number.
+    Max,
+}
+
+impl Default for ProxyServerConfig {
+    fn default() -> Self {
+        Self {
+            ca: None,
+            cert: None,
+            key: None,
+            token_file: None,
+            server_name: None,
+            agent_id: None,
+            identifiers: String::new(),
+            keepalive: Duration::from_secs(3600),
+            alpn: Vec::new(),
+            leases: None,
+            server_count: CountSource::default(),
+        }
+    }
+}
+
+impl ProxyServerConfig {
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if self.ca.is_none() {
+            return value(
+                "konnectivity.ca",
+                "is needed: it vouches for the proxy-servers",
+            );
+        }
+        if self.cert.is_some() != self.key.is_some() {
+            return value("konnectivity.cert", "cert and key go together");
+        }
+        if self.keepalive < SHORTEST_KEEPALIVE {
+            return value(
+                "konnectivity.keepalive",
+                "must be at least 30 s: a proxy-server hangs up on who pings more often",
+            );
+        }
+        if let Some(leases) = &self.leases {
+            leases.selector()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn resolve(&mut self, base: &Path) {
+        resolve(
+            base,
+            [
+                &mut self.ca,
+                &mut self.cert,
+                &mut self.key,
+                &mut self.token_file,
+            ],
+        );
+        if let Some(leases) = &mut self.leases {
+            leases.resolve(base);
+        }
+    }
+}
+
+fn resolve<const N: usize>(base: &Path, paths: [&mut Option<PathBuf>; N]) {
+    for path in paths.into_iter().flatten() {
+        *path = base.join(&*path);
+    }
+}

@@ -1,0 +1,646 @@
+//! The configuration of `cpc server`.
+
+use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use tunnel_proto::preface::MAX_DEADLINE;
+use tunnel_proto::trust_domain::TrustDomain;
+
+use super::frontend::{FrontendConfig, FrontendsConfig};
+use super::konnectivity::{KonnectivityConfig, LeaseConfig};
+use super::rule::{self, Rule};
+use super::transport::MAX_DIALS;
+use super::{
+    AllowRule, AuditConfig, ConfigError, DatapathConfig, JoinConfig, LogConfig, TUNNEL_PORT,
+    TlsConfig, TransportConfig, Version, base_of, check_shards,
+};
+use cpc_host::lifecycle::LONGEST_DRAIN;
+use cpc_host::listen::everywhere;
+use cpc_host::sources::Bounds;
+use cpc_host::{cores, memory};
+
+/// Everything a server is told.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Version of the schema.
+    pub version: Version,
+    /// UDP address of the tunnel; the same on TCP answers `/readyz` for load balancers.
+    pub listen: SocketAddr,
+    /// Our name for agents of Konnectivity; the one in the certificate of `tls` when missing.
+    pub server_id: Option<String>,
+    /// How many servers an agent must find.
+    pub server_count: u32,
+    /// Threads that carry tunnels.
+    pub shards: usize,
+    /// Where the one persisted secret lies.
+    pub state_dir: PathBuf,
+    /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
+    /// sense only beside `konnectivity`.
+    #[serde(deserialize_with = "super::section")]
+    pub tls: TlsConfig,
+    /// How packets travel.
+    #[serde(deserialize_with = "super::section")]
+    pub transport: TransportConfig,
+    /// How bytes are moved.
+    #[serde(deserialize_with = "super::section")]
+    pub datapath: DatapathConfig,
+    /// Who may serve what.
+    #[serde(deserialize_with = "super::section")]
+    pub policy: PolicyConfig,
+    /// How an agent is chosen.
+    #[serde(deserialize_with = "super::section")]
+    pub routing: RoutingConfig,
+    /// Ways in, beside the redirect.
+    #[serde(deserialize_with = "super::section")]
+    pub frontends: FrontendsConfig,
+    /// The eBPF redirect.
+    #[serde(deserialize_with = "super::section")]
+    pub redirect: RedirectConfig,
+    /// The agents of Konnectivity.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub konnectivity: Option<KonnectivityConfig>,
+    /// Workers without a certificate get one.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub join: Option<JoinConfig>,
+    /// Leases that tell agents how many servers there are.
+    #[serde(deserialize_with = "super::optional_section")]
+    pub leases: Option<LeaseConfig>,
+    /// Address of health, metrics and status.
+    pub admin: SocketAddr,
+    /// Address of health and metrics as Konnectivity's programs tell them.
+    pub health: Option<SocketAddr>,
+    /// Bounds.
+    #[serde(deserialize_with = "super::section")]
+    pub limits: LimitsConfig,
+    /// Logging.
+    #[serde(deserialize_with = "super::section")]
+    pub log: LogConfig,
+    /// The record of who reached what.
+    #[serde(deserialize_with = "super::section")]
+    pub audit: AuditConfig,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            version: Version,
+            listen: everywhere(TUNNEL_PORT),
+            server_id: None,
+            server_count: 1,
+            shards: cores::usual_shards(),
+            state_dir: "/var/lib/cpc".into(),
+            tls: TlsConfig::default(),
+            transport: TransportConfig::default(),
+            datapath: DatapathConfig::default(),
+            policy: PolicyConfig::default(),
+            routing: RoutingConfig::default(),
+            frontends: FrontendsConfig::default(),
+            redirect: RedirectConfig::default(),
+            konnectivity: None,
+            join: None,
+            leases: None,
+            admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8135)),
+            health: None,
+            limits: LimitsConfig::default(),
+            log: LogConfig::default(),
+            audit: AuditConfig::default(),
+        }
+    }
+}
+
+/// `policy`: who may serve what, beyond the node addresses in its certificate.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PolicyConfig {
+    /// What each identity may serve.
+    #[serde(deserialize_with = "super::section")]
+    pub grants: Vec<GrantConfig>,
+}
+
+/// What the identities that match a pattern may serve.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GrantConfig {
+    /// A URI, in which `*` stands for any characters but `/`.
+    pub identity: String,
+    /// Address ranges; a single address may stand without its prefix length.
+    #[serde(deserialize_with = "rule::nets")]
+    pub cidrs: Vec<IpNet>,
+    /// DNS names, `*.suffix` among them.
+    #[serde(deserialize_with = "super::section")]
+    pub names: Vec<String>,
+    /// Everything that nobody else serves.
+    pub default_route: bool,
+}
+
+/// `routing`: how an agent is chosen for a destination.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RoutingConfig {
+    /// Asked in this order; the first that knows an agent decides.
+    #[serde(deserialize_with = "super::section")]
+    pub strategies: Vec<Strategy>,
+}
+
+impl Default for RoutingConfig {
+    fn default() -> Self {
+        Self {
+            strategies: vec![Strategy::DestHost, Strategy::DefaultRoute],
+        }
+    }
+}
+
+/// One way to choose an agent, in Konnectivity's terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Strategy {
+    /// Any agent that may serve everything, whatever the destination.
+    Default,
+    /// An agent that serves the destination by its address, a range or its name.
+    DestHost,
+    /// An agent that serves the default route.
+    DefaultRoute,
+}
+
+impl Strategy {
+    /// As it stands in a configuration, and in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::DestHost => "destHost",
+            Self::DefaultRoute => "defaultRoute",
+        }
+    }
+}
+
+/// `redirect`: the eBPF redirect.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RedirectConfig {
+    /// Directory on a bpffs where programs and maps outlive the process.
+    pub pin: PathBuf,
+    /// Whose members may use the maps, so that a server needs no capability; nobody when missing.
+    pub group: Option<GroupConfig>,
+    /// Whose sockets are redirected, and which.
+    #[serde(deserialize_with = "super::section")]
+    pub attachments: Vec<AttachmentConfig>,
+}
+
+impl Default for RedirectConfig {
+    fn default() -> Self {
+        Self {
+            pin: "/sys/fs/bpf/cpc".into(),
+            group: None,
+            attachments: Vec::new(),
+        }
+    }
+}
+
+/// A group of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum GroupConfig {
+    /// By number.
+    Id(u32),
+    /// By name.
+    Name(String),
+}
+
+/// One attachment of the redirect.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachmentConfig {
+    /// Its name, in pins, logs and metrics.
+    pub name: String,
+    /// The cgroup v2 directory whose processes are redirected.
+    pub cgroup: PathBuf,
+    /// Their network namespace, as a path; the server's own when missing.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
+    /// Their tenant; the server's own trust domain when missing.
+    #[serde(default)]
+    pub tenant: Option<TrustDomain>,
+    /// What they may ask for of what is redirected; whatever agents serve when missing.
+    #[serde(default, deserialize_with = "super::allow::list")]
+    pub allow: Option<Vec<AllowRule>>,
+    /// Where redirected connections are accepted: one loopback address a family.
+    #[serde(default = "default_redirect_listen")]
+    pub listen: Vec<SocketAddr>,
+    /// What is redirected.
+    pub capture: Vec<Rule>,
+    /// What is not, though `capture` covers it. Loopback never is.
+    #[serde(default, deserialize_with = "super::section")]
+    pub exclude: Vec<Rule>,
+    /// What happens to what is captured while the server is dead or stuck.
+    #[serde(default)]
+    pub fail: FailMode,
+}
+
+/// What happens to captured connections while the server is dead or stuck.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FailMode {
+    /// They are refused (ECONNREFUSED).
+    #[default]
+    Closed,
+    /// They leave by the ordinary route.
+    Open,
+}
+
+/// With as many routes, those of 20,000 departed agents and the default routes of each tenant the
+/// kernel's table (65,536) still has room.
+pub const MAX_ROUTES: usize = 44_000;
+
+/// `limits`: bounds, and how long things may take.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// A dial that has not succeeded by then has failed.
+    #[serde(with = "humantime_serde")]
+    pub dial_timeout: Duration,
+    /// How long a stopping server waits for connections to end.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+    /// How long a departed agent is remembered: until then its addresses are answered with
+    /// "no agent" (EHOSTUNREACH), after that with "no route" (ENETUNREACH).
+    #[serde(with = "humantime_serde")]
+    pub forget: Duration,
+    /// Connections at once.
+    pub connections: usize,
+    /// The same for each tenant, if it is to be less.
+    pub connections_per_tenant: Option<usize>,
+    /// Connections over one tunnel at once, below [`MAX_DIALS`].
+    ///
+    pub connections_per_tunnel: usize,
+    /// Dials under way at once.
+    pub dials: usize,
+    /// The same for each tenant, if it is to be less.
+    pub dials_per_tenant: Option<usize>,
+    /// Dials at once that the agent of one tunnel has not answered.
+    pub dials_per_tunnel: usize,
+    /// Tunnels of agents at once; one of Konnectivity counts once, however many streams it has.
+    pub agents: usize,
+    /// The same for each tenant, if it is to be less.
+    pub agents_per_tenant: Option<usize>,
+    /// Routes at once, names among them, at most [`MAX_ROUTES`]; the default route counts twice.
+    pub routes: usize,
+    /// The same for each tenant, if it is to be less than three quarters of what the others leave.
+    pub routes_per_tenant: Option<usize>,
+    /// The same for each identity; for each process of Konnectivity's agents.
+    pub routes_per_agent: usize,
+    /// Bytes of memory that unread data may take: of stopped readers, and of streams with gaps.
+    pub stalled_bytes: u64,
+    /// The same for each tenant, if it is to be less.
+    pub stalled_bytes_per_tenant: Option<u64>,
+    /// The same for each tunnel; a quarter of `stalled_bytes` when absent.
+    pub stalled_bytes_per_tunnel: Option<u64>,
+    /// Handshakes, at each port that strangers come to.
+    #[serde(deserialize_with = "super::section")]
+    pub handshakes: HandshakesConfig,
+    /// Dials of a destination that time out in a row before it is not dialled for a while; 0: it
+    /// always is.
+    pub breaker_failures: u32,
+    /// How long it is not dialled then.
+    #[serde(with = "humantime_serde")]
+    pub breaker_retry: Duration,
+    /// Up to where that is doubled while it still does not answer.
+    #[serde(with = "humantime_serde")]
+    pub breaker_max_retry: Duration,
+}
+
+/// `limits.handshakes`: how many strangers a port takes in, from everywhere and from one source.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HandshakesConfig {
+    /// Under way at once, from everywhere.
+    pub at_once: usize,
+    /// Of a source in the long run.
+    pub per_second: u32,
+    /// Of a source that has long been quiet.
+    pub burst: u32,
+    /// Length of the prefix that is a source of IPv4.
+    pub ipv4_prefix: u8,
+    /// Length of the prefix that is a source of IPv6.
+    pub ipv6_prefix: u8,
+}
+
+impl Default for HandshakesConfig {
+    fn default() -> Self {
+        Self {
+            at_once: 1024,
+            // An eighth of a core: a handshake takes 0.6 ms.
+            per_second: 200,
+            // For 2,000 agents behind one address that come back, each with a second try.
+            burst: 4000,
+            ipv4_prefix: 32,
+            // What a customer of a provider gets.
+            ipv6_prefix: 56,
+        }
+    }
+}
+
+impl HandshakesConfig {
+    /// The same with at most `most` under way at once.
+    pub fn at_most(&self, most: usize) -> Self {
+        Self {
+            at_once: self.at_once.min(most),
+            ..self.clone()
+        }
+    }
+
+    /// As a port keeps them.
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            at_once: self.at_once,
+            per_second: self.per_second,
+            burst: self.burst,
+            ipv4_prefix: self.ipv4_prefix,
+            ipv6_prefix: self.ipv6_prefix,
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if self.at_once == 0 {
+            return wrong("limits.handshakes.at_once", "must be at least 1");
+        }
+        if !(1..=1_000_000).contains(&self.per_second) {
+            return wrong("limits.handshakes.per_second", "must be 1 to 1000000");
+        }
+        if self.burst < 2 {
+            return wrong("limits.handshakes.burst", "must be at least 2");
+        }
+        if self.ipv4_prefix > 32 {
+            return wrong("limits.handshakes.ipv4_prefix", "must be at most 32");
+        }
+        if self.ipv6_prefix > 128 {
+            return wrong("limits.handshakes.ipv6_prefix", "must be at most 128");
+        }
+        Ok(())
+    }
+}
+
+/// When a destination's circuit breaker opens, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct BreakerSettings {
+    /// Time-outs in a row; 0: never.
+    pub failures: u32,
+    /// The first wait.
+    pub retry: Duration,
+    /// The longest wait.
+    pub max_retry: Duration,
+}
+
+/// The longest that a destination may go undialled.
+const LONGEST_RETRY: Duration = Duration::from_secs(3600);
+
+impl LimitsConfig {
+    /// Checks that nothing is bounded to none.
+    fn check_counts(&self) -> Result<(), ConfigError> {
+        super::above_zero([
+            ("limits.connections", Some(self.connections)),
+            (
+                "limits.connections_per_tunnel",
+                Some(self.connections_per_tunnel),
+            ),
+            ("limits.connections_per_tenant", self.connections_per_tenant),
+            ("limits.dials", Some(self.dials)),
+            ("limits.dials_per_tunnel", Some(self.dials_per_tunnel)),
+            ("limits.dials_per_tenant", self.dials_per_tenant),
+            ("limits.agents", Some(self.agents)),
+            ("limits.agents_per_tenant", self.agents_per_tenant),
+            ("limits.routes", Some(self.routes)),
+            ("limits.routes_per_tenant", self.routes_per_tenant),
+            ("limits.routes_per_agent", Some(self.routes_per_agent)),
+        ])?;
+        super::above_zero([
+            ("limits.stalled_bytes", Some(self.stalled_bytes)),
+            (
+                "limits.stalled_bytes_per_tenant",
+                self.stalled_bytes_per_tenant,
+            ),
+            (
+                "limits.stalled_bytes_per_tunnel",
+                self.stalled_bytes_per_tunnel,
+            ),
+        ])
+    }
+
+    /// What stands here of the circuit breaker.
+    pub fn breaker(&self) -> BreakerSettings {
+        BreakerSettings {
+            failures: self.breaker_failures,
+            retry: self.breaker_retry,
+            max_retry: self.breaker_max_retry,
+        }
+    }
+
+    /// Bytes of memory that unread data of one tunnel may take.
+    pub fn stalled_bytes_per_tunnel(&self) -> u64 {
+        self.stalled_bytes_per_tunnel
+            .unwrap_or(self.stalled_bytes / 4)
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            dial_timeout: Duration::from_secs(10),
+            drain: Duration::from_secs(30),
+            forget: Duration::from_secs(3600),
+            connections: 16_000,
+            connections_per_tenant: None,
+            connections_per_tunnel: 8000,
+            dials: 8000,
+            dials_per_tenant: None,
+            // Half of all: an agent that answers nothing leaves the others theirs.
+            dials_per_tunnel: 4000,
+            agents: 10_000,
+            agents_per_tenant: None,
+            routes: 40_000,
+            routes_per_tenant: None,
+            routes_per_agent: 1000,
+            stalled_bytes: memory::share(2 << 30),
+            stalled_bytes_per_tenant: None,
+            stalled_bytes_per_tunnel: None,
+            handshakes: HandshakesConfig::default(),
+            breaker_failures: 5,
+            breaker_retry: Duration::from_secs(5),
+            breaker_max_retry: Duration::from_secs(60),
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Whether there is anything of Konnectivity in it, whose metrics then stand beside ours.
+    pub fn is_konnectivity(&self) -> bool {
+        self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
+    }
+
+    /// The trust domains that peers may be of; the server itself is of `own`.
+    pub fn tenants(&self, own: &TrustDomain) -> HashSet<TrustDomain> {
+        let frontends = &self.frontends;
+        let frontends = frontends.http_connect.iter().chain(&frontends.grpc);
+        let konnectivity = self.konnectivity.iter().filter_map(|it| it.tenant.as_ref());
+        let trusted = self.tls.trust.iter().map(|trust| &trust.domain);
+        { frontends.filter_map(FrontendConfig::tenant) }
+            .chain(konnectivity)
+            .chain(trusted)
+            .chain([own])
+            .cloned()
+            .collect()
+    }
+
+    /// Where join tokens stand, and what was issued.
+    pub fn join_directory(&self) -> PathBuf {
+        self.state_dir.join("join")
+    }
+
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut config: Self = super::load(path)?;
+        config.resolve(&base_of(path));
+        Ok(config)
+    }
+
+    /// Checks what serde can't.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, why: &str| {
+            Err(ConfigError::Value {
+                key,
+                why: why.into(),
+            })
+        };
+        if self.server_count == 0 {
+            return value("server_count", "must be at least 1");
+        }
+        check_shards(self.shards)?;
+        if self.limits.dial_timeout.is_zero() || self.limits.dial_timeout > MAX_DEADLINE {
+            return value("limits.dial_timeout", "must be over 0 s and at most 10 min");
+        }
+        let breaker = self.limits.breaker();
+        if breaker.retry.is_zero() || breaker.retry > breaker.max_retry {
+            return value(
+                "limits.breaker_retry",
+                "must be over 0 s and at most limits.breaker_max_retry",
+            );
+        }
+        if breaker.max_retry > LONGEST_RETRY {
+            return value("limits.breaker_max_retry", "must be at most 1 h");
+        }
+        if self.limits.drain > LONGEST_DRAIN {
+            return value("limits.drain", "must be at most 24 h");
+        }
+        if self.tls.cert.is_none() && self.konnectivity.is_none() {
+            self.tls.files()?;
+        }
+        if self.tls.cert.is_none() && self.server_id.is_none() {
+            return value("server_id", "is needed where `tls` has no certificate");
+        }
+        if self.routing.strategies.is_empty() {
+            return value("routing.strategies", "must name at least one");
+        }
+        self.limits.check_counts()?;
+        if self.limits.routes > MAX_ROUTES {
+            return value("limits.routes", "must be at most 44000");
+        }
+        if self.limits.connections_per_tunnel > MAX_DIALS as usize {
+            // Agents let no more streams in: further ones would wait.
+            return value("limits.connections_per_tunnel", "must be at most 8192");
+        }
+        self.limits.handshakes.check()?;
+        self.transport.check()?;
+        self.audit.check()?;
+        self.frontends.check()?;
+        if let Some(konnectivity) = &self.konnectivity {
+            konnectivity.check()?;
+            if konnectivity.cert.is_none() && self.tls.cert.is_none() {
+                return value("konnectivity.cert", "is needed where `tls` has none");
+            }
+        }
+        if let Some(leases) = &self.leases {
+            leases.labels()?;
+        }
+        if let Some(join) = &self.join {
+            join.check()?;
+            if self.tls.cert.is_none() {
+                return value("join", "needs a certificate to show: tls.cert");
+            }
+        }
+        if self.tls.renew {
+            return value("tls.renew", "is for agents");
+        }
+        let mut names = HashSet::new();
+        for attachment in &self.redirect.attachments {
+            if !names.insert(&attachment.name) {
+                return value("redirect.attachments.name", "must be unique");
+            }
+            if attachment.capture.is_empty() {
+                return value(
+                    "redirect.attachments.capture",
+                    "must name what is redirected",
+                );
+            }
+            let families = |v4: bool| {
+                attachment
+                    .listen
+                    .iter()
+                    .filter(|a| a.is_ipv4() == v4)
+                    .count()
+            };
+            if attachment.listen.is_empty()
+                || families(true) > 1
+                || families(false) > 1
+                || !attachment
+                    .listen
+                    .iter()
+                    .all(|a| a.ip().is_loopback() && a.port() != 0)
+            {
+                return value(
+                    "redirect.attachments.listen",
+                    "must be one loopback address with a port for each family",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn resolve(&mut self, base: &Path) {
+        self.tls.resolve(base);
+        self.state_dir = base.join(&self.state_dir);
+        self.audit.resolve(base);
+        self.frontends.resolve(base);
+        if let Some(join) = &mut self.join {
+            join.resolve(base);
+        }
+        if let Some(konnectivity) = &mut self.konnectivity {
+            konnectivity.resolve(base);
+        }
+        if let Some(leases) = &mut self.leases {
+            leases.resolve(base);
+        }
+    }
+}
+
+fn default_redirect_listen() -> Vec<SocketAddr> {
+    vec![
+        SocketAddr::from(([127, 0, 0, 1], 8137)),
+        SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], 8137)),
+    ]
+}

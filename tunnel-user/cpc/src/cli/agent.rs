@@ -1,0 +1,144 @@
+//! `cpc agent`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::common::{LogArgs, TlsArgs, begin, overlay};
+use super::join;
+use cpc_config::address;
+use cpc_config::datapath::EngineChoice;
+use cpc_config::{AgentConfig, AllowRule, ConfigError};
+use cpc_host::privileges::ANY_START;
+
+/// Run an agent, on a worker
+///
+/// It dials out to every server and holds a tunnel to each, for ever. Servers ask it to connect to
+/// targets; it dials what its allow-list names, by default the kubelet of its own node: the
+/// addresses in its certificate, port 10250.
+///
+/// SIGTERM drains, a second signal ends at once. SIGHUP reads allow-list, offer and log filter
+/// anew.
+/// Certificates are watched.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Configuration file (YAML, version 1)
+    #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A server to hold a tunnel to; may be repeated
+    #[arg(
+        long = "server",
+        env = "CPC_SERVERS",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        value_parser = server
+    )]
+    servers: Vec<String>,
+    /// Threads that carry tunnels [default: one a core]
+    #[arg(long, env = "CPC_SHARDS", value_name = "N")]
+    shards: Option<usize>,
+    /// Tunnels to each server [default: 1]
+    #[arg(long, env = "CPC_TUNNELS", value_name = "N")]
+    tunnels: Option<u8>,
+    /// Directory of a lock that proves to servers that an earlier process of this agent has ended
+    #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
+    #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
+    allow: Vec<AllowRule>,
+    /// Address of health, metrics and status [default: 127.0.0.1:8136]
+    #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
+    admin: Option<SocketAddr>,
+    /// What moves bytes [default: auto]
+    #[arg(long, env = "CPC_ENGINE", value_enum)]
+    engine: Option<EngineChoice>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    /// Ask a server for another certificate in time; --cert and --key have to be one file
+    #[arg(long, env = "CPC_TLS_RENEW", help_heading = "TLS")]
+    renew: bool,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Join(join::Args),
+}
+
+/// A server's address, with or without blanks around it: lists have them behind their commas.
+fn server(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    match address::split(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!("{text:?} is not host:port")),
+    }
+}
+
+impl Args {
+    fn config(&self) -> Result<AgentConfig, ConfigError> {
+        let mut config = AgentConfig::load(self.config.as_deref())?;
+        let given = |empty: bool| (!empty).then_some(());
+        overlay(
+            &mut config.servers,
+            given(self.servers.is_empty())
+                .map(|()| self.servers.iter().cloned().map(Into::into).collect()),
+        );
+        overlay(
+            &mut config.allow,
+            given(self.allow.is_empty()).map(|()| Some(self.allow.clone())),
+        );
+        overlay(&mut config.shards, self.shards);
+        overlay(&mut config.tunnels, self.tunnels);
+        overlay(&mut config.state_dir, self.state_dir.clone().map(Some));
+        overlay(&mut config.admin, self.admin);
+        overlay(&mut config.datapath.engine, self.engine);
+        self.tls.apply(&mut config.tls);
+        config.tls.renew |= self.renew;
+        self.log.apply(&mut config.log);
+        let file = self.config.as_deref();
+        config.check().map_err(|error| error.within(file))?;
+        Ok(config)
+    }
+
+    pub(super) fn run(mut self) -> anyhow::Result<()> {
+        if let Some(Command::Join(args)) = self.command.take() {
+            return args.run();
+        }
+        let config = self.config()?;
+        let log = begin(ANY_START, &config.log, &config.audit)?;
+        super::runtime()?.block_on(cpc_agent::run(config, log, || self.config()))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::Args;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn servers(list: &str) -> Result<Vec<String>, clap::Error> {
+        let cli = Cli::try_parse_from(["cpc", "--server", list])?;
+        Ok(cli.args.servers)
+    }
+
+    #[test]
+    fn a_list_of_servers_may_have_blanks() {
+        for list in ["a:1,b:2", "a:1, b:2", " a:1 ,\tb:2\n"] {
+            assert_eq!(servers(list).unwrap(), ["a:1", "b:2"], "{list:?}");
+        }
+        for list in ["a:1,,b:2", "a:1,", "a:1 b:2", "a:1,b", "a:1;b:2", ""] {
+            let error = servers(list).unwrap_err().to_string();
+            assert!(error.contains("is not host:port"), "{list:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Flags that several subcommands share.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+use cpc_config::{AuditConfig, LogConfig, LogFormat, TlsConfig};
+use cpc_host::privileges::{self, CapabilitySet};
+use cpc_observe::logging::{self, LogHandle};
+
+/// Puts what was given in the place of what stood there.
+pub(super) fn overlay<T>(value: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *value = given;
+    }
+}
+
+/// A range of addresses; a single one may stand without its prefix length.
+pub(super) fn net(text: &str) -> Result<IpNet, String> {
+    let single = text.parse::<IpAddr>().map(IpNet::from);
+    let net = single.or_else(|_| text.parse::<IpNet>().map(|net| net.trunc()));
+    net.map_err(|_| format!("{text:?} is no address and no range: 10.99.1.2 and 10.99.0.0/16 are"))
+}
+
+/// What comes before everything else in a process that serves: of its capabilities those stay that
+/// its start may take, and it logs.
+pub(super) fn begin(
+    for_start: CapabilitySet,
+    log: &LogConfig,
+    audit: &AuditConfig,
+) -> anyhow::Result<LogHandle> {
+    privileges::begin(for_start)?;
+    // The thread that writes the log outlives the start.
+    Ok(privileges::without(|| logging::init(log, audit))??)
+}
+
+/// Our certificate and whom we trust.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "TLS")]
+pub(super) struct TlsArgs {
+    /// PEM certificate chain
+    #[arg(long, env = "CPC_TLS_CERT", value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// PEM private key
+    #[arg(long, env = "CPC_TLS_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// PEM roots that vouch for peers of our own trust domain
+    #[arg(long, env = "CPC_TLS_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    pub(super) fn apply(&self, config: &mut TlsConfig) {
+        overlay(&mut config.cert, self.cert.clone().map(Some));
+        overlay(&mut config.key, self.key.clone().map(Some));
+        overlay(&mut config.ca, self.ca.clone().map(Some));
+    }
+}
+
+/// What is logged, and how.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Logging")]
+pub(super) struct LogArgs {
+    /// Log filter, such as `info` or `info,cpc::agent=debug` [default: info]
+    #[arg(long, env = "CPC_LOG", value_name = "FILTER")]
+    log: Option<String>,
+    /// How log lines look [default: text]
+    #[arg(long, env = "CPC_LOG_FORMAT", value_enum)]
+    log_format: Option<LogFormat>,
+}
+
+impl LogArgs {
+    pub(super) fn apply(&self, config: &mut LogConfig) {
+        overlay(&mut config.filter, self.log.clone());
+        overlay(&mut config.format, self.log_format);
+    }
+}

@@ -1,0 +1,206 @@
+//! `cpc proxy-agent`: the flags. What they mean to our agent is in [`translate`].
+
+mod translate;
+
+use std::time::Duration;
+
+use super::common::{self, Base, Translated};
+use super::go;
+use super::unused::{Flag, Kind, Tables, Unused};
+use cpc_config::agent::Protocol;
+use cpc_config::{AgentConfig, AllowRule, ConfigError};
+use cpc_host::privileges::ANY_START;
+
+/// Run an agent with the flags of Konnectivity's proxy-agent
+///
+/// Takes its place towards the same proxy-servers: flags, defaults and environment are those of
+/// proxy-agent, also when the program is called by that name. It dials whatever it is asked for, as
+/// there (--cpc-allow to narrow that). Everything else that `cpc agent` can do is had with
+/// --cpc-config.
+///
+/// The first SIGTERM tells servers to prefer other agents, a second one ends.
+#[derive(Debug, clap::Args)]
+#[command(args_override_self = true)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    server: Server,
+    #[command(flatten)]
+    agent: Agent,
+    #[command(flatten)]
+    counting: Counting,
+    #[command(flatten)]
+    pages: Pages,
+    #[command(flatten)]
+    own: Own,
+    #[command(flatten)]
+    base: Base,
+    #[command(flatten)]
+    unused: Unused<ProxyAgent>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Proxy-server")]
+struct Server {
+    /// Where the proxy-servers are: a name or an address
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    proxy_server_host: String,
+    /// Their port
+    #[arg(long, default_value = "8091", value_parser = go::integer, value_name = "PORT")]
+    proxy_server_port: i64,
+    /// PEM roots that vouch for them; needed
+    #[arg(long, value_name = "FILE")]
+    ca_cert: Option<String>,
+    /// Names offered in ALPN beside h2, joined by commas or repeated
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    alpn_proto: Vec<String>,
+    /// How often an idle proxy-server is pinged, at least 30s
+    #[arg(long, default_value = "1h0m0s", value_parser = go::duration, value_name = "DURATION")]
+    keepalive_time: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Agent")]
+struct Agent {
+    /// PEM certificate chain that proxy-servers may ask for
+    #[arg(long, value_name = "FILE")]
+    agent_cert: Option<String>,
+    /// Its PEM private key
+    #[arg(long, value_name = "FILE")]
+    agent_key: Option<String>,
+    /// A service account's token, read anew for each connection
+    #[arg(long, value_name = "FILE")]
+    service_account_token_path: Option<String>,
+    /// Our name, random when empty
+    #[arg(long, env = "PROXY_AGENT_ID", value_name = "NAME")]
+    agent_id: Option<String>,
+    /// What is served here: ipv4, ipv6, host, cidr and default-route, as in ipv4=10.0.0.1&host=w1
+    #[arg(
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "QUERY"
+    )]
+    agent_identifiers: String,
+    /// How often is looked for proxy-servers that are missing; only 1s is done
+    #[arg(long, default_value = "1s", value_parser = go::duration, value_name = "DURATION")]
+    sync_interval: Duration,
+    /// How seldom that becomes while none answers; only 10s is done
+    #[arg(long, default_value = "10s", value_parser = go::duration, value_name = "DURATION")]
+    sync_interval_cap: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Counting proxy-servers")]
+struct Counting {
+    /// Count proxy-servers by their leases, not by what they say
+    #[arg(
+        long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value = "false", value_parser = go::boolean, value_name = "BOOL"
+    )]
+    count_server_leases: bool,
+    /// Namespace of the leases
+    #[arg(long, default_value = "kube-system", value_name = "NAME")]
+    lease_namespace: String,
+    /// Label selector of the leases
+    #[arg(
+        long,
+        alias = "lease-label",
+        default_value = "k8s-app=konnectivity-server",
+        value_name = "SELECTOR"
+    )]
+    lease_label_selector: String,
+    /// default: leases alone, where they count; max: leases or what proxy-servers say, the more
+    #[arg(long, default_value = "default", value_name = "SOURCE")]
+    server_count_source: String,
+    /// How to reach the API server; as a pod when empty
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Health and metrics")]
+struct Pages {
+    /// Port of /healthz, /readyz, /ready and /metrics
+    #[arg(long, default_value = "8093", value_parser = go::integer, value_name = "PORT")]
+    health_server_port: i64,
+    /// Address of these; all of them when empty
+    #[arg(long, value_name = "ADDR")]
+    health_server_host: Option<String>,
+    /// Port of metrics, status and log filter
+    #[arg(long, default_value = "8094", value_parser = go::integer, value_name = "PORT")]
+    admin_server_port: i64,
+    /// Address of these; all of them when empty. They are not protected
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
+    admin_bind_address: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Beyond Konnectivity")]
+struct Own {
+    /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated [default:
+    /// everything]
+    #[arg(long, value_name = "CIDR[:PORTS]")]
+    cpc_allow: Vec<AllowRule>,
+    /// What is spoken with --proxy-server-host; auto takes QUIC where it is answered, which needs
+    /// certificates in --cpc-config
+    #[arg(long, value_enum, default_value = "konnectivity")]
+    cpc_protocol: Protocol,
+}
+
+#[derive(Debug)]
+struct ProxyAgent;
+
+impl Tables for ProxyAgent {
+    const OWN: &'static [Flag] = &[
+        (
+            "probe-interval",
+            Kind::Duration,
+            "How often connections are looked at",
+        ),
+        (
+            "sync-forever",
+            Kind::Switch,
+            "Go on looking for servers, as is always done here",
+        ),
+    ];
+}
+
+impl Args {
+    pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
+        self.check_files()?;
+        let Translated { config, notes } = self.translate()?;
+        let log = crate::cli::common::begin(ANY_START, &config.log, &config.audit)?;
+        for note in notes {
+            tracing::warn!("{note}");
+        }
+        let reread = || self.translate().map(|translated| translated.config);
+        crate::cli::runtime()?.block_on(cpc_agent::run(config, log, reread))?;
+        Ok(())
+    }
+
+    fn check_files(&self) -> Result<(), ConfigError> {
+        common::exist(&[
+            ("--ca-cert", &self.server.ca_cert),
+            ("--agent-cert", &self.agent.agent_cert),
+            ("--agent-key", &self.agent.agent_key),
+            (
+                "--service-account-token-path",
+                &self.agent.service_account_token_path,
+            ),
+            ("--kubeconfig", &self.counting.kubeconfig),
+        ])
+    }
+
+    fn translate(&self) -> Result<Translated<AgentConfig>, ConfigError> {
+        let mut notes = Vec::new();
+        let mut config = AgentConfig::load(self.base.file())?;
+        self.lay_over(&mut config, &mut notes)?;
+        self.base.apply_log(&mut config.log);
+        let in_vain = [self.fixed()?, self.unused.given()].concat();
+        notes.extend(self.base.in_vain(in_vain));
+        config
+            .check()
+            .map_err(|error| error.within(self.base.file()))?;
+        Ok(Translated { config, notes })
+    }
+}

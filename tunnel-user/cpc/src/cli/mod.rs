@@ -1,0 +1,86 @@
+//! The command line: one file a subcommand.
+
+mod agent;
+mod common;
+mod join;
+mod konnectivity;
+mod log;
+mod man;
+mod pki;
+mod redirect;
+mod server;
+mod status;
+mod token;
+
+use clap::{Parser, Subcommand};
+
+use konnectivity::{proxy_agent, proxy_server};
+
+/// Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network that
+/// nobody can reach from outside.
+///
+/// `cpc server` runs on the control plane, `cpc agent` on the workers, which dial out to it over
+/// QUIC. Connections of programs on the control-plane host are redirected into the tunnel by eBPF,
+/// or ask for it by HTTP CONNECT.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cpc",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Server(server::Args),
+    Agent(agent::Args),
+    ProxyServer(Box<proxy_server::Args>),
+    ProxyAgent(Box<proxy_agent::Args>),
+    Status(status::Args),
+    Redirect(redirect::Args),
+    Pki(pki::Args),
+    Token(token::Args),
+    Log(log::Args),
+    Completions(man::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+impl Cli {
+    /// Reads the command line of this process; prints help and errors, and exits then.
+    ///
+    /// Called by the name of one of Konnectivity's programs it is that one.
+    pub(crate) fn from_command_line() -> Self {
+        Self::parse_from(konnectivity::by_name(std::env::args_os()))
+    }
+
+    /// Runs the subcommand.
+    ///
+    /// # Errors
+    /// Whatever went wrong, for a person to read.
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Server(args) => args.run(),
+            Command::Agent(args) => args.run(),
+            Command::ProxyServer(args) => args.run(),
+            Command::ProxyAgent(args) => args.run(),
+            Command::Status(args) => args.run(),
+            Command::Redirect(args) => args.run(),
+            Command::Pki(args) => args.run(),
+            Command::Token(args) => args.run(),
+            Command::Log(args) => args.run(),
+            Command::Completions(args) => args.run(),
+            Command::Man(args) => args.run(),
+        }
+    }
+}
+
+/// A runtime for the control task: one thread, since shards have their own.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+}

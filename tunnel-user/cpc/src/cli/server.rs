@@ -1,0 +1,78 @@
+//! `cpc server`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+
+use super::common::{LogArgs, TlsArgs, begin, overlay};
+
+use cpc_config::datapath::EngineChoice;
+use cpc_config::{ConfigError, ServerConfig};
+use cpc_host::inherited::Inherited;
+
+/// Run the server, on the control plane
+///
+/// Agents dial in at `listen` over QUIC. Programs on this host reach what the agents serve through
+/// the frontends: the eBPF redirect, and HTTP CONNECT. Everything can stand in the configuration
+/// file; what stands in the environment wins over the file, and flags win over both.
+///
+/// SIGTERM drains: nothing new is taken, what lives may end (limits.drain), a second signal ends at
+/// once. SIGHUP reads policy, allow-lists, capture sets and log filter anew. Certificates are
+/// watched.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Configuration file (YAML, version 1)
+    #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// UDP address of the tunnel [default: 0.0.0.0:8132]
+    #[arg(long, env = "CPC_LISTEN", value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// How many servers an agent must find [default: 1]
+    #[arg(long, env = "CPC_SERVER_COUNT", value_name = "N")]
+    server_count: Option<u32>,
+    /// Threads that carry tunnels [default: one a core]
+    #[arg(long, env = "CPC_SHARDS", value_name = "N")]
+    shards: Option<usize>,
+    /// Where the persisted secret lies [default: /var/lib/cpc]
+    #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Address of health, metrics and status [default: 127.0.0.1:8135]
+    #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
+    admin: Option<SocketAddr>,
+    /// What moves bytes [default: auto]
+    #[arg(long, env = "CPC_ENGINE", value_enum)]
+    engine: Option<EngineChoice>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+impl Args {
+    fn config(&self) -> Result<ServerConfig, ConfigError> {
+        let mut config = ServerConfig::load(self.config.as_deref())?;
+        overlay(&mut config.listen, self.listen);
+        overlay(&mut config.server_count, self.server_count);
+        overlay(&mut config.shards, self.shards);
+        overlay(&mut config.state_dir, self.state_dir.clone());
+        overlay(&mut config.admin, self.admin);
+        overlay(&mut config.datapath.engine, self.engine);
+        self.tls.apply(&mut config.tls);
+        self.log.apply(&mut config.log);
+        let file = self.config.as_deref();
+        config.check().map_err(|error| error.within(file))?;
+        Ok(config)
+    }
+
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let config = self.config()?;
+        let for_start = cpc_server::for_start(&config);
+        let log = begin(for_start, &config.log, &config.audit)?;
+        let inherited =
+            Inherited::from_environment().context("sockets from the service manager")?;
+        let served = cpc_server::run(config, log, inherited, || self.config());
+        super::runtime()?.block_on(served)?;
+        Ok(())
+    }
+}

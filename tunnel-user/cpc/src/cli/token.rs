@@ -1,0 +1,279 @@
+//! `cpc token`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, bail};
+use clap::Subcommand;
+use ipnet::IpNet;
+use serde_json::json;
+
+use super::common::net;
+use super::status::table;
+use cpc_config::ServerConfig;
+use cpc_identity::KeyHash;
+use cpc_identity::identity::check_name_pattern;
+use cpc_identity::join::clock::SKEW;
+use cpc_identity::join::pages::{Pages, Ticket};
+use cpc_identity::join::{Book, BookError, Token};
+use cpc_identity::pem;
+
+mod issued;
+
+/// Make and end the tokens that workers join with
+///
+/// A worker shows a token to the join listener of a server (`join` in its configuration) and gets the
+/// certificate that makes it an agent. Tokens are kept in the server's state_dir; a running server knows
+/// of each change at once. Run it on the server's host.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The server's configuration file
+    #[arg(long, short, env = "CPC_CONFIG", value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a token, and print the command that a worker joins with
+    Create {
+        /// The node that it is for; `*` stands for any characters. A name without `*` may also be given
+        /// to another key while its certificate is valid
+        #[arg(long, value_name = "NAME")]
+        node: String,
+        /// An address or a range that the node's addresses may be in; may be repeated. An address
+        /// without a range may also be moved from a node that has it
+        #[arg(long, value_name = "CIDR", required = true, value_parser = net)]
+        ip: Vec<IpNet>,
+        /// How many nodes may use it
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        uses: u32,
+        /// How long it is good, at most 30 days
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+        ttl: Duration,
+        /// Where workers reach the join listener, for the printed command
+        #[arg(long, value_name = "HOST:PORT")]
+        server: Option<String>,
+        /// Print the token alone
+        #[arg(long, short)]
+        quiet: bool,
+    },
+    /// Show the tokens, and who used them
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End a token: nobody joins by it any more. Who has joined stays; `tls.revoked` ends that
+    Revoke {
+        /// What stands before the dot of the token
+        id: String,
+    },
+    /// Show which nodes have certificates
+    ///
+    /// Those that joined here, and those of `cpc pki` from the same CA.
+    Issued {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let others have a node's name and addresses
+    ///
+    /// For a node that is gone or was installed again. Its certificates are valid until they end all the
+    /// same: `tls.revoked` ends them, and lets others have what they hold as well.
+    Release {
+        /// The node's name
+        #[arg(required_unless_present = "ip")]
+        node: Option<String>,
+        /// This address alone, whichever node has it or the named one; may be repeated
+        #[arg(long, value_name = "ADDR")]
+        ip: Vec<IpAddr>,
+    },
+}
+
+/// The longest life of a token.
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
+
+impl Args {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let file = self.config.as_deref();
+        let config = ServerConfig::load(file)?;
+        config.check().map_err(|error| error.within(file))?;
+        let Some(join) = &config.join else {
+            bail!(
+                "the configuration has no `join`: then nobody takes tokens (docs/configuration.md)"
+            );
+        };
+        let book = Book::open(&config.join_directory())?;
+        let by_hand = Book::of_ca(&join.ca);
+        match self.command {
+            Command::Create {
+                node,
+                ip,
+                uses,
+                ttl,
+                server,
+                quiet,
+            } => {
+                if ttl.is_zero() || ttl > LONGEST {
+                    bail!("--ttl: must be over 0 s and at most 30 days");
+                }
+                check_name_pattern(&node).context("--node")?;
+                let ip: Vec<_> = ip.into_iter().map(canonical).collect();
+                let now = SystemTime::now();
+                let token = Token::generate().ok().context("no random numbers")?;
+                let ticket = Ticket {
+                    digest: token.digest(),
+                    nodes: node.clone(),
+                    addresses: ip.clone(),
+                    uses,
+                    created: Some(now),
+                    expires: now + ttl,
+                    used: Vec::new(),
+                };
+                let id = token.id().to_owned();
+                // Nothing is forgotten here, where the clock may be wrong for all that is known.
+                let doubt = book.change(|pages| {
+                    pages.tokens.insert(id, ticket);
+                    Ok::<_, BookError>(doubt(pages, now))
+                })?;
+                if let Some(doubt) = doubt {
+                    eprintln!("cpc: {doubt}");
+                }
+                if quiet {
+                    println!("{}", token.reveal());
+                    return Ok(());
+                }
+                let server = server.unwrap_or_else(|| format!("HOST:{}", join.listen.port()));
+                let mut command = format!(
+                    "cpc agent join --server {server} --token {}",
+                    token.reveal()
+                );
+                let ca = config.tls.files()?.ca;
+                let mut hashes = Vec::new();
+                for root in pem::certificates(&ca)? {
+                    // A cross-signed CA stands there twice.
+                    let hash = KeyHash::of(&root)?;
+                    if !hashes.contains(&hash) {
+                        command.push_str(&format!(" --ca-hash {hash}"));
+                        hashes.push(hash);
+                    }
+                }
+                if !node.contains('*') {
+                    command.push_str(&format!(" --node {node}"));
+                }
+                // Without them the worker asks for the address that it reaches the server from.
+                if ip.iter().all(is_single) {
+                    for net in &ip {
+                        command.push_str(&format!(" --ip {}", net.addr()));
+                    }
+                }
+                println!("{command}");
+            }
+            Command::List { json } => list(&book, json)?,
+            Command::Revoke { id } => {
+                // Somebody may have the whole of it at hand.
+                let id = id.split('.').next().unwrap_or_default().to_owned();
+                let found =
+                    book.change(|pages| Ok::<_, BookError>(pages.tokens.remove(&id).is_some()))?;
+                if !found {
+                    bail!("there is no token {id}; `cpc token list` shows those that there are");
+                }
+                println!("token {id} is revoked");
+            }
+            Command::Issued { json } => issued::list(&book, &by_hand, json)?,
+            Command::Release { node, ip } => {
+                issued::release(&book, &by_hand, node.as_deref(), &ip)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A mapped IPv4 address (RFC 4291, section 2.5.5.2) is the one that it maps.
+fn canonical(net: IpNet) -> IpNet {
+    match net.addr().to_canonical() {
+        address @ IpAddr::V4(_) if is_single(&net) => address.into(),
+        _ => net,
+    }
+}
+
+fn is_single(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
+}
+
+/// What there is to say of the clock: nothing is made in the future.
+fn doubt(pages: &Pages, now: SystemTime) -> Option<String> {
+    let made = pages.tokens.values().filter_map(|ticket| ticket.created);
+    let issued = pages.holders().map(|(_, holder)| holder.since);
+    let newest = made.chain(issued).max()?;
+    (newest > now + SKEW).then(|| {
+        format!(
+            "a token or a certificate was made at {}, which is yet to come: the clock of this host is \
+             behind, or was ahead then. `cpc token list` and `cpc token issued` show them",
+            humantime::format_rfc3339_seconds(newest)
+        )
+    })
+}
+
+fn list(book: &Book, json: bool) -> anyhow::Result<()> {
+    let pages = book.read()?;
+    let now = SystemTime::now();
+    let time = |at| humantime::format_rfc3339_seconds(at).to_string();
+    let addresses = |ticket: &Ticket| -> Vec<_> {
+        let nets = ticket.addresses.iter();
+        nets.map(ToString::to_string).collect()
+    };
+    if let Some(doubt) = doubt(&pages, now) {
+        eprintln!("cpc: {doubt}");
+    }
+    if json {
+        let tokens = pages.tokens.iter().map(|(id, ticket)| {
+            json!({
+                "id": id,
+                "nodes": ticket.nodes,
+                "addresses": addresses(ticket),
+                "uses_left": ticket.uses,
+                "created": ticket.created.map(time),
+                "expires": time(ticket.expires),
+                "expired": ticket.expires <= now,
+                "used_by": used_by(ticket),
+            })
+        });
+        println!("{:#}", json!(tokens.collect::<Vec<_>>()));
+        return Ok(());
+    }
+    let mut table = table(&[
+        "ID",
+        "NODES",
+        "ADDRESSES",
+        "USES LEFT",
+        "EXPIRES",
+        "USED BY",
+    ]);
+    for (id, ticket) in &pages.tokens {
+        let expires = match ticket.expires <= now {
+            true => "expired".into(),
+            false => time(ticket.expires),
+        };
+        table.add_row([
+            id.clone(),
+            ticket.nodes.clone(),
+            addresses(ticket).join("\n"),
+            ticket.uses.to_string(),
+            expires,
+            used_by(ticket).join("\n"),
+        ]);
+    }
+    println!("{table}");
+    Ok(())
+}
+
+fn used_by(ticket: &Ticket) -> Vec<&str> {
+    let mut nodes: Vec<_> = ticket.used.iter().map(|it| it.node.as_str()).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    nodes
+}

@@ -1,0 +1,55 @@
+//! Reading into owned buffers without a copy, and without a buffer while there is nothing to read.
+
+use std::cell::RefCell;
+use std::io;
+
+use bytes::Bytes;
+
+use crate::buffers::Buffers;
+
+/// The most that one read takes.
+const READ_SIZE: usize = 64 << 10;
+
+/// Below this a read is copied out: a short chunk that waits to be acknowledged must not hold a
+/// whole buffer.
+const COPY_BELOW: usize = 8 << 10;
+
+/// Buffers that wait for credit or acknowledgement on one thread, at most; what is read beyond is
+/// copied.
+const MOST: usize = 128;
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers::new(READ_SIZE, MOST));
+}
+
+/// Calls `read` with room for [`READ_SIZE`] bytes and returns as many as it says; none is the end.
+///
+/// # Errors
+/// Those of `read`.
+pub(super) fn read_owned(read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<Bytes> {
+    BUFFERS.with_borrow_mut(|buffers| {
+        let mut room = buffers.take();
+        let read = read(&mut room.bytes).map(|n| match n {
+            n if n < COPY_BELOW => Bytes::copy_from_slice(&room.bytes[..n]),
+            n => room.part(n, n).freeze(),
+        });
+        buffers.give_back(room);
+        read
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_and_long_reads_come_out_whole() {
+        for n in [0, 1, COPY_BELOW - 1, COPY_BELOW, READ_SIZE] {
+            let bytes = read_owned(|room| {
+                room[..n].fill(7);
+                Ok(n)
+            });
+            assert_eq!(bytes.unwrap(), vec![7; n]);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! What is decided about somebody who asks for a certificate; without I/O.
+
+use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ipnet::IpNet;
+
+use super::clock::{SKEW, Time};
+use super::pages::{Pages, Use};
+use super::token::Token;
+use crate::KeyHash;
+use crate::identity::{self, IdentityError};
+use crate::pattern::matches;
+
+/// A node's certificate is not renewed more often.
+const RENEWED_AFTER: Duration = Duration::from_secs(60);
+
+/// With so many valid certificates it is renewed less often: see [`RARELY`].
+const MANY: usize = 8;
+
+/// Then as often as this in a certificate's life.
+const RARELY: u32 = 30;
+
+/// Why somebody gets none. For the one who asked, so it tells no more than the token's holder may know.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Unknown, wrong, expired or revoked: which of them is not a stranger's to know.
+    #[error("the token is unknown, has expired or was revoked: `cpc token create` makes another")]
+    Token,
+    /// Others were faster.
+    #[error("the token is used up: `cpc token create` makes another")]
+    UsedUp,
+    /// Kubernetes' token was used by another key.
+    #[error(
+        "the token is used up by another key of this node: wait for its next one, or make another pod"
+    )]
+    PodUsedUp,
+    /// Somebody asks again for something else.
+    #[error(
+        "with this token the key got a certificate for {addresses:?}: ask for the same, or use another token"
+    )]
+    Otherwise {
+        /// What it got.
+        addresses: Vec<IpAddr>,
+    },
+    /// Somebody asks again for what is over.
+    #[error("the certificate that this token gave is not to be had again: use another token")]
+    Over,
+    /// Not a name.
+    #[error(transparent)]
+    Name(#[from] IdentityError),
+    /// A name that the token is not for.
+    #[error("the token is for nodes called {nodes}, not for {node}")]
+    Node {
+        /// Which ones.
+        nodes: String,
+        /// Who asks.
+        node: String,
+    },
+    /// An address that the token is not for.
+    #[error(
+        "the token is not for a node with the address {0}: `cpc token create --ip` says which, `cpc agent join --ip` asks for one"
+    )]
+    Address(IpAddr),
+    /// An address that no pod may join with.
+    #[error(
+        "nodes with the address {0} may not join here: join.kubernetes.addresses of the server says which"
+    )]
+    PodAddress(IpAddr),
+    /// An address that is not the node's.
+    #[error(
+        "Kubernetes does not say that {node} has the address {address}: it has to stand in the Node's status"
+    )]
+    NotOfNode {
+        /// The address.
+        address: IpAddr,
+        /// The node.
+        node: String,
+    },
+    /// The name is somebody's.
+    #[error(
+        "{node} has a certificate of another key until {until}; on the server `cpc token release {node}` \
+         frees the name, or a token made with `--node {node}` replaces it",
+        until = humantime::format_rfc3339_seconds(*.until)
+    )]
+    Taken {
+        /// The name.
+        node: String,
+        /// How long that is so.
+        until: SystemTime,
+    },
+    /// The address is somebody's.
+    #[error(
+        "{address} is in the certificate of {node} until {until}; on the server `cpc token release --ip \
+         {address}` frees it",
+        until = humantime::format_rfc3339_seconds(*.until)
+    )]
+    AddressTaken {
+        /// The address.
+        address: IpAddr,
+        /// Whose it is.
+        node: String,
+        /// How long that is so.
+        until: SystemTime,
+    },
+    /// The name was given to another key.
+    #[error("another key has joined as {0} since: this one has to join again")]
+    Replaced(String),
+    /// A peer that renews for ever.
+    #[error("the last certificate is younger than {}", humantime::format_duration(*.0))]
+    TooSoon(Duration),
+}
+
+/// What somebody asks for.
+#[derive(Clone, Debug)]
+pub struct Asked<'a> {
+    /// The node's name.
+    pub node: &'a str,
+    /// Its addresses.
+    pub addresses: &'a [IpAddr],
+    /// The key.
+    pub key: KeyHash,
+}
+
+/// What somebody who is let in gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// A certificate, for a use of the token.
+    First,
+    /// The certificate (DER) that they got before.
+    Again(Vec<u8>),
+    /// A certificate in the place of one that a clock dated ahead.
+    Redated,
+}
+
+/// What the holder of a token may have.
+struct Terms<'a> {
+    nodes: &'a str,
+    addresses: &'a [IpNet],
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Pod,
+}
+
+impl Pages {
+    /// What `token` lets in. Counts nothing: [`Self::used`] does.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn by_token(
+        &self,
+        token: &Token,
+        asked: &Asked<'_>,
+        time: Time,
+    ) -> Result<Admitted, Refused> {
+        let ticket = self.ticket(token, time.now).ok_or(Refused::Token)?;
+        let terms = Terms {
+            nodes: &ticket.nodes,
+            addresses: &ticket.addresses,
+            kind: Kind::Token,
+        };
+        if let Some(before) = ticket.used.iter().find(|it| it.is_of(asked)) {
+            return self.again(before, &terms, asked, time);
+        }
+        self.check(&terms, asked, time)?;
+        match ticket.uses {
+            0 => Err(Refused::UsedUp),
+            _ => Ok(Admitted::First),
+        }
+    }
+
+    /// Counts a use of `token`.
+    pub fn used(&mut self, token: &Token, got: Use) {
+        if let Some(ticket) = self.tokens.get_mut(token.id()) {
+            ticket.uses = ticket.uses.saturating_sub(1);
+            ticket.used.push(got);
+        }
+    }
+
+    /// Puts `got` in the place of what the same key got for the same node.
+    pub fn redated(&mut self, token: &Token, got: Use) {
+        let ticket = self.tokens.get_mut(token.id());
+        let uses = ticket.into_iter().flat_map(|ticket| &mut ticket.used);
+        for before in uses.filter(|it| (&it.node, &it.key) == (&got.node, &got.key)) {
+            before.clone_from(&got);
+        }
+    }
+
+    /// What a pod on the node `asked.node` gets, by the one certificate that its token `id` is good for.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn by_pod(
+        &self,
+        id: &str,
+        addresses: &[IpNet],
+        asked: &Asked<'_>,
+        time: Time,
+    ) -> Result<Admitted, Refused> {
+        let terms = Terms {
+            nodes: asked.node,
+            addresses,
+            kind: Kind::Pod,
+        };
+        match self.pods.get(id).map(|ticket| &ticket.used) {
+            Some(before) if before.is_of(asked) => return self.again(before, &terms, asked, time),
+            Some(_) => return Err(Refused::PodUsedUp),
+            None => {}
+        }
+        self.check(&terms, asked, time)?;
+        Ok(Admitted::First)
+    }
+
+    /// Whether the holder of the certificate `serial` may have another one in the name of `node`, of which
+    /// each is valid for `validity`.
+    ///
+    /// # Errors
+    /// [`Refused::TooSoon`], [`Refused::Replaced`].
+    pub fn renewal(
+        &self,
+        node: &str,
+        serial: &str,
+        validity: Duration,
+        time: Time,
+    ) -> Result<(), Refused> {
+        let known = self.issued.get(node);
+        let holders = || known.into_iter().flatten();
+        if self.released.get(serial).is_some_and(|it| it.whole)
+            && holders().any(|it| it.serial != serial && self.holds_name(it, time))
+        {
+            return Err(Refused::Replaced(node.into()));
+        }
+        // A certificate of the future was issued by a clock that was ahead. It is no reason to wait.
+        let ages = holders().filter_map(|it| time.now.duration_since(it.since).ok());
+        let valid = holders().filter(|it| time.now < it.until).count();
+        let wait = match valid {
+            MANY.. => (validity / RARELY).max(RENEWED_AFTER),
+            _ => RENEWED_AFTER,
+        };
+        match ages.min() {
+            Some(age) if age < wait => Err(Refused::TooSoon(wait)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Somebody who asks once more gets what they got before, and nothing else.
+    fn again(
+        &self,
+        before: &Use,
+        terms: &Terms<'_>,
+        asked: &Asked<'_>,
+        time: Time,
+    ) -> Result<Admitted, Refused> {
+        let sorted = |addresses: &[IpAddr]| {
+            let mut sorted = addresses.to_vec();
+            sorted.sort();
+            sorted.dedup();
+            sorted
+        };
+        if before.certificate.is_empty() {
+            return Err(Refused::Over);
+        }
+        if sorted(&before.addresses) != sorted(asked.addresses) {
+            let addresses = before.addresses.clone();
+            return Err(Refused::Otherwise { addresses });
+        }
+        let (_, holder) = self.by_serial(&before.serial).ok_or(Refused::Over)?;
+        if time.now >= holder.until {
+            return Err(Refused::Over);
+        }
+        if time.now + SKEW < holder.since {
+            // A new certificate. What was taken from the first, by revocation too, does not come back by it.
+            if self.released.contains_key(&before.serial) {
+                return Err(Refused::Over);
+            }
+            self.check(terms, asked, time)?;
+            return Ok(Admitted::Redated);
+        }
+        let certificate = STANDARD.decode(&before.certificate);
+        certificate.map_or(Err(Refused::Over), |der| Ok(Admitted::Again(der)))
+    }
+
+    fn check(&self, terms: &Terms<'_>, asked: &Asked<'_>, time: Time) -> Result<(), Refused> {
+        let node = asked.node;
+        identity::check_name(node)?;
+        if !matches(terms.nodes, node) {
+            return Err(Refused::Node {
+                nodes: terms.nodes.into(),
+                node: node.into(),
+            });
+        }
+        let beyond = |addr: &&IpAddr| !terms.addresses.iter().any(|net| net.contains(*addr));
+        if let Some(address) = asked.addresses.iter().find(beyond) {
+            return Err(match terms.kind {
+                Kind::Token => Refused::Address(*address),
+                Kind::Pod => Refused::PodAddress(*address),
+            });
+        }
+        if terms.nodes != node
+            && let Some(holder) = self.name_holder(node, &asked.key.to_string(), time)
+        {
+            return Err(Refused::Taken {
+                node: node.into(),
+                until: holder.until,
+            });
+        }
+        for address in asked.addresses {
+            let is_named =
+                terms.kind == Kind::Token && terms.addresses.contains(&IpNet::from(*address));
+            if !is_named && let Some((other, holder)) = self.address_holder(node, address, time) {
+                return Err(Refused::AddressTaken {
+                    address: *address,
+                    node: other.into(),
+                    until: holder.until,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Use {
+    fn is_of(&self, asked: &Asked<'_>) -> bool {
+        self.node == asked.node && self.key == asked.key.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests;

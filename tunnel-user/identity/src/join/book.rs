@@ -1,0 +1,219 @@
+//! The file in which tokens stand, and what was issued. A server and `cpc token` change it in turn: each
+//! change is made under a lock and put in place in one step.
+//!
+//! Beside a CA there is another one, of what `cpc pki` issued: a server reads it only.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::pages::Pages;
+use cpc_host::directory::Directory;
+
+/// Why the book can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", path.display())]
+pub struct BookError {
+    path: PathBuf,
+    why: String,
+}
+
+/// The book in a directory.
+#[derive(Clone, Debug)]
+pub struct Book {
+    directory: PathBuf,
+    names: &'static Names,
+}
+
+/// A book's files.
+#[derive(Debug)]
+struct Names {
+    file: &'static str,
+    /// What is locked, since the file itself is replaced.
+    lock: &'static str,
+    mode: u32,
+}
+
+const JOIN: Names = Names {
+    file: "join.json",
+    lock: "join.lock",
+    mode: 0o600,
+};
+
+/// What a CA issued is no secret: each certificate is shown in every handshake.
+const ISSUED: Names = Names {
+    file: "issued.json",
+    lock: "issued.lock",
+    mode: 0o644,
+};
+
+impl Book {
+    /// In `directory`, which is made for its owner alone if it is not there.
+    ///
+    /// # Errors
+    /// [`BookError`], also when what is there can't be read.
+    pub fn open(directory: &Path) -> Result<Self, BookError> {
+        let book = Self {
+            directory: directory.into(),
+            names: &JOIN,
+        };
+        Directory::create(directory, 0o700).map_err(|error| book.error("", &error))?;
+        book.read()?;
+        Ok(book)
+    }
+
+    /// What `cpc pki` issued from the CA in `directory`. Nothing is looked at yet.
+    pub fn of_ca(directory: &Path) -> Self {
+        Self {
+            directory: directory.into(),
+            names: &ISSUED,
+        }
+    }
+
+    /// What stands in it.
+    ///
+    /// # Errors
+    /// [`BookError`].
+    pub fn read(&self) -> Result<Pages, BookError> {
+        self.parse(self.text_in(&self.directory()?)?.as_deref())
+    }
+
+    /// Changes it, unless `change` fails. Nothing is written where nothing has changed.
+    ///
+    /// # Errors
+    /// What `change` says, or [`BookError`]; then it is as it was.
+    pub fn change<T, E: From<BookError>>(
+        &self,
+        change: impl FnOnce(&mut Pages) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let Names { file, lock, mode } = self.names;
+        let directory = self.directory()?;
+        let locked = directory.lock(lock);
+        let _lock = locked.map_err(|error| self.error(lock, &error))?;
+        let before = self.text_in(&directory)?;
+        let mut pages = self.parse(before.as_deref())?;
+        let done = change(&mut pages)?;
+        let written = serde_json::to_vec_pretty(&pages)
+            .map_err(io::Error::from)
+            .and_then(|text| match before.as_ref() == Some(&text) {
+                true => Ok(()),
+                false => directory.replace(file, &text, *mode),
+            });
+        written.map_err(|error| self.error(file, &error))?;
+        Ok(done)
+    }
+
+    fn directory(&self) -> Result<Directory, BookError> {
+        Directory::open(&self.directory).map_err(|error| self.error("", &error))
+    }
+
+    fn text_in(&self, directory: &Directory) -> Result<Option<Vec<u8>>, BookError> {
+        let file = self.names.file;
+        match directory.read(file) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.error(file, &error)),
+        }
+    }
+
+    fn parse(&self, text: Option<&[u8]>) -> Result<Pages, BookError> {
+        let pages = text.map(serde_json::from_slice).transpose();
+        let pages = pages.map_err(|error| self.error(self.names.file, &error))?;
+        Ok(pages.unwrap_or_default())
+    }
+
+    fn error(&self, file: &str, why: &dyn std::fmt::Display) -> BookError {
+        BookError {
+            path: self.directory.join(file),
+            why: why.to_string(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt;
+    use std::time::{Duration, SystemTime};
+
+    use super::super::pages::Ticket;
+    use super::*;
+
+    const FILE: &str = JOIN.file;
+
+    fn ticket(n: u32) -> Ticket {
+        Ticket {
+            digest: super::super::token::Digest::default(),
+            nodes: "w*".into(),
+            addresses: vec!["10.99.0.0/16".parse().unwrap()],
+            uses: n,
+            created: None,
+            expires: SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000),
+            used: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn changes_by_many_are_all_kept() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("below/join");
+        std::thread::scope(|scope| {
+            for n in 0..8 {
+                let directory = &directory;
+                scope.spawn(move || {
+                    let book = Book::open(directory).unwrap();
+                    for m in 0..5 {
+                        let changed = book.change(|pages| {
+                            pages.tokens.insert(format!("{n}-{m}"), ticket(n));
+                            Ok::<_, BookError>(())
+                        });
+                        changed.unwrap();
+                    }
+                });
+            }
+        });
+        let pages = Book::open(&directory).unwrap().read().unwrap();
+        assert_eq!(pages.tokens.len(), 40);
+        assert_eq!(pages.tokens["3-4"], ticket(3));
+        let left: Vec<_> = fs::read_dir(&directory).unwrap().collect();
+        assert_eq!(left.len(), 2, "{left:?}");
+    }
+
+    #[test]
+    fn what_has_not_changed_is_not_written() {
+        let place = tempfile::tempdir().unwrap();
+        let book = Book::open(place.path()).unwrap();
+        // A file that is replaced is another one.
+        let file = || fs::metadata(place.path().join(FILE)).unwrap().ino();
+        let put = |uses| {
+            let changed = book.change(|pages| {
+                pages.tokens.insert("x".into(), ticket(uses));
+                Ok::<_, BookError>(())
+            });
+            changed.unwrap();
+        };
+        put(1);
+        let first = file();
+        put(1);
+        assert_eq!(file(), first);
+        put(2);
+        assert_ne!(file(), first);
+        assert_eq!(book.read().unwrap().tokens["x"].uses, 2);
+    }
+
+    #[test]
+    fn a_change_that_fails_leaves_no_trace_and_a_broken_book_is_not_written_over() {
+        let place = tempfile::tempdir().unwrap();
+        let book = Book::open(place.path()).unwrap();
+        let failed = book.change(|pages| {
+            pages.tokens.insert("x".into(), ticket(1));
+            Err::<(), _>(book.error("", &"no"))
+        });
+        assert!(failed.is_err());
+        assert!(book.read().unwrap().tokens.is_empty());
+        fs::write(place.path().join(FILE), "{").unwrap();
+        let changed = book.change(|_| Ok::<_, BookError>(()));
+        assert!(changed.unwrap_err().to_string().contains(FILE));
+        assert!(Book::open(place.path()).is_err());
+        assert_eq!(fs::read(place.path().join(FILE)).unwrap(), b"{");
+    }
+}

@@ -1,0 +1,632 @@
+//! Where certificates are asked for: judges, issues, writes down, and says so.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ipnet::IpNet;
+use rustls::pki_types::CertificateDer;
+use tokio::sync::Semaphore;
+use tokio::task::JoinError;
+use tokio::time::MissedTickBehavior;
+use tunnel_proto::certificate::{Answer, Issued, Join};
+
+use super::admit::{Admitted, Asked, Refused};
+use super::clock::{Clock, Time};
+use super::metrics::{JoinMetrics, Outcome};
+use super::pages::{Holder, Pages, PodTicket, Use};
+use super::token::Token;
+use super::{Book, BookError};
+use crate::credential::validity;
+use crate::identity::{self, Identity, IdentityError};
+use crate::issue::{Applicant, Authority, IssueError, Request, serial_of};
+use crate::revoked::{Peer, Revocations, Revoked};
+use crate::{Material, Role};
+use cpc_host::report::report;
+use cpc_kubernetes::node::{NodeError, Nodes};
+use cpc_kubernetes::token::{ReviewError, TokenReviewer, claims, fingerprint::fingerprint};
+use cpc_observe::audit::events::{self as audit, Listener};
+
+/// A token of Kubernetes is known for so long at most, when it does not end sooner.
+const LONGEST_POD_TOKEN: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// The token of those who joined by Kubernetes, on record.
+const BY_KUBERNETES: &str = "kubernetes";
+
+/// Nodes that are looked up for one request, of those that hold what it asks for.
+const MAX_LOOKUPS: usize = 8;
+
+/// What a token of Kubernetes is good for.
+pub struct Pods {
+    /// Whose a token is.
+    pub reviewer: TokenReviewer,
+    /// Which addresses a node has.
+    pub nodes: Nodes,
+    /// Which of them their nodes may join with.
+    pub addresses: Vec<IpNet>,
+}
+
+/// The settled time on record is no older while a server runs.
+const TIME_KEPT_EVERY: Duration = Duration::from_secs(3600);
+
+/// Jobs at once. Most of a job is under the book's lock, so more of them would wait there, each on a thread.
+const MAX_JOBS: usize = 8;
+
+/// Bounds the jobs on files and signatures, also those whose caller has gone.
+#[derive(Clone)]
+pub struct Jobs(Arc<Semaphore>);
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_JOBS)))
+    }
+}
+
+impl Jobs {
+    /// Runs `job` on a thread of its own when it is its turn. Whoever gives up before takes no thread.
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        // It is never closed.
+        let turn = self.0.clone().acquire_owned().await.ok();
+        tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            job()
+        })
+        .await
+    }
+}
+
+/// Issues certificates to agents.
+pub struct Desk {
+    /// Tokens, and what was issued.
+    pub book: Book,
+    /// The CA's directory. Read anew each time, so that it may be replaced.
+    pub ca: PathBuf,
+    /// For how long.
+    pub validity: Duration,
+    /// Whose roots go with what is issued.
+    pub material: Arc<Material>,
+    /// Who gets nothing any more.
+    pub revocations: Arc<Revocations>,
+    /// Tokens of Kubernetes, where they are taken.
+    pub pods: Option<Pods>,
+    /// Counters.
+    pub metrics: JoinMetrics,
+    /// What is judged by.
+    pub clock: Clock,
+    /// Who is served at once.
+    pub jobs: Jobs,
+}
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+enum DeskError {
+    /// By the rules.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Somebody who counts no more.
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
+    /// The request for a certificate.
+    #[error("the request for a certificate is of no use: {0}")]
+    Csr(rcgen::Error),
+    /// Neither kind of token.
+    #[error(transparent)]
+    NoToken(#[from] super::token::TokenError),
+    /// Kubernetes does not vouch for it.
+    #[error(transparent)]
+    Review(#[from] ReviewError),
+    /// Kubernetes does not say which addresses a node has.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// A certificate on record.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Kubernetes does not say where the pod is.
+    #[error(
+        "the API server does not say to which node the token belongs: it has to be a pod's \
+         (projected), and Kubernetes 1.32 or later"
+    )]
+    NoNode,
+    /// Of another tenant.
+    #[error("the CA here is of {ours}; certificates of {theirs} come from elsewhere")]
+    Domain {
+        /// The CA's.
+        ours: String,
+        /// The agent's.
+        theirs: String,
+    },
+    /// The book.
+    #[error(transparent)]
+    Book(#[from] BookError),
+    /// The CA.
+    #[error(transparent)]
+    Issue(#[from] IssueError),
+    /// A CA whose certificates no agent would take.
+    #[error(
+        "the CA in join.ca is not among those of tls.ca, so no agent would trust what it issues: see \
+         docs/joining.md, \"Another CA\""
+    )]
+    UnknownCa,
+    /// The thread that was to do it.
+    #[error("it was given up: {0}")]
+    GivenUp(JoinError),
+}
+
+impl From<JoinError> for DeskError {
+    fn from(why: JoinError) -> Self {
+        Self::GivenUp(why)
+    }
+}
+
+impl DeskError {
+    /// Our own trouble, of which whoever asks is told nothing.
+    fn is_ours(&self) -> bool {
+        let by_api = matches!(
+            self,
+            Self::Review(ReviewError::Unavailable(_)) | Self::Node(_)
+        );
+        let by_files = matches!(self, Self::Book(_) | Self::Issue(_) | Self::Identity(_));
+        by_api || by_files || matches!(self, Self::UnknownCa | Self::GivenUp(_))
+    }
+
+    /// Whether it is about a name or an address that is somebody's.
+    fn is_taken(&self) -> bool {
+        let taken =
+            |it: &Refused| matches!(it, Refused::Taken { .. } | Refused::AddressTaken { .. });
+        matches!(self, Self::Refused(refused) if taken(refused))
+    }
+}
+
+/// What was issued, for the record.
+struct Done {
+    identity: String,
+    serial: String,
+    until: SystemTime,
+    issued: Issued,
+    /// Whether it was issued just now, and not given once more.
+    is_new: bool,
+}
+
+/// What somebody without a certificate asks for.
+struct Ask {
+    node: String,
+    addresses: Vec<IpAddr>,
+    csr: Vec<u8>,
+    proof: Proof,
+}
+
+/// By what somebody may join.
+enum Proof {
+    /// A token of ours.
+    Token(Token),
+    /// One of Kubernetes.
+    Pod {
+        /// What tells it apart from others.
+        id: String,
+        /// Until when it is good.
+        expires: SystemTime,
+    },
+}
+
+/// A certificate whose holder is gone.
+struct Gone {
+    serial: String,
+    /// What is free of it; all when missing.
+    address: Option<IpAddr>,
+}
+
+impl Desk {
+    /// Answers somebody without a certificate. The file, the CA and Kubernetes may take their time.
+    pub async fn join(self: &Arc<Self>, join: Join, remote: SocketAddr) -> Answer {
+        let node = join.node.clone();
+        let done = self.admitted(join).await;
+        self.metrics.join(outcome(&done));
+        match done {
+            Ok((done, by)) => {
+                if done.is_new {
+                    tracing::info!(
+                        agent = done.identity, %remote, token = by, serial = done.serial,
+                        until = %humantime::format_rfc3339_seconds(done.until), "agent joined"
+                    );
+                } else {
+                    tracing::debug!(
+                        agent = done.identity, %remote, token = by, serial = done.serial,
+                        "an agent got its certificate once more"
+                    );
+                }
+                audit::joined(&done.identity, remote, &by, (&done.serial, done.until));
+                Ok(done.issued)
+            }
+            Err(error) => {
+                audit::peer_refused(Listener::Join, remote, &error);
+                Err(told(&error, &node, Some(remote)))
+            }
+        }
+    }
+
+    /// Answers an agent that has a certificate, over its tunnel, which began with `leaf`.
+    pub async fn renew(
+        self: &Arc<Self>,
+        agent: Identity,
+        leaf: Option<CertificateDer<'static>>,
+        csr: Vec<u8>,
+    ) -> Answer {
+        let name = agent.name.clone();
+        let serial = leaf.map(|leaf| serial_of(&leaf)).unwrap_or_default();
+        let done = self
+            .apart(move |desk| desk.by_tunnel(&agent, &serial, &csr))
+            .await;
+        self.metrics.renewal(outcome(&done));
+        match done {
+            Ok(done) => {
+                tracing::info!(
+                    agent = done.identity, serial = done.serial,
+                    until = %humantime::format_rfc3339_seconds(done.until), "certificate renewed"
+                );
+                audit::renewed(&done.identity, (&done.serial, done.until));
+                Ok(done.issued)
+            }
+            Err(error) => Err(told(&error, &name, None)),
+        }
+    }
+
+    /// Writes the settled time into the book, at once and again and again, for the next start.
+    pub async fn keep_time(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(TIME_KEPT_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            if let Err(error) = self.apart(Self::note_time).await {
+                tracing::warn!(
+                    error = report(&error),
+                    "the time is not on record: the next start compares its clock with an earlier one"
+                );
+            }
+        }
+    }
+
+    fn note_time(&self) -> Result<(), DeskError> {
+        self.book.change(|pages| {
+            let settled = self.clock.read().settled;
+            let since = settled.duration_since(SystemTime::UNIX_EPOCH);
+            let seconds = since.unwrap_or_default().as_secs();
+            pages.settled = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+            Ok(())
+        })
+    }
+
+    /// Files and signatures hold up nothing else.
+    async fn apart<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T, DeskError> + Send + 'static,
+    ) -> Result<T, DeskError> {
+        let desk = self.clone();
+        self.jobs.run(move || work(&desk)).await?
+    }
+
+    async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), DeskError> {
+        let mut addresses: Vec<_> = { join.addresses.iter() }
+            .map(IpAddr::to_canonical)
+            .collect();
+        addresses.sort();
+        addresses.dedup();
+        let proof = match (join.token.parse(), &self.pods) {
+            (Ok(token), _) => Proof::Token(token),
+            (Err(error), None) => return Err(error.into()),
+            (Err(_), Some(pods)) => {
+                self.reviewed(pods, join.token.trim(), &join.node, &addresses)
+                    .await?
+            }
+        };
+        let ask = Arc::new(Ask {
+            node: join.node,
+            addresses,
+            csr: join.csr,
+            proof,
+        });
+        let asked = ask.clone();
+        let first = self.apart(move |desk| desk.admit(&asked, &[])).await;
+        match (&first, &self.pods) {
+            (Err(error), Some(pods)) if error.is_taken() => {
+                let gone = self.gone(pods, &ask).await?;
+                if gone.is_empty() {
+                    return first;
+                }
+                self.apart(move |desk| desk.admit(&ask, &gone)).await
+            }
+            _ => first,
+        }
+    }
+
+    /// What a token of Kubernetes proves: on which node the pod is, and that these are its addresses.
+    async fn reviewed(
+        &self,
+        pods: &Pods,
+        token: &str,
+        node: &str,
+        addresses: &[IpAddr],
+    ) -> Result<Proof, DeskError> {
+        let account = pods.reviewer.review(token).await?;
+        let of = account.node.ok_or(DeskError::NoNode)?;
+        if of != node {
+            return Err(Refused::Node {
+                nodes: of,
+                node: node.into(),
+            }
+            .into());
+        }
+        let known = pods.nodes.addresses(node).await?.unwrap_or_default();
+        if let Some(address) = addresses.iter().find(|address| !known.contains(address)) {
+            return Err(Refused::NotOfNode {
+                address: *address,
+                node: node.into(),
+            }
+            .into());
+        }
+        Ok(Proof::Pod {
+            id: account.credential.unwrap_or_else(|| fingerprint(token)),
+            expires: claims::good_until(token, self.clock.read().now, LONGEST_POD_TOKEN),
+        })
+    }
+
+    /// Which certificates in the way of `ask` are of nodes that are gone, or have other addresses now.
+    /// Those of nodes that did not join by Kubernetes it knows nothing of.
+    async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, DeskError> {
+        let asked = ask.clone();
+        let held = self.apart(move |desk| desk.in_the_way(&asked)).await?;
+        let mut gone = Vec::new();
+        for (node, holder) in held.into_iter().take(MAX_LOOKUPS) {
+            let known = match pods.nodes.addresses(&node).await {
+                Ok(known) => known,
+                Err(error) => {
+                    tracing::warn!(error = report(&error), "what a node holds stays its own");
+                    continue;
+                }
+            };
+            let serial = holder.serial;
+            let Some(known) = known else {
+                let address = None;
+                gone.push(Gone { serial, address });
+                continue;
+            };
+            let has = |address: &&IpAddr| holder.addresses.contains(address);
+            let moved = ask.addresses.iter().filter(has);
+            gone.extend(moved.filter(|it| !known.contains(it)).map(|address| Gone {
+                serial: serial.clone(),
+                address: Some(*address),
+            }));
+        }
+        Ok(gone)
+    }
+
+    fn in_the_way(&self, ask: &Ask) -> Result<Vec<(String, Holder)>, DeskError> {
+        let key = Applicant::read(&ask.csr).map_err(DeskError::Csr)?.key();
+        let (key, time) = (key.to_string(), self.clock.read());
+        let pages = self.book.read()?;
+        let is_in_the_way = |node: &str, holder: &Holder| match node == ask.node {
+            true => holder.key != key && pages.holds_name(holder, time),
+            false => { ask.addresses.iter() }.any(|it| pages.holds_address(holder, it, time)),
+        };
+        let held = pages
+            .holders()
+            .filter(|(node, holder)| holder.token == BY_KUBERNETES && is_in_the_way(node, holder));
+        Ok(held
+            .map(|(node, holder)| (node.to_owned(), holder.clone()))
+            .collect())
+    }
+
+    fn admit(&self, ask: &Ask, gone: &[Gone]) -> Result<(Done, String), DeskError> {
+        let applicant = Applicant::read(&ask.csr).map_err(DeskError::Csr)?;
+        let (node, addresses) = (&ask.node, &ask.addresses);
+        let asked = Asked {
+            node,
+            addresses,
+            key: applicant.key(),
+        };
+        let by = match &ask.proof {
+            Proof::Token(token) => token.id(),
+            Proof::Pod { .. } => BY_KUBERNETES,
+        };
+        // Who has no token does not get to the lock, which all others wait for.
+        if let Proof::Token(token) = &ask.proof {
+            let pages = self.book.read()?;
+            let known = pages.ticket(token, self.clock.read().now);
+            known.ok_or(Refused::Token)?;
+        }
+        self.change(|pages, time| {
+            for gone in gone {
+                match gone.address {
+                    Some(address) => pages.release_address(&gone.serial, address),
+                    None => pages.release(&gone.serial),
+                }
+            }
+            let admitted = match &ask.proof {
+                Proof::Token(token) => pages.by_token(token, &asked, time)?,
+                Proof::Pod { id, .. } => {
+                    let allowed = self.pods.as_ref().map(|pods| &pods.addresses[..]);
+                    pages.by_pod(id, allowed.unwrap_or_default(), &asked, time)?
+                }
+            };
+            if let Admitted::Again(leaf) = &admitted {
+                let leaf = CertificateDer::from(&leaf[..]);
+                return Ok((self.issued_before(&leaf)?, by.to_owned()));
+            }
+            let (done, holder) = self.issue(node, addresses, &applicant, (by, time.now))?;
+            let got = Use {
+                node: node.clone(),
+                key: holder.key.clone(),
+                addresses: addresses.clone(),
+                serial: holder.serial.clone(),
+                certificate: STANDARD.encode(&done.issued.chain[0]),
+            };
+            match &ask.proof {
+                Proof::Token(token) if admitted == Admitted::Redated => pages.redated(token, got),
+                Proof::Token(token) => pages.used(token, got),
+                Proof::Pod { id, expires } => {
+                    let expires = (*expires).max(time.now);
+                    let ticket = PodTicket { expires, used: got };
+                    pages.pods.insert(id.clone(), ticket);
+                }
+            }
+            pages.joined(node, holder, time);
+            Ok((done, by.to_owned()))
+        })
+    }
+
+    fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, DeskError> {
+        self.revocations.check(&Peer::issued(agent.uri(), serial))?;
+        let applicant = Applicant::read(csr).map_err(DeskError::Csr)?;
+        self.change(|pages, time| {
+            pages.renewal(&agent.name, serial, self.validity, time)?;
+            let ours = self.authority()?;
+            if *ours.trust_domain() != agent.trust_domain {
+                return Err(DeskError::Domain {
+                    ours: ours.trust_domain().to_string(),
+                    theirs: agent.trust_domain.to_string(),
+                });
+            }
+            let last = || pages.issued.get(&*agent.name)?.last();
+            let by = pages.by_serial(serial).map(|(_, holder)| holder);
+            let by = by.or_else(last);
+            let by = by.map_or_else(|| "elsewhere".into(), |holder| holder.token.clone());
+            let addresses = pages.still_of(&agent.name, &agent.addresses, time);
+            let (done, holder) =
+                self.issue(&agent.name, &addresses, &applicant, (&by, time.now))?;
+            pages.record(&agent.name, holder);
+            Ok(done)
+        })
+    }
+
+    /// Changes the book, in which revoked certificates keep nothing from others.
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Pages, Time) -> Result<T, DeskError>,
+    ) -> Result<T, DeskError> {
+        self.book.change(|pages| {
+            let time = self.clock.read();
+            pages.by_hand = Book::of_ca(&self.ca).read()?.issued;
+            let domain = &self.material.identity().trust_domain;
+            let is_revoked = |node: &str, holder: &Holder| {
+                let uri = identity::uri(domain, Role::Agent, node);
+                let peer = Peer::issued(uri, &holder.serial);
+                self.revocations.check(&peer).is_err()
+            };
+            let revoked = pages
+                .holders()
+                .filter(|(node, holder)| is_revoked(node, holder));
+            let revoked: Vec<_> = revoked.map(|(_, holder)| holder.serial.clone()).collect();
+            revoked.iter().for_each(|serial| pages.release(serial));
+            let done = change(pages, time)?;
+            if time.is_steady {
+                pages.forget(time.settled);
+            }
+            Ok(done)
+        })
+    }
+
+    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Done, DeskError> {
+        self.revocations.check(&Peer::of(leaf))?;
+        let (_, until) = validity(leaf).unwrap_or((SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH));
+        Ok(Done {
+            identity: Identity::from_certificate(leaf)?.uri(),
+            serial: serial_of(leaf),
+            until,
+            issued: self.with_roots(leaf),
+            is_new: false,
+        })
+    }
+
+    fn with_roots(&self, leaf: &CertificateDer<'_>) -> Issued {
+        let roots = self.material.roots();
+        Issued {
+            chain: vec![leaf.to_vec()],
+            roots: roots.iter().map(|root| root.to_vec()).collect(),
+        }
+    }
+
+    fn authority(&self) -> Result<Authority, IssueError> {
+        Authority::open(&self.ca)
+    }
+
+    fn issue(
+        &self,
+        node: &str,
+        addresses: &[IpAddr],
+        applicant: &Applicant,
+        (by, now): (&str, SystemTime),
+    ) -> Result<(Done, Holder), DeskError> {
+        let authority = self.authority()?;
+        let identity = identity::uri(authority.trust_domain(), Role::Agent, node);
+        self.revocations.check(&Peer::called(identity.clone()))?;
+        let until = (now + self.validity).min(authority.not_after());
+        let request = Request {
+            role: Role::Agent,
+            name: node.into(),
+            dns: Vec::new(),
+            addresses: addresses.to_vec(),
+            not_after: until,
+        };
+        let anchors = self.material.anchors();
+        if !anchors.iter().any(|it| it.key() == authority.key()) {
+            return Err(DeskError::UnknownCa);
+        }
+        let leaf = authority.certify(&request, applicant)?;
+        let serial = serial_of(&leaf);
+        let holder = Holder {
+            addresses: addresses.to_vec(),
+            key: applicant.key().to_string(),
+            serial: serial.clone(),
+            since: now,
+            until,
+            token: by.into(),
+        };
+        let done = Done {
+            identity,
+            serial,
+            until,
+            issued: self.with_roots(&leaf),
+            is_new: true,
+        };
+        Ok((done, holder))
+    }
+}
+
+fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
+    match done {
+        Ok(_) => Outcome::Issued,
+        Err(error) if error.is_ours() => Outcome::Failed,
+        Err(_) => Outcome::Refused,
+    }
+}
+
+/// The reason that goes to the worker. What Kubernetes says of a token is for the log.
+fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
+    let remote = remote.map(tracing::field::display);
+    if error.is_ours() {
+        tracing::error!(
+            error = report(error),
+            node,
+            remote,
+            "no certificate could be issued"
+        );
+        return "the server could not issue a certificate; its log says why".into();
+    }
+    tracing::warn!(error = report(error), node, remote, "no certificate issued");
+    match error {
+        DeskError::Review(_) => {
+            "the token of Kubernetes is not valid here: its audience, its service account \
+                                 and its end count; the server's log says why"
+                .into()
+        }
+        error => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,408 @@
+//! Certificates, keys and CAs: read from files, checked, and read anew when they change.
+//!
+//! Invariant: what is in force was whole and consistent when it was read. A reload that fails
+//! keeps what was there and says so. Live connections are untouched by a reload.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rustls::client::ResolvesClientCert;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::CertificateDer;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{InconsistentKeys, SignatureScheme};
+
+use super::anchors::{Anchor, Anchors};
+use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::lifetime::{Certificates, Lifetime, Purpose};
+use super::pem;
+use super::revoked::Revocations;
+use super::verify::{PeerVerifier, TrustStore};
+use cpc_config::TlsFiles;
+use cpc_host::report::report;
+use cpc_observe::complaint::Complaint;
+
+/// How often the files are looked at.
+pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The files that are watched.
+fn all(files: &TlsFiles) -> impl Iterator<Item = &PathBuf> {
+    let own = [&files.cert, &files.key, &files.ca];
+    own.into_iter()
+        .chain(files.trust.iter().map(|(_, path)| path))
+}
+
+/// Why TLS material was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum MaterialError {
+    /// A file could not be read or holds no PEM.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The leaf is no identity.
+    #[error("{}: {why}", path.display())]
+    Identity {
+        /// The certificate's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: IdentityError,
+    },
+    /// The leaf is for something else.
+    #[error("{}: {identity} can't be used here, which needs a certificate for the role {expected}", path.display())]
+    Role {
+        /// The certificate's file.
+        path: PathBuf,
+        /// Whose it is.
+        identity: Identity,
+        /// What it should have been for.
+        expected: Role,
+    },
+    /// A renewed certificate names somebody else than the running process.
+    #[error("{}: {identity} is not {current}, who is running; restart to become another", path.display())]
+    Another {
+        /// The certificate's file.
+        path: PathBuf,
+        /// Whose it is.
+        identity: Box<Identity>,
+        /// Whose it was.
+        current: Box<Identity>,
+    },
+    /// Key and certificate don't belong together.
+    #[error("{}: the key is not that of the first certificate in {}", key.display(), cert.display())]
+    Mismatch {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+    },
+    /// A key that nothing here can sign with.
+    #[error(
+        "{}: the key is of no kind that can be used: RSA with 2048 to 8192 bits, ECDSA with P-256,          P-384 or P-521, and Ed25519 are", .0.display()
+    )]
+    KeyKind(PathBuf),
+}
+
+/// Reads a PEM chain and its key.
+///
+/// # Errors
+/// [`MaterialError`] naming the file.
+pub fn load_key(
+    cert: &Path,
+    key: &Path,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, MaterialError> {
+    let chain = pem::certificates(cert)?;
+    let private = pem::private_key(key)?;
+    let private = provider.key_provider.load_private_key(private);
+    let private = private.map_err(|_| MaterialError::KeyKind(key.into()))?;
+    let pair = CertifiedKey::new(chain, private);
+    match pair.keys_match() {
+        // Of some keys it can't be told.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(pair),
+        Err(rustls::Error::InconsistentKeys(_)) => Err(MaterialError::Mismatch {
+            cert: cert.into(),
+            key: key.into(),
+        }),
+        Err(error) => Err(file(cert, &error)),
+    }
+}
+
+/// Reads the CAs in a PEM file.
+///
+/// # Errors
+/// [`MaterialError`] naming the file, and the certificate in it that is not a CA's.
+pub fn load_anchors(path: &Path) -> Result<Anchors, MaterialError> {
+    Anchors::new(pem::certificates(path)?).map_err(|error| file(path, &error))
+}
+
+fn file(path: &Path, why: &dyn fmt::Display) -> MaterialError {
+    MaterialError::File {
+        path: path.into(),
+        why: why.to_string(),
+    }
+}
+
+/// One side's key, its identity and whom it trusts, each of which may change while in use.
+#[derive(Debug)]
+pub struct Material {
+    files: TlsFiles,
+    role: Role,
+    provider: Arc<CryptoProvider>,
+    current: ArcSwap<Own>,
+    trust: Arc<ArcSwap<TrustStore>>,
+    ca_changes: AtomicU64,
+    revocations: Arc<Revocations>,
+}
+
+#[derive(Debug)]
+struct Own {
+    identity: Identity,
+    key: Arc<CertifiedKey>,
+    fingerprint: Vec<u8>,
+}
+
+/// What a reload has changed about whom we trust.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// CAs that vouch for a trust domain from now on.
+    pub added: Vec<(TrustDomain, Anchor)>,
+    /// CAs that did until now.
+    pub removed: Vec<(TrustDomain, Anchor)>,
+}
+
+impl Change {
+    fn between(old: &TrustStore, new: &TrustStore) -> Self {
+        Self {
+            added: beyond(new, old),
+            removed: beyond(old, new),
+        }
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.added.len() + self.removed.len()
+    }
+}
+
+/// CAs in `store` that are not in `other`.
+fn beyond(store: &TrustStore, other: &TrustStore) -> Vec<(TrustDomain, Anchor)> {
+    let all = store.domains();
+    let all = all.flat_map(|(domain, anchors)| anchors.iter().map(move |ca| (domain, ca)));
+    let more = all.filter(|(domain, ca)| {
+        let there = other.of(domain);
+        !there.is_some_and(|anchors| anchors.contains(ca.certificate()))
+    });
+    more.map(|(domain, ca)| (domain.clone(), ca.clone()))
+        .collect()
+}
+
+impl Material {
+    /// Reads `files`, whose leaf must be for `role`.
+    ///
+    /// # Errors
+    /// [`MaterialError`] naming the file at fault.
+    pub fn load(
+        files: TlsFiles,
+        role: Role,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Arc<Self>, MaterialError> {
+        let (own, trust) = read(&files, role, &provider)?;
+        let revocations = Revocations::load(files.revoked.clone())?;
+        Ok(Arc::new(Self {
+            revocations,
+            files,
+            role,
+            provider,
+            current: ArcSwap::from_pointee(own),
+            trust: Arc::new(ArcSwap::from_pointee(trust)),
+            ca_changes: AtomicU64::default(),
+        }))
+    }
+
+    /// Our own identity, as the certificate in force has it.
+    pub fn identity(&self) -> Identity {
+        self.current.load().identity.clone()
+    }
+
+    /// Our own chain and key, as they are in force.
+    pub fn key(&self) -> Arc<CertifiedKey> {
+        self.current.load().key.clone()
+    }
+
+    /// The trust domains that are trusted.
+    pub fn domains(&self) -> HashSet<TrustDomain> {
+        let trust = self.trust.load();
+        trust.domains().map(|(domain, _)| domain.clone()).collect()
+    }
+
+    /// The CAs that vouch for our own trust domain.
+    pub fn anchors(&self) -> Arc<Anchors> {
+        let own = self.identity().trust_domain;
+        self.trust.load().of(&own).cloned().unwrap_or_default()
+    }
+
+    /// Their certificates.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.anchors().certificates()
+    }
+
+    /// Where all of it lies.
+    pub fn files(&self) -> &TlsFiles {
+        &self.files
+    }
+
+    /// A verifier for peers of `role` that follows reloads.
+    pub fn verifier(&self, role: Role) -> Arc<PeerVerifier> {
+        let (trust, revocations) = (self.trust.clone(), self.revocations.clone());
+        PeerVerifier::new(role, trust, revocations, self.provider.clone())
+    }
+
+    /// Peers who count no more; to be watched beside the material.
+    pub fn revocations(&self) -> Arc<Revocations> {
+        self.revocations.clone()
+    }
+
+    /// Reads the files again if one of them changed. Returns what that changed, if something new is in
+    /// force.
+    ///
+    /// # Errors
+    /// [`MaterialError`]; what was in force stays.
+    pub fn reload(&self) -> Result<Option<Change>, MaterialError> {
+        if fingerprint(all(&self.files)) == self.current.load().fingerprint {
+            return Ok(None);
+        }
+        let (own, trust) = read(&self.files, self.role, &self.provider)?;
+        let current = self.identity();
+        if own.identity.uri() != current.uri() {
+            return Err(MaterialError::Another {
+                path: self.files.cert.clone(),
+                identity: own.identity.into(),
+                current: current.into(),
+            });
+        }
+        let change = Change::between(&self.trust.load(), &trust);
+        let count = u64::try_from(change.count()).unwrap_or(u64::MAX);
+        self.ca_changes.fetch_add(count, Ordering::Relaxed);
+        self.trust.store(Arc::new(trust));
+        self.current.store(Arc::new(own));
+        Ok(Some(change))
+    }
+
+    /// Looks at the files every [`RELOAD_INTERVAL`], for ever. Calls `changed` when something new is in
+    /// force, and when something new is of no use.
+    pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<&Change, &MaterialError>)) {
+        let reload = || {
+            if let Some(change) = self.reload()? {
+                tracing::info!(identity = %self.identity(), "certificates reloaded");
+                for (what, cas) in [("added", &change.added), ("removed", &change.removed)] {
+                    for (domain, ca) in cas {
+                        tracing::info!(%domain, ca = ca.subject(), key = %ca.key(), "CA {what}");
+                    }
+                }
+                changed(Ok(&change));
+            }
+            Ok(())
+        };
+        let complain = |error: &MaterialError| {
+            tracing::warn!(
+                error = report(error),
+                "certificates not reloaded, the old ones stay"
+            );
+            changed(Err(error));
+        };
+        watch(reload, complain).await;
+    }
+}
+
+/// Calls `reload` every [`RELOAD_INTERVAL`], for ever, and `complain` once of each kind of trouble.
+pub async fn watch(
+    mut reload: impl FnMut() -> Result<(), MaterialError>,
+    complain: impl Fn(&MaterialError),
+) {
+    let mut complaint = Complaint::default();
+    loop {
+        tokio::time::sleep(RELOAD_INTERVAL).await;
+        match reload() {
+            Ok(()) => complaint.clear(),
+            Err(error) if complaint.is_news(&error.to_string()) => {
+                complain(&error);
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+impl Certificates for Material {
+    fn lifetimes(&self) -> Vec<Lifetime> {
+        let (current, trust) = (self.current.load(), self.trust.load());
+        let own = Lifetime::own(Purpose::Tunnel, &current.key, &self.files.cert);
+        let domains = [(&current.identity.trust_domain, &self.files.ca)];
+        let further = self.files.trust.iter().map(|(domain, file)| (domain, file));
+        let cas = { domains.into_iter().chain(further) }.flat_map(|(domain, file)| {
+            let anchors = trust.of(domain).map(|it| &**it);
+            let lives = anchors.map(|it| Lifetime::cas(Purpose::Tunnel, it, file));
+            lives.unwrap_or_default()
+        });
+        own.into_iter().chain(cas).collect()
+    }
+
+    fn ca_changes(&self) -> u64 {
+        self.ca_changes.load(Ordering::Relaxed)
+    }
+}
+
+impl ResolvesServerCert for Material {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load().key.clone())
+    }
+}
+
+impl ResolvesClientCert for Material {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load().key.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+fn read(
+    files: &TlsFiles,
+    role: Role,
+    provider: &Arc<CryptoProvider>,
+) -> Result<(Own, TrustStore), MaterialError> {
+    // Taken first: a file that changes while it is read is then read again.
+    let fingerprint = fingerprint(all(files));
+    let key = load_key(&files.cert, &files.key, provider)?;
+    pem::warn_if_exposed(&files.key);
+    let leaf = key
+        .cert
+        .first()
+        .ok_or_else(|| file(&files.cert, &"holds no certificate"))?;
+    let identity = Identity::from_certificate(leaf).map_err(|why| MaterialError::Identity {
+        path: files.cert.clone(),
+        why,
+    })?;
+    if identity.role != role {
+        return Err(MaterialError::Role {
+            path: files.cert.clone(),
+            identity,
+            expected: role,
+        });
+    }
+    let mut trust = TrustStore::default();
+    let own = (identity.trust_domain.clone(), files.ca.clone());
+    for (domain, path) in std::iter::once(&own).chain(&files.trust) {
+        trust.add(domain.clone(), load_anchors(path)?);
+    }
+    Ok((
+        Own {
+            identity,
+            key: Arc::new(key),
+            fingerprint,
+        },
+        trust,
+    ))
+}
+
+/// Changes when a file's content does; a file that can't be read counts as empty.
+pub fn fingerprint<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Vec<u8> {
+    let mut digest = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    for path in paths {
+        let content = std::fs::read(path).unwrap_or_default();
+        digest.update(&(content.len() as u64).to_be_bytes());
+        digest.update(&content);
+    }
+    digest.finish().as_ref().to_vec()
+}

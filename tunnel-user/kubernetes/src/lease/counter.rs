@@ -1,0 +1,143 @@
+//! An agent's count of the servers.
+//!
+//! Invariant: a count is a fact. It comes from a list, and from what has changed since; while the
+//! API server is away it stays as it was, so that its absence does not look like the servers'.
+
+use std::collections::HashMap;
+use std::pin::pin;
+use std::time::{Duration, SystemTime};
+
+use futures_util::TryStreamExt;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::{Api, Client, ResourceExt};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::held_for;
+use crate::client::{CallError, call, outcome};
+use crate::delays::{Delays, apart};
+use cpc_host::report::report;
+use cpc_observe::complaint::Complaint;
+use cpc_observe::konnectivity::LeaseReads;
+
+/// When a watch ends without a reason, in seconds.
+const WATCH: u32 = 240;
+
+/// And when it is given up by us if it does not.
+const WATCH_AT_MOST: Duration = Duration::from_secs(WATCH as u64 + 10);
+
+/// How soon is listed again after a watch, or twice that: all agents see a server's end at once.
+const LIST_AGAIN: Duration = Duration::from_secs(2);
+
+/// Leases by name.
+type Known = HashMap<String, Lease>;
+
+/// Counts the servers that hold a lease.
+pub struct LeaseCounter {
+    leases: Api<Lease>,
+    selector: String,
+    calls: LeaseReads,
+    count: watch::Sender<Option<u32>>,
+}
+
+impl LeaseCounter {
+    /// A counter of the leases in `namespace` that `selector` (a label selector) selects, and what
+    /// it counts: `None` until it knows, then 1 or more.
+    pub fn new(
+        client: Client,
+        namespace: &str,
+        selector: String,
+        calls: LeaseReads,
+    ) -> (Self, watch::Receiver<Option<u32>>) {
+        let (count, counted) = watch::channel(None);
+        let counter = Self {
+            leases: Api::namespaced(client, namespace),
+            selector,
+            calls,
+            count,
+        };
+        (counter, counted)
+    }
+
+    /// Counts for ever.
+    pub async fn run(self) {
+        let mut delays = Delays::default();
+        let mut complaint = Complaint::default();
+        loop {
+            let Err(error) = self.follow(&mut delays).await else {
+                sleep(apart(LIST_AGAIN)).await;
+                continue;
+            };
+            if complaint.is_news(&error.to_string()) {
+                tracing::warn!(
+                    error = report(&error),
+                    "servers can't be counted by their leases, trying for ever"
+                );
+            }
+            sleep(delays.next()).await;
+        }
+    }
+
+    /// Lists, then follows what changes while that is to be trusted.
+    async fn follow(&self, delays: &mut Delays) -> Result<(), CallError> {
+        let asked = Instant::now();
+        // From the API server's memory: a watch begins where it ends.
+        let all = ListParams::default().labels(&self.selector).match_any();
+        let listed = call(self.leases.list(&all)).await;
+        self.calls.listed(outcome(&listed), asked.elapsed());
+        let listed = listed?;
+        let version = listed.metadata.resource_version.unwrap_or_default();
+        let mut known: Known = listed
+            .items
+            .into_iter()
+            .map(|l| (l.name_any(), l))
+            .collect();
+        let mut first_end = self.publish(&known);
+
+        let since = WatchParams::default().labels(&self.selector).timeout(WATCH);
+        let begun = Instant::now();
+        let watched = call(self.leases.watch(&since, &version)).await;
+        self.calls.watched(outcome(&watched));
+        let mut events = pin!(watched?);
+        *delays = Delays::default();
+        loop {
+            // When a lease runs out by what we were told, we may just not have been told.
+            let until = first_end.unwrap_or(WATCH_AT_MOST).min(WATCH_AT_MOST);
+            let until = (Instant::now() + until).min(begun + WATCH_AT_MOST);
+            let Ok(event) = timeout_at(until, events.try_next()).await else {
+                return Ok(());
+            };
+            match event? {
+                Some(WatchEvent::Added(lease) | WatchEvent::Modified(lease)) => {
+                    known.insert(lease.name_any(), lease);
+                }
+                Some(WatchEvent::Deleted(lease)) => drop(known.remove(&lease.name_any())),
+                Some(WatchEvent::Bookmark(_)) => {}
+                Some(WatchEvent::Error(status)) => return Err(CallError::Refused(status)),
+                None => return Ok(()),
+            }
+            first_end = self.publish(&known);
+        }
+    }
+
+    /// Publishes how many are held. Returns when the first of them runs out.
+    fn publish(&self, known: &Known) -> Option<Duration> {
+        let now = SystemTime::now();
+        let held: Vec<_> = known.values().filter_map(|l| held_for(l, now)).collect();
+        // We have been told of a server, so there is one.
+        let count = u32::try_from(held.len()).unwrap_or(u32::MAX).max(1);
+        self.count.send_if_modified(|last| {
+            let changed = *last != Some(count);
+            if changed {
+                tracing::info!(servers = count, "servers counted by their leases");
+                *last = Some(count);
+            }
+            changed
+        });
+        held.into_iter().min()
+    }
+}
+
+#[cfg(test)]
+mod tests;

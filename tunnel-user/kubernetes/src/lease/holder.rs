@@ -1,0 +1,201 @@
+//! A server's leases: made, renewed, and given up at the end. Each server also clears away those
+//! that have run out, since who crashed does not.
+
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::{join, join_all};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
+use kube::{Api, Client, ResourceExt};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::held_for;
+use crate::client::{CallError, call, outcome};
+use crate::delays::Delays;
+use cpc_config::labels::Labels;
+use cpc_host::report::report;
+use cpc_observe::complaint::Complaint;
+use cpc_observe::konnectivity::LeaseCalls;
+
+/// How long a lease is held without being renewed, in seconds.
+const DURATION: i32 = 30;
+
+/// How often each is renewed, and all are looked through.
+const INTERVAL: Duration = Duration::from_secs(15);
+
+/// How long giving them up may take.
+const GOODBYE: Duration = Duration::from_secs(3);
+
+/// Holds the leases of one server.
+pub struct LeaseHolder {
+    leases: Api<Lease>,
+    labels: Labels,
+    server_ids: Vec<String>,
+    calls: LeaseCalls,
+    interval: Duration,
+}
+
+impl LeaseHolder {
+    /// One lease for each of `server_ids` in `namespace`. By `labels` all servers' are known.
+    pub fn new(
+        client: Client,
+        namespace: &str,
+        labels: Labels,
+        server_ids: Vec<String>,
+        calls: LeaseCalls,
+    ) -> Self {
+        Self {
+            leases: Api::namespaced(client, namespace),
+            labels,
+            server_ids,
+            calls,
+            interval: INTERVAL,
+        }
+    }
+
+    /// Holds them until `stop`, then gives them up; that takes some seconds at most.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let hold = join_all(self.server_ids.iter().map(|id| self.hold(id)));
+        tokio::select! {
+            _ = join(hold, self.clear()) => {}
+            () = stop => {}
+        }
+        let given_up = join_all(self.server_ids.iter().map(|id| self.give_up(id)));
+        if timeout(GOODBYE, given_up).await.is_err() {
+            tracing::warn!("leases not given up in time; agents count us for {DURATION} s more");
+        }
+    }
+
+    /// Holds one for ever.
+    async fn hold(&self, server_id: &str) {
+        let mut delays = Delays::default();
+        let mut failures = 0;
+        let mut last = None;
+        loop {
+            match self.renew(server_id, last.take()).await {
+                Ok(lease) => {
+                    if failures > 0 {
+                        tracing::info!(server_id, failures, "lease renewed again");
+                    }
+                    (failures, delays) = (0, Delays::default());
+                    last = Some(lease);
+                    sleep(self.interval).await;
+                }
+                Err(error) => {
+                    if failures == 0 {
+                        tracing::warn!(
+                            server_id,
+                            error = report(&error),
+                            "lease not renewed, trying for ever"
+                        );
+                    }
+                    failures += 1;
+                    sleep(delays.next()).await;
+                }
+            }
+        }
+    }
+
+    /// Renews a lease as it was `last`; without that as it is there, or makes it.
+    async fn renew(&self, server_id: &str, last: Option<Lease>) -> Result<Lease, CallError> {
+        let name = name(server_id);
+        let there = match last {
+            Some(lease) => Some(lease),
+            None => call(self.leases.get_opt(&name)).await?,
+        };
+        let how = PostParams::default();
+        match there {
+            Some(lease) => {
+                let lease = self.held(lease, server_id);
+                call(self.leases.replace(&name, &how, &lease)).await
+            }
+            None => {
+                let mut lease = Lease::default();
+                lease.metadata.name = Some(name);
+                call(self.leases.create(&how, &self.held(lease, server_id))).await
+            }
+        }
+    }
+
+    /// `lease` as it is held from now on.
+    fn held(&self, mut lease: Lease, server_id: &str) -> Lease {
+        lease.metadata.labels = Some(self.labels.to_map());
+        let spec = lease.spec.get_or_insert_default();
+        spec.holder_identity = Some(server_id.to_owned());
+        spec.lease_duration_seconds = Some(DURATION);
+        spec.renew_time = Some(MicroTime(Timestamp::now()));
+        lease
+    }
+
+    async fn give_up(&self, server_id: &str) {
+        let (name, how) = (name(server_id), DeleteParams::default());
+        match call(self.leases.delete(&name, &how)).await {
+            Err(error) if !error.is_not_found() => {
+                tracing::warn!(server_id, error = report(&error), "lease not given up");
+            }
+            _ => {}
+        }
+    }
+
+    /// Deletes those that have run out, again and again.
+    async fn clear(&self) {
+        let mut complaint = Complaint::default();
+        loop {
+            match self.clear_once().await {
+                Ok(()) => complaint.clear(),
+                Err(error) if complaint.is_news(&error.to_string()) => {
+                    tracing::warn!(
+                        error = report(&error),
+                        "leases that have run out are not cleared away"
+                    );
+                }
+                Err(_) => {}
+            }
+            sleep(self.interval).await;
+        }
+    }
+
+    async fn clear_once(&self) -> Result<(), CallError> {
+        let asked = Instant::now();
+        let all = ListParams::default().labels(&self.labels.to_string());
+        let listed = call(self.leases.list(&all)).await;
+        self.calls.listed(outcome(&listed), asked.elapsed());
+        let now = SystemTime::now();
+        for lease in listed? {
+            if held_for(&lease, now).is_none() {
+                self.delete(&lease).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes `lease`, unless it has been renewed since it was read.
+    async fn delete(&self, lease: &Lease) -> Result<(), CallError> {
+        let as_read = DeleteParams::default().preconditions(Preconditions {
+            resource_version: lease.resource_version(),
+            uid: lease.uid(),
+        });
+        let asked = Instant::now();
+        let deleted = call(self.leases.delete(&lease.name_any(), &as_read)).await;
+        self.calls.deleted(outcome(&deleted), asked.elapsed());
+        match deleted {
+            Ok(_) => {
+                tracing::info!(lease = lease.name_any(), "cleared away, it had run out");
+                self.calls.cleared();
+            }
+            // Another server was faster, or its holder is back.
+            Err(error) if error.is_not_found() || error.is_conflict() => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
+
+fn name(server_id: &str) -> String {
+    format!("konnectivity-proxy-server-{server_id}")
+}
+
+#[cfg(test)]
+mod tests;

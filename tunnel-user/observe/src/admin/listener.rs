@@ -1,0 +1,259 @@
+//! A listener whose connections can't pile up: strangers reach the health port.
+//!
+//! Whoever comes is let in; where there is no room, somebody else goes ([`Room`] says who). A connection
+//! ends when nothing was answered on it for [`IDLE`], and between two requests once it is [`LIFE`] old or
+//! had [`MAX_REQUESTS`].
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, Sleep, sleep};
+
+use cpc_host::descriptors;
+use cpc_host::room::{Room, Ticket};
+
+/// A connection on which nothing was answered for so long is ended: whoever sends half a request,
+/// or reads none of the answer. All answers take milliseconds.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// After that no further request is taken on a connection.
+const LIFE: Duration = Duration::from_secs(60);
+
+/// Nor after so many.
+const MAX_REQUESTS: u32 = 100;
+
+/// Takes connections in, as many as there is room for.
+pub(super) struct Listener {
+    listener: TcpListener,
+    inside: Arc<Mutex<Inside>>,
+}
+
+/// Who is connected.
+struct Inside {
+    room: Room,
+    /// How each is told that it has to go.
+    evict: HashMap<Ticket, oneshot::Sender<()>>,
+}
+
+impl Listener {
+    /// Over a listener of the running runtime, with room for `most` connections.
+    pub(super) fn new(listener: TcpListener, most: usize) -> Self {
+        let inside = Inside {
+            room: Room::new(most),
+            evict: HashMap::new(),
+        };
+        Self {
+            listener,
+            inside: Arc::new(Mutex::new(inside)),
+        }
+    }
+
+    fn take_in(&self, stream: TcpStream, peer: SocketAddr) -> Connection {
+        let (evict, evicted) = oneshot::channel();
+        let mut inside = lock(&self.inside);
+        let (ticket, other) = inside.room.enter(peer.ip());
+        inside.evict.insert(ticket, evict);
+        if let Some(other) = other.and_then(|other| inside.evict.remove(&other)) {
+            // One that has ended meanwhile leaves by itself.
+            let _ = other.send(());
+        }
+        Connection {
+            stream,
+            idle: Box::pin(sleep(IDLE)),
+            life: Box::pin(sleep(LIFE)),
+            evicted,
+            progress: Progress::Between,
+            requests: 0,
+            _place: Place {
+                inside: self.inside.clone(),
+                ticket,
+            },
+        }
+    }
+}
+
+fn lock(inside: &Mutex<Inside>) -> MutexGuard<'_, Inside> {
+    inside.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl axum::serve::Listener for Listener {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        loop {
+            let error = match self.listener.accept().await {
+                Ok((stream, peer)) => return (self.take_in(stream, peer), peer),
+                Err(error) => error,
+            };
+            // Health is asked for when a process is in trouble.
+            if descriptors::is_exhausted(&error)
+                && let Some(Ok(accepted)) = descriptors::lend_spare(|| self.accept_now())
+            {
+                let (stream, peer) = accepted;
+                return (self.take_in(stream, peer), peer);
+            }
+            descriptors::after_failed_accept(&self.listener, "HTTP", &error, b"").await;
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+impl Listener {
+    fn accept_now(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let accepted = self
+            .listener
+            .poll_accept(&mut Context::from_waker(std::task::Waker::noop()));
+        match accepted {
+            Poll::Ready(accepted) => accepted,
+            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+/// Where a connection is in its exchange of requests and answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// No request is under way.
+    Between,
+    /// A request is being read.
+    Asked,
+    /// An answer is being written.
+    Answering,
+}
+
+/// A connection that ends in time.
+pub(super) struct Connection {
+    stream: TcpStream,
+    idle: Pin<Box<Sleep>>,
+    life: Pin<Box<Sleep>>,
+    evicted: oneshot::Receiver<()>,
+    progress: Progress,
+    requests: u32,
+    /// The last field: it goes when the socket has gone.
+    _place: Place,
+}
+
+/// A place in the room, until it is dropped.
+struct Place {
+    inside: Arc<Mutex<Inside>>,
+    ticket: Ticket,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inside = lock(&self.inside);
+        inside.room.leave(self.ticket);
+        inside.evict.remove(&self.ticket);
+        // The connection may have had the spare one, and is closed by now.
+        descriptors::set_spare_aside();
+    }
+}
+
+impl Connection {
+    /// The result of an operation on the stream, or the end of our patience with it.
+    fn patiently<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        done: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if done.is_ready() {
+            return done;
+        }
+        if self.idle.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        if Pin::new(&mut self.evicted).poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Poll::Pending
+    }
+
+    fn wrote(
+        &mut self,
+        cx: &mut Context<'_>,
+        done: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if matches!(done, Poll::Ready(Ok(_))) {
+            self.idle.as_mut().reset(Instant::now() + IDLE);
+            self.progress = Progress::Answering;
+        }
+        self.patiently(cx, done)
+    }
+
+    /// Whether no further request is taken.
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        self.progress == Progress::Between
+            && (self.requests >= MAX_REQUESTS || self.life.as_mut().poll(cx).is_ready())
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.is_over(cx) {
+            // Looks as if the peer had no more to ask.
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let done = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before && self.progress == Progress::Between {
+            self.progress = Progress::Asked;
+            self.requests += 1;
+        }
+        self.patiently(cx, done)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let done = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.wrote(cx, done)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let done = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.wrote(cx, done)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Called when an answer has been written to its end.
+        if self.progress == Progress::Answering {
+            self.progress = Progress::Between;
+        }
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,205 @@
+//! The audit: an append-only record of who reached what, and of what was decided about whom.
+//!
+//! A record is a JSON object on a line of its own. Those of [`ACCESS`] are connections, served or
+//! refused, at their end; those of [`AUDIT`] name what happened in `event`. None holds a token or
+//! anything that was carried. The log's filter does not touch it, and the log does not repeat it.
+//!
+//! The two kinds have a queue, a thread and files each, so that connections, however many a client
+//! opens, push out no decision. Decisions that peers can cause again and again are throttled.
+//!
+//! It never holds a tunnel up: threads of its own write, and what they can't write is counted.
+
+pub mod events;
+mod files;
+mod sink;
+mod tail;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::registry::Registry;
+use tracing::Subscriber;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
+use tracing_subscriber::layer::Filter;
+use tracing_subscriber::registry::LookupSpan;
+
+use self::sink::Sink;
+use super::lines::Lines;
+use super::logging::ACCESS;
+use super::throttle::{self, Throttle};
+use cpc_config::AuditConfig;
+
+/// Target of the records that are no connections.
+pub const AUDIT: &str = "cpc::audit";
+
+/// What the names of the files begin with that hold decisions.
+const DECISIONS: &str = "audit";
+
+/// The same of connections.
+const CONNECTIONS: &str = "connections";
+
+/// Bytes of `audit.max_bytes` are shared by so many series of files.
+const SERIES: u64 = 2;
+
+/// An audit that can't be kept.
+#[derive(Debug, thiserror::Error)]
+#[error("audit: {place}: {why}")]
+pub struct AuditError {
+    place: String,
+    why: io::Error,
+}
+
+/// The audit of a process. What is still to be written is when its last handle is dropped.
+#[derive(Clone)]
+pub struct Audit(Arc<Kept>);
+
+struct Kept {
+    counts: Arc<Counts>,
+    overflow: Vec<ErrorCounter>,
+    throttle: Throttle,
+    _writers: Vec<WorkerGuard>,
+}
+
+/// What became of the records that a writer got.
+#[derive(Debug, Default)]
+struct Counts {
+    written: AtomicU64,
+    lost: AtomicU64,
+    removed: AtomicU64,
+}
+
+/// Takes records.
+type Records<S> = Box<dyn Layer<S> + Send + Sync>;
+
+impl Audit {
+    /// Begins to keep it: the layers take the records.
+    ///
+    /// # Errors
+    /// [`AuditError`]: whoever wants an audit does not want to run without.
+    pub fn start<S>(config: &AuditConfig) -> Result<(Self, Vec<Records<S>>), AuditError>
+    where
+        S: Subscriber + for<'a> LookupSpan<'a>,
+    {
+        let counts = Arc::<Counts>::default();
+        let throttle = Throttle::new(throttle::AUDIT, Instant::now());
+        let (mut overflow, mut writers, mut layers) = (Vec::new(), Vec::new(), Vec::new());
+        for (series, target) in [(DECISIONS, AUDIT), (CONNECTIONS, ACCESS)] {
+            let sink = Sink::open(config, series, counts.clone())?;
+            let (writer, guard) = NonBlockingBuilder::default()
+                .lossy(true)
+                .thread_name("audit")
+                .finish(Lines::new(sink));
+            overflow.push(writer.error_counter());
+            writers.push(guard);
+            let wanted = filter_fn(move |metadata| metadata.target() == target);
+            let wanted = wanted.with_max_level_hint(LevelFilter::INFO);
+            layers.push(records(writer, wanted.and(throttle.clone())));
+        }
+        let audit = Self(Arc::new(Kept {
+            counts,
+            overflow,
+            throttle,
+            _writers: writers,
+        }));
+        Ok((audit, layers))
+    }
+
+    /// Records which decisions were left out since the last call.
+    pub fn report(&self) {
+        for lines in self.0.throttle.take_suppressed() {
+            events::suppressed(&lines.kind, lines.lines, &lines.last);
+        }
+    }
+
+    /// Records that were written.
+    pub fn written(&self) -> u64 {
+        self.0.counts.written.load(Ordering::Relaxed)
+    }
+
+    /// Records that were not.
+    pub fn lost(&self) -> u64 {
+        let overflow = self.0.overflow.iter();
+        let overflow: usize = overflow.map(ErrorCounter::dropped_lines).sum();
+        let overflow = u64::try_from(overflow).unwrap_or(u64::MAX);
+        overflow.saturating_add(self.0.counts.lost.load(Ordering::Relaxed))
+    }
+
+    /// Records that were removed before their time.
+    pub fn removed(&self) -> u64 {
+        self.0.counts.removed.load(Ordering::Relaxed)
+    }
+
+    /// Records that were left out, because too many came of one kind.
+    pub fn suppressed(&self) -> u64 {
+        self.0.throttle.total()
+    }
+
+    /// Registers its metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register_collector(Box::new(self.clone()));
+    }
+}
+
+fn records<S>(writer: NonBlocking, filter: impl Filter<S> + Send + Sync + 'static) -> Records<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    tracing_subscriber::fmt::layer()
+        .json()
+        .flatten_event(true)
+        .with_current_span(false)
+        .with_span_list(false)
+        .with_level(false)
+        .with_writer(writer)
+        .with_filter(filter)
+        .boxed()
+}
+
+impl fmt::Debug for Audit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Audit")
+            .field("written", &self.written())
+            .field("lost", &self.lost())
+            .finish()
+    }
+}
+
+impl Collector for Audit {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for (name, help, count) in [
+            (
+                "audit_records",
+                "Audit records that were written",
+                self.written(),
+            ),
+            (
+                "audit_records_lost",
+                "Audit records that could not be written",
+                self.lost(),
+            ),
+            (
+                "audit_records_removed",
+                "Audit records that were removed before their time, for others to fit",
+                self.removed(),
+            ),
+            (
+                "audit_records_suppressed",
+                "Audit records that were left out, because too many came of one kind",
+                self.suppressed(),
+            ),
+        ] {
+            let counter = ConstCounter::new(count);
+            let metric = encoder.encode_descriptor(name, help, None, counter.metric_type())?;
+            counter.encode(metric)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,31 @@
+//! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
+//! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`]
+//! and of the [`process`], and of its last [`reload`]; [`exposition`] writes them.
+
+pub mod access;
+pub mod admin;
+pub mod audit;
+pub mod complaint;
+pub mod exposition;
+mod journal;
+pub mod konnectivity;
+pub mod limits;
+mod line_end;
+mod lines;
+pub mod logging;
+pub mod metrics;
+pub mod process;
+pub mod reload;
+pub mod throttle;
+
+use std::time::Duration;
+
+/// Milliseconds, to the microsecond.
+pub fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Seconds, to the microsecond.
+pub fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e6
+}

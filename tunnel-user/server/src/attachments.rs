@@ -1,0 +1,620 @@
+//! Puts the configured attachments of the redirect in place: programs, listeners, followers.
+//!
+//! A process that may load programs does so. One that may not takes what `cpc redirect attach` has
+//! put in place, compares it, and says where it is not what it should be.
+
+mod health;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use nix::unistd::{Gid, Group};
+
+pub(super) use self::health::Health;
+use self::health::{LinkError, Look, Watch, no_cgroup};
+use crate::frontend::Scope;
+use crate::routes;
+use cpc_config::server::{AttachmentConfig, FailMode, GroupConfig, RedirectConfig};
+use cpc_host::inherited::{self, Inherited};
+use cpc_host::listen::is_family_missing;
+use cpc_host::privileges::{self, CapabilitySet};
+use cpc_host::report::report;
+use cpc_identity::TrustDomain;
+use cpc_observe::audit::events as audit;
+use cpc_redirect::{
+    self, AddressWatch, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
+    RedirectError, Routes, Verdict, tenant_number,
+};
+
+/// How long the process that attached is given to follow, before it counts as one that does not.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Why an attachment is not in place.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The kernel side of all of them.
+    #[error("redirect")]
+    All(#[from] RedirectError),
+    /// The kernel side.
+    #[error("redirect attachment {name}")]
+    Redirect {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        #[source]
+        why: RedirectError,
+    },
+    /// The listener.
+    #[error("redirect attachment {name}: listening on {addr}: {why}")]
+    Listen {
+        /// Its name.
+        name: String,
+        /// Where.
+        addr: SocketAddr,
+        /// What the system says.
+        why: io::Error,
+    },
+    /// The cgroup can't be watched.
+    #[error("redirect attachment {name}: watching its cgroup: {why}")]
+    Follow {
+        /// Its name.
+        name: String,
+        /// What the system says.
+        why: io::Error,
+    },
+}
+
+/// What the accepting shard gets of an attachment.
+pub(super) struct Accepting {
+    /// Its name.
+    pub name: String,
+    /// Whose sockets are redirected, and what they may ask for.
+    pub scope: Arc<Scope>,
+    /// Where redirected connections arrive.
+    pub listeners: Vec<TcpListener>,
+    /// What they had wanted.
+    pub flows: Flows,
+    /// Our sign of life.
+    pub heartbeat: Heartbeat,
+    /// Whether the service manager keeps the listeners open when we leave.
+    pub listeners_kept: bool,
+}
+
+/// Attachments that are in place for as long as this lives, and pinned beyond it.
+pub struct Attachments {
+    redirect: Redirect,
+    attached: Vec<Running>,
+    followers: Vec<Follower>,
+    address_watches: Vec<AddressWatch>,
+    health: Health,
+}
+
+/// An attachment as it was put in place.
+struct Running {
+    spec: AttachmentSpec,
+    /// `None`: somebody else attached.
+    kernel: Option<Arc<Mutex<Attachment>>>,
+    link_error: LinkError,
+}
+
+/// The redirect that is configured.
+///
+/// # Errors
+/// [`RedirectError::Group`].
+pub fn redirect(config: &RedirectConfig) -> Result<Redirect, RedirectError> {
+    let group = match &config.group {
+        None => None,
+        Some(GroupConfig::Id(id)) => Some(Gid::from_raw(*id)),
+        Some(GroupConfig::Name(name)) => {
+            let found = Group::from_name(name).ok().flatten();
+            let missing = || RedirectError::Group(name.clone());
+            Some(found.ok_or_else(missing)?.gid)
+        }
+    };
+    Ok(Redirect::new(&config.pin).shared_with(group))
+}
+
+/// Whether this process may load programs and attach them; everything that does takes this
+/// capability among others.
+fn may_attach() -> bool {
+    privileges::have(CapabilitySet::NET_ADMIN)
+}
+
+/// Translates a configured attachment.
+pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
+    let rules = |rules: &[cpc_config::Rule]| {
+        let rule = |rule: &cpc_config::Rule| cpc_redirect::Rule {
+            cidr: rule.cidr,
+            ports: rule
+                .ports
+                .iter()
+                .map(|range| range.first..=range.last)
+                .collect(),
+        };
+        rules.iter().map(rule).collect()
+    };
+    let (mut listen4, mut listen6) = (None, None);
+    for addr in &config.listen {
+        match addr {
+            SocketAddr::V4(addr) => listen4 = Some(*addr),
+            SocketAddr::V6(addr) => listen6 = Some(*addr),
+        }
+    }
+    AttachmentSpec {
+        name: config.name.clone(),
+        tenant: tenant_number(config.tenant.as_ref().unwrap_or(own).as_str()),
+        cgroup: config.cgroup.clone(),
+        netns: config.netns.clone(),
+        listen4,
+        listen6,
+        capture: rules(&config.capture),
+        exclude: rules(&config.exclude),
+        fail: match config.fail {
+            FailMode::Closed => cpc_redirect::FailMode::Closed,
+            FailMode::Open => cpc_redirect::FailMode::Open,
+        },
+    }
+}
+
+impl Attachments {
+    /// Puts every attachment in place. Listeners come before programs, so that nothing is
+    /// redirected to where nobody listens.
+    ///
+    /// # Errors
+    /// [`AttachError`] naming the attachment.
+    pub(super) fn attach(
+        config: &RedirectConfig,
+        own: &TrustDomain,
+        inherited: &mut Inherited,
+    ) -> Result<(Self, Vec<Accepting>), AttachError> {
+        let may_attach = may_attach();
+        let redirect = match may_attach {
+            true => redirect(config)?,
+            false => Redirect::new(&config.pin),
+        };
+        let health = Health::default();
+        let mut attached = Vec::new();
+        let mut accepting = Vec::new();
+        let names: Vec<_> = { config.attachments.iter() }
+            .map(|attachment| attachment.name.clone())
+            .collect();
+        for attachment in &config.attachments {
+            let name = &attachment.name;
+            let failed = |why| AttachError::Redirect {
+                name: name.clone(),
+                why,
+            };
+            let spec = spec(attachment, own);
+            let running = Running::prepare(&redirect, spec, may_attach).map_err(failed)?;
+            let (listeners, listeners_kept) = listeners(attachment, inherited)?;
+            let mut heartbeat = redirect.heartbeat(name).map_err(failed)?;
+            for listener in &listeners {
+                heartbeat.listen(listener).map_err(failed)?;
+            }
+            heartbeat.beat().map_err(failed)?;
+            let flows = redirect.flows(name).map_err(failed)?;
+            running.link(&redirect, &names).map_err(failed)?;
+            health.add(name);
+            attached.push(running);
+            let (name, scope) = (name.clone(), Scope::of_attachment(attachment, own));
+            accepting.push(Accepting {
+                name,
+                scope,
+                listeners,
+                flows,
+                heartbeat,
+                listeners_kept,
+            });
+        }
+        let all = Self {
+            redirect,
+            attached,
+            followers: Vec::new(),
+            address_watches: Vec::new(),
+            health,
+        };
+        all.report_strays(&names);
+        Ok((all, accepting))
+    }
+
+    /// Puts every attachment in place, for another process to serve.
+    ///
+    /// # Errors
+    /// [`AttachError`] naming the attachment.
+    pub fn hold(config: &RedirectConfig, own: &TrustDomain) -> Result<Self, AttachError> {
+        let redirect = redirect(config)?;
+        let health = Health::default();
+        let names = { config.attachments.iter() }.map(|it| it.name.clone());
+        let names: Vec<_> = names.collect();
+        let mut attached = Vec::new();
+        for attachment in &config.attachments {
+            let failed = |why| AttachError::Redirect {
+                name: attachment.name.clone(),
+                why,
+            };
+            let spec = spec(attachment, own);
+            let running = Running::prepare(&redirect, spec, true).map_err(failed)?;
+            running.link(&redirect, &names).map_err(failed)?;
+            health.add(&attachment.name);
+            attached.push(running);
+        }
+        Ok(Self {
+            redirect,
+            attached,
+            followers: Vec::new(),
+            address_watches: Vec::new(),
+            health,
+        })
+    }
+
+    /// Says which attachments are pinned beside ours without being configured.
+    fn report_strays(&self, configured: &[String]) {
+        if configured.is_empty() {
+            return;
+        }
+        let Ok(pinned) = self.redirect.status() else {
+            return;
+        };
+        for stray in pinned.iter().filter(|it| !configured.contains(&it.name)) {
+            tracing::warn!(
+                attachment = stray.name,
+                "an attachment is pinned here that is not configured: what it captures is refused. \
+                 `cpc redirect detach NAME` takes it away"
+            );
+        }
+    }
+
+    /// What is known of whether they are in place.
+    pub(super) fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Looks at them for ever.
+    pub fn watch(&self) -> impl Future<Output = ()> + Send + use<> {
+        let look = |running: &Running| (self.look(running), running.link_error.clone());
+        Watch::new(self.health.clone(), self.attached.iter().map(look)).run()
+    }
+
+    fn look(&self, running: &Running) -> Look {
+        let names: Vec<_> = self
+            .attached
+            .iter()
+            .map(|it| it.spec.name.clone())
+            .collect();
+        let ours = running.kernel.is_some();
+        Look::new(&self.redirect, &running.spec, &names, ours)
+    }
+
+    /// Whether the programs were attached by this process.
+    pub(super) fn ours(&self) -> bool {
+        self.attached.iter().any(|running| running.kernel.is_some())
+    }
+
+    /// Starts to follow the cgroups, on threads that keep the capabilities of the calling one:
+    /// putting programs that are loaded into a cgroup takes none.
+    ///
+    /// # Errors
+    /// [`AttachError`] naming the attachment.
+    pub fn follow(&mut self) -> Result<(), AttachError> {
+        for running in &self.attached {
+            let follower = running.follow(self.look(running), self.health.clone());
+            let follower = follower.map_err(|why| AttachError::Follow {
+                name: running.spec.name.clone(),
+                why,
+            })?;
+            self.followers.push(follower);
+            match running.follow_addresses(&self.redirect) {
+                Ok(watch) => self.address_watches.push(watch),
+                Err(error) => tracing::warn!(
+                    attachment = running.spec.name,
+                    error = report(&error),
+                    "the host's addresses are not followed: one that comes later is captured until a reload"
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts changed capture sets and fail modes in force. What else changed waits for a restart,
+    /// since listeners, namespace and tenant are the running server's. Returns whether all is in force that
+    /// can be; what is not is logged.
+    pub fn update(&self, config: &RedirectConfig, own: &TrustDomain) -> bool {
+        let mut is_in_force = true;
+        for attachment in &config.attachments {
+            let name = &attachment.name;
+            let Some(running) = self.attached.iter().find(|a| a.spec.name == *name) else {
+                tracing::warn!(attachment = name, "a new attachment waits for a restart");
+                continue;
+            };
+            let wanted = spec(attachment, own);
+            let spec = &running.spec;
+            let is_same = (&wanted.capture, &wanted.exclude, wanted.fail)
+                == (&spec.capture, &spec.exclude, spec.fail);
+            let changed = AttachmentSpec {
+                capture: wanted.capture,
+                exclude: wanted.exclude,
+                fail: wanted.fail,
+                ..spec.clone()
+            };
+            let updated = match &running.kernel {
+                Some(kernel) => lock(kernel).update(&changed),
+                None if is_same => continue,
+                None => Err(RedirectError::NotOurs),
+            };
+            match updated {
+                Ok(()) => {
+                    tracing::info!(attachment = name, "capture set reloaded");
+                    audit::changed("capture set", Ok(()));
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        attachment = name,
+                        error = report(&error),
+                        "capture set not reloaded"
+                    );
+                    audit::changed("capture set", Err(&error));
+                    is_in_force = false;
+                }
+            }
+        }
+        is_in_force
+    }
+}
+
+/// Opens an attachment's listeners, or takes those that the service manager has kept. Says whether
+/// they outlive this process.
+fn listeners(
+    config: &AttachmentConfig,
+    inherited: &mut Inherited,
+) -> Result<(Vec<TcpListener>, bool), AttachError> {
+    let fd_name = format!("redirect-{}", config.name);
+    let mut kept = false;
+    let mut open = |addr: &SocketAddr| {
+        if let Some(listener) = inherited.tcp(*addr, Some(&fd_name)) {
+            kept = true;
+            return Ok(listener);
+        }
+        let opened = match cpc_redirect::listen(config.netns.as_deref(), *addr) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                elsewhere(config, *addr, inherited.tcp_elsewhere(*addr, &fd_name))
+            }
+            opened => opened,
+        };
+        let listener = opened.map_err(|why| AttachError::Listen {
+            name: config.name.clone(),
+            addr: *addr,
+            why,
+        })?;
+        kept |= inherited::keep(&listener, &fd_name);
+        Ok(listener)
+    };
+    let (mut listeners, mut missing) = (Vec::new(), None);
+    for opened in config.listen.iter().map(&mut open) {
+        match opened {
+            Ok(listener) => listeners.push(listener),
+            // By default there is one of each family, and a host may have one alone.
+            Err(AttachError::Listen { name, addr, why }) if is_family_missing(&why) => {
+                tracing::warn!(
+                    attachment = name, %addr, %why,
+                    "this host has nothing of the address's family: what is captured of it is refused"
+                );
+                missing = Some(AttachError::Listen { name, addr, why });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match missing {
+        Some(error) if listeners.is_empty() => Err(error),
+        _ => Ok((listeners, kept)),
+    }
+}
+
+/// Listens on a port that the kernel chooses, since another program has the configured one: any local
+/// program can take that while no server runs, and must not keep the next one from starting.
+fn elsewhere(
+    config: &AttachmentConfig,
+    addr: SocketAddr,
+    kept: Option<TcpListener>,
+) -> io::Result<TcpListener> {
+    let any = SocketAddr::new(addr.ip(), 0);
+    let listener = kept.map_or_else(|| cpc_redirect::listen(config.netns.as_deref(), any), Ok)?;
+    tracing::warn!(
+        attachment = config.name, %addr, instead = %listener.local_addr()?,
+        "another program listens at the redirect's address: captured connections go to another port \
+         of ours, never to that program. `ss -ltnp` names it; reserve the port \
+         (net.ipv4.ip_local_reserved_ports) and let the service manager keep the listener"
+    );
+    Ok(listener)
+}
+
+fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {
+    attachment.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Running {
+    /// Loads the programs, or compares what another process has attached.
+    fn prepare(
+        redirect: &Redirect,
+        spec: AttachmentSpec,
+        may_attach: bool,
+    ) -> Result<Self, RedirectError> {
+        let name = &spec.name;
+        if let Some(warning) = spec.fleeting_cgroup() {
+            tracing::warn!(attachment = name, "{warning}");
+        }
+        let prepared = match may_attach {
+            true => Some(redirect.prepare(&spec)?),
+            false => {
+                for differs in redirect.compare(&spec)? {
+                    tracing::warn!(
+                        attachment = name,
+                        differs,
+                        "what is attached is not what is configured; {}",
+                        RedirectError::NotOurs
+                    );
+                }
+                None
+            }
+        };
+        Ok(Self {
+            kernel: prepared.map(Mutex::new).map(Arc::new),
+            spec,
+            link_error: LinkError::default(),
+        })
+    }
+
+    /// Attaches, where this process has loaded the programs and the cgroup is there.
+    fn link(&self, redirect: &Redirect, configured: &[String]) -> Result<(), RedirectError> {
+        if let Some(kernel) = &self.kernel
+            && self.spec.cgroup.is_dir()
+        {
+            lock(kernel).link()?;
+            // Now: later this process sees less of what others have attached.
+            let names: Vec<_> = configured.iter().map(String::as_str).collect();
+            redirect.rivals(&self.spec, &names)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the host's own addresses out of what is captured, or says that somebody should.
+    fn follow_addresses(&self, redirect: &Redirect) -> io::Result<AddressWatch> {
+        let (kernel, redirect) = (self.kernel.clone(), redirect.clone());
+        let (spec, netns) = (self.spec.clone(), self.spec.netns.clone());
+        let changed = move || {
+            let name = &spec.name;
+            let followed = match &kernel {
+                Some(kernel) => lock(kernel).follow_addresses(),
+                // A process that stays (`cpc redirect attach --stay`) does it about now.
+                None => {
+                    thread::sleep(PATIENCE);
+                    let differs = redirect.compare(&spec);
+                    differs.map(|differs| differs.contains(&cpc_redirect::CAPTURE_SET))
+                }
+            };
+            match (followed, &kernel) {
+                (Ok(false), _) => {}
+                (Ok(true), Some(_)) => tracing::info!(
+                    attachment = name,
+                    "the host's own addresses have changed, and what is captured with them"
+                ),
+                (Ok(true), None) => tracing::warn!(
+                    attachment = name,
+                    "the host's own addresses have changed since the programs were attached: a new one may be \
+                     captured. {}",
+                    RedirectError::NotOurs
+                ),
+                (Err(error), _) => tracing::warn!(
+                    attachment = name,
+                    error = report(&error),
+                    "the host's own addresses have changed, and what is captured has not followed"
+                ),
+            }
+        };
+        AddressWatch::spawn(netns.as_deref(), changed)
+    }
+
+    /// Attaches whenever the cgroup is made anew, or says that somebody should.
+    fn follow(&self, look: Look, health: Health) -> io::Result<Follower> {
+        let (kernel, link_error) = (self.kernel.clone(), self.link_error.clone());
+        let (name, cgroup) = (self.spec.name.clone(), self.spec.cgroup.clone());
+        let changed = move |presence| {
+            if presence == Presence::Absent {
+                return health.set(&name, Some(no_cgroup(&cgroup)), "");
+            }
+            // Held so that the watch does not look in between: it comes back later.
+            let mut link_error = link_error.lock().unwrap_or_else(PoisonError::into_inner);
+            let linked = kernel
+                .as_ref()
+                .map(|kernel| lock(kernel).link())
+                .transpose();
+            let detail = match &linked {
+                Ok(linked) => linked.map_or(String::new(), |linked| format!("{linked:?}")),
+                Err(_) => String::new(),
+            };
+            *link_error = linked.err().map(|error| report(&error));
+            if kernel.is_none() && look.fault(false).is_some() {
+                // A process that stays (`cpc redirect attach --stay`) attaches about now.
+                thread::sleep(PATIENCE);
+            }
+            let fault = link_error.clone().or_else(|| look.fault(false));
+            health.set(&name, fault, &detail);
+        };
+        Follower::spawn(&self.spec.cgroup, changed)
+    }
+}
+
+/// What the control task calls to carry routes to the kernel.
+pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
+    Box::new(move |routes: &routes::Routes| {
+        let verdicts: Vec<_> = routes
+            .verdicts()
+            .map(|(tenant, net, served)| {
+                let verdict = if served {
+                    Verdict::Serve
+                } else {
+                    Verdict::NoAgent
+                };
+                (tenant_number(tenant.as_str()), net, verdict)
+            })
+            .collect();
+        if let Err(error) = kernel.replace(&verdicts) {
+            tracing::error!(
+                error = report(&error),
+                "routes could not be given to the kernel"
+            );
+        }
+    })
+}
+
+/// Opens the kernel programs' log, where we may; what is returned writes it to ours, for ever.
+pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + Send + use<> {
+    let log = config.attachments.first().map(|attachment| {
+        let redirect = Redirect::new(&config.pin);
+        redirect.forward_log(&attachment.name)
+    });
+    async {
+        let written = match log {
+            Some(Ok(forwarding)) => forwarding.await,
+            Some(Err(error)) => Err(error),
+            None => return,
+        };
+        if let Err(error) = written {
+            tracing::debug!(
+                error = report(&error),
+                "what the kernel programs log is not seen here"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(listen: &str) -> Result<Vec<TcpListener>, AttachError> {
+        let text = format!(
+            r#"{{"name": "x", "cgroup": "/x", "capture": [{{"cidr": "10.0.0.0/8"}}], "listen": {listen}}}"#
+        );
+        let config = serde_json::from_str(&text).unwrap();
+        let opened = listeners(&config, &mut Inherited::default());
+        opened.map(|(listeners, _)| listeners)
+    }
+
+    /// An address that no interface has stands in for one of a family that is not there.
+    #[test]
+    fn a_family_that_is_missing_is_left_out() {
+        let both = opened(r#"["127.0.0.1:0", "[fd00:dead::1]:1"]"#).unwrap();
+        assert_eq!(both.len(), 1);
+        let error = opened(r#"["[fd00:dead::1]:1"]"#).unwrap_err().to_string();
+        assert!(error.contains("[fd00:dead::1]:1"), "{error}");
+        let taken = both[0].local_addr().unwrap();
+        // Another program has it, and does not keep us from listening.
+        let elsewhere = opened(&format!(r#"["{taken}"]"#)).unwrap();
+        let elsewhere = elsewhere[0].local_addr().unwrap();
+        assert_eq!(elsewhere.ip(), taken.ip());
+        assert_ne!(elsewhere.port(), taken.port());
+    }
+}

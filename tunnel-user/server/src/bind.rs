@@ -1,0 +1,216 @@
+//! Every socket that a server listens on, opened or inherited before anything is served.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use super::ServerError;
+use super::frontend::listener::Protocol;
+use super::frontend::unix::{self, SocketFile};
+use super::frontend::{FrontendTls, Scope};
+use super::link::konnectivity::AgentTls;
+use cpc_config::ServerConfig;
+use cpc_config::frontend::FrontendConfig;
+use cpc_host::inherited::Inherited;
+use cpc_host::listen;
+use cpc_host::report::report;
+use cpc_identity::TrustDomain;
+use cpc_identity::revoked::Revocations;
+use cpc_transport::quic::udp::{beside, bind, bind_to_share, enlarge};
+
+/// Sockets that listen.
+pub(super) struct Bound {
+    /// The tunnel's, one for each of the first shards; none where there is no tunnel.
+    pub udp: Vec<UdpSocket>,
+    /// Health for load balancers, at the tunnel's port, unless agents come there over gRPC.
+    pub health: Option<TcpListener>,
+    /// Everything that is to be seen.
+    pub admin: TcpListener,
+    /// Health as Konnectivity's programs tell it.
+    pub probes: Option<TcpListener>,
+    /// Workers that join.
+    pub join: Option<TcpListener>,
+    /// Frontends on Unix sockets.
+    pub unix: Vec<UnixBound>,
+    /// Frontends on TCP with TLS.
+    pub tls: Vec<TlsBound>,
+    /// Agents of Konnectivity.
+    pub agents: Option<AgentsBound>,
+}
+
+/// The socket for agents of Konnectivity, and its TLS.
+pub(super) struct AgentsBound {
+    /// The socket.
+    pub listener: TcpListener,
+    /// The tenant that its agents are.
+    pub tenant: TrustDomain,
+    /// Certificates.
+    pub tls: AgentTls,
+}
+
+/// A Unix socket, and what its callers may ask for.
+pub(super) struct UnixBound {
+    /// The socket.
+    pub listener: UnixListener,
+    /// What clients find it by.
+    pub file: SocketFile,
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
+    /// What they speak.
+    pub protocol: Protocol,
+}
+
+/// A TCP socket, its TLS, and what its callers may ask for.
+pub(super) struct TlsBound {
+    /// The socket.
+    pub listener: TcpListener,
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
+    /// What they speak.
+    pub protocol: Protocol,
+    /// Certificates.
+    pub tls: FrontendTls,
+}
+
+impl Bound {
+    /// Opens all of them.
+    ///
+    /// # Errors
+    /// [`ServerError::Socket`] naming the one, or what is wrong with a frontend's certificates.
+    pub(super) fn open(
+        config: &ServerConfig,
+        own: &TrustDomain,
+        revocations: &Arc<Revocations>,
+        inherited: &mut Inherited,
+    ) -> Result<Self, ServerError> {
+        let (mut udp, mut health) = (Vec::new(), None);
+        if config.tls.cert.is_some() {
+            udp = tunnel(inherited, config.listen, config.shards)?;
+            let konnectivity = config.konnectivity.as_ref().map(|k| k.listen.port());
+            // Agents of both kinds may come to one number: then a load balancer's TCP check meets
+            // those that speak gRPC.
+            if konnectivity != Some(config.listen.port()) {
+                health = Some(listen(inherited, config.listen)?);
+            }
+        }
+        let mut bound = Self {
+            udp,
+            health,
+            admin: listen(inherited, config.admin)?,
+            probes: config
+                .health
+                .map(|addr| listen(inherited, addr))
+                .transpose()?,
+            join: { config.join.as_ref() }
+                .map(|join| listen(inherited, join.listen))
+                .transpose()?,
+            unix: Vec::new(),
+            tls: Vec::new(),
+            agents: None,
+        };
+        if let Some(konnectivity) = &config.konnectivity {
+            let listener = listen(inherited, konnectivity.listen)?;
+            let tenant = konnectivity.tenant.as_ref().unwrap_or(own).clone();
+            let own = (config.tls.cert.as_deref(), config.tls.key.as_deref());
+            let tls = AgentTls::load(konnectivity, own, tenant.clone(), revocations.clone())?;
+            bound.agents = Some(AgentsBound {
+                listener,
+                tenant,
+                tls,
+            });
+        }
+        for frontend in &config.frontends.http_connect {
+            bound.frontend(
+                frontend,
+                Protocol::HttpConnect(frontend.answers()),
+                (own, revocations),
+                inherited,
+            )?;
+        }
+        for frontend in &config.frontends.grpc {
+            bound.frontend(frontend, Protocol::Grpc, (own, revocations), inherited)?;
+        }
+        Ok(bound)
+    }
+
+    fn frontend(
+        &mut self,
+        config: &FrontendConfig,
+        protocol: Protocol,
+        (own, revocations): (&TrustDomain, &Arc<Revocations>),
+        inherited: &mut Inherited,
+    ) -> Result<(), ServerError> {
+        let scope = Scope::of_frontend(protocol.name(), config, own);
+        match config {
+            FrontendConfig::Unix(frontend) => {
+                let name = format!("Unix socket {}", frontend.unix.display());
+                let (listener, file) = match inherited.unix(&frontend.unix) {
+                    Some(listener) => (listener, SocketFile::inherited(frontend)),
+                    None => named(name, unix::bind(frontend))?,
+                };
+                self.unix.push(UnixBound {
+                    listener,
+                    file,
+                    scope,
+                    protocol,
+                });
+            }
+            FrontendConfig::Tcp(frontend) => {
+                let listener = listen(inherited, frontend.tcp)?;
+                let (files, revocations) = (frontend.clone(), revocations.clone());
+                let tls = FrontendTls::load(files, scope.tenant.clone(), protocol, revocations)?;
+                self.tls.push(TlsBound {
+                    listener,
+                    scope,
+                    protocol,
+                    tls,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One socket for each shard, or one alone where the port can't be shared.
+fn tunnel(
+    inherited: &mut Inherited,
+    addr: SocketAddr,
+    shards: usize,
+) -> Result<Vec<UdpSocket>, ServerError> {
+    let name = || format!("UDP {addr}");
+    let open = || match shards {
+        1 => listen::with_fallback(addr, bind),
+        _ => listen::with_fallback(addr, bind_to_share),
+    };
+    let first = match inherited.udp(addr) {
+        Some(udp) => {
+            enlarge(&udp);
+            udp
+        }
+        None => named(name(), open())?,
+    };
+    if shards == 1 {
+        return Ok(vec![first]);
+    }
+    let kept = named(name(), first.try_clone())?;
+    beside(first, shards).or_else(|error| {
+        tracing::warn!(
+            %addr, error = report(&error),
+            "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
+             a service manager needs ReusePort=yes in its unit, and to be opened by our user"
+        );
+        Ok(vec![kept])
+    })
+}
+
+fn listen(inherited: &mut Inherited, addr: SocketAddr) -> Result<TcpListener, ServerError> {
+    if let Some(listener) = inherited.tcp(addr, None) {
+        return Ok(listener);
+    }
+    named(format!("TCP {addr}"), listen::tcp(addr))
+}
+
+fn named<T>(what: String, opened: io::Result<T>) -> Result<T, ServerError> {
+    opened.map_err(|why| ServerError::Socket { what, why })
+}

@@ -1,0 +1,345 @@
+//! The control task: owns the registry, publishes snapshots of the routes to the shards, to the
+//! kernel and to readiness. Everything that is decided for all shards is decided here.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::sleep;
+use tunnel_proto::route::Claim;
+use tunnel_proto::session::{InstanceId, Refusal};
+
+use super::grants::Grants;
+use super::limits::Limit;
+use super::registry::{Backends, Registry, Verdict};
+use super::routes::{LinkId, LinkInfo, Routes};
+use cpc_identity::Identity;
+
+/// Requests that wait; shards that ask more wait themselves.
+const QUEUE: usize = 1024;
+
+/// How often memories are looked through.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// After a change of the routes the task rests for so many times what that took: what comes meanwhile is
+/// one change. So agents that change their minds all the time have a fifth of one core, however many they
+/// are.
+const REST: u32 = 4;
+
+/// The longest rest.
+const LONGEST_REST: Duration = Duration::from_millis(500);
+
+fn rest_after(work: Duration) -> Duration {
+    (work * REST).min(LONGEST_REST)
+}
+
+/// A session, for people.
+#[derive(Debug)]
+pub struct SessionView {
+    /// What is shared of it.
+    pub info: Arc<LinkInfo>,
+    /// What it serves.
+    pub claims: Vec<Claim>,
+    /// What it may not serve.
+    pub refused: Vec<Refusal>,
+}
+
+enum Request {
+    Connect {
+        info: Arc<LinkInfo>,
+        instance: InstanceId,
+        predecessor: Option<InstanceId>,
+        offer: Vec<Claim>,
+        reply: oneshot::Sender<Verdict>,
+    },
+    Offer {
+        link: LinkId,
+        offer: Vec<Claim>,
+        reply: oneshot::Sender<Verdict>,
+    },
+    Changed(LinkId),
+    Holds(Identity, InstanceId, oneshot::Sender<bool>),
+    Disconnect(LinkId),
+    SetGrants(Box<Grants>),
+    View(oneshot::Sender<Vec<SessionView>>),
+}
+
+/// How much of the table of routes is taken, and what it had no room for.
+#[derive(Debug, Default)]
+pub struct RouteUsage {
+    all: AtomicU64,
+    most: AtomicU64,
+    refused: Mutex<Vec<(Limit, u64)>>,
+}
+
+impl RouteUsage {
+    /// By all tenants, and by the one that has most.
+    pub(super) fn taken(&self) -> (u64, u64) {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (load(&self.all), load(&self.most))
+    }
+
+    /// Claims that were refused since this was asked last, by bound.
+    pub(super) fn take_refused(&self) -> Vec<(Limit, u64)> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn set(&self, ((all, most), refused): ((usize, usize), Vec<Limit>)) {
+        self.all.store(all as u64, Ordering::Relaxed);
+        self.most.store(most as u64, Ordering::Relaxed);
+        let mut counts = self.lock();
+        for limit in refused {
+            match counts.iter_mut().find(|(counted, _)| *counted == limit) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((limit, 1)),
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(Limit, u64)>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Speaks to the control task from any thread.
+#[derive(Clone)]
+pub struct ControlHandle {
+    requests: mpsc::Sender<Request>,
+    routes: Arc<ArcSwap<Routes>>,
+    published: watch::Receiver<()>,
+    backends: Arc<ArcSwap<Backends>>,
+    route_usage: Arc<RouteUsage>,
+}
+
+impl ControlHandle {
+    /// How much of the table of routes is taken.
+    pub(super) fn route_usage(&self) -> &RouteUsage {
+        &self.route_usage
+    }
+
+    /// The routes in force.
+    pub fn routes(&self) -> arc_swap::Guard<Arc<Routes>> {
+        self.routes.load()
+    }
+
+    /// Changes whenever other routes come into force.
+    pub fn published(&self) -> watch::Receiver<()> {
+        self.published.clone()
+    }
+
+    /// Whether at least one agent answers heartbeats.
+    pub fn is_ready(&self) -> bool {
+        self.backends.load().all > 0
+    }
+
+    /// How many agents answer heartbeats.
+    pub fn backends(&self) -> Arc<Backends> {
+        self.backends.load_full()
+    }
+
+    /// Registers a session of process `instance`, which may know of a `predecessor` that has ended.
+    /// When this returns its routes are in force. `None`: we are ending.
+    pub async fn connect(
+        &self,
+        info: Arc<LinkInfo>,
+        (instance, predecessor): (InstanceId, Option<InstanceId>),
+        offer: Vec<Claim>,
+    ) -> Option<Verdict> {
+        let (reply, verdict) = oneshot::channel();
+        self.requests
+            .send(Request::Connect {
+                info,
+                instance,
+                predecessor,
+                offer,
+                reply,
+            })
+            .await
+            .ok()?;
+        verdict.await.ok()
+    }
+
+    /// Replaces a session's offer. `None`: the session is gone, or we are ending.
+    pub async fn offer(&self, link: LinkId, offer: Vec<Claim>) -> Option<Verdict> {
+        let (reply, verdict) = oneshot::channel();
+        self.requests
+            .send(Request::Offer { link, offer, reply })
+            .await
+            .ok()?;
+        verdict.await.ok()
+    }
+
+    /// A link became available, or ceased to be.
+    pub async fn changed(&self, link: LinkId) {
+        let _ = self.requests.send(Request::Changed(link)).await;
+    }
+
+    /// Whether there is a session of that process.
+    pub async fn holds(&self, identity: &Identity, instance: InstanceId) -> bool {
+        let (reply, holds) = oneshot::channel();
+        let request = Request::Holds(identity.clone(), instance, reply);
+        self.requests.send(request).await.is_ok() && holds.await.unwrap_or(false)
+    }
+
+    /// A session is over.
+    pub async fn disconnect(&self, link: LinkId) {
+        let _ = self.requests.send(Request::Disconnect(link)).await;
+    }
+
+    /// Puts another policy in force.
+    pub async fn set_grants(&self, grants: Grants) {
+        let _ = self.requests.send(Request::SetGrants(grants.into())).await;
+    }
+
+    /// All sessions, for people.
+    pub async fn view(&self) -> Vec<SessionView> {
+        let (reply, view) = oneshot::channel();
+        if self.requests.send(Request::View(reply)).await.is_err() {
+            return Vec::new();
+        }
+        view.await.unwrap_or_default()
+    }
+}
+
+/// Told of every snapshot once the shards have it.
+pub type Publish = Box<dyn FnMut(&Routes) + Send>;
+
+/// The task itself.
+pub struct Control {
+    registry: Registry,
+    requests: mpsc::Receiver<Request>,
+    handle: ControlHandle,
+    published: watch::Sender<()>,
+    publish: Publish,
+    /// Links that have just come, and the processes that theirs know to have ended.
+    arrived: Vec<(LinkId, Option<InstanceId>)>,
+}
+
+impl Control {
+    /// A control task over an empty registry. `publish` carries routes to the kernel.
+    pub fn new(registry: Registry, publish: Publish) -> Self {
+        let (requests, receiver) = mpsc::channel(QUEUE);
+        let (published, watching) = watch::channel(());
+        let handle = ControlHandle {
+            requests,
+            routes: Arc::default(),
+            published: watching,
+            backends: Arc::default(),
+            route_usage: Arc::default(),
+        };
+        Self {
+            registry,
+            requests: receiver,
+            handle,
+            published,
+            publish,
+            arrived: Vec::new(),
+        }
+    }
+
+    /// For everybody else.
+    pub fn handle(&self) -> ControlHandle {
+        self.handle.clone()
+    }
+
+    /// Runs for ever.
+    pub async fn run(mut self) {
+        self.publish();
+        let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                _ = self.requests.recv_many(&mut batch, QUEUE) => {}
+                _ = expire.tick() => {}
+            }
+            let began = Instant::now();
+            let mut changed = self.registry.expire(began);
+            // Answered after the routes are in force: who is welcomed can be reached.
+            let mut verdicts = Vec::new();
+            for request in batch.drain(..) {
+                changed |= self.handle_request(request, &mut verdicts);
+            }
+            if changed {
+                self.publish();
+            }
+            // What ends now is dialled again over those that have come.
+            for (link, predecessor) in self.arrived.drain(..) {
+                self.registry.succeed(link, predecessor);
+            }
+            for (reply, verdict) in verdicts {
+                // Whoever asked may have gone.
+                let _ = oneshot::Sender::send(reply, verdict);
+            }
+            if changed {
+                sleep(rest_after(began.elapsed())).await;
+            }
+        }
+    }
+
+    /// Returns whether routes may have changed.
+    fn handle_request(
+        &mut self,
+        request: Request,
+        verdicts: &mut Vec<(oneshot::Sender<Verdict>, Verdict)>,
+    ) -> bool {
+        let now = Instant::now();
+        match request {
+            Request::Connect {
+                info,
+                instance,
+                predecessor,
+                offer,
+                reply,
+            } => {
+                self.arrived.push((info.id, predecessor));
+                let verdict = self.registry.connect(info, instance, offer, now);
+                verdicts.push((reply, verdict));
+            }
+            Request::Offer { link, offer, reply } => {
+                let Some(verdict) = self.registry.offer(link, offer, now) else {
+                    return false;
+                };
+                let is_new = verdict.is_new;
+                verdicts.push((reply, verdict));
+                return is_new;
+            }
+            Request::Changed(link) => self.registry.changed(link, now),
+            Request::Holds(identity, instance, reply) => {
+                let mut sessions = self.registry.sessions();
+                let holds = sessions.any(|session| {
+                    let own = &session.info.identity;
+                    let own = (&own.trust_domain, &own.name, session.instance);
+                    own == (&identity.trust_domain, &identity.name, instance)
+                });
+                let _ = reply.send(holds);
+                return false;
+            }
+            Request::Disconnect(link) => self.registry.disconnect(link, now),
+            Request::SetGrants(grants) => self.registry.set_grants(*grants, now),
+            Request::View(reply) => {
+                let view = self.registry.sessions().map(|session| SessionView {
+                    info: session.info.clone(),
+                    claims: session.claims.clone(),
+                    refused: session.refused.clone(),
+                });
+                let _ = reply.send(view.collect());
+                return false;
+            }
+        }
+        true
+    }
+
+    fn publish(&mut self) {
+        let routes = Arc::new(self.registry.routes());
+        // The shards first: what the kernel lets through can then be served.
+        self.handle.routes.store(routes.clone());
+        self.published.send_replace(());
+        (self.publish)(&routes);
+        self.handle.route_usage.set(self.registry.take_usage());
+        self.handle
+            .backends
+            .store(Arc::new(self.registry.backends()));
+    }
+}

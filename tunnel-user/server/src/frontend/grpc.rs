@@ -1,0 +1,288 @@
+//! Konnectivity's `ProxyService`, on a Unix socket and on TCP with mutual TLS: what kube-apiserver's
+//! egress selector speaks in its mode GRPC, and any program that uses Konnectivity's client library.
+//!
+//! One stream is one connection, and an HTTP/2 connection may carry many. The first packet is
+//! DIAL_REQ; its answer, DIAL_RSP, comes before the target's first byte. Then DATA either way, each
+//! with HTTP/2's credit for back-pressure: a client that stops reading stalls its stream alone.
+//!
+//! The protocol has no half-close. Either side's end is the end of both directions, yet what was
+//! sent before it still arrives: a client's CLOSE_REQ is answered at once, and the target gets its
+//! end of file behind all data; a target's end becomes CLOSE_RSP behind all data. A connection that
+//! broke is told from one that ended: its CLOSE_RSP carries an error, and the call the status
+//! UNAVAILABLE, or that of the client's own fault.
+
+mod socket;
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tracing::Instrument;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::{PROXY, Packet, text};
+use tunnel_proto::preface::Destination;
+
+use self::socket::ProxySocket;
+use super::{Scope, Served, admit, failed, serve};
+use crate::dial::{Dial, DialError, connection_id};
+use crate::early::{Early, EarlyBytes};
+use crate::shard::Shard;
+use cpc_host::lifecycle;
+use cpc_host::report::report;
+use cpc_observe::access::Record;
+use cpc_observe::konnectivity::{ClientTraffic, PacketKind, Service};
+use cpc_observe::metrics::FrontendKind;
+use cpc_transport::grpc::server::{Call, serve as serve_http2};
+use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
+
+/// A stream without DIAL_REQ by then is ended; and so is one that the client leaves open for so
+/// long after its dial has failed.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a client may take to notice the end of a call.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// Serves one HTTP/2 connection.
+pub(super) async fn connection(
+    shard: &Rc<Shard>,
+    scope: &Arc<Scope>,
+    client: Option<SocketAddr>,
+    io: impl AsyncRead + AsyncWrite + Unpin,
+) {
+    let Some(_counted) = shard.grpc_clients.enter() else {
+        let client = client.map(tracing::field::display);
+        return tracing::warn!(client, "too many gRPC connections (limits.connections)");
+    };
+    // Until then new calls are served as well.
+    let stopping = lifecycle::ended(shard.phase.clone());
+    let traffic = Rc::new(shard.metrics.konnectivity.clients());
+    let on_call = |call| {
+        let (shard, scope, traffic) = (shard.clone(), scope.clone(), traffic.clone());
+        tokio::task::spawn_local(async move {
+            let _open = shard.metrics.konnectivity.rpc(Service::Proxy);
+            stream(&shard, &scope, client, (call, traffic)).await
+        });
+    };
+    if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
+        tracing::debug!(
+            client = client.map(tracing::field::display),
+            error = report(&error),
+            "gRPC client has left"
+        );
+    }
+}
+
+/// What a client wants.
+struct Wanted {
+    protocol: String,
+    address: String,
+    random: i64,
+}
+
+async fn stream(
+    shard: &Rc<Shard>,
+    scope: &Arc<Scope>,
+    client: Option<SocketAddr>,
+    (call, traffic): (Call, Rc<ClientTraffic>),
+) {
+    let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
+        return;
+    };
+    receiver.charge_to(&shard.tenants.of(&scope.tenant).budget);
+    let request = read_dial(&mut sender, &mut receiver, &traffic);
+    match timeout(REQUEST_TIMEOUT, request).await {
+        Ok(Ok(Some(request))) => {
+            let socket = ProxySocket::new(sender, receiver, request.random, traffic);
+            serve_dial(shard, scope, client, &request, &socket).await;
+        }
+        Ok(Ok(None)) => {
+            drain(&mut receiver).await;
+            sender.finish(&Status::ok());
+        }
+        Ok(Err(end)) => {
+            tracing::debug!(
+                client = client.map(tracing::field::display),
+                error = report(&end),
+                "no DIAL_REQ"
+            );
+            traffic.not_received(end.code().name());
+            sender.finish(&end.status());
+        }
+        Err(_) => sender.finish(&Status::new(
+            Code::DEADLINE_EXCEEDED,
+            "DIAL_REQ did not arrive in time",
+        )),
+    }
+}
+
+/// Waits for the request to dial. `None`: there will be none.
+async fn read_dial(
+    sender: &mut PacketSender,
+    receiver: &mut PacketReceiver,
+    traffic: &ClientTraffic,
+) -> Result<Option<Wanted>, StreamEnd> {
+    let mut close = async |connect_id, error: &str| {
+        let error = error.to_owned();
+        traffic.sent(PacketKind::CloseResponse);
+        let mut answer = Packet::CloseResponse { error, connect_id }.frame();
+        sender.send(&mut answer).await
+    };
+    loop {
+        let packet = receiver.next().await?;
+        packet.iter().for_each(|packet| traffic.received(packet));
+        match packet {
+            Some(Packet::DialRequest {
+                protocol,
+                address,
+                random,
+            }) => {
+                return Ok(Some(Wanted {
+                    protocol,
+                    address,
+                    random,
+                }));
+            }
+            Some(Packet::CloseRequest { connect_id }) => {
+                close(connect_id, text::CLOSE_BEFORE_DIAL).await?;
+            }
+            Some(Packet::Data { connect_id, .. }) => {
+                close(connect_id, text::DATA_BEFORE_DIAL).await?;
+                return Ok(None);
+            }
+            Some(_) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+/// Dials, answers, relays, and ends the call.
+async fn serve_dial(
+    shard: &Rc<Shard>,
+    scope: &Arc<Scope>,
+    client: Option<SocketAddr>,
+    request: &Wanted,
+    socket: &ProxySocket,
+) {
+    let destination = match destination(request) {
+        Ok(destination) => destination,
+        Err(error) => return refuse(socket, &error).await,
+    };
+    let mut record = Record::new(connection_id(), FrontendKind::Grpc, destination);
+    record.client = client;
+    let (admitted, dialling) = match admit(shard, scope, &record) {
+        Ok(admitted) => admitted,
+        Err(error) => return refuse(socket, &error.to_string()).await,
+    };
+    let early = EarlyBytes::new(Early::HoldWhole, Bytes::new());
+    let span = record.span();
+    let mut dial = Dial::new(shard, record, &scope.tenant, (early, dialling));
+    let served = async {
+        // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
+        // only this stream's.
+        match dial.finish(shard, &socket).await {
+            Ok(dialled) => {
+                let mut served = Served::new(shard, *dial.into_record(), dialled);
+                served.record.reached(&shard.metrics.dials);
+                // A client that is gone by now shows in the relay as well; so does one that takes no
+                // answer, once there is something for it.
+                let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
+                let reason = serve(shard, &socket, &mut served).await;
+                // Before the client is told the end: its halves tell theirs.
+                drop(served);
+                socket.end(&socket.close(reason));
+                // It counts until its last words have left: a process that drains waits for that.
+                let _ = timeout(GOODBYE, socket.left()).await;
+            }
+            Err(error) => {
+                failed(shard, &dial.record, &error);
+                drop(admitted);
+                refuse(socket, explain(&error).as_ref()).await;
+            }
+        }
+    };
+    served.instrument(span).await
+}
+
+fn destination(request: &Wanted) -> Result<Destination, String> {
+    if request.protocol != "tcp" {
+        let protocol = request.protocol.escape_debug();
+        return Err(format!("dial {protocol}: only tcp is served here"));
+    }
+    let destination = request.address.parse::<Destination>();
+    destination.map_err(|error| format!("dial tcp: {error}"))
+}
+
+/// The error of DIAL_RSP: it begins with the words that Konnectivity's programs look for, where there
+/// are any, and says why. What an agent of Konnectivity answered is passed on as it is.
+fn explain(error: &DialError) -> Cow<'_, str> {
+    match (error.reason, error.answer()) {
+        (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
+            format!("{}: {error}", text::NO_AGENT).into()
+        }
+        (_, Some(answer)) => answer.into(),
+        _ if error.is_too_late() => format!("{}: {error}", text::DIAL_TIMEOUT).into(),
+        _ => error.to_string().into(),
+    }
+}
+
+/// Says that the dial has failed, and waits until the client has taken note: it ends the stream.
+async fn refuse(socket: &ProxySocket, error: &str) {
+    // One that reads nothing has left, or will not learn it.
+    let _ = timeout(REQUEST_TIMEOUT, socket.refused(error)).await;
+    socket.end(&socket.fault().unwrap_or_else(Status::ok));
+}
+
+/// Throws away what a client still sends on a stream that nothing more will come of.
+async fn drain(receiver: &mut PacketReceiver) {
+    let drained = async { while let Ok(Some(_)) = receiver.next().await {} };
+    let _ = timeout(REQUEST_TIMEOUT, drained).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routes::LinkKind;
+    use cpc_observe::metrics::Closer;
+
+    #[test]
+    fn a_failed_dial_is_told_in_the_words_of_konnectivity() {
+        for (reason, by, expected) in [
+            (
+                CloseReason::NoRoute,
+                Closer::Server,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::NoAgent,
+                Closer::Server,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::Draining,
+                Closer::Agent,
+                "No agent available: why",
+            ),
+            (
+                CloseReason::DialTimeout,
+                Closer::Target,
+                "timed out waiting for backend dial: why",
+            ),
+            (CloseReason::LinkLost, Closer::Tunnel, "why"),
+            (CloseReason::Overloaded, Closer::Server, "why"),
+        ] {
+            assert_eq!(explain(&DialError::new(reason, by, "why")), expected);
+        }
+        // The agent's own limit.
+        let said = "dial tcp 10.0.0.1:80: i/o timeout";
+        let (agent, destination) = ((LinkKind::Konnectivity, "w1"), "10.0.0.1:80");
+        let destination = destination.parse().unwrap();
+        let reason = CloseReason::DialTimeout;
+        let error = DialError::refused(agent, &destination, reason, said.into());
+        assert_eq!(explain(&error), said);
+    }
+}

@@ -1,0 +1,321 @@
+//! Where frontends listen: on Unix sockets, and on TCP with mutual TLS.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tunnel_proto::http_connect::response;
+
+use super::tls::FrontendTls;
+use super::unix::{Fate, SocketFile};
+use super::{Scope, grpc, http_connect, scope};
+use crate::doorstep::{Doorstep, Why};
+use crate::shard::Shard;
+use cpc_config::frontend::Answers;
+use cpc_config::tls_floor::{TlsFloor, TlsVersion};
+use cpc_datapath::socket::{TlsSocket, prepare_listener};
+use cpc_host::descriptors::after_failed_accept;
+use cpc_host::report::report;
+use cpc_host::sources::Place;
+use cpc_identity::revoked::Peer;
+use cpc_observe::audit::events::{self as audit, Listener};
+use cpc_transport::grpc::{ALPN, AnyAuthority, tcp};
+
+/// A client that has not finished its TLS handshake by then is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// What is spoken at a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// HTTP CONNECT, and how it is refused.
+    HttpConnect(Answers),
+    /// Konnectivity's `ProxyService`.
+    Grpc,
+}
+
+impl Protocol {
+    /// Its name in the configuration and in logs.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::HttpConnect(_) => scope::HTTP_CONNECT,
+            Self::Grpc => scope::GRPC,
+        }
+    }
+
+    /// Prepares a listener, whose accepted sockets inherit it.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn prepare(self, listener: &StdTcpListener) -> io::Result<()> {
+        match self {
+            Self::HttpConnect(_) => prepare_listener(listener),
+            Self::Grpc => tcp::prepare(listener),
+        }
+    }
+
+    /// What TLS is accepted unless something is configured.
+    pub(super) fn floor(self) -> TlsFloor {
+        let min_version = match self {
+            Self::HttpConnect(_) => TlsVersion::Tls13,
+            // As its clients know it from Konnectivity.
+            Self::Grpc => TlsVersion::Tls12,
+        };
+        TlsFloor {
+            min_version,
+            ..TlsFloor::default()
+        }
+    }
+
+    /// What a client in clear is told when there is no descriptor for it.
+    fn no_descriptor(self) -> Bytes {
+        match self {
+            Self::HttpConnect(_) => response(503, "the server has no file descriptor left"),
+            Self::Grpc => Bytes::new(),
+        }
+    }
+
+    /// What TLS is told of it (ALPN).
+    pub(super) fn alpn(self) -> Vec<Vec<u8>> {
+        match self {
+            Self::HttpConnect(_) => Vec::new(),
+            Self::Grpc => vec![ALPN.to_vec()],
+        }
+    }
+}
+
+/// Who is served at a listener, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    /// Whose clients callers are.
+    pub scope: Arc<Scope>,
+    /// What they speak.
+    pub protocol: Protocol,
+}
+
+impl Service {
+    /// Serves a client in clear: here, until its link is known; one that is to stay where it is taken
+    /// in goes to the shard whose turn it is.
+    fn take_unix(&self, shard: &Rc<Shard>, socket: UnixStream) -> io::Result<()> {
+        let scope = self.scope.clone();
+        if let Protocol::HttpConnect(answers) = self.protocol {
+            let served = http_connect::connection(shard.clone(), scope, answers, None, socket);
+            tokio::task::spawn_local(served);
+            return Ok(());
+        }
+        let socket = socket.into_std()?;
+        shard.run_on(shard.turn(), move |shard| async move {
+            match UnixStream::from_std(socket) {
+                Ok(socket) => {
+                    let socket = AnyAuthority::new(socket);
+                    grpc::connection(&shard, &scope, None, socket).await;
+                }
+                Err(error) => tracing::warn!(error = report(&error), "client not taken over"),
+            }
+        });
+        Ok(())
+    }
+
+    /// Serves a client with TLS, whose handshake is work for the shard whose turn it is.
+    fn take_tls(
+        &self,
+        shard: &Rc<Shard>,
+        (socket, client): (TcpStream, SocketAddr),
+        (acceptor, doorstep, stranger): (TlsAcceptor, Doorstep, Place),
+    ) -> io::Result<()> {
+        let (service, socket) = (self.clone(), socket.into_std()?);
+        shard.run_on(shard.turn(), move |shard| async move {
+            let secured = async { acceptor.accept(TcpStream::from_std(socket)?).await };
+            let known = timeout(HANDSHAKE, secured).await;
+            let Ok(Ok(session)) = known else {
+                stranger.charge(Instant::now());
+                return unknown(&doorstep, client, known.map(|known| known.map(drop)));
+            };
+            drop(stranger);
+            service.serve_tls(shard, client, session);
+        });
+        Ok(())
+    }
+
+    /// As a task of its own, which does not keep what the handshake took.
+    fn serve_tls(self, shard: Rc<Shard>, client: SocketAddr, session: TlsStream<TcpStream>) {
+        let certificates = session.get_ref().1.peer_certificates();
+        let peer = certificates.and_then(|chain| chain.first()).map(Peer::of);
+        let peer = peer.unwrap_or_default();
+        let revocations = shard.revocations.clone();
+        let cut = async move {
+            let revoked = revocations.strike(&peer).await;
+            tracing::warn!(%client, why = %revoked, "client's connection is ended");
+            audit::cut("client", client, &revoked);
+        };
+        let scope = self.scope;
+        match self.protocol {
+            Protocol::HttpConnect(answers) => {
+                let local = TlsSocket::new(session, cut);
+                let served = http_connect::connection(shard, scope, answers, Some(client), local);
+                tokio::task::spawn_local(served);
+            }
+            Protocol::Grpc => {
+                tokio::task::spawn_local(async move {
+                    tokio::select! {
+                        () = grpc::connection(&shard, &scope, Some(client), session) => {}
+                        () = cut => {}
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Counts a client who is none, and says so.
+fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
+    match known {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            doorstep.failed(Why::Tls);
+            tracing::warn!(%client, error = report(&error), "frontend handshake failed");
+            audit::peer_refused(Listener::Frontend, client, &error);
+        }
+        Err(_) => {
+            doorstep.failed(Why::Timeout);
+            tracing::warn!(%client, "frontend handshake not finished in time");
+            audit::peer_refused(
+                Listener::Frontend,
+                client,
+                &io::Error::from(io::ErrorKind::TimedOut),
+            );
+        }
+    }
+}
+
+/// Accepts on a Unix socket for ever, and makes its file again when that is gone.
+pub(crate) async fn accept_unix(
+    shard: Rc<Shard>,
+    service: Service,
+    mut listener: UnixListener,
+    mut file: SocketFile,
+) {
+    let mut fate = Fate::There;
+    loop {
+        let taken = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((socket, _)) => service.take_unix(&shard, socket),
+                Err(error) => Err(error),
+            },
+            changed = file.changed(fate) => {
+                fate = changed;
+                if let Some(other) = restore(&shard, &mut file, &mut fate) {
+                    // Who waits at the old one is served.
+                    while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
+                        if let Err(error) = service.take_unix(&shard, socket) {
+                            tracing::warn!(error = report(&error), "client not taken over");
+                        }
+                    }
+                    listener = other;
+                }
+                continue;
+            }
+        };
+        if let Err(error) = taken {
+            let protocol = service.protocol;
+            let name = format!("{} unix", protocol.name());
+            after_failed_accept(&listener, &name, &error, &protocol.no_descriptor()).await;
+        }
+    }
+}
+
+/// Does what can be done about the file of a frontend. `Some`: where clients come from now on. What can't
+/// be mended shows in readiness.
+fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<UnixListener> {
+    let path = file.path().display().to_string();
+    let why = match fate {
+        Fate::There => {
+            tracing::info!(path, "the frontend's socket is there again");
+            shard.troubles.clear(&path);
+            return None;
+        }
+        Fate::Taken => "another process has put its own in its place".to_owned(),
+        Fate::Gone => match file.make_again().and_then(UnixListener::from_std) {
+            Ok(listener) => {
+                tracing::warn!(path, "the frontend's socket was removed, and is made again");
+                shard.troubles.clear(&path);
+                *fate = Fate::There;
+                return Some(listener);
+            }
+            Err(error) => format!(
+                "it was removed, and can't be made again: {}",
+                report(&error)
+            ),
+        },
+    };
+    let trouble = format!("the frontend's socket {path} is not there: {why}");
+    if shard.troubles.set(&path, trouble) {
+        tracing::error!(
+            path,
+            why,
+            "no client reaches a frontend: its socket is not there"
+        );
+    }
+    None
+}
+
+/// Accepts on TCP for ever. Clients with a certificate come as often as they like: only handshakes
+/// that fail count against where they come from.
+pub(crate) async fn accept_tls(
+    shard: Rc<Shard>,
+    service: Service,
+    listener: TcpListener,
+    tls: FrontendTls,
+) {
+    let failures = shard.metrics.frontend_handshakes.clone();
+    let handshakes = shard.limits.handshakes.at_most(shard.shares.handshakes);
+    let doorstep = Doorstep::new(&handshakes, failures);
+    loop {
+        let taken = match listener.accept().await {
+            Ok(accepted) => match doorstep.enter(accepted.1.ip()) {
+                Ok(stranger) => {
+                    let tls = (tls.acceptor(), doorstep.clone(), stranger);
+                    service.take_tls(&shard, accepted, tls)
+                }
+                // Dropped with its socket at the bound.
+                Err(why) => {
+                    let (_, client) = accepted;
+                    doorstep.failed(why.into());
+                    tracing::warn!(%client, %why, "client's connection is reset");
+                    Ok(())
+                }
+            },
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            // Before TLS there is nothing to say.
+            let name = format!("{} tcp", service.protocol.name());
+            after_failed_accept(&listener, &name, &error, b"").await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::version::{TLS12, TLS13};
+
+    use super::*;
+    use cpc_identity::floor::accepted;
+
+    #[test]
+    fn tls_before_1_3_is_for_grpc() {
+        let versions = |protocol: Protocol| accepted(&protocol.floor()).versions;
+        for answers in [Answers::Detailed, Answers::Konnectivity] {
+            assert_eq!(versions(Protocol::HttpConnect(answers)), [&TLS13]);
+        }
+        assert_eq!(versions(Protocol::Grpc), [&TLS13, &TLS12]);
+    }
+}

@@ -1,0 +1,166 @@
+//! The redirect's end in user space: accepts what the kernel has redirected, learns the origin,
+//! dials. The client's first bytes travel with the request.
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use tokio::net::{TcpListener, TcpStream};
+use tunnel_proto::preface::Destination;
+
+use super::client::{Client, Manner};
+use super::{Scope, admit};
+use crate::dial::{Dial, connection_id};
+use crate::early::{Early, EarlyBytes};
+use crate::shard::{Admitted, Dialling, Shard};
+use cpc_datapath::Socket;
+use cpc_datapath::socket::Portable;
+use cpc_host::descriptors::after_failed_accept;
+use cpc_host::report::report;
+use cpc_observe::access::Record;
+use cpc_observe::metrics::FrontendKind;
+use cpc_redirect::{Flows, Heartbeat};
+
+/// One attachment, as its listener knows it.
+pub(crate) struct Attachment {
+    /// Its name.
+    pub name: String,
+    /// Whose sockets are redirected, and what they may ask for.
+    pub scope: Arc<Scope>,
+    /// Where origins are looked up.
+    pub flows: RefCell<Flows>,
+}
+
+/// Twice a second, well below the 3 s after which the kernel takes us for stuck.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Tells the kernel that the thread that accepts is alive. Dropped, it says that nothing is accepted
+/// any more, unless the service manager keeps the listeners: then connects may wait in their backlog
+/// for a successor, for as long as the last beat counts.
+pub(crate) struct Beating {
+    heartbeat: Heartbeat,
+    listeners_kept: bool,
+}
+
+impl Beating {
+    /// Of listeners that are accepted on from now on.
+    pub(crate) fn new(heartbeat: Heartbeat, listeners_kept: bool) -> Self {
+        Self {
+            heartbeat,
+            listeners_kept,
+        }
+    }
+
+    async fn run(mut self) {
+        let mut tick = tokio::time::interval(HEARTBEAT);
+        loop {
+            tick.tick().await;
+            if let Err(error) = self.heartbeat.beat() {
+                tracing::error!(
+                    error = report(&error),
+                    "the kernel can't be told that we are alive"
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Beating {
+    fn drop(&mut self) {
+        if !self.listeners_kept
+            && let Err(error) = self.heartbeat.stop()
+        {
+            tracing::error!(
+                error = report(&error),
+                "the kernel can't be told that we leave"
+            );
+        }
+    }
+}
+
+/// Accepts and beats until it is dropped: one never goes on without the other.
+pub(crate) async fn run(
+    shard: Rc<Shard>,
+    attachment: Rc<Attachment>,
+    listeners: Vec<TcpListener>,
+    beating: Beating,
+) {
+    let accept = |listener| accept(shard.clone(), attachment.clone(), listener);
+    let accepting = join_all(listeners.into_iter().map(accept));
+    tokio::join!(beating.run(), accepting);
+}
+
+/// Accepts for ever.
+async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, client)) => {
+                take_in(&shard, &attachment, socket, client);
+            }
+            Err(error) => after_failed_accept(&listener, &attachment.name, &error, b"").await,
+        }
+    }
+}
+
+/// Has a client served, or drops it, which resets it.
+fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client: SocketAddr) {
+    let Some(destination) = origin(shard, attachment, &socket, client) else {
+        return;
+    };
+    let destination = Destination::new(destination.ip(), destination.port());
+    let mut record = Record::new(connection_id(), FrontendKind::Redirect, destination);
+    record.client = Some(client);
+    let Ok(admitted) = admit(shard, &attachment.scope, &record) else {
+        return;
+    };
+    match Socket::new(socket) {
+        Ok(socket) => serve(shard, attachment, record, admitted, socket),
+        Err(error) => tracing::warn!(error = report(&error), "connection is reset"),
+    }
+}
+
+fn serve(
+    shard: &Rc<Shard>,
+    attachment: &Attachment,
+    record: Record,
+    (admitted, dialling): (Admitted, Dialling),
+    local: impl Portable,
+) {
+    let early = EarlyBytes::new(Early::Send, Bytes::new());
+    let client = Client {
+        dial: Dial::new(shard, record, &attachment.scope.tenant, (early, dialling)),
+        manner: Manner::Redirected,
+        local,
+        admitted,
+        counted: None,
+    };
+    tokio::task::spawn_local(Box::new(client).serve(shard.clone()));
+}
+
+/// Where the client had wanted to go; `None` where it is to be reset.
+fn origin(
+    shard: &Shard,
+    attachment: &Attachment,
+    socket: &TcpStream,
+    client: SocketAddr,
+) -> Option<SocketAddr> {
+    let listener = socket.local_addr().ok()?;
+    match attachment.flows.borrow_mut().take_origin(client, listener) {
+        // On kernels that can't refuse by errno: counted there already.
+        Ok(Some(origin)) if origin.refused.is_some() => return None,
+        Ok(Some(origin)) => return Some(origin.destination),
+        Ok(None) => tracing::warn!(
+            attachment = attachment.name, %client,
+            "connection without an origin is reset: nobody may connect here directly"
+        ),
+        Err(error) => tracing::error!(
+            attachment = attachment.name, %client, error = report(&error), "origin not found, connection is reset"
+        ),
+    }
+    shard.metrics.origins_missing.inc();
+    None
+}

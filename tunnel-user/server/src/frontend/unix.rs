@@ -1,0 +1,263 @@
+//! The file of a Unix frontend: made, watched, and made again when it is gone.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::time::sleep;
+
+use cpc_config::frontend::UnixFrontend;
+use cpc_host::directory::Directory;
+
+/// How often the file is looked for.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The file that a listener is reached by.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    config: UnixFrontend,
+    /// What tells our file from another one at the same path.
+    own: Option<FileId>,
+    is_inherited: bool,
+}
+
+/// Device, inode, and since numbers of inodes are used again, when it was made, where that is known.
+type FileId = (u64, u64, Option<SystemTime>);
+
+/// What has become of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It is there.
+    There,
+    /// There is none.
+    Gone,
+    /// It is somebody else's.
+    Taken,
+}
+
+/// Makes the socket of a Unix frontend. One left by a process that is gone is replaced; one that
+/// answers is not, unless it is to be taken over. Waits for no other process.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
+    let path = &config.unix;
+    // Only making it goes by its path; where that leads elsewhere by then, nothing is found here.
+    let (directory, name) = Directory::of(path)?;
+    if directory.look(name).is_ok_and(|found| is_socket(&found)) {
+        if !config.takeover && is_served(path) {
+            let text = format!("{} is served by another process", path.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
+        directory.remove(name)?;
+    }
+    // Under another name until its mode is right: nobody can connect before.
+    let aside = format!("{name}.new");
+    let _ = directory.remove(&aside);
+    let listener = UnixListener::bind(path.with_file_name(&aside))?;
+    let made = directory.look(&aside)?;
+    set_mode(&made, path, config.mode)?;
+    let own = id(&made.metadata()?);
+    directory.rename(&aside, name)?;
+    listener.set_nonblocking(true)?;
+    let file = SocketFile {
+        config: config.clone(),
+        own: Some(own),
+        is_inherited: false,
+    };
+    Ok((listener, file))
+}
+
+/// Whether a process listens behind a socket. One whose backlog is full does, and is not waited for.
+fn is_served(path: &Path) -> bool {
+    let connected = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    match connected() {
+        Ok(()) => true,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
+}
+
+fn is_socket(found: &fs::File) -> bool {
+    let metadata = found.metadata();
+    metadata.is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Sets the mode of the socket for `path`. Who owns its directory may have put a link in its place since.
+fn set_mode(made: &fs::File, path: &Path, mode: u32) -> io::Result<()> {
+    if !is_socket(made) {
+        let text = format!("{} was replaced while it was made", path.display());
+        return Err(io::Error::other(text));
+    }
+    // What was opened by its path alone has no fchmod(2).
+    let opened = format!("/proc/self/fd/{}", made.as_raw_fd());
+    fs::set_permissions(opened, fs::Permissions::from_mode(mode))
+}
+
+fn id_of(path: &Path) -> io::Result<FileId> {
+    Ok(id(&fs::symlink_metadata(path)?))
+}
+
+fn id(metadata: &fs::Metadata) -> FileId {
+    (metadata.dev(), metadata.ino(), metadata.created().ok())
+}
+
+impl SocketFile {
+    /// The file of a listener that a service manager has made.
+    pub(crate) fn inherited(config: &UnixFrontend) -> Self {
+        Self {
+            config: config.clone(),
+            own: id_of(&config.unix).ok(),
+            is_inherited: true,
+        }
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> &Path {
+        &self.config.unix
+    }
+
+    /// Waits until what has become of the file is not `before`, or something may be done about it.
+    pub(super) async fn changed(&self, before: Fate) -> Fate {
+        loop {
+            sleep(LOOK).await;
+            let now = self.fate();
+            if now != before || now == Fate::Gone {
+                return now;
+            }
+        }
+    }
+
+    /// Looks at the file.
+    pub(super) fn fate(&self) -> Fate {
+        match id_of(self.path()) {
+            Ok(id) if self.own.is_none_or(|own| own == id) => Fate::There,
+            Ok(_) => Fate::Taken,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Fate::Gone,
+            // A directory that may not be read says nothing.
+            Err(_) => Fate::There,
+        }
+    }
+
+    /// Makes the file again, with another listener behind it.
+    ///
+    /// # Errors
+    /// What the system says, or that the file is the service manager's to make.
+    pub(super) fn make_again(&mut self) -> io::Result<UnixListener> {
+        if self.is_inherited {
+            return Err(io::Error::other(
+                "its service manager made it; restart the .socket unit",
+            ));
+        }
+        let (listener, file) = bind(&self.config)?;
+        // The new one may have the number of the old one.
+        self.own = None;
+        *self = file;
+        Ok(listener)
+    }
+}
+
+/// A file that nobody listens behind would be taken for a server that does not answer. One that another
+/// process has put in its place is left alone, and so is the service manager's.
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let Some(own) = self.own.filter(|_| !self.is_inherited) else {
+            return;
+        };
+        let Ok((directory, name)) = Directory::of(self.path()) else {
+            return;
+        };
+        let found = directory.look(name).and_then(|found| found.metadata());
+        if found.is_ok_and(|found| id(&found) == own) {
+            // The next start replaces what can't be removed.
+            let _ = directory.remove(name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::path::PathBuf;
+
+    use super::*;
+    use cpc_config::frontend::Answers;
+
+    fn config(path: PathBuf) -> UnixFrontend {
+        UnixFrontend {
+            unix: path,
+            mode: 0o600,
+            takeover: false,
+            tenant: None,
+            allow: None,
+            answers: Answers::default(),
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_made_again_and_another_ones_is_left_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let (_listener, mut file) = bind(&config).unwrap();
+        assert_eq!(file.fate(), Fate::There);
+        fs::remove_file(&config.unix).unwrap();
+        assert_eq!(file.fate(), Fate::Gone);
+        let listener = file.make_again().unwrap();
+        assert_eq!(file.fate(), Fate::There);
+        UnixStream::connect(&config.unix).unwrap();
+        drop(listener);
+        let (_successor, theirs) = bind(&config).unwrap();
+        assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
+    }
+
+    /// Whoever connects to it would wait for a place.
+    #[test]
+    fn a_socket_whose_backlog_is_full_is_left_alone_at_once() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let stuck = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        stuck.bind(&SockAddr::unix(&config.unix).unwrap()).unwrap();
+        stuck.listen(0).unwrap();
+        let _waits = UnixStream::connect(&config.unix).unwrap();
+        let refused = bind(&config).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop(stuck);
+        bind(&config).unwrap();
+    }
+
+    #[test]
+    fn a_file_goes_with_its_listener_unless_it_is_somebody_elses() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        drop(bind(&config).unwrap());
+        assert!(!config.unix.exists());
+        let (_, former) = bind(&config).unwrap();
+        let (_successor, theirs) = bind(&config).unwrap();
+        drop(former);
+        assert!(config.unix.exists());
+        drop(theirs);
+        assert!(!config.unix.exists());
+        let _listener = UnixListener::bind(&config.unix).unwrap();
+        drop(SocketFile::inherited(&config));
+        assert!(config.unix.exists());
+    }
+
+    #[test]
+    fn an_inherited_file_is_not_made_again() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let _listener = UnixListener::bind(&config.unix).unwrap();
+        let mut file = SocketFile::inherited(&config);
+        assert_eq!(file.fate(), Fate::There);
+        fs::remove_file(&config.unix).unwrap();
+        assert_eq!(file.fate(), Fate::Gone);
+        assert!(file.make_again().is_err());
+    }
+}

@@ -1,0 +1,200 @@
+//! The join listener: TLS over TCP without client certificates, one request, one answer.
+//!
+//! Strangers reach it. So few are served at a time, each for a few seconds, and what is read of one is
+//! bounded before it is read.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::version::TLS13;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tunnel_proto::certificate::Join;
+use tunnel_proto::join::{self, Reader};
+
+use super::ServerError;
+use super::doorstep::{Doorstep, Why};
+use super::metrics::Failures;
+use cpc_config::ServerConfig;
+use cpc_config::server::HandshakesConfig;
+use cpc_host::descriptors::after_failed_accept;
+use cpc_host::report::report;
+use cpc_identity::issue::Authority;
+use cpc_identity::join::clock::Clock;
+use cpc_identity::join::desk::{Jobs, Pods};
+use cpc_identity::join::metrics::Outcome;
+use cpc_identity::join::{Book, Desk, JoinMetrics};
+use cpc_identity::{Identity, Material, pem, provider};
+use cpc_kubernetes::{node::Nodes, token::TokenReviewer};
+use cpc_observe::audit::events::{self as audit, Listener};
+
+/// Strangers at once, or `limits.handshakes.at_once` where that is less.
+const MAX_STRANGERS: usize = 256;
+
+/// How long one may take, the review of a token of Kubernetes included.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Opens the desk, where one is configured.
+///
+/// # Errors
+/// [`ServerError`]: the CA or the book can't be read, or the CA is of another trust domain than we.
+pub(super) async fn desk(
+    config: &ServerConfig,
+    identity: &Identity,
+    material: Option<&Arc<Material>>,
+) -> Result<Option<Arc<Desk>>, ServerError> {
+    let (Some(config), Some(material), directory) =
+        (&config.join, material, config.join_directory())
+    else {
+        return Ok(None);
+    };
+    let authority = Authority::open(&config.ca)?;
+    pem::warn_if_exposed(&config.ca.join("ca.key"));
+    if *authority.trust_domain() != identity.trust_domain {
+        return Err(ServerError::JoinDomain {
+            ca: authority.trust_domain().clone(),
+            own: identity.trust_domain.clone(),
+        });
+    }
+    let pods = match &config.kubernetes {
+        Some(pods) => {
+            let client = cpc_kubernetes::client(&pods.access()).await?;
+            Some(Pods {
+                reviewer: TokenReviewer::new(client.clone(), pods.rules()),
+                nodes: Nodes::new(client),
+                addresses: pods.addresses.clone(),
+            })
+        }
+        None => None,
+    };
+    let book = Book::open(&directory)?;
+    Ok(Some(Arc::new(Desk {
+        clock: Clock::resume(book.read()?.settled),
+        book,
+        ca: config.ca.clone(),
+        validity: config.validity,
+        material: material.clone(),
+        revocations: material.revocations(),
+        pods,
+        metrics: JoinMetrics::default(),
+        jobs: Jobs::default(),
+    })))
+}
+
+/// Shows our certificate and, behind it, the CAs that vouch for us: whoever joins knows one of them by
+/// its hash.
+#[derive(Debug)]
+struct WithRoots(Arc<Material>);
+
+impl ResolvesServerCert for WithRoots {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let own = self.0.key();
+        let chain = own.cert.iter().cloned().chain(self.0.roots());
+        let key = CertifiedKey::new(chain.collect(), own.key.clone());
+        Some(Arc::new(key))
+    }
+}
+
+fn acceptor(material: &Arc<Material>) -> Result<TlsAcceptor, rustls::Error> {
+    let mut tls = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(WithRoots(material.clone())));
+    tls.alpn_protocols = vec![join::ALPN.to_vec()];
+    // A ticket would be of no use to anybody.
+    tls.send_tls13_tickets = 0;
+    Ok(TlsAcceptor::from(Arc::new(tls)))
+}
+
+/// Who may come in: each one costs a handshake and a place, token or not.
+pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorstep {
+    let limits = HandshakesConfig {
+        at_once: limits.at_once.min(MAX_STRANGERS),
+        ..limits.clone()
+    };
+    Doorstep::new(&limits, failures)
+}
+
+/// Serves for ever.
+///
+/// # Errors
+/// At once, when the listener or TLS can't be had.
+pub(super) async fn serve(
+    listener: TcpListener,
+    desk: Arc<Desk>,
+    strangers: Doorstep,
+) -> Result<(), ServerError> {
+    let acceptor = acceptor(&desk.material).map_err(io::Error::other)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    tokio::spawn(desk.clone().keep_time());
+    tokio::spawn(async move {
+        loop {
+            let (socket, remote) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    after_failed_accept(&listener, "join", &error, b"").await;
+                    continue;
+                }
+            };
+            let place = match strangers.enter(remote.ip()) {
+                Ok(place) => place,
+                // Dropped with its socket at the bound.
+                Err(why) => {
+                    strangers.failed(why.into());
+                    tracing::warn!(%remote, %why, "connection to the join listener is dropped");
+                    continue;
+                }
+            };
+            place.charge(Instant::now());
+            let (acceptor, desk, strangers) = (acceptor.clone(), desk.clone(), strangers.clone());
+            tokio::spawn(async move {
+                let served = timeout(PATIENCE, one(acceptor, &desk, socket, remote)).await;
+                drop(place);
+                let (why, error) = match served {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => (Why::Tls, error),
+                    Err(_) => (Why::Timeout, io::ErrorKind::TimedOut.into()),
+                };
+                desk.metrics.join(Outcome::Failed);
+                strangers.failed(why);
+                tracing::warn!(%remote, error = report(&error), "nobody joined");
+                audit::peer_refused(Listener::Join, remote, &error);
+            });
+        }
+    });
+    Ok(())
+}
+
+async fn one(
+    acceptor: TlsAcceptor,
+    desk: &Arc<Desk>,
+    socket: TcpStream,
+    remote: SocketAddr,
+) -> io::Result<()> {
+    let mut session = acceptor.accept(socket).await?;
+    let asked = request(&mut session).await?;
+    let answer = desk.join(asked, remote).await;
+    let answer = join::answer(&answer).map_err(io::Error::other)?;
+    session.write_all(&answer).await?;
+    session.shutdown().await
+}
+
+async fn request(session: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Join> {
+    let (mut reader, mut room) = (Reader::default(), [0; 4096]);
+    loop {
+        let read = session.read(&mut room).await?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let asked = reader.request(&room[..read]).map_err(io::Error::other)?;
+        if let Some(join) = asked {
+            return Ok(join);
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! The leases by which agents count servers.
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::ServerError;
+use cpc_config::ServerConfig;
+use cpc_host::lifecycle::{self, Phase};
+use cpc_kubernetes::client;
+use cpc_kubernetes::lease::LeaseHolder;
+use cpc_observe::konnectivity::LeaseCalls;
+
+/// Holds one for each server id where that is configured, until the process drains: agents that
+/// look for servers then are not to look for this one. The task ends some seconds after that.
+///
+/// # Errors
+/// [`ServerError`] when the API server can't be asked at all.
+pub(super) async fn hold(
+    config: &ServerConfig,
+    server_id: &str,
+    calls: LeaseCalls,
+    phase: watch::Receiver<Phase>,
+) -> Result<Option<JoinHandle<()>>, ServerError> {
+    let Some(leases) = &config.leases else {
+        return Ok(None);
+    };
+    let ids = match &config.konnectivity {
+        Some(konnectivity) => konnectivity.ids(server_id).collect(),
+        None => vec![server_id.to_owned()],
+    };
+    let client = client(&leases.access()).await?;
+    let holder = LeaseHolder::new(client, &leases.namespace, leases.labels()?, ids, calls);
+    Ok(Some(tokio::spawn(holder.run(lifecycle::stopping(phase)))))
+}

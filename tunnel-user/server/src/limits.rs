@@ -1,0 +1,212 @@
+//! The bounds of a server: their names in configuration and metrics, what they say to those who are
+//! refused, and how much of each is used.
+
+use prometheus_client::registry::Registry;
+
+use super::shard::Common;
+use super::tenants::Tenant;
+use cpc_config::ServerConfig;
+use cpc_config::frontend::FrontendConfig;
+use cpc_config::server::LimitsConfig;
+use cpc_host::descriptors::Listeners;
+use cpc_host::gate::Gate;
+use cpc_observe::limits::LimitMetrics;
+
+/// A bound at which new work is refused while what is there goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Limit {
+    /// Open connections, dials under way among them.
+    Connections,
+    /// The same of one tenant.
+    ConnectionsPerTenant,
+    /// The same over one tunnel.
+    ConnectionsPerTunnel,
+    /// Dials under way.
+    Dials,
+    /// The same of one tenant.
+    DialsPerTenant,
+    /// Dials that one tunnel's agent has not answered.
+    DialsPerTunnel,
+    /// Bytes that peers may make the server hold.
+    StalledBytes,
+    /// The same of one tenant's.
+    StalledBytesPerTenant,
+    /// The same of one tunnel's.
+    StalledBytesPerTunnel,
+    /// Tunnels of agents.
+    Agents,
+    /// The same of one tenant.
+    AgentsPerTenant,
+    /// Routes.
+    Routes,
+    /// The same of one tenant.
+    RoutesPerTenant,
+    /// The same of one agent.
+    RoutesPerAgent,
+    /// Handshakes under way at the tunnel's port.
+    Handshakes,
+}
+
+impl Limit {
+    /// All there are.
+    const ALL: [Self; 15] = [
+        Self::Connections,
+        Self::ConnectionsPerTenant,
+        Self::ConnectionsPerTunnel,
+        Self::Dials,
+        Self::DialsPerTenant,
+        Self::DialsPerTunnel,
+        Self::StalledBytes,
+        Self::StalledBytesPerTenant,
+        Self::StalledBytesPerTunnel,
+        Self::Agents,
+        Self::AgentsPerTenant,
+        Self::Routes,
+        Self::RoutesPerTenant,
+        Self::RoutesPerAgent,
+        Self::Handshakes,
+    ];
+
+    /// Metric label, and its key below `limits`.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::ConnectionsPerTenant => "connections_per_tenant",
+            Self::ConnectionsPerTunnel => "connections_per_tunnel",
+            Self::Dials => "dials",
+            Self::DialsPerTenant => "dials_per_tenant",
+            Self::DialsPerTunnel => "dials_per_tunnel",
+            Self::StalledBytes => "stalled_bytes",
+            Self::StalledBytesPerTenant => "stalled_bytes_per_tenant",
+            Self::StalledBytesPerTunnel => "stalled_bytes_per_tunnel",
+            Self::Agents => "agents",
+            Self::AgentsPerTenant => "agents_per_tenant",
+            Self::Routes => "routes",
+            Self::RoutesPerTenant => "routes_per_tenant",
+            Self::RoutesPerAgent => "routes_per_agent",
+            Self::Handshakes => "handshakes.at_once",
+        }
+    }
+
+    /// How much it allows; `None` where it does not bound.
+    fn of(self, limits: &LimitsConfig) -> Option<u64> {
+        let count = |count: usize| u64::try_from(count).ok();
+        match self {
+            Self::Connections => count(limits.connections),
+            Self::ConnectionsPerTenant => limits.connections_per_tenant.and_then(count),
+            Self::ConnectionsPerTunnel => count(limits.connections_per_tunnel),
+            Self::Dials => count(limits.dials),
+            Self::DialsPerTenant => limits.dials_per_tenant.and_then(count),
+            Self::DialsPerTunnel => count(limits.dials_per_tunnel),
+            Self::StalledBytes => Some(limits.stalled_bytes),
+            Self::StalledBytesPerTenant => limits.stalled_bytes_per_tenant,
+            Self::StalledBytesPerTunnel => Some(limits.stalled_bytes_per_tunnel()),
+            Self::Agents => count(limits.agents),
+            Self::AgentsPerTenant => limits.agents_per_tenant.and_then(count),
+            Self::Routes => count(limits.routes),
+            Self::RoutesPerTenant => limits.routes_per_tenant.and_then(count),
+            Self::RoutesPerAgent => count(limits.routes_per_agent),
+            Self::Handshakes => count(limits.handshakes.at_once),
+        }
+    }
+
+    /// What someone is told who is refused.
+    pub(super) fn text(self, limits: &LimitsConfig) -> String {
+        let most = self.of(limits).unwrap_or_default();
+        let what = match self {
+            Self::Connections => format!("the server holds {most} connections"),
+            Self::ConnectionsPerTenant => format!("this tenant holds {most} connections"),
+            Self::ConnectionsPerTunnel => format!("its tunnel holds {most} connections"),
+            Self::Dials => format!("the server has {most} dials under way"),
+            Self::DialsPerTenant => format!("this tenant has {most} dials under way"),
+            Self::DialsPerTunnel => format!("its agent has not answered {most} dials"),
+            Self::StalledBytes => format!("unread data may take {most} bytes"),
+            Self::StalledBytesPerTenant => {
+                format!("unread data of this tenant may take {most} bytes")
+            }
+            Self::StalledBytesPerTunnel => {
+                format!("unread data of its tunnel may take {most} bytes")
+            }
+            Self::Agents => format!("the server serves {most} agents"),
+            Self::AgentsPerTenant => format!("the server serves {most} agents of this tenant"),
+            Self::Routes => format!("the server holds {most} routes"),
+            Self::RoutesPerTenant => format!("this tenant has {most} routes"),
+            Self::RoutesPerAgent => format!("one agent has {most} routes"),
+            Self::Handshakes => format!("the server has {most} handshakes under way"),
+        };
+        format!("{what} (limits.{})", self.label())
+    }
+}
+
+/// What a server listens on that takes a share of its file descriptors.
+pub(super) fn listeners(config: &ServerConfig) -> Listeners {
+    let frontends = { config.frontends.http_connect.iter() }.chain(&config.frontends.grpc);
+    let tls = frontends.filter(|frontend| matches!(frontend, FrontendConfig::Tcp(_)));
+    let http = [true, config.health.is_some(), config.tls.cert.is_some()];
+    let others = [config.join.is_some(), config.konnectivity.is_some()];
+    let count = |there: &[bool]| there.iter().filter(|is_there| **is_there).count();
+    Listeners {
+        http: count(&http),
+        tls: tls.count() + count(&others),
+    }
+}
+
+/// Registers their metrics.
+pub(super) fn register(registry: &mut Registry, limits: &LimitsConfig) -> LimitMetrics {
+    let all = Limit::ALL.map(|limit| (limit.label(), limit.of(limits)));
+    LimitMetrics::register(registry, all)
+}
+
+/// Looks at how much is used now.
+pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
+    let routes = common.control.route_usage();
+    for (limit, refused) in routes.take_refused() {
+        metrics.refusals(limit.label()).inc_by(refused);
+    }
+    let (all_routes, most_routes) = routes.taken();
+    let tenants = || common.tenants.all();
+    let inside = |gate: &Gate| gate.inside() as u64;
+    let most = |gate: fn(&Tenant) -> &Gate| tenants().map(|t| inside(gate(t))).max().unwrap_or(0);
+    let most_held = tenants().map(|t| t.budget.used()).max();
+    for (limit, used) in [
+        (Limit::Connections, inside(&common.connections)),
+        (Limit::ConnectionsPerTenant, most(|t| &t.connections)),
+        (Limit::Dials, inside(&common.dials)),
+        (Limit::DialsPerTenant, most(|t| &t.dials)),
+        (Limit::StalledBytes, common.budget.used()),
+        (Limit::StalledBytesPerTenant, most_held.unwrap_or(0)),
+        (Limit::Agents, inside(&common.tunnels)),
+        (Limit::AgentsPerTenant, most(|t| &t.agents)),
+        (Limit::Routes, all_routes),
+        (Limit::RoutesPerTenant, most_routes),
+        (Limit::Handshakes, common.door.inside() as u64),
+    ] {
+        metrics.set_used(limit.label(), used);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_says_what_is_full_and_which_key_says_so() {
+        let limits = LimitsConfig {
+            connections_per_tenant: Some(7),
+            dials_per_tenant: Some(7),
+            stalled_bytes_per_tenant: Some(7),
+            agents_per_tenant: Some(7),
+            routes_per_tenant: Some(7),
+            ..LimitsConfig::default()
+        };
+        for limit in Limit::ALL {
+            let text = limit.text(&limits);
+            let most = limit.of(&limits).unwrap().to_string();
+            assert!(text.contains(&most), "{text}");
+            assert!(
+                text.ends_with(&format!("(limits.{})", limit.label())),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! A dial on a link of another shard, for a client that can't be handed over: one of the many on an
+//! HTTP/2 connection.
+//!
+//! The halves of the stream stay with their link; a task there carries between them and these, which
+//! the client's shard has. Nothing is lost on the way and nothing waits for ever: each queue is
+//! short, so that a reader who stops stalls his stream and no other; an end passes behind what came
+//! before it, a reset past it; and whichever side goes, the other sees it as with a stream.
+
+mod far;
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot, watch};
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::{DialRequest, DialResponse};
+
+use crate::routes::LinkInfo;
+use crate::shard::Shard;
+use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use cpc_transport::quic::HeadError;
+
+/// Chunks that may wait on their way to the target.
+const OUTBOUND: usize = 4;
+
+/// Batches that may wait on their way back, each of what the stream had at once.
+const INBOUND: usize = 2;
+
+/// What a link's agent has answered.
+type Answer = Result<DialResponse, HeadError>;
+
+/// What becomes of the sending half, behind the chunks or past them.
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    Finish,
+    FinishHalf,
+    Reset(CloseReason),
+}
+
+/// Towards the target; resets on drop unless finished.
+#[derive(Debug)]
+pub(crate) struct BridgeSend {
+    /// Gone when it was finished.
+    chunks: Option<mpsc::Sender<Bytes>>,
+    orders: mpsc::UnboundedSender<Order>,
+    end: watch::Receiver<Option<SendEnd>>,
+}
+
+/// From the target; asks it to stop on drop.
+#[derive(Debug)]
+pub(crate) struct BridgeRecv {
+    answer: Option<oneshot::Receiver<Answer>>,
+    batches: mpsc::Receiver<Vec<Bytes>>,
+    end: watch::Receiver<Option<RecvEnd>>,
+    stop: Option<oneshot::Sender<CloseReason>>,
+}
+
+/// Sends `request` on a link of another shard.
+pub(crate) fn open(
+    shard: &Rc<Shard>,
+    link: &LinkInfo,
+    request: &DialRequest,
+) -> (BridgeSend, BridgeRecv) {
+    let (send, outward) = outward();
+    let (recv, inward) = inward();
+    let (id, request) = (link.id, request.clone());
+    shard.run_on(link.shard, move |shard| async move {
+        let link = shard.links.borrow().get(&id).cloned();
+        far::serve(link, &request, outward, inward).await;
+    });
+    (send, recv)
+}
+
+fn outward() -> (BridgeSend, far::Outward) {
+    let (chunks_in, chunks) = mpsc::channel(OUTBOUND);
+    let (orders_in, orders) = mpsc::unbounded_channel();
+    let (end, ended) = watch::channel(None);
+    let send = BridgeSend {
+        chunks: Some(chunks_in),
+        orders: orders_in,
+        end: ended,
+    };
+    let outward = far::Outward {
+        chunks,
+        orders,
+        end,
+    };
+    (send, outward)
+}
+
+fn inward() -> (BridgeRecv, far::Inward) {
+    let (batches, batches_out) = mpsc::channel(INBOUND);
+    let (answer, answered) = oneshot::channel();
+    let (end, ended) = watch::channel(None);
+    let (stop, stopped) = oneshot::channel();
+    let recv = BridgeRecv {
+        answer: Some(answered),
+        batches: batches_out,
+        end: ended,
+        stop: Some(stop),
+    };
+    let inward = far::Inward {
+        batches,
+        answer,
+        end,
+        stop: stopped,
+    };
+    (recv, inward)
+}
+
+/// The end, once the far side has told it; one that is gone without a word has lost its link.
+async fn told(mut end: watch::Receiver<Option<SendEnd>>) -> SendEnd {
+    let told = end.wait_for(Option::is_some).await;
+    let told = told.ok().and_then(|end| *end);
+    told.unwrap_or(SendEnd::Link(CloseReason::LinkLost))
+}
+
+impl SendHalf for BridgeSend {
+    async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let Some(chunks) = &self.chunks else {
+            return Err(SendEnd::Link(CloseReason::Internal));
+        };
+        match chunks.reserve().await {
+            Ok(place) => {
+                place.send(std::mem::take(chunk));
+                Ok(())
+            }
+            Err(_) => Err(told(self.end.clone()).await),
+        }
+    }
+
+    fn finish(&mut self) {
+        // Who takes no orders has told its end.
+        let _ = self.orders.send(Order::Finish);
+        self.chunks = None;
+    }
+
+    fn lingers(&self) -> bool {
+        true
+    }
+
+    fn finish_half(&mut self) {
+        let _ = self.orders.send(Order::FinishHalf);
+        self.chunks = None;
+    }
+
+    fn reset(&mut self, reason: CloseReason) {
+        let _ = self.orders.send(Order::Reset(reason));
+        self.chunks = None;
+    }
+
+    fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
+        told(self.end.clone())
+    }
+}
+
+impl BridgeRecv {
+    /// Waits for the agent's answer.
+    ///
+    /// # Errors
+    /// [`HeadError`].
+    pub(super) async fn answer(&mut self) -> Answer {
+        let lost = || HeadError::End(RecvEnd::Link(CloseReason::LinkLost));
+        let Some(answer) = &mut self.answer else {
+            return Err(lost());
+        };
+        let answered = answer.await;
+        self.answer = None;
+        answered.unwrap_or_else(|_| Err(lost()))
+    }
+}
+
+impl RecvHalf for BridgeRecv {
+    async fn recv(&mut self, into: &mut Vec<Bytes>) -> Result<(), RecvEnd> {
+        match self.batches.recv().await {
+            Some(batch) => {
+                into.extend(batch);
+                Ok(())
+            }
+            // Told before the queue was closed.
+            None => Err(self
+                .end
+                .borrow()
+                .unwrap_or(RecvEnd::Link(CloseReason::LinkLost))),
+        }
+    }
+
+    async fn reset(&mut self) -> CloseReason {
+        let is_reset = |end: &Option<RecvEnd>| matches!(end, Some(RecvEnd::Reset(_)));
+        let reset = self.end.wait_for(is_reset).await.map(|end| *end);
+        match reset {
+            Ok(Some(RecvEnd::Reset(reason))) => reason,
+            _ => std::future::pending().await,
+        }
+    }
+
+    fn stop(&mut self, reason: CloseReason) {
+        if let Some(stop) = self.stop.take() {
+            // Whoever does not hear it has reached the end.
+            let _ = stop.send(reason);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

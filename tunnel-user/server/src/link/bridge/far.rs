@@ -1,0 +1,187 @@
+//! The end of a bridge on the link's shard.
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot, watch};
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::{DialRequest, DialResponse};
+
+use super::{Answer, Order};
+use crate::link::{Link, LinkRecv};
+use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use cpc_transport::quic::HeadError;
+
+/// What the client's shard gives.
+pub(super) struct Outward {
+    pub chunks: mpsc::Receiver<Bytes>,
+    pub orders: mpsc::UnboundedReceiver<Order>,
+    pub end: watch::Sender<Option<SendEnd>>,
+}
+
+/// What it is given.
+pub(super) struct Inward {
+    pub batches: mpsc::Sender<Vec<Bytes>>,
+    pub answer: oneshot::Sender<Answer>,
+    pub end: watch::Sender<Option<RecvEnd>>,
+    pub stop: oneshot::Receiver<CloseReason>,
+}
+
+/// A half that an agent's answer comes on first.
+pub(super) trait Answered: RecvHalf {
+    /// Waits for it.
+    async fn answer(&mut self) -> Answer;
+}
+
+impl Answered for LinkRecv {
+    async fn answer(&mut self) -> Answer {
+        LinkRecv::answer(self).await
+    }
+}
+
+/// Opens a stream on `link` and carries until both directions have ended, or the client's shard
+/// wants no more of it.
+pub(super) async fn serve(
+    link: Option<Link>,
+    request: &DialRequest,
+    outward: Outward,
+    mut inward: Inward,
+) {
+    let opened = async {
+        match link {
+            Some(link) => link.open(request).await,
+            None => Err(CloseReason::LinkLost),
+        }
+    };
+    let opened = tokio::select! {
+        opened = opened => opened,
+        () = inward.answer.closed() => return,
+    };
+    match opened {
+        Ok((send, recv)) => {
+            tokio::join!(carry_out(send, outward), carry_in(recv, inward));
+        }
+        Err(reason) => {
+            outward.end.send_replace(Some(SendEnd::Link(reason)));
+            let lost = HeadError::End(RecvEnd::Link(reason));
+            let _ = inward.answer.send(Err(lost));
+        }
+    }
+}
+
+/// Carries to the target. What `send` is not told is told by its drop: so it lives for as long as
+/// the client's half does, even behind its end.
+pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
+    let Outward {
+        mut chunks,
+        mut orders,
+        end,
+    } = outward;
+    let mut stopped = std::pin::pin!(send.stopped());
+    let mut chunk = Bytes::new();
+    // How it is to be finished, whether the last chunk has come, and whether it was.
+    let (mut ordered, mut is_last, mut finished) = (None, false, false);
+    let mut heard = true;
+    let ended = loop {
+        if let Some(half) = ordered
+            && is_last
+            && chunk.is_empty()
+            && !finished
+        {
+            finished = true;
+            finish(&mut send, half);
+        }
+        // Finished and forgotten: what was sent still arrives.
+        if finished && !heard {
+            return;
+        }
+        tokio::select! {
+            biased;
+            order = orders.recv(), if heard => match order {
+                Some(Order::Finish) => ordered = Some(false),
+                Some(Order::FinishHalf) => ordered = Some(true),
+                Some(Order::Reset(reason)) => return send.reset(reason),
+                None if ordered.is_some() => heard = false,
+                None => return,
+            },
+            sent = send.send(&mut chunk), if !chunk.is_empty() => if let Err(end) = sent {
+                break end;
+            },
+            end = &mut stopped => break end,
+            next = chunks.recv(), if chunk.is_empty() && !is_last => match next {
+                Some(next) => chunk = next,
+                None => is_last = true,
+            },
+        }
+    };
+    end.send_replace(Some(ended));
+    // Who still sends is to find out.
+    drop(chunks);
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::Finish => finish(&mut send, false),
+            Order::FinishHalf => finish(&mut send, true),
+            Order::Reset(reason) => send.reset(reason),
+        }
+    }
+}
+
+fn finish(send: &mut impl SendHalf, half: bool) {
+    if half {
+        send.finish_half();
+    } else {
+        send.finish();
+    }
+}
+
+/// Carries from the target. `recv` lives for as long as the client's half does.
+pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
+    let Inward {
+        batches,
+        answer,
+        end,
+        mut stop,
+    } = inward;
+    let answered = tokio::select! {
+        biased;
+        reason = &mut stop => return stopped(recv, reason.ok()),
+        answered = recv.answer() => answered,
+    };
+    let connected = matches!(answered, Ok(DialResponse::Connected));
+    if answer.send(answered).is_err() {
+        return;
+    }
+    if !connected {
+        // Whoever asked gives the halves back.
+        return stopped(recv, stop.await.ok());
+    }
+    let mut chunks = Vec::new();
+    let ended = loop {
+        tokio::select! {
+            biased;
+            reason = &mut stop => return stopped(recv, reason.ok()),
+            received = recv.recv(&mut chunks) => if let Err(end) = received {
+                break end;
+            },
+        }
+        tokio::select! {
+            biased;
+            reason = &mut stop => return stopped(recv, reason.ok()),
+            place = batches.reserve() => match place {
+                Ok(place) => place.send(std::mem::take(&mut chunks)),
+                Err(_) => return,
+            },
+            // A reader that has stopped must not keep what its target has taken back.
+            reason = recv.reset() => break RecvEnd::Reset(reason),
+        }
+    };
+    // Before the queue is closed: whoever has read all of it asks for the end.
+    end.send_replace(Some(ended));
+    drop(batches);
+    stopped(recv, stop.await.ok());
+}
+
+/// Nothing more will be read. Without a reason it is told by the drop.
+fn stopped(mut recv: impl RecvHalf, reason: Option<CloseReason>) {
+    if let Some(reason) = reason {
+        recv.stop(reason);
+    }
+}

@@ -1,0 +1,179 @@
+//! A stream to an agent, as dials see it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::server_end::{DialId, Event, InUse, ServerEnd};
+use tunnel_proto::preface::DialRequest;
+
+use super::stream::{KonnectivityRecv, KonnectivitySend, halves};
+use crate::routes::LinkInfo;
+use cpc_observe::konnectivity::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
+use cpc_transport::grpc::{Code, Outbox, Status};
+
+/// Whoever waits for something about a connection.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    /// Told when something has changed.
+    pub changed: Notify,
+    /// Where the connection goes, for the log.
+    destination: String,
+}
+
+/// A connected agent.
+#[derive(Debug)]
+pub(crate) struct KonnectivityLink {
+    /// What others may know of it.
+    pub info: Arc<LinkInfo>,
+    /// Told when the session has to look at the machine again.
+    pub(super) changed: Notify,
+    pub(super) outbox: Rc<Outbox>,
+    end: RefCell<ServerEnd<Rc<Waiting>>>,
+    news: RefCell<VecDeque<News>>,
+    closed: Cell<Option<CloseReason>>,
+    metrics: ProxyServerMetrics,
+    /// Packets to the agent, and from it.
+    sent: Tally,
+    pub(super) received: Tally,
+    /// Counts while a connection holds up the others.
+    holding_up: RefCell<Option<Counted>>,
+}
+
+/// What of the machine's events concerns the agent, not a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// It answers.
+    Alive,
+    /// It does not.
+    Silent,
+    /// It is about to leave.
+    Draining,
+}
+
+impl KonnectivityLink {
+    /// Over a fresh stream, for its session to drive. `halves`: its agent knows of them.
+    pub(super) fn new(info: Arc<LinkInfo>, metrics: ProxyServerMetrics, halves: bool) -> Rc<Self> {
+        let link = Rc::new(Self {
+            info,
+            changed: Notify::new(),
+            outbox: Outbox::new(),
+            end: RefCell::new(ServerEnd::new(Instant::now()).with_halves(halves)),
+            news: RefCell::default(),
+            closed: Cell::new(None),
+            sent: metrics.streams.tally(Segment::ToAgent),
+            received: metrics.streams.tally(Segment::FromAgent),
+            metrics,
+            holding_up: RefCell::default(),
+        });
+        link.step(|_, _| ());
+        link
+    }
+
+    /// Sends `request`.
+    ///
+    /// # Errors
+    /// Why the link is gone.
+    pub(crate) fn open(
+        self: &Rc<Self>,
+        request: &DialRequest,
+    ) -> Result<(KonnectivitySend, KonnectivityRecv), CloseReason> {
+        if let Some(reason) = self.closed.get() {
+            return Err(reason);
+        }
+        let destination = request.destination.to_string();
+        let waiting = Rc::new(Waiting {
+            changed: Notify::new(),
+            destination: destination.clone(),
+        });
+        // The name that it has in our log.
+        let [.., a, b, c, d, e, f, g, h] = request.id.0;
+        let mut dial = DialId(i64::from_be_bytes([a, b, c, d, e, f, g, h]) & i64::MAX);
+        while let Err(InUse(_)) =
+            self.step(|end, _| end.dial(dial, destination.clone(), waiting.clone()))
+        {
+            dial = DialId(dial.0.wrapping_add(1) & i64::MAX);
+        }
+        Ok(halves(self.clone(), dial, waiting))
+    }
+
+    /// Ends the link and everything on it. The first reason counts.
+    pub(crate) fn close(&self, reason: CloseReason) {
+        if self.closed.get().is_some() {
+            return;
+        }
+        self.closed.set(Some(reason));
+        self.step(|end, _| end.close_all(reason));
+        self.outbox
+            .finish(Status::new(Code::UNAVAILABLE, reason.to_string()));
+        self.changed.notify_one();
+    }
+
+    /// Why the link has been closed, if it has.
+    pub(super) fn closed(&self) -> Option<CloseReason> {
+        self.closed.get()
+    }
+
+    /// Changes the machine, and does what follows from it.
+    pub(super) fn step<T>(
+        &self,
+        change: impl FnOnce(&mut ServerEnd<Rc<Waiting>>, Instant) -> T,
+    ) -> T {
+        let mut end = self.end.borrow_mut();
+        let (timeout, wanted_packets) = (end.poll_timeout(), end.wants_packets());
+        let done = change(&mut end, Instant::now());
+        while let Some(packet) = end.poll_transmit() {
+            self.sent.packet(&packet);
+            self.outbox.push(&packet);
+        }
+        while let Some(event) = end.poll_event() {
+            match event {
+                Event::Changed(waiting) => waiting.changed.notify_waiters(),
+                Event::Stalled(waiting) => tracing::warn!(
+                    agent = %self.info.identity, destination = waiting.destination,
+                    "connection is reset: its client reads nothing, and held up all others of the \
+                     same tunnel"
+                ),
+                Event::Alive => self.news.borrow_mut().push_back(News::Alive),
+                Event::Silent => self.news.borrow_mut().push_back(News::Silent),
+                Event::Draining => self.news.borrow_mut().push_back(News::Draining),
+            }
+        }
+        let wants_packets = end.wants_packets();
+        if wants_packets != wanted_packets {
+            self.info.held_up.store(!wants_packets, Ordering::Relaxed);
+            let counted = || self.metrics.full_receive_channel(Service::Connect);
+            self.holding_up.replace((!wants_packets).then(counted));
+        }
+        if end.poll_timeout() < timeout || wants_packets != wanted_packets {
+            self.changed.notify_one();
+        }
+        done
+    }
+
+    /// Notes a packet with `bytes` of data to the target, and whether they end a session within the
+    /// connection.
+    pub(super) fn sent(&self, dial: DialId, bytes: usize, is_goodbye: bool) {
+        self.sent.count(PacketKind::Data);
+        let mut end = self.end.borrow_mut();
+        end.sent(dial, bytes, Instant::now());
+        if is_goodbye {
+            end.says_goodbye(dial);
+        }
+    }
+
+    /// Reads from the machine.
+    pub(super) fn look<T>(&self, read: impl FnOnce(&ServerEnd<Rc<Waiting>>) -> T) -> T {
+        read(&self.end.borrow())
+    }
+
+    /// The next thing for the session to know.
+    pub(super) fn news(&self) -> Option<News> {
+        self.news.borrow_mut().pop_front()
+    }
+}

@@ -1,0 +1,35 @@
+//! Agents of Konnectivity: `AgentService` over TLS, on a TCP port of its own.
+//!
+//! ```text
+//! accept -> TLS -> HTTP/2 -> call -> who is it? -> headers -> session -> registered
+//! ```
+//!
+//! [`Agents`] takes them in by the [`Door`]; [`who`] says who they are; [`session`] drives the machine of one stream
+//! ([`ServerEnd`]) and shows it to the control task; [`KonnectivityLink`] is what dials use of it.
+//!
+//! An agent closes a stream to a server that it has a stream to already, which it knows by the
+//! server's id. So several ids are presented ([`server_ids`]): connections on different streams
+//! can't hold each other up. What comes of it is no agent before it has answered once, so that a
+//! stream which the agent is about to close is never dialled on.
+//!
+//! What is lost of a connection that its client closes stands with [`ServerEnd`]'s description; all
+//! else is as with an agent of ours: an agent that is not heard is left out, and its streams end
+//! when TCP or the machine gives it up.
+//!
+//! [`ServerEnd`]: tunnel_proto::konnectivity::server_end
+
+mod accept;
+mod door;
+mod link;
+mod path;
+mod server_ids;
+mod session;
+mod stream;
+mod tls;
+mod who;
+
+pub(crate) use accept::Agents;
+pub(crate) use door::Door;
+pub(crate) use link::KonnectivityLink;
+pub(crate) use stream::{KonnectivityRecv, KonnectivitySend};
+pub(crate) use tls::AgentTls;

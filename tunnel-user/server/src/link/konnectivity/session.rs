@@ -1,0 +1,382 @@
+//! The session with one agent: its machine is driven, and what it says of the agent is shown to
+//! the control task.
+
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::task::coop;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::Instrument;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::konnectivity::metadata::{HALVES, SERVER_COUNT, SERVER_ID};
+use tunnel_proto::konnectivity::server_end::{ServerEnd, StreamError};
+use tunnel_proto::session::InstanceId;
+
+use super::accept::{Agents, Peer};
+use super::link::{KonnectivityLink, News};
+use super::path::probe;
+use super::server_ids::{NoPlace, Taken};
+use super::who::{Introduction, MAX_SHOWN, Refusal};
+use crate::doorstep::Why;
+use crate::link::{Link, report};
+use crate::routes::{LinkInfo, LinkKind};
+use cpc_host::lifecycle::Phase;
+use cpc_identity::{Identity, revoked};
+use cpc_observe::audit::events::{self as audit, Listener};
+use cpc_observe::konnectivity::Service;
+use cpc_transport::grpc::server::Call;
+use cpc_transport::grpc::{Code, PacketReceiver, Status, StreamEnd};
+
+/// A stream whose agent has not answered once by then ends.
+const FIRST_ANSWER: Duration = Duration::from_secs(10);
+
+/// How long the last words to an agent may take.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    /// The agent ended it in order.
+    #[error("the agent ended its stream")]
+    Left,
+    /// The stream is gone.
+    #[error(transparent)]
+    Stream(#[from] StreamEnd),
+    /// The machine can't go on.
+    #[error(transparent)]
+    Machine(#[from] StreamError),
+    /// The agent never answered.
+    #[error("the agent did not answer within {} s", FIRST_ANSWER.as_secs())]
+    Unanswered,
+    /// We ended it.
+    #[error("{0}")]
+    Told(CloseReason),
+    /// The agent counts no more.
+    #[error(transparent)]
+    Revoked(#[from] revoked::Revoked),
+}
+
+impl End {
+    fn reason(&self) -> CloseReason {
+        match self {
+            Self::Left => CloseReason::LinkLost,
+            Self::Stream(StreamEnd::Reset(_)) => CloseReason::LinkLost,
+            Self::Stream(end) => end.reason(),
+            Self::Machine(error) => error.reason(),
+            Self::Unanswered => CloseReason::HandshakeTimeout,
+            Self::Told(reason) => *reason,
+            Self::Revoked(_) => CloseReason::IdentityRefused,
+        }
+    }
+}
+
+impl End {
+    /// What failed, where the agent had not answered once; `None`: it thought better of it.
+    fn before_its_first_answer(&self) -> Option<Why> {
+        match self {
+            Self::Left | Self::Stream(_) => None,
+            Self::Revoked(_) => Some(Why::Identity),
+            Self::Machine(_) | Self::Unanswered | Self::Told(_) => Some(Why::Timeout),
+        }
+    }
+}
+
+/// Serves one call of an agent, from its headers to its end.
+pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
+    let _open = agents.shard.metrics.konnectivity.rpc(Service::Connect);
+    let remote = peer.remote;
+    let (introduction, identity) = match introduce(&agents, &peer, &call).await {
+        Ok(introduced) => introduced,
+        Err(refusal) => {
+            agents.door.step.failed(Why::Identity);
+            tracing::warn!(%remote, error = cpc_host::report::report(&refusal), "agent refused");
+            audit::peer_refused(Listener::Konnectivity, remote, &refusal);
+            return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
+        }
+    };
+    let admitted = admit(&agents, &identity, introduction.instance());
+    let server_id = match admitted {
+        Ok(server_id) => server_id,
+        Err(status) => {
+            agents.door.step.failed(Why::Overload);
+            tracing::warn!(%remote, agent = %identity, error = status.to_string(), "agent refused");
+            return call.refuse(&status);
+        }
+    };
+    peer.is_known();
+    let count = servers(&agents).to_string();
+    let mut metadata = vec![(SERVER_ID, server_id.id()), (SERVER_COUNT, &*count)];
+    let halves = call.metadata(HALVES).eq(["1"]);
+    if halves {
+        metadata.push((HALVES, "1"));
+    }
+    let Ok((sender, receiver)) = call.accept(&metadata) else {
+        // It has gone meanwhile.
+        return;
+    };
+
+    let shard = &agents.shard;
+    let info = LinkInfo::new(
+        (shard.next_link(), shard.index),
+        LinkKind::Konnectivity,
+        (identity, agents.door.trust),
+        probe(remote, &peer.socket),
+    );
+    let mut session = Session {
+        agents: &agents,
+        link: KonnectivityLink::new(info, shard.metrics.konnectivity.clone(), halves),
+        introduction: &introduction,
+        server_id: &server_id,
+        peer: &peer,
+        registered: false,
+    };
+    let span = tracing::debug_span!("session", agent = %session.link.info.identity);
+    let outbox = session.link.outbox.clone();
+    let mut sending = pin!(outbox.drive(sender));
+    let known = known(&peer, &session.link.info.identity);
+    let replaced = session.link.info.clone();
+    let served = async {
+        tokio::select! {
+            end = &mut sending => (End::Stream(end), true),
+            why = shard.revocations.strike(&known) => {
+                audit::cut("tunnel", remote, &why);
+                (End::Revoked(why), false)
+            }
+            () = replaced.replaced.notified() => (End::Told(CloseReason::Replaced), false),
+            end = session.listen(receiver) => (end, false),
+        }
+    };
+    let (end, sent) = served.instrument(span).await;
+    // What we ended looks from either side as if the stream had.
+    let end = session.link.closed().map_or(end, End::Told);
+    session.end(&end).await;
+    if !sent {
+        // The reason travels with the end.
+        let _ = timeout(GOODBYE, sending).await;
+    }
+}
+
+/// Who calls.
+async fn introduce(
+    agents: &Agents,
+    peer: &Peer,
+    call: &Call,
+) -> Result<(Introduction, Identity), Refusal> {
+    let introduction = Introduction::read(call)?;
+    let identity = introduction
+        .identity(
+            &agents.door.proof,
+            peer.certificate.as_ref(),
+            &agents.door.tenant,
+        )
+        .await?;
+    agents.shard.revocations.check(&known(peer, &identity))?;
+    Ok((introduction, identity))
+}
+
+/// What a list of revoked peers may know it by.
+fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
+    let leaf = peer.certificate.as_ref();
+    leaf.map(revoked::Peer::of)
+        .unwrap_or_default()
+        .known_as(identity)
+}
+
+/// Gives an agent its place, or says why there is none.
+fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<Taken, Status> {
+    let shard = &agents.shard;
+    if *shard.phase.borrow() == Phase::Ended {
+        return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
+    }
+    let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
+    let taken = agents.door.ids.take(identity, instance, || {
+        shard.admit_tunnel(&identity.trust_domain)
+    });
+    taken.map_err(|none| match none {
+        NoPlace::Agents(limit) => full(limit.text(&shard.limits)),
+        NoPlace::Streams => full("this agent has too many streams to this server".into()),
+    })
+}
+
+/// How many servers an agent sees.
+fn servers(agents: &Agents) -> u64 {
+    u64::from(agents.shard.server_count) * agents.door.ids.len() as u64
+}
+
+struct Session<'a> {
+    agents: &'a Agents,
+    link: Rc<KonnectivityLink>,
+    introduction: &'a Introduction,
+    server_id: &'a Taken,
+    peer: &'a Peer,
+    registered: bool,
+}
+
+impl Session<'_> {
+    /// Takes packets until the stream ends, or we end it.
+    async fn listen(&mut self, mut receiver: PacketReceiver) -> End {
+        let link = self.link.clone();
+        let tenants = &self.agents.shard.tenants;
+        receiver.charge_to(&tenants.of(&link.info.identity.trust_domain).budget);
+        let opened = Instant::now();
+        loop {
+            if let Some(reason) = link.closed() {
+                return End::Told(reason);
+            }
+            // One that says much gives way to its neighbours on the shard.
+            coop::consume_budget().await;
+            let wants_packets = link.look(ServerEnd::wants_packets);
+            let mut due = Instant::from(link.look(ServerEnd::poll_timeout));
+            if !self.registered {
+                due = due.min(opened + FIRST_ANSWER);
+            }
+            let done = tokio::select! {
+                biased;
+                packet = receiver.next(), if wants_packets => match packet {
+                    Ok(Some(packet)) => {
+                        link.received.packet(&packet);
+                        link.step(|end, now| {
+                            end.handle_packet(packet, now)?;
+                            // What is due does not wait for a pause between packets.
+                            match end.poll_timeout() <= now {
+                                true => end.handle_timeout(now),
+                                false => Ok(()),
+                            }
+                        })
+                    }
+                    Ok(None) => return End::Left,
+                    Err(end) => return End::Stream(end),
+                },
+                () = link.changed.notified() => Ok(()),
+                () = sleep_until(due) => link.step(|end, now| end.handle_timeout(now)),
+            };
+            if let Err(error) = done {
+                return error.into();
+            }
+            while let Some(news) = link.news() {
+                if let Err(end) = self.tell(news).await {
+                    return end;
+                }
+            }
+            if !self.registered && opened.elapsed() >= FIRST_ANSWER {
+                return End::Unanswered;
+            }
+        }
+    }
+
+    /// Lets others know of the agent's state.
+    async fn tell(&mut self, news: News) -> Result<(), End> {
+        let info = &self.link.info;
+        let control = &self.agents.shard.control;
+        match news {
+            News::Alive if !self.registered => return self.register().await,
+            News::Alive => {
+                tracing::info!(agent = %info.identity, "agent is heard again");
+                info.silent.store(false, Ordering::Relaxed);
+            }
+            News::Silent => {
+                tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
+                info.silent.store(true, Ordering::Relaxed);
+                info.silenced.notify_waiters();
+            }
+            News::Draining => {
+                // An agent may say so again and again.
+                if info.draining.swap(true, Ordering::Relaxed) {
+                    return Ok(());
+                }
+                tracing::info!(agent = %info.identity, "agent is draining");
+            }
+        }
+        if self.registered {
+            control.changed(info.id).await;
+        }
+        Ok(())
+    }
+
+    /// The agent has answered: it may be dialled on.
+    async fn register(&mut self) -> Result<(), End> {
+        let Self {
+            link, introduction, ..
+        } = self;
+        let shard = &self.agents.shard;
+        let info: &Arc<LinkInfo> = &link.info;
+        self.registered = true;
+        // Before the routes are in force: a dial may come at once.
+        let entry = Link::Konnectivity(link.clone());
+        shard.links.borrow_mut().insert(info.id, entry);
+        let offer = introduction.identifiers.claims();
+        let offered = offer.len();
+        let connect = shard
+            .control
+            .connect(info.clone(), (introduction.instance(), None), offer);
+        let Some(verdict) = connect.await else {
+            return Err(End::Told(CloseReason::Shutdown));
+        };
+        report(shard, &info.identity, &verdict.refused);
+        if let Some(first) = introduction.unusable.first() {
+            tracing::warn!(
+                agent = %info.identity, unusable = introduction.unusable.len(), why = %first,
+                "identifiers that can't be used are left out"
+            );
+        }
+        let agent_id = introduction.agent_id.escape_debug().take(MAX_SHOWN);
+        let agent_id: String = agent_id.collect();
+        tracing::info!(
+            agent = %info.identity, agent_id,
+            remote = %self.peer.remote, server_id = self.server_id.id(), offered,
+            accepted = verdict.accepted.len(), "agent of Konnectivity connected"
+        );
+        let (remote, accepted) = (self.peer.remote, verdict.accepted.len());
+        audit::agent_connected(&info.identity, remote, info.kind.label(), accepted);
+        Ok(())
+    }
+
+    /// Ends what lives on the link, and takes it back from everybody.
+    async fn end(&mut self, end: &End) {
+        let info = &self.link.info;
+        let reason = end.reason();
+        self.link.close(reason);
+        if !self.registered {
+            return self.never_came(end);
+        }
+        let shard = &self.agents.shard;
+        shard.links.borrow_mut().remove(&info.id);
+        shard.control.disconnect(info.id).await;
+        tracing::info!(
+            agent = %info.identity, remote = %self.peer.remote, server_id = self.server_id.id(),
+            reason = reason.label(), why = %end, "agent disconnected"
+        );
+        audit::agent_disconnected(&info.identity, reason);
+    }
+
+    /// Says why an agent was let in and never served.
+    fn never_came(&self, end: &End) {
+        let (agent, remote) = (&self.link.info.identity, self.peer.remote);
+        let Some(why) = end.before_its_first_answer() else {
+            return tracing::debug!(%agent, %remote, why = %end, "agent never came");
+        };
+        self.agents.door.step.failed(why);
+        tracing::warn!(%agent, %remote, why = %end, "agent is let go: it has answered nothing");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_never_answers_is_a_failure_and_one_that_leaves_is_none() {
+        for (end, failure) in [
+            (End::Unanswered, Some(Why::Timeout)),
+            (End::Machine(StreamError::Flood), Some(Why::Timeout)),
+            (End::Told(CloseReason::Replaced), Some(Why::Timeout)),
+            (End::Left, None),
+            (End::Stream(StreamEnd::Closed), None),
+        ] {
+            assert_eq!(end.before_its_first_answer(), failure, "{end}");
+        }
+    }
+}

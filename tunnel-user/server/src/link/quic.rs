@@ -1,0 +1,62 @@
+//! An agent over QUIC: streams for dials.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::BytesMut;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::preface::DialRequest;
+use tunnel_proto::session::ServerSession;
+
+use crate::routes::LinkInfo;
+use crate::shard::TunnelPlace;
+use cpc_datapath::stream::{SendEnd, SendHalf};
+use cpc_transport::control_stream::Shared;
+use cpc_transport::quic::{Connection, Recv, Send, error_code, link_reason};
+
+/// A connected agent.
+#[derive(Debug)]
+pub(crate) struct QuicLink {
+    pub(super) connection: Connection,
+    pub(super) session: Rc<Shared<ServerSession>>,
+    /// What others may know of it.
+    pub info: Arc<LinkInfo>,
+    /// Its place among all tunnels, once it is welcome.
+    pub(super) place: RefCell<Option<TunnelPlace>>,
+    /// When it last asked for a certificate.
+    pub(super) asked: Cell<Option<Instant>>,
+}
+
+impl QuicLink {
+    /// Opens a stream and sends `request` on it. Waits for the agent's permission when
+    /// [`MAX_DIALS`] are open, so bound it.
+    ///
+    /// [`MAX_DIALS`]: cpc_config::transport::MAX_DIALS
+    ///
+    /// # Errors
+    /// Why the tunnel is gone.
+    pub(crate) async fn open(&self, request: &DialRequest) -> Result<(Send, Recv), CloseReason> {
+        self.session.note_traffic(Instant::now());
+        let (mut send, recv) = self
+            .connection
+            .open_bi()
+            .await
+            .map_err(|e| link_reason(&e))?;
+        let mut preface = BytesMut::new();
+        request.encode(&mut preface);
+        let sent = send.send(&mut preface.freeze()).await;
+        sent.map_err(|end| match end {
+            SendEnd::Acknowledged => CloseReason::Internal,
+            SendEnd::Stopped(reason) | SendEnd::Link(reason) => reason,
+        })?;
+        Ok((send, recv))
+    }
+
+    /// Ends the link and everything on it.
+    pub(crate) fn close(&self, reason: CloseReason) {
+        self.connection
+            .close(error_code(reason), reason.label().as_bytes());
+    }
+}

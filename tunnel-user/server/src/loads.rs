@@ -1,0 +1,129 @@
+//! How many tunnels each shard has, so that newcomers go where there are fewest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cpc_host::gate::{Entered, Gate};
+
+/// Tunnels by shard, those on their way included. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Loads(Arc<[AtomicUsize]>);
+
+/// A tunnel that counts on its shard until this is dropped.
+#[derive(Debug)]
+pub(super) struct Counted {
+    loads: Loads,
+    shard: usize,
+}
+
+/// A newcomer that was sent to another shard, where it counts until this is dropped.
+#[derive(Debug)]
+pub(super) struct Moved {
+    counted: Counted,
+    _under_way: Entered,
+}
+
+impl Moved {
+    /// The shard that it was sent to.
+    pub(super) fn shard(&self) -> usize {
+        self.counted.shard
+    }
+}
+
+impl Loads {
+    /// Of `shards` that serve tunnels.
+    pub(super) fn new(shards: usize) -> Self {
+        Self((0..shards).map(|_| AtomicUsize::new(0)).collect())
+    }
+
+    /// Counts a tunnel on `shard`.
+    pub(super) fn enter(&self, shard: usize) -> Counted {
+        if let Some(load) = self.0.get(shard) {
+            load.fetch_add(1, Ordering::Relaxed);
+        }
+        Counted {
+            loads: self.clone(),
+            shard,
+        }
+    }
+
+    /// Sends a newcomer from `shard` to the one with the fewest tunnels, if that has fewer, and counts it
+    /// there. `under_way` bounds those that were sent and have not come: beyond it newcomers stay.
+    pub(super) fn move_from(&self, shard: usize, under_way: &Gate) -> Option<Moved> {
+        let at = self.lighter(shard)?;
+        Some(Moved {
+            _under_way: under_way.enter()?,
+            counted: self.enter(at),
+        })
+    }
+
+    fn lighter(&self, shard: usize) -> Option<usize> {
+        let load = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+        let own = load(self.0.get(shard)?);
+        let loads = self.0.iter().map(load).enumerate();
+        let (lightest, least) = loads.min_by_key(|(_, load)| *load)?;
+        (least < own).then_some(lightest)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(load) = self.loads.0.get(self.shard) {
+            load.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Wherever they arrive, no shard has two tunnels more than another.
+    #[test]
+    fn tunnels_are_spread_evenly_wherever_they_arrive() {
+        for arrivals in [[0; 12], [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2], [2; 12]] {
+            let loads = Loads::new(3);
+            let mut counted: Vec<Counted> = Vec::new();
+            for (n, at) in arrivals.into_iter().enumerate() {
+                let shard = loads.lighter(at).unwrap_or(at);
+                counted.push(loads.enter(shard));
+                let on = |shard| counted.iter().filter(|c| c.shard == shard).count();
+                let each = [on(0), on(1), on(2)];
+                let apart = each.iter().max().unwrap() - each.iter().min().unwrap();
+                assert!(apart <= 1, "{each:?} after {n} of {arrivals:?}");
+            }
+        }
+    }
+
+    /// Newcomers come to the shard that they were sent to a round trip later.
+    #[test]
+    fn newcomers_that_arrive_at_once_are_spread_up_to_a_bound() {
+        let (loads, under_way) = (Loads::new(4), Gate::new(40));
+        let here: Vec<_> = (0..40).map(|_| loads.enter(0)).collect();
+        let mut moved: Vec<_> = (0..30)
+            .map(|_| loads.move_from(0, &under_way).unwrap())
+            .collect();
+        for shard in 1..4 {
+            assert_eq!(moved.iter().filter(|it| it.shard() == shard).count(), 10);
+        }
+        moved.extend((0..10).map(|_| loads.move_from(0, &under_way).unwrap()));
+        assert!(loads.move_from(0, &under_way).is_none(), "the bound");
+        drop(moved);
+        assert_eq!(loads.move_from(0, &under_way).unwrap().shard(), 1);
+        drop(here);
+        assert!(loads.move_from(0, &under_way).is_none(), "all are alike");
+    }
+
+    #[test]
+    fn places_are_free_again() {
+        let loads = Loads::new(2);
+        let first = loads.enter(0);
+        assert_eq!(loads.lighter(0), Some(1));
+        assert_eq!(loads.lighter(1), None);
+        drop(first);
+        assert_eq!(loads.lighter(0), None);
+        // One shard serves all tunnels.
+        assert_eq!(Loads::new(1).lighter(0), None);
+        assert_eq!(Loads::new(1).lighter(5), None);
+    }
+}

@@ -1,0 +1,142 @@
+//! The server's metrics, beside those that each connection counts.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use super::doorstep::Why;
+use super::limits;
+use cpc_config::ServerConfig;
+use cpc_observe::konnectivity::ProxyServerMetrics;
+use cpc_observe::limits::LimitMetrics;
+use cpc_observe::metrics::{DialMetrics, ours};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FailureLabels {
+    why: &'static str,
+}
+
+/// Handshakes that failed, by [`Why`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failures(Family<FailureLabels, Counter>);
+
+impl Failures {
+    fn register(&self, registry: &mut Registry, name: &str, help: &str) {
+        for why in Why::ALL {
+            // A counter that begins at its first event hides that event from a rate.
+            drop(self.0.get_or_create(&FailureLabels { why: why.label() }));
+        }
+        registry.register(name, help, self.0.clone());
+    }
+
+    /// Counts one.
+    pub(super) fn count(&self, why: Why) {
+        self.0
+            .get_or_create(&FailureLabels { why: why.label() })
+            .inc();
+    }
+}
+
+/// Counters of one server.
+#[derive(Clone, Debug)]
+pub(super) struct ServerMetrics {
+    /// What each connection counts.
+    pub dials: DialMetrics,
+    /// Claims that were not granted.
+    pub claims_refused: Counter,
+    /// Redirected connections whose origin was not known, and which were reset.
+    pub origins_missing: Counter,
+    /// Destinations that are not dialled because their dials kept timing out.
+    pub breakers_open: Gauge,
+    /// How often there was one more.
+    pub breakers_opened: Counter,
+    /// What proxy-server counts.
+    pub konnectivity: ProxyServerMetrics,
+    /// Bounds.
+    pub limits: LimitMetrics,
+    /// Strangers who had to prove their address first.
+    pub handshakes_retried: Counter,
+    /// Newcomers that were sent to a shard with fewer tunnels.
+    pub handshakes_moved: Counter,
+    /// Handshakes of tunnels, of both kinds.
+    pub handshakes: Failures,
+    /// Handshakes of frontends.
+    pub frontend_handshakes: Failures,
+    /// Strangers at the join listener.
+    pub join_handshakes: Failures,
+}
+
+impl ServerMetrics {
+    /// Registers them; those of Konnectivity where there is anything of it.
+    pub(super) fn register(registry: &mut Registry, config: &ServerConfig) -> Self {
+        let konnectivity = ProxyServerMetrics::default();
+        if config.is_konnectivity() {
+            konnectivity.register(registry);
+        }
+        let registry = ours(registry);
+        let metrics = Self {
+            dials: DialMetrics::register(registry),
+            claims_refused: Counter::default(),
+            origins_missing: Counter::default(),
+            breakers_open: Gauge::default(),
+            breakers_opened: Counter::default(),
+            konnectivity,
+            limits: limits::register(registry, &config.limits),
+            handshakes_retried: Counter::default(),
+            handshakes_moved: Counter::default(),
+            handshakes: Failures::default(),
+            frontend_handshakes: Failures::default(),
+            join_handshakes: Failures::default(),
+        };
+        registry.register(
+            "claims_refused",
+            "Claims of agents that were not granted",
+            metrics.claims_refused.clone(),
+        );
+        registry.register(
+            "redirect_origins_missing",
+            "Redirected connections whose origin was not known, and which were reset",
+            metrics.origins_missing.clone(),
+        );
+        registry.register(
+            "breakers_open",
+            "Destinations that are not dialled because their dials kept timing out",
+            metrics.breakers_open.clone(),
+        );
+        registry.register(
+            "breakers_opened",
+            "Times that dials of a destination had timed out so often that it was not dialled any more",
+            metrics.breakers_opened.clone(),
+        );
+        registry.register(
+            "handshakes_retried",
+            "First packets of tunnels that were answered with a Retry",
+            metrics.handshakes_retried.clone(),
+        );
+        registry.register(
+            "handshakes_moved",
+            "First packets of tunnels that were sent to a shard with fewer tunnels",
+            metrics.handshakes_moved.clone(),
+        );
+        metrics.handshakes.register(
+            registry,
+            "handshakes_failed",
+            "Tunnel handshakes that failed",
+        );
+        metrics.frontend_handshakes.register(
+            registry,
+            "frontend_handshakes_failed",
+            "TLS handshakes of frontends' clients that failed",
+        );
+        if config.join.is_some() {
+            metrics.join_handshakes.register(
+                registry,
+                "join_handshakes_failed",
+                "Strangers at the join listener that were sent away or asked for nothing",
+            );
+        }
+        metrics
+    }
+}

@@ -1,0 +1,211 @@
+//! What runs on a shard: its endpoint, its accept loops, and their end.
+
+use std::net::{TcpListener, UdpSocket};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use tunnel_proto::close::CloseReason;
+
+use super::attachments::Accepting;
+use super::bind::{TlsBound, UnixBound};
+use super::frontend::listener::{self, Service};
+use super::frontend::redirect;
+use super::link;
+use super::link::konnectivity::{Agents, Door};
+use super::shard::{Common, Inbox, Shard};
+use super::{ServerError, Tunnel};
+use cpc_datapath::socket::prepare_listener;
+use cpc_host::host;
+use cpc_host::lifecycle;
+use cpc_transport::quic::{Endpoint, config, error_code};
+
+/// How long goodbyes may take.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// How often destinations that nobody asks for are forgotten.
+const EXPIRE: Duration = Duration::from_secs(60);
+
+/// What a shard is started with.
+pub(super) struct Start {
+    /// Which one it is.
+    pub index: usize,
+    /// What every shard knows.
+    pub common: Common,
+    /// Where it is told what to do.
+    pub inbox: Inbox,
+    /// The tunnel and its socket.
+    pub tunnel: Option<(Tunnel, UdpSocket)>,
+    /// Listeners that it accepts on.
+    pub listeners: Listeners,
+    /// How agents of Konnectivity come in.
+    pub door: Option<Door>,
+}
+
+/// Listeners, each of which is one shard's.
+#[derive(Default)]
+pub(super) struct Listeners {
+    /// Attachments of the redirect.
+    pub accepting: Vec<Accepting>,
+    /// Frontends on Unix sockets.
+    pub unix: Vec<UnixBound>,
+    /// Frontends on TCP with TLS.
+    pub tls: Vec<TlsBound>,
+    /// Agents of Konnectivity.
+    pub agents: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Deals them to `shards`.
+    pub(super) fn deal(self, shards: usize) -> Vec<Self> {
+        let mut dealt: Vec<_> = (0..shards).map(|_| Self::default()).collect();
+        let mut turn = (0..shards).cycle();
+        let mut next = || turn.next().unwrap_or_default();
+        for accepting in self.accepting {
+            dealt[next()].accepting.push(accepting);
+        }
+        for unix in self.unix {
+            dealt[next()].unix.push(unix);
+        }
+        for tls in self.tls {
+            dealt[next()].tls.push(tls);
+        }
+        dealt[next()].agents = self.agents;
+        dealt
+    }
+}
+
+/// Runs a shard from start to end; `started` is told how the first went.
+pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), ServerError>>) {
+    let phase = start.common.phase.clone();
+    let Open {
+        shard,
+        endpoint,
+        agents,
+    } = match open(start) {
+        Ok(opened) => opened,
+        Err(error) => return drop(started.send(Err(error))),
+    };
+    let _ = started.send(Ok(()));
+    lifecycle::ended(phase).await;
+    let reason = match shard.connections.is_closed() {
+        true => CloseReason::Shutdown,
+        // Some were still open at the deadline.
+        false => CloseReason::Drained,
+    };
+    shard.close_links(reason);
+    if let Some(endpoint) = endpoint {
+        endpoint.close(error_code(reason), reason.label().as_bytes());
+        // For the goodbyes; agents that are away get a stateless reset from whoever comes next.
+        let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
+    }
+    if let Some(agents) = agents {
+        let _ = timeout(GOODBYE, agents.leave()).await;
+    }
+}
+
+/// What runs on a shard and must be told of its end.
+struct Open {
+    shard: Rc<Shard>,
+    endpoint: Option<Endpoint>,
+    agents: Option<Rc<Agents>>,
+}
+
+fn open(start: Start) -> Result<Open, ServerError> {
+    let shard = Shard::new(start.index, start.common);
+    tokio::task::spawn_local(shard.clone().listen(start.inbox));
+    let expiring = shard.clone();
+    tokio::task::spawn_local(async move {
+        loop {
+            sleep(EXPIRE).await;
+            if !expiring.breaker.borrow().is_empty() {
+                expiring.change_breaker(|breaker| breaker.expire(Instant::now()));
+            }
+        }
+    });
+    let mut endpoint = None;
+    if let Some((tunnel, udp)) = start.tunnel {
+        // Below the bound on shards.
+        let index = start.index as u8;
+        let Tunnel {
+            material,
+            secret,
+            setup,
+        } = &tunnel;
+        let opened = config::server(udp, material, secret, index, setup)?;
+        host::complain(&opened.complaints);
+        tokio::task::spawn_local(link::accept(shard.clone(), opened.endpoint.clone()));
+        endpoint = Some(opened.endpoint);
+    }
+    for Accepting {
+        name,
+        scope,
+        listeners,
+        flows,
+        heartbeat,
+        listeners_kept,
+    } in start.listeners.accepting
+    {
+        let flows = flows.into();
+        let attachment = Rc::new(redirect::Attachment { name, scope, flows });
+        let mut prepared = Vec::new();
+        for listener in listeners {
+            prepare_listener(&listener)?;
+            prepared.push(tokio::net::TcpListener::from_std(listener)?);
+        }
+        let beating = redirect::Beating::new(heartbeat, listeners_kept);
+        let serve = redirect::run(shard.clone(), attachment, prepared, beating);
+        until_last_call(&shard, serve);
+    }
+    for UnixBound {
+        listener,
+        file,
+        scope,
+        protocol,
+    } in start.listeners.unix
+    {
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        let service = Service { scope, protocol };
+        let accept = listener::accept_unix(shard.clone(), service, listener, file);
+        until_last_call(&shard, accept);
+    }
+    for TlsBound {
+        listener,
+        scope,
+        protocol,
+        tls,
+    } in start.listeners.tls
+    {
+        protocol.prepare(&listener)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let service = Service { scope, protocol };
+        let accept = listener::accept_tls(shard.clone(), service, listener, tls);
+        until_last_call(&shard, accept);
+    }
+    let mut agents = None;
+    if let Some(door) = start.door {
+        let agents = agents.insert(Agents::new(shard.clone(), door));
+        if let Some(listener) = start.listeners.agents {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            until_last_call(&shard, agents.clone().accept(listener));
+        }
+    }
+    Ok(Open {
+        shard,
+        endpoint,
+        agents,
+    })
+}
+
+/// Runs an endless task until the process takes nothing new any more, and drops what it holds then, a
+/// listener first of all. While the process drains nobody else would serve what comes.
+fn until_last_call(shard: &Shard, task: impl Future<Output = ()> + 'static) {
+    let phase = shard.phase.clone();
+    tokio::task::spawn_local(async move {
+        tokio::select! {
+            () = task => {}
+            () = lifecycle::last_call(phase) => {}
+        }
+    });
+}

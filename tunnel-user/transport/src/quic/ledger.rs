@@ -1,0 +1,429 @@
+//! What a tunnel holds of what its peer has sent, and what that is charged to.
+//!
+//! quinn-proto keeps what waits to be read, and does not tell how much. So what arrives is counted: each frame
+//! of a stream keeps its packet until the stream has been read out. What lies behind a gap is kept by the
+//! stream's reader, and counted by its size. Where a bound refuses more, the largest stream ends; where there
+//! is none, the tunnel does.
+
+use std::collections::HashMap;
+
+use prometheus_client::metrics::counter::Counter;
+use quinn_proto::StreamId;
+use rustc_hash::FxBuildHasher;
+
+use super::config::STREAM_HELD;
+use cpc_datapath::Budget;
+use cpc_datapath::budget::Charge;
+
+/// Bytes of memory that a frame costs beside its packet: quinn-proto's entry of 56 bytes in a list that grows
+/// by doubling, the packet's reference count, and malloc's own.
+pub(super) const FRAME: u64 = 192;
+
+/// Frames that quinn-proto keeps for one stream (`COMPACT_THRESHOLD`): it joins them above that, and ends the
+/// connection where that does not help.
+const FRAMES: u64 = 2048;
+
+/// Bytes of half a stream that we have ended and the peer has not, by an end or by an acknowledgement of
+/// ours: quinn-proto keeps its state.
+const UNENDED: u64 = 512;
+
+/// So many of those are part of what a tunnel costs: an end that crosses our stop is not seen.
+const FEW_UNENDED: u64 = 1024;
+
+/// Bytes that are part of what a tunnel costs: a few requests charge nothing.
+const FREE: u64 = 16 << 10;
+
+/// What is charged at once.
+const BLOCK: u64 = 64 << 10;
+
+/// The most bytes that one stream may hold behind a gap: eight times its window, since what was read early
+/// gives credit. A gap is filled in two round trips; a stream moves a window in each.
+pub(super) const STREAM_AHEAD: u64 = 8 << 20;
+
+/// The bounds of what peers may make this process hold.
+#[derive(Clone, Debug)]
+pub struct MemoryBounds {
+    /// All tunnels' together.
+    pub budget: Budget,
+    /// The most bytes of one tunnel.
+    pub per_tunnel: u64,
+    /// Streams and tunnels that ended at the bound of a stream or tunnel.
+    pub ended_by_tunnel: Counter,
+    /// The same, at the bound of the process or of a tenant.
+    pub ended_by_budget: Counter,
+}
+
+impl MemoryBounds {
+    /// With counters of their own.
+    pub fn new(budget: Budget, per_tunnel: u64) -> Self {
+        Self {
+            budget,
+            per_tunnel,
+            ended_by_tunnel: Counter::default(),
+            ended_by_budget: Counter::default(),
+        }
+    }
+}
+
+/// What has to be ended to stay within the bounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Excess {
+    /// The largest stream.
+    Stream(StreamId),
+    /// The tunnel: no stream of it holds more than its end would cost.
+    Tunnel,
+}
+
+/// What one tunnel holds.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    streams: HashMap<StreamId, Holding, FxBuildHasher>,
+    /// The sum of what they cost.
+    held: u64,
+    /// Streams that were stopped and that the peer has not ended.
+    unended: u64,
+    /// Streams whose end the peer has not acknowledged.
+    unacknowledged: u64,
+    charge: Charge,
+    bounds: MemoryBounds,
+}
+
+/// What one stream holds, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Holding {
+    /// Packets with frames that wait to be read.
+    packets: u64,
+    /// How many frames there are.
+    frames: u64,
+    /// What was read and lies behind a gap.
+    ahead: u64,
+    /// What the reader has been given and may not have passed on.
+    given: u64,
+}
+
+impl Holding {
+    fn unread(&self) -> u64 {
+        let packets = self.packets.min(u64::from(STREAM_HELD));
+        packets + self.frames.min(FRAMES) * FRAME
+    }
+
+    fn cost(&self) -> u64 {
+        self.unread() + self.ahead + self.given
+    }
+}
+
+impl Ledger {
+    pub(super) fn new(bounds: MemoryBounds) -> Self {
+        Self {
+            streams: HashMap::default(),
+            held: 0,
+            unended: 0,
+            unacknowledged: 0,
+            charge: Charge::new(bounds.budget.clone()),
+            bounds,
+        }
+    }
+
+    /// Charges a part of the process's budget from now on. `false`: it has no room for what is held.
+    pub(super) fn charge_to(&mut self, budget: &Budget) -> bool {
+        self.charge.move_to(budget)
+    }
+
+    /// A frame of `id` arrived in a packet of `size` bytes.
+    pub(super) fn arrived(&mut self, id: StreamId, size: usize) {
+        self.change(id, |holding| {
+            holding.packets += size as u64;
+            holding.frames += 1;
+        });
+    }
+
+    /// Frames that have arrived since `id` was read out.
+    pub(super) fn frames(&self, id: StreamId) -> u64 {
+        self.streams.get(&id).map_or(0, |holding| holding.frames)
+    }
+
+    /// The reader of `id` asks for more: it has passed on what it was given.
+    pub(super) fn passed_on(&mut self, id: StreamId) {
+        if self.streams.contains_key(&id) {
+            self.change(id, |holding| holding.given = 0);
+        }
+    }
+
+    /// `frames` chunks of `id` with `bytes` in all were read, and more wait. `ahead` bytes of it lie behind a
+    /// gap. What packets had beside those bytes stays charged until the stream is read out.
+    pub(super) fn read(&mut self, id: StreamId, (frames, bytes): (u64, u64), ahead: u64) {
+        self.change(id, |holding| {
+            let before = holding.unread() + holding.ahead;
+            holding.packets = holding.packets.saturating_sub(bytes);
+            holding.frames = holding.frames.saturating_sub(frames);
+            holding.ahead = ahead;
+            holding.given += before.saturating_sub(holding.unread() + ahead);
+        });
+    }
+
+    /// `id` was read out: nothing of it waits. `ahead` bytes of it lie behind a gap; `gives`: the reader was
+    /// given something.
+    pub(super) fn read_out(&mut self, id: StreamId, ahead: u64, gives: bool) {
+        self.change(id, |holding| {
+            holding.given = match gives {
+                true => holding.given + (holding.unread() + holding.ahead).saturating_sub(ahead),
+                false => 0,
+            };
+            (holding.packets, holding.frames, holding.ahead) = (0, 0, ahead);
+        });
+    }
+
+    /// Nothing of `id` is held any more.
+    pub(super) fn forget(&mut self, id: StreamId) {
+        if let Some(holding) = self.streams.remove(&id) {
+            self.held -= holding.cost();
+            self.relax();
+        }
+    }
+
+    /// A stream was stopped before its end.
+    pub(super) fn stopped(&mut self) {
+        self.unended += 1;
+    }
+
+    /// Whether more streams are unended than an honest peer leaves.
+    pub(super) fn has_unended(&self) -> bool {
+        self.unended > FEW_UNENDED
+    }
+
+    /// The peer has reset so many stopped streams.
+    pub(super) fn ended(&mut self, streams: u64) {
+        self.unended = self.unended.saturating_sub(streams);
+    }
+
+    /// The peer has not acknowledged the end of so many streams.
+    pub(super) fn unacknowledged(&mut self, streams: u64) {
+        self.unacknowledged = streams;
+    }
+
+    fn change(&mut self, id: StreamId, change: impl FnOnce(&mut Holding)) {
+        let holding = self.streams.entry(id).or_default();
+        let before = holding.cost();
+        change(holding);
+        let after = holding.cost();
+        if after == 0 {
+            self.streams.remove(&id);
+        }
+        self.held = self.held - before + after;
+        if after < before {
+            self.relax();
+        }
+    }
+
+    /// What is to be charged.
+    fn wanted(&self) -> u64 {
+        let unended = self.unended + self.unacknowledged;
+        let unended = unended.saturating_sub(FEW_UNENDED) * UNENDED;
+        match self.held + unended {
+            held if held <= FREE => 0,
+            held => held.next_multiple_of(BLOCK),
+        }
+    }
+
+    /// Gives back what is not needed.
+    fn relax(&mut self) {
+        let wanted = self.wanted();
+        if wanted <= self.charge.bytes() / 2 {
+            self.charge.set(wanted);
+        }
+    }
+
+    /// Charges what is held now. `Some`: a bound refuses, and that has to be ended; ask again then.
+    pub(super) fn settle(&mut self) -> Option<Excess> {
+        let wanted = self.wanted();
+        if wanted <= self.charge.bytes() {
+            return None;
+        }
+        let refused = if wanted > self.bounds.per_tunnel {
+            &self.bounds.ended_by_tunnel
+        } else if self.charge.set(wanted) {
+            return None;
+        } else {
+            &self.bounds.ended_by_budget
+        };
+        refused.inc();
+        let helps = |cost| cost >= UNENDED || self.unended + self.unacknowledged < FEW_UNENDED;
+        let largest = self.largest().filter(|(_, cost)| helps(*cost));
+        Some(largest.map_or(Excess::Tunnel, |(id, _)| Excess::Stream(id)))
+    }
+
+    /// `id` holds more behind a gap than a stream may.
+    pub(super) fn is_too_far_ahead(&self, id: StreamId) -> bool {
+        let ahead = self.streams.get(&id).map_or(0, |holding| holding.ahead);
+        let is_over = ahead > STREAM_AHEAD;
+        if is_over {
+            self.bounds.ended_by_tunnel.inc();
+        }
+        is_over
+    }
+
+    /// Bytes that are held.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> u64 {
+        self.held
+    }
+
+    /// The stream that holds most, and what it costs.
+    fn largest(&self) -> Option<(StreamId, u64)> {
+        let costs = self
+            .streams
+            .iter()
+            .map(|(id, holding)| (*id, holding.cost()));
+        costs.max_by_key(|(_, cost)| *cost)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn_proto::{Dir, Side};
+
+    use super::*;
+
+    const PACKET: usize = 1200;
+    const MANY: u64 = 1000;
+
+    fn stream(index: u64) -> StreamId {
+        StreamId::new(Side::Server, Dir::Bi, index)
+    }
+
+    fn ledger(bytes: u64, per_tunnel: u64) -> (Ledger, Budget) {
+        let budget = Budget::new(bytes);
+        let bounds = MemoryBounds::new(budget.clone(), per_tunnel);
+        (Ledger::new(bounds), budget)
+    }
+
+    /// `MANY` frames of one stream.
+    fn pour(ledger: &mut Ledger, id: StreamId) -> u64 {
+        (0..MANY).for_each(|_| ledger.arrived(id, PACKET));
+        MANY * (PACKET as u64 + FRAME)
+    }
+
+    #[test]
+    fn what_is_read_and_passed_on_is_given_back() {
+        let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
+        let poured = pour(&mut ledger, stream(0));
+        assert_eq!(ledger.settle(), None);
+        assert!(budget.used() >= poured && budget.used() < poured + BLOCK);
+        assert_eq!(ledger.frames(stream(0)), MANY);
+        // Given to a reader, which may not get rid of it.
+        for part in [MANY / 2, MANY / 4] {
+            ledger.read(stream(0), (part, part * PACKET as u64), 0);
+        }
+        assert_eq!(ledger.held, poured);
+        ledger.read_out(stream(0), 0, true);
+        assert_eq!(ledger.held, poured);
+        ledger.passed_on(stream(0));
+        assert_eq!((ledger.held, budget.used()), (0, 0));
+        assert!(ledger.streams.is_empty());
+    }
+
+    #[test]
+    fn what_lies_behind_a_gap_stays_charged() {
+        let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
+        pour(&mut ledger, stream(0));
+        assert_eq!(ledger.settle(), None);
+        ledger.read_out(stream(0), 500_000, false);
+        assert_eq!(ledger.held, 500_000);
+        ledger.passed_on(stream(0));
+        assert!(budget.used() >= 500_000);
+        // Part of it goes to the reader, then the rest, beside what has arrived since.
+        ledger.read_out(stream(0), 200_000, true);
+        assert_eq!(ledger.held, 500_000);
+        ledger.passed_on(stream(0));
+        assert_eq!(ledger.held, 200_000);
+        ledger.arrived(stream(0), PACKET);
+        let all = 200_000 + PACKET as u64 + FRAME;
+        ledger.read(stream(0), (1, PACKET as u64), 50_000);
+        assert_eq!(ledger.held, all);
+        ledger.read_out(stream(0), 0, true);
+        assert_eq!(ledger.held, all);
+        ledger.passed_on(stream(0));
+        assert_eq!((ledger.held, budget.used()), (0, 0));
+    }
+
+    #[test]
+    fn small_chunks_that_are_read_leave_large_packets_charged() {
+        let (mut ledger, _) = ledger(8 << 20, 8 << 20);
+        for size in [100, PACKET] {
+            (0..10).for_each(|_| ledger.arrived(stream(0), size));
+        }
+        ledger.read(stream(0), (10, 1000), 0);
+        ledger.passed_on(stream(0));
+        assert_eq!(ledger.held, 10 * (PACKET as u64 + FRAME));
+    }
+
+    #[test]
+    fn at_the_bound_the_largest_stream_ends() {
+        for (bytes, per_tunnel) in [(64 << 20, 2 << 20), (2 << 20, 64 << 20)] {
+            let (mut ledger, budget) = ledger(bytes, per_tunnel);
+            ledger.arrived(stream(1), PACKET);
+            pour(&mut ledger, stream(2));
+            assert_eq!(ledger.settle(), None);
+            pour(&mut ledger, stream(2));
+            assert_eq!(ledger.settle(), Some(Excess::Stream(stream(2))));
+            assert!(budget.used() <= 2 << 20);
+            ledger.forget(stream(2));
+            assert_eq!(ledger.settle(), None);
+            assert_eq!(budget.used(), 0);
+            let ended = [
+                &ledger.bounds.ended_by_tunnel,
+                &ledger.bounds.ended_by_budget,
+            ];
+            let ended = ended.map(Counter::get);
+            assert_eq!(ended, if bytes > per_tunnel { [1, 0] } else { [0, 1] });
+        }
+    }
+
+    /// quinn-proto joins what is kept of a stream: it never holds more than that.
+    #[test]
+    fn a_stream_costs_no_more_than_quinn_keeps_of_it() {
+        let (mut ledger, _) = ledger(1 << 30, 1 << 30);
+        for _ in 0..20 {
+            pour(&mut ledger, stream(0));
+        }
+        assert_eq!(ledger.held, u64::from(STREAM_HELD) + FRAMES * FRAME);
+    }
+
+    #[test]
+    fn streams_that_the_peer_never_ends_end_the_tunnel() {
+        let (mut ledger, budget) = ledger(1 << 20, 1 << 20);
+        (0..FEW_UNENDED).for_each(|_| ledger.stopped());
+        assert!(!ledger.has_unended());
+        assert_eq!((ledger.settle(), budget.used()), (None, 0));
+        (0..(1 << 20) / UNENDED).for_each(|_| ledger.stopped());
+        assert_eq!(ledger.settle(), Some(Excess::Tunnel));
+        ledger.ended(1 << 10);
+        assert_eq!(ledger.settle(), None);
+        assert!(budget.used() > 0);
+    }
+
+    #[test]
+    fn a_stream_whose_end_frees_nothing_is_not_ended() {
+        for (unended, ends_tunnel) in [(FEW_UNENDED - 1, false), (FEW_UNENDED, true)] {
+            let (mut ledger, _) = ledger(1 << 20, 1 << 20);
+            (0..unended).for_each(|_| ledger.stopped());
+            (0..(1 << 20) / FRAME).for_each(|index| ledger.arrived(stream(index), 60));
+            let excess = ledger.settle();
+            assert_eq!(excess == Some(Excess::Tunnel), ends_tunnel, "{excess:?}");
+            ledger.arrived(stream(7), PACKET);
+            assert_eq!(ledger.settle(), Some(Excess::Stream(stream(7))));
+        }
+    }
+
+    #[test]
+    fn a_tunnel_that_goes_gives_everything_back() {
+        let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
+        pour(&mut ledger, stream(0));
+        assert_eq!(ledger.settle(), None);
+        let tenant = budget.part(4 << 20);
+        assert!(ledger.charge_to(&tenant));
+        assert_eq!(tenant.used(), budget.used());
+        drop(ledger);
+        assert_eq!((tenant.used(), budget.used()), (0, 0));
+    }
+}
