@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -94,7 +94,11 @@ fn answer(mut stream: TcpStream, client: SocketAddr, flows: &mut Flows) -> io::R
         Some(origin) if origin.refused.is_some() => Ok(()),
         Some(origin) => {
             stream.write_all(origin.destination.to_string().as_bytes())?;
-            socket2::SockRef::from(&stream).set_linger(None)
+            socket2::SockRef::from(&stream).set_linger(None)?;
+            stream.shutdown(Shutdown::Write)?;
+            // Closing a socket before the client's bytes are read would reset the connection.
+            thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
+            Ok(())
         }
     }
 }
