@@ -193,6 +193,13 @@ impl State {
         self.ended.get(&id).copied()
     }
 
+    /// Opens a stream, where the peer permits another one.
+    fn open(&mut self) -> Option<StreamId> {
+        let id = self.proto.streams().open(Dir::Bi)?;
+        self.ledger.opened(id);
+        Some(id)
+    }
+
     /// The receiving half of a stream has gone.
     pub(super) fn forget_stream(&mut self, id: StreamId) {
         self.forget(id, Interest::Read);
@@ -205,7 +212,7 @@ impl State {
         let code = error_code(reason);
         // Either fails only when that half has ended.
         if self.proto.recv_stream(id).stop(code).is_ok() {
-            self.ledger.stopped();
+            self.ledger.stopped(id);
         }
         let _ = self.proto.send_stream(id).reset(code);
         self.ledger.forget(id);
@@ -475,7 +482,7 @@ impl Connection {
     /// Why the connection is gone.
     pub async fn open_bi(&self) -> Result<(Send, Recv), ConnectionError> {
         let open = |state: &mut State| match state.check().is_ok() {
-            true => state.proto.streams().open(Dir::Bi).into_poll(),
+            true => state.open().into_poll(),
             false => Poll::Pending,
         };
         let id = self.inner().when(open).await?;
@@ -489,6 +496,7 @@ impl Connection {
     pub async fn accept_bi(&self) -> Result<(Send, Recv), ConnectionError> {
         let accept = |state: &mut State| {
             let id = state.proto.streams().accept(Dir::Bi)?;
+            state.ledger.opened(id);
             // Its first frame is told of by its being opened.
             state.ledger.arrived(id, state.opened_by);
             Some(id)

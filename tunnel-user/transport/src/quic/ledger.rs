@@ -5,7 +5,8 @@
 //! stream's reader, and counted by its size. Where a bound refuses more, the largest stream ends; where there
 //! is none, the tunnel does.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 
 use prometheus_client::metrics::counter::Counter;
 use quinn_proto::StreamId;
@@ -22,6 +23,13 @@ pub(super) const FRAME: u64 = 192;
 /// Frames that quinn-proto keeps for one stream (`COMPACT_THRESHOLD`): it joins them above that, and ends the
 /// connection where that does not help.
 const FRAMES: u64 = 2048;
+
+/// Bytes of an entry in quinn-proto's list of a stream's frames. The list keeps its capacity, a power of two,
+/// until the tunnel ends: an ended stream's list is used again for a later one.
+const ENTRY: u64 = 56;
+
+/// Entries of a list that are part of what a tunnel costs.
+const FEW_ENTRIES: u64 = 64;
 
 /// Bytes of half a stream that we have ended and the peer has not, by an end or by an acknowledgement of
 /// ours: quinn-proto keeps its state.
@@ -78,7 +86,11 @@ pub(super) enum Excess {
 #[derive(Debug)]
 pub(super) struct Ledger {
     streams: HashMap<StreamId, Holding, FxBuildHasher>,
-    /// The sum of what they cost.
+    /// Lists of ended streams, in bytes; quinn-proto uses the last one first.
+    spare_lists: Vec<u32>,
+    /// Lists of streams that were stopped and that the peer has not ended, in bytes, but for empty ones.
+    stopped_lists: BinaryHeap<Reverse<u32>>,
+    /// The sum of what streams and the lists beside them cost.
     held: u64,
     /// Streams that were stopped and that the peer has not ended.
     unended: u64,
@@ -95,6 +107,8 @@ struct Holding {
     packets: u64,
     /// How many frames there are.
     frames: u64,
+    /// The list that quinn-proto keeps them in.
+    list: u64,
     /// What was read and lies behind a gap.
     ahead: u64,
     /// What the reader has been given and may not have passed on.
@@ -104,7 +118,7 @@ struct Holding {
 impl Holding {
     fn unread(&self) -> u64 {
         let packets = self.packets.min(u64::from(STREAM_HELD));
-        packets + self.frames.min(FRAMES) * FRAME
+        packets + (self.frames.min(FRAMES) * FRAME).max(self.list)
     }
 
     fn cost(&self) -> u64 {
@@ -116,6 +130,8 @@ impl Ledger {
     pub(super) fn new(bounds: MemoryBounds) -> Self {
         Self {
             streams: HashMap::default(),
+            spare_lists: Vec::new(),
+            stopped_lists: BinaryHeap::new(),
             held: 0,
             unended: 0,
             unacknowledged: 0,
@@ -129,11 +145,19 @@ impl Ledger {
         self.charge.move_to(budget)
     }
 
+    /// The stream `id` begins, with a spare list where there is one.
+    pub(super) fn opened(&mut self, id: StreamId) {
+        let list = self.spare_lists.pop().map_or(0, u64::from);
+        self.held -= list;
+        self.change(id, |holding| holding.list += list);
+    }
+
     /// A frame of `id` arrived in a packet of `size` bytes.
     pub(super) fn arrived(&mut self, id: StreamId, size: usize) {
         self.change(id, |holding| {
             holding.packets += size as u64;
             holding.frames += 1;
+            holding.list = holding.list.max(list_of(holding.frames));
         });
     }
 
@@ -144,7 +168,7 @@ impl Ledger {
 
     /// The reader of `id` asks for more: it has passed on what it was given.
     pub(super) fn passed_on(&mut self, id: StreamId) {
-        if self.streams.contains_key(&id) {
+        if self.streams.get(&id).is_some_and(|it| it.given > 0) {
             self.change(id, |holding| holding.given = 0);
         }
     }
@@ -165,25 +189,33 @@ impl Ledger {
     /// given something.
     pub(super) fn read_out(&mut self, id: StreamId, ahead: u64, gives: bool) {
         self.change(id, |holding| {
+            let before = holding.unread() + holding.ahead;
+            (holding.packets, holding.frames, holding.ahead) = (0, 0, ahead);
             holding.given = match gives {
-                true => holding.given + (holding.unread() + holding.ahead).saturating_sub(ahead),
+                true => holding.given + before.saturating_sub(holding.unread() + ahead),
                 false => 0,
             };
-            (holding.packets, holding.frames, holding.ahead) = (0, 0, ahead);
         });
     }
 
     /// Nothing of `id` is held any more.
     pub(super) fn forget(&mut self, id: StreamId) {
         if let Some(holding) = self.streams.remove(&id) {
-            self.held -= holding.cost();
+            self.held = self.held - holding.cost() + holding.list;
+            self.spare_lists.push(size_of_list(holding.list));
             self.relax();
         }
     }
 
-    /// A stream was stopped before its end.
-    pub(super) fn stopped(&mut self) {
+    /// `id` was stopped before its end, or reset.
+    pub(super) fn stopped(&mut self, id: StreamId) {
         self.unended += 1;
+        let list = self.streams.get(&id).map_or(0, |holding| holding.list);
+        if list > 0 {
+            self.stopped_lists.push(Reverse(size_of_list(list)));
+            self.held += list;
+            self.change(id, |holding| holding.list = 0);
+        }
     }
 
     /// Whether more streams are unended than an honest peer leaves.
@@ -194,6 +226,11 @@ impl Ledger {
     /// The peer has reset so many stopped streams.
     pub(super) fn ended(&mut self, streams: u64) {
         self.unended = self.unended.saturating_sub(streams);
+        // Which they are is not told: those that cost least.
+        while self.stopped_lists.len() as u64 > self.unended {
+            self.spare_lists
+                .extend(self.stopped_lists.pop().map(|it| it.0));
+        }
     }
 
     /// The peer has not acknowledged the end of so many streams.
@@ -206,9 +243,6 @@ impl Ledger {
         let before = holding.cost();
         change(holding);
         let after = holding.cost();
-        if after == 0 {
-            self.streams.remove(&id);
-        }
         self.held = self.held - before + after;
         if after < before {
             self.relax();
@@ -278,6 +312,19 @@ impl Ledger {
     }
 }
 
+/// Narrows the bytes of a list, which are `list_of(FRAMES)` at most.
+fn size_of_list(bytes: u64) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+/// Returns the bytes of the list that holds so many frames, as far as they are charged.
+fn list_of(frames: u64) -> u64 {
+    match frames.min(FRAMES) {
+        frames if frames <= FEW_ENTRIES => 0,
+        frames => frames.next_power_of_two() * ENTRY,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use quinn_proto::{Dir, Side};
@@ -318,32 +365,41 @@ mod tests {
         ledger.read_out(stream(0), 0, true);
         assert_eq!(ledger.held, poured);
         ledger.passed_on(stream(0));
-        assert_eq!((ledger.held, budget.used()), (0, 0));
-        assert!(ledger.streams.is_empty());
+        let list = list_of(MANY);
+        assert_eq!(ledger.held, list);
+        // The list stays with quinn-proto, for the next stream.
+        ledger.forget(stream(0));
+        ledger.forget(stream(0));
+        assert!(ledger.streams.is_empty() && budget.used() >= list);
+        ledger.opened(stream(1));
+        assert_eq!((ledger.held, ledger.spare_lists.len()), (list, 0));
+        drop(ledger);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]
     fn what_lies_behind_a_gap_stays_charged() {
         let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
         pour(&mut ledger, stream(0));
+        let list = list_of(MANY);
         assert_eq!(ledger.settle(), None);
         ledger.read_out(stream(0), 500_000, false);
-        assert_eq!(ledger.held, 500_000);
+        assert_eq!(ledger.held, 500_000 + list);
         ledger.passed_on(stream(0));
         assert!(budget.used() >= 500_000);
         // Part of it goes to the reader, then the rest, beside what has arrived since.
         ledger.read_out(stream(0), 200_000, true);
-        assert_eq!(ledger.held, 500_000);
+        assert_eq!(ledger.held, 500_000 + list);
         ledger.passed_on(stream(0));
-        assert_eq!(ledger.held, 200_000);
+        assert_eq!(ledger.held, 200_000 + list);
         ledger.arrived(stream(0), PACKET);
-        let all = 200_000 + PACKET as u64 + FRAME;
+        let all = 200_000 + PACKET as u64 + list;
         ledger.read(stream(0), (1, PACKET as u64), 50_000);
         assert_eq!(ledger.held, all);
         ledger.read_out(stream(0), 0, true);
         assert_eq!(ledger.held, all);
         ledger.passed_on(stream(0));
-        assert_eq!((ledger.held, budget.used()), (0, 0));
+        assert_eq!(ledger.held, list);
     }
 
     #[test]
@@ -369,7 +425,7 @@ mod tests {
             assert!(budget.used() <= 2 << 20);
             ledger.forget(stream(2));
             assert_eq!(ledger.settle(), None);
-            assert_eq!(budget.used(), 0);
+            assert!(budget.used() <= list_of(FRAMES) + BLOCK);
             let ended = [
                 &ledger.bounds.ended_by_tunnel,
                 &ledger.bounds.ended_by_budget,
@@ -392,10 +448,10 @@ mod tests {
     #[test]
     fn streams_that_the_peer_never_ends_end_the_tunnel() {
         let (mut ledger, budget) = ledger(1 << 20, 1 << 20);
-        (0..FEW_UNENDED).for_each(|_| ledger.stopped());
+        (0..FEW_UNENDED).for_each(|index| ledger.stopped(stream(index)));
         assert!(!ledger.has_unended());
         assert_eq!((ledger.settle(), budget.used()), (None, 0));
-        (0..(1 << 20) / UNENDED).for_each(|_| ledger.stopped());
+        (0..(1 << 20) / UNENDED).for_each(|index| ledger.stopped(stream(index)));
         assert_eq!(ledger.settle(), Some(Excess::Tunnel));
         ledger.ended(1 << 10);
         assert_eq!(ledger.settle(), None);
@@ -406,7 +462,7 @@ mod tests {
     fn a_stream_whose_end_frees_nothing_is_not_ended() {
         for (unended, ends_tunnel) in [(FEW_UNENDED - 1, false), (FEW_UNENDED, true)] {
             let (mut ledger, _) = ledger(1 << 20, 1 << 20);
-            (0..unended).for_each(|_| ledger.stopped());
+            (0..unended).for_each(|index| ledger.stopped(stream(index)));
             (0..(1 << 20) / FRAME).for_each(|index| ledger.arrived(stream(index), 60));
             let excess = ledger.settle();
             assert_eq!(excess == Some(Excess::Tunnel), ends_tunnel, "{excess:?}");
@@ -425,5 +481,38 @@ mod tests {
         assert_eq!(tenant.used(), budget.used());
         drop(ledger);
         assert_eq!((tenant.used(), budget.used()), (0, 0));
+    }
+
+    /// A peer that fills and drains one list after another, and one that never ends what we have stopped.
+    #[test]
+    fn lists_stay_charged_until_the_tunnel_ends() {
+        let (mut ledger, _) = ledger(1 << 30, 1 << 30);
+        let list = list_of(MANY);
+        for index in 0..10 {
+            ledger.opened(stream(index));
+            pour(&mut ledger, stream(index));
+            ledger.read_out(stream(index), 0, false);
+        }
+        assert_eq!(ledger.held, 10 * list);
+        for index in 0..5 {
+            ledger.stopped(stream(index));
+            ledger.forget(stream(index));
+        }
+        assert_eq!((ledger.held, ledger.spare_lists.len()), (10 * list, 5));
+        // Streams that are opened now may have new lists.
+        for index in 10..15 {
+            ledger.opened(stream(index));
+            pour(&mut ledger, stream(index));
+            ledger.read_out(stream(index), 0, false);
+        }
+        assert_eq!(ledger.held, 15 * list);
+        ledger.ended(5);
+        assert_eq!((ledger.held, ledger.spare_lists.len()), (15 * list, 5));
+        for index in 15..20 {
+            ledger.opened(stream(index));
+            pour(&mut ledger, stream(index));
+            ledger.read_out(stream(index), 0, false);
+        }
+        assert_eq!((ledger.held, ledger.spare_lists.len()), (15 * list, 0));
     }
 }

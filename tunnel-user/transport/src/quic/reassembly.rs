@@ -95,7 +95,7 @@ impl Reassembly {
             };
             if let Some(RecvEnd::Reset(_)) = end {
                 // Resets count as those of stopped streams.
-                state.ledger.stopped();
+                state.ledger.stopped(id);
                 self.ahead = None;
             }
             let gives = into.len() > before;
@@ -147,7 +147,7 @@ impl Reassembly {
         };
         drop(chunks);
         if is_reset {
-            state.ledger.stopped();
+            state.ledger.stopped(id);
         }
         is_over
     }

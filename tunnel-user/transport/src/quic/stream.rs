@@ -342,7 +342,7 @@ impl RecvHalf for Recv {
             }
             match state.proto.recv_stream(self.id).received_reset() {
                 Ok(Some(code)) => {
-                    state.ledger.stopped();
+                    state.ledger.stopped(self.id);
                     // Credit for another stream.
                     self.connection.note(&mut state);
                     Poll::Ready(reason_of(code))
@@ -368,7 +368,7 @@ impl RecvHalf for Recv {
         // What is there may be all of it: then nothing stays.
         let is_over = self.reassembly.discard(self.id, &mut state);
         if !is_over && let Ok(()) = state.proto.recv_stream(self.id).stop(error_code(reason)) {
-            state.ledger.stopped();
+            state.ledger.stopped(self.id);
         }
         state.ledger.forget(self.id);
         self.connection.note(&mut state);
