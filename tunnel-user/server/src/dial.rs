@@ -7,7 +7,7 @@
 //! that it did not dial, or when nothing of the client's had been sent on its stream.
 
 mod ask;
-mod attempt;
+mod breaker;
 mod doubt;
 mod error;
 mod look_up;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, timeout_at};
 use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
 use self::ask::{Failed, try_link};
-use self::attempt::{Attempt, outcome};
+use self::breaker::{Attempt, outcome};
 use self::doubt::{Others, doubtful};
 use self::error::{full, no_route, too_late};
 use self::look_up::candidates;
