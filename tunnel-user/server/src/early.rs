@@ -1,13 +1,10 @@
 //! A client's first bytes, kept until its dial is answered, so that another agent can be asked.
 
-use std::cell::Cell;
-use std::rc::Rc;
-
 use bytes::{Bytes, BytesMut};
 
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
-use cpc_datapath::stream::{SendEnd, SendHalf};
+use cpc_datapath::stream::SendHalf;
 use cpc_datapath::{LocalSocket, Outbound};
 
 /// The most that is kept, in bytes; a client that sends more waits for the answer.
@@ -25,13 +22,15 @@ pub(super) enum Early {
     HoldWhole,
 }
 
-/// Why a client is not read any more before its dial is answered.
+/// What [`EarlyBytes::pump`] reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum EarlyEnd {
+pub(super) enum EarlyEvent {
+    /// The next call gives the stream something of the client's, for the first time.
+    BeforeFirstByte,
     /// The client went away.
-    Client,
+    ClientGone,
     /// The stream takes no more.
-    Stream(SendEnd),
+    StreamEnded,
 }
 
 /// The bytes of one client.
@@ -53,8 +52,18 @@ pub(super) struct Cursor {
     next: usize,
     current: Bytes,
     finished: bool,
-    /// Whether the stream may have carried something of the client's.
-    pub touched: Rc<Cell<bool>>,
+    /// [`EarlyEvent::BeforeFirstByte`] was reported.
+    is_announced: bool,
+}
+
+impl Cursor {
+    /// Reports that the stream is about to carry something, once.
+    fn announce(&mut self) -> Result<(), EarlyEvent> {
+        if std::mem::replace(&mut self.is_announced, true) {
+            return Ok(());
+        }
+        Err(EarlyEvent::BeforeFirstByte)
+    }
 }
 
 impl EarlyBytes {
@@ -84,6 +93,7 @@ impl EarlyBytes {
     }
 
     /// Reads the client and, if it may, gives the stream what there is; until one of them ends.
+    /// Returns once before it gives the stream anything, so that the caller notes it first.
     /// Without a stream nothing is given before the dial is answered. Cancelling loses nothing:
     /// what was done stands in `self` and `cursor`.
     pub(super) async fn pump(
@@ -91,21 +101,21 @@ impl EarlyBytes {
         local: &impl LocalSocket,
         mut send: Option<&mut impl SendHalf>,
         cursor: &mut Cursor,
-    ) -> EarlyEnd {
+    ) -> EarlyEvent {
         loop {
             if self.policy == Early::Send
                 && let Some(send) = &mut send
-                && let Err(end) = self.give(*send, cursor).await
+                && let Err(event) = self.give(*send, cursor).await
             {
-                return EarlyEnd::Stream(end);
+                return event;
             }
             if self.eof {
                 Box::pin(local.departed()).await;
-                return EarlyEnd::Client;
+                return EarlyEvent::ClientGone;
             }
             if self.len >= KEPT || self.is_full {
                 Box::pin(local.broken()).await;
-                return EarlyEnd::Client;
+                return EarlyEvent::ClientGone;
             }
             match local.read().await {
                 Ok(bytes) if !bytes.is_empty() => {
@@ -116,16 +126,17 @@ impl EarlyBytes {
                     self.is_full |= !charged;
                 }
                 Ok(_) if self.policy != Early::HoldWhole => self.eof = true,
-                _ => return EarlyEnd::Client,
+                _ => return EarlyEvent::ClientGone,
             }
         }
     }
 
-    async fn give(&self, send: &mut impl SendHalf, cursor: &mut Cursor) -> Result<(), SendEnd> {
+    async fn give(&self, send: &mut impl SendHalf, cursor: &mut Cursor) -> Result<(), EarlyEvent> {
         loop {
             if !cursor.current.is_empty() {
-                cursor.touched.set(true);
-                send.send(&mut cursor.current).await?;
+                cursor.announce()?;
+                let sent = send.send(&mut cursor.current).await;
+                sent.map_err(|_| EarlyEvent::StreamEnded)?;
             }
             let Some(bytes) = self.kept.get(cursor.next) else {
                 break;
@@ -134,8 +145,8 @@ impl EarlyBytes {
             cursor.next += 1;
         }
         if self.eof && !cursor.finished {
+            cursor.announce()?;
             cursor.finished = true;
-            cursor.touched.set(true);
             send.finish();
         }
         Ok(())
@@ -156,5 +167,72 @@ impl EarlyBytes {
             },
             given,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::rc::Rc;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
+    use tokio::sync::Notify;
+    use tunnel_proto::close::CloseReason;
+
+    use super::*;
+    use cpc_datapath::stream::SendEnd;
+
+    /// Keeps what it is given.
+    #[derive(Default)]
+    struct Recorder {
+        bytes: Vec<u8>,
+        finished: Rc<Notify>,
+        is_finished: bool,
+    }
+
+    impl SendHalf for Recorder {
+        async fn send(&mut self, chunk: &mut Bytes) -> Result<(), SendEnd> {
+            self.bytes.extend_from_slice(&std::mem::take(chunk));
+            Ok(())
+        }
+
+        fn finish(&mut self) {
+            self.is_finished = true;
+            self.finished.notify_one();
+        }
+
+        fn reset(&mut self, _: CloseReason) {}
+
+        fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
+            pending()
+        }
+    }
+
+    /// A caller that notes the report knows of every stream that may have carried a request.
+    #[tokio::test]
+    async fn a_stream_carries_nothing_before_the_report() {
+        for is_empty in [false, true] {
+            let (mut client, local) = UnixStream::pair().unwrap();
+            if !is_empty {
+                client.write_all(b"request").await.unwrap();
+            }
+            client.shutdown().await.unwrap();
+            let mut early = EarlyBytes::new(Early::Send, Bytes::new());
+            // One stream is reported, and so is the next that carries the same.
+            for _ in 0..2 {
+                let (mut cursor, mut stream) = (Cursor::default(), Recorder::default());
+                let event = early.pump(&local, Some(&mut stream), &mut cursor).await;
+                assert_eq!(event, EarlyEvent::BeforeFirstByte);
+                assert!(stream.bytes.is_empty() && !stream.is_finished);
+                let finished = stream.finished.clone();
+                tokio::select! {
+                    event = early.pump(&local, Some(&mut stream), &mut cursor) => panic!("{event:?}"),
+                    () = finished.notified() => {}
+                }
+                let expected: &[u8] = if is_empty { b"" } else { b"request" };
+                assert!(stream.bytes == expected && stream.is_finished);
+            }
+        }
     }
 }

@@ -1,13 +1,16 @@
-//! Asks one agent over its link.
+//! The exchange with one agent: opens a stream, carries the client's early bytes, waits for the answer.
 
 use std::pin::pin;
 use std::rc::Rc;
 
-use tunnel_proto::close::{CloseClass, CloseReason};
+use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{DialRequest, DialResponse};
 
-use super::DialError;
-use crate::early::{Cursor, EarlyBytes, EarlyEnd};
+use super::DialPlan;
+use super::attempt::Failed;
+use super::error::DialError;
+use super::plan::Failure;
+use crate::early::{Cursor, EarlyBytes, EarlyEvent};
 use crate::link::{LinkRecv, LinkSend, bridge};
 use crate::routes::LinkInfo;
 use crate::shard::Shard;
@@ -16,114 +19,139 @@ use cpc_datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use cpc_observe::metrics::Closer;
 use cpc_transport::quic::HeadError;
 
-/// One try, and whether another may follow.
-pub(super) struct Failed {
-    pub(super) error: DialError,
-    pub(super) safe: bool,
+/// One request to one agent.
+pub(super) struct Exchange<'a, L> {
+    /// The shard that asks.
+    pub shard: &'a Rc<Shard>,
+    /// The agent's link, on any shard.
+    pub link: &'a LinkInfo,
+    /// The request.
+    pub request: &'a DialRequest,
+    /// The client.
+    pub local: &'a L,
 }
 
-/// Asks one agent. When `doubt` completes there is another one to ask, and the link is given up while
-/// that is safe.
-pub(super) async fn try_link(
-    shard: &Rc<Shard>,
-    info: &LinkInfo,
-    request: &DialRequest,
-    local: &impl LocalSocket,
-    (early, cursor): (&mut EarlyBytes, &mut Cursor),
-    doubt: impl Future<Output = ()>,
-) -> Result<(LinkSend, LinkRecv), Failed> {
-    let lost = |reason: CloseReason, safe| Failed {
-        error: DialError::new(
-            reason,
-            Closer::Tunnel,
-            format!(
-                "the tunnel to {} was lost while dialling: {reason}",
-                info.identity.name
-            ),
-        ),
-        safe,
-    };
-    let opened = if info.shard == shard.index {
-        // Its link may have ended since the routes were published.
-        let link = shard.links.borrow().get(&info.id).cloned();
-        let link = link.ok_or_else(|| lost(CloseReason::LinkLost, true))?;
-        link.open(request).await
-    } else {
-        let (send, recv) = bridge::open(shard, info, request);
-        Ok((
-            LinkSend::Bridge(Box::new(send)),
-            LinkRecv::Bridge(Box::new(recv)),
-        ))
-    };
-    let (mut send, mut recv) = opened.map_err(|reason| lost(reason, true))?;
+/// The end of the wait for an answer.
+enum Answer {
+    /// The agent's answer, or the end of the stream.
+    Received(Result<DialResponse, HeadError>),
+    /// The plan abandons the stream.
+    Abandoned,
+    /// The client has gone.
+    ClientGone,
+}
 
-    let touched = cursor.touched.clone();
-    let hopeless = async {
-        doubt.await;
-        if touched.get() {
-            std::future::pending().await
+impl<L: LocalSocket> Exchange<'_, L> {
+    /// Asks the agent. `plan` learns when the stream is about to carry the client's first byte; when
+    /// `doubt` completes, it decides whether the stream is given up.
+    pub(super) async fn run(
+        &self,
+        plan: &mut DialPlan,
+        early: &mut EarlyBytes,
+        cursor: &mut Cursor,
+        doubt: impl Future<Output = ()>,
+    ) -> Result<(LinkSend, LinkRecv), Failed> {
+        let opened = self.open().await;
+        let (mut send, mut recv) = opened.map_err(|reason| self.lost(reason))?;
+        let answer = {
+            let mut answer = pin!(recv.answer());
+            let mut doubt = pin!(doubt);
+            let mut is_doubting = false;
+            loop {
+                let stream = self.link.sends_early().then_some(&mut send);
+                tokio::select! {
+                    // An answer that is there counts, whatever else has happened.
+                    biased;
+                    answer = &mut answer => break Answer::Received(answer),
+                    event = early.pump(self.local, stream, cursor) => match event {
+                        EarlyEvent::BeforeFirstByte => plan.first_byte(),
+                        EarlyEvent::ClientGone => break Answer::ClientGone,
+                        // The agent takes no more: its answer says why.
+                        EarlyEvent::StreamEnded => break Answer::Received(answer.await),
+                    },
+                    () = &mut doubt, if !is_doubting => {
+                        if plan.may_abandon() {
+                            break Answer::Abandoned;
+                        }
+                        is_doubting = true;
+                    }
+                }
+            }
+        };
+        let (reason, failed) = match answer {
+            Answer::Received(Ok(DialResponse::Connected)) => return Ok((send, recv)),
+            Answer::Received(Ok(DialResponse::Refused { reason, detail })) => {
+                (reason, self.refused(reason, detail))
+            }
+            // The stream has ended: there is nothing to reset.
+            Answer::Received(Err(error)) => return Err(self.lost(end_reason(&error))),
+            Answer::Abandoned => (CloseReason::Cancelled, self.abandoned()),
+            Answer::ClientGone => (CloseReason::Cancelled, client_gone()),
+        };
+        send.reset(reason);
+        recv.stop(reason);
+        Err(failed)
+    }
+
+    async fn open(&self) -> Result<(LinkSend, LinkRecv), CloseReason> {
+        let Self {
+            shard,
+            link,
+            request,
+            ..
+        } = self;
+        if link.shard == shard.index {
+            // The link may have ended since the routes were published.
+            let link = shard.links.borrow().get(&link.id).cloned();
+            return link.ok_or(CloseReason::LinkLost)?.open(request).await;
         }
-    };
-    let answer = {
-        let mut answer = pin!(recv.answer());
-        let stream = info.sends_early().then_some(&mut send);
-        tokio::select! {
-            // An answer that is there counts, whatever else has happened.
-            biased;
-            answer = &mut answer => Answer::Given(answer),
-            end = early.pump(local, stream, cursor) => match end {
-                EarlyEnd::Client => Answer::Unwanted,
-                // The agent takes no more: its answer says why.
-                EarlyEnd::Stream(_) => Answer::Given(answer.await),
-            },
-            () = hopeless => Answer::Missing,
+        let (send, recv) = bridge::open(shard, link, request);
+        let send = LinkSend::Bridge(Box::new(send));
+        Ok((send, LinkRecv::Bridge(Box::new(recv))))
+    }
+
+    fn refused(&self, reason: CloseReason, detail: String) -> Failed {
+        let agent = (self.link.kind, &*self.link.identity.name);
+        Failed {
+            failure: Failure::Refused(reason),
+            error: DialError::refused(agent, &self.request.destination, reason, detail),
         }
-    };
-    match answer {
-        Answer::Given(Ok(DialResponse::Connected)) => Ok((send, recv)),
-        Answer::Given(Ok(DialResponse::Refused { reason, detail })) => {
-            let agent = (info.kind, &*info.identity.name);
-            send.reset(reason);
-            recv.stop(reason);
-            Err(Failed {
-                error: DialError::refused(agent, &request.destination, reason, detail),
-                safe: reason.class() == CloseClass::NotDialled,
-            })
+    }
+
+    fn lost(&self, reason: CloseReason) -> Failed {
+        Failed {
+            failure: Failure::Lost(reason),
+            error: self.tunnel_error(reason),
         }
-        Answer::Given(Err(error)) => {
-            let reason = match &error {
-                HeadError::Malformed(_) => CloseReason::ProtocolError,
-                HeadError::End(RecvEnd::Finished) => CloseReason::LinkLost,
-                HeadError::End(RecvEnd::Reset(reason) | RecvEnd::Link(reason)) => *reason,
-            };
-            // A tunnel that its agent declines serves no stream, and an agent that ends for want of
-            // anything to serve has dialled nothing that it did not answer.
-            let unserved = [CloseReason::DuplicateServer, CloseReason::Draining].contains(&reason);
-            Err(lost(reason, unserved || !touched.get()))
+    }
+
+    fn abandoned(&self) -> Failed {
+        Failed {
+            failure: Failure::Abandoned,
+            error: self.tunnel_error(CloseReason::DialTimeout),
         }
-        Answer::Missing => {
-            send.reset(CloseReason::Cancelled);
-            recv.stop(CloseReason::Cancelled);
-            Err(lost(CloseReason::DialTimeout, true))
-        }
-        Answer::Unwanted => {
-            send.reset(CloseReason::Cancelled);
-            recv.stop(CloseReason::Cancelled);
-            let text = "the client went away while its connection was dialled";
-            Err(Failed {
-                error: DialError::new(CloseReason::Cancelled, Closer::Client, text),
-                safe: false,
-            })
-        }
+    }
+
+    fn tunnel_error(&self, reason: CloseReason) -> DialError {
+        let agent = &self.link.identity.name;
+        let text = format!("the tunnel to {agent} was lost while dialling: {reason}");
+        DialError::new(reason, Closer::Tunnel, text)
     }
 }
 
-/// What became of a request.
-enum Answer {
-    /// The agent's answer, or the end of the stream.
-    Given(Result<DialResponse, HeadError>),
-    /// None came in time.
-    Missing,
-    /// The client has gone.
-    Unwanted,
+fn client_gone() -> Failed {
+    let text = "the client went away while its connection was dialled";
+    Failed {
+        failure: Failure::ClientGone,
+        error: DialError::new(CloseReason::Cancelled, Closer::Client, text),
+    }
+}
+
+/// The reason behind the end of a stream without an answer.
+fn end_reason(error: &HeadError) -> CloseReason {
+    match error {
+        HeadError::Malformed(_) => CloseReason::ProtocolError,
+        HeadError::End(RecvEnd::Finished) => CloseReason::LinkLost,
+        HeadError::End(RecvEnd::Reset(reason) | RecvEnd::Link(reason)) => *reason,
+    }
 }

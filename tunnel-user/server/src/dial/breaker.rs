@@ -1,4 +1,4 @@
-//! A dial before the shard's circuit breaker: let through and settled, or refused.
+//! A dial at the shard's circuit breaker: passed and settled, or refused.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,13 @@ use crate::breaker::{Breaker, Change, Outcome, Pass, Refused};
 use crate::shard::{Shard, Target};
 use cpc_observe::metrics::Closer;
 
-/// One that was let through. A probe that is dropped leaves its place to the next dial.
-pub(super) struct Attempt<'a> {
+/// A dial that may go ahead. A probe that is dropped leaves its place to the next dial.
+pub(super) struct BreakerPass<'a> {
     shard: &'a Shard,
     probe: Option<(Target, Pass)>,
 }
 
-impl<'a> Attempt<'a> {
+impl<'a> BreakerPass<'a> {
     /// Asks the breaker, where it has anything to say.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl<'a> Attempt<'a> {
         Ok(Self { shard, probe })
     }
 
-    /// Tells the breaker what became of it.
+    /// Reports the outcome of the dial to the breaker.
     pub(super) fn settle(mut self, outcome: Outcome, target: impl FnOnce() -> Target) {
         let probe = self.probe.take();
         let idle = match outcome {
@@ -53,7 +53,7 @@ impl<'a> Attempt<'a> {
     }
 }
 
-impl Drop for Attempt<'_> {
+impl Drop for BreakerPass<'_> {
     fn drop(&mut self) {
         if let Some((target, pass)) = self.probe.take() {
             settle(self.shard, &target, pass, Outcome::Unknown);
@@ -80,7 +80,7 @@ fn settle(shard: &Shard, target: &Target, pass: Pass, outcome: Outcome) {
     }
 }
 
-/// What a dial that failed says of its destination. `silent`: so is the tunnel that it went over.
+/// Derives from a failed dial whether its destination answers. `silent`: the tunnel was silent.
 pub(super) fn outcome(error: &DialError, silent: bool) -> Outcome {
     match (error.by, error.reason) {
         (Closer::Agent, CloseReason::DialTimeout) => Outcome::TimedOut,

@@ -1,64 +1,81 @@
 //! Waits until an agent that was asked is in doubt and another one can be asked.
 
+use std::future::pending;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tunnel_proto::preface::Host;
 
-use crate::routes::{LinkId, LinkInfo, MAX_CANDIDATES};
+use super::plan::Alternatives;
+use crate::routes::{LinkId, LinkInfo};
 use crate::shard::Shard;
 use cpc_identity::TrustDomain;
 
-/// An agent that has not answered by then, and of which no packet has come since, may be gone.
+/// The time after which an agent is in doubt if no packet of it has arrived since it was asked.
 const UNHEARD: Duration = Duration::from_secs(1);
 
-/// Waits until an agent that has been asked may be gone: it falls silent, or nothing is heard of it. With
-/// `patience` another one could be asked, and the dial waits no longer than that.
-pub(super) async fn doubtful(info: &LinkInfo, asked: Instant, patience: Option<Duration>) {
-    let unheard = async {
-        let path = (info.probe.0)();
-        // An acknowledgement takes a round trip.
-        sleep(UNHEARD.max(3 * path.rtt)).await;
-        if (info.probe.0)().since_packet < asked.elapsed() {
-            std::future::pending().await
-        }
-    };
-    let impatient = async {
-        match patience {
-            Some(patience) => sleep(patience).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = info.silenced.notified() => {}
-        () = unheard => {}
-        () = impatient => {}
+/// A request without an answer.
+pub(super) struct Doubt<'a> {
+    /// The shard that asks.
+    pub shard: &'a Shard,
+    /// The link of the agent that was asked.
+    pub link: &'a LinkInfo,
+    /// The time of the request.
+    pub asked_at: Instant,
+    /// The time after which the agent is in doubt in any case.
+    pub patience: Option<Duration>,
+    /// The tenant that asks.
+    pub tenant: &'a TrustDomain,
+    /// The host that is dialled.
+    pub host: &'a Host,
+    /// The links that the dial can still ask.
+    pub alternatives: Option<Alternatives<LinkId>>,
+}
+
+impl Doubt<'_> {
+    /// Waits until the agent is in doubt and the routes lead to an alternative. Patience starts with
+    /// the first poll.
+    pub(super) async fn wait(self) {
+        let Some(alternatives) = &self.alternatives else {
+            return pending().await;
+        };
+        self.agent_in_doubt().await;
+        self.alternative(alternatives).await;
     }
-}
 
-/// Whom else a dial may ask.
-pub(super) struct Others<'a> {
-    pub(super) tenant: &'a TrustDomain,
-    pub(super) host: &'a Host,
-    pub(super) asked: &'a [LinkId],
-}
-
-impl Others<'_> {
-    /// Waits until there is one besides `link`.
-    pub(super) async fn but(&self, shard: &Shard, link: LinkId) {
-        if self.asked.len() + 1 >= MAX_CANDIDATES {
-            return std::future::pending().await;
+    async fn agent_in_doubt(&self) {
+        let path = || (self.link.probe.0)();
+        let unheard = async {
+            // An acknowledgement takes a round trip.
+            sleep(UNHEARD.max(3 * path().rtt)).await;
+            if path().since_packet < self.asked_at.elapsed() {
+                pending().await
+            }
+        };
+        let impatient = async {
+            match self.patience {
+                Some(patience) => sleep(patience).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.link.silenced.notified() => {}
+            () = unheard => {}
+            () = impatient => {}
         }
-        let mut published = shard.control.published();
+    }
+
+    async fn alternative(&self, alternatives: &Alternatives<LinkId>) {
+        let mut published = self.shard.control.published();
         loop {
-            let found = shard.control.routes().candidates(self.tenant, self.host);
-            let mut found = found.iter().flatten();
-            if found.any(|other| other.id != link && !self.asked.contains(&other.id)) {
+            let routes = self.shard.control.routes();
+            let found = routes.candidates(self.tenant, self.host);
+            if { found.iter().flatten() }.any(|link| alternatives.contains(&link.id)) {
                 return;
             }
             if published.changed().await.is_err() {
-                // The control task has ended, and so will everything else.
-                std::future::pending().await
+                // The control task has ended, and the process ends with it.
+                pending().await
             }
         }
     }

@@ -11,26 +11,30 @@ use crate::shard::Shard;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
 
-/// Agents are back so soon after a server's start.
-const HOMECOMING: Duration = Duration::from_secs(3);
+/// The time after a server's start within which its agents reconnect.
+const RECONNECT_GRACE: Duration = Duration::from_secs(3);
 
-/// How often is looked whether they are.
-const HOMECOMING_POLL: Duration = Duration::from_millis(20);
+/// Polling interval while a dial waits for agents to reconnect.
+const RECONNECT_POLL: Duration = Duration::from_millis(20);
 
-/// Who serves `host`. A server that has just started waits for its agents to come back: what waited
-/// for it in the backlog of a listener is not to be refused for their absence.
-pub(super) async fn candidates(
+/// Looks up the links that serve `host`. A server that has just started waits for its agents to
+/// reconnect, until `deadline` at the latest: a connection that waited in the backlog of a listener
+/// is not refused for their absence.
+///
+/// # Errors
+/// [`RouteError`]: no link serves `host`.
+pub(super) async fn look_up(
     shard: &Shard,
     tenant: &TrustDomain,
     host: &Host,
     deadline: Instant,
 ) -> Result<Vec<Arc<LinkInfo>>, RouteError> {
-    let until = deadline.min(shard.started + HOMECOMING);
+    let until = deadline.min(shard.started + RECONNECT_GRACE);
     loop {
         let found = shard.control.routes().candidates(tenant, host);
         if found.is_ok() || Instant::now() >= until || *shard.phase.borrow() != Phase::Running {
             return found;
         }
-        sleep(HOMECOMING_POLL).await;
+        sleep(RECONNECT_POLL).await;
     }
 }

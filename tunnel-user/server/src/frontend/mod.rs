@@ -58,18 +58,18 @@ fn serve(
         let Dialled {
             send,
             recv,
-            rest,
-            given,
-            on_link,
+            unsent,
+            sent,
+            permit,
             budget,
         } = dialled;
         let meter = ConnectionMeter::<true> {
             bytes: &record.bytes,
-            totals: &on_link.totals,
+            totals: &permit.totals,
             metrics: &shard.metrics.dials,
         };
-        meter.outbound(*given);
-        let relayed = relay(local, send, recv, rest, budget, &meter);
+        meter.outbound(*sent);
+        let relayed = relay(local, send, recv, unsent, budget, &meter);
         let (closer, reason) = tokio::select! {
             // Without a random number a poll.
             biased;
