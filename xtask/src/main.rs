@@ -43,7 +43,7 @@ enum Task {
     Bench(bench::Args),
     /// Build the kernel programs into target/bpf.
     BuildEbpf,
-    /// Check formatting, clippy, documentation, licences and advisories.
+    /// Check formatting, clippy, documentation and its links, licences and advisories.
     Lint,
     /// Build, use and remove the laboratory: control plane, router and workers in namespaces.
     Lab(lab::Args),
