@@ -1,6 +1,6 @@
-//! How many shards a process has.
+//! The number of shards of a process.
 
-/// The most shards that a process may have.
+/// Maximum number of shards of a process.
 pub const MAX_SHARDS: usize = 64;
 
 /// Returns one shard for each core that the process may run on, at most [`MAX_SHARDS`].

@@ -1,9 +1,9 @@
-//! File descriptors: what of `RLIMIT_NOFILE` each part of a process may use, and what happens when none is
-//! left all the same.
+//! File descriptors: the share of `RLIMIT_NOFILE` of each part of a process, and the refusal of
+//! connections when none is left.
 //!
-//! Every listener has a share of its own, so that clients take nothing from the admin port. One spare
-//! descriptor is kept: a listener that can't accept for want of one gives it up, accepts who waits, and
-//! closes the connection. So clients are refused, where they would hang.
+//! Every listener has a share of its own, so that clients take nothing from the admin port. The process
+//! keeps one spare descriptor. A listener that fails to accept for want of a descriptor closes the
+//! spare, accepts the waiting connections and closes them. So clients are refused instead of hanging.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -16,21 +16,21 @@ use tokio::time::sleep;
 
 use crate::report::report;
 
-/// How long a listener rests after an accept that failed.
+/// Pause of a listener after a failed accept.
 const REST: Duration = Duration::from_millis(100);
 
-/// The same when those who waited were refused: others may come.
+/// Pause of a listener after it refused the waiting connections.
 const SHORT_REST: Duration = Duration::from_millis(10);
 
-/// Connections that are refused at a time.
+/// Maximum number of connections that one failed accept refuses.
 const REFUSED_AT_ONCE: usize = 256;
 
-/// What the parts of a process may use.
+/// Shares of the parts of a process, in descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
-    /// Connections of clients, or to targets.
+    /// Connections of clients (server) or to targets (agent).
     pub connections: usize,
-    /// Clients that have not said yet what they want.
+    /// Clients whose request has not arrived yet.
     pub waiting: usize,
     /// Handshakes under way at a TCP port.
     pub handshakes: usize,
@@ -38,7 +38,7 @@ pub struct Shares {
     pub http: usize,
 }
 
-/// What listens besides frontends, and takes a share.
+/// Listeners beside the frontends, each of which takes a share.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Listeners {
     /// HTTP: admin, health.
@@ -47,17 +47,17 @@ pub struct Listeners {
     pub tls: usize,
 }
 
-/// Descriptors of a process that serves nobody yet, and of files that it opens now and then.
+/// Descriptors of an idle process, and of the files that it opens now and then.
 const OWN: usize = 64;
 
-/// Connections of an HTTP listener, at most.
+/// Maximum number of connections of an HTTP listener.
 const MOST_HTTP: usize = 256;
 
-/// Of all descriptors, the part for each of several purposes.
+/// Divisor: each of several purposes gets this part of all descriptors.
 const PART: usize = 32;
 
 impl Shares {
-    /// Of `limit` descriptors.
+    /// Divides `limit` descriptors.
     pub fn of(limit: usize, listeners: Listeners) -> Self {
         let part = limit / PART;
         let http = part.clamp(4, MOST_HTTP);
@@ -73,13 +73,13 @@ impl Shares {
         }
     }
 
-    /// Of the descriptors that this process may open.
+    /// Divides the descriptors that this process may open.
     pub fn of_process(listeners: Listeners) -> Self {
         Self::of(limit(), listeners)
     }
 }
 
-/// How many descriptors this process may open.
+/// Returns the number of descriptors that this process may open.
 pub fn limit() -> usize {
     let limit = getrlimit(Resource::RLIMIT_NOFILE).ok();
     let soft = limit.and_then(|(soft, _)| usize::try_from(soft).ok());
@@ -90,7 +90,7 @@ static SPARE: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
 static REFUSED: AtomicU64 = AtomicU64::new(0);
 
-/// Sets the spare descriptor aside. Before anything is served.
+/// Opens the spare descriptor. Called before the process serves.
 pub fn set_spare_aside() {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     if spare.is_none() {
@@ -98,15 +98,15 @@ pub fn set_spare_aside() {
     }
 }
 
-/// Gives the spare descriptor up for what `take` opens; `None` if there is none to give. It is set aside
-/// again by the next [`set_spare_aside`].
+/// Closes the spare descriptor for the sake of what `take` opens. Returns `None` if there is no spare.
+/// The next [`set_spare_aside`] opens it again.
 pub fn lend_spare<T>(take: impl FnOnce() -> T) -> Option<T> {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     spare.take()?;
     Some(take())
 }
 
-/// How many connections were refused because no descriptor was left.
+/// Returns the number of connections that were refused for want of a descriptor.
 pub fn refused() -> u64 {
     REFUSED.load(Ordering::Relaxed)
 }
@@ -116,8 +116,8 @@ pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// Rests after a failed accept, so that it does not become a busy loop. Those who wait at `listener` are
-/// refused if there is no descriptor for them: `answer` is what they are told.
+/// Pauses after a failed accept, which would otherwise repeat in a busy loop. Without free descriptors
+/// the connections that wait at `listener` get `answer` and are closed.
 pub async fn after_failed_accept(
     listener: &impl AsFd,
     name: &str,
@@ -139,7 +139,7 @@ pub async fn after_failed_accept(
     sleep(if refused > 0 { SHORT_REST } else { REST }).await;
 }
 
-/// Gives the spare descriptor up, and closes as many connections as wait. How many were there.
+/// Closes the spare descriptor, then accepts and closes the waiting connections. Returns their number.
 fn refuse_waiting(listener: &impl AsFd, answer: &[u8]) -> u64 {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     let listener = listener.as_fd().as_raw_fd();

@@ -1,9 +1,10 @@
-//! A directory that a command writes into, which may belong to somebody less privileged than the command.
+//! A directory that a command writes into, which may belong to a user with fewer privileges than the
+//! command.
 //!
-//! Run by root, a command must not be led elsewhere by who owns the directory. So a [`Directory`] is opened
-//! once and then used by its descriptor; a symbolic link on the way counts only where root alone can have
-//! put it, and one in the directory never. What is made there is made as the directory's owner, who has to
-//! be able to use it. Files are replaced in one step.
+//! The owner of a directory must not be able to lead a command of root elsewhere. So a [`Directory`] is
+//! opened once and then used by its descriptor. A symbolic link on the way counts only where root alone
+//! can have put it, and one in the directory never. New files belong to the owner of the directory, who
+//! has to be able to use them. Replacing a file is one step.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
@@ -18,14 +19,14 @@ use nix::fcntl::{Flock, FlockArg, OFlag, openat, readlinkat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, getegid, geteuid, setfsgid, setfsuid, unlinkat};
 
-/// Links on the way, as many as the kernel follows.
+/// Maximum number of symbolic links on the way, as in the kernel.
 const MAX_LINKS: usize = 40;
 
 /// An open directory.
 #[derive(Debug)]
 pub struct Directory {
     fd: OwnedFd,
-    /// As whom root makes files.
+    /// Owner of the files that root creates.
     owner: Option<Owner>,
 }
 
@@ -35,12 +36,12 @@ impl Directory {
     /// Opens `path`.
     ///
     /// # Errors
-    /// What the system says, or that there is a link on the way which root does not follow.
+    /// The error of the system call, or a symbolic link on the way that root does not follow.
     pub fn open(path: &Path) -> io::Result<Self> {
         Self::walk(path, None)
     }
 
-    /// Opens `path`. What is missing of it is made with `mode`.
+    /// Opens `path`. Missing directories are created with `mode`.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -48,7 +49,7 @@ impl Directory {
         Self::walk(path, Some(mode)).map_err(with_remedy)
     }
 
-    /// The directory that `path` lies in, and the last part of `path`.
+    /// Opens the parent directory of `path`, and returns it with the last part of `path`.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -75,10 +76,10 @@ impl Directory {
         Ok(Self { fd, owner })
     }
 
-    /// What stands in the file `name`.
+    /// Reads the file `name`.
     ///
     /// # Errors
-    /// What the system says, or that it is no regular file.
+    /// The error of the system call, or that it is not a regular file.
     pub fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
         let mut file = self.open_file(name, OFlag::O_RDONLY)?;
@@ -86,24 +87,24 @@ impl Directory {
         Ok(content)
     }
 
-    /// Whether there is anything called `name`.
+    /// Whether the directory has an entry `name`.
     pub fn has(&self, name: &str) -> bool {
         self.look(name).is_ok()
     }
 
-    /// What is called `name`, itself where it is a link: to be looked at, not to be read.
+    /// Opens the entry `name` for its metadata alone; a symbolic link is opened itself.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn look(&self, name: &str) -> io::Result<File> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         Ok(openat(&self.fd, name, flags, Mode::empty())?.into())
     }
 
-    /// The names in it that are UTF-8, in no order.
+    /// Returns the names of all entries that are UTF-8, in no order.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn names(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in rustix::fs::Dir::read_from(&self.fd)? {
@@ -114,10 +115,10 @@ impl Directory {
         Ok(names)
     }
 
-    /// The length of the file `name`, in bytes.
+    /// Returns the length of the file `name`, in bytes.
     ///
     /// # Errors
-    /// What the system says, or that it is no regular file.
+    /// The error of the system call, or that it is not a regular file.
     pub fn size(&self, name: &str) -> io::Result<u64> {
         let metadata = self.look(name)?.metadata()?;
         match metadata.is_file() {
@@ -126,7 +127,7 @@ impl Directory {
         }
     }
 
-    /// Opens the file `name` to be read.
+    /// Opens the file `name` for reading.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -134,15 +135,15 @@ impl Directory {
         self.open_file(name, OFlag::O_RDONLY)
     }
 
-    /// Opens the file `name` to be read and written, and makes it where it is missing.
+    /// Opens the file `name` for reading and writing, and creates it where it is missing.
     ///
     /// # Errors
-    /// As [`Self::read`], or that the file is another user's than the directory and has a second name.
+    /// As [`Self::read`], or that the file has a second name and another owner than the directory.
     pub fn open_to_write(&self, name: &str, mode: u32) -> io::Result<File> {
         self.not_another_ones(name, self.open_or_make(name, OFlag::O_RDWR, mode)?)
     }
 
-    /// Opens the file `name` to be read and appended to, and makes it where it is missing.
+    /// Opens the file `name` for reading and appending, and creates it where it is missing.
     ///
     /// # Errors
     /// As [`Self::open_to_write`].
@@ -151,7 +152,7 @@ impl Directory {
         self.not_another_ones(name, self.open_or_make(name, access, mode)?)
     }
 
-    /// Locks the file `name`, which is made where it is missing, until the lock is dropped.
+    /// Locks the file `name` until the lock is dropped. A missing file is created.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -160,19 +161,19 @@ impl Directory {
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
     }
 
-    /// Gives `from` the name `to`, and replaces what is called so in one step.
+    /// Renames `from` to `to`, and replaces an existing `to` in one step.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.fd, from, &self.fd, to)?)
     }
 
-    /// Makes the file `name`, or replaces it in one step, so that after a crash the old one or the new one
-    /// is there, whole.
+    /// Creates the file `name`, or replaces it in one step. After a crash either the old or the new
+    /// content is there, whole.
     ///
     /// # Errors
-    /// What the system says; what was there is there still.
+    /// The error of the system call; the old content stays.
     pub fn replace(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
         self.replaced(name, content, mode).map_err(with_remedy)
     }
@@ -193,11 +194,11 @@ impl Directory {
         Ok(nix::unistd::fsync(&self.fd)?)
     }
 
-    /// Makes the file `name`, which is on the disk then.
+    /// Creates the file `name` and syncs it to the disk.
     ///
     /// # Errors
-    /// What the system says, and there is no such file; [`io::ErrorKind::AlreadyExists`] where there is
-    /// anything of that name, which stays as it is.
+    /// The error of the system call; the file is not there then. [`io::ErrorKind::AlreadyExists`] where
+    /// an entry of that name exists, which stays as it is.
     pub fn create_new(&self, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
         let made = self.make(name, OFlag::O_RDWR, mode);
         let mut file = made.map_err(with_remedy)?;
@@ -210,10 +211,10 @@ impl Directory {
             .map_err(with_remedy)
     }
 
-    /// Removes the file `name`, or a link of that name.
+    /// Removes the file or symbolic link `name`.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         Ok(unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir)?)
     }
@@ -244,7 +245,8 @@ impl Directory {
         Ok(file)
     }
 
-    /// A file that root writes in place: who owns the directory may have linked another user's there.
+    /// Rejects another user's file, before root writes to it in place: the owner of the directory may
+    /// have made a hard link to it.
     fn not_another_ones(&self, name: &str, file: File) -> io::Result<File> {
         let metadata = file.metadata()?;
         match self.owner {
@@ -267,7 +269,7 @@ impl Directory {
     }
 }
 
-/// Adds to an error what its reader can do about it, where the file system is full.
+/// Adds the remedy to an error that says that the file system is full.
 pub fn with_remedy(error: io::Error) -> io::Error {
     let remedy = match error.kind() {
         io::ErrorKind::StorageFull => "make room on its file system (`df`, `df -i`)",
@@ -328,7 +330,7 @@ fn walk_as_root(path: &Path, make: Option<u32>) -> io::Result<OwnedFd> {
     Ok(openat(&at, ".", flags, Mode::empty())?)
 }
 
-/// What a path goes through, the last part first.
+/// Returns the parts of a path, the last one first.
 fn parts(path: &Path) -> Vec<OsString> {
     let parts = path.components().filter_map(|part| match part {
         Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
@@ -339,7 +341,7 @@ fn parts(path: &Path) -> Vec<OsString> {
     parts
 }
 
-/// Whether a link in a directory is one that root alone can have put there.
+/// Whether root alone can have put this link into the directory.
 fn is_roots_own(directory: &FileStat, link: &FileStat) -> bool {
     let mode = Mode::from_bits_truncate(directory.st_mode);
     let others_write =
@@ -357,7 +359,7 @@ fn owner_beside_root(directory: &FileStat) -> Option<Owner> {
     (geteuid().is_root() && directory.st_uid != 0).then_some(owner)
 }
 
-/// Runs `work` with the rights of `owner` on files; this thread alone (setfsuid(2)).
+/// Runs `work` with the file access rights of `owner`, on this thread alone (setfsuid(2)).
 fn acting_as<T>(owner: Option<Owner>, work: impl FnOnce() -> T) -> T {
     let Some((uid, gid)) = owner else {
         return work();

@@ -1,24 +1,24 @@
-//! Counts what is under way, up to a bound: on one thread or on all shards of a process.
+//! A bound on concurrent work, on one thread or on all shards of a process.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Set in the count of a gate that lets nothing more in.
+/// Bit in the count of a closed gate.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-/// A bound on things under way. Its clones share it.
+/// A bound on concurrent work. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Gate {
     inside: Arc<AtomicUsize>,
     most: usize,
 }
 
-/// One thing under way, until it is dropped.
+/// The permit for one unit of work. Dropping it returns the unit.
 #[derive(Debug)]
 pub struct Entered(Arc<AtomicUsize>);
 
 impl Gate {
-    /// Lets `most` in at once.
+    /// Creates a gate for `most` units at once.
     pub fn new(most: usize) -> Self {
         Self {
             inside: Arc::default(),
@@ -26,7 +26,7 @@ impl Gate {
         }
     }
 
-    /// One more; `None` at the bound, and once it is closed.
+    /// Takes a permit. Returns `None` at the bound, and once the gate is closed.
     pub fn enter(&self) -> Option<Entered> {
         let before = self.inside.fetch_add(1, Ordering::Relaxed);
         // Leaves again when it is dropped: others may be refused meanwhile, but never one too many
@@ -35,20 +35,20 @@ impl Gate {
         (before < self.most && before & CLOSED == 0).then_some(entered)
     }
 
-    /// How many are inside.
+    /// Returns the number of permits in use.
     pub fn inside(&self) -> usize {
         self.inside.load(Ordering::Relaxed) & !CLOSED
     }
 
-    /// Closes it for good if nothing is inside. Returns whether it is closed: then nothing is under
-    /// way, and nothing will be.
+    /// Closes the gate for good if no permit is in use. Returns whether the gate is closed: then
+    /// nothing is under way, and nothing will be.
     pub fn close_if_empty(&self) -> bool {
         let order = (Ordering::Acquire, Ordering::Relaxed);
         let closed = self.inside.compare_exchange(0, CLOSED, order.0, order.1);
         closed.is_ok() || self.is_closed()
     }
 
-    /// Whether it lets nothing more in.
+    /// Whether the gate is closed.
     pub fn is_closed(&self) -> bool {
         self.inside.load(Ordering::Relaxed) & CLOSED != 0
     }

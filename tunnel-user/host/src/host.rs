@@ -1,4 +1,4 @@
-//! What of the host is too small for the job: said once at start, with the remedy.
+//! Checks of the host at start: each complaint names a limit that is too small, and the remedy.
 
 use std::sync::Once;
 
@@ -8,10 +8,11 @@ use super::descriptors;
 
 use crate::report::report;
 
-/// A connection takes one file descriptor, and a burst of them should not end at the soft limit.
+/// Wanted limit of open files. A connection takes one descriptor, and a burst of them should not end at
+/// the soft limit.
 const WANTED_FILES: u64 = 65_536;
 
-/// Raises the soft limit of open files to the hard one, and sets a spare descriptor aside.
+/// Raises the soft limit of open files to the hard one, and opens the spare descriptor.
 pub fn raise_file_limit() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
@@ -22,8 +23,8 @@ pub fn raise_file_limit() {
     descriptors::set_spare_aside();
 }
 
-/// How many of `wanted` connections there may be at once, of `most` that there are descriptors for;
-/// complains when those are too few.
+/// Returns how many of `wanted` connections fit into the `most` that there are descriptors for, and
+/// logs a warning if those are too few.
 pub fn fit_connections(wanted: usize, most: usize) -> usize {
     if most < wanted {
         let needed = (wanted as u64 * 5 / 4 + 1024).min(WANTED_FILES);
@@ -36,7 +37,7 @@ pub fn fit_connections(wanted: usize, most: usize) -> usize {
     wanted.min(most)
 }
 
-/// Writes complaints about a tunnel's socket. Once a process: they hold for every socket on this
+/// Logs complaints about the socket of a tunnel, once per process. They hold for every socket on this
 /// host, and an agent opens one for each dial.
 pub fn complain(complaints: &[String]) {
     static SAID: Once = Once::new();

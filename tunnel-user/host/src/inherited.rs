@@ -1,7 +1,8 @@
-//! Sockets that a service manager holds for us (sd_listen_fds(3)): they outlive the process, and
-//! connects wait in their backlog while it restarts.
+//! Sockets that the service manager holds for this process (sd_listen_fds(3)). They outlive the
+//! process, and connects wait in their backlog during a restart.
 //!
-//! A socket is found by its address, and by name where namespaces make addresses ambiguous.
+//! The key of a socket is its address, together with its name where namespaces make addresses
+//! ambiguous.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -14,15 +15,16 @@ use socket2::{SockAddr, SockRef, Type};
 
 use crate::report::report;
 
-/// The sockets that nobody has taken yet.
+/// Inherited sockets that no listener has taken yet.
 #[derive(Debug, Default)]
 pub struct Inherited(Vec<(String, OwnedFd)>);
 
 impl Inherited {
-    /// Takes what was passed to this process. Once, before threads or children exist.
+    /// Takes the sockets that were passed to this process. Called once, before threads or children
+    /// exist.
     ///
     /// # Errors
-    /// When the environment does not say what it should.
+    /// The environment variables of sd_listen_fds(3) are malformed.
     pub fn from_environment() -> io::Result<Self> {
         let passed = sd_notify::listen_fds_with_names()?;
         let own = passed.map(|(fd, name)| {
@@ -33,7 +35,7 @@ impl Inherited {
         Ok(Self(own.collect()))
     }
 
-    /// A TCP listener on `addr`, called `name` if one is given.
+    /// Takes the TCP listener on `addr`, called `name` if one is given.
     pub fn tcp(&mut self, addr: SocketAddr, name: Option<&str>) -> Option<TcpListener> {
         let fd = self.take(|n, socket, bound| {
             socket.r#type().is_ok_and(|t| t == Type::STREAM)
@@ -43,7 +45,7 @@ impl Inherited {
         Some(fd.into())
     }
 
-    /// A TCP listener called `name` on the address of `addr`, whatever its port.
+    /// Takes the TCP listener called `name` on the address of `addr`, with any port.
     pub fn tcp_elsewhere(&mut self, addr: SocketAddr, name: &str) -> Option<TcpListener> {
         let fd = self.take(|n, socket, bound| {
             socket.r#type().is_ok_and(|t| t == Type::STREAM)
@@ -53,7 +55,7 @@ impl Inherited {
         Some(fd.into())
     }
 
-    /// A UDP socket on `addr`.
+    /// Takes the UDP socket on `addr`.
     pub fn udp(&mut self, addr: SocketAddr) -> Option<UdpSocket> {
         let fd = self.take(|_, socket, bound| {
             socket.r#type().is_ok_and(|t| t == Type::DGRAM) && bound.as_socket() == Some(addr)
@@ -61,14 +63,14 @@ impl Inherited {
         Some(fd.into())
     }
 
-    /// A Unix listener at `path`.
+    /// Takes the Unix listener at `path`.
     pub fn unix(&mut self, path: &Path) -> Option<UnixListener> {
         let fd = self.take(|_, _, bound| bound.as_pathname() == Some(path))?;
         Some(fd.into())
     }
 
-    /// Says which sockets nobody has taken: an address in the service manager's unit is not one of
-    /// the configuration.
+    /// Logs the sockets that no listener has taken: the unit names an address that the configuration
+    /// does not have.
     pub fn report_leftovers(&self) {
         for (name, fd) in &self.0 {
             let address = SockRef::from(fd).local_addr();
@@ -94,8 +96,8 @@ impl Inherited {
     }
 }
 
-/// Asks the service manager to keep a socket for our successor (`FileDescriptorStoreMax=`). False where
-/// there is no manager; one that keeps nothing does not say so.
+/// Asks the service manager to keep a socket for the next process (`FileDescriptorStoreMax=`). Returns
+/// false where there is no manager; a manager that keeps nothing does not report that.
 pub fn keep(socket: &impl AsFd, name: &str) -> bool {
     let states = [NotifyState::FdStore, NotifyState::FdName(name)];
     let asked = sd_notify::notify_with_fds(&states, &[socket.as_fd()]);

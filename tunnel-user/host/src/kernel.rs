@@ -1,18 +1,18 @@
-//! Which kernel this is. Only for what can't be found out by trying: distributions carry newer things
-//! back into older kernels.
+//! The version of the kernel. Only for what can't be probed: distributions backport features to older
+//! kernels.
 
-/// Whether the kernel calls itself `version` or newer; one that can't be read does not.
+/// Whether the kernel's version is `version` or newer; false if the version can't be read.
 pub fn is_since(version: (u32, u32)) -> bool {
     parse(&release()).is_some_and(|own| own >= version)
 }
 
-/// What the kernel calls itself: `6.18.44-generic`, say.
+/// Returns the release of the kernel, for example `6.18.44-generic`.
 pub fn release() -> String {
     let name = rustix::system::uname();
     name.release().to_string_lossy().into_owned()
 }
 
-/// The first two numbers of a release.
+/// Returns the first two numbers of a release.
 fn parse(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))

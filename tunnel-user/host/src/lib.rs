@@ -1,8 +1,8 @@
-//! What a process needs from its host: cores ([`cores`]), signals and the service manager
-//! ([`lifecycle`]), sockets ([`listen`]), some of which outlive it ([`inherited`]), its share of the memory
-//! ([`memory`]), capabilities that it gives back ([`privileges`]), directories that others may own
-//! ([`directory`]), limits, the host's ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]),
-//! and which kernel it is ([`kernel`]). What people read of an error is made in [`report`].
+//! The needs of a process from its host: cores ([`cores`]), signals and the service manager
+//! ([`lifecycle`]), sockets ([`listen`], [`inherited`]), memory ([`memory`]), capabilities
+//! ([`privileges`]), directories of other owners ([`directory`]), the kernel's version ([`kernel`]),
+//! limits of the host ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
+//! [`report`] formats errors for people.
 
 pub mod cores;
 pub mod descriptors;

@@ -1,4 +1,4 @@
-//! The life of a process: running, draining until a deadline, ended. And what systemd is told.
+//! The life of a process (running, draining until a deadline, ended), and its notifications to systemd.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,25 +9,26 @@ use tokio::sync::watch;
 
 use crate::report::report;
 
-/// Where a process is in its life.
+/// Phase in the life of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Everything is served.
+    /// The process serves everything.
     Running,
-    /// What lives may go on until then, and what comes is served where nobody else would serve it.
+    /// Open connections may go on until the instant. New ones are served where no other process would
+    /// serve them.
     Draining(Instant),
     /// Everything ends now.
     Ended,
 }
 
-/// The longest time that a drain may be given, and what peers are told of one without an end.
+/// Maximum configured length of a drain, and the length that peers learn of a drain without an end.
 pub const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
-/// Waits for SIGTERM or SIGINT, then drains for `drain` or until `idle` completes; a second signal
-/// ends at once. Without `drain` nothing else ends it.
+/// Waits for SIGTERM or SIGINT, then drains for `drain` or until `idle` completes. A second signal ends
+/// the drain at once. Without `drain` only `idle` or a second signal ends it.
 ///
 /// # Errors
-/// When signals can't be had.
+/// The signal handlers can't be installed.
 pub async fn until_stopped(
     phase: &watch::Sender<Phase>,
     drain: Option<Duration>,
@@ -63,8 +64,8 @@ pub async fn until_stopped(
     Ok(())
 }
 
-/// Waits until `shard_ended` completes while everything is to be served. A shard that drains ends
-/// by itself: that is no loss, and this never completes.
+/// Waits until `shard_ended` completes in the phase running. A shard that drains ends by itself, which
+/// is no loss: this never completes then.
 pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output = ()>) {
     shard_ended.await;
     if *phase.borrow() != Phase::Running {
@@ -72,16 +73,18 @@ pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output 
     }
 }
 
-/// Waits until a phase other than running is reached.
+/// Waits for a phase other than running.
 pub async fn stopping(mut phase: watch::Receiver<Phase>) {
     // An error means that the process is ending.
     let _ = phase.wait_for(|phase| *phase != Phase::Running).await;
 }
 
-/// So shortly before the deadline of its drain a process takes nothing new: it would be cut in the middle.
+/// Time before the deadline of a drain in which a process accepts nothing new, because it would be cut
+/// in the middle.
 pub const LAST_CALL: Duration = Duration::from_secs(1);
 
-/// Waits until nothing new is to be taken: the deadline of the drain is near, or the end is there.
+/// Waits until the process accepts nothing new: [`LAST_CALL`] before the deadline of the drain, or at
+/// the end.
 pub async fn last_call(mut phase: watch::Receiver<Phase>) {
     loop {
         let until = match *phase.borrow_and_update() {
@@ -104,25 +107,25 @@ pub async fn last_call(mut phase: watch::Receiver<Phase>) {
     }
 }
 
-/// Waits for the end.
+/// Waits for the phase ended.
 pub async fn ended(mut phase: watch::Receiver<Phase>) {
     let _ = phase.wait_for(|phase| *phase == Phase::Ended).await;
 }
 
-/// Tells systemd, if it started us with `Type=notify` (sd_notify(3)).
+/// Notifies systemd, if it started this process with `Type=notify` (sd_notify(3)).
 pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!(error = report(&error), "systemd was not told");
     }
 }
 
-/// The sign of life of a shard.
+/// The life sign of a shard.
 #[derive(Clone, Debug, Default)]
 pub struct Pulse(Arc<AtomicU64>);
 
 impl Pulse {
-    /// Lets it beat for as long as the runtime turns that this is called on. Only where somebody
-    /// listens: a shard that has nothing to do sleeps.
+    /// Beats for as long as the calling runtime runs. Called only where a watchdog reads it: a shard
+    /// without work sleeps.
     pub fn start(self) {
         if sd_notify::watchdog_enabled().is_some() {
             tokio::task::spawn_local(self.beat());
@@ -138,11 +141,11 @@ impl Pulse {
     }
 }
 
-/// How often a shard beats: several times in the shortest `WatchdogSec=`, one second.
+/// Interval of a shard's life signs: several in the shortest `WatchdogSec=`, one second.
 const PULSE: Duration = Duration::from_millis(200);
 
-/// Sends systemd's watchdog its life signs (`WatchdogSec=`) for as long as both this runtime turns
-/// and every shard's.
+/// Sends life signs to systemd's watchdog (`WatchdogSec=`) for as long as this runtime and every shard
+/// run.
 pub async fn watchdog(pulses: Vec<Pulse>) {
     let Some(interval) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;
@@ -165,13 +168,13 @@ pub async fn watchdog(pulses: Vec<Pulse>) {
 /// Starts to catch SIGHUP, which would end the process.
 ///
 /// # Errors
-/// When signals can't be had.
+/// The signal handler can't be installed.
 pub fn hangups() -> std::io::Result<Signal> {
     signal(SignalKind::hangup())
 }
 
-/// Calls `reload` at each of `hangups` until it is dropped, and tells systemd when each begins and
-/// ends, as `Type=notify-reload` (systemd 253) asks for.
+/// Calls `reload` at each of `hangups` until dropped, and notifies systemd of the beginning and end of
+/// each, as `Type=notify-reload` (systemd 253) requires.
 pub async fn on_hangup(hangups: &mut Signal, mut reload: impl AsyncFnMut()) {
     loop {
         hangups.recv().await;

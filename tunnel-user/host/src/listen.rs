@@ -1,4 +1,4 @@
-//! Listening where a family of addresses may be missing: kernels without IPv6, hosts without IPv4.
+//! Listeners on hosts that may lack an address family: kernels without IPv6, hosts without IPv4.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -8,10 +8,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report::report;
 
-/// Connections that may wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+/// Maximum number of connections that wait for accept; the kernel reduces it to `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
 
-/// All addresses of this host: those of IPv4, or where it has none those of both families.
+/// Returns the unspecified address: IPv4's, or that of both families where the host has no IPv4.
 pub fn everywhere(port: u16) -> SocketAddr {
     // Where a sandbox keeps them secret, IPv4 is what most hosts have.
     let has_ipv4 = getifaddrs().map_or(true, |interfaces| {
@@ -28,7 +28,7 @@ pub fn everywhere(port: u16) -> SocketAddr {
     }
 }
 
-/// Whether an address was refused because this host has nothing of its family.
+/// Whether an address was refused because the host lacks its family.
 pub fn is_family_missing(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -36,11 +36,11 @@ pub fn is_family_missing(error: &io::Error) -> bool {
     )
 }
 
-/// Opens a socket on `addr`. `[::]` is both families: where IPv6 is missing it is IPv4 alone, and the log
-/// says so.
+/// Opens a socket on `addr`. `[::]` stands for both families; without IPv6 it becomes IPv4 alone, with
+/// a log line.
 ///
 /// # Errors
-/// What `open` says.
+/// The error of `open`.
 pub fn with_fallback<T>(
     addr: SocketAddr,
     open: impl Fn(SocketAddr) -> io::Result<T>,
@@ -56,10 +56,10 @@ pub fn with_fallback<T>(
     }
 }
 
-/// Opens a TCP listener that does not block.
+/// Opens a non-blocking TCP listener.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     with_fallback(addr, |addr| {
         let domain = Domain::for_address(addr);

@@ -1,17 +1,17 @@
-//! How much memory this process may use for what peers send.
+//! The memory that this process may use for data of peers.
 
 use std::fs;
 use std::path::Path;
 
-/// Where control groups are mounted: version 2 alone, version 2 beside version 1, and version 1; the file
-/// below each that says what a group may use.
+/// Mount points of control groups (version 2 alone, version 2 beside version 1, version 1), each with
+/// the file that holds the memory limit of a group.
 const GROUPS: [(&str, &str); 3] = [
     ("/sys/fs/cgroup", "memory.max"),
     ("/sys/fs/cgroup/unified", "memory.max"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
 ];
 
-/// A quarter of the memory that this process may use, at most `most` bytes.
+/// Returns a quarter of the memory that this process may use, at most `most` bytes.
 pub fn share(most: u64) -> u64 {
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
@@ -20,7 +20,7 @@ pub fn share(most: u64) -> u64 {
     bounds.map(|bytes| bytes / 4).fold(most, u64::min)
 }
 
-/// The least that a group or one above it may use, in bytes, as far as any says.
+/// Returns the lowest limit of a group and its ancestors, in bytes, if any has one.
 fn bound_of((root, file): (&str, &str), path: &str) -> Option<u64> {
     let root = Path::new(root);
     let group = root.join(path.trim_start_matches('/'));
@@ -31,7 +31,8 @@ fn bound_of((root, file): (&str, &str), path: &str) -> Option<u64> {
     bounds.filter_map(|bound| bound.trim().parse().ok()).min()
 }
 
-/// The machine's memory in bytes (sysinfo(2)). A unit with `ProcSubset=pid` has no `/proc/meminfo`.
+/// Returns the machine's memory in bytes (sysinfo(2)). A unit with `ProcSubset=pid` has no
+/// `/proc/meminfo`.
 fn machine() -> u64 {
     let known = rustix::system::sysinfo();
     known.totalram.saturating_mul(known.mem_unit.into())

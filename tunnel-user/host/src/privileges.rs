@@ -1,9 +1,9 @@
-//! Capabilities (capabilities(7)): what the start takes goes as soon as it is done, the rest before
-//! it begins.
+//! Capabilities (capabilities(7)): those of the start are dropped when the start is done, all others
+//! before it begins.
 //!
-//! They belong to threads, and a thread inherits those of the one that starts it. So [`begin`] comes
-//! before there is a second thread, [`finish`] before there are those that serve, and what needs a
-//! thread in between starts it [`without`] any.
+//! Capabilities belong to threads, and a thread inherits those of its parent. So [`begin`] comes before
+//! the second thread, and [`finish`] before the threads that serve. Work that needs a thread in between
+//! runs [`without`] capabilities.
 
 use std::io;
 use std::thread;
@@ -14,20 +14,20 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
-/// Ports below 1024, and rings of io_uring that are not counted as locked memory: what any start
-/// may take.
+/// Capabilities that any start may use: ports below 1024, and rings of io_uring that do not count as
+/// locked memory.
 pub const ANY_START: CapabilitySet = CapabilitySet::NET_BIND_SERVICE.union(CapabilitySet::IPC_LOCK);
 
-/// Why capabilities are not dropped.
+/// Failure to drop capabilities.
 #[derive(Debug, thiserror::Error)]
 #[error("capabilities can't be dropped ({0}); a seccomp filter must allow capset and prctl")]
 pub struct PrivilegeError(#[from] io::Error);
 
-/// Keeps of the capabilities that there are those `for_start`, and lets the process gain none ever
-/// again (no_new_privs). To be called once, by the only thread.
+/// Drops all capabilities except those in `for_start`, and sets no_new_privs. Called once, by the only
+/// thread.
 ///
-/// What is read later must be readable from now on: CAP_DAC_OVERRIDE has gone, so that a file which
-/// is not ours fails at start rather than at its first renewal.
+/// Files that are read later must be readable from now on. CAP_DAC_OVERRIDE is gone, so that a file of
+/// another owner fails at start and not at its first renewal.
 ///
 /// # Errors
 /// [`PrivilegeError`] when the system refuses, which only a seccomp filter makes it do.
@@ -40,7 +40,7 @@ pub fn begin(for_start: CapabilitySet) -> Result<(), PrivilegeError> {
     keep(for_start)
 }
 
-/// Keeps of the capabilities that there are those in `kept`, and says so. `why` is for people.
+/// Drops all capabilities except those in `kept`, and logs them. `why` is for people.
 ///
 /// # Errors
 /// As [`begin`].
@@ -56,10 +56,10 @@ pub fn finish(kept: CapabilitySet, why: &str) -> Result<(), PrivilegeError> {
     Ok(())
 }
 
-/// Runs `work` on a thread without capabilities, so that those which it starts have none.
+/// Runs `work` on a thread without capabilities, so that the threads that it starts have none.
 ///
 /// # Errors
-/// As [`begin`], or when no thread can be had.
+/// As [`begin`], or the thread can't be started.
 pub fn without<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, PrivilegeError> {
     thread::scope(|scope| {
         let worker = thread::Builder::new().spawn_scoped(scope, || {
@@ -72,7 +72,7 @@ pub fn without<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, PrivilegeE
     })
 }
 
-/// Whether the calling thread has this capability in force.
+/// Whether the calling thread has this capability in its effective set.
 pub fn have(capability: CapabilitySet) -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(capability))
 }
@@ -104,7 +104,7 @@ fn empty_bounding_set() -> Result<(), PrivilegeError> {
     Ok(())
 }
 
-/// As capabilities(7) calls them.
+/// Returns the names of capabilities(7).
 fn names(set: CapabilitySet) -> String {
     let names = set.iter_names().map(|(name, _)| format!("CAP_{name}"));
     names.collect::<Vec<_>>().join(" ")

@@ -1,9 +1,9 @@
-//! Errors, as people read them: each with its causes, none twice.
+//! Texts of errors for people: each error with its causes, none twice.
 
 use std::error::Error;
 use std::iter;
 
-/// What `error` says, followed by each of its causes that it does not say itself.
+/// Returns the text of `error`, followed by each of its causes that the text does not contain.
 pub fn report(error: &(dyn Error + 'static)) -> String {
     let causes = iter::successors(error.source(), |cause| (**cause).source());
     let mut text = error.to_string();

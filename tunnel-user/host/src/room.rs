@@ -1,23 +1,23 @@
-//! Room for connections of strangers, shared by where they come from. Sans-IO.
+//! Room for connections of unauthenticated peers, shared by source. Sans-IO.
 //!
-//! Whoever comes is let in. When there is no room the oldest connection goes of the source that has the
-//! most: so one network, however many connections it holds, keeps no other out. Loopback, where probes and
-//! operators come from, keeps a part that others can't take.
+//! Every new connection is admitted. Without free room the oldest connection of the source with the
+//! most connections is evicted. So one network, however many connections it holds, keeps no other out.
+//! Loopback, where probes and operators come from, keeps a part that others can't take.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Of all room, the part that only loopback may take from loopback.
+/// Divisor: the part of all room that only loopback may take from loopback.
 const LOOPBACK_PART: usize = 4;
 
-/// Where a connection comes from: the /24 of IPv4, the /56 of IPv6.
+/// Source of a connection: the /24 of IPv4, the /56 of IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Source {
     Loopback,
     Network(IpAddr),
 }
 
-/// A connection's place.
+/// The place of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket {
     source: Source,
@@ -30,12 +30,12 @@ pub struct Room {
     most: usize,
     inside: usize,
     last: u64,
-    /// Each source's connections, the oldest first.
+    /// Connections of each source, the oldest first.
     sources: HashMap<Source, VecDeque<u64>>,
 }
 
 impl Room {
-    /// Room for `most` connections, at least 1.
+    /// Creates room for `most` connections, at least 1.
     pub fn new(most: usize) -> Self {
         Self {
             most: most.max(1),
@@ -45,7 +45,8 @@ impl Room {
         }
     }
 
-    /// Lets a connection in. Another one may have to go for it, which has left already.
+    /// Admits a connection. Returns its ticket, and the ticket of the connection that is evicted for
+    /// it, which has left already.
     pub fn enter(&mut self, address: IpAddr) -> (Ticket, Option<Ticket>) {
         let source = source(address);
         let evicted = if self.inside < self.most {
@@ -61,7 +62,7 @@ impl Room {
         (Ticket { source, number }, evicted)
     }
 
-    /// Forgets a connection that has ended; nothing if it had to go.
+    /// Forgets a connection that has ended. An evicted one has no effect.
     pub fn leave(&mut self, ticket: Ticket) {
         let Some(own) = self.sources.get_mut(&ticket.source) else {
             return;
@@ -75,8 +76,8 @@ impl Room {
         }
     }
 
-    /// Who has to give up a connection for one of `newcomer`'s: the source that has the most, and among
-    /// equals the one that came first.
+    /// Returns the source that gives up a connection for one of `newcomer`: the one with the most
+    /// connections, and among equals the one that came first.
     fn heaviest(&self, newcomer: Source) -> Option<Source> {
         let reserved = self.most.div_ceil(LOOPBACK_PART);
         let may_go = |source: Source, held: usize| {

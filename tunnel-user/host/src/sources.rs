@@ -1,12 +1,12 @@
-//! Who may begin a handshake at a port: bounds by where strangers come from.
+//! Bounds on the handshakes at a port, by source.
 //!
-//! A handshake costs CPU and a place before anybody is known. So each source, a prefix of addresses,
-//! has a bucket of handshakes that fills at a steady rate, and of the places that are left no source
-//! takes more than it leaves to others. Sources are not remembered one by one: two keyed hashes lead
-//! each to two of `SLOTS` counters, and the lower one counts. So memory is bounded whoever comes, and
-//! a crowd hurts only those with whom it shares both, which nobody can choose.
+//! A handshake costs CPU and a place before the peer is known. So each source, a prefix of addresses,
+//! has a bucket of handshakes that fills at a steady rate, and no source takes more of the free places
+//! than it leaves to others. Memory is bounded: two keyed hashes map each source to two of `SLOTS`
+//! counters, and the lower one counts. A flood affects only the sources that share both counters with
+//! it, which no peer can choose.
 //!
-//! Without locks, for all threads; time is an argument.
+//! Lock-free and shared by all threads; time is an argument.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,35 +14,35 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-/// Counters of a port, 16 bytes each.
+/// Number of counters of a port, 16 bytes each.
 const SLOTS: usize = 4096;
 
-/// Of all places, the part up to which nobody has to prove his address.
+/// Divisor: up to this part of all places, peers need not prove their address.
 const UNPROVEN: usize = 16;
 
 /// Bounds on handshakes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
-    /// Under way at once, from everywhere.
+    /// Maximum number of concurrent handshakes, of all sources.
     pub at_once: usize,
-    /// Of a source in the long run, more than 0.
+    /// Long-term rate of one source, more than 0.
     pub per_second: u32,
-    /// Of a source that has long been quiet, more than 0.
+    /// Burst of a source that was quiet before, more than 0.
     pub burst: u32,
-    /// Length of the prefix that is a source of IPv4, 32 at most.
+    /// Length of the prefix of an IPv4 source, 32 at most.
     pub ipv4_prefix: u8,
-    /// Length of the prefix that is a source of IPv6, 128 at most.
+    /// Length of the prefix of an IPv6 source, 128 at most.
     pub ipv6_prefix: u8,
 }
 
-/// Handshakes of one port. Clones share it.
+/// Limiter of the handshakes of one port. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Sources(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     bounds: Bounds,
-    /// What one handshake takes out of a bucket, in nanoseconds.
+    /// Cost of one handshake in a bucket, in nanoseconds.
     period: u64,
     began: Instant,
     hashes: [RandomState; 2],
@@ -52,38 +52,38 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// When the bucket will be full again, in nanoseconds since the beginning: the "theoretical
+    /// Time at which the bucket will be full, in nanoseconds since the beginning: the "theoretical
     /// arrival time" of the generic cell rate algorithm (ITU-T I.371).
     full_at: AtomicU64,
     inside: AtomicU32,
 }
 
-/// What is to be done with a stranger.
+/// Decision about an unauthenticated peer.
 #[derive(Debug)]
 pub enum Verdict {
-    /// Go on.
+    /// The peer may begin its handshake.
     Enter(Place),
-    /// Have him prove his address first.
+    /// The peer must prove its address first.
     Prove,
-    /// Send him away.
+    /// The peer is refused.
     Refuse(Crowded),
 }
 
-/// Why a stranger is sent away.
+/// Reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Crowded {
     /// All places are taken.
     #[error("as many handshakes are under way as may be (limits.handshakes.at_once)")]
     Full,
-    /// His source has as many places as are left for others.
+    /// The source has as many places as are left for others.
     #[error("its network has its share of handshakes under way (limits.handshakes.at_once)")]
     Share,
-    /// The bucket of his source is empty.
+    /// The bucket of the source is empty.
     #[error("its network begins too many handshakes (limits.handshakes.per_second, burst)")]
     Rate,
 }
 
-/// A handshake that is under way until this is dropped.
+/// The permit for one handshake, until dropped.
 #[derive(Debug)]
 pub struct Place {
     of: Arc<Shared>,
@@ -91,7 +91,7 @@ pub struct Place {
 }
 
 impl Sources {
-    /// Nobody has come yet.
+    /// Creates a limiter without handshakes.
     pub fn new(bounds: Bounds, now: Instant) -> Self {
         Self(Arc::new(Shared {
             bounds,
@@ -103,9 +103,9 @@ impl Sources {
         }))
     }
 
-    /// What to do with a stranger at `address`, which he has proven or not. Whoever has not can take
-    /// half of a bucket at most: the other half is for those who have, since anybody can come with
-    /// somebody else's address.
+    /// Decides about a peer at `address`, which the peer has proven or not. Unproven peers take at most
+    /// half of a bucket. The other half is for proven ones, because any peer can send from another's
+    /// address.
     ///
     /// Takes nothing out of the bucket: see [`Place::charge`].
     pub fn judge(&self, address: IpAddr, is_proven: bool, now: Instant) -> Verdict {
@@ -135,7 +135,7 @@ impl Sources {
         }
     }
 
-    /// Handshakes under way.
+    /// Returns the number of handshakes under way.
     pub fn inside(&self) -> usize {
         self.0.inside.load(Ordering::Relaxed)
     }
@@ -153,19 +153,20 @@ impl Shared {
         &self.slots[usize::from(index)]
     }
 
-    /// How many a source has under way, or more where it shares both counters.
+    /// Returns the number of handshakes of a source, or more where another source shares both counters.
     fn inside_of(&self, slots: [u16; 2]) -> usize {
         let [a, b] = slots.map(|slot| self.slot(slot).inside.load(Ordering::Relaxed));
         a.min(b) as usize
     }
 
-    /// When the bucket of a source will be full again, or later where it shares both.
+    /// Returns the time at which the bucket of a source will be full, or a later one where another
+    /// source shares both counters.
     fn full_at(&self, slots: [u16; 2]) -> u64 {
         let [a, b] = slots.map(|slot| self.slot(slot).full_at.load(Ordering::Relaxed));
         a.min(b)
     }
 
-    /// What is missing from it, in nanoseconds.
+    /// Returns the missing part of a bucket, in nanoseconds.
     fn taken(&self, slots: [u16; 2], now: Instant) -> u64 {
         self.full_at(slots).saturating_sub(self.since(now))
     }
@@ -186,8 +187,8 @@ impl Place {
         Self { of, slots }
     }
 
-    /// Takes this handshake out of the bucket of its source: before it begins, or where those who
-    /// have a certificate may come as often as they like, once it has failed.
+    /// Charges this handshake to the bucket of its source: before it begins, or after its failure where
+    /// peers with a certificate may come as often as they like.
     pub fn charge(&self, now: Instant) {
         let (of, slots) = (&self.of, self.slots);
         let full_at = of.full_at(slots).max(of.since(now)) + of.period;
@@ -207,7 +208,7 @@ impl Drop for Place {
     }
 }
 
-/// The prefix that an address counts for. IPv4 is the same in both families' clothes.
+/// Returns the source of an address. IPv4-mapped IPv6 addresses count as IPv4.
 fn source(address: IpAddr, bounds: &Bounds) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(v4) => {
