@@ -1,6 +1,6 @@
-//! One record for each connection: what was asked, what became of it, who ended it and why.
+//! One record per connection: the request, its outcome, who ended it, and the reason.
 //!
-//! Destinations stand here and nowhere else; nothing of what was carried does.
+//! Destinations appear in this record and nowhere else. Carried bytes appear nowhere.
 
 use std::cell::Cell;
 use std::fmt;
@@ -25,7 +25,7 @@ pub struct Bytes {
     pub down: Cell<u64>,
 }
 
-/// Bytes of all connections over one tunnel. Written by one shard, read anywhere.
+/// Bytes of all connections over one tunnel. One shard writes them, any thread reads.
 #[derive(Debug, Default)]
 pub struct Totals {
     /// From clients to targets.
@@ -34,29 +34,29 @@ pub struct Totals {
     pub down: AtomicU64,
 }
 
-/// A connection that is being served.
+/// A connection in service.
 #[derive(Debug)]
 pub struct Record {
-    /// Its id, the same in the agent's log.
+    /// The id of the connection, the same in the agent's log.
     pub id: ConnectionId,
-    /// Where it came in.
+    /// Frontend that accepted the connection.
     pub frontend: FrontendKind,
-    /// The client, if it has an address.
+    /// Address of the client, if there is one.
     pub client: Option<SocketAddr>,
-    /// What it asked for.
+    /// Requested destination.
     pub destination: Destination,
-    /// Who served it: an agent's name, or on an agent the server's.
+    /// Name of the agent that served the connection; on an agent the name of the server.
     pub peer: Option<Arc<str>>,
     /// Bytes so far.
     pub bytes: Bytes,
-    /// Since when.
+    /// Start of the connection.
     pub start: Instant,
-    /// When the dial succeeded.
+    /// Time at which the dial succeeded.
     pub connected: Option<Instant>,
 }
 
 impl Record {
-    /// A record that starts now.
+    /// Creates a record that starts now.
     pub fn new(id: ConnectionId, frontend: FrontendKind, destination: Destination) -> Self {
         Self {
             id,
@@ -70,12 +70,12 @@ impl Record {
         }
     }
 
-    /// The span that what is logged of it stands in, at level DEBUG.
+    /// Returns the span of this connection's log lines, at level DEBUG.
     pub fn span(&self) -> tracing::Span {
         tracing::debug_span!("connection", id = %self.id, destination = %self.destination)
     }
 
-    /// Notes that the target has been reached, and counts it.
+    /// Notes that the dial reached the target, and counts it.
     pub fn reached(&mut self, metrics: &DialMetrics) {
         self.connected = Some(Instant::now());
         metrics.connected(self.frontend, self.start.elapsed());
@@ -112,11 +112,11 @@ impl Record {
 /// (on a server) or the target's (on an agent).
 #[derive(Debug)]
 pub struct ConnectionMeter<'a, const LOCAL_IS_CLIENT: bool> {
-    /// The connection's.
+    /// Counters of the connection.
     pub bytes: &'a Bytes,
-    /// The tunnel's.
+    /// Counters of the tunnel.
     pub totals: &'a Totals,
-    /// The process's.
+    /// Counters of the process.
     pub metrics: &'a DialMetrics,
 }
 

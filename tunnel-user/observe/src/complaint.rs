@@ -1,12 +1,13 @@
-//! A trouble that lasts is said when it begins and when it becomes another one, not at every try.
+//! Deduplication of repeated errors: a lasting error is logged when it begins and when it changes, not
+//! at every attempt.
 
-/// The trouble that was said last.
+/// The error that was logged last.
 #[derive(Clone, Debug, Default)]
 pub struct Complaint(Option<String>);
 
 impl Complaint {
-    /// Whether `text` tells of a trouble that was not said yet. What differs in numbers alone, in an
-    /// address, an id or a time, is the same one.
+    /// Whether `text` is an error that was not logged last. Texts that differ only in words with digits
+    /// (an address, an id or a time) are equal.
     pub fn is_news(&mut self, text: &str) -> bool {
         let kind = kind_of(text);
         if self.0.as_ref() == Some(&kind) {
@@ -16,13 +17,13 @@ impl Complaint {
         true
     }
 
-    /// All is well: the same trouble would be news again.
+    /// Forgets the error after a success: the same error will be news.
     pub fn clear(&mut self) {
         self.0 = None;
     }
 }
 
-/// A text without the words that hold digits.
+/// Returns the text without the words that hold digits.
 fn kind_of(text: &str) -> String {
     let mut kind = String::with_capacity(text.len());
     for piece in text.split_inclusive(|c: char| !c.is_alphanumeric()) {

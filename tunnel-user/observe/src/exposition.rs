@@ -11,7 +11,7 @@ use std::fmt::{self, Write};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-/// A format of the page.
+/// Format of the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Prometheus' text format, version 0.0.4.
@@ -21,8 +21,8 @@ pub enum Format {
 }
 
 impl Format {
-    /// What the values of a request's Accept fields (RFC 9110, section 12.5.1) ask for: OpenMetrics
-    /// where one names it, and names no kind of text that it likes better.
+    /// Chooses the format by the values of a request's Accept fields (RFC 9110, section 12.5.1):
+    /// OpenMetrics where one names it and prefers no kind of text to it.
     pub fn asked_for<'a>(accept: impl IntoIterator<Item = &'a str>) -> Self {
         let (mut text, mut open_metrics) = (0.0, 0.0);
         for range in accept.into_iter().flat_map(|field| field.split(',')) {
@@ -52,7 +52,7 @@ impl Format {
         }
     }
 
-    /// The value of Content-Type.
+    /// Returns the value of Content-Type.
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -60,7 +60,7 @@ impl Format {
         }
     }
 
-    /// Everything in `registry`.
+    /// Writes all metrics in `registry`.
     ///
     /// # Errors
     /// A metric can't be written.
@@ -86,7 +86,7 @@ impl Format {
     }
 }
 
-/// `family` and `help` are what stands behind `# TYPE` and `# HELP`: name first.
+/// Writes a family. `family` and `help` are the texts behind `# TYPE` and `# HELP`, the name first.
 fn write_family(family: &str, help: &str, page: &mut String) -> fmt::Result {
     let (name, kind) = family.split_once(' ').unwrap_or((family, "untyped"));
     let text = help.split_once(' ').map_or("", |(_, text)| text);
@@ -139,8 +139,8 @@ impl<'a> Bucket<'a> {
     }
 }
 
-/// A finite number as Go writes it where the shortest form is asked for (`strconv`, format `g`).
-/// OpenMetrics wants to see that it is no integer.
+/// Formats a finite number as Go does in its shortest form (`strconv`, format `g`). OpenMetrics
+/// requires a fraction or exponent.
 fn go_float(number: f64, format: Format) -> String {
     let scientific = format!("{number:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));

@@ -1,5 +1,5 @@
-//! Priorities of log lines under systemd: `<3>` and the like at their head (sd-daemon(3)), which the
-//! journal takes off, so that `journalctl -p err` and alerts by priority work.
+//! Priorities of log lines under systemd: prefixes such as `<3>` (sd-daemon(3)). The journal removes
+//! them, so that `journalctl -p err` and alerts by priority work.
 
 use std::env;
 use std::fmt;
@@ -20,14 +20,14 @@ pub(super) fn is_stderr() -> bool {
         .is_some_and(|(named, stderr)| named == format!("{}:{}", stderr.st_dev, stderr.st_ino))
 }
 
-/// Puts the priority ahead of what `format` makes of an event.
+/// A formatter that writes the priority ahead of the event that `format` writes.
 pub(super) struct Prioritised<F> {
     format: F,
     is_on: bool,
 }
 
 impl<F> Prioritised<F> {
-    /// Does nothing where not `is_on`.
+    /// Creates a formatter that adds priorities only if `is_on`.
     pub(super) fn new(format: F, is_on: bool) -> Self {
         Self { format, is_on }
     }
@@ -52,7 +52,7 @@ where
     }
 }
 
-/// The number in syslog(3).
+/// Returns the number of syslog(3).
 fn priority(level: Level) -> u8 {
     match level {
         Level::ERROR => 3,

@@ -1,6 +1,6 @@
-//! What can be watched: logs ([`logging`]), metrics ([`metrics`]), and one record a connection that
-//! feeds both ([`access`]) and the [`audit`]. Beside our own metrics stand those of [`konnectivity`]
-//! and of the [`process`], and of its last [`reload`]; [`exposition`] writes them.
+//! Observability: logs ([`logging`]), metrics ([`metrics`]), and one record per connection that feeds
+//! both ([`access`]) and the [`audit`]. Further metrics are those of [`konnectivity`], of the
+//! [`process`], and of its last [`reload`]; [`exposition`] writes them.
 
 pub mod access;
 pub mod admin;
@@ -20,12 +20,12 @@ pub mod throttle;
 
 use std::time::Duration;
 
-/// Milliseconds, to the microsecond.
+/// Returns milliseconds, rounded to the microsecond.
 pub fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Seconds, to the microsecond.
+/// Returns seconds, rounded to the microsecond.
 pub fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e6
 }

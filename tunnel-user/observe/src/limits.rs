@@ -1,4 +1,4 @@
-//! Metrics of bounds: what each allows, how much of it is used, and what it has refused.
+//! Metrics of limits: the maximum, the use and the refusals of each.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -11,7 +11,7 @@ struct Labels {
     limit: &'static str,
 }
 
-/// Metrics of bounds, each by the name of its key below `limits`.
+/// Metrics of limits, each by the name of its key below `limits`.
 #[derive(Clone, Debug, Default)]
 pub struct LimitMetrics {
     allowed: Family<Labels, Gauge>,
@@ -20,7 +20,7 @@ pub struct LimitMetrics {
 }
 
 impl LimitMetrics {
-    /// Registers those of `limits`: names, and what they allow if they bound anything.
+    /// Registers `limits`: names, and their maximum if there is one.
     pub fn register(
         registry: &mut Registry,
         limits: impl IntoIterator<Item = (&'static str, Option<u64>)>,
@@ -48,17 +48,17 @@ impl LimitMetrics {
         metrics
     }
 
-    /// Counts what `limit` has refused.
+    /// Counts a refusal by `limit`.
     pub fn refuse(&self, limit: &'static str) {
         self.refused.get_or_create(&Labels { limit }).inc();
     }
 
-    /// What counts the refusals of `limit`.
+    /// Returns the counter of the refusals by `limit`.
     pub fn refusals(&self, limit: &'static str) -> Counter {
         self.refused.get_or_create(&Labels { limit }).clone()
     }
 
-    /// Notes how much of `limit` is used now.
+    /// Sets the current use of `limit`.
     pub fn set_used(&self, limit: &'static str, used: u64) {
         self.used.get_or_create(&Labels { limit }).set(gauge(used));
     }

@@ -1,35 +1,34 @@
-//! The end of what lines are written to, a file or a pipe: a line that was cut swallows none of those that
-//! follow.
+//! The end of a file or pipe of lines: a partly written line does not swallow the following ones.
 
 use std::io::{self, Write};
 
-/// How the last line that was written ends.
+/// State of the last written line.
 #[derive(Debug, Default)]
 pub(super) struct LineEnd {
-    /// The last byte ends no line.
+    /// Whether the last byte ends no line.
     is_cut: bool,
 }
 
-/// What became of lines.
+/// Outcome of writing lines.
 #[derive(Debug)]
 pub(super) struct Written {
-    /// Bytes that were written, with the end of a line that had been cut before.
+    /// Number of written bytes, including the end of a line that was cut before.
     pub bytes: usize,
-    /// Bytes of the lines that were written to their end.
+    /// Bytes of the lines that were written whole.
     pub whole: usize,
     /// Bytes behind them, of a line that is cut now.
     pub cut: usize,
-    /// What the system says.
+    /// Result of the system call.
     pub outcome: io::Result<()>,
 }
 
 impl LineEnd {
-    /// Of what ends with a line that `is_cut`, or with a whole one.
+    /// Creates the state of a file whose last line `is_cut` or whole.
     pub(super) fn new(is_cut: bool) -> Self {
         Self { is_cut }
     }
 
-    /// Writes lines, the first on a line of its own.
+    /// Writes lines, the first one on a line of its own.
     pub(super) fn write(&mut self, to: &mut impl Write, lines: &[u8]) -> Written {
         let mut ended = 0;
         if self.is_cut && !lines.is_empty() {
@@ -56,13 +55,13 @@ impl LineEnd {
         }
     }
 
-    /// The line that was cut is there no more.
+    /// Notes that the cut line was truncated.
     pub(super) fn taken_back(&mut self) {
         self.is_cut = false;
     }
 }
 
-/// Writes all of `bytes`, or says how many were written before what failed.
+/// Writes all of `bytes`. Returns the number of bytes written before a failure.
 fn write_counted(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
     let mut n = 0;
     while n < bytes.len() {
@@ -76,7 +75,7 @@ fn write_counted(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
     (n, Ok(()))
 }
 
-/// The length of the lines that `bytes` holds to their end.
+/// Returns the length of the whole lines in `bytes`.
 fn whole_lines(bytes: &[u8]) -> usize {
     let newline = bytes.iter().rposition(|byte| *byte == b'\n');
     newline.map_or(0, |at| at + 1)

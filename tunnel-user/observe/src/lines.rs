@@ -1,4 +1,4 @@
-//! Events as lines, many of them in one call.
+//! A writer of events as lines, many of them per system call.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use super::line_end::LineEnd;
 
-/// The writing thread rests for so long after it has written: what is logged meanwhile wakes nobody
-/// and is written by one call. With a line a connection, waking it for each costs more than the line.
+/// Pause of the writing thread after each write. Lines logged meanwhile wake no thread and go out in
+/// one call. With one line per connection, a wake-up for each costs more than the line.
 const REST: Duration = Duration::from_millis(5);
 
-/// Lines that are written by one call, at most, in bytes.
+/// Maximum size of one write, in bytes.
 const BATCH: usize = 32 << 10;
 
-/// A log, where each write is an event and the control characters in it are escaped:
-/// tracing-subscriber does that for messages, not for the values of fields. JSON does by itself.
+/// A log in which each write is an event, with its control characters escaped: tracing-subscriber
+/// escapes messages but not the values of fields. JSON needs no escape.
 ///
-/// What has been written goes out when the writing thread has found nothing more, which is when it
-/// flushes. Lines that can't be written are counted; one that was cut swallows none of those that follow.
+/// Lines go out when the writing thread finds no further one, which is when it flushes. Lines that
+/// can't be written are counted. A partly written line does not swallow the following ones.
 pub(super) struct Lines<W> {
     batch: Vec<u8>,
     to: W,
@@ -29,7 +29,7 @@ pub(super) struct Lines<W> {
 }
 
 impl<W: Write> Lines<W> {
-    /// Written to `to`.
+    /// Creates a log that writes to `to`.
     pub(super) fn new(to: W) -> Self {
         Self {
             batch: Vec::new(),
@@ -39,7 +39,7 @@ impl<W: Write> Lines<W> {
         }
     }
 
-    /// How many lines could not be written, now and later.
+    /// Returns the counter of lines that could not be written.
     pub(super) fn lost(&self) -> Arc<AtomicU64> {
         self.lost.clone()
     }
@@ -56,7 +56,7 @@ fn count(lost: &AtomicU64, lines: &[u8]) {
     lost.fetch_add(line_count(lines), Ordering::Relaxed);
 }
 
-/// How many lines end in `bytes`.
+/// Returns the number of line ends in `bytes`.
 pub(super) fn line_count(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }

@@ -1,7 +1,7 @@
-//! Tracing to standard error, with a filter that can be changed while the process runs.
+//! Tracing to standard error, with a filter that can change while the process runs.
 //!
-//! Invariant: an event is one line of visible characters. Texts of peers stand in it, and none of
-//! them can begin another line or drive a terminal.
+//! Invariant: an event is one line of visible characters. Lines hold texts of peers, and none of these
+//! can begin another line or control a terminal.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,18 +26,17 @@ use super::throttle::{self, Throttle};
 use cpc_config::{AuditConfig, LogConfig, LogFormat};
 use cpc_host::report::report;
 
-/// How often the log says what was left out of it.
+/// Interval of the reports about lines that were left out.
 const REPORT: Duration = Duration::from_secs(10);
 
 /// Target of the access log, for filters: `cpc::access=off`.
 pub const ACCESS: &str = "cpc::access";
 
-/// Where the Kubernetes client says that a request has failed, without which and why: whoever asked
-/// says that.
+/// Module in which the Kubernetes client logs a failed request, without its name and error. The caller
+/// logs these.
 const KUBERNETES: &str = "kube_client::client::builder";
 
-/// Changes the filter of the running process. Lines that are still to be written are, when the last
-/// handle is dropped.
+/// A handle to the filter of the running process. Dropping the last one writes the pending lines.
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
@@ -47,7 +46,7 @@ pub struct LogHandle {
     _writer: Arc<WorkerGuard>,
 }
 
-/// Text that is no filter, or a logger that is gone.
+/// A text that is not a filter, or a logger that is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("{filter:?} is no log filter: {why}; `info` and `info,cpc=debug` are")]
 pub struct FilterError {
@@ -56,7 +55,7 @@ pub struct FilterError {
 }
 
 impl LogHandle {
-    /// Says every `REPORT` which lines were left out, in the log and in the audit.
+    /// Reports every `REPORT` which lines were left out, in the log and in the audit.
     pub async fn keep_reporting(self) {
         loop {
             tokio::time::sleep(REPORT).await;
@@ -64,7 +63,7 @@ impl LogHandle {
         }
     }
 
-    /// Says which lines were left out since the last call.
+    /// Reports which lines were left out since the last call.
     pub fn report(&self) {
         for lines in self.throttle.take_suppressed() {
             tracing::warn!(
@@ -79,7 +78,7 @@ impl LogHandle {
         }
     }
 
-    /// Registers the log's metrics, and those of the audit.
+    /// Registers the metrics of the log and of the audit.
     pub fn register(&self, registry: &mut Metrics) {
         let metrics = LogMetrics(self.throttle.clone(), self.lost.clone());
         registry.register_collector(Box::new(metrics));
@@ -88,10 +87,10 @@ impl LogHandle {
         }
     }
 
-    /// Puts another filter in force.
+    /// Replaces the filter.
     ///
     /// # Errors
-    /// [`FilterError`]; the old one stays.
+    /// [`FilterError`]; the old filter stays.
     pub fn set(&self, filter: &str) -> Result<(), FilterError> {
         let parsed = parse(filter)?;
         self.filter.reload(parsed).map_err(|e| FilterError {
@@ -100,8 +99,8 @@ impl LogHandle {
         })
     }
 
-    /// Puts the filter of a configuration that was read again in force. Returns whether it is; that the old
-    /// one stays is logged.
+    /// Replaces the filter by that of a reloaded configuration. Returns whether it is in force; a
+    /// failure is logged, and the old filter stays.
     pub fn reload(&self, filter: &str) -> bool {
         let set = self.set(filter);
         if let Err(error) = &set {
@@ -114,7 +113,7 @@ impl LogHandle {
     }
 }
 
-/// Lines that were not written.
+/// Counter of lines that were not written.
 #[derive(Clone, Debug)]
 struct Lost {
     lost: Arc<AtomicU64>,
@@ -153,21 +152,21 @@ impl Collector for LogMetrics {
     }
 }
 
-/// Why nothing is logged.
+/// Failure to start logging.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The filter.
+    /// The filter is invalid.
     #[error(transparent)]
     Filter(#[from] FilterError),
-    /// The audit.
+    /// The audit can't start.
     #[error(transparent)]
     Audit(#[from] AuditError),
 }
 
-/// Starts logging, and the audit. Once a process.
+/// Starts logging and the audit. Called once per process.
 ///
 /// # Errors
-/// [`LogError`] when the filter can't be read, something logs already, or the audit can't be kept.
+/// [`LogError`] when the filter is invalid, another logger is installed, or the audit can't start.
 pub fn init(config: &LogConfig, audit: &AuditConfig) -> Result<LogHandle, LogError> {
     let (subscriber, handle) = subscriber(config, audit)?;
     subscriber.try_init().map_err(|e| FilterError {
@@ -233,7 +232,7 @@ fn subscriber(
     Ok((tracing_subscriber::registry().with(layers), log))
 }
 
-/// Modules whose crate has another name than they have in a filter.
+/// Modules whose name in a filter differs from that of their crate.
 const RENAMED: [(&str, &str); 7] = [
     ("access", "cpc::access"),
     ("admin", "cpc_observe::admin"),
@@ -244,8 +243,8 @@ const RENAMED: [(&str, &str); 7] = [
     ("tls", "cpc_identity"),
 ];
 
-/// Returns a directive as tracing knows its module: `cpc::agent=debug` is about the crate `cpc_agent`, and
-/// `cpc=debug` about every crate of this program, but not about [`ACCESS`].
+/// Returns a directive with the module names of tracing: `cpc::agent=debug` means the crate
+/// `cpc_agent`, and `cpc=debug` every crate of this program, but not [`ACCESS`].
 fn directive(text: &str) -> String {
     let Some(rest) = text.strip_prefix("cpc") else {
         return text.to_owned();
@@ -265,7 +264,7 @@ fn directive(text: &str) -> String {
     }
 }
 
-/// Reads a filter, in which modules of this program stand below `cpc`.
+/// Parses a filter, in which modules of this program stand below `cpc`.
 fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
     let translated: Vec<_> = filter.split(',').map(|d| directive(d.trim())).collect();
     EnvFilter::builder()

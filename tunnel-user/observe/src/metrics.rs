@@ -1,6 +1,6 @@
 //! Metrics in the Prometheus text format, under `cpc_`.
 //!
-//! Base units; labels from closed sets, never an address or an agent's name.
+//! Units are base units. Labels come from closed sets and never hold an address or an agent's name.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tunnel_proto::close::CloseReason;
 
-/// Where a connection came in.
+/// Kind of frontend that accepted a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FrontendKind {
     /// The eBPF redirect.
@@ -21,12 +21,12 @@ pub enum FrontendKind {
     HttpConnect,
     /// Konnectivity's gRPC `ProxyService`.
     Grpc,
-    /// On an agent: a tunnel.
+    /// A tunnel (on an agent).
     Tunnel,
 }
 
 impl FrontendKind {
-    /// Metric label and log field.
+    /// Returns the metric label and log field.
     pub fn label(self) -> &'static str {
         match self {
             Self::Redirect => "redirect",
@@ -37,14 +37,14 @@ impl FrontendKind {
     }
 }
 
-/// Who ended a connection, in the words of the side that writes.
+/// Party that ended a connection, named from the side that writes the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Closer {
     /// The program that connected.
     Client,
-    /// The program that it connected to.
+    /// The program at the destination.
     Target,
-    /// The tunnel between.
+    /// The tunnel in between.
     Tunnel,
     /// The agent, before it reached the target.
     Agent,
@@ -53,7 +53,7 @@ pub enum Closer {
 }
 
 impl Closer {
-    /// Metric label and log field.
+    /// Returns the metric label and log field.
     pub fn label(self) -> &'static str {
         match self {
             Self::Client => "client",
@@ -77,7 +77,7 @@ struct FrontendLabels {
     frontend: &'static str,
 }
 
-/// What each connection counts, on a server and on an agent alike.
+/// Counters of connections, the same on server and agent.
 #[derive(Clone, Debug)]
 pub struct DialMetrics {
     closed: Family<ClosedLabels, Counter>,
@@ -91,7 +91,7 @@ pub struct DialMetrics {
 }
 
 impl DialMetrics {
-    /// Registers them.
+    /// Registers the counters.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             closed: Family::default(),
@@ -146,12 +146,12 @@ impl DialMetrics {
     }
 }
 
-/// 100 us to 10 s: from a loopback to the dial's deadline.
+/// Buckets of dials, 100 us to 10 s: from a loopback to the dial's deadline.
 const DIAL_SECONDS: [f64; 11] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
 ];
 
-/// The part of `registry` that bears our prefix.
+/// Returns the part of `registry` that has the prefix `cpc_`.
 pub fn ours(registry: &mut Registry) -> &mut Registry {
     registry.sub_registry_with_prefix("cpc")
 }

@@ -1,6 +1,6 @@
-//! The process itself, under the names that Prometheus' client libraries give it (`process_`).
+//! Metrics of the process, under the names of Prometheus' client libraries (`process_`).
 //!
-//! Read from `/proc/self` (proc_pid_stat(5)) at each look; what can't be read is left out.
+//! Each scrape reads `/proc/self` (proc_pid_stat(5)) and omits unreadable values.
 
 use std::fmt;
 use std::fs;
@@ -16,14 +16,14 @@ use rustix::param::{clock_ticks_per_second, page_size};
 
 const SELF: &str = "/proc/self";
 
-/// Reads the process's state.
+/// Collector of the metrics of the process.
 #[derive(Debug)]
 struct ProcessMetrics {
-    /// Read once: a value that moves looks like a restart.
+    /// Start time, read once: a value that moves looks like a restart.
     started: Option<f64>,
 }
 
-/// Has the process's state served: `registry` must have no prefix.
+/// Registers the collector; `registry` must have no prefix.
 pub fn register(registry: &mut Registry) {
     let started = Stat::read().and_then(|stat| started(stat.started));
     registry.register_collector(Box::new(ProcessMetrics { started }));
@@ -86,11 +86,11 @@ impl Collector for ProcessMetrics {
     }
 }
 
-/// What `/proc/self/stat` says, in seconds and bytes.
+/// Values of `/proc/self/stat`, in seconds and bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Stat {
     cpu: f64,
-    /// Since the system's boot.
+    /// Start of the process, since boot.
     started: f64,
     virtual_memory: f64,
     resident_memory: f64,
@@ -117,7 +117,7 @@ impl Stat {
     }
 }
 
-/// The time of day at `since_boot` seconds.
+/// Returns the time of day at `since_boot` seconds.
 fn started(since_boot: f64) -> Option<f64> {
     let seconds = |clock: ClockId| {
         let time = clock_gettime(clock).ok()?;

@@ -1,11 +1,11 @@
-//! Metrics of the configuration: whether the process runs with what its file says.
+//! Metrics of the configuration: whether the process runs with the content of its file.
 
 use std::time::SystemTime;
 
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-/// What became of the last reload of the configuration. A start counts as one.
+/// Outcome of the last reload of the configuration. A start counts as one.
 #[derive(Clone, Debug)]
 pub struct ReloadMetrics {
     is_successful: Gauge,
@@ -13,7 +13,7 @@ pub struct ReloadMetrics {
 }
 
 impl ReloadMetrics {
-    /// Registers them, of a process that has read its configuration at `now`.
+    /// Registers the metrics of a process that has read its configuration at `now`.
     pub fn register(registry: &mut Registry, now: SystemTime) -> Self {
         let metrics = Self {
             is_successful: Gauge::default(),
@@ -33,7 +33,7 @@ impl ReloadMetrics {
         metrics
     }
 
-    /// Notes what became of a reload that ended at `now`.
+    /// Notes the outcome of a reload that ended at `now`.
     pub fn note(&self, is_successful: bool, now: SystemTime) {
         self.is_successful.set(is_successful.into());
         if is_successful {

@@ -1,12 +1,14 @@
-//! Bounds how many lines peers can cause, in the log and in the audit.
+//! Bounds on the lines that peers can cause, in the log and in the audit.
 //!
-//! The kind of a line is its place in the code. Its source is whom its fields name (`fields`): an
-//! agent or a server by its identity, or the network of an address. Each source has a bucket for each
-//! kind, and all sources of a kind share another one, so that neither one peer nor many fill a disk, and
-//! one peer hides no line about another. What is left out is counted, and said in a line of its own.
+//! The kind of a line is its place in the code. The source of a line is the peer that its fields name
+//! (`fields`): an agent or a server by its identity, or the network of an address. Each source has a
+//! bucket for each kind, and all sources of a kind share another one. So neither one peer nor many fill
+//! a disk, and one peer hides no line about another. Omitted lines are counted and reported in a line
+//! of their own.
 //!
-//! Every line passes here ([`Throttle`] is a filter), so that no place in the code can forget it. Memory
-//! is fixed: two keyed hashes lead each bucket to two of `BUCKETS` counters, and the lower one counts.
+//! Every line passes [`Throttle`], which is a filter, so that no place in the code can forget it.
+//! Memory is fixed: two keyed hashes map each bucket to two of `BUCKETS` counters, and the lower one
+//! counts.
 
 mod fields;
 
@@ -24,27 +26,27 @@ use tracing_subscriber::layer::{Context, Filter};
 use self::fields::{Fields, Source};
 use super::logging::ACCESS;
 
-/// Counters of all buckets, 8 bytes each.
+/// Number of counters of all buckets, 8 bytes each.
 const BUCKETS: usize = 16_384;
 
-/// Kinds of lines that are counted apart when they are left out; the program has fewer.
+/// Number of kinds of lines with a count of their own when they are left out; the program has fewer.
 const MAX_KINDS: usize = 1024;
 
-/// How fast lines of one bucket may come.
+/// Rate of the lines of one bucket.
 #[derive(Clone, Copy, Debug)]
 pub struct Rate {
-    /// Lines at once, after a long silence.
+    /// Maximum number of lines at once, after a long silence.
     pub burst: u32,
-    /// After how long there may be one more.
+    /// Interval after which the bucket gains one line.
     pub period: Duration,
 }
 
-/// The bounds of a log.
+/// Rates of a log.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {
     /// Lines of one kind about one source.
     pub source: Rate,
-    /// Lines of one kind about all who have proved an identity.
+    /// Lines of one kind about all proven identities.
     pub known: Rate,
     /// Lines of one kind about all addresses.
     pub strangers: Rate,
@@ -54,21 +56,21 @@ const fn rate(burst: u32, period: Duration) -> Rate {
     Rate { burst, period }
 }
 
-/// Of the log: a source writes 12 lines of a kind a minute.
+/// Rates of the log: a source writes 12 lines of a kind per minute.
 pub const LOG: Rates = Rates {
     source: rate(100, Duration::from_secs(5)),
     known: rate(1000, Duration::from_millis(500)),
     strangers: rate(500, Duration::from_secs(1)),
 };
 
-/// Of the audit: it keeps records for weeks, and whole fleets may connect at once.
+/// Rates of the audit. Its records stay for weeks, and whole fleets may connect at once.
 pub const AUDIT: Rates = Rates {
     source: rate(100, Duration::from_secs(60)),
     known: rate(20_000, Duration::from_secs(2)),
     strangers: rate(1000, Duration::from_secs(2)),
 };
 
-/// Lets a bounded number of lines through. Clones share the bounds.
+/// A filter that admits a bounded number of lines. Clones share the bounds.
 #[derive(Clone, Debug)]
 pub struct Throttle(Arc<Shared>);
 
@@ -77,8 +79,8 @@ struct Shared {
     rates: Rates,
     began: Instant,
     hashes: [RandomState; 2],
-    /// When each bucket is full again, in nanoseconds since the beginning: the "theoretical arrival
-    /// time" of the generic cell rate algorithm (ITU-T I.371).
+    /// Time at which each bucket will be full, in nanoseconds since the beginning: the "theoretical
+    /// arrival time" of the generic cell rate algorithm (ITU-T I.371).
     buckets: Box<[AtomicU64]>,
     suppressed: Mutex<HashMap<u64, Suppressed>>,
     total: AtomicU64,
@@ -87,16 +89,16 @@ struct Shared {
 /// Lines of one kind that were left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Suppressed {
-    /// What they say.
+    /// Text of the lines.
     pub kind: String,
-    /// How many there were.
+    /// Number of lines.
     pub lines: u64,
-    /// Whom the last one was about.
+    /// Source of the last line.
     pub last: String,
 }
 
 impl Throttle {
-    /// A throttle that has let nothing through yet.
+    /// Creates a throttle with full buckets.
     pub fn new(rates: Rates, now: Instant) -> Self {
         Self(Arc::new(Shared {
             rates,
@@ -108,7 +110,8 @@ impl Throttle {
         }))
     }
 
-    /// Whether a line of `kind` about `source` is let through; `name` says what it is if not.
+    /// Whether a line of `kind` about `source` is admitted. `name` describes the kind in the report
+    /// about omitted lines.
     fn admits(&self, kind: impl Hash, name: &str, source: &Source<'_>, now: Instant) -> bool {
         let shared = &self.0;
         let all = match source {
@@ -130,13 +133,13 @@ impl Throttle {
         false
     }
 
-    /// The lines that were left out since the last call.
+    /// Returns the lines that were left out since the last call.
     pub fn take_suppressed(&self) -> Vec<Suppressed> {
         let mut suppressed = self.0.lock();
         suppressed.drain().map(|(_, lines)| lines).collect()
     }
 
-    /// How many lines were left out, in all.
+    /// Returns the number of all lines that were left out.
     pub fn total(&self) -> u64 {
         self.0.total.load(Ordering::Relaxed)
     }
@@ -149,7 +152,7 @@ impl Shared {
         [slot(&self.hashes[0]), slot(&self.hashes[1])]
     }
 
-    /// When the bucket is full again once one more line is taken out of it; `None` if it is empty.
+    /// Returns the time at which the bucket will be full after one more line; `None` if it is empty.
     fn spend(&self, slots: [usize; 2], rate: Rate, now: u64) -> Option<u64> {
         let [a, b] = slots.map(|slot| self.buckets[slot].load(Ordering::Relaxed));
         let period = nanoseconds(rate.period);

@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::Admin;
 
-/// The pages of a proxy-server.
+/// Returns the pages of a proxy-server.
 pub fn server_router(admin: Admin) -> Router {
     let ready = get(server_ready);
     pages(
@@ -26,7 +26,7 @@ pub fn server_router(admin: Admin) -> Router {
     .with_state(admin)
 }
 
-/// The pages of a proxy-agent.
+/// Returns the pages of a proxy-agent.
 pub fn agent_router(admin: Admin) -> Router {
     let ready = get(agent_ready);
     pages(
@@ -43,7 +43,7 @@ fn pages(router: Router<Admin>) -> Router<Admin> {
         .route("/metrics", super::metrics())
 }
 
-/// The reason in our own words stands in `/readyz` of the admin port.
+/// Answers the readiness of a server. `/readyz` of the admin port has the reason in our own words.
 async fn server_ready(State(admin): State<Admin>) -> Response {
     match admin.source.ready() {
         Ok(()) => "ok".into_response(),

@@ -1,8 +1,8 @@
-//! A listener whose connections can't pile up: strangers reach the health port.
+//! An HTTP listener with bounded connections: unauthenticated peers reach the health port.
 //!
-//! Whoever comes is let in; where there is no room, somebody else goes ([`Room`] says who). A connection
-//! ends when nothing was answered on it for [`IDLE`], and between two requests once it is [`LIFE`] old or
-//! had [`MAX_REQUESTS`].
+//! Every new connection is admitted, and evicts another one where there is no room ([`Room`] chooses).
+//! A connection ends after [`IDLE`] without an answer, and between two requests once it is [`LIFE`] old
+//! or had [`MAX_REQUESTS`].
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
@@ -20,31 +20,31 @@ use tokio::time::{Instant, Sleep, sleep};
 use cpc_host::descriptors;
 use cpc_host::room::{Room, Ticket};
 
-/// A connection on which nothing was answered for so long is ended: whoever sends half a request,
-/// or reads none of the answer. All answers take milliseconds.
+/// Maximum time without an answer on a connection: it ends peers that send half a request or read none
+/// of the answer. All answers take milliseconds.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// After that no further request is taken on a connection.
+/// Age after which a connection takes no further request.
 const LIFE: Duration = Duration::from_secs(60);
 
-/// Nor after so many.
+/// Number of requests after which a connection takes no further one.
 const MAX_REQUESTS: u32 = 100;
 
-/// Takes connections in, as many as there is room for.
+/// A listener with bounded room for connections.
 pub(super) struct Listener {
     listener: TcpListener,
     inside: Arc<Mutex<Inside>>,
 }
 
-/// Who is connected.
+/// Open connections.
 struct Inside {
     room: Room,
-    /// How each is told that it has to go.
+    /// Senders that tell each connection of its eviction.
     evict: HashMap<Ticket, oneshot::Sender<()>>,
 }
 
 impl Listener {
-    /// Over a listener of the running runtime, with room for `most` connections.
+    /// Wraps a listener of the current runtime, with room for `most` connections.
     pub(super) fn new(listener: TcpListener, most: usize) -> Self {
         let inside = Inside {
             room: Room::new(most),
@@ -122,7 +122,7 @@ impl Listener {
     }
 }
 
-/// Where a connection is in its exchange of requests and answers.
+/// Position of a connection in its exchange of requests and answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
     /// No request is under way.
@@ -133,7 +133,7 @@ enum Progress {
     Answering,
 }
 
-/// A connection that ends in time.
+/// A connection with bounded lifetime.
 pub(super) struct Connection {
     stream: TcpStream,
     idle: Pin<Box<Sleep>>,
@@ -141,11 +141,11 @@ pub(super) struct Connection {
     evicted: oneshot::Receiver<()>,
     progress: Progress,
     requests: u32,
-    /// The last field: it goes when the socket has gone.
+    /// Must be the last field: the place is free once the socket is closed.
     _place: Place,
 }
 
-/// A place in the room, until it is dropped.
+/// A place in the room, until dropped.
 struct Place {
     inside: Arc<Mutex<Inside>>,
     ticket: Ticket,
@@ -162,7 +162,7 @@ impl Drop for Place {
 }
 
 impl Connection {
-    /// The result of an operation on the stream, or the end of our patience with it.
+    /// Returns the result of an operation on the stream, or an error at the end of its timeout.
     fn patiently<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -192,7 +192,7 @@ impl Connection {
         self.patiently(cx, done)
     }
 
-    /// Whether no further request is taken.
+    /// Whether the connection takes no further request.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
         self.progress == Progress::Between
             && (self.requests >= MAX_REQUESTS || self.life.as_mut().poll(cx).is_ready())

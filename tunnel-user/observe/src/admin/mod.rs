@@ -35,7 +35,7 @@ use crate::process;
 use cpc_host::descriptors;
 use cpc_host::report::report;
 
-/// Counts what had no file descriptor.
+/// Counter of connections refused for want of a file descriptor.
 #[derive(Debug)]
 struct Refused;
 
@@ -51,13 +51,16 @@ impl Collector for Refused {
     }
 }
 
-/// What a server and an agent tell in their own ways.
+/// The parts of health and status that differ between server and agent.
 pub trait Source: Send + Sync {
-    /// Whether the job can be done; else why not.
+    /// Whether the process can do its job.
+    ///
+    /// # Errors
+    /// The reason why not.
     fn ready(&self) -> Result<(), String>;
-    /// The status, as JSON.
+    /// Returns the status as JSON.
     fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>>;
-    /// Called before metrics are written, for those that are read elsewhere.
+    /// Updates metrics whose values are read elsewhere. Called before metrics are written.
     fn refresh(&self);
 }
 
@@ -70,7 +73,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Over what the process knows of itself.
+    /// Creates the service of a process.
     pub fn new(mut registry: Registry, log: LogHandle, source: Arc<dyn Source>) -> Self {
         log.register(ours(&mut registry));
         ours(&mut registry).register_collector(Box::new(Refused));
@@ -82,7 +85,7 @@ impl Admin {
         }
     }
 
-    /// Everything.
+    /// Returns the router of all pages.
     pub fn router(self) -> Router {
         Router::new()
             .route("/metrics", metrics())
@@ -92,7 +95,7 @@ impl Admin {
             .merge(self.health_router())
     }
 
-    /// Health alone, for a port that strangers reach.
+    /// Returns the router of health alone, for a port that unauthenticated peers reach.
     pub fn health_router(self) -> Router {
         Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
@@ -102,7 +105,7 @@ impl Admin {
     }
 }
 
-/// Serves `router` on `listener` for ever, to `most` connections at once.
+/// Serves `router` on `listener` without end, to at most `most` connections at once.
 pub async fn serve(listener: std::net::TcpListener, router: Router, most: usize) {
     let served = async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -120,7 +123,7 @@ async fn ready(State(admin): State<Admin>) -> Response {
     }
 }
 
-/// The page of metrics.
+/// Returns the handler of the metrics page.
 fn metrics() -> MethodRouter<Admin> {
     get(write_metrics).layer(CompressionLayer::new())
 }

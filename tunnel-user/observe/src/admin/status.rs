@@ -4,45 +4,45 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-/// What either program tells.
+/// Status of either program.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "role", rename_all = "lowercase")]
 pub enum Status {
-    /// A server's.
+    /// Status of a server.
     Server(ServerStatus),
-    /// An agent's.
+    /// Status of an agent.
     Agent(AgentStatus),
 }
 
-/// What a server tells.
+/// Status of a server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ServerStatus {
-    /// Who it is.
+    /// Identity of the server.
     pub identity: String,
-    /// Its release.
+    /// Release of the server.
     pub version: String,
-    /// Whether it can do its job: at least one agent answers heartbeats.
+    /// Whether the server is ready: at least one agent answers heartbeats.
     pub ready: bool,
-    /// Why it can't.
+    /// Reason why the server is not ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
-    /// Threads that carry tunnels.
+    /// Number of threads that carry tunnels.
     #[serde(default)]
     pub shards: usize,
-    /// What moves bytes: `epoll` or `io_uring`.
+    /// System interface that moves bytes: `epoll` or `io_uring`.
     #[serde(default)]
     pub engine: String,
-    /// Destinations that are not dialled because their dials kept timing out.
+    /// Number of destinations whose breaker is open.
     #[serde(default)]
     pub breakers_open: i64,
-    /// Its certificates, and the CAs that it trusts.
+    /// Certificates of the server, and the CAs that it trusts.
     #[serde(default)]
     pub certificates: Vec<CertificateRow>,
     /// Connected agents, by name.
     pub agents: Vec<AgentRow>,
     /// Attachments of the redirect, as the kernel has them.
     pub attachments: Vec<serde_json::Value>,
-    /// Why the attachments can't be told.
+    /// Error that prevented reading the attachments.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attachments_error: Option<String>,
 }
@@ -54,14 +54,14 @@ pub struct CertificateRow {
     pub purpose: String,
     /// `own` or `ca`.
     pub kind: String,
-    /// Its identity or subject.
+    /// Identity or subject of the certificate.
     pub subject: String,
-    /// The hash of its key, of a CA.
+    /// Hash of the key, for a CA.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// Its file.
+    /// File of the certificate.
     pub file: String,
-    /// The last moment at which it is valid, RFC 3339.
+    /// Last moment of validity, RFC 3339.
     pub not_after: String,
     /// `valid`, `expires soon`, `expired` or `not valid yet`.
     pub state: String,
@@ -70,21 +70,21 @@ pub struct CertificateRow {
 /// One connected agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AgentRow {
-    /// Who it is.
+    /// Identity of the agent.
     pub identity: String,
     /// `quic` or `konnectivity`.
     #[serde(default)]
     pub protocol: String,
-    /// Its address as the server sees it.
+    /// Address of the agent as the server sees it.
     pub address: String,
-    /// Where this tunnel lives.
+    /// Shard of the tunnel.
     #[serde(default)]
     pub shard: usize,
     /// `live`, `silent` or `draining`.
     pub state: String,
     /// Round-trip time, milliseconds.
     pub rtt_ms: f64,
-    /// The largest IP packet that is sent on this path, in bytes, where we decide on it.
+    /// Size of the largest IP packet sent on this path, in bytes, where our transport decides on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Open streams.
@@ -93,60 +93,60 @@ pub struct AgentRow {
     pub up_bytes: u64,
     /// Bytes from targets to clients.
     pub down_bytes: u64,
-    /// What it serves.
+    /// Routes that the agent serves.
     pub routes: Vec<String>,
-    /// What it may not serve.
+    /// Claims that the server refused.
     pub refused: Vec<Refused>,
-    /// Since when, RFC 3339.
+    /// Start of the tunnel, RFC 3339.
     pub since: String,
 }
 
 /// A claim that was refused.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Refused {
-    /// What was claimed.
+    /// The claim.
     pub claim: String,
-    /// Why it was refused.
+    /// Reason of the refusal.
     pub why: String,
 }
 
-/// What an agent tells.
+/// Status of an agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AgentStatus {
-    /// Who it is.
+    /// Identity of the agent.
     pub identity: String,
-    /// Its release.
+    /// Release of the agent.
     pub version: String,
-    /// Whether it can do its job: at least one server is reached.
+    /// Whether the agent is ready: at least one server is connected.
     pub ready: bool,
-    /// Why it can't.
+    /// Reason why the agent is not ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
-    /// How many servers there are, as they say or by their leases.
+    /// Number of servers, according to the servers or their leases.
     pub server_count: u32,
-    /// Threads that carry tunnels.
+    /// Number of threads that carry tunnels.
     #[serde(default)]
     pub shards: usize,
-    /// What moves bytes: `epoll` or `io_uring`.
+    /// System interface that moves bytes: `epoll` or `io_uring`.
     #[serde(default)]
     pub engine: String,
-    /// Its certificates, and the CAs that it trusts.
+    /// Certificates of the agent, and the CAs that it trusts.
     #[serde(default)]
     pub certificates: Vec<CertificateRow>,
     /// Tunnels, by server.
     pub servers: Vec<ServerRow>,
-    /// What may be dialled.
+    /// Destinations that the allow-list permits.
     pub allow: Vec<String>,
 }
 
 /// One tunnel to a server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ServerRow {
-    /// The server's name.
+    /// Name of the server.
     pub server_id: String,
-    /// Where it was reached.
+    /// Address of the server.
     pub address: String,
-    /// Where this tunnel lives.
+    /// Shard of the tunnel.
     #[serde(default)]
     pub shard: usize,
     /// `quic` or `konnectivity`.
@@ -156,7 +156,7 @@ pub struct ServerRow {
     /// Round-trip time, milliseconds, where the protocol measures it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtt_ms: Option<f64>,
-    /// The largest IP packet that is sent on this path, in bytes, where we decide on it.
+    /// Size of the largest IP packet sent on this path, in bytes, where our transport decides on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Open streams.
@@ -165,15 +165,15 @@ pub struct ServerRow {
     pub up_bytes: u64,
     /// Bytes from targets to clients.
     pub down_bytes: u64,
-    /// What we serve there.
+    /// Routes that the agent serves over this tunnel.
     pub routes: Vec<String>,
-    /// What we may not serve.
+    /// Claims that the server refused.
     pub refused: Vec<Refused>,
-    /// Since when, RFC 3339.
+    /// Start of the tunnel, RFC 3339.
     pub since: String,
 }
 
-/// RFC 3339, in whole seconds.
+/// Formats a time as RFC 3339, in whole seconds.
 pub fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }

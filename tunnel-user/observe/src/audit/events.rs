@@ -1,4 +1,4 @@
-//! What is recorded beside connections: one function for each event.
+//! Audit records beside those of connections: one function for each event.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -11,10 +11,10 @@ use tunnel_proto::session::Refusal;
 use super::AUDIT;
 use cpc_host::report::report;
 
-/// Bytes of refused claims that a record names; it counts all.
+/// Maximum size of the refused claims that a record names, in bytes. The record counts all.
 const NAMED: usize = 2048;
 
-/// This process serves from now on, or no longer.
+/// Records that this process starts or stops serving.
 pub fn process(event: &'static str, role: &'static str, identity: &dyn Display) {
     tracing::info!(
         target: AUDIT, event, role, %identity, version = env!("CARGO_PKG_VERSION"),
@@ -22,7 +22,7 @@ pub fn process(event: &'static str, role: &'static str, identity: &dyn Display) 
     );
 }
 
-/// An agent is connected.
+/// Records that an agent connected.
 pub fn agent_connected(
     agent: &dyn Display,
     remote: SocketAddr,
@@ -34,14 +34,15 @@ pub fn agent_connected(
     );
 }
 
-/// An agent is not connected any more.
+/// Records that an agent disconnected.
 pub fn agent_disconnected(agent: &dyn Display, reason: CloseReason) {
     tracing::info!(
         target: AUDIT, event = "agent_disconnected", %agent, reason = reason.label(),
     );
 }
 
-/// A worker without a certificate got one. `by` is the id of its token, or who vouched for it.
+/// Records that a worker without a certificate received one. `by` is the id of its token, or the
+/// identity that vouched for it.
 pub fn joined(agent: &str, remote: SocketAddr, by: &str, (serial, until): (&str, SystemTime)) {
     let until = humantime::format_rfc3339_seconds(until);
     tracing::info!(
@@ -49,25 +50,25 @@ pub fn joined(agent: &str, remote: SocketAddr, by: &str, (serial, until): (&str,
     );
 }
 
-/// An agent's certificate was renewed over its tunnel.
+/// Records that the certificate of an agent was renewed over its tunnel.
 pub fn renewed(agent: &str, (serial, until): (&str, SystemTime)) {
     let until = humantime::format_rfc3339_seconds(until);
     tracing::info!(target: AUDIT, event = "renewed", agent, serial, %until);
 }
 
-/// Something of a peer's that was under way has been ended, because the peer counts no more.
+/// Records that a connection or handshake of a peer was ended after a revocation.
 pub fn cut(what: &'static str, remote: SocketAddr, revoked: &dyn Display) {
     tracing::info!(
         target: AUDIT, event = "revoked", what, %remote, why = %revoked,
     );
 }
 
-/// Where somebody came who was not let in.
+/// Listener that refused a peer.
 #[derive(Clone, Copy, Debug)]
 pub enum Listener {
-    /// For our agents.
+    /// For agents of `cpc`.
     Tunnel,
-    /// For Konnectivity's.
+    /// For agents of Konnectivity.
     Konnectivity,
     /// For workers without a certificate.
     Join,
@@ -86,14 +87,14 @@ impl Listener {
     }
 }
 
-/// Somebody who wanted to be an agent, or a client with a certificate, was not let in.
+/// Records that an agent, or a client with a certificate, was refused.
 pub fn peer_refused(listener: Listener, remote: SocketAddr, why: &(dyn Error + 'static)) {
     tracing::info!(
         target: AUDIT, event = "peer_refused", listener = listener.label(), %remote, why = report(why),
     );
 }
 
-/// An agent wanted to serve what it may not.
+/// Records the claims of an agent that the server refused.
 pub fn claims_refused(agent: &dyn Display, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
@@ -112,8 +113,7 @@ pub fn claims_refused(agent: &dyn Display, refused: &[Refusal]) {
     );
 }
 
-/// A CA vouches for peers from now on, or no longer: its trust domain, subject, key and last valid
-/// moment.
+/// Records that a CA gained or lost trust: its trust domain, subject, key and last valid moment.
 pub fn ca_changed(
     event: &'static str,
     domain: &dyn Display,
@@ -125,17 +125,17 @@ pub fn ca_changed(
     tracing::info!(target: AUDIT, event, %domain, ca, %key, %until);
 }
 
-/// A server offered a CA that none of ours vouches for.
+/// Records that a server offered a CA that no trusted one vouches for.
 pub fn ca_refused(server: &str, ca: &str, key: &dyn Display, why: &(dyn Error + 'static)) {
     tracing::info!(target: AUDIT, event = "ca_refused", server, ca, %key, why = report(why));
 }
 
-/// Records of one kind were left out, because too many came.
+/// Records that too many records of one kind came, and how many were left out.
 pub(super) fn suppressed(of: &str, records: u64, last: &str) {
     tracing::info!(target: AUDIT, event = "suppressed", suppressed = records, of, last);
 }
 
-/// Something was to be changed while we run: whether it was.
+/// Records an attempted change of the running process, and its outcome.
 pub fn changed(what: &'static str, outcome: Result<(), &(dyn Error + 'static)>) {
     let error = outcome.err().map(report);
     tracing::info!(

@@ -1,9 +1,9 @@
-//! The audit's files: one a day (UTC), and more where a day is busy, so that a peer that is refused a
-//! thousand times a second fills no disk.
+//! Files of the audit: one per day (UTC), more on busy days, within a bound on all of them. A peer that
+//! is refused a thousand times a second fills no disk.
 //!
-//! A file ends with its day, or when it has an eighth of what all may have. Then the oldest ones go:
-//! those of days that are over their time, and as many as it takes for the new one to fit. What is
-//! gone before its time is counted and said.
+//! A file ends with its day, or at an eighth of the bound. Then the oldest files are removed: those
+//! beyond the retention time, and as many as the new one needs for its bytes. Removals before the
+//! retention time are counted and logged.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,23 +18,23 @@ use crate::lines::line_count;
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
 
-/// Of what all files may have, the part that one may: so much goes at once.
+/// Divisor: the part of the bound that one file may have, and that is removed at once.
 const PARTS: u64 = 8;
 
-/// How much is kept.
+/// Retention of the files.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Days of which there are files.
+    /// Number of days with files.
     pub days: usize,
-    /// Bytes of all files together.
+    /// Size of all files together, in bytes.
     pub bytes: u64,
 }
 
-/// Files that are appended to.
+/// Files open for appending.
 pub(super) struct Files {
-    /// Opened once: who may move it leads us nowhere.
+    /// Directory of the files, opened once: its owner can move it, but not redirect the writes.
     directory: Directory,
-    /// What the names of its files begin with.
+    /// Prefix of the names of the files.
     series: &'static str,
     bounds: Bounds,
     counts: Arc<Counts>,
@@ -42,20 +42,20 @@ pub(super) struct Files {
     tail: Tail<File>,
 }
 
-/// A file's place in their order.
+/// Position of a file in the order of all.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Name {
-    /// `2026-11-23`.
+    /// Date, such as `2026-11-23`.
     day: String,
-    /// From 0 in each day.
+    /// Number within the day, from 0.
     part: u32,
 }
 
 impl Files {
-    /// Goes on where the newest file of this day ends. What is made is for its owner alone.
+    /// Continues the newest file of this day. New files are readable for their owner alone.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub(super) fn open(
         directory: &Path,
         series: &'static str,
@@ -127,7 +127,7 @@ impl Files {
         Ok(())
     }
 
-    /// Removes the oldest, so that the one in use may become as large as it may.
+    /// Removes the oldest files, so that the current one may grow to its bound.
     fn prune(&self) -> io::Result<()> {
         let mut names = names_in(&self.directory, self.series)?;
         names.sort();
@@ -156,7 +156,7 @@ impl Files {
         Ok(())
     }
 
-    /// Removes a file before its time.
+    /// Removes a file before the end of its retention time.
     fn lose(&self, file: &str) -> io::Result<()> {
         let records = count_lines(self.directory.open_to_read(file)?)?;
         self.directory.remove(file)?;
@@ -200,7 +200,7 @@ impl Name {
     }
 }
 
-/// Those that are ours; others are nobody's business.
+/// Returns the files of this series; other files are ignored.
 fn names_in(directory: &Directory, series: &str) -> io::Result<Vec<Name>> {
     let names = directory.names()?.into_iter();
     Ok(names
@@ -222,7 +222,7 @@ fn count_lines(mut file: File) -> io::Result<u64> {
     }
 }
 
-/// `2026-11-23`, in UTC.
+/// Returns the UTC date, such as `2026-11-23`.
 fn day_of(now: SystemTime) -> String {
     let mut text = humantime::format_rfc3339_seconds(now).to_string();
     text.truncate("2026-11-23".len());

@@ -1,13 +1,14 @@
-//! The audit: an append-only record of who reached what, and of what was decided about whom.
+//! The audit: an append-only record of connections, and of decisions about peers.
 //!
-//! A record is a JSON object on a line of its own. Those of [`ACCESS`] are connections, served or
-//! refused, at their end; those of [`AUDIT`] name what happened in `event`. None holds a token or
-//! anything that was carried. The log's filter does not touch it, and the log does not repeat it.
+//! A record is a JSON object on a line of its own. Records of [`ACCESS`] are connections, served or
+//! refused, at their end. Records of [`AUDIT`] name their event in `event`. No record holds a token or
+//! carried bytes. The filter of the log does not affect the audit, and the log does not repeat it.
 //!
-//! The two kinds have a queue, a thread and files each, so that connections, however many a client
-//! opens, push out no decision. Decisions that peers can cause again and again are throttled.
+//! The two kinds have separate queues, threads and files, so that a flood of connections displaces no
+//! decision. Decisions that peers can cause repeatedly are throttled.
 //!
-//! It never holds a tunnel up: threads of its own write, and what they can't write is counted.
+//! The audit never blocks a tunnel: threads of its own write, and records that they can't write are
+//! counted.
 
 pub mod events;
 mod files;
@@ -37,19 +38,19 @@ use super::logging::ACCESS;
 use super::throttle::{self, Throttle};
 use cpc_config::AuditConfig;
 
-/// Target of the records that are no connections.
+/// Target of the records of decisions.
 pub const AUDIT: &str = "cpc::audit";
 
-/// What the names of the files begin with that hold decisions.
+/// Prefix of the names of the files that hold decisions.
 const DECISIONS: &str = "audit";
 
-/// The same of connections.
+/// Prefix of the names of the files that hold connections.
 const CONNECTIONS: &str = "connections";
 
-/// Bytes of `audit.max_bytes` are shared by so many series of files.
+/// Number of series of files that share `audit.max_bytes`.
 const SERIES: u64 = 2;
 
-/// An audit that can't be kept.
+/// Failure to start the audit.
 #[derive(Debug, thiserror::Error)]
 #[error("audit: {place}: {why}")]
 pub struct AuditError {
@@ -57,7 +58,7 @@ pub struct AuditError {
     why: io::Error,
 }
 
-/// The audit of a process. What is still to be written is when its last handle is dropped.
+/// The audit of a process. Dropping the last handle writes the pending records.
 #[derive(Clone)]
 pub struct Audit(Arc<Kept>);
 
@@ -68,7 +69,7 @@ struct Kept {
     _writers: Vec<WorkerGuard>,
 }
 
-/// What became of the records that a writer got.
+/// Counters of a writer's records.
 #[derive(Debug, Default)]
 struct Counts {
     written: AtomicU64,
@@ -76,14 +77,14 @@ struct Counts {
     removed: AtomicU64,
 }
 
-/// Takes records.
+/// A layer that receives records.
 type Records<S> = Box<dyn Layer<S> + Send + Sync>;
 
 impl Audit {
-    /// Begins to keep it: the layers take the records.
+    /// Starts the audit. The returned layers receive the records.
     ///
     /// # Errors
-    /// [`AuditError`]: whoever wants an audit does not want to run without.
+    /// [`AuditError`]: a process configured with an audit must not run without.
     pub fn start<S>(config: &AuditConfig) -> Result<(Self, Vec<Records<S>>), AuditError>
     where
         S: Subscriber + for<'a> LookupSpan<'a>,
@@ -119,12 +120,12 @@ impl Audit {
         }
     }
 
-    /// Records that were written.
+    /// Returns the number of written records.
     pub fn written(&self) -> u64 {
         self.0.counts.written.load(Ordering::Relaxed)
     }
 
-    /// Records that were not.
+    /// Returns the number of records that could not be written.
     pub fn lost(&self) -> u64 {
         let overflow = self.0.overflow.iter();
         let overflow: usize = overflow.map(ErrorCounter::dropped_lines).sum();
@@ -132,17 +133,17 @@ impl Audit {
         overflow.saturating_add(self.0.counts.lost.load(Ordering::Relaxed))
     }
 
-    /// Records that were removed before their time.
+    /// Returns the number of records that were removed before the end of their retention time.
     pub fn removed(&self) -> u64 {
         self.0.counts.removed.load(Ordering::Relaxed)
     }
 
-    /// Records that were left out, because too many came of one kind.
+    /// Returns the number of records that were left out, because too many came of one kind.
     pub fn suppressed(&self) -> u64 {
         self.0.throttle.total()
     }
 
-    /// Registers its metrics.
+    /// Registers the metrics of the audit.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(self.clone()));
     }

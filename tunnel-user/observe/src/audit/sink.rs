@@ -1,4 +1,4 @@
-//! Where records go: files of a day each, systemd's journal, or both.
+//! Sinks of records: daily files, systemd's journal, or both.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
@@ -14,13 +14,13 @@ use cpc_config::AuditConfig;
 use cpc_host::directory::with_remedy;
 use cpc_host::report::report;
 
-/// The journal's socket (systemd.io, "Native Journal Protocol").
+/// Socket of the journal (systemd.io, "Native Journal Protocol").
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
-/// How often is said that records are lost.
+/// Minimum interval between log lines about lost records.
 const COMPLAIN_AFTER: Duration = Duration::from_secs(60);
 
-/// Takes lines, counts them, and never fails: it says so instead.
+/// A sink that counts lines and never fails: it logs its errors instead.
 pub(super) struct Sink {
     files: Option<Files>,
     journal: Option<UnixDatagram>,
@@ -29,7 +29,7 @@ pub(super) struct Sink {
 }
 
 impl Sink {
-    /// Opens what is configured.
+    /// Opens the configured sinks.
     pub(super) fn open(
         config: &AuditConfig,
         series: &'static str,
@@ -61,7 +61,7 @@ impl Sink {
         })
     }
 
-    /// Writes to each place what it takes. Returns how many records are missing in one of them, and why.
+    /// Writes to each sink. Returns the number of records missing in one of them, and the error.
     fn put(&mut self, lines: &[u8]) -> (u64, Option<io::Error>) {
         let (mut missing, mut error) = (0, None);
         if let Some(files) = &mut self.files

@@ -1,4 +1,4 @@
-//! The end of a file of records: a record is there to its end, or not at all.
+//! The end of a file of records: each record is there whole, or not at all.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -6,12 +6,12 @@ use std::os::unix::fs::FileExt;
 
 use crate::line_end::LineEnd;
 
-/// A file that is appended to, as far as it matters here.
+/// The operations of an appended file that this module needs.
 pub(super) trait Medium: Write {
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     fn size(&self) -> io::Result<u64>;
 
-    /// Cuts it.
+    /// Truncates the file.
     fn cut_to(&mut self, size: u64) -> io::Result<()>;
 }
 
@@ -33,17 +33,17 @@ pub(super) struct Tail<F> {
     end: LineEnd,
 }
 
-/// Records that were not written to their end.
+/// Failure to write some records whole.
 #[derive(Debug)]
 pub(super) struct Unwritten {
-    /// Bytes of those before them, which were.
+    /// Bytes of the records before them, which were written.
     pub whole: usize,
-    /// What the system says.
+    /// Error of the system call.
     pub why: io::Error,
 }
 
 impl Tail<File> {
-    /// The end of `file`, which can be read too and may have been cut by the end of a process.
+    /// Finds the end of `file`, which must be readable and may have been cut by the end of a process.
     pub(super) fn of(file: File) -> io::Result<Self> {
         let (size, mut last) = (file.size()?, [b'\n']);
         if let Some(at) = size.checked_sub(1) {
@@ -55,13 +55,13 @@ impl Tail<File> {
 }
 
 impl<F: Medium> Tail<F> {
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size
     }
 
-    /// Appends records. One that does not fit to its end is taken back; where that fails the next one
-    /// begins on a line of its own.
+    /// Appends records. A partly written record is truncated; where that fails the next one begins on a
+    /// line of its own.
     ///
     /// # Errors
     /// [`Unwritten`].

@@ -12,20 +12,20 @@ use super::{Counted, Exact, Label, LeaseReads, StreamMetrics, set};
 
 const PREFIX: &str = "konnectivity_network_proxy_agent";
 
-/// 5 ms to 30 s.
+/// Buckets of latencies, 5 ms to 30 s.
 const LATENCY: [f64; 7] = [0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 30.0];
 
-/// A histogram of short times.
+/// Creates a histogram of latencies.
 pub(super) fn latency() -> Histogram {
     Histogram::new(LATENCY)
 }
 
-/// Why a dial failed, as seen by an agent.
+/// Reason of a failed dial, as seen by an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DialTrouble {
     /// The target did not answer in time.
     Timeout,
-    /// Anything else.
+    /// Any other reason.
     Unknown,
 }
 
@@ -39,12 +39,12 @@ impl DialTrouble {
     }
 }
 
-/// Which way a stream to a server has failed.
+/// Direction in which a stream to a server failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// Sending.
+    /// Sending failed.
     ToServer,
-    /// Receiving.
+    /// Receiving failed.
     FromServer,
 }
 
@@ -58,12 +58,12 @@ impl Direction {
     }
 }
 
-/// Everything that proxy-agent counts.
+/// All metrics of proxy-agent.
 #[derive(Clone, Debug)]
 pub struct ProxyAgentMetrics {
     /// Packets, from and to servers.
     pub streams: StreamMetrics,
-    /// What is asked about leases.
+    /// Requests about leases.
     pub leases: LeaseReads,
     dials: Histogram,
     dial_failures: Family<[Label; 1], Counter>,
@@ -89,7 +89,7 @@ impl Default for ProxyAgentMetrics {
 }
 
 impl ProxyAgentMetrics {
-    /// Has them served: `registry` must have no prefix.
+    /// Registers the metrics; `registry` must have no prefix.
     pub fn register(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix(PREFIX);
         self.streams.register(registry);
@@ -147,7 +147,7 @@ impl ProxyAgentMetrics {
         Counted::new(&self.endpoints)
     }
 
-    /// Sets how many servers are reached, and how many there should be.
+    /// Sets the number of connected servers, and the number of servers that there should be.
     pub fn set_servers(&self, reached: usize, known: usize) {
         set(&self.servers, reached);
         set(&self.known_servers, known);

@@ -7,7 +7,7 @@ use tunnel_proto::konnectivity::Packet;
 
 use super::{PacketKind, ProxyServerMetrics, Segment, StreamMetrics, Tally};
 
-/// Counts what goes between clients and a server, on any number of streams.
+/// Counters of the traffic between clients and a server, on any number of streams.
 #[derive(Clone, Debug)]
 pub struct ClientTraffic {
     received: Tally,
@@ -36,7 +36,7 @@ impl ClientTraffic {
         self.sent.count(kind);
     }
 
-    /// Observes how long a packet waited until its client took it.
+    /// Observes the time that a packet waited for its client.
     pub fn wrote(&self, elapsed: Duration) {
         self.writes.observe(elapsed.as_secs_f64());
     }
@@ -53,7 +53,7 @@ impl ClientTraffic {
 }
 
 impl Default for ClientTraffic {
-    /// One that nobody reads.
+    /// Creates counters that are not registered.
     fn default() -> Self {
         ProxyServerMetrics::default().clients()
     }

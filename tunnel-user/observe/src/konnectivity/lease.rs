@@ -1,4 +1,4 @@
-//! What is asked of the Kubernetes API about leases: by servers ([`LeaseCalls`]) and by agents
+//! Requests to the Kubernetes API about leases: of servers ([`LeaseCalls`]) and of agents
 //! ([`LeaseReads`]).
 
 use std::time::Duration;
@@ -10,8 +10,8 @@ use prometheus_client::registry::Registry;
 
 use super::{Exact, agent, server};
 
-/// The API server's answer: status code and reason, of which there are few. `None` when it gave
-/// none, which is not counted.
+/// Answer of the API server: status code and one of few reasons. `None` for no answer, which is not
+/// counted.
 type Outcome<'a> = Option<(u16, &'a str)>;
 
 /// Labels whose values the API server gives.
@@ -104,7 +104,7 @@ impl LeaseCalls {
         self.lists.observe(outcome, elapsed);
     }
 
-    /// Counts a deletion that was asked for.
+    /// Counts a deletion request.
     pub fn deleted(&self, outcome: Outcome<'_>, elapsed: Duration) {
         self.deletes.observe(outcome, elapsed);
     }
@@ -156,7 +156,7 @@ impl LeaseReads {
         self.lists.observe(outcome, elapsed);
     }
 
-    /// Counts a watch that was begun.
+    /// Counts the start of a watch.
     pub fn watched(&self, outcome: Outcome<'_>) {
         self.watches.count(outcome);
     }

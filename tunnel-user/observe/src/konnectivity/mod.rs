@@ -1,10 +1,10 @@
-//! Metrics under the names of Konnectivity's, for the dashboards and alerts that there are: of its
-//! server ([`ProxyServerMetrics`]) and its agent ([`ProxyAgentMetrics`]).
+//! Metrics under Konnectivity's names, for existing dashboards and alerts: of its server
+//! ([`ProxyServerMetrics`]) and its agent ([`ProxyAgentMetrics`]).
 //!
-//! Names, types, labels and their values are exactly theirs, and a failure's series begins with the
-//! first failure, as there: their own tests compare whole families. So is the help of those that
-//! these tests read. What they count is ours: dials and connections count whatever they came in by
-//! and whatever tunnel they use, packets only where there are any.
+//! Names, types, labels and their values are those of Konnectivity, and the series of a failure begins
+//! with the first failure: Konnectivity's own tests compare whole families. The same holds for the help
+//! of the families that these tests read. The counted events are ours: dials and connections count for
+//! every frontend and tunnel, packets only where there are any.
 
 mod agent;
 mod client;
@@ -26,7 +26,7 @@ use prometheus_client::metrics::{MetricType, TypedMetric};
 /// One label: its name and its value.
 type Label = (&'static str, &'static str);
 
-/// A counter whose name stands as it is. OpenMetrics ends a counter's in `_total`, so in its terms
+/// A counter whose name stands as it is. OpenMetrics ends the name of a counter in `_total`, so there
 /// this is a metric of unknown type; in Prometheus' own text format it is a counter.
 #[derive(Clone, Debug, Default)]
 struct Exact(Counter);
@@ -45,7 +45,7 @@ impl TypedMetric for Exact {
     const TYPE: MetricType = MetricType::Unknown;
 }
 
-/// One thing that counts until it is dropped.
+/// A unit of a gauge, counted until dropped.
 #[derive(Debug)]
 pub struct Counted(Gauge);
 

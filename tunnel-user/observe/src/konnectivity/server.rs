@@ -11,20 +11,20 @@ use super::{ClientTraffic, Counted, Exact, Label, LeaseCalls, StreamMetrics, set
 
 const PREFIX: &str = "konnectivity_network_proxy_server";
 
-/// 1 us to 12.5 s.
+/// Buckets of latencies, 1 us to 12.5 s.
 const LATENCY: [f64; 9] = [1e-6, 1e-5, 1e-4, 0.005, 0.025, 0.1, 0.5, 2.5, 12.5];
 
-/// 1 s to a day.
+/// Buckets of lifetimes, 1 s to a day.
 const LIFETIME: [f64; 12] = [
     1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14400.0, 43200.0, 86400.0,
 ];
 
-/// 5 ms to 10 s, for requests to the Kubernetes API.
+/// Buckets of requests to the Kubernetes API, 5 ms to 10 s.
 const CALL: [f64; 11] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
 
-/// How long requests to the Kubernetes API take.
+/// Creates a histogram of the latency of requests to the Kubernetes API.
 pub(super) fn call_latency() -> Histogram {
     Histogram::new(CALL)
 }
@@ -32,9 +32,9 @@ pub(super) fn call_latency() -> Histogram {
 /// A gRPC method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// Of clients.
+    /// Method of clients.
     Proxy,
-    /// Of agents.
+    /// Method of agents.
     Connect,
 }
 
@@ -50,22 +50,22 @@ impl Service {
     }
 }
 
-/// Why a dial failed, as seen by a server.
+/// Reason of a failed dial, as seen by a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DialFailure {
-    /// Nobody was there to be asked.
+    /// No agent was available.
     NoAgent,
-    /// The agent says so.
+    /// The agent answered with an error.
     ErrorResponse,
-    /// An agent answered to a dial that is not known.
+    /// An agent answered an unknown dial.
     UnrecognizedResponse,
-    /// The client could not be told of a dial that succeeded.
+    /// The response of a successful dial could not be sent to the client.
     SendResponse,
-    /// The tunnel was lost, or its agent gave the dial up.
+    /// The tunnel was lost, or its agent gave up the dial.
     BackendClose,
-    /// No answer in time.
+    /// No answer arrived in time.
     BackendDialTimeout,
-    /// The client gave it up.
+    /// The client gave up the dial.
     FrontendClose,
 }
 
@@ -84,12 +84,12 @@ impl DialFailure {
     }
 }
 
-/// Everything that proxy-server counts.
+/// All metrics of proxy-server.
 #[derive(Clone, Debug)]
 pub struct ProxyServerMetrics {
     /// Packets, of clients and of agents.
     pub streams: StreamMetrics,
-    /// What is asked about leases.
+    /// Requests about leases.
     pub leases: LeaseCalls,
     dials: Histogram,
     writes: Histogram,
@@ -131,7 +131,7 @@ impl Default for ProxyServerMetrics {
 }
 
 impl ProxyServerMetrics {
-    /// Has them served: `registry` must have no prefix.
+    /// Registers the metrics; `registry` must have no prefix.
     pub fn register(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix(PREFIX);
         self.streams.register(registry);
@@ -203,12 +203,12 @@ impl ProxyServerMetrics {
         self.failures.get_or_create(&why.labels()).0.inc();
     }
 
-    /// Counts packets of clients.
+    /// Returns counters of the packets of clients.
     pub fn clients(&self) -> ClientTraffic {
         ClientTraffic::new(&self.streams, &self.writes)
     }
 
-    /// Observes how long a connection was open.
+    /// Observes the duration of a connection.
     pub fn ended(&self, elapsed: Duration) {
         self.lifetimes.observe(elapsed.as_secs_f64());
     }
@@ -238,7 +238,7 @@ impl ProxyServerMetrics {
         Counted::new(&self.full.get_or_create(&service.labels()))
     }
 
-    /// Sets how many agents can be asked to dial: in all, and by strategy.
+    /// Sets the number of agents that can serve a dial: in all, and by strategy.
     pub fn set_backends(
         &self,
         all: usize,

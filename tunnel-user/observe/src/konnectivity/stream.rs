@@ -7,7 +7,7 @@ use tunnel_proto::konnectivity::Packet;
 
 use super::Label;
 
-/// From whom to whom.
+/// Sender and receiver of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Segment {
     /// From a client to the server.
@@ -52,7 +52,7 @@ pub enum PacketKind {
 }
 
 impl PacketKind {
-    /// That of `packet`; `None` where it has none that is known.
+    /// Returns the kind of `packet`; `None` if its type is unknown.
     pub fn of(packet: &Packet) -> Option<Self> {
         Some(match packet {
             Packet::DialRequest { .. } => Self::DialRequest,
@@ -93,7 +93,7 @@ impl PacketKind {
 #[derive(Clone, Debug)]
 pub struct StreamMetrics {
     packets: Family<[Label; 2], Counter>,
-    /// The same counters by segment and type: each packet counts, so none is looked up.
+    /// The same counters by segment and type: every packet counts, so a lookup would be costly.
     by_kind: [[Counter; PacketKind::ALL.len()]; Segment::ALL.len()],
     errors: Family<[Label; 3], Counter>,
 }
@@ -129,13 +129,13 @@ impl StreamMetrics {
         );
     }
 
-    /// A count of the packets on one segment.
+    /// Returns the counter of the packets on one segment.
     pub fn tally(&self, segment: Segment) -> Tally {
         Tally(self.by_kind[segment as usize].clone())
     }
 
-    /// Counts an error. `code` is gRPC's name of the status: `Unavailable`; `packet` is what could
-    /// not be sent.
+    /// Counts an error. `code` is gRPC's name of the status, such as `Unavailable`; `packet` is the
+    /// kind of an unsent packet.
     pub fn error(&self, segment: Segment, code: &'static str, packet: Option<PacketKind>) {
         let labels = [
             ("segment", segment.label()),
@@ -146,17 +146,17 @@ impl StreamMetrics {
     }
 }
 
-/// Counts the packets on one segment.
+/// Counter of the packets on one segment.
 #[derive(Clone, Debug, Default)]
 pub struct Tally([Counter; PacketKind::ALL.len()]);
 
 impl Tally {
-    /// Counts one, sent or received.
+    /// Counts one packet, sent or received.
     pub fn count(&self, kind: PacketKind) {
         self.0[kind as usize].inc();
     }
 
-    /// Counts a packet whose type is known.
+    /// Counts a packet if its type is known.
     pub fn packet(&self, packet: &Packet) {
         PacketKind::of(packet)
             .into_iter()

@@ -1,4 +1,4 @@
-//! What an event says: its text, and whom it is about.
+//! Fields of an event: its text, and the source that it is about.
 
 use std::cell::RefCell;
 use std::fmt::{self, Debug, Write};
@@ -7,14 +7,14 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use tracing::Event;
 use tracing::field::{Field, Visit};
 
-/// Bytes of a value that are looked at.
+/// Maximum number of bytes of a value that are read.
 const MAX_TEXT: usize = 256;
 
-/// The field of a line that says how many were left out.
+/// Field that marks a report about omitted lines.
 const SUPPRESSED: &str = "suppressed";
 
-/// Fields that name a source: identities, which somebody vouches for, before addresses and names that
-/// anybody may claim. The first one counts.
+/// Fields that name a source: proven identities before addresses and names that any peer may claim. The
+/// first one counts.
 const SOURCES: [(&str, Claim); 15] = [
     ("agent", Claim::Identity),
     ("server", Claim::Identity),
@@ -39,23 +39,23 @@ enum Claim {
     Address,
 }
 
-/// Whom a line is about.
+/// Source of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Source<'a> {
     /// The process itself.
     Own,
-    /// A name that somebody vouches for.
+    /// A proven name.
     Identity(&'a str),
     /// An address, which counts for its network, or a name that proves nothing.
     Network(Network<'a>),
 }
 
-/// Where a stranger comes from.
+/// Source of an unauthenticated peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Network<'a> {
     /// An IPv4 address, or the /64 of an IPv6 address.
     Prefix(IpAddr),
-    /// A text that is no address.
+    /// A text that is not an address.
     Text(&'a str),
 }
 
@@ -70,13 +70,13 @@ impl Source<'_> {
     }
 }
 
-/// The fields of one event that matter here.
+/// Relevant fields of one event.
 #[derive(Debug, Default)]
 pub(super) struct Fields {
     message: String,
     event: String,
     listener: String,
-    /// Its place in [`SOURCES`], and its value.
+    /// Index in [`SOURCES`], and the value.
     source: Option<usize>,
     value: String,
     is_exempt: bool,
@@ -114,7 +114,7 @@ impl Fields {
         (self.source, self.is_exempt) = (None, false);
     }
 
-    /// What the line says.
+    /// Returns the text of the line.
     pub(super) fn name(&self) -> &str {
         match &*self.event {
             "" => &self.message,
@@ -122,17 +122,17 @@ impl Fields {
         }
     }
 
-    /// Where it happened, for lines that many places share.
+    /// Returns the listener, for lines that many places share.
     pub(super) fn listener(&self) -> &str {
         &self.listener
     }
 
-    /// Whether it tells of lines that were left out.
+    /// Whether the line is a report about omitted lines.
     pub(super) fn is_exempt(&self) -> bool {
         self.is_exempt
     }
 
-    /// Whom it is about.
+    /// Returns the source of the line.
     pub(super) fn source(&self) -> Source<'_> {
         match self.source.map(|at| SOURCES[at].1) {
             None => Source::Own,
@@ -179,7 +179,7 @@ impl Visit for Fields {
     }
 }
 
-/// Takes up to [`MAX_TEXT`] bytes.
+/// A writer that keeps up to [`MAX_TEXT`] bytes.
 struct Bounded<'a>(&'a mut String);
 
 impl Write for Bounded<'_> {
