@@ -1,8 +1,8 @@
-//! CAs that vouch for peers: what may be one, and which chains it vouches for.
+//! CAs as trust anchors: the checks of a CA certificate, and of the chains below it.
 //!
-//! webpki takes every certificate that it is given for a CA, valid without end and for chains of any
-//! length. So whether a certificate is a CA's is checked when it is read, and its validity and its
-//! path length at each handshake.
+//! webpki takes every anchor for a CA, valid without end and for chains of any length. So this module
+//! checks that a certificate is a CA's when it is read, and its validity and path length at each
+//! handshake.
 
 use std::cell::Cell;
 use std::fmt;
@@ -18,35 +18,35 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate, X509Error, X50
 use super::identity::TrustDomain;
 use super::pin::KeyHash;
 
-/// The most of a subject that is shown, in characters.
+/// Maximum length of a displayed subject, in characters.
 const SHOWN: usize = 200;
 
-/// Why a certificate can't vouch for others.
+/// Reason why a certificate can't be a trust anchor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AnchorError {
-    /// Not X.509.
+    /// The certificate is not X.509.
     #[error("certificate {position} of {of} can't be read: {why}")]
     Unreadable {
-        /// Counted from 1.
+        /// Position, counted from 1.
         position: usize,
-        /// How many there are.
+        /// Number of certificates in the file.
         of: usize,
-        /// What the parser says.
+        /// Error of the parser.
         why: String,
     },
-    /// Not a CA's.
+    /// The certificate is not a CA's.
     #[error(
         "certificate {position} of {of} ({subject}) is not a CA's: {why}; remove it, and put the \
          certificate of the CA that issued it in its place"
     )]
     NotCa {
-        /// Counted from 1.
+        /// Position, counted from 1.
         position: usize,
-        /// How many there are.
+        /// Number of certificates in the file.
         of: usize,
-        /// Its subject.
+        /// Subject of the certificate.
         subject: String,
-        /// What it lacks.
+        /// Missing property.
         why: &'static str,
     },
 }
@@ -66,47 +66,47 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Its certificate.
+    /// Returns the certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
 
-    /// Its subject, for people.
+    /// Returns the subject, for people.
     pub fn subject(&self) -> &str {
         &self.subject
     }
 
-    /// Its subject, in DER.
+    /// Returns the subject, in DER.
     pub(super) fn subject_der(&self) -> &[u8] {
         &self.subject_der
     }
 
-    /// Its name and key.
+    /// Returns name and key.
     pub(super) fn trust(&self) -> &TrustAnchor<'static> {
         &self.trust
     }
 
-    /// Which names it may vouch for, in DER, where that is bounded.
+    /// Returns the name constraints in DER, if there are any.
     pub(super) fn name_constraints(&self) -> Option<&[u8]> {
         self.trust.name_constraints.as_deref()
     }
 
-    /// Its key.
+    /// Returns the hash of the key.
     pub fn key(&self) -> KeyHash {
         self.key
     }
 
-    /// From when until when it is valid.
+    /// Returns the first and the last moment of validity.
     pub fn validity(&self) -> (SystemTime, SystemTime) {
         (self.not_before, self.not_after)
     }
 
-    /// How many CAs may stand between it and a leaf.
+    /// Returns the maximum number of CAs between this one and a leaf.
     pub fn path_length(&self) -> Option<u32> {
         self.path_length
     }
 
-    /// The trust domain that it names, if that is one.
+    /// Returns the trust domain that the CA names, if that is one.
     pub(super) fn domain(&self) -> Option<TrustDomain> {
         match &self.domains[..] {
             [domain] => domain.parse().ok(),
@@ -114,7 +114,8 @@ impl Anchor {
         }
     }
 
-    /// Whether it names no other trust domain than `domain`. One that names none may be of any.
+    /// Whether the CA names no other trust domain than `domain`. A CA that names none may belong to
+    /// any.
     pub(super) fn is_of(&self, domain: &TrustDomain) -> bool {
         { self.domains.iter() }.all(|named| named == domain.as_str())
     }
@@ -139,17 +140,17 @@ impl Anchor {
     }
 }
 
-/// The CAs that vouch for one trust domain, or for the callers of one listener.
+/// The CAs of one trust domain, or of the callers of one listener.
 #[derive(Clone, Default)]
 pub struct Anchors {
     list: Vec<Anchor>,
-    /// In the same order.
+    /// Trust anchors, in the same order.
     trust: Vec<TrustAnchor<'static>>,
 }
 
 impl Anchors {
-    /// Takes `certificates`, each of which must be a CA's. One that is not valid now is taken too: it
-    /// vouches for nobody meanwhile.
+    /// Checks that each of `certificates` is a CA's. A CA that is not valid now is kept, and counts
+    /// once it is valid.
     ///
     /// # Errors
     /// [`AnchorError`] naming the certificate.
@@ -197,17 +198,17 @@ impl Anchors {
         Ok(Self { list, trust })
     }
 
-    /// Each of them.
+    /// Iterates over the CAs.
     pub fn iter(&self) -> impl Iterator<Item = &Anchor> {
         self.list.iter()
     }
 
-    /// Whether `certificate` is one of them.
+    /// Whether `certificate` is one of the CAs.
     pub fn contains(&self, certificate: &CertificateDer<'_>) -> bool {
         { self.list.iter() }.any(|anchor| anchor.certificate == *certificate)
     }
 
-    /// Those that name no other trust domain than `domain`.
+    /// Keeps the CAs that name no other trust domain than `domain`.
     #[must_use]
     pub fn of_domain(self, domain: &TrustDomain) -> Self {
         let both = self.list.into_iter().zip(self.trust);
@@ -215,34 +216,34 @@ impl Anchors {
         Self { list, trust }
     }
 
-    /// Whether there is none.
+    /// Whether there is no CA.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
 
-    /// Whether at least one vouches for anybody at `now`.
+    /// Whether at least one CA is valid at `now`.
     pub fn any_valid(&self, now: SystemTime) -> bool {
         self.list.iter().any(|anchor| anchor.check(0, now).is_ok())
     }
 
-    /// Their certificates.
+    /// Returns the certificates.
     pub fn certificates(&self) -> Vec<CertificateDer<'static>> {
         { self.list.iter() }
             .map(|anchor| anchor.certificate.clone())
             .collect()
     }
 
-    /// Their names, as hints for clients that have several certificates.
+    /// Returns the subjects, as hints for clients that have several certificates.
     pub fn subjects(&self) -> Vec<DistinguishedName> {
         { self.trust.iter() }
             .map(|trust| DistinguishedName::in_sequence(&trust.subject))
             .collect()
     }
 
-    /// Checks that one of them vouches for `leaf` at `now`, by way of `between`.
+    /// Checks that one of the CAs vouches for `leaf` at `now`, by way of `between`.
     ///
     /// # Errors
-    /// What webpki says, or `ChainError` where only the CA, or a CA between, is at fault.
+    /// The error of webpki, or `ChainError` where only the CA, or a CA between, is at fault.
     pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
@@ -312,7 +313,7 @@ impl fmt::Debug for Anchors {
     }
 }
 
-/// Why a chain that a CA signed does not count.
+/// Reason why a correctly signed chain does not count.
 #[derive(thiserror::Error)]
 enum ChainError {
     #[error("the CA {0} has expired at {1}; replace it (tls.ca)")]
@@ -344,7 +345,7 @@ enum ChainError {
     Other(webpki::Error),
 }
 
-/// rustls shows a refusal of ours with `Debug`, and people are to read it.
+/// Prints the text for people: rustls shows errors of verifiers with `Debug`.
 impl fmt::Debug for ChainError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -357,8 +358,11 @@ impl From<ChainError> for Error {
     }
 }
 
-/// Whether a certificate is a CA's (RFC 5280 sections 4.2.1.3 and 4.2.1.9), and the path length that it
-/// allows; else what it lacks.
+/// Checks that a certificate is a CA's (RFC 5280 sections 4.2.1.3 and 4.2.1.9). Returns its path
+/// length.
+///
+/// # Errors
+/// The missing property.
 fn ca(certificate: &X509Certificate<'_>) -> Result<Option<u32>, &'static str> {
     if certificate.version() != X509Version::V3 {
         return Err("it is of X.509 version 1 or 2, which has no CAs");
@@ -378,7 +382,7 @@ fn ca(certificate: &X509Certificate<'_>) -> Result<Option<u32>, &'static str> {
     }
 }
 
-/// The trust domains that a CA names.
+/// Returns the trust domains that a CA names.
 fn domains(certificate: &X509Certificate<'_>) -> Result<Vec<String>, X509Error> {
     let names = certificate.subject_alternative_name()?;
     let names = names.into_iter().flat_map(|it| &it.value.general_names);
@@ -389,7 +393,7 @@ fn domains(certificate: &X509Certificate<'_>) -> Result<Vec<String>, X509Error> 
     Ok(domains.collect())
 }
 
-/// As rustls says it itself.
+/// Converts an error of webpki as rustls does.
 fn in_rustls(error: webpki::Error) -> Error {
     use webpki::Error::{
         BadDer, BadDerTime, CaUsedAsEndEntity, CertExpired, CertNotValidYet,

@@ -1,4 +1,4 @@
-//! Records of certificates that came into force or went.
+//! Audit records of certificates that came into force or went.
 
 use std::error::Error;
 
@@ -6,7 +6,7 @@ use super::anchors::Anchor;
 use super::material::{Change, MaterialError};
 use cpc_observe::audit::events::{self, changed};
 
-/// Records whether certificates were reloaded, and which CAs that added or removed.
+/// Records a reload of certificates: its outcome, and the added and removed CAs.
 pub fn certificates(outcome: Result<&Change, &MaterialError>) {
     changed("certificates", outcome.map(drop).map_err(|it| it as _));
     let Ok(change) = outcome else {
@@ -20,12 +20,12 @@ pub fn certificates(outcome: Result<&Change, &MaterialError>) {
     }
 }
 
-/// Records that a server offered a CA that none of ours vouches for.
+/// Records that a server offered a CA that no trusted one vouches for.
 pub fn ca_refused(server: &str, ca: &Anchor, why: &(dyn Error + 'static)) {
     events::ca_refused(server, ca.subject(), &ca.key(), why);
 }
 
-/// Records whether the list of revoked peers was reloaded.
+/// Records a reload of the revocation list, and its outcome.
 pub fn revocations(outcome: Result<(), &MaterialError>) {
     changed("list of revoked peers", outcome.map_err(|it| it as _));
 }

@@ -1,8 +1,7 @@
-//! Callers of a listener that has a CA of its own: programs that are not ours as well as those that
-//! are.
+//! Callers of a listener that has a CA of its own: programs with and without an identity of ours.
 //!
-//! Where one CA serves everything, a stolen certificate must be no way in but the one that it was
-//! made for.
+//! Where one CA serves everything, a stolen certificate must open only the listener that it was made
+//! for.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use super::revoked::{Revocations, Revoked};
 use super::signatures::signatures;
 use super::verify::unknown_issuer;
 
-/// Lets in whom the CA vouches for, unless the certificate is for another role or tenant.
+/// A verifier of callers by CA. It rejects certificates of another role or tenant.
 #[derive(Debug)]
 pub struct Callers {
     anchors: Anchors,
@@ -32,8 +31,8 @@ pub struct Callers {
 }
 
 impl Callers {
-    /// Lets in whom `anchors` vouch for and `revocations` do not name. Those with an identity must play
-    /// `role` and be of `tenant`.
+    /// Creates a verifier for callers that `anchors` vouch for and `revocations` do not name. Those
+    /// with an identity must have `role` and belong to `tenant`.
     pub fn new(
         anchors: Anchors,
         provider: Arc<CryptoProvider>,
@@ -51,7 +50,7 @@ impl Callers {
     }
 }
 
-/// Why a caller whom the CA vouches for is turned away all the same.
+/// Reason why a caller with a valid chain is refused.
 #[derive(thiserror::Error)]
 enum Refusal {
     #[error("{0} is no {1}: its certificate is for another role")]
@@ -64,7 +63,7 @@ enum Refusal {
     Revoked(#[from] Revoked),
 }
 
-/// rustls shows a refusal of ours with `Debug`, and people are to read it.
+/// Prints the text for people: rustls shows errors of verifiers with `Debug`.
 impl fmt::Debug for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)

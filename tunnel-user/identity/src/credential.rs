@@ -1,7 +1,7 @@
-//! A key of our own and the certificate that was issued for it: asked for, checked, and kept in one file.
+//! A key of this process and the certificate for it: requested, checked, and kept in one file.
 //!
-//! One file, since it is replaced in one step: a crash between a key's file and its certificate's would
-//! leave neither of use.
+//! One file can be replaced in one step. With two, a crash between the writes would leave neither of
+//! use.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,38 +26,38 @@ use super::succession::{self, Reason, Succession};
 use super::verify::{PeerVerifier, TrustStore};
 use cpc_host::directory::Directory;
 
-/// Why there is no credential.
+/// Failure to get a credential.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialError {
-    /// A file.
+    /// A file can't be read or written.
     #[error("{}: {why}", path.display())]
     File {
-        /// Which one.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// The key.
+    /// The key can't be made.
     #[error("the key: {0}")]
     Key(rcgen::Error),
-    /// The certificate names nobody.
+    /// The certificate has no identity.
     #[error("what the server sent is of no use: {0}")]
     Identity(IdentityError),
-    /// The certificate names somebody else.
+    /// The certificate has another identity.
     #[error("the server sent the certificate of {found}, who is not {expected}")]
     Another {
-        /// Whose it is.
+        /// Identity in the certificate.
         found: Box<Identity>,
-        /// The name that was asked for, or the identity that is to be renewed.
+        /// The requested name, or the identity to be renewed.
         expected: String,
     },
-    /// Not a CA where one should be.
+    /// A CA certificate is not one.
     #[error("what the server sent as a CA is of no use: {0}")]
     Anchor(AnchorError),
-    /// A server that brings other CAs than it may.
+    /// The server offered no CA that counts.
     #[error("the server sent no CA that counts here{}", listed(.0))]
     NoCa(Vec<(Anchor, Reason)>),
-    /// The clock of this host or of the server.
+    /// The clock of this host or of the server is wrong.
     #[error(
         "the certificate that was just issued is valid {0}: this host's clock is wrong, or the server's"
     )]
@@ -91,11 +91,11 @@ impl From<rustls::Error> for CredentialError {
     }
 }
 
-/// A key that waits for its certificate.
+/// A key without certificate.
 pub struct Draft(KeyPair);
 
 impl Draft {
-    /// A fresh key (ECDSA with P-256).
+    /// Generates a key (ECDSA with P-256).
     ///
     /// # Errors
     /// [`CredentialError::Key`].
@@ -103,7 +103,8 @@ impl Draft {
         Ok(Self(KeyPair::generate()?))
     }
 
-    /// The key that lies in `file`, or a fresh one, which then does: whoever asks again shall be known.
+    /// Reads the key in `file`, or generates one and writes it there: a repeated request must have the
+    /// same key.
     ///
     /// # Errors
     /// [`CredentialError`].
@@ -132,7 +133,7 @@ impl Draft {
         }
     }
 
-    /// A request for a certificate (PKCS #10, DER), whose subject is for people to read.
+    /// Returns a certificate request (PKCS #10, DER), whose subject is for people to read.
     ///
     /// # Errors
     /// [`CredentialError::Key`].
@@ -143,8 +144,8 @@ impl Draft {
         Ok(params.serialize_request(&self.0)?.der().to_vec())
     }
 
-    /// Takes what was issued, if it is of use: for this key, for whom it was asked, and vouched for by a
-    /// CA that was trusted before or by one that such a CA vouches for ([`succession`]).
+    /// Checks the issued certificate: it must be for this key and the expected identity, and vouched
+    /// for by a CA that was trusted before or by one that such a CA vouches for ([`succession`]).
     ///
     /// # Errors
     /// [`CredentialError`].
@@ -202,21 +203,21 @@ impl Draft {
     }
 }
 
-/// What an answer must match, and which CAs are trusted until then.
+/// The expected identity of an issued certificate, and the CAs trusted so far.
 #[derive(Clone, Copy, Debug)]
 pub enum Expected<'a> {
-    /// A first certificate; CAs are known by the hashes of their keys.
+    /// A first certificate. Hashes of keys identify the CAs.
     Join {
-        /// The node's name.
+        /// Name of the node.
         name: &'a str,
-        /// The CAs.
+        /// Hashes of the keys of the CAs.
         pins: &'a [KeyHash],
     },
-    /// Another certificate in the place of the present one.
+    /// A certificate that replaces the present one.
     Renewal {
-        /// Who that is.
+        /// Identity of the present certificate.
         identity: &'a Identity,
-        /// The CAs of its trust domain.
+        /// CAs of its trust domain.
         anchors: &'a Anchors,
     },
 }
@@ -262,7 +263,7 @@ impl Expected<'_> {
     }
 }
 
-/// CAs that were refused, for people.
+/// Lists refused CAs, for people.
 fn listed(refused: &[(Anchor, Reason)]) -> String {
     let refused = refused
         .iter()
@@ -274,23 +275,23 @@ fn no_certificate() -> rustls::Error {
     rustls::CertificateError::BadEncoding.into()
 }
 
-/// A key, its certificate, and whom its owner trusts.
+/// A key, its certificate, and the CAs that its owner trusts.
 pub struct Credential {
-    /// Whose it is.
+    /// Identity in the certificate.
     pub identity: Identity,
-    /// The first moment at which it is valid.
+    /// First moment of validity.
     pub not_before: SystemTime,
-    /// The last moment at which it is valid.
+    /// Last moment of validity.
     pub not_after: SystemTime,
-    /// CAs that the server offered, and that don't count.
+    /// CAs that the server offered and that don't count.
     pub refused: Vec<(Anchor, Reason)>,
     pem: String,
     roots: Vec<CertificateDer<'static>>,
 }
 
 impl Credential {
-    /// Puts roots in the place of `ca`, where they are others, and then key and certificate in the place
-    /// of `file`; each in one step.
+    /// Replaces `ca` by the new roots, where they differ, and then `file` by key and certificate; each
+    /// in one step.
     ///
     /// # Errors
     /// [`CredentialError::File`].
@@ -303,7 +304,7 @@ impl Credential {
     }
 }
 
-/// From when until when a certificate is valid.
+/// Returns the first and the last moment of validity of a certificate.
 pub fn validity(certificate: &CertificateDer<'_>) -> Option<(SystemTime, SystemTime)> {
     let (_, read) = X509Certificate::from_der(certificate).ok()?;
     let validity = read.validity();
@@ -311,7 +312,7 @@ pub fn validity(certificate: &CertificateDer<'_>) -> Option<(SystemTime, SystemT
     Some((time(validity.not_before), time(validity.not_after)))
 }
 
-/// Writes a file in one step, so that it is there after a crash, whole.
+/// Writes a file in one step, so that a crash leaves the old or the new one whole.
 fn write(path: &Path, content: &str, mode: u32) -> Result<(), CredentialError> {
     let written = Directory::of(path)
         .and_then(|(directory, name)| directory.replace(name, content.as_bytes(), mode));

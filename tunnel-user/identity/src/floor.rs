@@ -1,4 +1,4 @@
-//! What a [`TlsFloor`] is to rustls.
+//! Translation of a [`TlsFloor`] to rustls.
 
 use std::sync::Arc;
 
@@ -8,16 +8,16 @@ use rustls::{SupportedCipherSuite, SupportedProtocolVersion, version};
 use super::provider;
 use cpc_config::tls_floor::{TlsFloor, TlsVersion};
 
-/// What a listener accepts, for rustls.
+/// The TLS versions and cryptography that a listener accepts, for rustls.
 #[derive(Clone, Debug)]
 pub struct Accepted {
-    /// Its cryptography.
+    /// Cryptography of the listener.
     pub provider: Arc<CryptoProvider>,
-    /// Its versions, at least one of a floor that has been checked.
+    /// TLS versions, at least one for a checked floor.
     pub versions: Vec<&'static SupportedProtocolVersion>,
 }
 
-/// Returns what a listener accepts. rustls refuses a configuration without a version.
+/// Translates a floor. rustls refuses a configuration without a version.
 pub fn accepted(floor: &TlsFloor) -> Accepted {
     let own = provider();
     let wanted = |suite: &SupportedCipherSuite| {
@@ -40,7 +40,7 @@ pub fn accepted(floor: &TlsFloor) -> Accepted {
     }
 }
 
-/// rustls names the suites of TLS 1.3 in a way of its own.
+/// Returns the IANA name of a suite: rustls names those of TLS 1.3 differently.
 fn iana_name(suite: SupportedCipherSuite) -> String {
     let name = suite.suite().as_str().unwrap_or_default();
     name.replacen("TLS13_", "TLS_", 1)

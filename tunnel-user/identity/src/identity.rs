@@ -1,7 +1,7 @@
 //! Identities: `spiffe://<trust domain>/<role>/<name>`, read from a certificate.
 //!
-//! Invariant: an [`Identity`] is only ever made from a certificate whose URI **and** extended key
-//! usage agree on the role. That the certificate is genuine is the verifier's to say.
+//! Invariant: an [`Identity`] is only ever made from a certificate whose URI **and** extended key usage
+//! agree on the role. The verifier decides whether the certificate is genuine.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ pub use tunnel_proto::trust_domain::TrustDomain;
 use tunnel_proto::trust_domain::TrustDomainError;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// What a certificate's holder may play.
+/// Role of a certificate's holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// `cpc server`: terminates tunnels.
@@ -23,7 +23,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// The first segment of the URI's path.
+    /// Returns the first segment of the URI's path.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Server => "server",
@@ -39,63 +39,63 @@ impl fmt::Display for Role {
     }
 }
 
-/// Why a certificate gives no identity.
+/// Reason why a certificate gives no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
-    /// Not X.509, or not in the shape that an identity needs.
+    /// The certificate is not X.509, or lacks the shape of an identity.
     #[error("the certificate can't be read: {0}")]
     Malformed(String),
-    /// No URI, or more than one.
+    /// The certificate has no URI, or more than one.
     #[error(
         "the certificate has {0} URI names, an identity needs exactly one; issue it with `cpc pki`"
     )]
     UriCount(usize),
-    /// A URI of another form.
+    /// The URI has another form.
     #[error("{0:?} is no identity: spiffe://<trust domain>/<server|agent|client>/<name> is one")]
     Uri(String),
-    /// A trust domain with characters that none may have.
+    /// The trust domain has invalid characters.
     #[error(transparent)]
     TrustDomain(#[from] TrustDomainError),
-    /// A name with characters that none may have.
+    /// The name has invalid characters.
     #[error("{0:?} is no name: 1 to 253 of A-Z a-z 0-9 . - _")]
     Name(String),
-    /// A pattern that no name fits.
+    /// The pattern can match no name.
     #[error("{0:?} is no pattern of names: 1 to 253 of A-Z a-z 0-9 . - _ and *")]
     NamePattern(String),
-    /// It can't play its role.
+    /// The extended key usage lacks the one of the role.
     #[error("{uri} lacks the extended key usage of its role, {needed}; issue it with `cpc pki`")]
     KeyUsage {
-        /// The identity that the certificate claims.
+        /// Identity that the certificate claims.
         uri: String,
-        /// What it lacks.
+        /// Missing usage.
         needed: &'static str,
     },
-    /// It could play a server as well.
+    /// The extended key usage would allow the certificate to serve as a server's as well.
     #[error(
         "{uri} has the extended key usage serverAuth beside clientAuth, and only a server may: issue \
          it without, as `cpc pki` does"
     )]
     ExcessUsage {
-        /// The identity that the certificate claims.
+        /// Identity that the certificate claims.
         uri: String,
     },
 }
 
-/// A peer, as its certificate names it.
+/// The identity of a peer, as its certificate names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Who vouches for it; the tenant.
+    /// Trust domain, which is the tenant.
     pub trust_domain: TrustDomain,
-    /// What it may play.
+    /// Role of the peer.
     pub role: Role,
     /// Server id, node name or client name.
     pub name: Arc<str>,
-    /// Node addresses: the certificate's IP names.
+    /// Node addresses: the IP names of the certificate.
     pub addresses: Vec<IpAddr>,
 }
 
 impl Identity {
-    /// An identity that something other than a certificate vouches for, without node addresses.
+    /// Creates an identity that something other than a certificate vouches for, without node addresses.
     ///
     /// # Errors
     /// [`IdentityError::Name`].
@@ -158,7 +158,7 @@ impl Identity {
         })
     }
 
-    /// `spiffe://<trust domain>/<role>/<name>`.
+    /// Returns `spiffe://<trust domain>/<role>/<name>`.
     pub fn uri(&self) -> String {
         uri(&self.trust_domain, self.role, &self.name)
     }
@@ -174,20 +174,19 @@ impl fmt::Display for Identity {
     }
 }
 
-/// The URI of an identity.
+/// Returns the URI of an identity.
 pub fn uri(trust_domain: &TrustDomain, role: Role, name: &str) -> String {
     format!("spiffe://{trust_domain}/{role}/{name}")
 }
 
-/// The longest name, in bytes.
+/// Maximum length of a name, in bytes.
 const MAX_NAME: usize = 253;
 
 fn in_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || "._-".contains(c)
 }
 
-/// Makes a name of what is none, such as `system:node:w1`: each character that no name may have
-/// becomes `-`.
+/// Converts a text such as `system:node:w1` to a name: each invalid character becomes `-`.
 pub fn name_of(text: &str) -> String {
     let name: String = text
         .chars()
@@ -200,7 +199,7 @@ pub fn name_of(text: &str) -> String {
 /// Checks a server id, node name or client name.
 ///
 /// # Errors
-/// [`IdentityError::Name`] with what was given.
+/// [`IdentityError::Name`] with the given text.
 pub fn check_name(name: &str) -> Result<(), IdentityError> {
     if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(in_name) {
         return Err(IdentityError::Name(name.chars().take(64).collect()));
@@ -211,7 +210,7 @@ pub fn check_name(name: &str) -> Result<(), IdentityError> {
 /// Checks a pattern of names, in which `*` stands for any characters.
 ///
 /// # Errors
-/// [`IdentityError::NamePattern`] with what was given.
+/// [`IdentityError::NamePattern`] with the given text.
 pub fn check_name_pattern(pattern: &str) -> Result<(), IdentityError> {
     let fits = |c| c == '*' || in_name(c);
     if pattern.is_empty() || pattern.len() > MAX_NAME || !pattern.chars().all(fits) {
@@ -221,7 +220,7 @@ pub fn check_name_pattern(pattern: &str) -> Result<(), IdentityError> {
     Ok(())
 }
 
-/// Checks that `uri` can be an identity, and gives it as [`Identity::uri`] does.
+/// Checks that `identity` is the URI of one, and returns it in the form of [`Identity::uri`].
 ///
 /// # Errors
 /// [`IdentityError`].
@@ -230,7 +229,7 @@ pub fn canonical(identity: &str) -> Result<String, IdentityError> {
     Ok(uri(&trust_domain, role, &name))
 }
 
-/// The trust domain of an identity.
+/// Returns the trust domain of an identity.
 pub fn domain_of(identity: &str) -> Option<TrustDomain> {
     parse_uri(identity).ok().map(|(domain, ..)| domain)
 }
@@ -253,7 +252,7 @@ fn parse_uri(uri: &str) -> Result<(TrustDomain, Role, Arc<str>), IdentityError> 
     Ok((domain.parse()?, role, name.into()))
 }
 
-/// The address in an IP name of a certificate (RFC 5280, section 4.2.1.6).
+/// Returns the address in an IP name of a certificate (RFC 5280, section 4.2.1.6).
 pub fn ip_from_octets(octets: &[u8]) -> Option<IpAddr> {
     if let Ok(v4) = <[u8; 4]>::try_from(octets) {
         return Some(IpAddr::from(v4));

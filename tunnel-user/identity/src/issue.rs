@@ -1,5 +1,5 @@
-//! Making a cluster CA and issuing certificates with the right URI, key usage and addresses: with a key
-//! made here, or for somebody's own.
+//! A cluster CA: it issues certificates with the right URI, key usage and addresses, with a key made
+//! here or for the public key of an applicant.
 
 use std::fmt;
 use std::fs;
@@ -24,10 +24,10 @@ use super::pin::KeyHash;
 use super::{pem, provider, succession};
 use cpc_host::directory::Directory;
 
-/// Validity that starts a little in the past, for clocks that disagree.
+/// Time before now at which validity begins, for clocks that disagree.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
-/// Why nothing was issued.
+/// Reason why nothing was issued.
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
     /// A file could not be read or written.
@@ -35,33 +35,33 @@ pub enum IssueError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: std::io::Error,
     },
-    /// A file is there already and would be lost.
+    /// A file exists already and would be lost.
     #[error("{} exists: nothing was written; remove it first if it is to be replaced", .0.display())]
     Exists(PathBuf),
-    /// A name that can't stand in a certificate.
+    /// A name can't stand in a certificate.
     #[error(transparent)]
     Name(#[from] IdentityError),
-    /// The CA's files hold no CA of ours.
+    /// The files of the CA hold no CA of ours.
     #[error("{}: {why}; make one with `cpc pki init`", path.display())]
     Ca {
-        /// The CA's certificate.
+        /// Certificate of the CA.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the certificate.
         why: String,
     },
-    /// A file of the CA's holds something else.
+    /// A file of the CA holds something else.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// The CA vouches for nobody any more.
+    /// The CA has expired.
     #[error("the CA has expired at {}; make another (docs/joining.md)", humantime::format_rfc3339_seconds(*.0))]
     Expired(SystemTime),
-    /// A CA that this one can't vouch for.
+    /// This CA can't vouch for the other one.
     #[error("this CA can't vouch for that one: {0}")]
     CrossSign(String),
-    /// The certificate could not be made.
+    /// The certificate can't be made.
     #[error("the certificate could not be made: {0}")]
     Rcgen(rcgen::Error),
     /// The system has no random numbers.
@@ -75,29 +75,29 @@ impl From<rcgen::Error> for IssueError {
     }
 }
 
-/// Somebody's public key, with proof that they hold the private one.
+/// The public key of an applicant, with proof of possession of the private one.
 #[derive(Debug)]
 pub struct Applicant(CertificateSigningRequestParams);
 
 impl Applicant {
-    /// Reads a PKCS #10 (RFC 2986, DER). Nothing counts of it but the key.
+    /// Reads a PKCS #10 request (RFC 2986, DER). Only its key counts.
     ///
     /// # Errors
-    /// What is wrong with it, which may be that its signature is another key's.
+    /// The fault of the request, such as a signature by another key.
     pub fn read(csr: &[u8]) -> Result<Self, rcgen::Error> {
         CertificateSigningRequestParams::from_der(&csr.into()).map(Self)
     }
 
-    /// The key, as others know it: the SHA-256 of its `SubjectPublicKeyInfo`.
+    /// Returns the SHA-256 of the key's `SubjectPublicKeyInfo`.
     pub fn key(&self) -> KeyHash {
         KeyHash::of_spki(&self.0.public_key.subject_public_key_info())
     }
 }
 
-/// What to issue.
+/// A request for a certificate.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// For which role.
+    /// Role of the holder.
     pub role: Role,
     /// Server id, node name or client name.
     pub name: String,
@@ -105,11 +105,11 @@ pub struct Request {
     pub dns: Vec<String>,
     /// Node addresses of an agent, or addresses of a frontend.
     pub addresses: Vec<IpAddr>,
-    /// The last moment at which it is valid.
+    /// Last moment of validity.
     pub not_after: SystemTime,
 }
 
-/// A CA, kept as `ca.crt` and `ca.key` in one directory. Its own URI names its trust domain.
+/// A CA, kept as `ca.crt` and `ca.key` in one directory. The URI of the CA names its trust domain.
 #[derive(Debug)]
 pub struct Authority {
     trust_domain: TrustDomain,
@@ -120,7 +120,7 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Makes a CA for `trust_domain` in `dir`.
+    /// Creates a CA for `trust_domain` in `dir`.
     ///
     /// # Errors
     /// [`IssueError::Exists`] when there is one already, [`IssueError::Io`] otherwise.
@@ -179,17 +179,17 @@ impl Authority {
         })
     }
 
-    /// Whom it vouches for.
+    /// Returns the trust domain of the CA.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }
 
-    /// Its key.
+    /// Returns the hash of the key.
     pub fn key(&self) -> KeyHash {
         KeyHash::of_spki(&self.issuer.key().subject_public_key_info())
     }
 
-    /// The last moment at which it is valid, and with it whatever it issues.
+    /// Returns the last moment of validity of the CA, and of the certificates that it issues.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
     }
@@ -207,11 +207,12 @@ impl Authority {
         Ok(certificate.der().clone())
     }
 
-    /// Signs the certificate of the CA `other`, of the same trust domain, once more: who trusts this CA
-    /// takes the other one from a server that shows it (RFC 4210 section 4.4, "new with old").
+    /// Signs the certificate of the CA `other`, of the same trust domain, once more. A peer that trusts
+    /// this CA accepts the other one from a server that shows it (RFC 4210 section 4.4, "new with
+    /// old").
     ///
     /// # Errors
-    /// [`IssueError::CrossSign`]: what it makes would not be taken.
+    /// [`IssueError::CrossSign`]: peers would not accept the result.
     pub fn cross_sign(
         &self,
         other: &CertificateDer<'static>,
@@ -251,11 +252,11 @@ impl Authority {
         }
     }
 
-    /// The same for the first certificate in the file `other`, into a new file `out`: this CA, the other
-    /// one, and what was signed. Returns the hash of the other one's key.
+    /// Cross-signs the first certificate in the file `other`, and writes a new file `out`: this CA, the
+    /// other one, and the signed one. Returns the hash of the other one's key.
     ///
     /// # Errors
-    /// [`IssueError`]; nothing that was there is overwritten.
+    /// [`IssueError`]; no existing file is overwritten.
     pub fn cross_sign_into(&self, other: &Path, out: &Path) -> Result<KeyHash, IssueError> {
         let other = pem::certificates(other)?.swap_remove(0);
         let signed = self.cross_sign(&other)?;
@@ -294,7 +295,7 @@ impl Authority {
         Ok(params.signed_by(key, &self.issuer)?)
     }
 
-    /// Makes a key and issues a certificate for it. Nothing is written.
+    /// Makes a key and issues a certificate for it. Writes nothing.
     ///
     /// # Errors
     /// [`IssueError`].
@@ -312,7 +313,7 @@ impl Authority {
     /// Issues a certificate into `out`.
     ///
     /// # Errors
-    /// [`IssueError`]; nothing that was there is overwritten.
+    /// [`IssueError`]; no existing file is overwritten.
     pub fn issue(&self, request: &Request, out: &Path) -> Result<Identity, IssueError> {
         let made = self.make(request)?;
         made.save(&made.room_in(out)?)?;
@@ -320,28 +321,28 @@ impl Authority {
     }
 }
 
-/// A key and its certificate, which are nowhere else yet.
+/// A key and its certificate, not written yet.
 pub struct Made {
-    /// Whose they are.
+    /// Identity in the certificate.
     pub identity: Identity,
     certificate: Certificate,
     key: String,
     ca: String,
 }
 
-/// Where files are put that are not there yet.
+/// A directory that is free for the files of a certificate.
 pub struct Room {
     path: PathBuf,
     directory: Directory,
 }
 
 impl Made {
-    /// The certificate.
+    /// Returns the certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         self.certificate.der()
     }
 
-    /// The directory `out`, made where it is missing.
+    /// Opens the directory `out`, and creates it where it is missing.
     ///
     /// # Errors
     /// [`IssueError::Exists`]: there is a certificate or a key already.
@@ -361,7 +362,8 @@ impl Made {
     /// Writes `<role>.crt`, `<role>.key` and a copy of `ca.crt`, if there is none.
     ///
     /// # Errors
-    /// [`IssueError`]; nothing that was there is overwritten, and nothing is left in the way of the next try.
+    /// [`IssueError`]; no existing file is overwritten, and no new file is left to obstruct the next
+    /// attempt.
     pub fn save(&self, room: &Room) -> Result<(), IssueError> {
         let [certificate, key] = self.names();
         room.put(&key, &self.key, 0o600)?;
@@ -389,7 +391,8 @@ impl Room {
         })
     }
 
-    /// Puts a file that anybody may read. Where that fails, as on a full disk, those `before` it go.
+    /// Writes a file that every user may read. On failure, as on a full disk, removes those `before`
+    /// it.
     fn put_or_take_back(
         &self,
         name: &str,
@@ -417,7 +420,8 @@ impl Room {
     }
 }
 
-/// A certificate's serial number, as `openssl x509 -serial` prints it and `tls.revoked` takes it.
+/// Returns the serial number of a certificate, as `openssl x509 -serial` prints it and `tls.revoked`
+/// takes it.
 pub fn serial_of(certificate: &CertificateDer<'_>) -> String {
     let read = X509Certificate::from_der(certificate).ok();
     let serial = read.map(|(_, it)| it.raw_serial().to_vec());
@@ -429,7 +433,7 @@ fn ca_uri(trust_domain: &TrustDomain) -> String {
     format!("spiffe://{trust_domain}")
 }
 
-/// Unpredictable and never given twice (RFC 5280 section 4.1.2.2): positive, 16 octets.
+/// Generates an unpredictable, unique serial number (RFC 5280 section 4.1.2.2): positive, 16 octets.
 fn serial() -> Result<SerialNumber, IssueError> {
     let mut octets = [0; 16];
     aws_lc_rs::rand::fill(&mut octets).map_err(|_| IssueError::Random)?;
@@ -438,7 +442,7 @@ fn serial() -> Result<SerialNumber, IssueError> {
     Ok(SerialNumber::from_slice(&octets))
 }
 
-/// A subject as it stands in a certificate, if it consists of text.
+/// Returns the subject as it stands in a certificate, if it consists of text.
 fn subject(certificate: &X509Certificate<'_>) -> Option<DistinguishedName> {
     let mut name = DistinguishedName::new();
     for part in certificate.subject().iter_attributes() {

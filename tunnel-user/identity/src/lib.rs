@@ -1,14 +1,15 @@
-//! Who a peer is, and how it is made sure of.
+//! Identities of peers, and their verification.
 //!
-//! An identity is the one URI in a certificate ([`identity`]); what may be a CA is in [`anchors`]. One
-//! vouches for its own trust domain only ([`verify`]), for the callers of one listener ([`callers`]), for
-//! servers by name ([`named`]), or for the CA that follows it ([`succession`]). Certificates, keys and
-//! CAs are PEM files ([`pem`]) that are watched and read anew without a restart ([`material`]), and so is the list of
-//! those who count no more ([`revoked`]); what is recorded of them is in [`audit`] and [`metrics`]; a CA of ours makes certificates ([`issue`]), which who joins asks
-//! for and keeps ([`credential`]) of a server that it knows by its CA's hash ([`pin`]). What others than
-//! we speak TLS with is in [`floor`]; what all verifiers do alike with signatures, in `signatures`. Identities by pattern are in [`pattern`].
+//! An identity is the one URI in a certificate ([`identity`]). [`anchors`] checks CAs. A CA vouches for
+//! its own trust domain only ([`verify`]), for the callers of one listener ([`callers`]), for servers
+//! by name ([`named`]), or for the CA that follows it ([`succession`]). Certificates, keys and CAs are
+//! PEM files ([`pem`]) that reload without a restart ([`material`]), and so is the list of revoked
+//! peers ([`revoked`]). [`audit`] and [`metrics`] record them. A CA of ours issues certificates
+//! ([`issue`]); a joining worker requests and keeps one ([`credential`]) of a server that it knows by
+//! the hash of its CA ([`pin`]). [`floor`] sets TLS versions and suites towards other programs,
+//! `signatures` holds the common part of all verifiers, and [`pattern`] matches identities.
 //!
-//! What an identity may do is not decided here: see `server::grants` and `agent::policy`.
+//! `server::grants` and `agent::policy` decide about the rights of an identity.
 
 pub mod anchors;
 pub mod audit;
@@ -44,14 +45,14 @@ use rustls::crypto::CryptoProvider;
 /// ALPN of the tunnel, version 1.
 pub const ALPN: &[u8] = b"cpc/1";
 
-/// The cryptography of every TLS session: aws-lc-rs, with the hybrid X25519MLKEM768 key exchange
-/// preferred (`prefer-post-quantum` of rustls).
+/// Returns the cryptography of every TLS session: aws-lc-rs, with the hybrid X25519MLKEM768 key
+/// exchange preferred (`prefer-post-quantum` of rustls).
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
-/// The same with AES-128-GCM first: both ends of a tunnel are ours, and as strong as the exchange
-/// of keys is it costs a third less than the AES-256 that rustls prefers.
+/// Returns the cryptography of tunnels, with AES-128-GCM first. Both ends are ours, and it costs a
+/// third less than the AES-256 that rustls prefers, at the strength of the key exchange.
 pub fn tunnel_provider() -> Arc<CryptoProvider> {
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     provider

@@ -1,7 +1,7 @@
-//! The ends of the certificates that a process uses, announced ahead of time.
+//! Expiry of the certificates that a process uses, announced ahead of time.
 //!
-//! Whoever reads certificates tells what it has in force ([`Certificates`]). [`Announcer`] decides what is
-//! said of them and when, [`watch`] says it.
+//! The owners of certificates list those in force ([`Certificates`]). [`Announcer`] decides about the
+//! announcements, and [`watch`] logs them.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -16,29 +16,29 @@ use super::identity::Identity;
 use super::pin::KeyHash;
 use cpc_observe::admin::status::{CertificateRow, rfc3339};
 
-/// How often the clock is compared with the certificates.
+/// Interval between two checks of the certificates.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// From when on the end of an own certificate is announced, at most.
+/// Maximum time before the end of an own certificate at which it is announced.
 const OWN_AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// The same of a CA, which takes longer to replace.
+/// Maximum time before the end of a CA at which it is announced: a CA takes longer to replace.
 const CA_AHEAD: Duration = Duration::from_secs(90 * 24 * 3600);
 
-/// A certificate that has expired is named again after so long.
+/// Interval between two announcements of an expired certificate.
 const REMINDER: Duration = Duration::from_secs(24 * 3600);
 
-/// What a certificate is to the process.
+/// Kind of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// It is shown to peers.
+    /// A certificate that the process shows to peers.
     Own,
-    /// It vouches for peers.
+    /// A CA that vouches for peers.
     Ca,
 }
 
 impl Kind {
-    /// Metric label and log field.
+    /// Returns the metric label and log field.
     pub fn label(self) -> &'static str {
         match self {
             Self::Own => "own",
@@ -47,19 +47,19 @@ impl Kind {
     }
 }
 
-/// What a certificate is used for.
+/// Purpose of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Purpose {
     /// Tunnels over QUIC.
     Tunnel,
     /// Frontends on TCP.
     Frontend,
-    /// Konnectivity's agents or servers.
+    /// Agents or servers of Konnectivity.
     Konnectivity,
 }
 
 impl Purpose {
-    /// Metric label and log field.
+    /// Returns the metric label and log field.
     pub fn label(self) -> &'static str {
         match self {
             Self::Tunnel => "tunnel",
@@ -69,27 +69,27 @@ impl Purpose {
     }
 }
 
-/// One certificate in force, and its life.
+/// One certificate in force, and its validity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lifetime {
-    /// What it is.
+    /// Kind of the certificate.
     pub kind: Kind,
-    /// What for.
+    /// Purpose of the certificate.
     pub purpose: Purpose,
-    /// Its identity or subject.
+    /// Identity or subject.
     pub subject: String,
-    /// Its file.
+    /// File of the certificate.
     pub file: PathBuf,
-    /// Its key, of a CA.
+    /// Hash of the key, for a CA.
     pub key: Option<KeyHash>,
-    /// The first moment at which it is valid.
+    /// First moment of validity.
     pub not_before: SystemTime,
-    /// The last moment at which it is valid; of a chain, that of the certificate that ends first.
+    /// Last moment of validity; for a chain, that of the certificate that ends first.
     pub not_after: SystemTime,
 }
 
 impl Lifetime {
-    /// Of the chain in `key`, which was read from `file`.
+    /// Returns the lifetime of the chain in `key`, which was read from `file`.
     pub fn own(purpose: Purpose, key: &CertifiedKey, file: &Path) -> Option<Self> {
         let leaf = key.cert.first()?;
         let spans: Vec<_> = key.cert.iter().filter_map(validity).collect();
@@ -108,7 +108,7 @@ impl Lifetime {
         })
     }
 
-    /// Of each CA in `anchors`, which were read from `file`.
+    /// Returns the lifetime of each CA in `anchors`, which were read from `file`.
     pub fn cas(purpose: Purpose, anchors: &Anchors, file: &Path) -> Vec<Self> {
         let life = |anchor: &Anchor| Self {
             kind: Kind::Ca,
@@ -122,7 +122,7 @@ impl Lifetime {
         anchors.iter().map(life).collect()
     }
 
-    /// How it is at `now`.
+    /// Returns the state at `now`.
     pub fn state(&self, now: SystemTime) -> State {
         if now > self.not_after {
             State::Expired
@@ -139,8 +139,8 @@ impl Lifetime {
         self.not_after.duration_since(now).unwrap_or_default()
     }
 
-    /// How long before the end it is announced: a quarter of the life, since a certificate that is
-    /// renewed is so at two thirds.
+    /// Returns the time before the end at which it is announced: a quarter of the validity, because
+    /// renewal comes at two thirds.
     fn ahead(&self) -> Duration {
         let life = self.not_after.duration_since(self.not_before);
         let most = match self.kind {
@@ -151,21 +151,21 @@ impl Lifetime {
     }
 }
 
-/// How a certificate is.
+/// State of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// For a while yet.
+    /// The certificate is valid.
     Valid,
-    /// It expires soon.
+    /// The certificate expires soon.
     Ending,
-    /// It has.
+    /// The certificate has expired.
     Expired,
-    /// Its time has not come, or the clock is behind.
+    /// The certificate is not valid yet, or the clock is behind.
     NotYet,
 }
 
 impl State {
-    /// As status shows it.
+    /// Returns the text for status.
     pub fn label(self) -> &'static str {
         match self {
             Self::Valid => "valid",
@@ -176,12 +176,12 @@ impl State {
     }
 }
 
-/// Somebody who has certificates in force.
+/// An owner of certificates in force.
 pub trait Certificates: Send + Sync {
-    /// All of them, as they are now.
+    /// Returns all certificates in force.
     fn lifetimes(&self) -> Vec<Lifetime>;
 
-    /// How often a CA was added or removed since the start.
+    /// Returns the number of added and removed CAs since the start.
     fn ca_changes(&self) -> u64 {
         0
     }
@@ -192,22 +192,23 @@ pub trait Certificates: Send + Sync {
 pub struct Lifetimes(Arc<[Arc<dyn Certificates>]>);
 
 impl Lifetimes {
-    /// Of all who have some.
+    /// Combines all owners.
     pub fn new(all: Vec<Arc<dyn Certificates>>) -> Self {
         Self(all.into())
     }
 
-    /// All of them, as they are now.
+    /// Returns all certificates in force.
     pub fn all(&self) -> Vec<Lifetime> {
         { self.0.iter() }.flat_map(|it| it.lifetimes()).collect()
     }
 
-    /// How often a CA was added or removed since the start.
+    /// Returns the number of added and removed CAs since the start.
     pub fn ca_changes(&self) -> u64 {
         { self.0.iter() }.map(|it| it.ca_changes()).sum()
     }
 
-    /// Why no tunnel can be opened any more, if none can: our own certificate is not valid, or no CA is.
+    /// Returns the reason why no tunnel can be opened, if so: the own certificate is not valid, or no
+    /// CA is.
     pub fn obstacle(&self, now: SystemTime) -> Option<String> {
         obstacle(&self.all(), now)
     }
@@ -238,16 +239,16 @@ fn obstacle(all: &[Lifetime], now: SystemTime) -> Option<String> {
     }
 }
 
-/// Decides when the end of a certificate is announced: when a quarter of its life is left, each time that
-/// half of what was left is gone, at the end, and then once a day.
+/// Decides about announcements of expiry: at a quarter of the validity, at each further half of the
+/// remaining time, at the end, and then once a day.
 #[derive(Debug, Default)]
 pub struct Announcer {
-    /// What was said of each, and from when on it is said again.
+    /// State at the last announcement, and the time of the next one.
     said: HashMap<Lifetime, (State, SystemTime)>,
 }
 
 impl Announcer {
-    /// What is to be said at `now`.
+    /// Returns the announcements that are due at `now`.
     pub fn due(&mut self, all: &[Lifetime], now: SystemTime) -> Vec<(Lifetime, State)> {
         self.said.retain(|known, _| all.contains(known));
         let mut due = Vec::new();
@@ -271,7 +272,7 @@ impl Announcer {
     }
 }
 
-/// Announces the ends of `lifetimes`, for ever.
+/// Announces the ends of `lifetimes`, without end.
 pub async fn watch(lifetimes: Lifetimes) {
     let mut announcer = Announcer::default();
     loop {

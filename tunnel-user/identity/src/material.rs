@@ -1,7 +1,7 @@
-//! Certificates, keys and CAs: read from files, checked, and read anew when they change.
+//! Certificates, keys and CAs: read from files, checked, and reloaded when they change.
 //!
-//! Invariant: what is in force was whole and consistent when it was read. A reload that fails
-//! keeps what was there and says so. Live connections are untouched by a reload.
+//! Invariant: the material in force was whole and consistent when it was read. A failed reload keeps
+//! the old material and is logged. A reload does not affect live connections.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -28,64 +28,64 @@ use cpc_config::TlsFiles;
 use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;
 
-/// How often the files are looked at.
+/// Polling interval of the files.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The files that are watched.
+/// Iterates over the watched files.
 fn all(files: &TlsFiles) -> impl Iterator<Item = &PathBuf> {
     let own = [&files.cert, &files.key, &files.ca];
     own.into_iter()
         .chain(files.trust.iter().map(|(_, path)| path))
 }
 
-/// Why TLS material was not taken.
+/// Reason why TLS material was rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum MaterialError {
-    /// A file could not be read or holds no PEM.
+    /// A file can't be read or holds no PEM.
     #[error("{}: {why}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the file.
         why: String,
     },
-    /// The leaf is no identity.
+    /// The leaf has no identity.
     #[error("{}: {why}", path.display())]
     Identity {
-        /// The certificate's file.
+        /// File of the certificate.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the certificate.
         why: IdentityError,
     },
-    /// The leaf is for something else.
+    /// The leaf has another role.
     #[error("{}: {identity} can't be used here, which needs a certificate for the role {expected}", path.display())]
     Role {
-        /// The certificate's file.
+        /// File of the certificate.
         path: PathBuf,
-        /// Whose it is.
+        /// Identity in the certificate.
         identity: Identity,
-        /// What it should have been for.
+        /// Expected role.
         expected: Role,
     },
-    /// A renewed certificate names somebody else than the running process.
+    /// A renewed certificate has another identity than the running process.
     #[error("{}: {identity} is not {current}, who is running; restart to become another", path.display())]
     Another {
-        /// The certificate's file.
+        /// File of the certificate.
         path: PathBuf,
-        /// Whose it is.
+        /// Identity in the certificate.
         identity: Box<Identity>,
-        /// Whose it was.
+        /// Identity of the process.
         current: Box<Identity>,
     },
-    /// Key and certificate don't belong together.
+    /// Key and certificate don't match.
     #[error("{}: the key is not that of the first certificate in {}", key.display(), cert.display())]
     Mismatch {
-        /// The certificate's file.
+        /// File of the certificate.
         cert: PathBuf,
-        /// The key's file.
+        /// File of the key.
         key: PathBuf,
     },
-    /// A key that nothing here can sign with.
+    /// The key is of an unsupported kind.
     #[error(
         "{}: the key is of no kind that can be used: RSA with 2048 to 8192 bits, ECDSA with P-256,          P-384 or P-521, and Ed25519 are", .0.display()
     )]
@@ -132,7 +132,7 @@ fn file(path: &Path, why: &dyn fmt::Display) -> MaterialError {
     }
 }
 
-/// One side's key, its identity and whom it trusts, each of which may change while in use.
+/// The key, identity and trusted CAs of one side, all of which may change while in use.
 #[derive(Debug)]
 pub struct Material {
     files: TlsFiles,
@@ -151,12 +151,12 @@ struct Own {
     fingerprint: Vec<u8>,
 }
 
-/// What a reload has changed about whom we trust.
+/// Change of the trusted CAs by a reload.
 #[derive(Clone, Debug, Default)]
 pub struct Change {
-    /// CAs that vouch for a trust domain from now on.
+    /// Added CAs, by trust domain.
     pub added: Vec<(TrustDomain, Anchor)>,
-    /// CAs that did until now.
+    /// Removed CAs, by trust domain.
     pub removed: Vec<(TrustDomain, Anchor)>,
 }
 
@@ -168,13 +168,13 @@ impl Change {
         }
     }
 
-    /// How many.
+    /// Returns the number of changes.
     pub fn count(&self) -> usize {
         self.added.len() + self.removed.len()
     }
 }
 
-/// CAs in `store` that are not in `other`.
+/// Returns the CAs in `store` that are not in `other`.
 fn beyond(store: &TrustStore, other: &TrustStore) -> Vec<(TrustDomain, Anchor)> {
     let all = store.domains();
     let all = all.flat_map(|(domain, anchors)| anchors.iter().map(move |ca| (domain, ca)));
@@ -209,54 +209,53 @@ impl Material {
         }))
     }
 
-    /// Our own identity, as the certificate in force has it.
+    /// Returns our own identity, from the certificate in force.
     pub fn identity(&self) -> Identity {
         self.current.load().identity.clone()
     }
 
-    /// Our own chain and key, as they are in force.
+    /// Returns our own chain and key in force.
     pub fn key(&self) -> Arc<CertifiedKey> {
         self.current.load().key.clone()
     }
 
-    /// The trust domains that are trusted.
+    /// Returns the trusted trust domains.
     pub fn domains(&self) -> HashSet<TrustDomain> {
         let trust = self.trust.load();
         trust.domains().map(|(domain, _)| domain.clone()).collect()
     }
 
-    /// The CAs that vouch for our own trust domain.
+    /// Returns the CAs of our own trust domain.
     pub fn anchors(&self) -> Arc<Anchors> {
         let own = self.identity().trust_domain;
         self.trust.load().of(&own).cloned().unwrap_or_default()
     }
 
-    /// Their certificates.
+    /// Returns the certificates of these CAs.
     pub fn roots(&self) -> Vec<CertificateDer<'static>> {
         self.anchors().certificates()
     }
 
-    /// Where all of it lies.
+    /// Returns the paths of the files.
     pub fn files(&self) -> &TlsFiles {
         &self.files
     }
 
-    /// A verifier for peers of `role` that follows reloads.
+    /// Returns a verifier for peers of `role` that follows reloads.
     pub fn verifier(&self, role: Role) -> Arc<PeerVerifier> {
         let (trust, revocations) = (self.trust.clone(), self.revocations.clone());
         PeerVerifier::new(role, trust, revocations, self.provider.clone())
     }
 
-    /// Peers who count no more; to be watched beside the material.
+    /// Returns the revoked peers, whose file has a watch of its own.
     pub fn revocations(&self) -> Arc<Revocations> {
         self.revocations.clone()
     }
 
-    /// Reads the files again if one of them changed. Returns what that changed, if something new is in
-    /// force.
+    /// Reads the files again if one of them changed. Returns the change, if new material is in force.
     ///
     /// # Errors
-    /// [`MaterialError`]; what was in force stays.
+    /// [`MaterialError`]; the old material stays in force.
     pub fn reload(&self) -> Result<Option<Change>, MaterialError> {
         if fingerprint(all(&self.files)) == self.current.load().fingerprint {
             return Ok(None);
@@ -278,8 +277,8 @@ impl Material {
         Ok(Some(change))
     }
 
-    /// Looks at the files every [`RELOAD_INTERVAL`], for ever. Calls `changed` when something new is in
-    /// force, and when something new is of no use.
+    /// Reloads the files every [`RELOAD_INTERVAL`], without end. Calls `changed` for new material, and
+    /// for an unusable file.
     pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<&Change, &MaterialError>)) {
         let reload = || {
             if let Some(change) = self.reload()? {
@@ -304,7 +303,7 @@ impl Material {
     }
 }
 
-/// Calls `reload` every [`RELOAD_INTERVAL`], for ever, and `complain` once of each kind of trouble.
+/// Calls `reload` every [`RELOAD_INTERVAL`], without end, and `complain` once for each kind of failure.
 pub async fn watch(
     mut reload: impl FnMut() -> Result<(), MaterialError>,
     complain: impl Fn(&MaterialError),
@@ -396,7 +395,7 @@ fn read(
     ))
 }
 
-/// Changes when a file's content does; a file that can't be read counts as empty.
+/// Returns a fingerprint of the content of files; an unreadable file counts as empty.
 pub fn fingerprint<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Vec<u8> {
     let mut digest = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
     for path in paths {

@@ -18,7 +18,7 @@ struct Labels {
     kind: &'static str,
 }
 
-/// The ends of certificates, and how often a CA came or went.
+/// Ends of certificates, and the number of changes of CAs.
 #[derive(Clone)]
 pub struct CertificateMetrics {
     lifetimes: Lifetimes,
@@ -27,7 +27,7 @@ pub struct CertificateMetrics {
 }
 
 impl CertificateMetrics {
-    /// Registers them.
+    /// Registers the metrics.
     pub fn register(registry: &mut Registry, lifetimes: Lifetimes) -> Self {
         let metrics = Self {
             lifetimes,
@@ -47,7 +47,7 @@ impl CertificateMetrics {
         metrics
     }
 
-    /// Notes how the certificates are now.
+    /// Updates the metrics.
     pub fn refresh(&self) {
         let mut first: HashMap<Labels, SystemTime> = HashMap::new();
         for life in self.lifetimes.all() {

@@ -1,4 +1,4 @@
-//! Servers that are known by their host name: Konnectivity's, which have no identity of ours.
+//! Servers identified by host name: Konnectivity's, which have no identity of ours.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::anchors::Anchors;
 use super::signatures::signatures;
 use super::verify::unknown_issuer;
 
-/// Lets in servers whose certificate names the host that was dialled, if a CA vouches for it.
+/// A verifier of servers by the dialled host name and a CA.
 #[derive(Debug)]
 pub struct NamedVerifier {
     anchors: Anchors,
@@ -22,7 +22,7 @@ pub struct NamedVerifier {
 }
 
 impl NamedVerifier {
-    /// For a handshake.
+    /// Creates the verifier of a handshake.
     pub fn new(anchors: Anchors, provider: Arc<CryptoProvider>) -> Arc<Self> {
         Arc::new(Self { anchors, provider })
     }

@@ -1,12 +1,12 @@
 //! Patterns of names and identities, in which `*` stands for any characters but `/`.
 //!
-//! Invariant: a match takes time in proportion to the lengths of pattern and text, whatever they are:
-//! patterns stand in configuration, texts come from peers.
+//! Invariant: a match takes time proportional to the lengths of pattern and text. Patterns come from
+//! configuration, texts from peers.
 
-/// The longest pattern, in bytes. The longest identity has 524.
+/// Maximum length of a pattern, in bytes. The longest identity has 524.
 pub const MAX_PATTERN: usize = 1024;
 
-/// Whether `text` fits `pattern`.
+/// Whether `text` matches `pattern`.
 pub fn matches(pattern: &str, text: &str) -> bool {
     let (mut patterns, mut texts) = (pattern.split('/'), text.split('/'));
     loop {
@@ -18,8 +18,8 @@ pub fn matches(pattern: &str, text: &str) -> bool {
     }
 }
 
-/// The same where neither has a `/`. What lies between two `*` is looked for once, from where the one
-/// before was found: an earlier place leaves more for those that follow.
+/// Whether a segment without `/` matches. The text between two `*` is searched once, from the end of
+/// the match before: an earlier match leaves more for those that follow.
 fn segment_matches(pattern: &str, text: &str) -> bool {
     let Some((head, rest)) = pattern.split_once('*') else {
         return pattern == text;

@@ -1,4 +1,4 @@
-//! PEM files (RFC 7468): certificates and keys, and what is wrong with a file that holds none.
+//! PEM files (RFC 7468) of certificates and keys, with a diagnosis of files that hold none.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,7 @@ pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, MaterialError>
     parse_key(&read(path)?).map_err(|error| error.of(path))
 }
 
-/// What to do about a private key in `path` that every user of the host may read, or write.
+/// Returns the remedy for a private key in `path` that every user of the host may read or write.
 pub fn exposure(path: &Path) -> Option<String> {
     let mode = fs::metadata(path).ok()?.permissions().mode() & 0o7777;
     (mode & EXPOSED != 0).then(|| {
@@ -42,7 +42,7 @@ pub fn exposure(path: &Path) -> Option<String> {
     })
 }
 
-/// Warns of such a key.
+/// Logs a warning about such a key.
 pub fn warn_if_exposed(path: &Path) {
     if let Some(text) = exposure(path) {
         tracing::warn!("{text}");
@@ -83,7 +83,7 @@ fn parse_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
     PrivateKeyDer::from_pem_slice(bytes).map_err(wrong)
 }
 
-/// What a file is read for.
+/// Expected content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wanted {
     Certificate,
@@ -105,7 +105,7 @@ impl Wanted {
         }
     }
 
-    /// Converts DER.
+    /// Returns the command that converts DER.
     fn command(self) -> &'static str {
         match self {
             Self::Certificate => "openssl x509 -inform der -in FILE -out NEW",
@@ -114,7 +114,7 @@ impl Wanted {
     }
 }
 
-/// Why a file gives nothing.
+/// Reason why a file gives nothing.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 enum PemError {
     #[error("the file is empty; {} in PEM is needed", .0.name())]
@@ -156,7 +156,7 @@ impl PemError {
     }
 }
 
-/// Says why `bytes` gave nothing, `error` being what the parser says.
+/// Diagnoses `bytes` without usable content. `error` is the parser's.
 fn diagnose(bytes: &[u8], wanted: Wanted, error: Option<pem::Error>) -> PemError {
     const BEGIN: &str = "-----BEGIN ";
     let text = match std::str::from_utf8(bytes) {

@@ -1,4 +1,5 @@
-//! CAs known by the hash of their key: how somebody who has no CA's certificate yet makes sure of a server.
+//! CAs identified by the hash of their key: a worker without a CA's certificate authenticates a server
+//! by it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,7 +23,7 @@ use super::verify::{PeerVerifier, TrustStore};
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KeyHash([u8; 32]);
 
-/// Not a hash.
+/// The text is not a hash.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{0:?} is no hash of a key: sha256: and 64 hexadecimal digits are, as `cpc token create` prints them"
@@ -30,7 +31,7 @@ pub struct KeyHash([u8; 32]);
 pub struct HashError(String);
 
 impl KeyHash {
-    /// Of a key in DER.
+    /// Returns the hash of a key in DER.
     pub fn of_spki(spki: &[u8]) -> Self {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, spki);
         let mut hash = [0; 32];
@@ -39,10 +40,10 @@ impl KeyHash {
         Self(hash)
     }
 
-    /// Of a certificate's key.
+    /// Returns the hash of a certificate's key.
     ///
     /// # Errors
-    /// It can't be read.
+    /// The certificate is malformed.
     pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, Error> {
         let read = X509Certificate::from_der(certificate);
         let (_, read) = read.map_err(|_| CertificateError::BadEncoding)?;
@@ -88,7 +89,7 @@ impl FromStr for KeyHash {
     }
 }
 
-/// Lets in servers that a CA with one of these keys vouches for; the server shows the CA's certificate
+/// A verifier of servers by a CA with one of these keys. The server shows the certificate of the CA
 /// behind its own.
 #[derive(Debug)]
 pub struct PinnedVerifier {
@@ -96,7 +97,7 @@ pub struct PinnedVerifier {
     provider: Arc<CryptoProvider>,
 }
 
-/// No CA that was shown has one of the keys.
+/// No shown CA has one of the keys.
 #[derive(thiserror::Error)]
 #[error(
     "no CA that it shows has the key {0}: it is another server, or its CA was replaced; \
@@ -111,7 +112,7 @@ impl fmt::Debug for Unpinned {
 }
 
 impl PinnedVerifier {
-    /// For a handshake.
+    /// Creates the verifier of a handshake.
     pub fn new(pins: Vec<KeyHash>, provider: Arc<CryptoProvider>) -> Arc<Self> {
         Arc::new(Self { pins, provider })
     }

@@ -1,7 +1,8 @@
-//! Peers who count no more, though a CA vouches for them: a file of identities and serial numbers.
+//! Revoked peers: a file of identities and serial numbers that don't count, though a CA vouches for
+//! them.
 //!
-//! A handshake looks at the list once; whoever holds something of a peer that lives long waits for
-//! [`Revocations::strike`] beside it, so that a list which names the peer ends that too.
+//! A handshake checks the list once. Owners of long-lived resources of a peer wait for
+//! [`Revocations::strike`] beside them, so that a revocation ends these too.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -21,7 +22,7 @@ use cpc_host::report::report;
 #[derive(Debug)]
 pub struct Revocations {
     file: Option<PathBuf>,
-    /// Of the file when it was read at the start.
+    /// Fingerprint of the file at the start.
     fingerprint: Vec<u8>,
     list: watch::Sender<List>,
 }
@@ -29,24 +30,24 @@ pub struct Revocations {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct List {
     identities: HashSet<String>,
-    /// Without leading zeros.
+    /// Serial numbers without leading zeros.
     serials: HashSet<Vec<u8>>,
 }
 
-/// What a list may know a peer by.
+/// The properties by which a list identifies a peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
     identity: Option<String>,
     serial: Option<Vec<u8>>,
 }
 
-/// The entry that names a peer.
+/// The entry that revokes a peer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} has been revoked (tls.revoked)")]
 pub struct Revoked(String);
 
 impl Peer {
-    /// Whose certificate that is.
+    /// Returns the holder of a certificate.
     pub fn of(leaf: &CertificateDer<'_>) -> Self {
         let identity = Identity::from_certificate(leaf).ok();
         let certificate = X509Certificate::from_der(leaf).ok();
@@ -56,7 +57,7 @@ impl Peer {
         }
     }
 
-    /// Whoever is called so, by any certificate.
+    /// Returns all holders of an identity, by any certificate.
     pub fn called(uri: String) -> Self {
         Self {
             identity: Some(uri),
@@ -64,7 +65,7 @@ impl Peer {
         }
     }
 
-    /// The holder of a certificate, by the identity and the serial number (hexadecimal digits) in it.
+    /// Returns the holder of a certificate by its identity and serial number (hexadecimal digits).
     pub fn issued(uri: String, serial: &str) -> Self {
         Self {
             identity: Some(uri),
@@ -72,7 +73,7 @@ impl Peer {
         }
     }
 
-    /// The same, as who it has been taken for.
+    /// Adds the identity that the peer has been taken for.
     #[must_use]
     pub fn known_as(self, identity: &Identity) -> Self {
         Self {
@@ -83,10 +84,10 @@ impl Peer {
 }
 
 impl Revocations {
-    /// Reads the list; without a file nobody is on it, for good.
+    /// Reads the list. Without a file the list is empty for good.
     ///
     /// # Errors
-    /// [`MaterialError::File`] naming the line that can't be read.
+    /// [`MaterialError::File`] naming the malformed line.
     pub fn load(file: Option<PathBuf>) -> Result<Arc<Self>, MaterialError> {
         let fingerprint = material::fingerprint(&file);
         let list = match &file {
@@ -100,7 +101,7 @@ impl Revocations {
         }))
     }
 
-    /// A list that names nobody, for good.
+    /// Returns a list that is empty for good.
     pub fn none() -> Arc<Self> {
         Arc::new(Self {
             file: None,
@@ -109,18 +110,18 @@ impl Revocations {
         })
     }
 
-    /// Whether the list names `peer`.
+    /// Checks that `peer` is not revoked.
     ///
     /// # Errors
-    /// [`Revoked`]: it does.
+    /// [`Revoked`] for a revoked peer.
     pub fn check(&self, peer: &Peer) -> Result<(), Revoked> {
         self.list.borrow().check(peer)
     }
 
-    /// The same for the holder of a certificate, who need not be one of ours.
+    /// Checks that the holder of a certificate, possibly without an identity of ours, is not revoked.
     ///
     /// # Errors
-    /// [`Revoked`].
+    /// [`Revoked`] for a revoked holder.
     pub fn check_certificate(&self, leaf: &CertificateDer<'_>) -> Result<(), Revoked> {
         // Most lists are empty: then nothing has to be read.
         if self.list.borrow().is_empty() {
@@ -129,8 +130,9 @@ impl Revocations {
         self.check(&Peer::of(leaf))
     }
 
-    /// Warns of identities on the list that are of no trust domain in `known`: nobody here has them, and
-    /// the domain may be misspelt. They are no error, since servers with other tenants may share a list.
+    /// Logs a warning about identities on the list whose trust domain is not in `known`: no peer here
+    /// has them, and the domain may be misspelt. They are no error, because servers with other tenants
+    /// may share a list.
     pub fn warn_of_strangers(&self, known: &HashSet<TrustDomain>) {
         let strangers = self.list.borrow().strangers(known);
         if let Some(first) = strangers.first() {
@@ -142,7 +144,7 @@ impl Revocations {
         }
     }
 
-    /// Waits until the list names `peer`.
+    /// Waits until the list revokes `peer`.
     pub async fn strike(&self, peer: &Peer) -> Revoked {
         let mut list = self.list.subscribe();
         loop {
@@ -156,8 +158,8 @@ impl Revocations {
         }
     }
 
-    /// Reads the file again when it changes, for ever. Calls `changed` then, also when the file can't be
-    /// read: the list that was in force stays.
+    /// Reads the file again when it changes, without end. Calls `changed` then, also for an unreadable
+    /// file: the old list stays in force.
     pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<(), &MaterialError>)) {
         let Some(file) = &self.file else {
             return;
@@ -191,7 +193,7 @@ impl Revocations {
 }
 
 impl List {
-    /// Identities of other trust domains than `known`, in order.
+    /// Returns the identities of other trust domains than `known`, in order.
     fn strangers(&self, known: &HashSet<TrustDomain>) -> Vec<String> {
         let is_known = |uri: &str| {
             let domain = identity::domain_of(uri);
@@ -221,9 +223,9 @@ impl List {
         }
     }
 
-    /// A line each: an identity, or `serial:` and hexadecimal digits, as `openssl x509 -serial` prints
-    /// them. What follows a `#` is for people. An entry that no peer can match is an error: whoever wrote
-    /// it believes somebody shut out who is not.
+    /// Parses one entry per line: an identity, or `serial:` and hexadecimal digits, as `openssl x509
+    /// -serial` prints them. Text behind a `#` is a comment. An entry that no peer can match is an
+    /// error: its author believes that a peer is shut out which is not.
     fn parse(text: &str) -> Result<Self, String> {
         let mut list = Self::default();
         for (number, line) in text.lines().enumerate() {
@@ -269,7 +271,7 @@ impl List {
     }
 }
 
-/// The number that hexadecimal digits stand for, with a colon between each two or without any.
+/// Returns the number in hexadecimal digits, with a colon between each two or without any.
 fn digits(text: &str) -> Option<Vec<u8>> {
     let is_octet = |octet: &str| octet.len() == 2;
     if text.contains(':') && !text.split(':').all(is_octet) {
@@ -293,7 +295,7 @@ fn digits(text: &str) -> Option<Vec<u8>> {
     Some(trimmed(&octets).to_vec())
 }
 
-/// Without leading zeros.
+/// Returns the number without leading zeros.
 fn trimmed(serial: &[u8]) -> &[u8] {
     let zeros = serial.iter().take_while(|octet| **octet == 0).count();
     &serial[zeros..]

@@ -1,7 +1,7 @@
-//! Signatures in handshakes: the part of rustls' verifiers that is the same whoever the peer is.
+//! Signatures in handshakes: the part of rustls' verifiers that does not depend on the peer.
 
-/// Methods of `ServerCertVerifier` or `ClientCertVerifier` about signatures, by what the field `provider`
-/// knows.
+/// Defines the methods of `ServerCertVerifier` or `ClientCertVerifier` about signatures, for the
+/// algorithms of the field `provider`.
 macro_rules! signatures {
     () => {
         fn verify_tls12_signature(

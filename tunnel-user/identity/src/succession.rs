@@ -1,8 +1,8 @@
-//! Which CAs a server may bring along: those that are trusted already, and those that they vouch for.
+//! CAs that a server may introduce: the trusted ones, and those that they vouch for.
 //!
-//! A server shows its certificate, not the CA's key. So what it offers as a CA counts only when a CA
-//! that is trusted has signed it: the certificate itself, or another one of the same name and key
-//! (RFC 4210 section 4.4, "new with old"). `cpc pki cross-sign` makes such a certificate.
+//! A server shows its certificate, not the key of the CA. So an offered CA counts only when a trusted
+//! CA has signed it: the certificate itself, or another one of the same name and key (RFC 4210 section
+//! 4.4, "new with old"). `cpc pki cross-sign` makes such a certificate.
 
 use std::time::SystemTime;
 
@@ -14,25 +14,25 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::anchors::{Anchor, AnchorError, Anchors};
 use super::identity::TrustDomain;
 
-/// What became of the CAs that a server offers.
+/// Verdicts about the CAs that a server offers.
 #[derive(Debug)]
 pub struct Succession {
-    /// Those that count. May be none.
+    /// CAs that count, possibly none.
     pub accepted: Anchors,
-    /// Those that don't, and why.
+    /// CAs that don't count, with the reason.
     pub refused: Vec<(Anchor, Reason)>,
 }
 
-/// Why an offered CA does not count.
+/// Reason why an offered CA does not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
-    /// Anybody could have made it.
+    /// No trusted CA vouches for it.
     #[error("no CA that is trusted here has signed it; `cpc pki cross-sign` does that")]
     Unvouched,
-    /// It is another tenant's.
+    /// The CA belongs to another tenant.
     #[error("it is of another trust domain")]
     Domain,
-    /// Expired, or not valid yet.
+    /// The CA has expired or is not valid yet.
     #[error("it is not valid now")]
     Time,
 }
@@ -40,7 +40,7 @@ pub enum Reason {
 /// Judges the CAs in `offered` by those in `present`, for the trust domain `domain`.
 ///
 /// # Errors
-/// [`AnchorError`]: one of those offered is not a CA's.
+/// [`AnchorError`]: an offered certificate is not a CA's.
 pub fn judge(
     offered: Vec<CertificateDer<'static>>,
     present: &Anchors,
@@ -105,7 +105,7 @@ fn vouches(ca: &Anchor, other: &Anchor, algorithms: &WebPkiSupportedAlgorithms) 
     may && keeps_constraints && has_signed(ca, other, algorithms)
 }
 
-/// Whether `other` is signed by itself, and has the name and key of `ca`.
+/// Whether `other` is self-signed, and has the name and key of `ca`.
 fn is_twin(ca: &Anchor, other: &Anchor, algorithms: &WebPkiSupportedAlgorithms) -> bool {
     ca.trust() == other.trust() && has_signed(other, other, algorithms)
 }

@@ -1,9 +1,9 @@
 //! Verification of a peer's certificate chain, on both sides of the tunnel.
 //!
-//! The leaf's identity is read first; its trust domain picks the roots that may vouch for it, and
-//! its role must be the expected one. So a CA of one domain can't issue an identity of another,
-//! and an agent's certificate can't play server. Names and addresses play no part: an agent knows
-//! a server by its URI and may dial it by any address.
+//! The leaf's identity is read first. Its trust domain selects the roots that may vouch for it, and its
+//! role must be the expected one. So a CA of one domain can't issue an identity of another, and an
+//! agent's certificate can't serve as a server's. Names and addresses play no part: an agent knows a
+//! server by its URI and may dial it by any address.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -29,23 +29,23 @@ pub struct TrustStore {
 }
 
 impl TrustStore {
-    /// Trusts `anchors` for identities of `domain`, and for none else.
+    /// Trusts `anchors` for identities of `domain`, and for no others.
     pub fn add(&mut self, domain: TrustDomain, anchors: Anchors) {
         self.domains.insert(domain, anchors.into());
     }
 
-    /// The CAs of `domain`.
+    /// Returns the CAs of `domain`.
     pub fn of(&self, domain: &TrustDomain) -> Option<&Arc<Anchors>> {
         self.domains.get(domain)
     }
 
-    /// The domains that are trusted, and their CAs.
+    /// Iterates over the trusted domains and their CAs.
     pub fn domains(&self) -> impl Iterator<Item = (&TrustDomain, &Anchors)> {
         { self.domains.iter() }.map(|(domain, anchors)| (domain, &**anchors))
     }
 }
 
-/// Why a peer was turned away, beyond what webpki says of its chain.
+/// Reason why a peer was refused, beyond the errors of webpki.
 #[derive(thiserror::Error)]
 enum Refusal {
     #[error(transparent)]
@@ -60,7 +60,7 @@ enum Refusal {
     Issuer(Identity),
 }
 
-/// rustls shows a refusal of ours with `Debug`, and people are to read it.
+/// Prints the text for people: rustls shows errors of verifiers with `Debug`.
 impl fmt::Debug for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -73,7 +73,7 @@ impl From<Refusal> for Error {
     }
 }
 
-/// Names the peer whose issuer is not trusted.
+/// Adds the identity of the peer whose issuer is not trusted.
 fn named(error: Error, identity: Identity) -> Error {
     match unknown_issuer(error) {
         Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
@@ -83,8 +83,8 @@ fn named(error: Error, identity: Identity) -> Error {
     }
 }
 
-/// A CA that was made anew has the name of the old one. webpki then finds no unknown issuer but a
-/// wrong signature, which would send people looking in the wrong place.
+/// Converts a bad signature to an unknown issuer. A replaced CA may keep its name: webpki then finds a
+/// wrong signature instead of an unknown issuer, which would send people looking in the wrong place.
 pub fn unknown_issuer(error: Error) -> Error {
     match error {
         Error::InvalidCertificate(CertificateError::BadSignature) => {
@@ -94,7 +94,7 @@ pub fn unknown_issuer(error: Error) -> Error {
     }
 }
 
-/// Verifies peers of one role against a trust store that may be swapped while it is in use.
+/// A verifier of peers of one role against a trust store that may be swapped while it is in use.
 #[derive(Debug)]
 pub struct PeerVerifier {
     expected: Role,
@@ -104,7 +104,7 @@ pub struct PeerVerifier {
 }
 
 impl PeerVerifier {
-    /// A verifier that lets in peers of role `expected` only.
+    /// Creates a verifier that accepts peers of role `expected` only.
     pub fn new(
         expected: Role,
         trust: Arc<ArcSwap<TrustStore>>,
@@ -132,13 +132,13 @@ impl PeerVerifier {
         self.check_revoked(leaf)
     }
 
-    /// Last: who is not vouched for has nothing that could be revoked.
+    /// Checks revocation, last: an untrusted peer has nothing that could be revoked.
     fn check_revoked(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
         let checked = self.revocations.check_certificate(leaf);
         checked.map_err(|revoked| Refusal::Revoked(revoked).into())
     }
 
-    /// Who the leaf names, and the roots that would have to vouch for it.
+    /// Returns the identity of the leaf, and the roots that have to vouch for it.
     fn anchors(&self, leaf: &CertificateDer<'_>) -> Result<(Identity, Arc<Anchors>), Error> {
         let identity = Identity::from_certificate(leaf).map_err(Refusal::from)?;
         if identity.role != self.expected {

@@ -1,4 +1,4 @@
-//! What is decided about somebody who asks for a certificate; without I/O.
+//! Decisions about requests for certificates, without I/O.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
@@ -14,62 +14,62 @@ use crate::KeyHash;
 use crate::identity::{self, IdentityError};
 use crate::pattern::matches;
 
-/// A node's certificate is not renewed more often.
+/// Minimum interval between renewals of a node's certificate.
 const RENEWED_AFTER: Duration = Duration::from_secs(60);
 
-/// With so many valid certificates it is renewed less often: see [`RARELY`].
+/// Number of valid certificates from which on renewals are rarer: see [`RARELY`].
 const MANY: usize = 8;
 
-/// Then as often as this in a certificate's life.
+/// Maximum number of renewals in the life of a certificate beyond [`MANY`].
 const RARELY: u32 = 30;
 
-/// Why somebody gets none. For the one who asked, so it tells no more than the token's holder may know.
+/// Reason of a refusal, for the requester. It tells no more than the holder of the token may know.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Unknown, wrong, expired or revoked: which of them is not a stranger's to know.
+    /// The token is unknown, wrong, expired or revoked. The requester does not learn which of them.
     #[error("the token is unknown, has expired or was revoked: `cpc token create` makes another")]
     Token,
-    /// Others were faster.
+    /// Others used up the token.
     #[error("the token is used up: `cpc token create` makes another")]
     UsedUp,
-    /// Kubernetes' token was used by another key.
+    /// Another key used the token of Kubernetes.
     #[error(
         "the token is used up by another key of this node: wait for its next one, or make another pod"
     )]
     PodUsedUp,
-    /// Somebody asks again for something else.
+    /// A repeated request asks for something else.
     #[error(
         "with this token the key got a certificate for {addresses:?}: ask for the same, or use another token"
     )]
     Otherwise {
-        /// What it got.
+        /// Addresses in the first certificate.
         addresses: Vec<IpAddr>,
     },
-    /// Somebody asks again for what is over.
+    /// A repeated request asks for a certificate that has ended.
     #[error("the certificate that this token gave is not to be had again: use another token")]
     Over,
-    /// Not a name.
+    /// The name is invalid.
     #[error(transparent)]
     Name(#[from] IdentityError),
-    /// A name that the token is not for.
+    /// The token is not for this name.
     #[error("the token is for nodes called {nodes}, not for {node}")]
     Node {
-        /// Which ones.
+        /// Names that the token is for.
         nodes: String,
-        /// Who asks.
+        /// Requested name.
         node: String,
     },
-    /// An address that the token is not for.
+    /// The token is not for this address.
     #[error(
         "the token is not for a node with the address {0}: `cpc token create --ip` says which, `cpc agent join --ip` asks for one"
     )]
     Address(IpAddr),
-    /// An address that no pod may join with.
+    /// No pod may join with this address.
     #[error(
         "nodes with the address {0} may not join here: join.kubernetes.addresses of the server says which"
     )]
     PodAddress(IpAddr),
-    /// An address that is not the node's.
+    /// The address is not one of the node.
     #[error(
         "Kubernetes does not say that {node} has the address {address}: it has to stand in the Node's status"
     )]
@@ -79,7 +79,7 @@ pub enum Refused {
         /// The node.
         node: String,
     },
-    /// The name is somebody's.
+    /// Another key holds the name.
     #[error(
         "{node} has a certificate of another key until {until}; on the server `cpc token release {node}` \
          frees the name, or a token made with `--node {node}` replaces it",
@@ -88,10 +88,10 @@ pub enum Refused {
     Taken {
         /// The name.
         node: String,
-        /// How long that is so.
+        /// End of the certificate.
         until: SystemTime,
     },
-    /// The address is somebody's.
+    /// Another node holds the address.
     #[error(
         "{address} is in the certificate of {node} until {until}; on the server `cpc token release --ip \
          {address}` frees it",
@@ -100,42 +100,42 @@ pub enum Refused {
     AddressTaken {
         /// The address.
         address: IpAddr,
-        /// Whose it is.
+        /// Node that holds the address.
         node: String,
-        /// How long that is so.
+        /// End of the certificate.
         until: SystemTime,
     },
     /// The name was given to another key.
     #[error("another key has joined as {0} since: this one has to join again")]
     Replaced(String),
-    /// A peer that renews for ever.
+    /// The peer renews too often.
     #[error("the last certificate is younger than {}", humantime::format_duration(*.0))]
     TooSoon(Duration),
 }
 
-/// What somebody asks for.
+/// Content of a request.
 #[derive(Clone, Debug)]
 pub struct Asked<'a> {
-    /// The node's name.
+    /// Name of the node.
     pub node: &'a str,
-    /// Its addresses.
+    /// Addresses of the node.
     pub addresses: &'a [IpAddr],
     /// The key.
     pub key: KeyHash,
 }
 
-/// What somebody who is let in gets.
+/// Decision about an admitted request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Admitted {
-    /// A certificate, for a use of the token.
+    /// A certificate, for one use of the token.
     First,
-    /// The certificate (DER) that they got before.
+    /// The certificate (DER) of an earlier request.
     Again(Vec<u8>),
-    /// A certificate in the place of one that a clock dated ahead.
+    /// A replacement of a certificate that a fast clock dated ahead.
     Redated,
 }
 
-/// What the holder of a token may have.
+/// Permissions of a token's holder.
 struct Terms<'a> {
     nodes: &'a str,
     addresses: &'a [IpNet],
@@ -149,7 +149,7 @@ enum Kind {
 }
 
 impl Pages {
-    /// What `token` lets in. Counts nothing: [`Self::used`] does.
+    /// Decides about a request with `token`. Counts nothing: [`Self::used`] does.
     ///
     /// # Errors
     /// [`Refused`].
@@ -183,7 +183,7 @@ impl Pages {
         }
     }
 
-    /// Puts `got` in the place of what the same key got for the same node.
+    /// Replaces the use by the same key for the same node by `got`.
     pub fn redated(&mut self, token: &Token, got: Use) {
         let ticket = self.tokens.get_mut(token.id());
         let uses = ticket.into_iter().flat_map(|ticket| &mut ticket.used);
@@ -192,7 +192,8 @@ impl Pages {
         }
     }
 
-    /// What a pod on the node `asked.node` gets, by the one certificate that its token `id` is good for.
+    /// Decides about a request of a pod on the node `asked.node`, whose token `id` is good for one
+    /// certificate.
     ///
     /// # Errors
     /// [`Refused`].
@@ -217,8 +218,8 @@ impl Pages {
         Ok(Admitted::First)
     }
 
-    /// Whether the holder of the certificate `serial` may have another one in the name of `node`, of which
-    /// each is valid for `validity`.
+    /// Decides whether the holder of the certificate `serial` gets another one for `node`. Each is
+    /// valid for `validity`.
     ///
     /// # Errors
     /// [`Refused::TooSoon`], [`Refused::Replaced`].
@@ -249,7 +250,7 @@ impl Pages {
         }
     }
 
-    /// Somebody who asks once more gets what they got before, and nothing else.
+    /// Decides about a repeated request: it gets the earlier certificate and nothing else.
     fn again(
         &self,
         before: &Use,

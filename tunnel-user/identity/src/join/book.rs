@@ -1,7 +1,7 @@
-//! The file in which tokens stand, and what was issued. A server and `cpc token` change it in turn: each
-//! change is made under a lock and put in place in one step.
+//! The file of tokens and issued certificates. A server and `cpc token` take turns: each change happens
+//! under a lock and replaces the file in one step.
 //!
-//! Beside a CA there is another one, of what `cpc pki` issued: a server reads it only.
+//! A second file beside a CA lists the certificates of `cpc pki`: a server only reads it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::pages::Pages;
 use cpc_host::directory::Directory;
 
-/// Why the book can't be used.
+/// Failure to use the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
 pub struct BookError {
@@ -17,18 +17,18 @@ pub struct BookError {
     why: String,
 }
 
-/// The book in a directory.
+/// The file in its directory.
 #[derive(Clone, Debug)]
 pub struct Book {
     directory: PathBuf,
     names: &'static Names,
 }
 
-/// A book's files.
+/// Names of the files.
 #[derive(Debug)]
 struct Names {
     file: &'static str,
-    /// What is locked, since the file itself is replaced.
+    /// File of the lock: the data file itself is replaced.
     lock: &'static str,
     mode: u32,
 }
@@ -39,7 +39,7 @@ const JOIN: Names = Names {
     mode: 0o600,
 };
 
-/// What a CA issued is no secret: each certificate is shown in every handshake.
+/// The list beside a CA. It is no secret: every handshake shows a certificate.
 const ISSUED: Names = Names {
     file: "issued.json",
     lock: "issued.lock",
@@ -47,10 +47,10 @@ const ISSUED: Names = Names {
 };
 
 impl Book {
-    /// In `directory`, which is made for its owner alone if it is not there.
+    /// Opens the file in `directory`, which is created for its owner alone where it is missing.
     ///
     /// # Errors
-    /// [`BookError`], also when what is there can't be read.
+    /// [`BookError`], also when the content is unreadable.
     pub fn open(directory: &Path) -> Result<Self, BookError> {
         let book = Self {
             directory: directory.into(),
@@ -61,7 +61,7 @@ impl Book {
         Ok(book)
     }
 
-    /// What `cpc pki` issued from the CA in `directory`. Nothing is looked at yet.
+    /// Returns the list of what `cpc pki` issued from the CA in `directory`, without reading it yet.
     pub fn of_ca(directory: &Path) -> Self {
         Self {
             directory: directory.into(),
@@ -69,7 +69,7 @@ impl Book {
         }
     }
 
-    /// What stands in it.
+    /// Reads the content.
     ///
     /// # Errors
     /// [`BookError`].
@@ -77,10 +77,10 @@ impl Book {
         self.parse(self.text_in(&self.directory()?)?.as_deref())
     }
 
-    /// Changes it, unless `change` fails. Nothing is written where nothing has changed.
+    /// Changes the content, unless `change` fails. Writes nothing if nothing has changed.
     ///
     /// # Errors
-    /// What `change` says, or [`BookError`]; then it is as it was.
+    /// The error of `change`, or [`BookError`]; the content stays then.
     pub fn change<T, E: From<BookError>>(
         &self,
         change: impl FnOnce(&mut Pages) -> Result<T, E>,

@@ -1,41 +1,42 @@
-//! What the clock says, and what may be believed of it.
+//! The system clock, and how far it can be trusted.
 //!
-//! A clock may be ahead for seconds: a wrong time source, a virtual machine that comes back. So nothing
-//! counts as over, and nothing is forgotten, because of a clock that has just been set. Nor because of one
-//! that was ahead when the server started: the last settled time is on record.
+//! A clock may be ahead for seconds: a wrong time source, a virtual machine that resumes. So nothing
+//! expires and nothing is forgotten because of a clock that has just been set, or that was ahead when
+//! the server started: the last settled time is on record.
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// The clock and the passing of time may differ by so much from one look to the next.
+/// Maximum difference of the clock and the monotonic time between two reads.
 const TOLERANCE: Duration = Duration::from_secs(60);
 
-/// A clock that was set is believed after so long.
+/// Time after which a clock that was set is trusted.
 const BELIEVED_AFTER: Duration = Duration::from_secs(3600);
 
-/// What is over is forgotten once the clock has been right for so long.
+/// Time for which the clock must have been right before expired entries are forgotten.
 const STEADY: Duration = Duration::from_secs(24 * 3600);
 
-/// How far ahead of the last settled time a clock is at a start after an ordinary absence.
+/// Distance from the last settled time at which a clock counts as far ahead, after an ordinary
+/// downtime.
 const FAR: Duration = Duration::from_secs(24 * 3600);
 
-/// Clocks of two hosts, or of one at two times, may differ by so much.
+/// Maximum difference of the clocks of two hosts, or of one clock at two times.
 pub const SKEW: Duration = Duration::from_secs(300);
 
-/// A time to judge by.
+/// A time for decisions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Time {
-    /// What the clock says.
+    /// Time of the clock.
     pub now: SystemTime,
-    /// The same, or earlier: what is over by this is over.
+    /// The same time or an earlier one: whatever has expired by it has expired.
     pub settled: SystemTime,
-    /// Whether what is over may be forgotten.
+    /// Whether expired entries may be forgotten.
     pub is_steady: bool,
 }
 
 impl Time {
-    /// What the clock says, of which nothing more is known. Nothing is forgotten by it.
+    /// Creates a time from the clock alone. Nothing is forgotten by it.
     pub fn of(now: SystemTime) -> Self {
         Self {
             now,
@@ -45,7 +46,7 @@ impl Time {
     }
 }
 
-/// How far a clock was set.
+/// Distance by which a clock was set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Into the future.
@@ -65,13 +66,13 @@ impl fmt::Display for Step {
     }
 }
 
-/// A clock that is watched, each time that somebody looks at it.
+/// A clock that is checked at each read.
 #[derive(Debug)]
 pub struct Clock(Mutex<Watch>);
 
 impl Clock {
-    /// A clock of which an earlier process said last that it was `settled`. How long ago that was is not
-    /// known: one that is elsewhere by now counts as set, and that is logged.
+    /// Creates a clock from the time that an earlier process last called `settled`. The length of the
+    /// downtime is unknown: a clock far from that time counts as set, which is logged.
     pub fn resume(settled: Option<SystemTime>) -> Self {
         let (watch, step) = Watch::resume(settled, SystemTime::now(), Instant::now());
         match step {
@@ -91,7 +92,7 @@ impl Clock {
         Self(Mutex::new(watch))
     }
 
-    /// The time. A clock that was set is logged.
+    /// Reads the time. Logs that the clock was set.
     pub fn read(&self) -> Time {
         let mut watch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (time, step) = watch.look(SystemTime::now(), Instant::now());
@@ -108,10 +109,10 @@ impl Clock {
 
 #[derive(Debug)]
 struct Watch {
-    /// Since when the clock goes as time does.
+    /// Instant since which the clock agrees with the monotonic time.
     since: Instant,
     last: (SystemTime, Instant),
-    /// What the clock says since it was set, while that is not believed.
+    /// Time of the clock since it was set, until that is trusted.
     set: Option<(SystemTime, Instant)>,
 }
 
@@ -124,7 +125,7 @@ impl Watch {
         }
     }
 
-    /// Goes on from the time that was `settled` last, at the latest at `at`.
+    /// Continues from the time that was `settled` last, at the latest at `at`.
     fn resume(settled: Option<SystemTime>, now: SystemTime, at: Instant) -> (Self, Option<Step>) {
         let known = settled.map(|settled| (settled, at));
         let Some((known, step)) = known.and_then(|known| Some((known, step(known, (now, at))?)))
@@ -173,7 +174,7 @@ impl Watch {
     }
 }
 
-/// What the clock would say had it not been set.
+/// Returns the time that the clock would show had it not been set.
 fn passed((then, since): (SystemTime, Instant), at: Instant) -> SystemTime {
     then + at.saturating_duration_since(since)
 }

@@ -1,4 +1,4 @@
-//! Where certificates are asked for: judges, issues, writes down, and says so.
+//! The issuer of certificates: it decides, issues, records and logs.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -30,32 +30,33 @@ use cpc_kubernetes::node::{NodeError, Nodes};
 use cpc_kubernetes::token::{ReviewError, TokenReviewer, claims, fingerprint::fingerprint};
 use cpc_observe::audit::events::{self as audit, Listener};
 
-/// A token of Kubernetes is known for so long at most, when it does not end sooner.
+/// Maximum time for which a token of Kubernetes is remembered, if it does not end sooner.
 const LONGEST_POD_TOKEN: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// The token of those who joined by Kubernetes, on record.
+/// Recorded token of nodes that joined by Kubernetes.
 const BY_KUBERNETES: &str = "kubernetes";
 
-/// Nodes that are looked up for one request, of those that hold what it asks for.
+/// Maximum number of nodes looked up for one request, of those that hold a requested name or address.
 const MAX_LOOKUPS: usize = 8;
 
-/// What a token of Kubernetes is good for.
+/// Verification of Kubernetes' tokens.
 pub struct Pods {
-    /// Whose a token is.
+    /// Reviewer of tokens.
     pub reviewer: TokenReviewer,
-    /// Which addresses a node has.
+    /// Source of node addresses.
     pub nodes: Nodes,
-    /// Which of them their nodes may join with.
+    /// Addresses that nodes may join with.
     pub addresses: Vec<IpNet>,
 }
 
-/// The settled time on record is no older while a server runs.
+/// Maximum age of the recorded settled time while a server runs.
 const TIME_KEPT_EVERY: Duration = Duration::from_secs(3600);
 
-/// Jobs at once. Most of a job is under the book's lock, so more of them would wait there, each on a thread.
+/// Maximum number of jobs at once. Most of a job runs under the lock of the file, so more jobs would
+/// wait there, each on a thread.
 const MAX_JOBS: usize = 8;
 
-/// Bounds the jobs on files and signatures, also those whose caller has gone.
+/// Bound on the jobs on files and signatures, including those whose caller has gone.
 #[derive(Clone)]
 pub struct Jobs(Arc<Semaphore>);
 
@@ -66,7 +67,8 @@ impl Default for Jobs {
 }
 
 impl Jobs {
-    /// Runs `job` on a thread of its own when it is its turn. Whoever gives up before takes no thread.
+    /// Runs `job` on a thread of its own when it is its turn. A caller that gives up earlier takes no
+    /// thread.
     async fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> T + Send + 'static,
@@ -83,77 +85,77 @@ impl Jobs {
 
 /// Issues certificates to agents.
 pub struct Desk {
-    /// Tokens, and what was issued.
+    /// Tokens and issued certificates.
     pub book: Book,
-    /// The CA's directory. Read anew each time, so that it may be replaced.
+    /// Directory of the CA. Read for each certificate, so that it may be replaced.
     pub ca: PathBuf,
-    /// For how long.
+    /// Validity of issued certificates.
     pub validity: Duration,
-    /// Whose roots go with what is issued.
+    /// TLS material whose roots go with issued certificates.
     pub material: Arc<Material>,
-    /// Who gets nothing any more.
+    /// Revoked peers, which get nothing.
     pub revocations: Arc<Revocations>,
-    /// Tokens of Kubernetes, where they are taken.
+    /// Verification of Kubernetes' tokens, where they are accepted.
     pub pods: Option<Pods>,
     /// Counters.
     pub metrics: JoinMetrics,
-    /// What is judged by.
+    /// Clock for decisions.
     pub clock: Clock,
-    /// Who is served at once.
+    /// Bound on concurrent jobs.
     pub jobs: Jobs,
 }
 
-/// Why there is no certificate.
+/// Reason why there is no certificate.
 #[derive(Debug, thiserror::Error)]
 enum DeskError {
-    /// By the rules.
+    /// The rules refuse it.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// Somebody who counts no more.
+    /// The peer is revoked.
     #[error(transparent)]
     Revoked(#[from] Revoked),
-    /// The request for a certificate.
+    /// The certificate request is invalid.
     #[error("the request for a certificate is of no use: {0}")]
     Csr(rcgen::Error),
-    /// Neither kind of token.
+    /// The token is of neither kind.
     #[error(transparent)]
     NoToken(#[from] super::token::TokenError),
-    /// Kubernetes does not vouch for it.
+    /// Kubernetes does not vouch for the token.
     #[error(transparent)]
     Review(#[from] ReviewError),
-    /// Kubernetes does not say which addresses a node has.
+    /// Kubernetes does not report the addresses of the node.
     #[error(transparent)]
     Node(#[from] NodeError),
-    /// A certificate on record.
+    /// A recorded certificate is invalid.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// Kubernetes does not say where the pod is.
+    /// Kubernetes does not report the node of the pod.
     #[error(
         "the API server does not say to which node the token belongs: it has to be a pod's \
          (projected), and Kubernetes 1.32 or later"
     )]
     NoNode,
-    /// Of another tenant.
+    /// The agent belongs to another tenant.
     #[error("the CA here is of {ours}; certificates of {theirs} come from elsewhere")]
     Domain {
-        /// The CA's.
+        /// Trust domain of the CA.
         ours: String,
-        /// The agent's.
+        /// Trust domain of the agent.
         theirs: String,
     },
-    /// The book.
+    /// The file can't be used.
     #[error(transparent)]
     Book(#[from] BookError),
-    /// The CA.
+    /// The CA can't issue.
     #[error(transparent)]
     Issue(#[from] IssueError),
-    /// A CA whose certificates no agent would take.
+    /// No agent would trust a certificate of this CA.
     #[error(
         "the CA in join.ca is not among those of tls.ca, so no agent would trust what it issues: see \
          docs/joining.md, \"Another CA\""
     )]
     UnknownCa,
-    /// The thread that was to do it.
+    /// The thread of the job failed.
     #[error("it was given up: {0}")]
     GivenUp(JoinError),
 }
@@ -165,7 +167,7 @@ impl From<JoinError> for DeskError {
 }
 
 impl DeskError {
-    /// Our own trouble, of which whoever asks is told nothing.
+    /// Whether the fault is ours. The requester learns nothing about such a fault.
     fn is_ours(&self) -> bool {
         let by_api = matches!(
             self,
@@ -175,7 +177,7 @@ impl DeskError {
         by_api || by_files || matches!(self, Self::UnknownCa | Self::GivenUp(_))
     }
 
-    /// Whether it is about a name or an address that is somebody's.
+    /// Whether another node holds the name or address.
     fn is_taken(&self) -> bool {
         let taken =
             |it: &Refused| matches!(it, Refused::Taken { .. } | Refused::AddressTaken { .. });
@@ -183,17 +185,17 @@ impl DeskError {
     }
 }
 
-/// What was issued, for the record.
+/// An issued certificate, for the record.
 struct Done {
     identity: String,
     serial: String,
     until: SystemTime,
     issued: Issued,
-    /// Whether it was issued just now, and not given once more.
+    /// Whether it was issued just now, rather than returned once more.
     is_new: bool,
 }
 
-/// What somebody without a certificate asks for.
+/// A request without a certificate.
 struct Ask {
     node: String,
     addresses: Vec<IpAddr>,
@@ -201,15 +203,15 @@ struct Ask {
     proof: Proof,
 }
 
-/// By what somebody may join.
+/// Proof of the right to join.
 enum Proof {
     /// A token of ours.
     Token(Token),
-    /// One of Kubernetes.
+    /// A token of Kubernetes.
     Pod {
-        /// What tells it apart from others.
+        /// Unique id of the token.
         id: String,
-        /// Until when it is good.
+        /// End of the token.
         expires: SystemTime,
     },
 }
@@ -217,12 +219,12 @@ enum Proof {
 /// A certificate whose holder is gone.
 struct Gone {
     serial: String,
-    /// What is free of it; all when missing.
+    /// The address that is free; `None` for all.
     address: Option<IpAddr>,
 }
 
 impl Desk {
-    /// Answers somebody without a certificate. The file, the CA and Kubernetes may take their time.
+    /// Answers a worker without a certificate. The file, the CA and Kubernetes may take their time.
     pub async fn join(self: &Arc<Self>, join: Join, remote: SocketAddr) -> Answer {
         let node = join.node.clone();
         let done = self.admitted(join).await;
@@ -250,7 +252,7 @@ impl Desk {
         }
     }
 
-    /// Answers an agent that has a certificate, over its tunnel, which began with `leaf`.
+    /// Answers an agent that has a certificate, over its tunnel, whose handshake used `leaf`.
     pub async fn renew(
         self: &Arc<Self>,
         agent: Identity,
@@ -276,7 +278,7 @@ impl Desk {
         }
     }
 
-    /// Writes the settled time into the book, at once and again and again, for the next start.
+    /// Records the settled time for the next start, at once and then periodically.
     pub async fn keep_time(self: Arc<Self>) {
         let mut tick = tokio::time::interval(TIME_KEPT_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -301,7 +303,7 @@ impl Desk {
         })
     }
 
-    /// Files and signatures hold up nothing else.
+    /// Runs a job on files and signatures, so that it blocks nothing else.
     async fn apart<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, DeskError> + Send + 'static,
@@ -344,7 +346,7 @@ impl Desk {
         }
     }
 
-    /// What a token of Kubernetes proves: on which node the pod is, and that these are its addresses.
+    /// Returns the proof of a Kubernetes token: the node of its pod, whose addresses are checked.
     async fn reviewed(
         &self,
         pods: &Pods,
@@ -375,8 +377,8 @@ impl Desk {
         })
     }
 
-    /// Which certificates in the way of `ask` are of nodes that are gone, or have other addresses now.
-    /// Those of nodes that did not join by Kubernetes it knows nothing of.
+    /// Returns the certificates that hold a name or address of `ask` and whose nodes are gone or have
+    /// other addresses now. Only nodes that joined by Kubernetes are considered.
     async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, DeskError> {
         let asked = ask.clone();
         let held = self.apart(move |desk| desk.in_the_way(&asked)).await?;
@@ -503,7 +505,7 @@ impl Desk {
         })
     }
 
-    /// Changes the book, in which revoked certificates keep nothing from others.
+    /// Changes the file. Revoked certificates hold no name and no address there.
     fn change<T>(
         &self,
         change: impl FnOnce(&mut Pages, Time) -> Result<T, DeskError>,
@@ -605,7 +607,7 @@ fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
     }
 }
 
-/// The reason that goes to the worker. What Kubernetes says of a token is for the log.
+/// Returns the reason for the worker. The log alone has Kubernetes' answer about a token.
 fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
     let remote = remote.map(tracing::field::display);
     if error.is_ours() {

@@ -1,4 +1,4 @@
-//! What the desk counts.
+//! Metrics of the issuer.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -11,12 +11,12 @@ struct Labels {
     outcome: &'static str,
 }
 
-/// Requests for certificates, by what became of them.
+/// Counter of requests for certificates, by outcome.
 #[derive(Clone, Debug, Default)]
 pub struct JoinMetrics(Family<Labels, Counter>);
 
 impl JoinMetrics {
-    /// Registers them.
+    /// Registers the counter.
     pub fn register(&self, registry: &mut Registry) {
         for kind in ["join", "renewal"] {
             for outcome in ["issued", "refused", "failed"] {
@@ -28,12 +28,12 @@ impl JoinMetrics {
         registry.register("certificate_requests", help, self.0.clone());
     }
 
-    /// Somebody wanted to join. Nothing was asked where the handshake failed, or it took too long.
+    /// Counts a request to join. A handshake that failed or took too long counts as one.
     pub fn join(&self, outcome: Outcome) {
         self.count("join", outcome);
     }
 
-    /// An agent wanted another certificate.
+    /// Counts a renewal.
     pub fn renewal(&self, outcome: Outcome) {
         self.count("renewal", outcome);
     }
@@ -48,13 +48,13 @@ impl JoinMetrics {
     }
 }
 
-/// What became of a request.
+/// Outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// There is a certificate.
+    /// A certificate was issued.
     Issued,
-    /// There is none, by the rules.
+    /// The rules refused it.
     Refused,
-    /// There is none, and nobody wanted that.
+    /// A fault prevented it.
     Failed,
 }

@@ -1,4 +1,4 @@
-//! What is known of tokens and of certificates that were issued; no I/O.
+//! Data about tokens and issued certificates; no I/O.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,60 +10,60 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::clock::Time;
 use super::token::{Digest, Token};
 
-/// A token that has ended is shown for so long.
+/// Time for which an ended token is still listed.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 
-/// Certificates by the name of the node that they are for.
+/// Certificates by the name of their node.
 pub type Issued = BTreeMap<String, Vec<Holder>>;
 
-/// Everything that is known.
+/// All data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Pages {
-    /// The last time that a server knew to be right, in whole seconds: the next start compares its clock
+    /// Last time that a server knew to be right, in whole seconds: the next start compares its clock
     /// with it ([`super::clock`]).
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     pub settled: Option<SystemTime>,
     /// Tokens by their ids.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub tokens: BTreeMap<String, Ticket>,
-    /// Tokens of Kubernetes that were used, by what tells them apart.
+    /// Used tokens of Kubernetes, by their unique ids.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub pods: BTreeMap<String, PodTicket>,
-    /// Every certificate that was issued here and is valid still.
+    /// Every certificate that was issued here and is still valid.
     #[serde(deserialize_with = "one_or_many")]
     pub issued: Issued,
-    /// What of them others may have again, by serial number.
+    /// Released names and addresses, by the serial number of their certificate.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub released: BTreeMap<String, Released>,
-    /// What `cpc pki` issued from the same CA, which stands in a book of its own.
+    /// Certificates that `cpc pki` issued from the same CA, from a file of their own.
     #[serde(skip)]
     pub by_hand: Issued,
 }
 
-/// What a token is good for.
+/// Terms of a token.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ticket {
-    /// Of its secret.
+    /// Digest of the secret.
     pub digest: Digest,
-    /// Which names it is for; `*` stands for any characters.
+    /// Pattern of the names that the token is for; `*` stands for any characters.
     pub nodes: String,
-    /// Which addresses those nodes may have.
+    /// Addresses that those nodes may have.
     pub addresses: Vec<IpNet>,
-    /// How many more nodes may use it.
+    /// Number of further nodes that may use the token.
     pub uses: u32,
-    /// Since when. Missing where an earlier release made it.
+    /// Creation time. Missing where an earlier release made the token.
     #[serde(default, with = "humantime_serde")]
     pub created: Option<SystemTime>,
-    /// Until when.
+    /// End of the token.
     #[serde(with = "humantime_serde")]
     pub expires: SystemTime,
-    /// What came of it.
+    /// Uses of the token.
     #[serde(default, deserialize_with = "uses")]
     pub used: Vec<Use>,
 }
 
-/// Digests are not compared but for a token's sake.
+/// Compares tokens: digests are compared only to verify a token.
 impl PartialEq for Ticket {
     fn eq(&self, other: &Self) -> bool {
         let parts = |it: &Self| (it.nodes.clone(), it.addresses.clone(), it.uses, it.expires);
@@ -71,27 +71,27 @@ impl PartialEq for Ticket {
     }
 }
 
-/// A token of Kubernetes that was used.
+/// A used token of Kubernetes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PodTicket {
-    /// Until when it has to be known.
+    /// Time until which the entry has to stay.
     #[serde(with = "humantime_serde")]
     pub expires: SystemTime,
-    /// What came of it.
+    /// The use.
     pub used: Use,
 }
 
-/// What somebody got by a token, and gets when they ask again: an answer can be lost.
+/// A certificate issued for a token. A repeated request gets it again, because an answer can be lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Use {
-    /// The node's name.
+    /// Name of the node.
     pub node: String,
-    /// The hash of its key.
+    /// Hash of the key.
     pub key: String,
-    /// Its addresses.
+    /// Addresses of the node.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
-    /// The certificate's serial number.
+    /// Serial number of the certificate.
     #[serde(default)]
     pub serial: String,
     /// The certificate: DER in Base64. Empty where an earlier release issued it.
@@ -99,60 +99,60 @@ pub struct Use {
     pub certificate: String,
 }
 
-/// Who holds a certificate.
+/// Holder of a certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// Node addresses in it.
+    /// Node addresses in the certificate.
     pub addresses: Vec<IpAddr>,
-    /// The hash of its key.
+    /// Hash of the key.
     pub key: String,
-    /// Its serial number, as `openssl x509 -serial` prints it.
+    /// Serial number, as `openssl x509 -serial` prints it.
     pub serial: String,
-    /// Since when.
+    /// First moment of validity.
     #[serde(with = "humantime_serde")]
     pub since: SystemTime,
-    /// Until when.
+    /// Last moment of validity.
     #[serde(with = "humantime_serde")]
     pub until: SystemTime,
-    /// The token that it came by at first.
+    /// Token of the first certificate.
     pub token: String,
 }
 
-/// What of a certificate others may have.
+/// The name and addresses of a certificate that others may have.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Released {
-    /// The name, and all addresses.
+    /// Whether the name and all addresses are released.
     pub whole: bool,
-    /// These addresses.
+    /// Released addresses.
     pub addresses: Vec<IpAddr>,
 }
 
 impl Pages {
-    /// The token that `token` is, if it has not expired.
+    /// Returns the entry of `token`, if it has not expired.
     pub(super) fn ticket(&self, token: &Token, now: SystemTime) -> Option<&Ticket> {
         let found = self.tokens.get(token.id());
         found.filter(|ticket| ticket.digest.is_of(token) && now < ticket.expires)
     }
 
-    /// Every certificate on record, with the node's name.
+    /// Iterates over all certificates, with the name of the node.
     pub fn holders(&self) -> impl Iterator<Item = (&str, &Holder)> {
         let all = self.issued.iter().chain(&self.by_hand);
         all.flat_map(|(node, holders)| holders.iter().map(move |holder| (node.as_str(), holder)))
     }
 
-    /// The certificate with that serial number, and the node's name.
+    /// Returns the certificate with that serial number, and the name of the node.
     pub fn by_serial(&self, serial: &str) -> Option<(&str, &Holder)> {
         self.holders().find(|(_, holder)| holder.serial == serial)
     }
 
-    /// Whether `holder` keeps its node's name from others.
+    /// Whether `holder` reserves the name of its node.
     pub fn holds_name(&self, holder: &Holder, time: Time) -> bool {
         let released = self.released.get(&holder.serial);
         time.settled < holder.until && !released.is_some_and(|it| it.whole)
     }
 
-    /// Whether `holder` keeps `address` from other nodes.
+    /// Whether `holder` reserves `address`.
     pub fn holds_address(&self, holder: &Holder, address: &IpAddr, time: Time) -> bool {
         let released = self.released.get(&holder.serial);
         self.holds_name(holder, time)
@@ -160,14 +160,15 @@ impl Pages {
             && !released.is_some_and(|it| it.addresses.contains(address))
     }
 
-    /// A certificate of another key that keeps the name `node`.
+    /// Returns a certificate of another key that reserves the name `node`.
     pub fn name_holder(&self, node: &str, key: &str, time: Time) -> Option<&Holder> {
         let holders = [self.issued.get(node), self.by_hand.get(node)];
         let mut holders = holders.into_iter().flatten().flatten();
         holders.find(|holder| holder.key != key && self.holds_name(holder, time))
     }
 
-    /// A certificate of another node than `node` that keeps `address`, and that node's name.
+    /// Returns a certificate of another node than `node` that reserves `address`, and the name of that
+    /// node.
     pub fn address_holder(
         &self,
         node: &str,
@@ -178,18 +179,18 @@ impl Pages {
         holders.find(|(other, holder)| *other != node && self.holds_address(holder, address, time))
     }
 
-    /// Those of a node's addresses that no other node keeps.
+    /// Returns those addresses of a node that no other node reserves.
     pub fn still_of(&self, node: &str, addresses: &[IpAddr], time: Time) -> Vec<IpAddr> {
         let is_free = |address: &&IpAddr| self.address_holder(node, address, time).is_none();
         addresses.iter().filter(is_free).copied().collect()
     }
 
-    /// Lets others have the name and the addresses of the certificate `serial`.
+    /// Releases the name and the addresses of the certificate `serial`.
     pub fn release(&mut self, serial: &str) {
         self.released.entry(serial.into()).or_default().whole = true;
     }
 
-    /// Lets others have one address of the certificate `serial`.
+    /// Releases one address of the certificate `serial`.
     pub fn release_address(&mut self, serial: &str, address: IpAddr) {
         let released = self.released.entry(serial.into()).or_default();
         if !released.addresses.contains(&address) {
@@ -197,8 +198,8 @@ impl Pages {
         }
     }
 
-    /// Writes down what was issued to a node that joined. The name and the addresses are its own from now
-    /// on, so that who held them before has them renewed no more.
+    /// Records the certificate of a node that joined. Name and addresses belong to it from now on, so
+    /// that their former holder can't renew them.
     pub fn joined(&mut self, node: &str, holder: Holder, time: Time) {
         while let Some(before) = self.name_holder(node, &holder.key, time) {
             let serial = before.serial.clone();
@@ -213,12 +214,12 @@ impl Pages {
         self.record(node, holder);
     }
 
-    /// Writes down what was issued.
+    /// Records an issued certificate.
     pub fn record(&mut self, node: &str, holder: Holder) {
         self.issued.entry(node.into()).or_default().push(holder);
     }
 
-    /// Forgets what is over. The clock has to be right: what is forgotten does not come back.
+    /// Removes expired entries. The clock has to be right: a removed entry does not come back.
     pub fn forget(&mut self, now: SystemTime) {
         self.tokens.retain(|_, it| now < it.expires + REMEMBERED);
         self.pods.retain(|_, it| now < it.expires);
@@ -232,7 +233,7 @@ impl Pages {
     }
 }
 
-/// An earlier release kept one certificate a node.
+/// Reads also the format of an earlier release, with one certificate per node.
 fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Issued, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -250,7 +251,7 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Issued, D::
         .collect())
 }
 
-/// An earlier release kept names and keys.
+/// Reads also the format of an earlier release, with names and keys.
 fn uses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Use>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]

@@ -1,33 +1,35 @@
-//! Join tokens: `ID.SECRET`. The id is for people, lists and the audit; of the secret only a digest is kept.
+//! Join tokens: `ID.SECRET`. The id is for people, lists and the audit. Only a digest of the secret is
+//! stored.
 
 use std::fmt;
 use std::str::FromStr;
 
 use aws_lc_rs::{constant_time, digest, rand};
 
-/// Characters of an id.
+/// Length of an id, in characters.
 const ID: usize = 8;
 
-/// Characters of a secret: 160 bits.
+/// Length of a secret, in characters: 160 bits.
 const SECRET: usize = 32;
 
-/// Five bits each, none of which looks like another (Crockford's Base32, in small letters).
+/// Alphabet of five bits per character, in which no two characters look alike (Crockford's Base32, in
+/// lower case).
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 
-/// A token, which shows itself to nobody but by [`Token::reveal`].
+/// A token. Only [`Token::reveal`] shows the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
     id: String,
     secret: String,
 }
 
-/// Not a token of ours.
+/// The text is not a token of ours.
 #[derive(Debug, thiserror::Error)]
 #[error("not a join token: ID.SECRET is one, as `cpc token create` prints it")]
 pub struct TokenError;
 
 impl Token {
-    /// A fresh one.
+    /// Generates a token.
     ///
     /// # Errors
     /// The system has no random numbers.
@@ -42,17 +44,18 @@ impl Token {
         })
     }
 
-    /// What may be known of it.
+    /// Returns the id, which is no secret.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// All of it, for whoever is to use it.
+    /// Returns the whole token, for its user.
     pub fn reveal(&self) -> String {
         format!("{}.{}", self.id, self.secret)
     }
 
-    /// What is kept of it. The secret has too many bits to be guessed, so that a plain digest does.
+    /// Returns the digest for storage. The secret has too many bits to be guessed, so that a plain
+    /// digest suffices.
     pub fn digest(&self) -> Digest {
         let digest = digest::digest(&digest::SHA256, self.secret.as_bytes());
         let hex = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
@@ -89,7 +92,7 @@ impl fmt::Debug for Token {
 pub struct Digest(String);
 
 impl Digest {
-    /// Whether that is `token`'s; takes as long either way.
+    /// Whether this is the digest of `token`, in constant time.
     pub fn is_of(&self, token: &Token) -> bool {
         let given = token.digest();
         constant_time::verify_slices_are_equal(self.0.as_bytes(), given.0.as_bytes()).is_ok()
