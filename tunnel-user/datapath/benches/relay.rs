@@ -1,5 +1,5 @@
-//! The relay between a real socket and a stream that is always ready: what moving bytes costs
-//! without QUIC.
+//! The relay between a real socket and a stream that is always ready: the cost of moving bytes without
+//! QUIC.
 
 // A benchmark that can't be set up should stop.
 #![allow(clippy::expect_used, missing_docs)]
@@ -15,14 +15,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Builder;
 use tunnel_proto::close::CloseReason;
 
-/// Bytes moved at a time.
+/// Bytes moved per iteration.
 const TOTAL: usize = 16 << 20;
 /// The payload of a packet at the usual MTU.
 const CHUNK: usize = 1400;
-/// Packets of one receive.
+/// Number of packets per receive.
 const BATCH: usize = 44;
 
-/// Takes everything.
+/// A send half that accepts everything.
 struct Sink;
 
 impl SendHalf for Sink {
@@ -37,7 +37,7 @@ impl SendHalf for Sink {
     }
 }
 
-/// Gives so many bytes, in packets.
+/// A receive half that gives the number of bytes, in packets.
 struct Source(usize);
 
 impl RecvHalf for Source {

@@ -1,19 +1,20 @@
 //! The bound on the memory that peers can make a process hold.
 //!
-//! What has arrived and has not been passed on is charged: unread bytes, bytes behind a gap, and what keeping
-//! them costs. A tunnel takes its charge before it keeps more, and ends its largest stream where the budget
-//! refuses. So no more than the budget is ever held, whatever a peer sends.
+//! The charge covers data that has arrived and has not been passed on: unread bytes, bytes behind a
+//! gap, and the cost of keeping them. A tunnel takes its charge before it keeps more, and ends its
+//! largest stream where the budget refuses. So the process never holds more than the budget, whatever a
+//! peer sends.
 //!
-//! A quarter of a budget is for holders of little: those that hold much are refused from three quarters on, so
+//! The last quarter of a budget is for small holders. Large ones are refused from three quarters on, so
 //! that a tunnel which takes all it can get leaves the others enough to go on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// A holder of at most so many bytes may use the last quarter of a budget.
+/// Maximum size of a holder that may use the last quarter of a budget, in bytes.
 const LITTLE: u64 = 256 << 10;
 
-/// Bytes that may be held by all peers of a process, or by a part of them.
+/// A bound on the bytes held for all peers of a process, or for some of them.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Counts>);
 
@@ -23,17 +24,17 @@ struct Counts {
     peak: AtomicU64,
     most: u64,
     stalled: AtomicUsize,
-    /// What this is a part of.
+    /// The budget that this one is a part of.
     whole: Option<Budget>,
 }
 
 impl Budget {
-    /// A budget of `bytes`.
+    /// Creates a budget of `bytes`.
     pub fn new(bytes: u64) -> Self {
         Self::within(None, bytes)
     }
 
-    /// A part of this budget with a bound of its own: what is charged there counts for both.
+    /// Creates a part of this budget with a bound of its own: its charges count for both.
     pub fn part(&self, bytes: u64) -> Self {
         Self::within(Some(self.clone()), bytes)
     }
@@ -48,22 +49,22 @@ impl Budget {
         }))
     }
 
-    /// Whether a new stream may be taken, as far as this bound goes.
+    /// Whether this bound admits a new stream.
     pub fn has_room(&self) -> bool {
         self.used() < self.most_for(u64::MAX)
     }
 
-    /// Bytes that are charged.
+    /// Returns the number of charged bytes.
     pub fn used(&self) -> u64 {
         self.0.used.load(Ordering::Relaxed)
     }
 
-    /// The most bytes that were charged at once since the last call.
+    /// Returns the maximum number of bytes charged at once since the last call.
     pub fn take_peak(&self) -> u64 {
         self.0.peak.swap(self.used(), Ordering::Relaxed)
     }
 
-    /// Streams whose local socket takes nothing at the moment.
+    /// Returns the number of streams whose local socket takes nothing at the moment.
     pub fn stalled(&self) -> usize {
         self.0.stalled.load(Ordering::Relaxed)
     }
@@ -76,7 +77,7 @@ impl Budget {
         Stalled(self)
     }
 
-    /// How much of this budget a holder of `held` bytes may use up.
+    /// Returns how much of this budget a holder of `held` bytes may use up.
     fn most_for(&self, held: u64) -> u64 {
         match self.0.most {
             most if held <= LITTLE => most,
@@ -84,7 +85,8 @@ impl Budget {
         }
     }
 
-    /// Charges `bytes` more to a holder that then holds `held`. Charges nothing where any bound refuses.
+    /// Charges `bytes` more to a holder that then holds `held`. Charges nothing where any bound
+    /// refuses.
     fn take(&self, bytes: u64, held: u64) -> bool {
         for (done, budget) in self.with_whole().enumerate() {
             let most = budget.most_for(held);
@@ -110,7 +112,7 @@ impl Budget {
     }
 }
 
-/// One stalled stream.
+/// The count of one stalled stream.
 pub(super) struct Stalled<'a>(&'a Budget);
 
 impl Drop for Stalled<'_> {
@@ -121,7 +123,7 @@ impl Drop for Stalled<'_> {
     }
 }
 
-/// What one holder is charged; given back on drop.
+/// Charge of one holder, given back on drop.
 #[derive(Debug)]
 pub struct Charge {
     budget: Budget,
@@ -129,18 +131,17 @@ pub struct Charge {
 }
 
 impl Charge {
-    /// Nothing yet.
+    /// Creates an empty charge.
     pub fn new(budget: Budget) -> Self {
         Self { budget, bytes: 0 }
     }
 
-    /// Bytes that are charged.
+    /// Returns the number of charged bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Charges `bytes` in place of what was charged before. `false`: the budget refuses, and the charge is as
-    /// it was.
+    /// Replaces the charge by `bytes`. Returns `false` if the budget refuses; the charge stays then.
     pub fn set(&mut self, bytes: u64) -> bool {
         if let Some(more) = bytes.checked_sub(self.bytes)
             && more > 0
@@ -156,8 +157,8 @@ impl Charge {
         true
     }
 
-    /// Charges `budget` in place of the former one, which it is a part of. `false`: it refuses, and nothing is
-    /// charged.
+    /// Moves the charge to `budget`, a part of the former one. Returns `false` if it refuses; nothing
+    /// is charged then.
     pub fn move_to(&mut self, budget: &Budget) -> bool {
         let bytes = self.bytes;
         *self = Self::new(budget.clone());

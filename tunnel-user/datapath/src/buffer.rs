@@ -1,4 +1,4 @@
-//! Reading into owned buffers without a copy, and without a buffer while there is nothing to read.
+//! Reads into owned buffers without a copy, and without a buffer while there is nothing to read.
 
 use std::cell::RefCell;
 use std::io;
@@ -7,14 +7,14 @@ use bytes::Bytes;
 
 use crate::buffers::Buffers;
 
-/// The most that one read takes.
+/// Maximum size of one read.
 const READ_SIZE: usize = 64 << 10;
 
-/// Below this a read is copied out: a short chunk that waits to be acknowledged must not hold a
-/// whole buffer.
+/// Size below which a read is copied out: a short chunk that waits for its acknowledgement must not
+/// hold a whole buffer.
 const COPY_BELOW: usize = 8 << 10;
 
-/// Buffers that wait for credit or acknowledgement on one thread, at most; what is read beyond is
+/// Maximum number of buffers of one thread that wait for credit or acknowledgement; further reads are
 /// copied.
 const MOST: usize = 128;
 
@@ -22,7 +22,7 @@ thread_local! {
     static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers::new(READ_SIZE, MOST));
 }
 
-/// Calls `read` with room for [`READ_SIZE`] bytes and returns as many as it says; none is the end.
+/// Calls `read` with room for [`READ_SIZE`] bytes and returns the bytes read; none is the end.
 ///
 /// # Errors
 /// Those of `read`.

@@ -1,37 +1,37 @@
-//! Buffers that are lent out and come back by themselves.
+//! A pool of buffers that return by themselves.
 //!
-//! What is received stays where the kernel wrote it until its last part has been passed on, as
-//! `Bytes` that refer to it. The rest of a buffer, though empty, still belongs to the same memory: it
-//! tells when nobody refers to that any more. So there is no allocation for each receive, and the
-//! memory that was used last, which is the warmest, is used next.
+//! Received bytes stay where the kernel wrote them until the last part has been passed on, as `Bytes`
+//! that refer to the buffer. The rest of a buffer, though empty, belongs to the same memory and tells
+//! when no other reference is left. So a receive needs no allocation, and the most recently used
+//! memory, which is the warmest, is used next.
 //!
-//! A few bytes that stay keep a whole buffer. So their number is bounded, and above it what is
-//! received is copied out to its size.
+//! A few bytes can keep a whole buffer. So the number of buffers is bounded, and above it received
+//! bytes are copied out to their size.
 
 use bytes::BytesMut;
 
-/// Buffers of one size, of one thread.
+/// Buffers of one size on one thread.
 #[derive(Debug)]
 pub struct Buffers {
     size: usize,
     most: usize,
-    /// What is left of each buffer.
+    /// Rest of each buffer.
     lent: Vec<BytesMut>,
-    /// To be copied out of, when all others are in use.
+    /// Buffer to copy out of, when all others are in use.
     spare: BytesMut,
 }
 
 /// Room to receive into.
 #[derive(Debug)]
 pub struct Room {
-    /// All of it, initialised.
+    /// The whole room, initialised.
     pub bytes: BytesMut,
-    /// Where it came from; `None`: to be copied out of.
+    /// Slot of the buffer; `None` for the one to copy out of.
     slot: Option<usize>,
 }
 
 impl Buffers {
-    /// At most `most` buffers of `size` bytes; none is there yet.
+    /// Creates a pool of at most `most` buffers of `size` bytes; none is allocated yet.
     pub fn new(size: usize, most: usize) -> Self {
         Self {
             size,
@@ -41,7 +41,7 @@ impl Buffers {
         }
     }
 
-    /// Room, to be [given back](Self::give_back).
+    /// Takes room, to be [given back](Self::give_back).
     pub fn take(&mut self) -> Room {
         for (slot, left) in self.lent.iter_mut().enumerate() {
             if let Some(bytes) = reclaim(left, self.size) {
@@ -63,7 +63,7 @@ impl Buffers {
         }
     }
 
-    /// Takes room back and puts whole room in its place: the same memory if nobody refers to it.
+    /// Takes room back and replaces it by whole room: the same memory if no other reference is left.
     pub fn exchange(&mut self, room: &mut Room) {
         let bytes = std::mem::take(&mut room.bytes);
         let slot = room.slot.take();
@@ -71,7 +71,7 @@ impl Buffers {
         *room = self.take();
     }
 
-    /// Takes room back, whoever still refers to parts of it.
+    /// Takes room back, with or without references to parts of it.
     pub fn give_back(&mut self, mut room: Room) {
         // What is left must be the end of it, with nothing in it.
         drop(room.bytes.split());
@@ -83,12 +83,12 @@ impl Buffers {
 }
 
 impl Room {
-    /// Whether parts of it may be kept; else they are copied out.
+    /// Whether parts of the room may be kept; otherwise they are copied out.
     pub fn is_lent(&self) -> bool {
         self.slot.is_some()
     }
 
-    /// Takes the first `stride` bytes off, of which `length` are wanted.
+    /// Splits off the first `stride` bytes, and returns `length` of them.
     pub fn part(&mut self, stride: usize, length: usize) -> BytesMut {
         let mut part = self.bytes.split_to(stride);
         if self.slot.is_none() {
@@ -99,7 +99,7 @@ impl Room {
     }
 }
 
-/// The memory behind what is left of a buffer, if nobody else refers to it.
+/// Returns the memory behind the rest of a buffer, if no other reference is left.
 fn reclaim(left: &mut BytesMut, size: usize) -> Option<BytesMut> {
     if !left.try_reclaim(size) {
         return None;

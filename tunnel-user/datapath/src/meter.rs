@@ -1,4 +1,4 @@
-//! What a relay counts for the record of a connection.
+//! Byte counters of a relay, for the record of a connection.
 
 use super::Meter;
 use cpc_observe::access::ConnectionMeter;

@@ -1,19 +1,19 @@
-//! Memory goes back to the system when peers hold less of it.
+//! The return of free memory to the system, when peers hold less of it.
 //!
-//! What they held lies between what lives, and glibc returns by itself only what is free at the
+//! Freed memory lies between live allocations, and glibc returns by itself only the free memory at the
 //! top of a heap: hundreds of megabytes would stay resident until the process ends.
 
 use std::time::Duration;
 
 use super::Budget;
 
-/// Interval between two looks at the budget.
+/// Interval between two checks of the budget.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Bytes that are not worth the walk through the heaps.
+/// Number of bytes that is not worth the walk through the heaps.
 const FEW: u64 = 16 << 20;
 
-/// Returns free memory whenever half of what peers held has gone. Never ends.
+/// Returns free memory whenever half of the bytes held for peers has gone. Never ends.
 pub async fn give_back(budget: Budget) {
     let mut most = 0;
     loop {
@@ -39,7 +39,7 @@ fn trim() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Other C libraries return free pages by themselves.
+/// Does nothing: other C libraries return free pages by themselves.
 #[cfg(not(target_env = "gnu"))]
 fn trim() {}
 

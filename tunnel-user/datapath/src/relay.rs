@@ -1,7 +1,7 @@
 //! One connection: two directions between a local socket and a stream, until both have ended.
 //!
-//! These futures are most of what an idle connection costs. So what is rarely waited for is boxed when
-//! it is, what is large is borrowed, and those that wait long are `async` blocks.
+//! These futures are most of the cost of an idle connection. So rare waits are boxed, large values are
+//! borrowed, and long waits are `async` blocks.
 
 #![expect(
     clippy::manual_async_fn,
@@ -23,73 +23,74 @@ use super::budget::{Budget, Charge};
 use super::socket::{Departure, LocalSocket};
 use super::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
-/// A socket whose peer still takes bytes is kept for so long after everything else has ended.
+/// Maximum time for which a socket stays open for a peer that still takes bytes, after everything else
+/// has ended.
 const LINGER: Duration = Duration::from_secs(30);
 
-/// How often such a socket is asked whether its peer has everything.
+/// Polling interval of such a socket while the peer has not acknowledged everything.
 const LINGER_POLL: Duration = Duration::from_millis(10);
 
-/// A reader that takes nothing for so long has stopped: one that is merely slower than the link
-/// does not count as stalled.
+/// Time without progress after which a reader counts as stalled: one that is merely slower than the
+/// link does not.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Bytes that a stopped stream is charged whose link charges nothing itself: the window of 1 MiB that the
-/// other kinds of link have, and what keeping it costs.
+/// Charge in bytes of a stalled stream whose link charges nothing itself: the window of 1 MiB that the
+/// other kinds of link have, and the cost of keeping it.
 const STALLED: u64 = (1 << 20) * 5 / 2;
 
-/// Slices in one vectored write.
+/// Maximum number of slices in one vectored write.
 const SLICES: usize = 32;
 
-/// Counts bytes as they pass.
+/// Counter of relayed bytes.
 pub trait Meter {
-    /// `n` bytes went from the local socket to the stream.
+    /// Counts `n` bytes from the local socket to the stream.
     fn outbound(&self, n: usize);
-    /// `n` bytes went from the stream to the local socket.
+    /// Counts `n` bytes from the stream to the local socket.
     fn inbound(&self, n: usize);
 }
 
-/// What was read from the local socket before the relay took over.
+/// Data read from the local socket before the relay took over.
 #[derive(Debug, Default)]
 pub struct Outbound {
     /// Bytes that the stream has not taken yet.
     pub pending: Bytes,
-    /// The local socket has reached its end of file.
+    /// Whether the local socket has reached its end of file.
     pub eof: bool,
 }
 
-/// Which side ended a connection.
+/// Side that ended a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClosedBy {
     /// The local socket's peer.
     Local,
     /// The other end of the stream.
     Remote,
-    /// The link between.
+    /// The link in between.
     Link,
 }
 
-/// How a connection ended.
+/// End of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ending {
-    /// Who ended it: in an orderly close the side that finished first.
+    /// Side that ended it: in an orderly close the side that finished first.
     pub by: ClosedBy,
-    /// Why; `Finished` is the orderly close.
+    /// Reason of the end; `Finished` is the orderly close.
     pub reason: CloseReason,
 }
 
-/// How one direction came to rest without harm to the other.
+/// End of one direction that leaves the other one running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// End of file, passed on.
+    /// The end of file was passed on.
     Finished,
     /// The receiving side takes no more bytes but may still send.
     Refused,
-    /// End of file, not passed on yet: the local peer reads nothing more either.
+    /// The end of file was not passed on yet: the local peer reads nothing more either.
     Left,
 }
 
-/// Relays until both directions have ended. `local` is to have reset-on-close set; it and the halves
-/// are to be dropped afterwards, which closes what is still open.
+/// Relays until both directions have ended. `local` must have reset-on-close set. The caller drops it
+/// and the halves afterwards, which closes whatever is still open.
 pub fn relay<'a>(
     local: &'a impl LocalSocket,
     send: &'a mut impl SendHalf,
@@ -133,14 +134,14 @@ pub fn relay<'a>(
     }
 }
 
-/// What both directions share.
+/// State shared by both directions.
 struct About<'a, L, M> {
     local: &'a L,
     budget: &'a Budget,
     meter: &'a M,
-    /// The side that finished first.
+    /// Side that finished first.
     first: Cell<Option<ClosedBy>>,
-    /// How either direction came to rest.
+    /// End of each direction.
     out: Cell<Option<Rest>>,
     inn: Cell<Option<Rest>>,
 }
@@ -151,7 +152,8 @@ impl<L, M> About<'_, L, M> {
     }
 }
 
-/// Where neither direction can go on. `Ok` is an orderly close, `Err` one that must reset what is left.
+/// Ends the connection where neither direction can go on. `Ok` is an orderly close, `Err` one that must
+/// reset the rest.
 async fn close(
     about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
@@ -184,7 +186,7 @@ const RESET_BY_LOCAL: Ending = Ending {
     reason: CloseReason::PeerReset,
 };
 
-/// The budget refuses what is held for it.
+/// Ending where the budget refuses the charge of the connection.
 const TOO_MUCH: Ending = Ending {
     by: ClosedBy::Link,
     reason: CloseReason::MemoryLimit,
@@ -197,8 +199,8 @@ fn reset_by_remote(reason: CloseReason) -> Ending {
     }
 }
 
-/// From the local socket to the stream, until the far side has acknowledged everything. Returns when
-/// the connection is at its end.
+/// Moves bytes from the local socket to the stream, until the far side has acknowledged everything.
+/// Returns when the connection is at its end.
 fn outward(
     about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
@@ -246,7 +248,7 @@ fn outward(
     }
 }
 
-/// What the end of file means that was read, where it makes a difference to the link.
+/// Returns the meaning of the end of file that was read, where it makes a difference to the link.
 fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
     if send.lingers() {
         local.departure()
@@ -255,7 +257,7 @@ fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
     }
 }
 
-/// Waits for credit, and is charged for what waits. An `Err` is the local socket's, or the budget's.
+/// Waits for credit, and charges the waiting bytes. An `Err` is the local socket's, or the budget's.
 async fn send_all(
     about: &About<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
@@ -288,7 +290,7 @@ fn send_rest<L, M>(end: SendEnd, about: &About<'_, L, M>) -> Result<Rest, Ending
     }
 }
 
-/// From the stream to the local socket. Returns when the connection is at its end.
+/// Moves bytes from the stream to the local socket. Returns when the connection is at its end.
 fn inward(
     about: &About<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
@@ -341,7 +343,7 @@ fn inward(
     }
 }
 
-/// Writes `chunks` as the socket takes them. The outer `Err` is the stream's.
+/// Writes all `chunks` as the socket takes them. The outer `Err` is the stream's.
 async fn write_all(
     about: &About<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
@@ -369,8 +371,8 @@ async fn write_all(
     }
 }
 
-/// Writes what the socket takes without waiting: so many whole chunks, and a part of the next, which
-/// is cut off it.
+/// Writes as much as the socket takes without waiting: some whole chunks, and a part of the next, which
+/// is split off.
 fn write_now(
     about: &About<'_, impl LocalSocket, impl Meter>,
     chunks: &mut [Bytes],
@@ -397,8 +399,8 @@ fn write_now(
     Ok(done)
 }
 
-/// Waits until the socket takes bytes again. One that takes none for long counts as stalled, and is charged
-/// for where its link does not. The outer `Err`: the budget has no room for it.
+/// Waits until the socket takes bytes again. A socket without progress for long counts as stalled, and
+/// is charged for where its link does not charge. The outer `Err` means that the budget refuses.
 async fn wait_for(
     local: &impl LocalSocket,
     budget: &Budget,
@@ -418,9 +420,9 @@ async fn wait_for(
     Ok(writable.await)
 }
 
-/// Closing a socket with unread bytes resets it and discards what it has not sent yet. So what
-/// still comes in is thrown away until the peer has everything. `false`: it took nothing for so
-/// long that it is to be reset.
+/// Discards input until the peer has everything: closing a socket with unread bytes resets it and
+/// discards unsent ones. Returns `false` if the peer made no progress for so long that the socket must
+/// be reset.
 pub async fn linger(local: &impl LocalSocket) -> bool {
     let drained = async {
         while local.unsent() > 0 {

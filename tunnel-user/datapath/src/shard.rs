@@ -1,5 +1,5 @@
 //! Shards: threads with a runtime of their own each, and everything that belongs to their tunnels.
-//! What lives on a shard is `!Send` and never leaves it.
+//! Values on a shard are `!Send` and never leave it.
 
 use std::future::poll_fn;
 use std::io;
@@ -19,16 +19,16 @@ use cpc_host::report::report;
 #[derive(Debug, Default)]
 pub struct Shards {
     threads: Vec<JoinHandle<()>>,
-    /// Each ends with its shard, however that ends.
+    /// Channels that close with their shard, however it ends.
     alive: Vec<watch::Receiver<()>>,
-    /// Their signs of life.
+    /// Life signs of the shards.
     pulses: Vec<Pulse>,
-    /// What moves bytes on those that are still to come.
+    /// Engines of the shards that are not started yet.
     engines: Engines,
 }
 
 impl Shards {
-    /// None yet; `engines` has enough for all of them.
+    /// Creates an empty set; `engines` has enough for all shards.
     pub fn new(engines: Engines) -> Self {
         Self {
             engines,
@@ -40,7 +40,7 @@ impl Shards {
     /// returning.
     ///
     /// # Errors
-    /// When no thread can be had.
+    /// The thread can't be started.
     pub fn spawn<F>(&mut self, main: impl FnOnce() -> F + Send + 'static) -> io::Result<()>
     where
         F: Future<Output = ()>,
@@ -59,12 +59,12 @@ impl Shards {
         Ok(())
     }
 
-    /// The sign of life of each.
+    /// Returns the life signs of all shards.
     pub fn pulses(&self) -> Vec<Pulse> {
         self.pulses.clone()
     }
 
-    /// Waits until one of them has ended.
+    /// Waits for the end of any shard.
     pub fn any_ended(&self) -> impl Future<Output = ()> + use<> {
         let ends = self.alive.iter().cloned().map(ended).map(Box::pin);
         let mut ends: Vec<_> = ends.collect();
@@ -78,7 +78,7 @@ impl Shards {
         })
     }
 
-    /// Waits for their threads, which have been told to end.
+    /// Waits for the threads of the shards, which must have been told to end.
     pub fn join(self) {
         for thread in self.threads {
             // One that has panicked has said so.

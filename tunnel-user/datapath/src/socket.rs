@@ -21,30 +21,31 @@ use tokio_rustls::server::TlsStream;
 
 use super::buffer::read_owned;
 
-/// What a peer that has sent its end of file does with what is sent to it.
+/// Behaviour of a peer towards further data, after its end of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// It reads on.
+    /// The peer reads on.
     Half,
-    /// It has closed, and reads nothing more.
+    /// The peer has closed, and reads nothing more.
     Whole,
-    /// TCP does not tell one from the other.
+    /// TCP does not distinguish the two.
     Unknown,
 }
 
 /// A connected local socket, used by one task at a time.
 pub trait LocalSocket {
-    /// Waits for bytes; empty is the end of file. Holds no buffer while it waits. Cancelling loses
+    /// Waits for bytes; empty is the end of file. Holds no buffer while waiting. Cancelling loses
     /// nothing.
     fn read(&self) -> impl Future<Output = io::Result<Bytes>>;
-    /// Writes what it can of `slices`, returning how much; `Ok(None)` when it would block.
+    /// Writes as much of `slices` as possible, and returns the number of bytes; `Ok(None)` when it
+    /// would block.
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>>;
-    /// Whether what [`try_write`](Self::try_write) took is on its way. A TLS session holds records
-    /// of its own while the socket takes none.
+    /// Whether the bytes that [`try_write`](Self::try_write) took are on their way. A TLS session holds
+    /// records of its own while the socket takes none.
     fn is_flushed(&self) -> bool {
         true
     }
-    /// Waits until something can be written, and what was taken before is on its way.
+    /// Waits until a write is possible, and earlier bytes are on their way.
     fn writable(&self) -> impl Future<Output = io::Result<()>>;
     /// Tells the peer that no more will follow.
     fn finish(&self) -> impl Future<Output = io::Result<()>>;
@@ -53,45 +54,45 @@ pub trait LocalSocket {
     /// As [`broken`](Self::broken), but never completes for a reset that follows the peer's end of
     /// file: then what it sent before is there to be read, and still counts.
     fn revoked(&self) -> impl Future<Output = ()>;
-    /// What the end of file means that was read.
+    /// Returns the meaning of the end of file that was read.
     fn departure(&self) -> Departure {
         Departure::Unknown
     }
-    /// Waits, after the peer's end of file, until the peer has gone altogether, as far as the socket can
-    /// tell that from a half-close.
+    /// Waits, after the peer's end of file, until the peer has closed, as far as the socket can tell
+    /// that from a half-close.
     fn departed(&self) -> impl Future<Output = ()> {
         self.broken()
     }
-    /// Waits until the connection has to end, whatever it does.
+    /// Waits until the connection must be cut, whatever its state.
     fn cut(&self) -> impl Future<Output = ()> {
         std::future::pending()
     }
-    /// Whether closing sends a reset and discards what was not sent yet (`SO_LINGER` of 0,
-    /// socket(7)). A Unix socket knows no reset.
+    /// Sets whether closing sends a reset and discards unsent bytes (`SO_LINGER` of 0, socket(7)). A
+    /// Unix socket has no reset.
     fn reset_on_close(&self, reset: bool);
-    /// Makes sure that nothing unread is left, where closing would otherwise spoil what the peer
-    /// has yet to read.
+    /// Discards unread input, where closing would otherwise spoil the bytes that the peer has yet to
+    /// read.
     fn discard_input(&self) {}
-    /// Bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
+    /// Returns the number of bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
     fn unsent(&self) -> usize;
 }
 
-/// A socket that can go to another thread: it leaves one reactor and joins another. Nothing of the
-/// connection is lost on the way; one that is dropped there is closed as it was set to be.
+/// A socket that can move to another thread: it leaves one reactor and joins another. The move loses
+/// nothing of the connection. A socket dropped in between is closed, by reset or not as it was set.
 pub trait Portable: LocalSocket + Sized + 'static {
     /// The socket on its way.
     type Packed: Send + 'static;
 
-    /// Leaves the running runtime.
+    /// Leaves the current runtime.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     fn pack(self) -> io::Result<Self::Packed>;
 
-    /// Joins the running runtime.
+    /// Joins the current runtime.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     fn unpack(packed: Self::Packed) -> io::Result<Self>;
 }
 
@@ -119,7 +120,7 @@ impl Portable for UnixStream {
     }
 }
 
-/// With its session, and what that has yet to be read and sent.
+/// Moves with its session, including unread and unsent data.
 impl Portable for TlsSocket {
     type Packed = (std::net::TcpStream, Box<Secured>);
 
@@ -135,23 +136,23 @@ impl Portable for TlsSocket {
     }
 }
 
-/// Sets a TCP socket to reset when it is closed, until an orderly close is earned: so a killed
-/// process resets too.
+/// Sets whether a TCP socket resets when it is closed, which stays so until an orderly close is earned:
+/// so a killed process resets too.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 fn reset_on_close(socket: &TcpStream, reset: bool) -> io::Result<()> {
     SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO))
 }
 
-/// Prepares a TCP listener, whose accepted sockets inherit it on Linux: they reset when they are
-/// closed, send small writes at once, and notice a peer that is gone.
+/// Prepares a TCP listener, whose accepted sockets inherit its options on Linux: they reset when they
+/// are closed, send small writes at once, and detect a vanished peer.
 ///
-/// The last also where a peer's reset was lost: the kernel ignores one that lies outside a receive
-/// window of zero, as of a client that is killed while its target has stopped.
+/// Detection also works where a peer's reset was lost: the kernel ignores one that lies outside a
+/// receive window of zero, as of a client that is killed while its target has stopped.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub fn prepare_listener(listener: &std::net::TcpListener) -> io::Result<()> {
     let socket = SockRef::from(listener);
     socket.set_linger(Some(Duration::ZERO))?;
@@ -162,14 +163,14 @@ pub fn prepare_listener(listener: &std::net::TcpListener) -> io::Result<()> {
 /// Prepares a connected TCP socket in the same way.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub fn prepare(socket: &TcpStream) -> io::Result<()> {
     reset_on_close(socket, true)?;
     socket.set_nodelay(true)?;
     SockRef::from(socket).set_tcp_keepalive(&keepalive())
 }
 
-/// A peer that is gone without a word is noticed after 30 s + 9 x 15 s, as by kube-apiserver.
+/// Returns the keepalive that detects a vanished peer after 30 s + 9 x 15 s, as in kube-apiserver.
 fn keepalive() -> TcpKeepalive {
     TcpKeepalive::new()
         .with_time(Duration::from_secs(30))
@@ -182,9 +183,9 @@ pub(super) async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
     let _ = ready.await;
 }
 
-/// Takes the error of a broken socket: it is `EPIPE` when the peer had ended its half before
-/// (tcp_reset in CLOSE_WAIT). A later read finds the end of file in its place, so only who gives
-/// the socket up at any other error may ask.
+/// Takes the error of a broken socket: it is `EPIPE` when the peer had ended its half before (tcp_reset
+/// in CLOSE_WAIT). A later read finds the end of file in its place, so only a caller that gives up the
+/// socket at any other error may use this.
 pub(super) async fn unless_ended(error: io::Result<Option<io::Error>>) {
     match error {
         Ok(Some(error)) if error.kind() != io::ErrorKind::BrokenPipe => {}
@@ -218,7 +219,7 @@ pub(super) fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
-/// The methods that TCP and Unix sockets share to the letter.
+/// Defines the methods that TCP and Unix sockets share.
 macro_rules! stream_socket {
     () => {
         fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
@@ -290,7 +291,8 @@ impl LocalSocket for TcpStream {
 impl LocalSocket for UnixStream {
     stream_socket!();
 
-    /// The kernel tells a closed peer from one that has shut down its half (`EPOLLHUP`, unix_poll).
+    /// Waits for `EPOLLHUP`: the kernel distinguishes a closed peer from one that has shut down its
+    /// half (unix_poll).
     async fn departed(&self) {
         // With a readiness of its own: clearing the stream's would stop its writers.
         let watched = self.as_fd().try_clone_to_owned();
@@ -309,7 +311,8 @@ impl LocalSocket for UnixStream {
 
     fn reset_on_close(&self, _reset: bool) {}
 
-    /// The kernel shuts both directions down when the peer closes (unix_release_sock).
+    /// Returns whether the peer has closed: the kernel shuts down both directions then
+    /// (unix_release_sock).
     fn departure(&self) -> Departure {
         match polled(self, PollFlags::POLLHUP) {
             Some(true) => Departure::Whole,
@@ -318,8 +321,9 @@ impl LocalSocket for UnixStream {
         }
     }
 
-    /// The peer of a Unix socket that is closed with unread bytes reads ECONNRESET in place of the
-    /// end of file (unix_release_sock); TCP gives it the end of file that came before.
+    /// Discards unread input. The peer of a Unix socket that is closed with unread bytes reads
+    /// ECONNRESET in place of the end of file (unix_release_sock); TCP delivers the end of file that
+    /// came before.
     fn discard_input(&self) {
         let socket = SockRef::from(self);
         // Without effect on a socket that is broken already.
@@ -337,7 +341,7 @@ pub struct TlsSocket {
     secured: Box<Secured>,
 }
 
-/// What TLS makes of a connection.
+/// A TLS session over TCP, ready for the relay.
 pub struct Secured {
     session: RefCell<ServerConnection>,
     cut: RefCell<Pin<Box<dyn Future<Output = ()> + Send>>>,
@@ -350,7 +354,7 @@ impl fmt::Debug for Secured {
 }
 
 impl TlsSocket {
-    /// Takes an established session, which has to end when `cut` is ready.
+    /// Wraps an established session, which has to end when `cut` is ready.
     pub fn new(
         stream: TlsStream<TcpStream>,
         cut: impl Future<Output = ()> + Send + 'static,
@@ -363,7 +367,7 @@ impl TlsSocket {
         Self { tcp, secured }
     }
 
-    /// What has arrived in whole records; `None` when the socket must be read first.
+    /// Takes the data of whole records; `None` when the socket must be read first.
     fn take_plaintext(&self) -> io::Result<Option<Bytes>> {
         let mut session = self.secured.session.borrow_mut();
         let mut reader = session.reader();
@@ -389,7 +393,7 @@ impl TlsSocket {
         Ok(())
     }
 
-    /// Sends the records that are ready; `false` when the socket takes no more for now.
+    /// Sends the ready records; `false` when the socket takes no more for now.
     fn flush(&self) -> io::Result<bool> {
         let mut session = self.secured.session.borrow_mut();
         while session.wants_write() {
@@ -439,7 +443,7 @@ impl LocalSocket for TlsSocket {
         Ok(())
     }
 
-    /// Who ends its half alone sends close_notify and keeps TCP open.
+    /// Returns a half-close: a peer that ends its half alone sends close_notify and keeps TCP open.
     fn departure(&self) -> Departure {
         match polled(&self.tcp, PollFlags::from_bits_retain(libc::POLLRDHUP)) {
             Some(true) => Departure::Whole,
@@ -474,7 +478,7 @@ impl LocalSocket for TlsSocket {
     }
 }
 
-/// Lets rustls use a socket that may block.
+/// Adapter that lets rustls use a socket that may block.
 struct TryIo<'a>(&'a TcpStream);
 
 impl Read for TryIo<'_> {

@@ -1,4 +1,4 @@
-//! What the datapath needs of a link's stream: owned chunks with credit, and the three ends that
+//! The interface of a link's stream to the datapath: owned chunks with credit, and the three ends that
 //! `AsyncRead` and `AsyncWrite` can't tell apart: finish, reset, stop.
 
 use std::future::Future;
@@ -6,10 +6,10 @@ use std::future::Future;
 use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
 
-/// Why a send half takes no more.
+/// End of a send half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendEnd {
-    /// It was finished and the peer has all of it.
+    /// The half was finished and the peer has all of it.
     Acknowledged,
     /// The peer reads no more.
     Stopped(CloseReason),
@@ -17,51 +17,50 @@ pub enum SendEnd {
     Link(CloseReason),
 }
 
-/// Why a receive half gives no more.
+/// End of a receive half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecvEnd {
-    /// The peer finished; everything it sent has been read.
+    /// The peer finished; all its data has been read.
     Finished,
-    /// The peer gave up.
+    /// The peer reset the stream.
     Reset(CloseReason),
     /// The link is gone.
     Link(CloseReason),
 }
 
-/// The half of a stream that bytes are put into. Dropped without [`finish`](Self::finish), the
-/// peer must see a reset.
+/// The sending half of a stream. Dropped without [`finish`](Self::finish), the peer must see a reset.
 pub trait SendHalf {
-    /// Hands over `chunk`, waiting for credit; leaves it empty. Cancelling loses nothing: what has
-    /// not been taken is still in `chunk`.
+    /// Sends `chunk`, waiting for credit; leaves it empty. Cancelling loses nothing: unsent bytes are
+    /// still in `chunk`.
     fn send(&mut self, chunk: &mut Bytes) -> impl Future<Output = Result<(), SendEnd>>;
-    /// No more will follow.
+    /// Ends the half: no more will follow.
     fn finish(&mut self);
-    /// Whether the far side learns of a finish at once only where nothing is wanted of it any more.
+    /// Whether the far side learns of a finish at once only where it need not send any more.
     fn lingers(&self) -> bool {
         false
     }
-    /// No more will follow, and it is known that what comes back is wanted. Where nothing
-    /// [lingers](Self::lingers) this is [`finish`](Self::finish).
+    /// Ends the half while the other one goes on: the answer of the far side is still wanted. Where
+    /// nothing [lingers](Self::lingers) this is [`finish`](Self::finish).
     fn finish_half(&mut self) {
         self.finish();
     }
-    /// What was sent may be discarded.
+    /// Resets the half. Sent data may be discarded.
     fn reset(&mut self, reason: CloseReason);
     /// Waits for the end of this half, also while nothing is sent.
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<Self>;
 }
 
-/// The half of a stream that bytes come out of. Dropped before its end, the peer must be told to
-/// stop.
+/// The receiving half of a stream. Dropped before its end, the peer must be told to stop.
 pub trait RecvHalf {
-    /// Waits for bytes and appends what is there, in order. Cancelling loses nothing.
+    /// Waits for bytes and appends the available ones, in order. Cancelling loses nothing.
     fn recv(&mut self, into: &mut Vec<Bytes>) -> impl Future<Output = Result<(), RecvEnd>>;
-    /// Waits until the peer gives up, while nothing is received. Never completes when it has
-    /// finished, or when the link is lost: what has arrived by then is still there to be received.
+    /// Waits for a reset by the peer, while nothing is received. Never completes when the peer has
+    /// finished, or when the link is lost: data that has arrived by then can still be received.
     fn reset(&mut self) -> impl Future<Output = CloseReason>;
-    /// Nothing more will be read.
+    /// Stops the half: nothing more will be read.
     fn stop(&mut self, reason: CloseReason);
-    /// Whether what waits to be received, and what was given last, is charged to a budget by the link.
+    /// Whether the link charges a budget for the data that waits to be received and for the last
+    /// received data.
     fn is_charged(&self) -> bool {
         false
     }

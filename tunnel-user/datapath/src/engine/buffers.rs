@@ -1,9 +1,9 @@
-//! Buffers that the kernel chooses from when something has come (provided buffer rings), so that a
-//! connection without bytes holds none.
+//! Buffers that the kernel chooses from when data arrives (provided buffer rings), so that an idle
+//! connection holds none.
 //!
-//! What is received stays where the kernel put it, unless it is short; a fresh buffer takes the place
-//! of the one that is used up. An incremental ring (Linux 6.12) puts one receive behind the other
-//! into the same buffer, so that short ones take no more room than they have bytes.
+//! Received bytes stay where the kernel put them, unless they are few. A fresh buffer replaces one that
+//! is used up. An incremental ring (Linux 6.12) puts one receive behind the other into the same buffer,
+//! so that short ones take no more room than they have bytes.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
@@ -15,35 +15,36 @@ use io_uring::{IoUring, cqueue};
 
 use crate::buffers::{Buffers, Room};
 
-/// Below this a receive is copied out: a short chunk that is kept must not hold a whole buffer.
+/// Size below which a receive is copied out: a short chunk that is kept must not hold a whole buffer.
 const COPY_BELOW: usize = 8 << 10;
 
-/// `IOU_PBUF_RING_INC` of linux/io_uring.h, which the crate keeps to itself.
+/// `IOU_PBUF_RING_INC` of linux/io_uring.h, which the crate does not export.
 const INCREMENTAL: u16 = 2;
 
 /// The shape of a ring of buffers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
-    /// Its number within the io_uring.
+    /// Number of the group within the io_uring.
     pub group: u16,
-    /// Buffers that the kernel has, a power of two.
+    /// Number of buffers that the kernel has, a power of two.
     pub entries: u16,
-    /// Bytes of each.
+    /// Size of each buffer, in bytes.
     pub size: usize,
-    /// Buffers in use, those that the kernel has included; what comes beyond is copied out.
+    /// Maximum number of buffers in use, including those of the kernel; further receives are copied
+    /// out.
     pub most: usize,
     /// Whether a buffer takes several receives.
     pub incremental: bool,
 }
 
-/// Buffers that the kernel has, and where they come from.
+/// The buffers of the kernel, and their pool.
 #[derive(Debug)]
 pub(super) struct Provided {
     shape: Shape,
     entries: *mut BufRingEntry,
     layout: Layout,
     tail: u16,
-    /// By the number that the kernel knows a buffer by.
+    /// Buffers by the number that the kernel knows them by.
     rooms: Vec<Room>,
     buffers: Buffers,
 }
@@ -52,7 +53,7 @@ pub(super) struct Provided {
 unsafe impl Send for Provided {}
 
 impl Provided {
-    /// Registers them with `uring`, which must be closed before they are dropped.
+    /// Registers the buffers with `uring`, which must be closed before they are dropped.
     pub(super) fn register(uring: &IoUring, shape: Shape) -> io::Result<Self> {
         let layout = layout(shape.entries)?;
         // SAFETY: the layout has a size over 0.
@@ -86,13 +87,13 @@ impl Provided {
         Ok(provided)
     }
 
-    /// What a completion says was received.
+    /// Returns the received bytes of a completion.
     pub(super) fn peek(&self, result: i32, flags: u32) -> Option<&[u8]> {
         let room = self.rooms.get(usize::from(cqueue::buffer_select(flags)?))?;
         room.bytes.get(..usize::try_from(result).ok()?)
     }
 
-    /// Whether what a completion says was received stays in its buffer, and is not copied out.
+    /// Whether the received bytes of a completion stay in their buffer, rather than being copied out.
     pub(super) fn stays(&self, result: i32, flags: u32, skip: usize) -> bool {
         let number = cqueue::buffer_select(flags);
         let room = number.and_then(|number| self.rooms.get(usize::from(number)));
@@ -100,8 +101,8 @@ impl Provided {
         length >= COPY_BELOW && room.is_some_and(Room::is_lent)
     }
 
-    /// Takes what a completion says was received: `length` bytes behind the first `skip` ones.
-    /// `None`: nothing was.
+    /// Takes `length` received bytes of a completion, behind the first `skip` ones. Returns `None` if
+    /// nothing was received.
     pub(super) fn take(&mut self, result: i32, flags: u32, skip: usize) -> Option<BytesMut> {
         let stays = self.stays(result, flags, skip);
         let number = cqueue::buffer_select(flags)?;
@@ -129,14 +130,14 @@ impl Provided {
         Some(bytes)
     }
 
-    /// Puts a whole buffer in the place of one that is used up.
+    /// Replaces a used-up buffer by a whole one.
     fn replace(&mut self, number: u16) {
         let room = &mut self.rooms[usize::from(number)];
         self.buffers.exchange(room);
         self.provide(number);
     }
 
-    /// Gives the kernel buffer `number`.
+    /// Gives buffer `number` to the kernel.
     fn provide(&mut self, number: u16) {
         let bytes = &mut self.rooms[usize::from(number)].bytes;
         let at = usize::from(self.tail & (self.shape.entries - 1));
@@ -155,7 +156,7 @@ impl Provided {
     }
 }
 
-/// The kernel wants a ring to start on a page.
+/// Returns the layout of a ring, which must start on a page.
 fn layout(entries: u16) -> io::Result<Layout> {
     // SAFETY: reads a constant of the system.
     let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };

@@ -33,7 +33,7 @@ pub use socket::Socket;
 pub use thread::current;
 pub(crate) use thread::{before_park, leave, run};
 
-/// What moves bytes on the shards of a process.
+/// System interface that moves bytes on the shards of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// Readiness by epoll(7).
@@ -43,7 +43,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Its name in configuration, status, metrics and log.
+    /// Returns the name in configuration, status, metrics and log.
     pub fn label(self) -> &'static str {
         match self {
             Self::Epoll => "epoll",
@@ -58,17 +58,18 @@ impl fmt::Display for Engine {
     }
 }
 
-/// The engine of a process, with what each shard needs for it.
+/// The engine of a process, with the resources of each shard.
 #[derive(Debug)]
 pub struct Engines {
     engine: Engine,
-    /// One for each shard: all are made before the first shard runs, so that a socket which is
-    /// handed over finds the same engine.
+    /// Rings, one for each shard. All are made before the first shard runs, so that a socket which
+    /// moves to another shard finds the same engine.
     rings: Vec<Ring>,
 }
 
 impl Engines {
-    /// Chooses for `shards` shards. What is wanted and can't be had is told once, with its remedy.
+    /// Chooses the engine of `shards` shards. Logs once, with the remedy, that the wanted one is not
+    /// available.
     pub fn choose(wanted: EngineChoice, shards: usize) -> Self {
         let rings = match wanted {
             // What `auto` picks, and why: docs/adr/0021.
@@ -86,17 +87,17 @@ impl Engines {
         Self { engine, rings }
     }
 
-    /// The one that was chosen.
+    /// Returns the chosen engine.
     pub fn engine(&self) -> Engine {
         self.engine
     }
 
-    /// The ring of one more shard.
+    /// Returns the ring of one more shard.
     pub(crate) fn next_ring(&mut self) -> Option<Ring> {
         self.rings.pop()
     }
 
-    /// Tells metrics.
+    /// Registers the metric of the engine.
     pub fn register(&self, registry: &mut Registry) {
         let family = Family::<Labels, Gauge>::default();
         let engine = self.engine.label();
@@ -110,7 +111,7 @@ impl Engines {
 }
 
 impl Default for Engines {
-    /// epoll.
+    /// Returns epoll.
     fn default() -> Self {
         Self {
             engine: Engine::Epoll,

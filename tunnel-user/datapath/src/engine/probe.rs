@@ -1,10 +1,10 @@
-//! Whether this kernel lets us use io_uring as we do, and if not, what helps.
+//! Probe of the kernel's io_uring, with the remedy where it can't be used.
 
 use std::io;
 
 use super::ring::Ring;
 
-/// Why io_uring can't be used, for people.
+/// Reason why io_uring can't be used, for people.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
     #[error("the kernel has none (ENOSYS); it needs Linux 6.12, built with CONFIG_IO_URING")]
@@ -36,7 +36,7 @@ impl From<io::Error> for Refused {
     }
 }
 
-/// Rings for `shards` shards: nothing that is asked for later can be refused any more.
+/// Creates rings for `shards` shards, with all resources: later requests can't be refused any more.
 pub(super) fn rings(shards: usize) -> Result<Vec<Ring>, Refused> {
     let rings = (0..shards).map(|_| Ring::new());
     Ok(rings.collect::<io::Result<_>>()?)

@@ -1,8 +1,8 @@
-//! A ring: what is asked of the kernel, and who is told the answer.
+//! A ring: requests to the kernel, and the delivery of completions.
 //!
-//! Each operation in flight has a slot that holds its [`Sink`] until the kernel's last word about it,
-//! however early whoever asked has gone. A number that is used again has another generation, so that
-//! a late completion reaches nobody else.
+//! Each operation in flight has a slot that holds its [`Sink`] until the last completion, even if its
+//! owner has gone. A reused slot number has another generation, so that a late completion reaches no
+//! other operation.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -20,16 +20,17 @@ use super::buffers::{Provided, Shape};
 
 use cpc_host::report::report;
 
-/// Requests that wait to be submitted, at most.
+/// Maximum number of requests that wait to be submitted.
 const REQUESTS: u32 = 256;
 
-/// Completions that wait to be fetched; the kernel keeps what is more (`IORING_FEAT_NODROP`).
+/// Maximum number of completions that wait to be fetched; the kernel keeps further ones
+/// (`IORING_FEAT_NODROP`).
 const COMPLETIONS: u32 = 2048;
 
-/// Calls of one turn: what is told may ask for more.
+/// Maximum number of calls per turn: a delivered completion may cause further requests.
 const CALLS: usize = 16;
 
-/// What TCP is received into. As much as the kernel may receive before anybody is asked.
+/// Buffers for TCP: as much as the kernel may receive before the process reacts.
 const TCP: Shape = Shape {
     group: 0,
     entries: 4,
@@ -38,7 +39,7 @@ const TCP: Shape = Shape {
     incremental: true,
 };
 
-/// What UDP is received into: a full GRO batch each, and what recvmsg(2) says of it before.
+/// Buffers for UDP: a full GRO batch each, and the header of recvmsg(2).
 const UDP: Shape = Shape {
     group: 1,
     entries: 8,
@@ -50,16 +51,16 @@ const UDP: Shape = Shape {
 /// `IORING_ENTER_GETEVENTS` of linux/io_uring.h: also fetch completions that found no room.
 const GETEVENTS: u32 = 1;
 
-/// Nobody waits for these.
+/// User data of requests whose completion is ignored.
 const UNHEEDED: u64 = u64::MAX;
 
-/// Who is told how an operation went: once, or until [`Completion::is_last`].
+/// Receiver of the completions of an operation: one, or several until [`Completion::is_last`].
 pub trait Sink {
-    /// It went like that.
+    /// Receives a completion.
     fn complete(&self, ring: &Ring, completion: Completion);
 }
 
-/// What the kernel says.
+/// A completion of the kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Completion {
     result: i32,
@@ -67,12 +68,12 @@ pub struct Completion {
 }
 
 impl Completion {
-    /// Bytes, or an error.
+    /// Returns the number of bytes, or the error.
     pub fn result(self) -> io::Result<usize> {
         usize::try_from(self.result).map_err(|_| io::Error::from_raw_os_error(-self.result))
     }
 
-    /// Nothing follows.
+    /// Whether no further completion follows.
     pub fn is_last(self) -> bool {
         !cqueue::more(self.flags)
     }
@@ -82,17 +83,17 @@ impl Completion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operation(u64);
 
-/// Which buffers.
+/// Group of buffers.
 #[derive(Clone, Copy, Debug)]
 pub enum Group {
-    /// TCP's.
+    /// Buffers of TCP.
     Tcp,
-    /// UDP's.
+    /// Buffers of UDP.
     Udp,
 }
 
 impl Group {
-    /// As the kernel calls it.
+    /// Returns the number of the group.
     pub fn number(self) -> u16 {
         match self {
             Self::Tcp => TCP.group,
@@ -105,7 +106,7 @@ impl Group {
 pub struct Ring {
     uring: ManuallyDrop<RefCell<IoUring>>,
     slots: RefCell<Slots>,
-    /// What was fetched and has yet to be told.
+    /// Fetched completions that are not delivered yet.
     fetched: Cell<Vec<(u64, Completion)>>,
     tcp: ManuallyDrop<RefCell<Provided>>,
     udp: ManuallyDrop<RefCell<Provided>>,
@@ -138,7 +139,7 @@ impl Slots {
         Operation(u64::from(slot.generation) << 32 | u64::from(index))
     }
 
-    /// Whose it is; after its last completion it is nobody's.
+    /// Returns the receiver of an operation, and frees the slot at its last completion.
     fn sink(&mut self, operation: u64, is_last: bool) -> Option<Rc<dyn Sink>> {
         let index = operation as u32;
         let slot = self.slots.get_mut(index as usize)?;
@@ -160,10 +161,10 @@ impl Slots {
 }
 
 impl Ring {
-    /// A ring with its buffers.
+    /// Creates a ring with its buffers.
     ///
     /// # Errors
-    /// The kernel has none for us.
+    /// The kernel refuses the ring.
     pub fn new() -> io::Result<Self> {
         let uring = IoUring::builder()
             .setup_single_issuer()
@@ -184,20 +185,20 @@ impl Ring {
         })
     }
 
-    /// Makes it the running thread's.
+    /// Assigns the ring to the current thread.
     ///
     /// # Errors
-    /// It belongs to another one.
+    /// The ring belongs to another thread.
     pub(super) fn enable(&self) -> io::Result<()> {
         self.uring.borrow().submitter().register_enable_rings()
     }
 
-    /// Has the kernel do something soon: before the thread sleeps, or at the next
+    /// Queues an operation, to be submitted before the thread sleeps or at the next
     /// [`submit`](Self::submit).
     ///
     /// # Safety
-    /// What `entry` refers to must stay as it is until the kernel is done with it, a file descriptor
-    /// until it is submitted.
+    /// Memory that `entry` refers to must stay as it is until the kernel is done with it, a file
+    /// descriptor until it is submitted.
     pub unsafe fn start(&self, entry: Entry, sink: Rc<dyn Sink>) -> Operation {
         let operation = self.slots.borrow_mut().insert(sink);
         // SAFETY: the caller's promise.
@@ -205,7 +206,7 @@ impl Ring {
         operation
     }
 
-    /// Has the kernel give `operation` up; its last completion follows.
+    /// Cancels `operation`; its last completion follows.
     pub fn cancel(&self, operation: Operation) {
         let entry = opcode::AsyncCancel::new(operation.0).build();
         let entry = entry.user_data(UNHEEDED).flags(Flags::SKIP_SUCCESS);
@@ -227,7 +228,7 @@ impl Ring {
         }
     }
 
-    /// Submits now what is queued, and lets the kernel finish what it can. Nobody is told yet.
+    /// Submits the queue now, and lets the kernel finish its work. Delivers no completion yet.
     pub fn submit(&self) {
         let mut uring = self.uring.borrow_mut();
         let queued = uring.submission().len() as u32;
@@ -245,15 +246,15 @@ impl Ring {
         }
     }
 
-    /// Whether a call is due: something is queued, or the kernel has work to finish.
+    /// Whether a call is due: the queue is not empty, or the kernel has work to finish.
     fn is_due(&self) -> bool {
         let mut uring = self.uring.borrow_mut();
         let queue = uring.submission();
         !queue.is_empty() || queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Submits what is queued, fetches completions and tells whom they concern. Costs no call when
-    /// there is nothing to do.
+    /// Submits the queue, then fetches and delivers completions. Makes no call when there is nothing to
+    /// do.
     pub fn turn(&self) {
         for _ in 0..CALLS {
             let is_due = self.is_due();
@@ -266,7 +267,7 @@ impl Ring {
         }
     }
 
-    /// Tells whom the completions concern that are there. `false`: there was none.
+    /// Delivers the available completions. Returns `false` if there was none.
     fn tell(&self) -> bool {
         let mut fetched = self.fetched.take();
         for entry in self.uring.borrow_mut().completion() {
@@ -290,20 +291,21 @@ impl Ring {
         found
     }
 
-    /// What a completion received, without its first `skip` bytes. To be called for each that a sink
-    /// is told, in order, or the kernel runs out of buffers.
+    /// Takes the received bytes of a completion, without the first `skip` ones. Must be called for each
+    /// completion that a sink receives, in order, or the kernel runs out of buffers.
     pub fn take(&self, group: Group, of: Completion, skip: usize) -> Option<BytesMut> {
         let mut provided = self.provided(group).borrow_mut();
         provided.take(of.result, of.flags, skip)
     }
 
-    /// Whether what a completion received stays in its buffer when it is [taken](Self::take).
+    /// Whether the received bytes of a completion stay in their buffer when they are
+    /// [taken](Self::take).
     pub fn stays(&self, group: Group, of: Completion, skip: usize) -> bool {
         let provided = self.provided(group).borrow();
         provided.stays(of.result, of.flags, skip)
     }
 
-    /// Looks at what a completion received, before it is [taken](Self::take).
+    /// Reads the received bytes of a completion, before they are [taken](Self::take).
     pub fn peek<T>(
         &self,
         group: Group,
@@ -321,7 +323,7 @@ impl Ring {
         }
     }
 
-    /// Cancels all that is in flight, and waits for it.
+    /// Cancels all operations in flight, and waits for their end.
     fn drain(&self) -> io::Result<()> {
         let all = opcode::AsyncCancel2::new(CancelBuilder::any()).build();
         let all = all.user_data(UNHEEDED).flags(Flags::SKIP_SUCCESS);
@@ -351,7 +353,7 @@ impl Drop for Ring {
     }
 }
 
-/// Readable when there are completions.
+/// A descriptor that is readable when there are completions.
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.uring.borrow().as_raw_fd()

@@ -1,4 +1,4 @@
-//! A TCP socket over the engine of the shard that it is on.
+//! A TCP socket over the engine of its shard.
 
 use std::io::{self, IoSlice};
 
@@ -21,10 +21,10 @@ pub enum Socket {
 }
 
 impl Socket {
-    /// Brings a socket to the engine of the running shard.
+    /// Brings a socket to the engine of the current shard.
     ///
     /// # Errors
-    /// What the system says; the socket is closed, as it was set to be.
+    /// The error of the system call; the socket is closed, by reset or not as it was set.
     pub fn new(socket: TcpStream) -> io::Result<Self> {
         match current() {
             Some(ring) => RingSocket::new(ring, socket.into_std()?.into()).map(Self::Ring),
@@ -33,7 +33,7 @@ impl Socket {
     }
 }
 
-/// The same call on either.
+/// Calls the same method on either variant.
 macro_rules! either {
     ($self:ident, $socket:ident => $call:expr) => {
         match $self {

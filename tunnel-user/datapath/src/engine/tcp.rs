@@ -1,12 +1,12 @@
-//! A TCP socket on a ring: a receive stays in flight, and fills a queue that is bounded.
+//! A TCP socket on a ring: a receive stays in flight, and fills a bounded queue.
 //!
-//! When nobody takes what is queued the receive is given up, so that the peer's window closes; it
-//! starts anew once all has been taken. Writes go to the kernel at once: a request on the ring would
-//! need memory of its own, and a wake-up when it is done. Whether the socket takes bytes again, and
-//! whether it is broken, epoll tells: neither happens often.
+//! When the queue is full the receive is cancelled, so that the peer's window closes; a new one starts
+//! once the queue is empty. Writes go to the kernel at once: a request on the ring would need memory of
+//! its own, and a wake-up when it is done. epoll reports whether the socket takes bytes again, and
+//! whether it is broken: neither happens often.
 //!
-//! An operation in flight keeps the file open. So whoever closes gives the receive up first, and
-//! lets the kernel do that before close(2), which then resets or not as with epoll.
+//! An operation in flight keeps the file open. So closing cancels the receive first, and lets the
+//! kernel do that before close(2), which then resets or not as with epoll.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -30,11 +30,11 @@ use super::ring::{Completion, Group, Operation, Ring, Sink};
 use crate::LocalSocket;
 use crate::socket::{error_ready, outq, unless_ended, would_block};
 
-/// Bytes that are received ahead of whoever reads, about: what the kernel has put into buffers by the
-/// time that it hears of it comes on top.
+/// Approximate number of bytes received ahead of the reader. Data that the kernel has put into buffers
+/// before it sees the cancellation comes on top.
 const AHEAD: usize = 64 << 10;
 
-/// A connected TCP socket on the running thread's ring.
+/// A connected TCP socket on the current thread's ring.
 #[derive(Debug)]
 pub struct RingSocket {
     // Dropped, and with it closed, after the receive was given up.
@@ -61,7 +61,7 @@ impl From<TcpStream> for Packed {
     }
 }
 
-/// What comes behind the last byte.
+/// End of the received data.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Eof,
@@ -69,7 +69,7 @@ enum End {
     Error(i32),
 }
 
-/// What was received, and the receive.
+/// The queue of received bytes, and the receive in flight.
 #[derive(Default)]
 struct Received {
     queue: RefCell<VecDeque<Bytes>>,
@@ -79,7 +79,7 @@ struct Received {
     is_given_up: Cell<bool>,
     is_closed: Cell<bool>,
     reader: Cell<Option<Waker>>,
-    /// Waits for an error.
+    /// Task that waits for an error.
     watcher: Cell<Option<Waker>>,
 }
 
@@ -141,7 +141,7 @@ impl Received {
         }
     }
 
-    /// Waits for an error that was received.
+    /// Waits for a received error.
     fn poll_error(&self, cx: &mut Context<'_>) -> Poll<i32> {
         if let Some(End::Error(code)) = self.end.get() {
             return Poll::Ready(code);
@@ -152,7 +152,7 @@ impl Received {
 }
 
 impl RingSocket {
-    /// Brings a socket to `ring`, the running thread's.
+    /// Brings a socket to `ring`, that of the current thread.
     pub(super) fn new(ring: Rc<Ring>, packed: Packed) -> io::Result<Self> {
         let Packed { socket, ahead, end } = packed;
         // Else the kernel would not wait for bytes: it takes O_NONBLOCK for RWF_NOWAIT.
@@ -170,13 +170,13 @@ impl RingSocket {
         })
     }
 
-    /// Bytes that were received and not read yet.
+    /// Returns the number of received bytes that are not read yet.
     #[cfg(test)]
     pub(super) fn ahead(&self) -> usize {
         self.received.bytes.get()
     }
 
-    /// Leaves the ring.
+    /// Removes the socket from the ring.
     pub(super) fn pack(self) -> io::Result<Packed> {
         while let Some(receive) = self.received.receive.get() {
             // As often as it takes until its last completion has been told; once, as a rule.

@@ -1,4 +1,4 @@
-//! Runs tests on either engine.
+//! Test harness for either engine.
 
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
@@ -6,7 +6,7 @@ use tokio::task::LocalSet;
 use super::Ring;
 use super::thread::{before_park, leave, run};
 
-/// A ring. `None`: the kernel refuses it, which fails in CI.
+/// Creates a ring. Returns `None` where the kernel refuses it, which fails in CI.
 pub(crate) fn ring() -> Option<Ring> {
     let ring = Ring::new();
     if let Err(error) = &ring {

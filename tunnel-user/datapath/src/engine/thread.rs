@@ -1,7 +1,7 @@
-//! The ring of a thread: where it is found, who fetches its completions, and its end.
+//! The ring of a thread: its lookup, the delivery of its completions, and its end.
 //!
-//! tokio sleeps in epoll, which the ring tells when there are completions or work for the kernel to
-//! finish. What has been queued is submitted right before the thread sleeps.
+//! tokio sleeps in epoll, which wakes up when the ring has completions or work for the kernel to
+//! finish. The queue is submitted right before the thread sleeps.
 
 use std::cell::RefCell;
 use std::io;
@@ -17,13 +17,13 @@ thread_local! {
     static RING: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
 }
 
-/// The running thread's ring, if io_uring is its engine.
+/// Returns the current thread's ring, if io_uring is its engine.
 pub fn current() -> Option<Rc<Ring>> {
     RING.with_borrow(Clone::clone)
 }
 
-/// For tokio's `on_thread_park`: submits, and fetches what is there already, so that it need not
-/// sleep for it.
+/// Submits the queue and fetches available completions, so that the thread need not sleep for them. For
+/// tokio's `on_thread_park`.
 pub(crate) fn before_park() {
     // `try_with`: tokio may park while the thread's own data is being dropped.
     let ring = RING.try_with(|ring| ring.borrow().clone()).ok().flatten();
@@ -49,7 +49,7 @@ pub(crate) async fn run<T>(ring: Option<Ring>, main: impl AsyncFnOnce() -> T) ->
     Ok(done)
 }
 
-/// Ends the thread's ring, after its sockets: what is still in flight is cancelled and waited for.
+/// Ends the thread's ring, after its sockets: cancels the operations in flight and waits for them.
 pub(crate) fn leave() {
     RING.replace(None);
 }
