@@ -1,4 +1,4 @@
-//! Drives a sans-IO session over its control stream: bytes in and out, and its timer.
+//! Driver of a sans-IO session over its control stream: bytes in and out, and its timer.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -11,9 +11,9 @@ use tunnel_proto::session::{AgentSession, ServerSession, SessionError};
 use super::quic::{ConnectionError, Recv, Send};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
-/// What the two sessions have in common.
+/// Common interface of the two sessions.
 pub trait Machine {
-    /// What it tells its driver.
+    /// Event of the session.
     type Event;
     /// See [`ServerSession::handle_bytes`].
     fn handle_bytes(&mut self, bytes: &[u8], now: Instant) -> Result<(), SessionError>;
@@ -64,21 +64,21 @@ macro_rules! machine {
 machine!(ServerSession, tunnel_proto::session::ServerEvent);
 machine!(AgentSession, tunnel_proto::session::AgentEvent);
 
-/// Why a control stream ended.
+/// Reason why a control stream ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlEnd {
-    /// The session could not go on.
+    /// The session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
     /// The connection is gone.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    /// The peer ended the stream and kept the connection, which it never may.
+    /// The peer ended the stream and kept the connection, which violates the protocol.
     #[error("the peer closed the control stream")]
     Closed,
 }
 
-/// A session that others may speak to while it is being driven.
+/// A session that other tasks may use while it is being driven.
 #[derive(Debug)]
 pub struct Shared<M> {
     machine: RefCell<M>,
@@ -94,7 +94,7 @@ impl<M: Machine> Shared<M> {
         })
     }
 
-    /// Changes the session and has what follows from it sent.
+    /// Changes the session and sends the messages that follow.
     pub fn with<T>(&self, change: impl FnOnce(&mut M) -> T) -> T {
         let done = change(&mut self.machine.borrow_mut());
         self.changed.notify_one();
@@ -106,7 +106,7 @@ impl<M: Machine> Shared<M> {
         read(&self.machine.borrow())
     }
 
-    /// A stream was opened. Wakes the driver only when its timer comes earlier for it.
+    /// Notes that a stream was opened. Wakes the driver only if that makes its timer earlier.
     pub fn note_traffic(&self, now: Instant) {
         let mut machine = self.machine.borrow_mut();
         let before = machine.poll_timeout();
@@ -124,12 +124,12 @@ pub struct ControlStream<M> {
     send: Send,
     recv: Recv,
     pending: Bytes,
-    /// What has arrived and was not handled yet.
+    /// Received data that was not handled yet.
     arrived: Vec<Bytes>,
 }
 
 impl<M: Machine> ControlStream<M> {
-    /// Over a fresh stream.
+    /// Creates a driver over a fresh stream.
     pub fn new(session: Rc<Shared<M>>, (send, recv): (Send, Recv)) -> Self {
         Self {
             session,
@@ -140,7 +140,7 @@ impl<M: Machine> ControlStream<M> {
         }
     }
 
-    /// Drives the session until it has something to tell. Cancelling loses nothing.
+    /// Drives the session until its next event. Cancelling loses nothing.
     ///
     /// # Errors
     /// [`ControlEnd`]; the session is over.
@@ -176,7 +176,7 @@ impl<M: Machine> ControlStream<M> {
         }
     }
 
-    /// Sends what the session has left to say, for as long as the stream takes it.
+    /// Sends the remaining messages of the session, for as long as the stream takes them.
     pub async fn flush(&mut self) {
         loop {
             if self.pending.is_empty() {

@@ -1,5 +1,5 @@
-//! QUIC ([`quic`]), and the control stream that a session is driven over ([`control_stream`]). And
-//! gRPC over HTTP/2, for those who speak Konnectivity ([`grpc`]).
+//! Tunnels: QUIC ([`quic`]), the control stream of a session ([`control_stream`]), and gRPC over HTTP/2
+//! for peers that speak Konnectivity's protocol ([`grpc`]).
 
 pub mod control_stream;
 pub mod grpc;

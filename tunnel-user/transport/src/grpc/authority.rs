@@ -1,14 +1,14 @@
-//! Lets HTTP/2 clients in that have no host to name.
+//! Replacement of the authority of HTTP/2 clients that have no host to name.
 //!
 //! grpc-go, and kube-apiserver with it, dials a Unix socket by its path and sends that path as
-//! `:authority`: `%2Frun%2Fx.sock`. It is no authority by RFC 3986 (section 3.2), so h2 resets the
-//! stream before anybody sees it. On a Unix socket the name says nothing; [`AnyAuthority`] puts a
-//! valid one in its place.
+//! `:authority`: `%2Frun%2Fx.sock`. It is not an authority by RFC 3986 (section 3.2), so h2 resets the
+//! stream before its user sees it. On a Unix socket the name means nothing; [`AnyAuthority`] replaces
+//! it by a valid one.
 //!
-//! What passes is copied only where a HEADERS frame (RFC 9113, section 6.2) has to be looked at.
-//! The new value is never longer than the old one: the reader's table then keeps each entry at least
-//! as long as the writer's (RFC 7541, section 4), and entries are counted from the newest. A header
-//! block in several frames is left as it is.
+//! Data is copied only where a HEADERS frame (RFC 9113, section 6.2) has to be examined. The new value
+//! is never longer than the old one: the reader's table then keeps each entry at least as long as the
+//! writer's (RFC 7541, section 4), and entries are counted from the newest. A header block in several
+//! frames stays as it is.
 
 use std::io;
 use std::pin::Pin;
@@ -17,13 +17,13 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The client's first words (RFC 9113, section 3.4).
+/// Length of the client preface (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
 
-/// A frame's head (RFC 9113, section 4.1).
+/// Length of the head of a frame (RFC 9113, section 4.1).
 const HEAD: usize = 9;
 
-/// The longest payload of a frame unless we allow more, which we don't.
+/// Maximum payload of a frame unless the settings allow more, which ours don't.
 const MAX_PAYLOAD: usize = 16_384;
 
 const HEADERS: u8 = 1;
@@ -31,26 +31,26 @@ const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 
-/// `:authority` in the static table (RFC 7541, appendix A).
+/// Index of `:authority` in the static table (RFC 7541, appendix A).
 const AUTHORITY: usize = 1;
 
-/// The value that takes the place of another: its length, and a name.
+/// The replacement value: its length, and a name.
 const NAME: &[u8] = b"\x01x";
 
 /// A byte stream from an HTTP/2 client whose authority does not matter.
 #[derive(Debug)]
 pub struct AnyAuthority<T> {
     inner: T,
-    /// Bytes to come that pass as they are.
+    /// Number of bytes to come that pass unchanged.
     pass: usize,
-    /// The beginning of a frame that is to be looked at.
+    /// Beginning of a frame to be examined.
     held: BytesMut,
-    /// What has been looked at and not been read yet.
+    /// Examined data that was not read yet.
     done: BytesMut,
 }
 
 impl<T> AnyAuthority<T> {
-    /// Over a fresh connection.
+    /// Wraps a fresh connection.
     pub fn new(inner: T) -> Self {
         Self {
             inner,
@@ -60,7 +60,7 @@ impl<T> AnyAuthority<T> {
         }
     }
 
-    /// How many of `bytes` pass before one that has to be looked at.
+    /// Returns how many of `bytes` pass before the next one to be examined.
     fn skip(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         loop {
@@ -75,7 +75,7 @@ impl<T> AnyAuthority<T> {
         }
     }
 
-    /// Looks at the frames that are whole.
+    /// Examines the whole frames.
     fn look(&mut self) {
         loop {
             let held = std::mem::take(&mut self.held);
@@ -98,13 +98,13 @@ impl<T> AnyAuthority<T> {
     }
 }
 
-/// Payload length and type of a frame, once its head is there.
+/// Returns payload length and type of a frame, once its head is there.
 fn head(bytes: &[u8]) -> Option<(usize, u8)> {
     let [a, b, c, kind, ..] = *bytes.first_chunk::<HEAD>()?;
     Some((u32::from_be_bytes([0, a, b, c]) as usize, kind))
 }
 
-/// A HEADERS frame with another authority; `None`: it has none, or is left as it is.
+/// Returns a HEADERS frame with another authority; `None` if it has none, or stays as it is.
 fn renamed(frame: &[u8]) -> Option<Vec<u8>> {
     let flags = frame[4];
     if flags & END_HEADERS == 0 {
@@ -131,7 +131,8 @@ fn renamed(frame: &[u8]) -> Option<Vec<u8>> {
     Some(renamed)
 }
 
-/// Where in a header block the authority's value stands, and how long it is with its length.
+/// Returns the position of the authority's value in a header block, and its length with the length
+/// field.
 fn find_authority(block: &[u8]) -> Option<(usize, usize)> {
     let mut at = 0;
     while let Some(first) = block.get(at) {
@@ -160,14 +161,14 @@ fn find_authority(block: &[u8]) -> Option<(usize, usize)> {
     None
 }
 
-/// The bytes that a string takes (RFC 7541, section 5.2).
+/// Returns the encoded length of a string (RFC 7541, section 5.2).
 fn string(bytes: &[u8]) -> Option<usize> {
     let (length, used) = integer(bytes, 7)?;
     let whole = used.checked_add(length)?;
     (whole <= bytes.len()).then_some(whole)
 }
 
-/// An integer behind `prefix` bits, and the bytes that it takes (RFC 7541, section 5.1).
+/// Returns an integer behind `prefix` bits, and its encoded length (RFC 7541, section 5.1).
 fn integer(bytes: &[u8], prefix: u8) -> Option<(usize, usize)> {
     let (&first, rest) = bytes.split_first()?;
     let most = (1 << prefix) - 1;

@@ -1,4 +1,4 @@
-//! The client's side: a connection, and calls on it.
+//! The client side: a connection, and calls on it.
 
 use std::future::poll_fn;
 use std::io;
@@ -24,22 +24,22 @@ use super::{
 
 use cpc_host::report::report;
 
-/// A server on the agent port ends connections that ping more often.
+/// Minimum interval of pings: a server on the agent port ends connections that ping more often.
 const FEWEST_BETWEEN_PINGS: Duration = Duration::from_secs(30);
 
-/// Why there is no call.
+/// Reason why there is no call.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The handshake, of TLS or HTTP/2.
+    /// The handshake of TLS or HTTP/2 timed out.
     #[error("the server did not finish the handshake within {} s", HANDSHAKE.as_secs())]
     Handshake,
-    /// TLS.
+    /// TLS failed.
     #[error("TLS: {0}")]
     Tls(io::Error),
     /// The request can't be written.
     #[error("bad request: {0}")]
     Request(http::Error),
-    /// No answer came in time.
+    /// No answer arrived in time.
     #[error("the server did not answer the call within {} s", .0.as_secs())]
     Unanswered(Duration),
     /// The answer is not gRPC's.
@@ -62,7 +62,7 @@ impl From<h2::Error> for CallError {
     }
 }
 
-/// Makes a TLS session, as `config` says. Its ALPN should name [`ALPN`](super::ALPN) first.
+/// Makes a TLS session by `config`. Its ALPN should name [`ALPN`](super::ALPN) first.
 ///
 /// # Errors
 /// [`CallError::Tls`], or [`CallError::Handshake`] when it takes too long.
@@ -84,19 +84,19 @@ pub struct Channel {
     authority: String,
 }
 
-/// A call that the server has taken.
+/// A call that the server has accepted.
 #[derive(Debug)]
 pub struct Opened {
-    /// The server's metadata.
+    /// Metadata of the server.
     pub headers: HeaderMap,
-    /// Towards the server.
+    /// Sender towards the server.
     pub sender: PacketSender,
-    /// From the server.
+    /// Receiver from the server.
     pub receiver: PacketReceiver,
 }
 
-/// Starts HTTP/2 with the server `authority` ("host:port"). The connection moves only while the
-/// returned future does, which ends with it.
+/// Starts HTTP/2 with the server `authority` ("host:port"). The returned future drives the connection
+/// and ends with it.
 ///
 /// # Errors
 /// [`CallError`].
@@ -139,7 +139,7 @@ where
 
 impl Channel {
     /// Opens a call of `path` with `metadata`, and waits at most `patience` until the server has
-    /// taken it.
+    /// accepted it.
     ///
     /// # Errors
     /// [`CallError`].

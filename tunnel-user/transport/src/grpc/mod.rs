@@ -40,40 +40,41 @@ use tunnel_proto::konnectivity::DecodeError;
 /// ALPN of HTTP/2.
 pub const ALPN: &[u8] = b"h2";
 
-/// What gRPC calls its messages when nothing more is said of them.
+/// Content type of gRPC messages in the default encoding.
 const CONTENT_TYPE: &str = "application/grpc";
 
-/// The peer's preface and settings must have come by then.
+/// Timeout for the peer's preface and settings.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// A ping that is not answered by then means that the peer is gone: what grpc-go takes.
+/// Timeout of a ping, after which the peer counts as gone: that of grpc-go.
 const PONG: Duration = Duration::from_secs(20);
 
-/// The most bytes of one stream that are on their way from us to the socket.
+/// Maximum number of bytes of one stream between us and the socket.
 const SEND_BUFFER: usize = 128 << 10;
 
-/// The longest headers, in bytes: an agent's identifiers are the longest part.
+/// Maximum size of headers, in bytes: an agent's identifiers are the longest part.
 const MAX_HEADERS: u32 = 64 << 10;
 
-/// Streams that the peer has reset before they were looked at; more end the connection.
+/// Maximum number of streams that the peer has reset before they were examined; more end the
+/// connection.
 const MAX_RESET: usize = 64;
 
 /// The bounds of one connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// Streams at once that the peer may open.
+    /// Maximum number of concurrent streams of the peer.
     pub streams: u32,
-    /// Bytes that the peer may send on a stream before they are taken.
+    /// Maximum number of bytes that the peer may send on a stream before they are taken.
     pub stream_window: u32,
-    /// What the frames of bytes that wait to be taken may cost beyond those bytes, in h2's
-    /// reckoning of 256 bytes a frame; over it, the connection is ended.
+    /// Maximum cost in bytes of the frames of waiting bytes, beyond those bytes, in h2's calculation of
+    /// 256 bytes per frame; above it, the connection ends.
     pub frame_overhead: usize,
-    /// How often to ask an idle peer for a sign of life; TCP is asked as well ([`tcp`]).
+    /// Interval of pings to an idle peer; TCP has a keepalive too ([`tcp`]).
     pub keepalive: Option<Duration>,
 }
 
 impl Settings {
-    /// Towards frontends: each stream is one connection, and many of them may stand still.
+    /// Settings towards frontends: each stream is one connection, and many of them may stand still.
     pub const FRONTEND: Self = Self {
         streams: 4096,
         stream_window: 256 << 10,
@@ -81,8 +82,8 @@ impl Settings {
         keepalive: None,
     };
 
-    /// Between agent and server: all connections share one stream. A frame of Konnectivity's with
-    /// payload has 16 bytes at least, so a full window costs no more than the overhead allows.
+    /// Settings between agent and server: all connections share one stream. A frame of Konnectivity's
+    /// with payload has 16 bytes at least, so a full window costs no more than the overhead allows.
     pub const AGENT: Self = Self {
         streams: 4,
         stream_window: 1 << 20,
@@ -90,13 +91,13 @@ impl Settings {
         keepalive: None,
     };
 
-    /// Streams never wait for each other's credit.
+    /// Returns a window for all streams together: they never wait for each other's credit.
     fn connection_window(&self) -> u32 {
         self.streams.saturating_mul(self.stream_window)
     }
 }
 
-/// Why a stream gives or takes no more packets.
+/// Reason why a stream gives or takes no more packets.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StreamEnd {
     /// The stream was reset.
@@ -105,28 +106,28 @@ pub enum StreamEnd {
     /// The connection is gone.
     #[error("the connection was lost: {0}")]
     Lost(Arc<h2::Error>),
-    /// The server ended the call, and not in order.
+    /// The server ended the call with an error.
     #[error("the server ended the call: {0}")]
     Status(Status),
-    /// What came is no packet.
+    /// The received data is not a packet.
     #[error(transparent)]
     Packet(#[from] DecodeError),
-    /// It ended within a packet.
+    /// The stream ended within a packet.
     #[error("the stream ended within a packet")]
     Truncated,
-    /// The peer asks for more answers than it reads.
+    /// The peer causes more answers than it reads.
     #[error("the peer does not read what it is answered")]
     Unread,
-    /// An incomplete message takes more than the budget has.
+    /// The budget refuses an incomplete message.
     #[error("there is no memory for the rest of a message")]
     NoMemory,
-    /// We ended it.
+    /// This side ended the stream.
     #[error("the stream was closed")]
     Closed,
 }
 
 impl StreamEnd {
-    /// What a connection that lived on the stream ends with.
+    /// Returns the reason with which connections on the stream end.
     pub fn reason(&self) -> CloseReason {
         match self {
             Self::Reset(_) | Self::Status(_) => CloseReason::PeerReset,
@@ -139,12 +140,12 @@ impl StreamEnd {
 }
 
 impl StreamEnd {
-    /// The status that says so to the peer.
+    /// Returns the status for the peer.
     pub fn status(&self) -> Status {
         Status::new(self.code(), self.to_string())
     }
 
-    /// The code of the status that stands for it.
+    /// Returns the code of that status.
     pub fn code(&self) -> Code {
         match self {
             Self::Status(status) => status.code,
@@ -167,7 +168,7 @@ impl From<h2::Error> for StreamEnd {
     }
 }
 
-/// Asks the peer for signs of life until one is missing.
+/// Pings the peer until an answer is missing.
 async fn until_silent(pings: Option<PingPong>, every: Option<Duration>) {
     let (Some(mut pings), Some(every)) = (pings, every) else {
         return std::future::pending().await;

@@ -1,8 +1,8 @@
-//! The one way out of a stream that many connections share.
+//! The send queue of a stream that many connections share.
 //!
-//! A FIFO: the packets of a connection leave in the order in which they were put in. Data waits for
-//! room, and who waits longest is next; control packets never wait, and a peer that makes us
-//! queue more of them than it reads loses the stream.
+//! A FIFO: the packets of a connection leave in the order in which they were queued. Data waits for
+//! room, the longest waiting first. Control packets never wait, and a peer that makes us queue more of
+//! them than it reads loses the stream.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -16,22 +16,22 @@ use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head};
 use super::{PacketSender, Status, StreamEnd};
 use cpc_observe::konnectivity::{PacketKind, Tally};
 
-/// Payload that may be queued, in bytes.
+/// Maximum queued payload, in bytes.
 const MAX_QUEUED: usize = 128 << 10;
 
-/// Control packets that may be queued, in bytes: two for each of 8192 connections, about.
+/// Maximum size of queued control packets, in bytes: about two for each of 8192 connections.
 const MAX_CONTROL: usize = 512 << 10;
 
-/// A payload below this is copied behind its head: a frame of its own costs more.
+/// Size below which a payload is copied behind its head: a frame of its own costs more.
 const COPY_BELOW: usize = 4 << 10;
 
-/// Shared by the connections of one stream, and by the task that [drives](Self::drive) it.
+/// A queue shared by the connections of one stream, and by the task that [drives](Self::drive) it.
 #[derive(Debug)]
 pub struct Outbox {
     queue: RefCell<VecDeque<Entry>>,
-    /// Permits are bytes of payload; closed with the outbox. It is fair.
+    /// Permits for bytes of payload, in fair order; closed with the outbox.
     room: Semaphore,
-    /// Bytes of control packets in the queue.
+    /// Size of the control packets in the queue, in bytes.
     control: Cell<usize>,
     filled: Notify,
     blocked_since: Cell<Option<Instant>>,
@@ -42,10 +42,10 @@ pub struct Outbox {
 
 #[derive(Debug)]
 struct Entry {
-    /// A head and its payload, or one of them empty.
+    /// A head and its payload, either of which may be empty.
     head: Bytes,
     payload: Bytes,
-    /// What is given back when it has left.
+    /// Cost to be released when the packet has left.
     cost: Cost,
 }
 
@@ -58,18 +58,18 @@ enum Cost {
 #[derive(Debug)]
 enum State {
     Open,
-    /// Nothing more is put in; what is in leaves, and then the half ends.
+    /// Nothing more is queued; the queue is sent, and then the half ends.
     Finishing(Status),
     Ended(StreamEnd),
 }
 
 impl Outbox {
-    /// An empty one, to be [driven](Self::drive).
+    /// Creates an empty queue, to be [driven](Self::drive).
     pub fn new() -> Rc<Self> {
         Self::counting(Tally::default())
     }
 
-    /// One that counts what is put in.
+    /// Creates a queue that counts its packets.
     pub fn counting(tally: Tally) -> Rc<Self> {
         Rc::new(Self {
             queue: RefCell::default(),
@@ -83,8 +83,8 @@ impl Outbox {
         })
     }
 
-    /// Queues `data` of a connection, in packets of [`MAX_DATA`], waiting for room before each;
-    /// leaves it empty. Cancelling loses nothing: what has not been queued is still in `data`.
+    /// Queues `data` of a connection, in packets of [`MAX_DATA`], waiting for room before each; leaves
+    /// it empty. Cancelling loses nothing: unqueued bytes are still in `data`.
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
@@ -114,7 +114,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// Queues a control packet. Where the peer has let too many pile up, the stream ends instead.
+    /// Queues a control packet. Ends the stream where the peer has let too many pile up.
     pub fn push(&self, packet: &Packet) {
         if !matches!(*self.state.borrow(), State::Open) {
             return;
@@ -140,7 +140,7 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// Takes nothing more; once what was queued has left, the half ends with `status`.
+    /// Refuses further packets. Once the queue is sent, the half ends with `status`.
     pub fn finish(&self, status: Status) {
         let mut state = self.state.borrow_mut();
         if matches!(*state, State::Open) {
@@ -150,7 +150,7 @@ impl Outbox {
         }
     }
 
-    /// Ends the stream at once; what was queued is discarded. The first end counts.
+    /// Ends the stream at once; the queue is discarded. The first end counts.
     pub fn close(&self, end: StreamEnd) {
         let mut state = self.state.borrow_mut();
         if !matches!(*state, State::Ended(_)) {
@@ -172,12 +172,12 @@ impl Outbox {
         }
     }
 
-    /// Since when there is something to send that the peer gives no credit for, if so.
+    /// Returns since when the queue waits for credit of the peer, if so.
     pub fn blocked_since(&self) -> Option<Instant> {
         self.blocked_since.get()
     }
 
-    /// Sends what is queued, until the stream ends: then it is closed.
+    /// Sends the queue until the stream ends, then closes it.
     pub async fn drive(&self, mut sender: PacketSender) -> StreamEnd {
         let end = tokio::select! {
             end = self.ended() => {

@@ -11,20 +11,20 @@ use super::{Code, Status, StreamEnd};
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 
-/// Bytes of an incomplete message that are part of what a stream costs.
+/// Bytes of an incomplete message that are part of a stream's fixed cost.
 const FREE: usize = 64 << 10;
 
-/// Takes packets off a stream. The peer has its credit back once all packets of an HTTP/2 frame
-/// have been taken and another one is asked for.
+/// A receiver of the packets of a stream. The peer has its credit back once all packets of an HTTP/2
+/// frame have been taken and another one is requested.
 #[derive(Debug)]
 pub struct PacketReceiver {
     stream: RecvStream,
     decoder: Decoder,
-    /// What has been received and not decoded.
+    /// Received data that is not decoded.
     chunk: Bytes,
     /// Bytes whose credit the peer does not have back.
     held: usize,
-    /// What an incomplete message is charged to.
+    /// Charge for an incomplete message.
     charge: Option<Charge>,
 }
 
@@ -39,7 +39,7 @@ impl PacketReceiver {
         }
     }
 
-    /// Charges `budget` for what has come of a message that is not complete.
+    /// Charges `budget` for the received part of an incomplete message.
     pub fn charge_to(&mut self, budget: &Budget) {
         self.charge = Some(Charge::new(budget.clone()));
     }
@@ -52,7 +52,7 @@ impl PacketReceiver {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// As [`next`](Self::next), for those who share it among futures of one task.
+    /// Polls for the next packet as [`next`](Self::next) does, for several futures of one task.
     ///
     /// # Errors
     /// [`StreamEnd`]; nothing follows.

@@ -10,15 +10,15 @@ use http::HeaderMap;
 
 use super::{Status, StreamEnd};
 
-/// Puts framed packets on a stream. Dropped before [`finish`](Self::finish), and with its receiver,
-/// the stream is reset.
+/// A sender of framed packets. Dropped before [`finish`](Self::finish), and with its receiver, the
+/// stream is reset.
 #[derive(Debug)]
 pub struct PacketSender {
     stream: SendStream<Bytes>,
     side: Side,
 }
 
-/// How a side ends its half.
+/// Side of a stream, which determines how its half ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Client,
@@ -30,9 +30,8 @@ impl PacketSender {
         Self { stream, side }
     }
 
-    /// Hands over bytes of framed packets, waiting for credit; leaves `bytes` empty. Cancelling
-    /// loses nothing: what has not been taken is still in `bytes`, and must be sent before
-    /// anything else.
+    /// Sends bytes of framed packets, waiting for credit; leaves `bytes` empty. Cancelling loses
+    /// nothing: unsent bytes are still in `bytes`, and must be sent before anything else.
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
@@ -40,7 +39,7 @@ impl PacketSender {
         poll_fn(|cx| self.poll_send(cx, bytes)).await
     }
 
-    /// As [`send`](Self::send), for those who share it among futures of one task.
+    /// Polls a send as [`send`](Self::send) does, for several futures of one task.
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
@@ -61,8 +60,8 @@ impl PacketSender {
         }
     }
 
-    /// Hands over what there is credit for, and leaves the rest in `bytes`, to be sent before
-    /// anything else.
+    /// Sends as much as there is credit for, and leaves the rest in `bytes`, to be sent before anything
+    /// else.
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
@@ -81,7 +80,7 @@ impl PacketSender {
         Ok(())
     }
 
-    /// Hands over the last words, credit or not: they are kept until there is some, or until the
+    /// Queues the last bytes, regardless of credit: they are kept until there is some, or until the
     /// stream has ended.
     pub fn send_last(&mut self, bytes: Bytes) {
         // Fails only where the stream has ended before.
@@ -93,7 +92,7 @@ impl PacketSender {
         poll_fn(|cx| self.poll_reset(cx)).await
     }
 
-    /// As [`reset`](Self::reset), for those who share it among futures of one task.
+    /// Polls for a reset as [`reset`](Self::reset) does, for several futures of one task.
     pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamEnd> {
         Poll::Ready(match ready!(self.stream.poll_reset(cx)) {
             Ok(reason) => StreamEnd::Reset(reason),
@@ -101,7 +100,7 @@ impl PacketSender {
         })
     }
 
-    /// Ends our half behind what was sent. A server's half carries `status`, a client's has none.
+    /// Ends our half behind the sent bytes. A server's half carries `status`, a client's has none.
     pub fn finish(&mut self, status: &Status) {
         // Fails only where the stream has ended before.
         let _ = match self.side {
@@ -114,12 +113,12 @@ impl PacketSender {
         };
     }
 
-    /// Resets the stream: what was sent may be discarded.
+    /// Resets the stream: sent bytes may be discarded.
     pub fn abort(&mut self) {
         self.stream.send_reset(Reason::CANCEL);
     }
 
-    /// Why the stream takes nothing.
+    /// Returns the reason why the stream takes nothing.
     fn end(&mut self) -> StreamEnd {
         // There is nothing more to be woken for.
         match self.poll_reset(&mut Context::from_waker(Waker::noop())) {

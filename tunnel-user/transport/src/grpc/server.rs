@@ -1,4 +1,4 @@
-//! The server's side: takes calls of one path from a connection.
+//! The server side: accepts calls of one path from a connection.
 
 use std::pin::pin;
 
@@ -15,13 +15,13 @@ use super::{
     SEND_BUFFER, Settings, Status, StreamEnd, until_silent,
 };
 
-/// Why a connection ended, and not in order.
+/// Reason why a connection ended, except the orderly end.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// HTTP/2.
+    /// HTTP/2 failed.
     #[error(transparent)]
     Http(#[from] h2::Error),
-    /// The peer did not say that it speaks HTTP/2.
+    /// The peer's HTTP/2 preface did not arrive in time.
     #[error("no HTTP/2 preface within {} s", HANDSHAKE.as_secs())]
     Handshake,
     /// The peer has not answered a ping.
@@ -29,11 +29,11 @@ pub enum ServeError {
     Silent,
 }
 
-/// Serves a connection until it ends. Calls of `path` are given to `on_call`, which must not wait:
-/// the connection moves only while this does. After `stopping` no new calls are taken.
+/// Serves a connection until it ends. Calls of `path` go to `on_call`, which must not wait: the
+/// connection moves only while this does. After `stopping` no new calls are accepted.
 ///
 /// # Errors
-/// [`ServeError`]; a peer that leaves without a word is one.
+/// [`ServeError`]; a peer that vanishes is one.
 pub async fn serve(
     io: impl AsyncRead + AsyncWrite + Unpin,
     settings: &Settings,
@@ -76,7 +76,7 @@ pub async fn serve(
     }
 }
 
-/// Answers what is no call of `path`.
+/// Answers requests that are not a call of `path`.
 fn route(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
@@ -112,7 +112,7 @@ fn route(
     None
 }
 
-/// A call that has yet to be answered. Dropped, it is reset.
+/// A call that is not answered yet. Dropped, it is reset.
 #[derive(Debug)]
 pub struct Call {
     headers: HeaderMap,
@@ -121,13 +121,13 @@ pub struct Call {
 }
 
 impl Call {
-    /// The values of one field of the metadata, as far as they are text.
+    /// Iterates over the values of one field of the metadata that are text.
     pub fn metadata(&self, name: &str) -> impl Iterator<Item = &str> {
         let values = self.headers.get_all(name).into_iter();
         values.filter_map(|value| value.to_str().ok())
     }
 
-    /// Takes the call. The caller gets the headers at once, with `metadata`; a value that is not
+    /// Accepts the call. The caller gets the headers at once, with `metadata`; a value that is not
     /// visible ASCII is left out.
     ///
     /// # Errors
@@ -149,7 +149,7 @@ impl Call {
         ))
     }
 
-    /// Ends the call without having taken it.
+    /// Refuses the call.
     pub fn refuse(mut self, status: &Status) {
         let mut response = response();
         status.write(response.headers_mut());

@@ -1,17 +1,17 @@
-//! How a call ended: gRPC's status, in the trailers of a stream.
+//! Status of a call, in the trailers of a stream.
 
 use std::fmt;
 
 use http::{HeaderMap, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
-/// The longest message that is kept of a peer's status, in characters.
+/// Maximum length of the message of a peer's status, in characters.
 const MAX_MESSAGE: usize = 512;
 
 const CODE: &str = "grpc-status";
 const MESSAGE: &str = "grpc-message";
 
-/// What is escaped in a message, beside what is not ASCII.
+/// Characters to escape in a message, beside those that are not ASCII.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 
 /// A status code of gRPC.
@@ -19,35 +19,35 @@ const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 pub struct Code(u8);
 
 impl Code {
-    /// In order.
+    /// The orderly end.
     pub const OK: Self = Self(0);
-    /// The caller does not want it any more.
+    /// The caller cancelled the call.
     pub const CANCELLED: Self = Self(1);
     /// A failure without a code of its own.
     pub const UNKNOWN: Self = Self(2);
-    /// It took too long.
+    /// The call took too long.
     pub const DEADLINE_EXCEEDED: Self = Self(4);
-    /// The caller may not.
+    /// The caller lacks permission.
     pub const PERMISSION_DENIED: Self = Self(7);
-    /// A bound was reached.
+    /// A limit was reached.
     pub const RESOURCE_EXHAUSTED: Self = Self(8);
-    /// There is no such method.
+    /// The method does not exist.
     pub const UNIMPLEMENTED: Self = Self(12);
-    /// Somebody does not keep to the protocol.
+    /// A peer violated the protocol.
     pub const INTERNAL: Self = Self(13);
-    /// It may work later, or elsewhere.
+    /// The call may succeed later, or elsewhere.
     pub const UNAVAILABLE: Self = Self(14);
-    /// It is not known who the caller is.
+    /// The caller is not authenticated.
     pub const UNAUTHENTICATED: Self = Self(16);
 
-    /// Its name, for metrics.
+    /// Returns the name, for metrics.
     pub fn name(self) -> &'static str {
         let name = NAMES.get(usize::from(self.0));
         name.copied().unwrap_or("Unknown")
     }
 }
 
-/// As gRPC for Go writes them.
+/// Names as in gRPC for Go.
 const NAMES: [&str; 17] = [
     "OK",
     "Canceled",
@@ -68,22 +68,22 @@ const NAMES: [&str; 17] = [
     "Unauthenticated",
 ];
 
-/// How a call ended.
+/// Status of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// The code.
     pub code: Code,
-    /// For the person who called.
+    /// Text for the person who called.
     pub message: String,
 }
 
 impl Status {
-    /// The orderly end.
+    /// Returns the status of the orderly end.
     pub fn ok() -> Self {
         Self::new(Code::OK, "")
     }
 
-    /// Any end.
+    /// Creates any status.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -103,7 +103,7 @@ impl Status {
         }
     }
 
-    /// Reads the status in headers or trailers, if there is one. A code that is none is UNKNOWN.
+    /// Reads the status in headers or trailers, if there is one. An invalid code is UNKNOWN.
     pub(super) fn read(from: &HeaderMap) -> Option<Self> {
         let code = from.get(CODE)?.to_str().ok().and_then(|c| c.parse().ok());
         let message = from.get(MESSAGE).and_then(|m| m.to_str().ok());

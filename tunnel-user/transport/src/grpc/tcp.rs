@@ -1,5 +1,5 @@
-//! TCP below HTTP/2: a peer that is gone without a word must be noticed, also where there is
-//! nothing to send, for its connections hang meanwhile.
+//! TCP below HTTP/2: it must detect a vanished peer even where there is nothing to send, because the
+//! connections of the peer hang meanwhile.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 
-/// A peer that has acknowledged nothing for so long is gone (`TCP_USER_TIMEOUT`, tcp(7)); one whose
-/// process has stopped reading for so long counts as gone as well.
+/// Time without acknowledgement after which a peer is gone (`TCP_USER_TIMEOUT`, tcp(7)). A peer whose
+/// process has not read for so long counts as gone as well.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// Prepares a connected socket, or a listener, whose accepted sockets inherit it on Linux.
+/// Prepares a connected socket, or a listener, whose accepted sockets inherit its options on Linux.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub fn prepare(socket: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;

@@ -1,7 +1,7 @@
-//! Endpoints, configured once for all.
+//! Configuration of all endpoints.
 //!
-//! A server gives an agent one bidirectional stream, its control stream, and nothing else: agents
-//! can open nothing towards the control plane. An agent gives the server [`MAX_DIALS`].
+//! A server gives an agent one bidirectional stream, its control stream, and nothing else: agents can
+//! open nothing towards the control plane. An agent gives the server [`MAX_DIALS`].
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -26,44 +26,45 @@ use cpc_config::transport::MAX_DIALS;
 use cpc_host::report::report;
 use cpc_identity::{ALPN, Material, Role, tunnel_provider};
 
-/// Bytes that the far side may send on one stream before they are read: what a stopped reader can
-/// cost. Above the bandwidth-delay product of 1 Gbit/s at 8 ms.
+/// Maximum number of bytes that the far side may send on one stream before they are read: the cost of a
+/// stopped reader. Above the bandwidth-delay product of 1 Gbit/s at 8 ms.
 pub const STREAM_WINDOW: u32 = 1 << 20;
 
-/// Bytes of packets that quinn-proto keeps at most for a stream whose reader has stopped: its assembler
-/// joins chunks once they take one and a half windows more than they hold.
+/// Maximum number of bytes of packets that quinn-proto keeps for a stream whose reader has stopped: its
+/// assembler joins chunks once they take one and a half windows more than they hold.
 pub const STREAM_HELD: u32 = STREAM_WINDOW / 2 * 5;
 
-/// Bytes sent and not yet acknowledged on one tunnel.
+/// Maximum number of unacknowledged bytes on one tunnel.
 const SEND_WINDOW: u64 = 16 << 20;
 
-/// A tunnel without a sign of life for so long is over, with all its streams.
+/// Time without a packet after which a tunnel ends, with all its streams.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// Packets of a handshake are sent again after three times this: servers come back in seconds.
+/// Assumed initial round-trip time. Handshakes are retransmitted after three times this: servers come
+/// back in seconds.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
-/// Streams of an agent's: the control stream.
+/// Number of streams that an agent may open: the control stream.
 const AGENTS_STREAMS: u32 = 1;
 
-/// The largest payload of a UDP datagram that is received (RFC 9000 section 18.2).
+/// Maximum payload of a received UDP datagram (RFC 9000 section 18.2).
 const MAX_PAYLOAD: u16 = 65_527;
 
-/// A packet is lost when so many that were sent after it have arrived, or one that was sent so much
-/// of a round-trip time after it. RFC 9002's 3 packets and 1/8 take every packet for lost that others
-/// overtake on a path with several ways: where 2 % came up to 10 ms late, of 50 ms, 2.6 Mbit/s were
-/// left of 100, and with these 37. The kernel's TCP begins with a quarter of the round-trip time too,
-/// and goes by time alone (RACK, RFC 8985); the bound on packets is for fast paths, where a timer is
-/// slow.
+/// Packet and time thresholds of loss detection: a packet is lost when so many later ones have arrived,
+/// or one that was sent so much of a round-trip time later. RFC 9002's 3 packets and 1/8 take every
+/// packet for lost that others overtake on a path with several ways: where 2 % came up to 10 ms late,
+/// of 50 ms, 2.6 Mbit/s were left of 100, and with these 37. The kernel's TCP begins with a quarter of
+/// the round-trip time too, and goes by time alone (RACK, RFC 8985); the bound on packets is for fast
+/// paths, where a timer is slow.
 const OVERTAKEN_BY: u32 = 256;
 const LATE: f32 = 1.25;
 
-/// Handshakes that may be waiting to be accepted; further ones are refused.
+/// Maximum number of handshakes that wait to be accepted; further ones are refused.
 const MAX_INCOMING: usize = 1024;
 
-/// Why there is no endpoint.
+/// Reason why there is no endpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
     /// The socket can't be used.
@@ -89,18 +90,18 @@ impl From<NoInitialCipherSuite> for EndpointError {
     }
 }
 
-/// What all endpoints of a process have in common.
+/// State that all endpoints of a process share.
 #[derive(Clone, Debug)]
 pub struct Setup {
     path: PathConfig,
-    /// Whether many packets may be sent by one call.
+    /// Whether one call may send many packets.
     is_segmented: bool,
     udp: UdpMetrics,
     memory: MemoryBounds,
 }
 
 impl Setup {
-    /// Looks once at what this kernel can do, and says so.
+    /// Probes the kernel once, and logs missing features.
     pub fn new(path: PathConfig, memory: MemoryBounds, registry: &mut Registry) -> Self {
         let udp = UdpMetrics::register(registry);
         let offload = offload::check().unwrap_or_else(|error| {
@@ -138,7 +139,7 @@ impl Setup {
     }
 }
 
-/// What a server gives each agent.
+/// Configuration that a server uses for each agent.
 #[derive(Debug)]
 pub(super) struct Acceptor {
     common: ServerConfig,
@@ -147,25 +148,25 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// The configuration for an agent, which depends on where it is.
+    /// Returns the configuration for an agent, which depends on its address.
     pub(super) fn config(&self, remote: SocketAddr) -> Arc<ServerConfig> {
         let mut config = self.common.clone();
         config.transport_config(Arc::new(self.setup.transport(remote, AGENTS_STREAMS)));
         Arc::new(config)
     }
 
-    /// Makes the shard's connection ids.
+    /// Returns the generator of the shard's connection ids.
     pub(super) fn ids(&self) -> &Generator {
         &self.ids
     }
 
-    /// What holds for all of them.
+    /// Returns the configuration that all agents share.
     pub(super) fn common(&self) -> Arc<ServerConfig> {
         Arc::new(self.common.clone())
     }
 }
 
-/// An endpoint, and what is wrong with the host for the job.
+/// An endpoint, with complaints about the host.
 #[derive(Debug)]
 pub struct Opened {
     /// The endpoint.
@@ -174,7 +175,7 @@ pub struct Opened {
     pub complaints: Vec<String>,
 }
 
-/// Opens a server's endpoint for one shard on the running runtime, over a bound socket.
+/// Opens a server's endpoint for one shard on the current runtime, over a bound socket.
 ///
 /// # Errors
 /// [`EndpointError`].
@@ -209,11 +210,11 @@ pub fn server(
     open(udp, endpoint, Some(acceptor), setup)
 }
 
-/// Opens an agent's endpoint for one tunnel, on a source port of its own: behind a virtual address
-/// each tunnel may then reach another server.
+/// Opens an agent's endpoint for one tunnel, on a source port of its own: behind a virtual address each
+/// tunnel may then reach another server.
 ///
-/// The configuration is for [`Endpoint::connect`]. `number` tells this tunnel from the others of
-/// `spread`: they land on different shards of the server.
+/// The configuration is for [`Endpoint::connect`]. `number` distinguishes this tunnel from the others
+/// of `spread`: they arrive at different shards of the server.
 ///
 /// # Errors
 /// [`EndpointError`].

@@ -1,4 +1,4 @@
-//! One connection: its state, who waits for what, and the handle that its users hold.
+//! One connection: its state, its waiting tasks, and the handle that its users hold.
 
 use std::cell::{RefCell, RefMut};
 use std::collections::HashMap;
@@ -30,10 +30,10 @@ use super::waiting::{Interest, Waiting};
 use super::{error_code, path};
 use cpc_datapath::Budget;
 
-/// What a packet may have on Ethernet, in bytes.
+/// UDP payload of a full packet on Ethernet, in bytes.
 const USUAL_PACKET: u16 = 1472;
 
-/// A connection. The last handle that goes closes it, with all its streams.
+/// A connection. Dropping the last handle closes it, with all its streams.
 #[derive(Clone)]
 pub struct Connection(Rc<Handle>);
 
@@ -42,73 +42,73 @@ struct Handle(Rc<Inner>);
 /// A connection as its endpoint and its streams know it.
 pub(super) struct Inner {
     pub(super) handle: ConnectionHandle,
-    /// Gone when the endpoint's driver is.
+    /// Endpoint, gone when its driver is.
     endpoint: Weak<Shared>,
     state: RefCell<State>,
     view: Arc<PathView>,
-    /// Something has become of the handshake, the connection or the peer's credit for streams.
+    /// Notification of changes of the handshake, the connection or the peer's credit for streams.
     changed: Notify,
 }
 
 pub(super) struct State {
     pub(super) proto: quinn_proto::Connection,
     pub(super) timer: Timer,
-    /// What the socket has not taken yet, and its contents.
+    /// Packets that the socket has not taken yet, with their contents.
     pub(super) unsent: Option<(quinn_proto::Transmit, Vec<u8>)>,
-    /// How far the peer's address is certain.
+    /// Validation of the peer's address.
     pub(super) validation: Validation,
-    /// What may not go there yet, and its contents.
+    /// Packets that may not go to the peer's address yet, with their contents.
     pub(super) held_back: Option<(quinn_proto::Transmit, Vec<u8>)>,
-    /// Why there is no connection any more.
+    /// Error that ended the connection.
     error: Option<ConnectionError>,
     is_connected: bool,
-    /// The driver knows that there may be something to send.
+    /// Whether the driver knows that there may be something to send.
     is_noted: bool,
     pub(super) turns: Turns,
     /// Streams that wait for the next turn.
     late: Vec<StreamId>,
-    /// Who waits for a stream.
+    /// Tasks that wait for a stream.
     waiting: HashMap<StreamId, Waiting, FxBuildHasher>,
-    /// What is held of what the peer has sent.
+    /// Memory held for the peer's data.
     pub(super) ledger: Ledger,
-    /// Streams that we ended while their halves are in use, and why.
+    /// Streams that we ended while their halves are in use, and the reason.
     ended: HashMap<StreamId, CloseReason, FxBuildHasher>,
-    /// The stream without which the connection is of no use.
+    /// The stream that the connection can't do without.
     pub(super) vital: Option<StreamId>,
     /// Size of the packet that opened the peer's last stream.
     opened_by: usize,
-    /// Sending halves that are in use.
+    /// Number of sending halves in use.
     pub(super) senders: usize,
-    /// Resets of streams that have arrived, as far as the ledger knows of them.
+    /// Number of resets of streams that the ledger has seen.
     resets: u64,
 }
 
-/// The path as others see it, from any thread. It follows the connection.
+/// The path as other threads see it. It follows the connection.
 #[derive(Debug)]
 pub struct PathView {
     rtt_micros: AtomicU64,
     payload: AtomicU16,
-    /// When the last packet arrived, in microseconds since [`START`].
+    /// Arrival of the last packet, in microseconds since [`START`].
     heard_micros: AtomicU64,
     remote: Mutex<SocketAddr>,
 }
 
-/// What `heard_micros` counts from.
+/// Origin of `heard_micros`.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl PathView {
-    /// Smoothed round-trip time.
+    /// Returns the smoothed round-trip time.
     pub fn rtt(&self) -> Duration {
         Duration::from_micros(self.rtt_micros.load(Ordering::Relaxed))
     }
 
-    /// The largest IP packet, in bytes, that is sent to the peer.
+    /// Returns the size of the largest IP packet sent to the peer, in bytes.
     pub fn mtu(&self) -> u16 {
         let payload = self.payload.load(Ordering::Relaxed);
         payload.saturating_add(path::overhead(self.remote().ip()))
     }
 
-    /// The time since the last packet from the peer.
+    /// Returns the time since the last packet from the peer.
     pub fn since_packet(&self) -> Duration {
         let heard = Duration::from_micros(self.heard_micros.load(Ordering::Relaxed));
         START.elapsed().saturating_sub(heard)
@@ -120,7 +120,7 @@ impl PathView {
         self.heard_micros.store(micros, Ordering::Relaxed);
     }
 
-    /// The peer's address as it is now.
+    /// Returns the peer's current address.
     pub fn remote(&self) -> SocketAddr {
         *self.remote.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -131,7 +131,7 @@ impl PathView {
 }
 
 impl State {
-    /// Whether anything can be done with it.
+    /// Checks that the connection is usable.
     pub(super) fn check(&self) -> Result<(), ConnectionError> {
         match &self.error {
             Some(error) => Err(error.clone()),
@@ -139,7 +139,7 @@ impl State {
         }
     }
 
-    /// Has `waker` woken when there may be news.
+    /// Registers `waker` for `interest` in a stream.
     pub(super) fn wait(&mut self, id: StreamId, interest: Interest, waker: &Waker) {
         match self.waiting.entry(id) {
             Entry::Occupied(mut waiting) => waiting.get_mut().add(interest, waker),
@@ -147,13 +147,13 @@ impl State {
         }
     }
 
-    /// Whether `waker` still waits for that: nothing has happened since it asked.
+    /// Whether `waker` is still registered: nothing has happened since.
     pub(super) fn still_waits(&self, id: StreamId, interest: Interest, waker: &Waker) -> bool {
         let waiting = self.waiting.get(&id);
         waiting.is_some_and(|waiting| waiting.is_for(interest, waker))
     }
 
-    /// Nobody waits for that any more.
+    /// Removes the registration.
     pub(super) fn forget(&mut self, id: StreamId, interest: Interest) {
         if let Entry::Occupied(mut waiting) = self.waiting.entry(id)
             && waiting.get_mut().remove(interest)
@@ -168,13 +168,14 @@ impl State {
         }
     }
 
-    /// Has `waker` woken in the next turn.
+    /// Registers `waker` for the next turn.
     pub(super) fn wait_for_turn(&mut self, id: StreamId, waker: &Waker) {
         self.late.push(id);
         self.wait(id, Interest::Write, waker);
     }
 
-    /// Everything has been sent: who has had its turn may write again.
+    /// Starts the next turn after everything has been sent: streams that had their turn may write
+    /// again.
     pub(super) fn next_turn(&mut self) {
         let window = self.proto.congestion_state().window();
         self.turns.next(window, self.proto.rtt());
@@ -188,7 +189,7 @@ impl State {
         self.waiting.drain().for_each(|(_, waiting)| waiting.end());
     }
 
-    /// Why we ended a stream whose halves are in use.
+    /// Returns the reason with which we ended a stream whose halves are in use.
     pub(super) fn ended(&self, id: StreamId) -> Option<CloseReason> {
         self.ended.get(&id).copied()
     }
@@ -200,14 +201,14 @@ impl State {
         Some(id)
     }
 
-    /// The receiving half of a stream has gone.
+    /// Forgets a stream whose receiving half has gone.
     pub(super) fn forget_stream(&mut self, id: StreamId) {
         self.forget(id, Interest::Read);
         self.ledger.forget(id);
         self.ended.remove(&id);
     }
 
-    /// Ends a stream in both directions, whoever uses it.
+    /// Ends a stream in both directions, whatever its users do.
     pub(super) fn end_stream(&mut self, id: StreamId, reason: CloseReason) {
         let code = error_code(reason);
         // Either fails only when that half has ended.
@@ -222,14 +223,14 @@ impl State {
         }
     }
 
-    /// Streams that nobody writes to any more, whose end the peer has not acknowledged.
+    /// Returns the number of streams without writer whose end the peer has not acknowledged.
     fn unacknowledged(&mut self) -> usize {
         let senders = self.proto.streams().send_streams();
         senders.saturating_sub(self.senders)
     }
 
-    /// Looks which of the streams that were stopped the peer has ended. Those that it has reset by itself
-    /// are taken for some of them: the reader of such a one ends it without a stop.
+    /// Counts the stopped streams that the peer has ended. Streams that it has reset by itself count
+    /// for some of them: their reader ends them without a stop.
     fn count_ended(&mut self) {
         let resets = self.proto.stats().frame_rx.reset_stream;
         let new = resets - std::mem::replace(&mut self.resets, resets);
@@ -279,17 +280,17 @@ impl Inner {
         })
     }
 
-    /// Its state. Never held while something else runs.
+    /// Borrows the state. Must not be held while something else runs.
     pub(super) fn state(&self) -> RefMut<'_, State> {
         self.state.borrow_mut()
     }
 
-    /// A packet has arrived.
+    /// Notes that a packet has arrived.
     pub(super) fn heard(&self, now: Instant) {
         self.view.heard(now);
     }
 
-    /// There may be something to send: the driver's next pass looks.
+    /// Notes that there may be something to send, for the driver's next pass.
     pub(super) fn note(&self, state: &mut State) {
         if !std::mem::replace(&mut state.is_noted, true)
             && let Some(endpoint) = self.endpoint.upgrade()
@@ -298,14 +299,14 @@ impl Inner {
         }
     }
 
-    /// The driver looks now.
+    /// Borrows the state for the driver, and clears the note.
     pub(super) fn taken_note(&self) -> RefMut<'_, State> {
         let mut state = self.state();
         state.is_noted = false;
         state
     }
 
-    /// Takes in a packet of `size` bytes from `from`.
+    /// Handles a packet of `size` bytes from `from`.
     pub(super) fn take_in(
         &self,
         state: &mut State,
@@ -325,14 +326,14 @@ impl Inner {
         self.note(state);
     }
 
-    /// A timer has fired.
+    /// Handles a timer.
     pub(super) fn time_out(&self, state: &mut State, now: Instant) {
         state.proto.handle_timeout(now);
         state.validation.restored(state.proto.remote_address());
         self.note(state);
     }
 
-    /// Passes on what a packet of `size` bytes has brought, and keeps within the bounds of what is held.
+    /// Wakes the tasks that a packet of `size` bytes concerns, and keeps held memory within its bounds.
     fn arrived(&self, state: &mut State, size: usize) {
         self.pass_on(state, size);
         if state.error.is_some() {
@@ -356,7 +357,7 @@ impl Inner {
         }
     }
 
-    /// Ends it and everything on it for `reason`, which is then that of its end here as well.
+    /// Ends the connection and everything on it for `reason`, which is then the reason here as well.
     fn end_for(&self, state: &mut State, reason: CloseReason) {
         let (code, text) = (error_code(reason), reason.label());
         state
@@ -403,7 +404,7 @@ impl Inner {
         }
     }
 
-    /// Passes on what has become of the connection.
+    /// Wakes tasks after a change of the connection.
     pub(super) fn announce(&self, state: &mut State) {
         // What packets bring was passed on with them.
         self.pass_on(state, 0);
@@ -417,7 +418,7 @@ impl Inner {
         }
     }
 
-    /// Ends it and everything on it; without effect on one that has ended.
+    /// Closes the connection and everything on it; no effect on a closed one.
     pub(super) fn close(&self, code: VarInt, reason: Bytes) {
         let mut state = self.state();
         if state.error.is_some() {
@@ -429,13 +430,13 @@ impl Inner {
         self.note(&mut state);
     }
 
-    /// The endpoint has gone.
+    /// Handles the end of the endpoint.
     pub(super) fn abandon(&self) {
         self.state().end(ConnectionError::LocallyClosed);
         self.changed.notify_waiters();
     }
 
-    /// Waits until `ready` has something to give, looking whenever something has changed.
+    /// Waits until `ready` gives a value, polling it after each change.
     async fn when<T>(
         &self,
         mut ready: impl FnMut(&mut State) -> Poll<T>,
@@ -457,10 +458,10 @@ impl Inner {
 }
 
 impl Connection {
-    /// Takes a connection under way and waits until the peer is known.
+    /// Waits until the handshake of a connection is done.
     ///
     /// # Errors
-    /// Why the handshake failed.
+    /// The error of the handshake.
     pub(super) async fn established(inner: Rc<Inner>) -> Result<Self, ConnectionError> {
         // From here on giving up closes it.
         let connection = Self(Rc::new(Handle(inner)));
@@ -479,7 +480,7 @@ impl Connection {
     /// Opens a bidirectional stream. Waits for the peer's permission.
     ///
     /// # Errors
-    /// Why the connection is gone.
+    /// The error that ended the connection.
     pub async fn open_bi(&self) -> Result<(Send, Recv), ConnectionError> {
         let open = |state: &mut State| match state.check().is_ok() {
             true => state.open().into_poll(),
@@ -489,10 +490,10 @@ impl Connection {
         Ok(self.halves(id))
     }
 
-    /// Waits for a bidirectional stream of the peer's.
+    /// Waits for a bidirectional stream of the peer.
     ///
     /// # Errors
-    /// Why the connection is gone.
+    /// The error that ended the connection.
     pub async fn accept_bi(&self) -> Result<(Send, Recv), ConnectionError> {
         let accept = |state: &mut State| {
             let id = state.proto.streams().accept(Dir::Bi)?;
@@ -511,7 +512,7 @@ impl Connection {
         (Send::new(inner.clone(), id), Recv::new(inner.clone(), id))
     }
 
-    /// Has what is held of the peer's charged to a part of the process's budget.
+    /// Charges the memory held for the peer to a part of the process's budget.
     pub fn charge_to(&self, budget: &Budget) {
         let inner = self.inner();
         let mut state = inner.state();
@@ -520,40 +521,40 @@ impl Connection {
         }
     }
 
-    /// Bytes of the peer's that are held.
+    /// Returns the number of bytes held for the peer.
     #[cfg(test)]
     pub(super) fn held(&self) -> u64 {
         self.inner().state().ledger.held()
     }
 
-    /// Resets of streams that have arrived.
+    /// Returns the number of resets of streams that have arrived.
     #[cfg(test)]
     pub(super) fn resets(&self) -> u64 {
         self.inner().state().proto.stats().frame_rx.reset_stream
     }
 
-    /// Whether there is a stream that nobody writes to any more, of which the peer may not know all: answer,
-    /// end or reset may be lost with the connection.
+    /// Whether there is a stream without writer of which the peer may lack a part: answer, end or reset
+    /// may be lost with the connection.
     pub fn has_unacknowledged(&self) -> bool {
         self.inner().state().unacknowledged() > 0
     }
 
-    /// Ends it and everything on it.
+    /// Closes the connection and everything on it.
     pub fn close(&self, code: VarInt, reason: &[u8]) {
         self.inner().close(code, Bytes::copy_from_slice(reason));
     }
 
-    /// The peer's address.
+    /// Returns the peer's address.
     pub fn remote_address(&self) -> SocketAddr {
         self.inner().view.remote()
     }
 
-    /// The path, for other threads.
+    /// Returns the path, for other threads.
     pub fn path(&self) -> Arc<PathView> {
         self.inner().view.clone()
     }
 
-    /// The peer's certificate; its verifier has let it in.
+    /// Returns the peer's certificate, which its verifier has accepted.
     pub fn peer_certificate(&self) -> Option<CertificateDer<'static>> {
         let state = self.inner().state();
         // As rustls hands it on.

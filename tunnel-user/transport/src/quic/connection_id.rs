@@ -25,18 +25,18 @@ pub(super) const LEN: usize = 16;
 pub(super) const SHARD_AT: usize = 1;
 const TAG_AT: usize = 12;
 
-/// Makes and checks the connection ids of one shard of one server. Clones share a diversion.
+/// Generator and verifier of the connection ids of one shard of one server. Clones share a diversion.
 #[derive(Clone)]
 pub struct Generator {
     key: hmac::Key,
     server: [u8; 2],
     shard: u8,
-    /// The shard that ids name now.
+    /// The shard that new ids name.
     named: Arc<AtomicU8>,
 }
 
 impl Generator {
-    /// For shard `shard` of the server called `server_id`.
+    /// Creates the generator of shard `shard` of the server called `server_id`.
     pub fn new(key: hmac::Key, server_id: &str, shard: u8) -> Self {
         let hash = hmac::sign(&key, server_id.as_bytes());
         let server = [hash.as_ref()[0], hash.as_ref()[1]];
@@ -48,7 +48,7 @@ impl Generator {
         }
     }
 
-    /// Has the ids that `make` needs name another shard: packets that carry them are steered there.
+    /// Makes the ids that `make` needs name another shard: packets that carry them are steered there.
     pub(super) fn divert<T>(&self, shard: u8, make: impl FnOnce() -> T) -> T {
         self.named.store(shard, Ordering::Relaxed);
         let made = make();

@@ -1,8 +1,8 @@
 //! The task that moves an endpoint's packets.
 //!
-//! A pass: take in what has arrived, up to a bound; fire timers; then let every connection that has
-//! something to say send it. Streams are woken meanwhile and run after the pass; what they write is
-//! sent by the next one, all of it together.
+//! A pass receives up to a bound, fires timers, and then sends for every connection that has something
+//! to send. Streams wake up meanwhile and run after the pass. The next pass sends their writes, all of
+//! them together.
 
 use std::pin::Pin;
 use std::rc::Rc;
@@ -19,20 +19,20 @@ use super::timers::Timers;
 use super::validation::Verdict;
 use super::{turns, udp};
 
-/// Bytes that a pass takes in, about: then connections answer, and streams run.
+/// Approximate number of bytes received per pass, before connections answer and streams run.
 const RECEIVE: usize = 256 << 10;
 
-/// Sends of one connection in a pass: then others have their turn.
+/// Maximum number of sends of one connection per pass, before others have their turn.
 const SENDS: usize = 8;
 
-/// Drives an endpoint until nobody needs it.
+/// Driver of an endpoint, until its last handle and connection are gone.
 pub(super) struct Driver {
     shared: Rc<Shared>,
     timers: Timers,
     sleep: Pin<Box<Sleep>>,
-    /// When `sleep` ends, if it matters.
+    /// End of `sleep`, if it matters.
     alarm: Option<Instant>,
-    /// What is being sent.
+    /// Buffer of the packets being sent.
     packets: Vec<u8>,
     /// Connections whose packets the socket has not taken, in order.
     blocked: Vec<ConnectionHandle>,
@@ -50,7 +50,7 @@ impl Driver {
         }
     }
 
-    /// Takes in what has arrived. `true`: there may be more.
+    /// Receives packets. Returns `true` if there may be more.
     fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut taken = 0;
         while taken < RECEIVE {
@@ -113,7 +113,7 @@ impl Driver {
         }
     }
 
-    /// Lets a connection announce and send what it has. `true`: it has more.
+    /// Lets a connection announce events and send. Returns `true` if it has more.
     fn drive(&mut self, handle: ConnectionHandle, now: Instant) -> bool {
         let Some(connection) = self.shared.connection(handle) else {
             return false;
@@ -197,7 +197,7 @@ impl Driver {
         true
     }
 
-    /// Sends what `packets` holds. `false`: the socket takes no more.
+    /// Sends the contents of `packets`. Returns `false` if the socket takes no more.
     fn send_now(
         &mut self,
         handle: ConnectionHandle,
@@ -212,7 +212,8 @@ impl Driver {
         is_sent
     }
 
-    /// Sends what has waited for its address to prove itself. `false`: nothing else is to be asked for.
+    /// Sends packets that waited for the validation of their address. Returns `false` if no others may
+    /// follow.
     fn send_held_back(&mut self, handle: ConnectionHandle, state: &mut State) -> bool {
         let Some((transmit, packets)) = state.held_back.take() else {
             return true;
@@ -231,7 +232,7 @@ impl Driver {
         }
     }
 
-    /// Sends what the socket did not take before.
+    /// Sends the packets that the socket did not take before.
     fn send_blocked(&mut self, cx: &mut Context<'_>) {
         while !self.blocked.is_empty() && self.shared.udp.poll_send_ready(cx).is_ready() {
             let blocked = std::mem::take(&mut self.blocked);
@@ -254,7 +255,7 @@ impl Driver {
         }
     }
 
-    /// Has the task woken at the next timer.
+    /// Registers the task for the next timer.
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> bool {
         let next = self.timers.next();
         if let Some(at) = next

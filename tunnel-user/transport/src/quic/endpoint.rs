@@ -1,4 +1,4 @@
-//! An endpoint: a UDP socket, what arrives there, and the connections that live on it.
+//! An endpoint: a UDP socket, its packets, and its connections.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -23,36 +23,36 @@ use super::ledger::{Ledger, MemoryBounds};
 use super::steering;
 use super::udp::Udp;
 
-/// An endpoint. When the last handle has gone, it ends with its last connection.
+/// An endpoint. Without handles it ends with its last connection.
 #[derive(Clone)]
 pub struct Endpoint(Rc<Handle>);
 
 struct Handle(Rc<Shared>);
 
-/// What the handles, the driver and the connections of an endpoint share.
+/// State that the handles, the driver and the connections of an endpoint share.
 pub(super) struct Shared {
     pub(super) proto: RefCell<quinn_proto::Endpoint>,
     pub(super) udp: Udp,
-    /// How strangers are taken in.
+    /// Configuration for incoming connections.
     acceptor: Option<Acceptor>,
-    /// By handle, which quinn-proto gives out from 0.
+    /// Connections by handle, which quinn-proto assigns from 0.
     connections: RefCell<Vec<Option<Rc<Inner>>>>,
     count: Cell<usize>,
     /// Connections that may have something to send.
     pub(super) noted: RefCell<VecDeque<ConnectionHandle>>,
-    /// Strangers; quinn-proto bounds them (`max_incoming`).
+    /// Incoming connections; quinn-proto bounds them (`max_incoming`).
     strangers: RefCell<VecDeque<quinn_proto::Incoming>>,
     arrived: Notify,
     left: Notify,
     closed: RefCell<Option<(VarInt, Bytes)>>,
     is_abandoned: Cell<bool>,
     driver: RefCell<Option<Waker>>,
-    /// What the peers of each connection may make us hold.
+    /// Bounds on the memory held for the peers.
     memory: MemoryBounds,
 }
 
 impl Shared {
-    /// The connection called `handle`.
+    /// Returns the connection called `handle`.
     pub(super) fn connection(&self, handle: ConnectionHandle) -> Option<Rc<Inner>> {
         self.connections.borrow().get(handle.0).cloned().flatten()
     }
@@ -78,7 +78,7 @@ impl Shared {
         inner
     }
 
-    /// It has said its last word.
+    /// Removes a connection that has sent its last packet.
     pub(super) fn remove(&self, handle: ConnectionHandle) {
         let removed = self
             .connections
@@ -93,7 +93,7 @@ impl Shared {
         }
     }
 
-    /// A connection may have something to send.
+    /// Notes that a connection may have something to send.
     pub(super) fn note(&self, handle: ConnectionHandle) {
         self.noted.borrow_mut().push_back(handle);
         self.wake();
@@ -105,23 +105,23 @@ impl Shared {
         }
     }
 
-    /// Whom to wake next time.
+    /// Sets the task of the driver.
     pub(super) fn set_driver(&self, waker: &Waker) {
         self.driver.replace(Some(waker.clone()));
     }
 
-    /// Somebody new.
+    /// Queues an incoming connection.
     pub(super) fn arrive(&self, incoming: quinn_proto::Incoming) {
         self.strangers.borrow_mut().push_back(incoming);
         self.arrived.notify_one();
     }
 
-    /// Whether nobody needs the driver any more.
+    /// Whether the driver may end.
     pub(super) fn is_over(&self) -> bool {
         self.is_abandoned.get() && self.count.get() == 0
     }
 
-    /// Nobody drives the connections any more.
+    /// Ends all connections, because their driver has gone.
     pub(super) fn abandon(&self) {
         let connections = std::mem::take(&mut *self.connections.borrow_mut());
         connections.iter().flatten().for_each(|c| c.abandon());
@@ -136,7 +136,7 @@ impl Shared {
 }
 
 impl Endpoint {
-    /// Drives an endpoint over `udp` on the running runtime.
+    /// Drives an endpoint over `udp` on the current runtime.
     pub(super) fn new(
         udp: Udp,
         config: EndpointConfig,
@@ -169,15 +169,16 @@ impl Endpoint {
         &self.0.0
     }
 
-    /// What is wrong with its socket for the job, each with its remedy.
+    /// Returns the faults of the socket, each with its remedy.
     pub(super) fn complaints(&self) -> Vec<String> {
         self.shared().udp.complaints()
     }
 
-    /// Dials `address`, and waits until the server is known. Giving up closes the connection.
+    /// Dials `address`, and waits until the server is authenticated. Dropping the future closes the
+    /// connection.
     ///
     /// # Errors
-    /// Why it is not tried, or why it failed.
+    /// The reason why the dial was not tried, or why it failed.
     pub fn connect(
         &self,
         config: ClientConfig,
@@ -194,7 +195,7 @@ impl Endpoint {
         Ok(Connection::established(shared.insert(handle, proto)))
     }
 
-    /// Waits for a stranger; `None` when the endpoint is closed.
+    /// Waits for an incoming connection; `None` when the endpoint is closed.
     pub async fn accept(&self) -> Option<Incoming> {
         let shared = self.shared();
         loop {
@@ -212,15 +213,15 @@ impl Endpoint {
         }
     }
 
-    /// Where it listens.
+    /// Returns the local address.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.shared().udp.local_addr()
     }
 
-    /// Ends all connections, and those that are still to come.
+    /// Closes all connections, including future ones.
     pub fn close(&self, code: VarInt, reason: &[u8]) {
         let shared = self.shared();
         let reason = Bytes::copy_from_slice(reason);
@@ -232,7 +233,7 @@ impl Endpoint {
         }
     }
 
-    /// Waits until all connections have said their last words.
+    /// Waits until all connections have sent their last packets.
     pub async fn wait_idle(&self) {
         let shared = self.shared();
         loop {
@@ -260,28 +261,28 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// A stranger who wants a connection. Dropped, he gets no answer.
+/// An incoming connection. Dropped, it gets no answer.
 pub struct Incoming {
     proto: Option<quinn_proto::Incoming>,
     endpoint: Rc<Shared>,
 }
 
 impl Incoming {
-    /// Where he is, as far as he says.
+    /// Returns the peer's address, proven or not.
     pub fn remote_address(&self) -> SocketAddr {
         self.get().remote_address()
     }
 
-    /// Whether he may be asked to prove his address.
+    /// Whether the peer may be asked to prove its address.
     pub fn may_retry(&self) -> bool {
         self.get().may_retry()
     }
 
-    /// Goes on with the handshake, and waits until the peer is known. Giving up closes the
-    /// connection.
+    /// Continues with the handshake, and waits until the peer is authenticated. Dropping the future
+    /// closes the connection.
     ///
     /// # Errors
-    /// Why it failed.
+    /// The error of the handshake.
     pub async fn accept(mut self) -> Result<Connection, ConnectionError> {
         let mut answer = Vec::new();
         let incoming = self.take();
@@ -306,7 +307,7 @@ impl Incoming {
         }
     }
 
-    /// Says no.
+    /// Refuses the connection.
     pub fn refuse(mut self) {
         let mut answer = Vec::new();
         let incoming = self.take();
@@ -323,8 +324,8 @@ impl Incoming {
         steering::is_placed(self.get().orig_dst_cid())
     }
 
-    /// Has him prove his address; he then comes again (RFC 9000 section 8.1.2), to shard `at`. One who
-    /// [may not](Self::may_retry) be asked gets no answer.
+    /// Requires a proof of the address (RFC 9000 section 8.1.2); the peer then connects again, to shard
+    /// `at`. A peer that [may not](Self::may_retry) be asked gets no answer.
     pub fn retry(mut self, at: u8) {
         let mut answer = Vec::new();
         let incoming = self.take();

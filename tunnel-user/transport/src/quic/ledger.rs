@@ -1,8 +1,8 @@
-//! What a tunnel holds of what its peer has sent, and what that is charged to.
+//! Ledger of the memory that a tunnel holds for its peer's data, and its charge.
 //!
-//! quinn-proto keeps what waits to be read, and does not tell how much. So what arrives is counted: each frame
-//! of a stream keeps its packet until the stream has been read out. What lies behind a gap is kept by the
-//! stream's reader, and counted by its size. Where a bound refuses more, the largest stream ends; where there
+//! quinn-proto keeps the unread data, and does not tell how much. So arrivals are counted: each frame
+//! of a stream keeps its packet until the stream has been read out. The stream's reader keeps data
+//! behind a gap, and its size counts. Where a bound refuses more, the largest stream ends; where there
 //! is none, the tunnel does.
 
 use std::cmp::Reverse;
@@ -16,53 +16,54 @@ use super::config::STREAM_HELD;
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 
-/// Bytes of memory that a frame costs beside its packet: quinn-proto's entry of 56 bytes in a list that grows
-/// by doubling, the packet's reference count, and malloc's own.
+/// Memory cost of a frame beside its packet, in bytes: quinn-proto's entry of 56 bytes in a list that
+/// grows by doubling, the packet's reference count, and malloc's own.
 pub(super) const FRAME: u64 = 192;
 
-/// Frames that quinn-proto keeps for one stream (`COMPACT_THRESHOLD`): it joins them above that, and ends the
-/// connection where that does not help.
+/// Maximum number of frames that quinn-proto keeps for one stream (`COMPACT_THRESHOLD`): it joins them
+/// above that, and ends the connection where that does not help.
 const FRAMES: u64 = 2048;
 
-/// Bytes of an entry in quinn-proto's list of a stream's frames. The list keeps its capacity, a power of two,
-/// until the tunnel ends: an ended stream's list is used again for a later one.
+/// Size of an entry in quinn-proto's list of a stream's frames, in bytes. The list keeps its capacity,
+/// a power of two, until the tunnel ends: an ended stream's list is used again for a later one.
 const ENTRY: u64 = 56;
 
-/// Entries of a list that are part of what a tunnel costs.
+/// Number of entries of a list that are part of a tunnel's fixed cost.
 const FEW_ENTRIES: u64 = 64;
 
-/// Bytes of half a stream that we have ended and the peer has not, by an end or by an acknowledgement of
-/// ours: quinn-proto keeps its state.
+/// Cost in bytes of half a stream that we have ended and the peer has not, by an end or by an
+/// acknowledgement of ours: quinn-proto keeps its state.
 const UNENDED: u64 = 512;
 
-/// So many of those are part of what a tunnel costs: an end that crosses our stop is not seen.
+/// Number of such halves that are part of a tunnel's fixed cost: an end that crosses our stop is not
+/// seen.
 const FEW_UNENDED: u64 = 1024;
 
-/// Bytes that are part of what a tunnel costs: a few requests charge nothing.
+/// Number of bytes that are part of a tunnel's fixed cost: a few requests charge nothing.
 const FREE: u64 = 16 << 10;
 
-/// What is charged at once.
+/// Unit of charging, in bytes.
 const BLOCK: u64 = 64 << 10;
 
-/// The most bytes that one stream may hold behind a gap: eight times its window, since what was read early
-/// gives credit. A gap is filled in two round trips; a stream moves a window in each.
+/// Maximum number of bytes that one stream may hold behind a gap: eight times its window, because early
+/// reads give credit. A gap is filled in two round trips; a stream moves a window in each.
 pub(super) const STREAM_AHEAD: u64 = 8 << 20;
 
-/// The bounds of what peers may make this process hold.
+/// Bounds of the memory that this process holds for peers.
 #[derive(Clone, Debug)]
 pub struct MemoryBounds {
-    /// All tunnels' together.
+    /// Budget of all tunnels together.
     pub budget: Budget,
-    /// The most bytes of one tunnel.
+    /// Maximum number of bytes of one tunnel.
     pub per_tunnel: u64,
-    /// Streams and tunnels that ended at the bound of a stream or tunnel.
+    /// Counter of streams and tunnels that ended at the bound of a stream or tunnel.
     pub ended_by_tunnel: Counter,
-    /// The same, at the bound of the process or of a tenant.
+    /// Counter of streams and tunnels that ended at the bound of the process or of a tenant.
     pub ended_by_budget: Counter,
 }
 
 impl MemoryBounds {
-    /// With counters of their own.
+    /// Creates bounds with counters of their own.
     pub fn new(budget: Budget, per_tunnel: u64) -> Self {
         Self {
             budget,
@@ -73,7 +74,7 @@ impl MemoryBounds {
     }
 }
 
-/// What has to be ended to stay within the bounds.
+/// Stream or tunnel that must end to stay within the bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Excess {
     /// The largest stream.
@@ -82,36 +83,36 @@ pub(super) enum Excess {
     Tunnel,
 }
 
-/// What one tunnel holds.
+/// Memory of one tunnel.
 #[derive(Debug)]
 pub(super) struct Ledger {
     streams: HashMap<StreamId, Holding, FxBuildHasher>,
     /// Lists of ended streams, in bytes; quinn-proto uses the last one first.
     spare_lists: Vec<u32>,
-    /// Lists of streams that were stopped and that the peer has not ended, in bytes, but for empty ones.
+    /// Lists of streams that were stopped and that the peer has not ended, in bytes, except empty ones.
     stopped_lists: BinaryHeap<Reverse<u32>>,
-    /// The sum of what streams and the lists beside them cost.
+    /// Sum of the costs of streams and of the lists beside them.
     held: u64,
-    /// Streams that were stopped and that the peer has not ended.
+    /// Number of streams that were stopped and that the peer has not ended.
     unended: u64,
-    /// Streams whose end the peer has not acknowledged.
+    /// Number of streams whose end the peer has not acknowledged.
     unacknowledged: u64,
     charge: Charge,
     bounds: MemoryBounds,
 }
 
-/// What one stream holds, in bytes.
+/// Memory of one stream, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Holding {
-    /// Packets with frames that wait to be read.
+    /// Packets with unread frames.
     packets: u64,
-    /// How many frames there are.
+    /// Number of these frames.
     frames: u64,
-    /// The list that quinn-proto keeps them in.
+    /// The list in which quinn-proto keeps them.
     list: u64,
-    /// What was read and lies behind a gap.
+    /// Data that was read and lies behind a gap.
     ahead: u64,
-    /// What the reader has been given and may not have passed on.
+    /// Data that the reader has received and may not have passed on.
     given: u64,
 }
 
@@ -140,19 +141,20 @@ impl Ledger {
         }
     }
 
-    /// Charges a part of the process's budget from now on. `false`: it has no room for what is held.
+    /// Charges a part of the process's budget from now on. Returns `false` if it has no room for the
+    /// present memory.
     pub(super) fn charge_to(&mut self, budget: &Budget) -> bool {
         self.charge.move_to(budget)
     }
 
-    /// The stream `id` begins, with a spare list where there is one.
+    /// Adds the stream `id`, with a spare list where there is one.
     pub(super) fn opened(&mut self, id: StreamId) {
         let list = self.spare_lists.pop().map_or(0, u64::from);
         self.held -= list;
         self.change(id, |holding| holding.list += list);
     }
 
-    /// A frame of `id` arrived in a packet of `size` bytes.
+    /// Adds a frame of `id` that arrived in a packet of `size` bytes.
     pub(super) fn arrived(&mut self, id: StreamId, size: usize) {
         self.change(id, |holding| {
             holding.packets += size as u64;
@@ -161,20 +163,20 @@ impl Ledger {
         });
     }
 
-    /// Frames that have arrived since `id` was read out.
+    /// Returns the number of frames since `id` was read out.
     pub(super) fn frames(&self, id: StreamId) -> u64 {
         self.streams.get(&id).map_or(0, |holding| holding.frames)
     }
 
-    /// The reader of `id` asks for more: it has passed on what it was given.
+    /// Notes that the reader of `id` has passed on its data, because it asks for more.
     pub(super) fn passed_on(&mut self, id: StreamId) {
         if self.streams.get(&id).is_some_and(|it| it.given > 0) {
             self.change(id, |holding| holding.given = 0);
         }
     }
 
-    /// `frames` chunks of `id` with `bytes` in all were read, and more wait. `ahead` bytes of it lie behind a
-    /// gap. What packets had beside those bytes stays charged until the stream is read out.
+    /// Notes that `frames` chunks of `id` with `bytes` in all were read, and more wait. `ahead` bytes
+    /// of it lie behind a gap. The rest of the packets stays charged until the stream is read out.
     pub(super) fn read(&mut self, id: StreamId, (frames, bytes): (u64, u64), ahead: u64) {
         self.change(id, |holding| {
             let before = holding.unread() + holding.ahead;
@@ -185,8 +187,8 @@ impl Ledger {
         });
     }
 
-    /// `id` was read out: nothing of it waits. `ahead` bytes of it lie behind a gap; `gives`: the reader was
-    /// given something.
+    /// Notes that `id` was read out. `ahead` bytes of it lie behind a gap; `gives` tells whether the
+    /// reader received data.
     pub(super) fn read_out(&mut self, id: StreamId, ahead: u64, gives: bool) {
         self.change(id, |holding| {
             let before = holding.unread() + holding.ahead;
@@ -198,7 +200,7 @@ impl Ledger {
         });
     }
 
-    /// Nothing of `id` is held any more.
+    /// Removes `id`, of which nothing is held any more.
     pub(super) fn forget(&mut self, id: StreamId) {
         if let Some(holding) = self.streams.remove(&id) {
             self.held = self.held - holding.cost() + holding.list;
@@ -207,7 +209,7 @@ impl Ledger {
         }
     }
 
-    /// `id` was stopped before its end, or reset.
+    /// Notes that `id` was stopped before its end, or reset.
     pub(super) fn stopped(&mut self, id: StreamId) {
         self.unended += 1;
         let list = self.streams.get(&id).map_or(0, |holding| holding.list);
@@ -223,7 +225,7 @@ impl Ledger {
         self.unended > FEW_UNENDED
     }
 
-    /// The peer has reset so many stopped streams.
+    /// Notes the number of stopped streams that the peer has reset.
     pub(super) fn ended(&mut self, streams: u64) {
         self.unended = self.unended.saturating_sub(streams);
         // Which they are is not told: those that cost least.
@@ -233,7 +235,7 @@ impl Ledger {
         }
     }
 
-    /// The peer has not acknowledged the end of so many streams.
+    /// Sets the number of streams whose end the peer has not acknowledged.
     pub(super) fn unacknowledged(&mut self, streams: u64) {
         self.unacknowledged = streams;
     }
@@ -249,7 +251,7 @@ impl Ledger {
         }
     }
 
-    /// What is to be charged.
+    /// Returns the amount to charge.
     fn wanted(&self) -> u64 {
         let unended = self.unended + self.unacknowledged;
         let unended = unended.saturating_sub(FEW_UNENDED) * UNENDED;
@@ -259,7 +261,7 @@ impl Ledger {
         }
     }
 
-    /// Gives back what is not needed.
+    /// Releases the part of the charge that is not needed.
     fn relax(&mut self) {
         let wanted = self.wanted();
         if wanted <= self.charge.bytes() / 2 {
@@ -267,7 +269,8 @@ impl Ledger {
         }
     }
 
-    /// Charges what is held now. `Some`: a bound refuses, and that has to be ended; ask again then.
+    /// Charges the present memory. `Some` means that a bound refuses, and names what must end; call
+    /// again then.
     pub(super) fn settle(&mut self) -> Option<Excess> {
         let wanted = self.wanted();
         if wanted <= self.charge.bytes() {
@@ -286,7 +289,7 @@ impl Ledger {
         Some(largest.map_or(Excess::Tunnel, |(id, _)| Excess::Stream(id)))
     }
 
-    /// `id` holds more behind a gap than a stream may.
+    /// Whether `id` holds more behind a gap than a stream may.
     pub(super) fn is_too_far_ahead(&self, id: StreamId) -> bool {
         let ahead = self.streams.get(&id).map_or(0, |holding| holding.ahead);
         let is_over = ahead > STREAM_AHEAD;
@@ -296,13 +299,13 @@ impl Ledger {
         is_over
     }
 
-    /// Bytes that are held.
+    /// Returns the number of held bytes.
     #[cfg(test)]
     pub(super) fn held(&self) -> u64 {
         self.held
     }
 
-    /// The stream that holds most, and what it costs.
+    /// Returns the stream with the highest cost, and that cost.
     fn largest(&self) -> Option<(StreamId, u64)> {
         let costs = self
             .streams
@@ -317,7 +320,7 @@ fn size_of_list(bytes: u64) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
-/// Returns the bytes of the list that holds so many frames, as far as they are charged.
+/// Returns the charged size of the list that holds so many frames, in bytes.
 fn list_of(frames: u64) -> u64 {
     match frames.min(FRAMES) {
         frames if frames <= FEW_ENTRIES => 0,

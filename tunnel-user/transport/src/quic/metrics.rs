@@ -1,8 +1,7 @@
-//! What the tunnels' UDP sockets count: calls into the kernel, and the datagrams that they move.
+//! Metrics of the tunnels' UDP sockets: system calls, and the datagrams that they move.
 //!
-//! The ratio is what matters: with segmentation offloads a call moves many datagrams, without them
-//! one, at three times the cost or more. Counted once a call, by atomics that are read by whoever
-//! asks for metrics.
+//! The ratio matters: with segmentation offloads a call moves many datagrams, without them one, at
+//! three times the cost or more. Each call counts once, by atomics that the scraping thread reads.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -16,12 +15,12 @@ struct Labels {
     direction: &'static str,
 }
 
-/// What all sockets of this process count together.
+/// Metrics of all sockets of this process together.
 #[derive(Clone, Debug, Default)]
 pub(super) struct UdpMetrics {
-    /// Packets that leave.
+    /// Sent packets.
     pub(super) send: Moved,
-    /// Packets that come.
+    /// Received packets.
     pub(super) receive: Moved,
 }
 
@@ -36,7 +35,7 @@ pub(super) struct Moved {
 }
 
 impl UdpMetrics {
-    /// Registers them.
+    /// Registers the metrics.
     pub(super) fn register(registry: &mut Registry) -> Self {
         let counter = || Family::<Labels, Counter>::default();
         let (calls, datagrams, bytes) = (counter(), counter(), counter());
@@ -75,7 +74,7 @@ impl UdpMetrics {
 }
 
 impl Moved {
-    /// One call has received these.
+    /// Counts the datagrams that one call has received.
     pub(super) fn count<'a>(&self, batches: impl Iterator<Item = &'a RecvMeta>) {
         let (datagrams, bytes) = batches.fold((0, 0), |(datagrams, bytes), meta| {
             (
@@ -86,7 +85,7 @@ impl Moved {
         self.add(datagrams, bytes);
     }
 
-    /// One call has moved that.
+    /// Counts the datagrams and bytes that one call has moved.
     pub(super) fn add(&self, datagrams: usize, bytes: usize) {
         self.calls.inc();
         self.datagrams.inc_by(datagrams as u64);

@@ -44,18 +44,18 @@ use tunnel_proto::close::CloseReason;
 use cpc_identity::Identity;
 use cpc_identity::identity::IdentityError;
 
-/// The wire form of a reason: a QUIC application error code.
+/// Returns the wire form of a reason: a QUIC application error code.
 pub fn error_code(reason: CloseReason) -> VarInt {
     // The codes are a closed set below 2^16.
     VarInt::from_u64(reason.code()).unwrap_or(VarInt::MAX)
 }
 
-/// The reason behind a code from the wire; a code of a later release counts as a reset.
+/// Returns the reason behind a code from the wire; a code of a later release counts as a reset.
 pub fn reason_of(code: VarInt) -> CloseReason {
     CloseReason::from_code(code.into_inner()).unwrap_or(CloseReason::PeerReset)
 }
 
-/// Why a tunnel ended, as far as the error tells.
+/// Returns the reason why a tunnel ended, as far as the error tells.
 pub fn link_reason(error: &ConnectionError) -> CloseReason {
     match error {
         ConnectionError::ApplicationClosed(close) => {
@@ -67,7 +67,7 @@ pub fn link_reason(error: &ConnectionError) -> CloseReason {
     }
 }
 
-/// Who the peer is: the verifier has let it in, its certificate says who it is.
+/// Returns the peer's identity, from the certificate that the verifier has accepted.
 ///
 /// # Errors
 /// [`IdentityError`]; the verifier reads the same, so this takes a bug.

@@ -1,8 +1,9 @@
-//! Whether the kernel really cuts what is sent together and joins what arrives together.
+//! Probe of segmentation offloads: whether the kernel really splits sent batches and joins received
+//! datagrams.
 //!
-//! An option that can be set is no proof. So a batch is sent over loopback once at start, and what
-//! arrives is compared. A device may still refuse: quinn-udp then sends one by one, which
-//! [`super::udp`] notices.
+//! A settable option is no proof. So the probe sends a batch over loopback once at start, and compares
+//! what arrives. A device may still refuse: quinn-udp then sends one by one, which [`super::udp`]
+//! notices.
 
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -14,17 +15,17 @@ use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 
 use cpc_host::kernel;
 
-/// Datagrams of the batch, and the size of all but the last.
+/// Number of datagrams in the batch, and the size of all but the last.
 const COUNT: usize = 8;
 const SIZE: usize = 1000;
 
-/// The last one is shorter, as at the end of most batches.
+/// Size of the batch. Its last datagram is shorter, as in most batches.
 const TOTAL: usize = SIZE * COUNT - SIZE / 2;
 
-/// How long the batch may take.
+/// Timeout of the batch.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// What works.
+/// Working offloads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Offload {
     /// One call sends many datagrams (GSO).
@@ -34,7 +35,7 @@ pub(super) struct Offload {
 }
 
 impl Offload {
-    /// What does not work, each with its remedy. Empty when all is well.
+    /// Returns the failed offloads, each with its remedy. Empty when all is well.
     pub(super) fn complaints(self) -> Vec<&'static str> {
         let mut found = Vec::new();
         if !self.send {
@@ -53,10 +54,10 @@ impl Offload {
     }
 }
 
-/// Sends a batch to ourselves and looks at what arrives. Takes about a millisecond.
+/// Sends a batch to ourselves and compares what arrives. Takes about a millisecond.
 ///
 /// # Errors
-/// It can't be told: loopback does not work.
+/// Loopback does not work, so the result is unknown.
 pub(super) fn check() -> io::Result<Offload> {
     let [from, to] = [Ends::open()?, Ends::open()?];
     let sent: Vec<u8> = (0..TOTAL).map(|i| (i / 7) as u8).collect();
@@ -113,7 +114,7 @@ impl Ends {
         Ok(Self { socket, state })
     }
 
-    /// Receives until all of the batch is there, or no more comes.
+    /// Receives until the batch is complete, or no more comes.
     fn receive(&self) -> io::Result<Received> {
         let deadline = Instant::now() + PATIENCE;
         let mut received = Received::default();

@@ -1,7 +1,7 @@
-//! What a path is told by configuration, and what our own host knows of it: packet sizes,
-//! congestion control, acknowledgements.
+//! Configuration of a path, and the host's knowledge of it: packet sizes, congestion control,
+//! acknowledgements.
 //!
-//! Configuration speaks of IP packets, as interfaces do; QUIC of what a UDP datagram carries.
+//! Configuration counts IP packets, as interfaces do; QUIC counts the payload of UDP datagrams.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -14,13 +14,13 @@ use super::turns::Watched;
 use cpc_config::TransportConfig;
 use cpc_config::transport::{Congestion, Mtu};
 
-/// The least that a datagram must be able to carry (RFC 9000 section 14).
+/// Minimum UDP payload of a path (RFC 9000 section 14).
 const FLOOR: u16 = 1200;
 
-/// What every receiver does without being asked (RFC 9000 section 13.2.2).
+/// Number of packets per acknowledgement without a request (RFC 9000 section 13.2.2).
 const USUAL_ACK_EVERY: u32 = 2;
 
-/// Bytes of an IP packet that QUIC has not.
+/// Returns the size of the headers below QUIC, in bytes.
 pub(super) fn overhead(remote: IpAddr) -> u16 {
     match remote.to_canonical() {
         IpAddr::V4(_) => 20 + 8,
@@ -28,7 +28,7 @@ pub(super) fn overhead(remote: IpAddr) -> u16 {
     }
 }
 
-/// Configures what is sent to `remote`.
+/// Configures the transport towards `remote`.
 pub(super) fn apply(
     config: &TransportConfig,
     remote: SocketAddr,
@@ -65,7 +65,7 @@ pub(super) fn apply(
     }
 }
 
-/// The largest IP packet that leaves for `remote`, as the kernel's route has it.
+/// Returns the size of the largest IP packet towards `remote`, by the kernel's route.
 fn route_mtu(remote: SocketAddr) -> Option<u16> {
     let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
     let (any, level, option) = match remote {

@@ -1,8 +1,8 @@
-//! Takes a stream's bytes out of quinn-proto, in order.
+//! The reader of a stream's bytes from quinn-proto, in order.
 //!
-//! As long as there is no gap they are read in order. A reader that finds a gap takes what lies behind it as
-//! well: quinn-proto would not tell how much that is, or in how many pieces. Each is copied to its size, so that
-//! a few bytes don't keep a packet.
+//! Without a gap bytes are read in order. A reader that finds a gap also takes the data behind it:
+//! quinn-proto would not tell how much that is, or in how many pieces. Each piece is copied to its
+//! size, so that a few bytes don't keep a packet.
 
 use std::collections::BTreeMap;
 
@@ -14,40 +14,41 @@ use super::ledger::FRAME;
 use super::reason_of;
 use cpc_datapath::stream::RecvEnd;
 
-/// The most that is taken from a stream at once, in chunks: one vectored write's worth.
+/// Maximum number of chunks taken from a stream at once: one vectored write.
 const CHUNKS: usize = 64;
 
-/// Chunks that room is made for at first: a few packets, or the better part of a GRO batch.
+/// Initial room in chunks: a few packets, or the better part of a GRO batch.
 const BATCH: usize = 16;
 
-/// Where a stream's reader is.
+/// Position of a stream's reader.
 #[derive(Debug, Default)]
 pub(super) struct Reassembly {
     /// Offset of the next byte.
     next: u64,
-    /// What lies behind a gap; `None` until there was one. From then on quinn-proto is read out of order.
+    /// Data behind a gap; `None` until there was one. From then on quinn-proto is read out of order.
     ahead: Option<Box<Ahead>>,
 }
 
-/// What came of a read.
+/// Result of a read.
 pub(super) struct Read {
     /// The end of the stream, once it is reached.
     pub(super) end: Option<RecvEnd>,
-    /// The peer has credit to be given.
+    /// Whether the peer's new credit must be sent.
     pub(super) credit: bool,
 }
 
-/// How a pass over the chunks of quinn-proto ended.
+/// Result of a pass over the chunks of quinn-proto.
 enum Pass {
     /// There may be more.
     Full,
-    /// Nothing more is there to be read.
+    /// No more data is available.
     Blocked,
     End(RecvEnd),
 }
 
 impl Reassembly {
-    /// Takes what is there, at most about [`CHUNKS`]. `None`: quinn-proto knows the stream no more.
+    /// Takes the available data, at most about [`CHUNKS`]. Returns `None` if quinn-proto does not know
+    /// the stream any more.
     pub(super) fn read(
         &mut self,
         id: StreamId,
@@ -104,12 +105,12 @@ impl Reassembly {
         }
     }
 
-    /// Bytes of memory that what lies behind a gap costs.
+    /// Returns the memory cost of the data behind a gap, in bytes.
     fn ahead(&self) -> u64 {
         self.ahead.as_ref().map_or(0, |ahead| ahead.cost())
     }
 
-    /// Passes on a chunk that is the next one, and what follows it; keeps any other.
+    /// Passes on a chunk that is the next one, and those that follow it; keeps any other.
     fn take(&mut self, chunk: Chunk, into: &mut Vec<Bytes>) {
         if let Some(ahead) = &mut self.ahead
             && chunk.offset != self.next
@@ -128,7 +129,8 @@ impl Reassembly {
         }
     }
 
-    /// Throws away what is there. `true`: that was all, and quinn-proto has forgotten the stream.
+    /// Discards the available data. Returns `true` if that was all, and quinn-proto has forgotten the
+    /// stream.
     pub(super) fn discard(&mut self, id: StreamId, state: &mut State) -> bool {
         // Out of order only where it was read so before: quinn-proto's change to that counts bytes twice which
         // came twice and were read once.
@@ -153,7 +155,8 @@ impl Reassembly {
     }
 }
 
-/// Pieces of one stream behind a gap, by their offset. They never overlap: quinn-proto gives each byte once.
+/// Pieces of one stream behind a gap, by their offset. They never overlap: quinn-proto returns each
+/// byte once.
 #[derive(Debug, Default)]
 struct Ahead {
     pieces: BTreeMap<u64, Bytes>,
@@ -161,7 +164,7 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// Bytes of memory that it holds.
+    /// Returns the memory cost, in bytes.
     fn cost(&self) -> u64 {
         self.bytes + self.pieces.len() as u64 * FRAME
     }
@@ -172,7 +175,7 @@ impl Ahead {
         self.pieces.insert(offset, Bytes::copy_from_slice(bytes));
     }
 
-    /// The piece at `offset`.
+    /// Removes the piece at `offset`.
     fn take(&mut self, offset: u64) -> Option<Bytes> {
         let bytes = self.pieces.remove(&offset)?;
         self.bytes -= bytes.len() as u64;

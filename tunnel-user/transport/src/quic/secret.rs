@@ -1,8 +1,8 @@
 //! The one persisted secret of a server, and the keys derived from it.
 //!
-//! Stateless resets, address-validation tokens and connection ids must survive a restart: an agent
-//! whose server came back is told at once with a reset that it can check, instead of waiting out
-//! the idle timeout (RFC 9000 section 10.3).
+//! Stateless resets, address-validation tokens and connection ids must survive a restart: the agent of
+//! a restarted server learns of it at once from a reset that it can check, instead of waiting for the
+//! idle timeout (RFC 9000 section 10.3).
 
 use std::fs;
 use std::io;
@@ -12,12 +12,12 @@ use aws_lc_rs::{hkdf, hmac, rand};
 
 use cpc_host::directory::Directory;
 
-/// Its file in the state directory.
+/// Name of the file in the state directory.
 const FILE: &str = "secret";
 
 const SECRET_LEN: usize = 32;
 
-/// Why there is no secret.
+/// Reason why there is no secret.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The state directory is not usable.
@@ -25,10 +25,10 @@ pub enum SecretError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// The file was cut or is not ours.
+    /// The file is truncated or not ours.
     #[error("{} is not a secret of {SECRET_LEN} bytes; remove it and a new one is made", .0.display())]
     Malformed(PathBuf),
 }
@@ -37,7 +37,7 @@ pub enum SecretError {
 pub struct Secret(hkdf::Prk);
 
 impl Secret {
-    /// Reads `<state_dir>/secret`, or makes it (mode 0600) when it is missing.
+    /// Reads `<state_dir>/secret`, or creates it (mode 0600) when it is missing.
     ///
     /// # Errors
     /// [`SecretError`].
@@ -59,17 +59,17 @@ impl Secret {
         Ok(Self(salt.extract(&bytes)))
     }
 
-    /// The key of stateless reset tokens.
+    /// Returns the key of stateless reset tokens.
     pub fn reset_key(&self) -> hmac::Key {
         self.hmac_key(b"stateless reset")
     }
 
-    /// The key of connection ids.
+    /// Returns the key of connection ids.
     pub fn connection_id_key(&self) -> hmac::Key {
         self.hmac_key(b"connection id")
     }
 
-    /// The key of address-validation tokens (Retry and NEW_TOKEN).
+    /// Returns the key of address-validation tokens (Retry and NEW_TOKEN).
     pub fn token_key(&self) -> hkdf::Prk {
         hkdf::Salt::new(hkdf::HKDF_SHA256, b"token").extract(&self.derive(b"token"))
     }

@@ -31,20 +31,20 @@ const SHORT_ID: u32 = 1;
 /// ..and of one with a long header, behind the id's length (section 17.2).
 const LONG_ID: u32 = 6;
 
-/// Set in the first byte of a long header.
+/// Bit in the first byte of a long header.
 const LONG_HEADER: u32 = 0x80;
 
-/// The longest id, in bytes: never mistaken for one of ours.
+/// Length of the longest id, in bytes: never mistaken for one of ours.
 const CHOSEN: usize = 20;
 
-/// The length of the id of a tunnel that is to stay on the shard which its id chooses.
+/// Length of the id of a tunnel that must stay on the shard which its id chooses.
 const PLACED: usize = 19;
 
-/// Has the kernel steer packets to the sockets of `group`, which share a port and are in the order of
+/// Makes the kernel steer packets to the sockets of `group`, which share a port and are in the order of
 /// their binding.
 ///
 /// # Errors
-/// What the system says; then packets go by a hash of their addresses.
+/// The error of the system call; packets go by a hash of their addresses then.
 pub(super) fn steer(group: &[UdpSocket]) -> io::Result<()> {
     let (Some(any), Ok(shards)) = (group.first(), u32::try_from(group.len())) else {
         return Ok(());
@@ -73,7 +73,8 @@ pub(super) fn steer(group: &[UdpSocket]) -> io::Result<()> {
     }
 }
 
-/// The program: it sees a packet from the UDP payload on. A load beyond the packet's end returns 0.
+/// Returns the program. It sees a packet from the UDP payload on. A load beyond the packet's end
+/// returns 0.
 fn program(shards: u32) -> Vec<libc::sock_filter> {
     let load = |size: u32, at: u32| statement(libc::BPF_LD | size | libc::BPF_ABS, at);
     let choose = || {
@@ -125,18 +126,19 @@ fn jump(condition: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     }
 }
 
-/// Has the tunnels of one agent land on different shards of a server: consecutive numbers do,
-/// however many shards there are.
+/// Spread of one agent's tunnels over different shards of a server: consecutive numbers choose
+/// different ones, for any number of shards.
 #[derive(Clone, Copy, Debug)]
 pub struct Spread {
     first: u16,
-    /// The length of the ids, in bytes.
+    /// Length of the ids, in bytes.
     length: usize,
 }
 
 impl Spread {
-    /// Starts anywhere, so that agents don't all choose the same shard. The server may move a tunnel to
-    /// a shard with fewer, unless it is one of `several` of its agent, which had better be apart.
+    /// Creates a spread with a random start, so that agents don't all choose the same shard. The server
+    /// may move a tunnel to a shard with fewer, unless it is one of `several` of its agent, which had
+    /// better be apart.
     pub fn random(several: bool) -> Self {
         let mut bytes = [0; 2];
         // Without random numbers TLS has failed before.
@@ -147,7 +149,7 @@ impl Spread {
         }
     }
 
-    /// Makes the first connection ids of tunnel `number`.
+    /// Returns the generator of the first connection ids of tunnel `number`.
     pub(super) fn ids(self, number: u8) -> Arc<dyn Fn() -> ConnectionId + Send + Sync> {
         // Not around the end: the numbers there leave other remainders.
         let number = self.first.min(u16::MAX - u16::from(u8::MAX)) + u16::from(number);
@@ -162,7 +164,7 @@ impl Spread {
     }
 }
 
-/// Whether the client that chose `id` wants the shard that it chooses, and no other.
+/// Whether the client that sent `id` wants the shard that it chooses, and no other.
 pub(super) fn is_placed(id: &ConnectionId) -> bool {
     id.len() == PLACED
 }

@@ -1,7 +1,7 @@
 //! The two halves of a QUIC stream as the datapath sees them.
 //!
-//! Invariant: a half that is dropped before its orderly end tells the peer so. quinn-proto forgets
-//! nothing by itself: a half that is neither finished nor reset would stay open for ever.
+//! Invariant: a half that is dropped before its orderly end tells the peer. quinn-proto forgets nothing
+//! by itself: a half that is neither finished nor reset would stay open until the connection ends.
 
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -19,7 +19,7 @@ use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
-/// Sends; resets on drop unless finished.
+/// The sending half; resets on drop unless finished.
 #[derive(Debug)]
 pub struct Send {
     connection: Rc<Inner>,
@@ -39,8 +39,8 @@ impl Send {
         }
     }
 
-    /// What is sent on it goes before everything else, and never waits for its turn. Without this stream the
-    /// connection is of no use.
+    /// Gives the stream the highest priority, without turns. The connection is of no use without this
+    /// stream.
     pub fn go_first(&mut self) {
         let priority = self.turn.go_first();
         let mut state = self.connection.state();
@@ -49,7 +49,7 @@ impl Send {
         let _ = state.proto.send_stream(self.id).set_priority(priority);
     }
 
-    /// Why the connection is gone, if it is.
+    /// Returns the error that ended the connection, if it has ended.
     pub fn connection_error(&self) -> Option<ConnectionError> {
         self.connection.state().check().err()
     }
@@ -97,7 +97,7 @@ impl Send {
     }
 }
 
-/// How the sending half has ended, if it has.
+/// Returns the end of the sending half, if it has ended.
 fn send_end(state: &mut State, id: StreamId) -> Option<SendEnd> {
     if let Some(reason) = state.ended(id) {
         return Some(SendEnd::Stopped(reason));
@@ -143,7 +143,7 @@ impl SendHalf for Send {
     }
 }
 
-/// Somebody waits for the end of a sending half.
+/// A future that waits for the end of a sending half.
 struct Ended(Rc<Inner>, StreamId);
 
 impl Ended {
@@ -187,28 +187,28 @@ impl Drop for Send {
     }
 }
 
-/// Receives; asks the peer to stop on drop unless the end was reached.
+/// The receiving half; asks the peer to stop on drop unless the end was reached.
 #[derive(Debug)]
 pub struct Recv {
     connection: Rc<Inner>,
     id: StreamId,
-    /// Bytes behind the head that have been read with it; rarely any.
+    /// Bytes behind the head that were read with it; rarely any.
     unread: Option<Box<Bytes>>,
-    /// The end that came with the last bytes.
+    /// End that came with the last bytes.
     end: Option<RecvEnd>,
     ended: bool,
-    /// Whether there was nothing to be read when it was looked last.
+    /// Whether the last read found nothing.
     is_empty: bool,
     reassembly: Reassembly,
 }
 
-/// Why there is no head.
+/// Reason why there is no head.
 #[derive(Debug, thiserror::Error)]
 pub enum HeadError {
     /// The peer sent something else.
     #[error(transparent)]
     Malformed(#[from] PrefaceError),
-    /// The stream ended before it.
+    /// The stream ended before its head.
     #[error("the stream ended early")]
     End(RecvEnd),
 }
@@ -226,13 +226,13 @@ impl Recv {
         }
     }
 
-    /// Why the connection is gone, if it is.
+    /// Returns the error that ended the connection, if it has ended.
     pub fn connection_error(&self) -> Option<ConnectionError> {
         self.connection.state().check().err()
     }
 
-    /// Reads what stands at the head of the stream. What follows it is there to be received.
-    /// Cancelling loses what was read: give the stream up then.
+    /// Reads the head of the stream. Later bytes can then be received. Cancelling loses the bytes read
+    /// so far: give up the stream then.
     ///
     /// # Errors
     /// [`HeadError`].
@@ -258,7 +258,7 @@ impl Recv {
         }
     }
 
-    /// Takes what is there, and last the end.
+    /// Takes the available bytes, and last the end.
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
@@ -287,7 +287,7 @@ impl Recv {
         }
     }
 
-    /// Takes what is there; `Pending` when that is nothing.
+    /// Takes the available bytes; `Pending` when there are none.
     fn poll_recv(&mut self, cx: &mut Context<'_>, into: &mut Vec<Bytes>) -> Poll<RecvEnd> {
         let mut state = self.connection.state();
         // A relay is polled for either direction: one that has no news costs next to nothing.

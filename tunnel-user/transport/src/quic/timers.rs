@@ -1,7 +1,7 @@
-//! When which connection wants to be driven, whatever happens.
+//! Timers of the connections of an endpoint.
 //!
-//! A connection's deadline moves with almost every packet, mostly later. So a later one is only
-//! noted, and found out when the earlier one has come.
+//! A connection's deadline moves with almost every packet, mostly later. So a later one is only noted,
+//! and found when the earlier one has come.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use quinn_proto::ConnectionHandle;
 
-/// What a connection knows of its timer.
+/// Timer of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Timer {
-    /// When it wants to be driven.
+    /// Deadline at which it must be driven.
     pub(super) at: Option<Instant>,
-    /// The earliest entry that stands for it.
+    /// Earliest queued entry of the connection.
     queued: Option<Instant>,
 }
 
@@ -25,7 +25,7 @@ pub(super) struct Timers {
 }
 
 impl Timers {
-    /// `handle` wants to be driven at `at`.
+    /// Sets the deadline of `handle` to `at`.
     pub(super) fn set(&mut self, handle: ConnectionHandle, timer: &mut Timer, at: Option<Instant>) {
         timer.at = at;
         if let Some(at) = at
@@ -36,12 +36,12 @@ impl Timers {
         }
     }
 
-    /// When the next entry is due.
+    /// Returns the time of the next entry.
     pub(super) fn next(&self) -> Option<Instant> {
         self.queue.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// A connection with an entry that is due by `now`; ask [`is_due`](Self::is_due).
+    /// Returns a connection with an entry that is due by `now`; see [`is_due`](Self::is_due).
     pub(super) fn pop(&mut self, now: Instant) -> Option<(Instant, ConnectionHandle)> {
         if self.next()? > now {
             return None;
@@ -50,7 +50,7 @@ impl Timers {
         Some((at, ConnectionHandle(handle)))
     }
 
-    /// Whether the entry that was due at `entry` means anything by `now`.
+    /// Whether the connection of an entry that was due at `entry` must be driven by `now`.
     pub(super) fn is_due(
         &mut self,
         handle: ConnectionHandle,

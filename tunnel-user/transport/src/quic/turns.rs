@@ -1,12 +1,12 @@
-//! How much a stream may write before the others have had their turn.
+//! Turns of the streams of a connection: the number of bytes that a stream writes before the others.
 //!
-//! quinn-proto sends what a stream has written in one run, so that its packets lie together and the
-//! peer writes them to their socket at once, rather than a packet of each stream in a round. What is
-//! small goes ahead of what is large, but a run that has begun is not interrupted. So a run is short: a
-//! stream that has written enough waits until everything has been sent.
+//! quinn-proto sends all bytes that a stream has written in one run, so that its packets lie together
+//! and the peer writes them to their socket at once, rather than a packet of each stream in a round.
+//! Small data goes ahead of large data, but a run that has begun is not interrupted. So a run is short:
+//! a stream that has written enough waits until everything has been sent.
 //!
 //! quinn-proto does not tell how much it has yet to send. But it asks the congestion controller before
-//! it sends more, so whether a controller was asked in vain tells whether anything is left.
+//! it sends more, so a controller that was asked in vain tells that something is left.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -16,30 +16,30 @@ use std::time::{Duration, Instant};
 use quinn_proto::RttEstimator;
 use quinn_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
 
-/// How long a run may take, about, and its least bytes: one full send.
+/// Approximate duration of a run, and its minimum in bytes: one full send.
 const RUN: Duration = Duration::from_millis(2);
 const LEAST: u32 = 64 << 10;
 
-/// Up to so many bytes in a turn go ahead of others.
+/// Maximum number of bytes in a turn that go ahead of others.
 const SMALL: u32 = 4 << 10;
 
 thread_local! {
-    /// A connection of this thread wanted to send more.
+    /// Whether a connection of this thread wanted to send more.
     static ASKED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `send`, and says whether there was more to be sent than was allowed.
+/// Calls `send`, and returns whether the congestion window left something unsent.
 pub(super) fn watch<T>(send: impl FnOnce() -> T) -> (T, bool) {
     ASKED.set(false);
     let sent = send();
     (sent, ASKED.get())
 }
 
-/// The turns of a connection.
+/// Turns of a connection.
 #[derive(Debug)]
 pub(super) struct Turns {
     number: u16,
-    /// Bytes that a stream may write in this one, about.
+    /// Approximate number of bytes that a stream may write in this turn.
     run: u32,
 }
 
@@ -53,7 +53,7 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// Begins another, on a path that takes `window` bytes in `rtt`.
+    /// Begins the next turn, on a path that takes `window` bytes in `rtt`.
     pub(super) fn next(&mut self, window: u64, rtt: Duration) {
         self.number = self.number.wrapping_add(1);
         let run = u128::from(window) * RUN.as_nanos() / rtt.as_nanos().max(1);
@@ -61,7 +61,7 @@ impl Turns {
     }
 }
 
-/// What a stream has written in its turn, and where that stands.
+/// Bytes that a stream has written in its turn, and its priority.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     number: u16,
@@ -76,7 +76,7 @@ enum Place {
     #[default]
     Behind = 0,
     Ahead = 1,
-    /// For good, and without turns: what keeps the tunnel alive.
+    /// Highest, without turns: the stream that keeps the tunnel alive.
     First = 2,
 }
 
@@ -90,13 +90,13 @@ impl Turn {
         self.written < turns.run || self.place == Place::First
     }
 
-    /// Puts the stream before all others; its priority then.
+    /// Puts the stream before all others, and returns its new priority.
     pub(super) fn go_first(&mut self) -> i32 {
         self.place = Place::First;
         self.place as i32
     }
 
-    /// The stream's priority, if `length` more bytes change it.
+    /// Returns the stream's priority, if `length` more bytes change it.
     pub(super) fn priority(&mut self, length: usize) -> Option<i32> {
         let place = match self.place {
             Place::First => Place::First,
@@ -107,14 +107,14 @@ impl Turn {
         (before != place).then_some(place as i32)
     }
 
-    /// So many bytes were written.
+    /// Adds written bytes.
     pub(super) fn add(&mut self, written: usize) {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         self.written = self.written.saturating_add(written);
     }
 }
 
-/// Makes controllers that note that they were asked.
+/// A factory of controllers that note when they are asked.
 pub(super) struct Watched(pub(super) Arc<dyn ControllerFactory + Send + Sync>);
 
 impl ControllerFactory for Watched {

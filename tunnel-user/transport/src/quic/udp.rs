@@ -1,4 +1,4 @@
-//! UDP sockets for QUIC: opened, sized, checked for what makes them slow, and driven.
+//! UDP sockets for QUIC: opening, buffer sizes, diagnosis of slowness, and driving.
 
 mod control;
 mod epoll;
@@ -19,27 +19,27 @@ use super::metrics::UdpMetrics;
 use super::steering::steer;
 use cpc_datapath::engine;
 
-/// Wanted size of a UDP socket's send and receive buffers, in bytes. At 1 Gbit/s it holds 30 ms,
-/// about what a busy shard may be late.
+/// Wanted size of a UDP socket's send and receive buffers, in bytes. At 1 Gbit/s it holds 30 ms, about
+/// the delay of a busy shard.
 pub const BUFFER_SIZE: usize = 4 << 20;
 
-/// The most bytes of one send: what the length field of an IPv4 packet holds without the headers of
-/// IP and UDP.
+/// Maximum size of one send, in bytes: the length field of an IPv4 packet without the headers of IP and
+/// UDP.
 const MAX_SEND: usize = 65_535 - 20 - 8;
 
 /// Opens a UDP socket. `[::]` listens on both families.
 ///
 /// # Errors
-/// What the system says of the address.
+/// The error of the system call.
 pub fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     open(addr, false)
 }
 
-/// Opens a UDP socket whose port [others](beside) may then share. A port that somebody else uses is
-/// not shared with him.
+/// Opens a UDP socket whose port [others](beside) may then share. A port of another process is not
+/// shared with it.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub fn bind_to_share(addr: SocketAddr) -> io::Result<UdpSocket> {
     // Alone at first: the same call would let us in beside another process of the same user.
     let socket = bind(addr)?;
@@ -47,11 +47,12 @@ pub fn bind_to_share(addr: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Opens the sockets of the other of `shards` beside the first one, which shares its port, and has
-/// the kernel steer packets to them.
+/// Opens the further sockets of `shards` beside the first one, which shares its port, and makes the
+/// kernel steer packets to them.
 ///
 /// # Errors
-/// What the system says: another user's socket can't be shared, nor one that was not made so.
+/// The error of the system call: another user's socket can't be shared, nor one that was opened without
+/// sharing.
 pub fn beside(first: UdpSocket, shards: usize) -> io::Result<Vec<UdpSocket>> {
     let addr = first.local_addr()?;
     let mut group = vec![first];
@@ -77,8 +78,8 @@ fn open(addr: SocketAddr, shared: bool) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Gives a socket the buffers that the job takes, if it has less. The kernel cuts them to
-/// net.core.{r,w}mem_max; the endpoint says so.
+/// Enlarges the buffers of a socket, if they are smaller than needed. The kernel reduces them to
+/// net.core.{r,w}mem_max; the endpoint reports that.
 pub fn enlarge(socket: &UdpSocket) {
     let socket = SockRef::from(socket);
     // Reported are twice the bytes that were asked for (socket(7)).
@@ -91,13 +92,13 @@ pub fn enlarge(socket: &UdpSocket) {
     }
 }
 
-/// A UDP socket on the running shard, with segmentation offloads on where they work.
+/// A UDP socket on the current shard, with segmentation offloads on where they work.
 #[derive(Debug)]
 pub(super) struct Udp {
     socket: Driven,
     state: UdpSocketState,
     metrics: UdpMetrics,
-    /// Many packets may be sent by one call, for all that is known.
+    /// Whether one call may send many packets, as far as known.
     is_segmented: Cell<bool>,
 }
 
@@ -109,7 +110,7 @@ enum Driven {
 }
 
 impl Udp {
-    /// Takes a bound socket.
+    /// Wraps a bound socket.
     pub(super) fn new(socket: UdpSocket, metrics: UdpMetrics) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let state = UdpSocketState::new((&socket).into())?;
@@ -139,7 +140,7 @@ impl Udp {
         }
     }
 
-    /// Whether packets may be cut on their way: then they can't tell what a path takes.
+    /// Whether packets may be fragmented on their way: then they can't probe the size of a path.
     pub(super) fn may_fragment(&self) -> bool {
         self.state.may_fragment()
     }
@@ -153,13 +154,13 @@ impl Udp {
         Poll::Ready(Ok((meta, bytes)))
     }
 
-    /// How many packets of `size` bytes one send may have.
+    /// Returns the maximum number of packets of `size` bytes in one send.
     pub(super) fn batch(&self, size: usize) -> usize {
         let fit = MAX_SEND / size.max(1);
         self.state.max_gso_segments().min(fit).max(1)
     }
 
-    /// Sends. `false`: the socket takes no more for now.
+    /// Sends packets. Returns `false` if the socket takes no more for now.
     pub(super) fn try_send(&self, transmit: &quinn_proto::Transmit, contents: &[u8]) -> bool {
         let transmit = quinn_udp::Transmit {
             destination: transmit.destination,
@@ -185,7 +186,7 @@ impl Udp {
         true
     }
 
-    /// A device has refused to cut a batch: from now on each packet is a call of its own.
+    /// Notes that a device has refused to split a batch: from now on each packet is a call of its own.
     #[cold]
     fn lost_segmentation(&self) {
         self.is_segmented.set(false);
@@ -205,7 +206,7 @@ impl Udp {
         }
     }
 
-    /// What is wrong with the socket for the job, each with its remedy. Empty when all is well.
+    /// Returns the faults of the socket, each with its remedy. Empty when all is well.
     pub(super) fn complaints(&self) -> Vec<String> {
         let mut found = Vec::new();
         let socket = self.as_socket();
@@ -238,7 +239,7 @@ fn to_udp(ecn: quinn_proto::EcnCodepoint) -> quinn_udp::EcnCodepoint {
     }
 }
 
-/// The mark of a received packet.
+/// Returns the ECN mark of a received packet.
 pub(super) fn ecn(meta: &RecvMeta) -> Option<quinn_proto::EcnCodepoint> {
     meta.ecn.map(|ecn| match ecn {
         quinn_udp::EcnCodepoint::Ect0 => quinn_proto::EcnCodepoint::Ect0,

@@ -1,34 +1,34 @@
-//! What may be sent to an address that has not proved itself: three times what came from there (RFC 9000
+//! The limit on packets to an unvalidated address: three times the bytes that came from there (RFC 9000
 //! sections 8.1 and 9.3.1).
 //!
-//! A peer that comes from another address is answered there, and its address validated, by quinn-proto. That
-//! lets a whole packet go where one byte is left, and does not count what looks for a packet size, nor what
-//! answers a challenge from elsewhere. So what it would send is counted once more, exactly. A packet that does
-//! not fit waits until more has come.
+//! quinn-proto answers a peer at a new address and validates that. It lets a whole packet go where one
+//! byte is left, and does not count probes of the packet size, nor answers to a challenge from
+//! elsewhere. So this module counts once more, exactly. A packet that does not fit waits until more has
+//! come.
 //!
-//! quinn-proto does not tell when an address is validated. But it would have sent nothing beyond its own count
-//! before, which is kept here too.
+//! quinn-proto does not tell when an address is validated. But it would have sent nothing beyond its
+//! own count before, which is kept here too.
 
 use std::net::SocketAddr;
 
-/// Bytes that may be sent for each that has come.
+/// Number of bytes that may be sent for each received one.
 const FACTOR: u64 = 3;
 
-/// Where the peer is, and how far that is certain.
+/// The peer's addresses, and their state of validation.
 #[derive(Debug)]
 pub(super) struct Validation {
-    /// The last address that has proved itself.
+    /// Last validated address.
     proven: SocketAddr,
-    /// The path's address.
+    /// Address of the path.
     current: SocketAddr,
-    /// The last other one from which something came, be it the path's or not.
+    /// Last unvalidated address that sent something, of the path or not.
     other: Option<Other>,
     /// Bytes of the current path as quinn-proto counts them.
     received: u64,
     sent: u64,
 }
 
-/// An address that has not proved itself.
+/// An unvalidated address.
 #[derive(Debug)]
 struct Other {
     address: SocketAddr,
@@ -36,18 +36,18 @@ struct Other {
     sent: u64,
 }
 
-/// What becomes of a packet.
+/// Decision about a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Send,
-    /// It waits for more to come from there.
+    /// The packet waits until more comes from its destination.
     Wait,
-    /// Nobody misses it.
+    /// The packet can be dropped without loss.
     Drop,
 }
 
 impl Validation {
-    /// The handshake has come from `address`, which quinn-proto has validated by that.
+    /// Starts with `address`, which quinn-proto has validated by the handshake.
     pub(super) fn new(address: SocketAddr) -> Self {
         Self {
             proven: address,
@@ -58,12 +58,12 @@ impl Validation {
         }
     }
 
-    /// Whether the peer is where it has proved to be.
+    /// Whether the current address is validated.
     pub(super) fn is_proven(&self) -> bool {
         self.current == self.proven
     }
 
-    /// `size` bytes came from `from`, and after them the path is that of `current`.
+    /// Notes `size` bytes from `from`, after which the path is that of `current`.
     pub(super) fn arrived(&mut self, from: SocketAddr, size: usize, current: SocketAddr) {
         if from == self.proven && current == self.proven {
             self.current = current;
@@ -89,16 +89,16 @@ impl Validation {
         }
     }
 
-    /// The path is that of `current` once more: the validation of another has failed, and quinn-proto goes
-    /// back to the last that it has validated.
+    /// Notes that the path is that of `current` once more: the validation of another has failed, and
+    /// quinn-proto returns to the last validated one.
     pub(super) fn restored(&mut self, current: SocketAddr) {
         if std::mem::replace(&mut self.current, current) != current {
             self.proven = current;
         }
     }
 
-    /// Whether `size` bytes that quinn-proto sends to `to` may go there. `is_probe`: they look for a packet
-    /// size.
+    /// Decides whether `size` bytes that quinn-proto sends to `to` may go there. `is_probe` marks a
+    /// probe of the packet size.
     pub(super) fn judge(&mut self, to: SocketAddr, size: usize, is_probe: bool) -> Verdict {
         if to == self.proven {
             return Verdict::Send;
@@ -120,12 +120,12 @@ impl Validation {
         }
     }
 
-    /// Whether quinn-proto sends nothing more to the path's address unless that is validated.
+    /// Whether quinn-proto sends nothing more to the path's address before its validation.
     pub(super) fn is_used_up(&self) -> bool {
         self.sent >= self.received * FACTOR
     }
 
-    /// What becomes now of a packet that waits.
+    /// Decides once more about a packet that waits.
     pub(super) fn judge_again(&mut self, to: SocketAddr, size: usize) -> Verdict {
         match to {
             to if to == self.proven => Verdict::Send,
@@ -135,7 +135,7 @@ impl Validation {
         }
     }
 
-    /// Whether so much may go to an address that has not proved itself; it then counts as sent.
+    /// Whether so many bytes may go to an unvalidated address; they then count as sent.
     fn fits(&mut self, to: SocketAddr, size: usize) -> bool {
         let other = self.other.as_mut().filter(|other| other.address == to);
         other.is_some_and(|other| {

@@ -1,8 +1,8 @@
-//! Who waits for what of one stream: one task for all of it, as a rule.
+//! Tasks that wait for events of one stream: one task for all events, as a rule.
 
 use std::task::Waker;
 
-/// What can be waited for.
+/// Event of a stream.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Interest {
     /// Bytes, the end of them, or a reset.
@@ -21,22 +21,22 @@ impl Interest {
     }
 }
 
-/// Who waits for what. Each stream of a tunnel has one: it is small.
+/// Waiting tasks. Each stream of a tunnel has one of these, so it is small.
 #[derive(Debug)]
 pub(super) enum Waiting {
     /// One task, which is kept while it waits for nothing: it will again.
     One(Waker, u8),
-    /// Several.
+    /// Several tasks.
     Several(Box<[Option<Waker>; 3]>),
 }
 
 impl Waiting {
-    /// `waker` alone.
+    /// Creates the entry of one task.
     pub(super) fn new(interest: Interest, waker: &Waker) -> Self {
         Self::One(waker.clone(), interest.bit())
     }
 
-    /// `waker` as well.
+    /// Adds a task.
     pub(super) fn add(&mut self, interest: Interest, waker: &Waker) {
         match self {
             Self::One(one, interests) if one.will_wake(waker) => *interests |= interest.bit(),
@@ -53,7 +53,7 @@ impl Waiting {
         }
     }
 
-    /// Whether `waker` waits for that.
+    /// Whether `waker` waits for the event.
     pub(super) fn is_for(&self, interest: Interest, waker: &Waker) -> bool {
         match self {
             Self::One(one, interests) => *interests & interest.bit() != 0 && one.will_wake(waker),
@@ -64,7 +64,7 @@ impl Waiting {
         }
     }
 
-    /// Nobody waits for that any more. Whether nobody waits for anything.
+    /// Removes the task that waits for the event. Returns whether no task is left.
     pub(super) fn remove(&mut self, interest: Interest) -> bool {
         match self {
             Self::One(_, interests) => {
@@ -78,7 +78,7 @@ impl Waiting {
         }
     }
 
-    /// Wakes whoever waits for that. Nobody does afterwards.
+    /// Wakes and removes the task that waits for the event.
     pub(super) fn wake(&mut self, interest: Interest) {
         match self {
             Self::One(one, interests) => {
@@ -95,7 +95,7 @@ impl Waiting {
         }
     }
 
-    /// Wakes all.
+    /// Wakes all tasks.
     pub(super) fn end(self) {
         match self {
             Self::One(_, 0) => {}

@@ -1,15 +1,14 @@
-//! What recvmsg(2) says beside a datagram: from whom, to which of our addresses, with which ECN mark,
-//! and into how many datagrams it is to be cut.
+//! Control data of recvmsg(2) beside a datagram: its source, its destination, the ECN mark, and the
+//! size of the datagrams that it is to be split into.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use quinn_udp::{EcnCodepoint, RecvMeta};
 
-/// Bytes in front of a control message's data (`struct cmsghdr`), which are a multiple of its
-/// alignment.
+/// Size of the header of a control message (`struct cmsghdr`), in bytes, a multiple of its alignment.
 const HEADER: usize = size_of::<libc::cmsghdr>();
 
-/// What stands in `name` and `control` of a batch of `length` bytes. `None`: it is from nowhere.
+/// Parses `name` and `control` of a batch of `length` bytes. Returns `None` if it has no source.
 pub(super) fn meta(name: &[u8], control: &[u8], length: usize) -> Option<RecvMeta> {
     let mut meta = RecvMeta {
         addr: address(name)?,
@@ -43,7 +42,7 @@ pub(super) fn meta(name: &[u8], control: &[u8], length: usize) -> Option<RecvMet
     Some(meta)
 }
 
-/// A `struct sockaddr_in` or `sockaddr_in6`.
+/// Parses a `struct sockaddr_in` or `sockaddr_in6`.
 fn address(name: &[u8]) -> Option<SocketAddr> {
     let port = u16::from_be_bytes(head(name.get(2..)?)?);
     match i32::from(u16::from_ne_bytes(head(name)?)) {
@@ -65,7 +64,7 @@ fn head<const N: usize>(bytes: &[u8]) -> Option<[u8; N]> {
     bytes.first_chunk().copied()
 }
 
-/// Control messages, one behind the other (cmsg(3)).
+/// An iterator over control messages, one behind the other (cmsg(3)).
 struct Messages<'a>(&'a [u8]);
 
 impl<'a> Iterator for Messages<'a> {

@@ -1,4 +1,4 @@
-//! A UDP socket on tokio's reactor: several batches by one call (recvmmsg(2)), into one buffer.
+//! A UDP socket on tokio's reactor: one call receives several batches (recvmmsg(2)), into one buffer.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -13,13 +13,13 @@ use tokio::io::Interest;
 use crate::quic::metrics::Moved;
 use cpc_datapath::buffers::Buffers;
 
-/// The most that one receive gives, in bytes: a full GRO batch.
+/// Maximum size of one receive, in bytes: a full GRO batch.
 const SEGMENT: usize = 64 << 10;
 
-/// Receives of one call.
+/// Number of receives per call.
 const BATCH: usize = 4;
 
-/// Buffers of so many bytes that are in use at most: what a few bytes of stopped streams may keep.
+/// Maximum number of buffers in use: the memory that a few bytes of stopped streams may keep.
 const BUFFERS: usize = 32;
 
 /// A UDP socket on tokio's reactor.
@@ -32,12 +32,12 @@ pub(super) struct EpollUdp {
 #[derive(Debug)]
 struct Received {
     buffers: Buffers,
-    /// Of the last call.
+    /// Batches of the last call.
     batches: VecDeque<(RecvMeta, BytesMut)>,
 }
 
 impl EpollUdp {
-    /// Brings a socket, which does not block, to the running runtime.
+    /// Brings a non-blocking socket to the current runtime.
     pub(super) fn new(socket: UdpSocket) -> io::Result<Self> {
         let received = Received {
             buffers: Buffers::new(SEGMENT * BATCH, BUFFERS),
@@ -49,7 +49,7 @@ impl EpollUdp {
         })
     }
 
-    /// The socket.
+    /// Returns the socket.
     pub(super) fn socket(&self) -> &tokio::net::UdpSocket {
         &self.socket
     }
@@ -70,7 +70,7 @@ impl EpollUdp {
         }
     }
 
-    /// One call.
+    /// Receives in one call.
     fn receive(
         &self,
         cx: &mut Context<'_>,
@@ -129,7 +129,6 @@ impl EpollUdp {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends.
     pub(super) fn try_send(
         &self,
         state: &UdpSocketState,

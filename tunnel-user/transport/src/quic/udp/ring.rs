@@ -1,9 +1,9 @@
-//! A UDP socket on the shard's ring: one receive stays in flight and gives batch after batch, each in
-//! a buffer of its own that packets then refer to.
+//! A UDP socket on the shard's ring: one receive stays in flight and gives batch after batch, each in a
+//! buffer of its own that packets then refer to.
 //!
-//! The buffers are the bound on what is received ahead: when none is left the kernel ends the
-//! receive, and the driver starts another one when it has taken everything. Sends go to the kernel at
-//! once: one call sends a whole batch, from memory that is used again for the next.
+//! The buffers bound the data received ahead: when none is left the kernel ends the receive, and the
+//! driver starts another one when it has taken everything. Sends go to the kernel at once: one call
+//! sends a whole batch, from memory that is used again for the next.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -29,7 +29,7 @@ const NAME: usize = size_of::<libc::sockaddr_in6>().next_multiple_of(8);
 const CONTROL: usize = 128;
 const HEADER: usize = 16 + NAME + CONTROL;
 
-/// A UDP socket on the running thread's ring.
+/// A UDP socket on the current thread's ring.
 #[derive(Debug)]
 pub(super) struct RingUdp {
     socket: UdpSocket,
@@ -38,12 +38,12 @@ pub(super) struct RingUdp {
     room: Rc<Room>,
 }
 
-/// What was received, and the receive.
+/// Received batches, and the receive in flight.
 struct Received {
     queue: RefCell<VecDeque<(RecvMeta, BytesMut)>>,
     receive: Cell<Option<Operation>>,
     reader: Cell<Option<Waker>>,
-    /// Where the kernel finds the sizes of what it writes in front.
+    /// Header from which the kernel takes the sizes of its prefix.
     shape: Box<libc::msghdr>,
     is_closed: Cell<bool>,
 }
@@ -90,7 +90,7 @@ impl fmt::Debug for Received {
     }
 }
 
-/// Whether the socket takes packets.
+/// Readiness of the socket for sends.
 #[derive(Default)]
 struct Room {
     is_full: Cell<bool>,
@@ -115,7 +115,7 @@ impl fmt::Debug for Room {
 }
 
 impl RingUdp {
-    /// Brings a socket, which does not block, to `ring`.
+    /// Brings a non-blocking socket to `ring`.
     pub(super) fn new(socket: UdpSocket, ring: Rc<Ring>) -> Self {
         // SAFETY: all zeros is a msghdr without anything.
         let mut shape: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
@@ -136,7 +136,7 @@ impl RingUdp {
         }
     }
 
-    /// The socket, to send by.
+    /// Returns the socket for sends.
     pub(super) fn socket(&self) -> &UdpSocket {
         &self.socket
     }
@@ -159,8 +159,8 @@ impl RingUdp {
         Poll::Pending
     }
 
-    /// Starts a receive. A socket that does not block can't be waited for on a ring: O_NONBLOCK counts
-    /// as RWF_NOWAIT. That is looked at when the receive is submitted, and sends need it.
+    /// Starts a receive. A ring can't wait for a non-blocking socket: O_NONBLOCK counts as RWF_NOWAIT.
+    /// The kernel checks that when the receive is submitted, and sends need it.
     fn receive(&self) -> io::Result<()> {
         let fd = types::Fd(self.socket.as_raw_fd());
         let shape = &raw const *self.received.shape;
@@ -174,7 +174,6 @@ impl RingUdp {
         self.socket.set_nonblocking(true)
     }
 
-    /// Sends.
     pub(super) fn try_send(
         &self,
         state: &UdpSocketState,
