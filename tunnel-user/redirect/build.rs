@@ -1,10 +1,10 @@
-//! Finds the kernel programs that `cargo xtask build-ebpf` left, for `redirect::object` to embed.
+//! Finds the kernel programs of `cargo xtask build-ebpf`, for `redirect::object` to embed.
 //!
-//! A build without them is a whole `cpc` but for the redirect, which says so at run time.
+//! A build without them lacks only the redirect, which reports that at run time.
 
 use std::{env, fs, path::PathBuf};
 
-/// Names another object than the default one.
+/// Variable that names another object than the default one.
 const OVERRIDE: &str = "CPC_EBPF_OBJECT";
 
 fn main() {

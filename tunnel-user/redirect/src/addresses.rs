@@ -1,5 +1,5 @@
-//! Follows the host's own addresses, which are not captured: one that comes later, by DHCP say, must not
-//! be taken for a worker's.
+//! A watch on the host's own addresses, which are not captured: a later one, by DHCP for example, must
+//! not be taken for a worker's.
 
 use std::{
     io::{self, PipeWriter},
@@ -20,24 +20,23 @@ use super::netns::within;
 
 use cpc_host::report::report;
 
-/// How long changes are collected before they count as one.
+/// Time for which changes are collected before they count as one.
 const REST_MS: u16 = 100;
 
 /// A thread that waits for addresses and interfaces to change. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct AddressWatch {
-    /// Closed to end the thread.
+    /// Pipe whose end ends the thread.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl AddressWatch {
     /// Calls `changed` after addresses or interfaces have changed in this thread's network namespace,
-    /// or in `netns`; once for what changes within a tenth of a second.
+    /// or in `netns`; once for all changes within a tenth of a second.
     ///
     /// # Errors
-    ///
-    /// When rtnetlink can't be had there.
+    /// The error of opening rtnetlink there.
     pub fn spawn(
         netns: Option<&Path>,
         mut changed: impl FnMut() + Send + 'static,
@@ -92,7 +91,7 @@ impl Drop for AddressWatch {
     }
 }
 
-/// A socket that hears of addresses and interfaces of this thread's namespace (rtnetlink(7)).
+/// Opens a socket for changes of addresses and interfaces of this thread's namespace (rtnetlink(7)).
 fn subscribe() -> io::Result<OwnedFd> {
     const GROUPS: i32 = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -106,8 +105,8 @@ fn subscribe() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes what has come. What it says does not matter, only what is there now; so a message that was
-/// lost (ENOBUFS) is one. Whether there was any.
+/// Reads all messages, and returns whether there was any. Their content does not matter, only the
+/// present addresses; so a lost message (ENOBUFS) counts as one.
 fn drain(socket: &OwnedFd) -> bool {
     let mut heard = false;
     loop {

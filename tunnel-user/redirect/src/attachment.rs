@@ -1,4 +1,4 @@
-//! Putting an attachment in place, and taking it away.
+//! Creation and removal of attachments.
 
 use std::{io, os::fd::AsFd};
 
@@ -11,18 +11,18 @@ use super::{
     retired, settings,
 };
 
-/// What [`Attachment::link`] found to do.
+/// Outcome of [`Attachment::link`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Linked {
     /// The programs were not in this cgroup.
     Created,
-    /// Programs were there; ours are in their place now.
+    /// Programs were there; ours have replaced them.
     Replaced,
 }
 
 /// An attachment whose programs this process has loaded.
 ///
-/// Dropping it changes nothing: what is pinned stays.
+/// Dropping it changes nothing: its pins stay.
 #[derive(Debug)]
 pub struct Attachment {
     pin: Pin,
@@ -52,12 +52,13 @@ impl Attachment {
         })
     }
 
-    /// Its number in maps and metrics; stays with the name for as long as that is attached.
+    /// Returns the number in maps and metrics, which stays with the name for as long as that is
+    /// attached.
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// What callers see of a refusal.
+    /// Returns how callers see a refusal.
     pub fn refusal(&self) -> Refusal {
         self.programs.refusal()
     }
@@ -76,17 +77,18 @@ impl Attachment {
         Ok(())
     }
 
-    /// Reads the host's own addresses again, which are not captured. Whether the capture set changed.
+    /// Reads the host's own addresses again, which are not captured. Returns whether the capture set
+    /// changed.
     pub fn follow_addresses(&self) -> Result<bool, RedirectError> {
         let _lock = self.pin.lock()?;
         settings::write(&self.pin, self.id, &self.spec)
     }
 
-    /// Puts the programs in the cgroup, each in one step in the place of what is there, and pins
-    /// the links. Takes well under a millisecond: the programs are in the kernel already.
+    /// Puts the programs into the cgroup, each in one step in place of the old one, and pins the links.
+    /// Takes well under a millisecond: the programs are in the kernel already.
     ///
-    /// Links of a cgroup that was removed, or that the attachment no longer means, are dropped, and so is
-    /// what an earlier version had beside them.
+    /// Links of a removed cgroup, or of one that the attachment no longer means, are dropped, and so
+    /// are further links of an earlier version.
     pub fn link(&self) -> Result<Linked, RedirectError> {
         let _lock = self.pin.lock()?;
         let cgroup = Cgroup::open(&self.spec.cgroup).map_err(|source| RedirectError::Cgroup {
@@ -123,7 +125,7 @@ impl Attachment {
     }
 }
 
-/// Takes an attachment away: links first, then what they went by.
+/// Removes an attachment: its links first, then its settings.
 pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
     if !pin.exists() {
         return Ok(false);

@@ -1,8 +1,8 @@
 //! Capture and exclusion rules, compiled for a longest-prefix-match look-up.
 //!
-//! The kernel finds one entry, that of the longest prefix. So each prefix that any rule names
-//! gets the ports that all rules covering it leave: those captured and not excluded. Entries
-//! that say the same as the next shorter one are left out.
+//! The kernel finds one entry, that of the longest prefix. So each prefix of any rule gets the ports
+//! that all rules covering it leave: those captured and not excluded. Entries equal to the next shorter
+//! one are left out.
 
 use std::{
     net::IpAddr,
@@ -17,7 +17,7 @@ use super::{
     prefix::{Key, Table, canonical},
 };
 
-/// Never captured: these addresses mean this host, or a link of it.
+/// Networks that are never captured: these addresses mean this host, or a link of it.
 const NEVER: [&str; 6] = [
     "127.0.0.0/8",
     "::1/128",
@@ -27,7 +27,8 @@ const NEVER: [&str; 6] = [
     "fe80::/10",
 ];
 
-/// Captured by a rule within such a range only: this host's provider answers there, for this host.
+/// Networks that are captured only by a rule within them: this host's provider answers there, for this
+/// host.
 const UNLESS_NAMED: [&str; 5] = [
     "100.100.100.200/32",
     "168.63.129.16/32",

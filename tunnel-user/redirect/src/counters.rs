@@ -1,4 +1,4 @@
-//! What the programs have counted.
+//! Counters of the programs.
 
 use tunnel_ebpf_common::{Counter, counter_index};
 
@@ -12,15 +12,15 @@ use super::{
 /// One counter of one attachment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Count {
-    /// The attachment's name.
+    /// Name of the attachment.
     pub attachment: String,
-    /// What was counted.
+    /// Kind of the counter.
     pub counter: Counter,
-    /// How often since the attachment was made; goes on over restarts of the connector.
+    /// Value since the attachment was made; continues over restarts of the connector.
     pub value: u64,
 }
 
-/// Reads the counters of all attachments.
+/// Reader of the counters of all attachments.
 pub struct Counters {
     attachments: maps::Attachments,
     map: maps::CounterMap,
@@ -34,7 +34,7 @@ impl Counters {
         })
     }
 
-    /// All counters as they stand now.
+    /// Returns the present values of all counters.
     pub fn read(&self) -> Result<Vec<Count>, RedirectError> {
         let mut counts = Vec::new();
         for entry in self.attachments.iter() {
@@ -52,7 +52,7 @@ impl Counters {
     }
 }
 
-/// The counters of one attachment, summed over the processors.
+/// Returns the counters of one attachment, summed over the processors.
 pub(super) fn of(map: &maps::CounterMap, id: u32) -> Result<Vec<(Counter, u64)>, RedirectError> {
     let value = |counter| {
         let values = map

@@ -1,4 +1,4 @@
-//! What can go wrong, and what to do about it.
+//! Errors of the redirect, with their remedies.
 
 use std::{io, path::PathBuf};
 
@@ -8,7 +8,7 @@ use tunnel_ebpf_common::{MAX_ATTACHMENTS, MAX_RANGES, MAX_ROUTES, NAME_LENGTH};
 
 use super::LinkState;
 
-/// Why a redirect could not be made, changed or read.
+/// Reason why a redirect could not be made, changed or read.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
     /// See [`super::object()`].
@@ -18,18 +18,18 @@ pub enum RedirectError {
     )]
     NotBuiltIn,
 
-    /// Names become file names on a BPF file system, which takes no dots.
+    /// The name is not a file name on a BPF file system, where dots are invalid.
     #[error(
         "attachment name {0:?} is not usable: \
          take 1 to {NAME_LENGTH} characters out of a-z, A-Z, 0-9, - and _"
     )]
     Name(String),
 
-    /// Neither listener is set.
+    /// The attachment has no listener.
     #[error("attachment {0} has no listener: give it an IPv4 or an IPv6 address to redirect to")]
     NoListener(String),
 
-    /// Too many separate port ranges in one prefix.
+    /// A prefix needs too many separate port ranges.
     #[error(
         "capture and exclude leave {count} separate port ranges for {cidr}, \
          {MAX_RANGES} are possible: use wider ranges"
@@ -37,11 +37,11 @@ pub enum RedirectError {
     TooManyRanges {
         /// The prefix.
         cidr: IpNet,
-        /// How many it would need.
+        /// Number of ranges.
         count: usize,
     },
 
-    /// All numbers are taken.
+    /// All numbers are in use.
     #[error(
         "all {MAX_ATTACHMENTS} attachments are in use: \
          detach one (`cpc redirect status` lists them)"
@@ -60,7 +60,7 @@ pub enum RedirectError {
     Cgroup {
         /// The cgroup.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },
@@ -70,22 +70,22 @@ pub enum RedirectError {
     Netns {
         /// The namespace, or this process's own.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },
 
-    /// A file or directory below the pin directory.
+    /// A file or directory below the pin directory can't be used.
     #[error("{path} can't be made, opened or removed")]
     Pin {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },
 
-    /// What is pinned can't be given to the group.
+    /// The pins can't be given to the group.
     #[error(
         "{path} can't be given to group {group} (redirect.group): this takes a process that is in it \
          (systemd: `Group=` of cpc-redirect.service), or CAP_CHOWN"
@@ -93,29 +93,29 @@ pub enum RedirectError {
     Share {
         /// The file.
         path: PathBuf,
-        /// The group's number.
+        /// Number of the group.
         group: u32,
-        /// What the system said.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },
 
-    /// Nothing of this name is pinned.
+    /// No attachment of this name is pinned.
     #[error(
         "no attachment named {0} here: attach it first (`cpc redirect attach`), with a \
          `redirect.group` that this user is in"
     )]
     NotAttached(String),
 
-    /// Something else is pinned than is configured.
+    /// The attachment differs from the configuration.
     #[error(
         "attachment {name} was attached with another {what} than is configured: \
          attach it again (`cpc redirect attach`)"
     )]
     Outdated {
-        /// Its name.
+        /// Name of the attachment.
         name: String,
-        /// What differs.
+        /// The difference.
         what: &'static str,
     },
 
@@ -128,7 +128,7 @@ pub enum RedirectError {
         name: String,
         /// The program.
         hook: &'static str,
-        /// Where it is.
+        /// State of its link.
         state: LinkState,
     },
 
@@ -148,14 +148,14 @@ pub enum RedirectError {
     )]
     Rivals(String),
 
-    /// This process did not attach, and may not change what is captured.
+    /// This process did not attach, and may not change the capture set.
     #[error(
         "without capabilities what is captured can't be changed: \
          run `cpc redirect attach` (systemd: `systemctl reload cpc-redirect`)"
     )]
     NotOurs,
 
-    /// There is no such group.
+    /// The group does not exist.
     #[error("there is no group {0} (redirect.group): make it, or name a number")]
     Group(String),
 
@@ -165,7 +165,7 @@ pub enum RedirectError {
          without a route. `limits.routes` bounds what is accepted"
     )]
     RoutesFull {
-        /// How many are not there.
+        /// Number of missing routes.
         missing: usize,
     },
 
@@ -178,14 +178,14 @@ pub enum RedirectError {
         "the map {name} can't be opened, read or written (this takes root or a member of `redirect.group`, and CAP_BPF before Linux 5.19)"
     )]
     Map {
-        /// Its name.
+        /// Name of the map.
         name: &'static str,
-        /// What aya said.
+        /// Error of aya.
         #[source]
         source: MapError,
     },
 
-    /// The object can't be read, or its maps not made.
+    /// The object can't be read, or its maps can't be created.
     #[error("the kernel programs can't be prepared (this takes CAP_BPF and CAP_NET_ADMIN)")]
     Prepare(#[source] Box<EbpfError>),
 
@@ -195,18 +195,18 @@ pub enum RedirectError {
          CAP_PERFMON): {why}"
     )]
     Load {
-        /// Its name.
+        /// Name of the program.
         name: &'static str,
-        /// What the system said, and the last words of the verifier.
+        /// Error of the system call, and the last line of the verifier.
         why: String,
     },
 
-    /// The kernel is older than what the redirect takes.
+    /// The kernel is older than the redirect needs.
     #[error("the redirect takes Linux 5.15, and this is {release}")]
     OldKernel {
-        /// What the kernel calls itself.
+        /// Release of the kernel.
         release: String,
-        /// What failed.
+        /// The failure.
         #[source]
         source: Box<RedirectError>,
     },
@@ -215,14 +215,14 @@ pub enum RedirectError {
     #[error("the built-in object has no program {0}: run `cargo xtask build-ebpf` and build again")]
     Mismatch(&'static str),
 
-    /// A program can't be put in its cgroup.
+    /// A program can't be attached to its cgroup.
     #[error("program {name} can't be attached to {cgroup}")]
     Link {
-        /// Its name.
+        /// Name of the program.
         name: &'static str,
         /// The cgroup.
         cgroup: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },

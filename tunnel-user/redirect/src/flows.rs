@@ -1,4 +1,4 @@
-//! What redirected connections had wanted, for the accepting side.
+//! Origins of redirected connections, for the accepting side.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -11,20 +11,20 @@ use super::{
     pin::Pin,
 };
 
-/// How long a connection may wait in the listener's backlog. An older flow belongs to a
-/// connection that was never accepted; the next one with the same ports must not inherit it.
+/// Maximum wait of a connection in the listener's backlog. An older flow belongs to a connection that
+/// was never accepted; the next one with the same ports must not inherit it.
 pub const MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// Where an accepted connection had wanted to go.
+/// Requested destination of an accepted connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// What connect(2) was called with; v4-mapped addresses as IPv4 ones.
+    /// Address that connect(2) was called with; v4-mapped addresses as IPv4 ones.
     pub destination: SocketAddr,
-    /// Set where the kernel can refuse only by way of the listener: reset the connection.
+    /// Reason to reset the connection, where the kernel can refuse only by way of the listener.
     pub refused: Option<Counter>,
 }
 
-/// The flows of one attachment. Opened anew after its namespace has changed.
+/// Flows of one attachment. To be reopened after its namespace has changed.
 #[derive(Debug)]
 pub struct Flows {
     map: maps::FlowMap,
@@ -42,9 +42,9 @@ impl Flows {
 
     /// Takes the origin of an accepted connection: each can be taken once.
     ///
-    /// `client` is what accept(2) returned, `listener` the accepted socket's own address.
-    /// `None`: nobody was redirected here, and the connection is to be reset; guessing would
-    /// send it anywhere.
+    /// `client` is the address from accept(2), `listener` the accepted socket's own address. `None`
+    /// means that the connection was not redirected here and must be reset; a guess would send it
+    /// anywhere.
     pub fn take_origin(
         &mut self,
         client: SocketAddr,

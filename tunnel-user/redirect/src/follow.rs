@@ -1,10 +1,10 @@
-//! Follows a cgroup that comes and goes.
+//! A watch on a cgroup that comes and goes.
 //!
-//! A container's cgroup is removed with the container and made again with the next one; links
-//! go with it. Watching its ancestors by inotify, we know of a new one within a millisecond,
-//! while a container runtime still sets the program up. It is the second-best choice: while the
-//! connector is away nobody follows, and a container started meanwhile is not redirected. A
-//! stable ancestor, to which the programs stay attached, has no such gap.
+//! A container's cgroup is removed with the container and made again with the next one; links go with
+//! it. By inotify on its ancestors the follower learns of a new one within a millisecond, while a
+//! container runtime still sets the program up. This is the second-best choice: while the connector is
+//! away, a new container is not redirected. A stable ancestor, to which the programs stay attached, has
+//! no such gap.
 
 use std::{
     fs, io,
@@ -22,32 +22,32 @@ use nix::{
 
 use cpc_host::report::report;
 
-/// Whether the cgroup is there.
+/// Presence of the cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
-    /// It is there, under this number (its inode number): another one each time it is made.
+    /// The cgroup exists, with this number (its inode number), which is another one each time it is
+    /// made.
     Present(u64),
-    /// It is not there.
+    /// The cgroup does not exist.
     Absent,
 }
 
 /// A thread that watches a cgroup. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Follower {
-    /// Closed to end the thread.
+    /// Pipe whose end ends the thread.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Follower {
-    /// Calls `changed` with the cgroup's presence, once at the start and then whenever it
-    /// changes. What comes and goes between two calls may be seen as one change.
+    /// Calls `changed` with the cgroup's presence, once at the start and then after each change.
+    /// Changes between two calls may appear as one.
     ///
     /// `changed` runs on the follower's thread: call [`super::Attachment::link`] there.
     ///
     /// # Errors
-    ///
-    /// When inotify can't be had (`fs.inotify.max_user_instances`).
+    /// The error of inotify (`fs.inotify.max_user_instances`).
     pub fn spawn(
         cgroup: impl Into<PathBuf>,
         mut changed: impl FnMut(Presence) + Send + 'static,
@@ -105,8 +105,8 @@ impl Drop for Follower {
     }
 }
 
-/// Watches the cgroup's ancestors as far as they exist, the outermost first: one that is made
-/// meanwhile is an event of the one above. Watching twice does no harm.
+/// Watches the existing ancestors of the cgroup, the outermost first: a new one is an event of the one
+/// above. Watching twice does no harm.
 fn watch(inotify: &Inotify, cgroup: &Path) {
     let changes = AddWatchFlags::IN_CREATE
         | AddWatchFlags::IN_DELETE

@@ -1,4 +1,4 @@
-//! The connector's sign of life.
+//! The heartbeat of the connector.
 
 use std::{
     io,
@@ -16,11 +16,11 @@ use super::{
     pin::Pin,
 };
 
-/// Tells the kernel that an attachment's connector is alive.
+/// The heartbeat of an attachment in the kernel.
 ///
-/// After 3 s without a [`Self::beat`] ([`super::HEARTBEAT_STALE_NS`]) its captured connections
-/// are refused, or pass where it fails open. Beat twice a second, from the thread that accepts:
-/// a beat from elsewhere would speak for a thread that may be stuck.
+/// After 3 s without a [`Self::beat`] ([`super::HEARTBEAT_STALE_NS`]) captured connections are refused,
+/// or pass where the attachment fails open. Beat twice a second, from the thread that accepts: a beat
+/// from elsewhere would speak for a thread that may be stuck.
 pub struct Heartbeat {
     map: maps::Heartbeats,
     listeners: maps::Listeners,
@@ -41,8 +41,8 @@ impl Heartbeat {
         })
     }
 
-    /// Makes `listener` the one of its family that the kernel programs send connections to, from the
-    /// next beat on. They take no other socket for it, whatever is bound to its port.
+    /// Makes `listener` the one of its family that the kernel programs redirect to, from the next beat
+    /// on. They accept no other socket for it, whatever is bound to its port.
     pub fn listen(&mut self, listener: &TcpListener) -> Result<(), RedirectError> {
         let unknown = |error: io::Error| failed("LISTENERS")(MapError::IoError(error));
         let address = listener.local_addr().map_err(unknown)?;
@@ -57,14 +57,14 @@ impl Heartbeat {
         Ok(())
     }
 
-    /// Alive now.
+    /// Writes the present time.
     pub fn beat(&mut self) -> Result<(), RedirectError> {
         self.now.at = monotonic_ns();
         self.set(self.now)
     }
 
-    /// No longer alive: refuse at once instead of after 3 s. The listener may live on, in a
-    /// service manager's hands.
+    /// Ends the heartbeat: refuse at once instead of after 3 s. The service manager may keep the
+    /// listener.
     pub fn stop(&mut self) -> Result<(), RedirectError> {
         self.now.at = 0;
         self.set(self.now)
@@ -77,7 +77,7 @@ impl Heartbeat {
     }
 }
 
-/// `bpf_ktime_get_ns`, as seen from here.
+/// Returns the time of `bpf_ktime_get_ns`.
 pub(super) fn monotonic_ns() -> u64 {
     // The clock exists on every Linux; reading it can't fail with a valid address.
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)

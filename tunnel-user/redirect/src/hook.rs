@@ -1,6 +1,6 @@
-//! The places in a cgroup where our programs sit.
+//! Hooks of the programs in a cgroup.
 
-/// One program and the hook it is for.
+/// A program and its hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     /// Hands the origin to the accepting side (`BPF_CGROUP_SOCK_OPS`).
@@ -16,8 +16,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// All of them in the order of attaching: what a redirected socket needs comes before what
-    /// redirects it. Detaching goes the other way.
+    /// All hooks in the order of attaching: the needs of a redirected socket come before the redirect
+    /// itself. Detaching uses the reverse order.
     pub const ALL: [Self; 5] = [
         Self::Established,
         Self::Getpeername4,
@@ -26,7 +26,7 @@ impl Hook {
         Self::Connect6,
     ];
 
-    /// Name of the program in its object, and of its link's pin.
+    /// Returns the name of the program in its object, and of its link's pin.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Established => "established",
@@ -37,7 +37,7 @@ impl Hook {
         }
     }
 
-    /// `enum bpf_attach_type` of linux/bpf.h.
+    /// Returns the `enum bpf_attach_type` of linux/bpf.h.
     pub(super) const fn attach_type(self) -> u32 {
         match self {
             Self::Established => 3,

@@ -73,7 +73,7 @@ use pin::Pin;
 
 use cpc_host::kernel;
 
-/// Everything that is pinned under one directory.
+/// A pin directory and everything below it.
 #[derive(Clone, Debug)]
 pub struct Redirect {
     pin: Pin,
@@ -81,9 +81,9 @@ pub struct Redirect {
 }
 
 impl Redirect {
-    /// Names the pin directory; nothing is touched yet.
+    /// Names the pin directory, without touching it.
     ///
-    /// It, or the nearest ancestor that exists, must be on a BPF file system.
+    /// The directory, or its nearest existing ancestor, must be on a BPF file system.
     pub fn new(pin: impl Into<PathBuf>) -> Self {
         Self {
             pin: Pin::new(pin.into()),
@@ -91,56 +91,53 @@ impl Redirect {
         }
     }
 
-    /// Refuses in this manner instead of the best one that the kernel has.
+    /// Sets the kind of refusal, instead of the best one that the kernel has.
     #[must_use]
     pub fn refusing_by(mut self, refusal: Refusal) -> Self {
         self.refusal = Some(refusal);
         self
     }
 
-    /// Lets the members of a group do what a server does that did not attach: read the settings,
+    /// Lets the members of a group do the work of a server that did not attach: read the settings,
     /// write heartbeats and routes, take flows. In force for an attachment with [`Self::prepare`].
     ///
-    /// They may neither change what is captured nor take the programs away.
+    /// Members can neither change the capture set nor detach the programs.
     #[must_use]
     pub fn shared_with(mut self, group: Option<Gid>) -> Self {
         self.pin = self.pin.shared_with(group);
         self
     }
 
-    /// Compares what is attached with `spec`, for a process that may not attach. Returns what of it
-    /// differs without harm, for people.
+    /// Compares the attached settings with `spec`, for a process that may not attach. Returns the
+    /// harmless differences, for people.
     ///
     /// # Errors
-    ///
-    /// When it is not attached, or so differently that it would not work.
+    /// The attachment does not exist, or differs so that it would not work.
     pub fn compare(&self, spec: &AttachmentSpec) -> Result<Vec<&'static str>, RedirectError> {
         spec.check()?;
         settings::compare(&self.pin, spec)
     }
 
-    /// The number of the cgroup that the attachment of this name was put into last.
+    /// Returns the number of the cgroup that the attachment of this name was last attached to.
     pub fn cgroup(&self, name: &str) -> Option<u64> {
         self.pin.remembered_cgroup(name)
     }
 
     /// Configures and attaches: [`Self::prepare`], then [`Attachment::link`].
     ///
-    /// Idempotent. The first call creates and pins; a later one, of this process or the next,
-    /// puts its own programs in place of the old ones, each in one step.
+    /// Idempotent. The first call creates and pins; a later one, of this process or the next, replaces
+    /// the old programs, each in one step.
     pub fn attach(&self, spec: &AttachmentSpec) -> Result<Attachment, RedirectError> {
         let attachment = self.prepare(spec)?;
         attachment.link()?;
         Ok(attachment)
     }
 
-    /// Loads the programs and writes the settings, but attaches nothing: the cgroup need not
-    /// exist yet. Programs that are attached already see the new settings at once.
+    /// Loads the programs and writes the settings, but attaches nothing: the cgroup need not exist yet.
+    /// Attached programs see the new settings at once.
     ///
     /// # Errors
-    ///
-    /// Everything that is wrong with the spec, and whatever the kernel refuses; loading takes
-    /// CAP_BPF and CAP_NET_ADMIN.
+    /// The faults of the spec, and refusals of the kernel; loading takes CAP_BPF and CAP_NET_ADMIN.
     pub fn prepare(&self, spec: &AttachmentSpec) -> Result<Attachment, RedirectError> {
         let prepared = Attachment::prepare(&self.pin, self.refusal, spec);
         prepared.map_err(|error| match error {
@@ -158,8 +155,8 @@ impl Redirect {
         })
     }
 
-    /// Detaches and forgets the attachment of this name. Its connections go on; new ones take
-    /// the ordinary route. False when there was none.
+    /// Detaches and removes the attachment of this name. Open connections go on; new ones take the
+    /// ordinary route. Returns false when there was none.
     pub fn detach(&self, name: &str) -> Result<bool, RedirectError> {
         attachment::detach(&self.pin, name)
     }
@@ -168,8 +165,7 @@ impl Redirect {
     /// theirs does. Attaching and detaching do so too.
     ///
     /// # Errors
-    ///
-    /// When one can't be removed.
+    /// The error of removing one.
     pub fn remove_retired_maps(&self) -> Result<(), RedirectError> {
         if !self.pin.exists() {
             return Ok(());
@@ -178,18 +174,17 @@ impl Redirect {
         retired::remove_maps(&self.pin)
     }
 
-    /// Every attachment of this program that can be seen: those on this BPF file system, in whatever
-    /// pin directory, and with CAP_SYS_ADMIN all others.
+    /// Returns every visible attachment of this program: those on this BPF file system, in any pin
+    /// directory, and with CAP_SYS_ADMIN all others.
     pub fn survey(&self) -> Vec<Found> {
         survey::all(&self.pin)
     }
 
-    /// Other attachments that decide over the connections of `spec`, which is attached. Those that
-    /// are `configured` beside it are meant to. What is found is noted for [`Self::verify`].
+    /// Returns other attachments that decide over the connections of `spec`, which is attached. Those
+    /// that are `configured` beside it are excepted. Notes the result for [`Self::verify`].
     ///
     /// # Errors
-    ///
-    /// When `spec` is not attached, or the note can't be written.
+    /// `spec` is not attached, or the note can't be written.
     pub fn rivals(
         &self,
         spec: &AttachmentSpec,
@@ -206,11 +201,10 @@ impl Redirect {
         Ok(rivals)
     }
 
-    /// Takes away what [`Self::survey`] finds, and removes what was pinned for it.
+    /// Detaches all attachments of [`Self::survey`], and removes their pins.
     ///
     /// # Errors
-    ///
-    /// When something can't be removed; what came before it is gone.
+    /// The error of removing one; those before it are gone.
     pub fn detach_all(&self) -> Result<Vec<Found>, RedirectError> {
         survey::detach_all(&self.pin)
     }
@@ -219,47 +213,45 @@ impl Redirect {
     /// alone. Takes no capability.
     ///
     /// # Errors
-    ///
     /// [`RedirectError::NotAttached`], [`RedirectError::Incomplete`], [`RedirectError::OtherCgroup`] or
     /// [`RedirectError::Rivals`].
     pub fn verify(&self, name: &str, cgroup: u64) -> Result<(), RedirectError> {
         status::verify(&self.pin, name, cgroup)
     }
 
-    /// Where the accepting side of an attachment finds what its connections wanted.
+    /// Opens the flows of an attachment, for the accepting side.
     pub fn flows(&self, name: &str) -> Result<Flows, RedirectError> {
         Flows::open(&self.pin, name)
     }
 
-    /// The sign of life of an attachment's connector.
+    /// Opens the heartbeat of an attachment.
     pub fn heartbeat(&self, name: &str) -> Result<Heartbeat, RedirectError> {
         Heartbeat::open(&self.pin, name)
     }
 
-    /// The routes of all tenants.
+    /// Opens the routes of all tenants.
     pub fn routes(&self) -> Result<Routes, RedirectError> {
         Routes::open(&self.pin)
     }
 
-    /// What the programs have counted.
+    /// Opens the counters of the programs.
     pub fn counters(&self) -> Result<Counters, RedirectError> {
         Counters::open(&self.pin)
     }
 
-    /// Every attachment, by name. Empty when nothing was ever attached.
+    /// Returns the status of every attachment, by name. Empty when none was ever attached.
     pub fn status(&self) -> Result<Vec<Status>, RedirectError> {
         status::read(&self.pin)
     }
 
-    /// Opens what the programs log (each refusal, level DEBUG). What is returned hands it to the `log`
-    /// crate, for ever.
+    /// Opens the log of the programs (each refusal, level DEBUG). The returned future forwards it to
+    /// the `log` crate, without end.
     ///
-    /// Opening takes CAP_SYS_ADMIN, handing on a tokio runtime with I/O. All attachments share one
-    /// log: run one of these for a pin directory.
+    /// Opening takes CAP_SYS_ADMIN, forwarding a tokio runtime with I/O. All attachments share one log:
+    /// run one of these per pin directory.
     ///
     /// # Errors
-    ///
-    /// When no attachment of this name has its programs in place, or without the capability.
+    /// No attachment of this name has its programs attached, or the capability is missing.
     pub fn forward_log(
         &self,
         name: &str,

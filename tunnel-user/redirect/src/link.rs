@@ -1,7 +1,7 @@
 //! Links of programs to a cgroup, by bpf(2) itself.
 //!
-//! aya 0.14 can't replace the program of a cgroup link, nor say which cgroup a link is for; both
-//! are what restarts depend on.
+//! aya 0.14 can't replace the program of a cgroup link, nor tell the cgroup of a link; restarts need
+//! both.
 
 use std::{
     ffi::CString,
@@ -51,23 +51,22 @@ impl Cgroup {
         Ok(Self { directory, id })
     }
 
-    /// The kernel's number of the cgroup: another one when it was removed and made again.
+    /// Returns the kernel's number of the cgroup: another one after it was removed and made again.
     pub(super) fn id(&self) -> u64 {
         self.id
     }
 }
 
-/// What is to be done with something that is pinned. The pin's owner and mode decide, no capability
-/// (from Linux 5.19 on).
+/// Access to a pinned object. The pin's owner and mode decide, no capability (from Linux 5.19 on).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
-    /// Looking.
+    /// Read access.
     Read,
-    /// Looking and changing; the only one for links and programs.
+    /// Read and write access; the only one for links and programs.
     Write,
 }
 
-/// Opens what is pinned.
+/// Opens a pinned object.
 pub(super) fn open_pin(path: &Path, access: Access) -> io::Result<OwnedFd> {
     /// `BPF_F_RDONLY` of linux/bpf.h.
     const READ_ONLY: u32 = 1 << 3;
@@ -83,7 +82,7 @@ pub(super) fn open_pin(path: &Path, access: Access) -> io::Result<OwnedFd> {
     bpf_fd(Command::ObjGet, &attr)
 }
 
-/// What the kernel says of a link.
+/// The kernel's information about a link.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LinkInfo {
     /// Number of the program.
@@ -92,7 +91,7 @@ pub(super) struct LinkInfo {
     pub(super) cgroup: u64,
 }
 
-/// A program in its cgroup. It leaves when the last descriptor is closed and no pin is left.
+/// A program in its cgroup. It is detached when the last descriptor is closed and no pin is left.
 #[derive(Debug)]
 pub(super) struct Link(OwnedFd);
 
@@ -106,11 +105,11 @@ impl Link {
         }
     }
 
-    /// Every link to a cgroup in the kernel, pinned or not, whoever made it. Takes CAP_SYS_ADMIN.
+    /// Returns every link to a cgroup in the kernel, pinned or not, of any process. Takes
+    /// CAP_SYS_ADMIN.
     ///
     /// # Errors
-    ///
-    /// What the system says when looking is not allowed. A link that goes meanwhile is left out.
+    /// The error of the system call without the capability. A link that goes meanwhile is left out.
     pub(super) fn all() -> io::Result<Vec<Self>> {
         let mut links = Vec::new();
         let mut last = 0;
@@ -142,8 +141,8 @@ impl Link {
         }
     }
 
-    /// Takes the program out of its cgroup at once, whoever else holds the link (`BPF_LINK_DETACH`,
-    /// Linux 5.9).
+    /// Detaches the program from its cgroup at once, despite other holders of the link
+    /// (`BPF_LINK_DETACH`, Linux 5.9).
     pub(super) fn detach(&self) -> io::Result<()> {
         let attr = LinkAttr {
             link: self.0.as_raw_fd(),
@@ -151,7 +150,7 @@ impl Link {
         bpf(Command::LinkDetach, &attr).map(drop)
     }
 
-    /// Puts a program in a cgroup (`BPF_LINK_CREATE`, Linux 5.7). Others there stay.
+    /// Attaches a program to a cgroup (`BPF_LINK_CREATE`, Linux 5.7). Other programs there stay.
     pub(super) fn create(program: BorrowedFd<'_>, cgroup: &Cgroup, hook: Hook) -> io::Result<Self> {
         let attr = LinkCreateAttr {
             program: program.as_raw_fd(),
@@ -162,7 +161,7 @@ impl Link {
         bpf_fd(Command::LinkCreate, &attr).map(Self)
     }
 
-    /// Puts another program in the place of the link's, in one step (`BPF_LINK_UPDATE`).
+    /// Replaces the program of the link, in one step (`BPF_LINK_UPDATE`).
     pub(super) fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         let attr = LinkUpdateAttr {
             link: self.0.as_raw_fd(),
@@ -173,7 +172,7 @@ impl Link {
         bpf(Command::LinkUpdate, &attr).map(drop)
     }
 
-    /// Pins the link. What is pinned there already is replaced, in one step.
+    /// Pins the link, and replaces an existing pin in one step.
     pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
         // bpffs renames over files, but does not pin over them.
         let fresh = path.with_file_name(match path.file_name().and_then(|name| name.to_str()) {
@@ -192,7 +191,7 @@ impl Link {
         std::fs::rename(fresh, path)
     }
 
-    /// What the kernel says of the link.
+    /// Returns the kernel's information about the link.
     pub(super) fn info(&self) -> io::Result<LinkInfo> {
         let info = self.raw_info()?;
         Ok(LinkInfo {
@@ -219,7 +218,7 @@ impl AsFd for Link {
     }
 }
 
-/// Removes a pin; that there is none is fine.
+/// Removes a pin; a missing one is no error.
 pub(super) fn remove_pin(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -322,7 +321,7 @@ fn bpf<A: Attr>(command: Command, attr: &A) -> io::Result<libc::c_long> {
     unsafe { call(command, ptr::from_ref(attr).cast_mut()) }
 }
 
-/// As [`bpf`], for commands that answer in their arguments.
+/// Calls bpf(2) as [`bpf`] does, for commands that answer in their arguments.
 fn bpf_mut<A: Attr>(command: Command, attr: &mut A) -> io::Result<libc::c_long> {
     // SAFETY: as above, and what is written is ours.
     unsafe { call(command, ptr::from_mut(attr)) }

@@ -1,4 +1,4 @@
-//! The listener that redirected connections arrive at.
+//! The listener of redirected connections.
 
 use std::{
     io,
@@ -11,17 +11,17 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::within;
 
-/// Connections that may wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+/// Maximum number of connections that wait for accept; the kernel reduces it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// Opens a listener inside a network namespace (see [`within`]).
+/// Opens a non-blocking listener inside a network namespace (see [`within`]).
 ///
-/// Non-blocking. Accepted sockets inherit SO_LINGER 0, so that whatever becomes of this process
-/// their peers see a reset, not the end of the data; clear it before closing one in good order.
-/// An IPv6 listener takes IPv6 alone: v4-mapped connections arrive at the IPv4 one.
+/// Accepted sockets inherit SO_LINGER 0, so that their peers see a reset, not the end of the data, if
+/// this process dies; clear it before closing one in good order. An IPv6 listener takes IPv6 alone:
+/// v4-mapped connections arrive at the IPv4 one.
 ///
-/// A connection from 127.0.0.1 to one listener needs a local port of its own, so that some
-/// 28,000 are possible at a time (`net.ipv4.ip_local_port_range`).
+/// A connection from 127.0.0.1 to one listener needs a local port of its own, so that some 28,000 are
+/// possible at a time (`net.ipv4.ip_local_port_range`).
 pub fn listen(netns: Option<&Path>, address: SocketAddr) -> io::Result<TcpListener> {
     within(netns, || {
         let domain = Domain::for_address(address);

@@ -1,4 +1,4 @@
-//! Forwards what the kernel programs log.
+//! The log of the kernel programs.
 
 use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
@@ -9,7 +9,7 @@ use super::{
     pin::{Pin, failed},
 };
 
-/// Opens the log; what is returned forwards for ever. See [`super::Redirect::forward_log`].
+/// Opens the log; the returned future forwards it without end. See [`super::Redirect::forward_log`].
 pub(super) fn forward(
     pin: &Pin,
     name: &str,

@@ -68,8 +68,8 @@ pub(super) fn counters(pin: &Pin, access: Access) -> Result<CounterMap, Redirect
     open(pin, "COUNTERS", access)
 }
 
-/// What a server without capabilities does with the maps, where it may use them
-/// ([`super::Redirect::shared_with`]). It can't change what is captured, nor where that goes.
+/// Access of a server without capabilities to the maps that it may use
+/// ([`super::Redirect::shared_with`]). It can change neither the capture set nor the listeners.
 pub(super) const SHARED: [(&str, Access); 7] = [
     ("ATTACHMENTS", Access::Read),
     ("CAPTURES", Access::Read),
@@ -80,7 +80,7 @@ pub(super) const SHARED: [(&str, Access); 7] = [
     ("ROUTES", Access::Write),
 ];
 
-/// Opens a pinned map. That its keys and values have our sizes is checked.
+/// Opens a pinned map, and checks the sizes of its keys and values.
 fn open<M: TryFrom<Map, Error = MapError>>(
     pin: &Pin,
     name: &'static str,
@@ -98,13 +98,13 @@ fn open<M: TryFrom<Map, Error = MapError>>(
         .map_err(failed(name))
 }
 
-/// The attachments that another connector has pinned, of any schema that has had this layout.
+/// Opens the attachments that another connector has pinned, of any schema with this layout.
 pub(super) fn attachments_at(path: &Path) -> Option<Attachments> {
     let map = MapData::from_fd(open_pin(path, Access::Read).ok()?).ok()?;
     Map::from_map_data(map).ok()?.try_into().ok()
 }
 
-/// The same, by the map's number (takes CAP_SYS_ADMIN).
+/// Opens the attachments by the number of their map (takes CAP_SYS_ADMIN).
 pub(super) fn attachments_of(id: u32) -> Option<Attachments> {
     Map::from_map_data(MapData::from_id(id).ok()?)
         .ok()?
@@ -112,7 +112,7 @@ pub(super) fn attachments_of(id: u32) -> Option<Attachments> {
         .ok()
 }
 
-/// An error about a map.
+/// Returns a conversion of errors about a map.
 pub(super) fn failed(name: &'static str) -> impl Fn(MapError) -> RedirectError {
     move |source| match is_full(&source) {
         true => RedirectError::TableFull(name),
@@ -126,7 +126,7 @@ pub(super) fn is_full(error: &MapError) -> bool {
         if matches!(error.io_error.raw_os_error(), Some(libc::ENOSPC | libc::E2BIG)))
 }
 
-/// `None` for a key that is not there.
+/// Converts the error for a missing key to `None`.
 pub(super) fn optional<V: Pod>(found: Result<V, MapError>) -> Result<Option<V>, MapError> {
     match found {
         Ok(value) => Ok(Some(value)),
@@ -135,7 +135,7 @@ pub(super) fn optional<V: Pod>(found: Result<V, MapError>) -> Result<Option<V>, 
     }
 }
 
-/// Number and settings of an attachment.
+/// Returns number and settings of an attachment.
 pub(super) fn find(
     attachments: &Attachments,
     name: &str,
@@ -150,7 +150,8 @@ pub(super) fn find(
     Ok(None)
 }
 
-/// As [`find`], from the pins; an error when there is none.
+/// Returns number and settings of an attachment as [`find`] does, from the pins; an error when there is
+/// none.
 pub(super) fn attached(pin: &Pin, name: &str) -> Result<(u32, Attachment), RedirectError> {
     let missing = || RedirectError::NotAttached(name.to_owned());
     if !pin.exists() {

@@ -1,19 +1,17 @@
-//! Doing something inside another network namespace.
+//! Work inside another network namespace.
 //!
-//! A namespace belongs to a thread, so that a short-lived one enters it; sockets made there
-//! stay there, whoever uses them.
+//! A namespace belongs to a thread, so that a short-lived one enters it; sockets made there stay there,
+//! in the hands of any thread.
 
 use std::{fs::File, io, os::fd::AsRawFd, panic, path::Path, thread};
 
 use nix::sched::{CloneFlags, setns};
 
-/// Runs `work` inside a network namespace, given as a file (`/run/netns/x`, `/proc/N/ns/net`);
-/// `None` is the calling thread's own.
+/// Runs `work` inside a network namespace, given as a file (`/run/netns/x`, `/proc/N/ns/net`); `None`
+/// is the calling thread's own.
 ///
 /// # Errors
-///
-/// When the file can't be opened or the namespace not entered (CAP_SYS_ADMIN), and whatever
-/// `work` fails with.
+/// The file can't be opened, the namespace can't be entered (CAP_SYS_ADMIN), or `work` fails.
 pub fn within<T: Send>(
     netns: Option<&Path>,
     work: impl FnOnce() -> io::Result<T> + Send,
@@ -35,8 +33,8 @@ pub fn within<T: Send>(
     })
 }
 
-/// The kernel's number of the calling thread's network namespace; unlike its inode number it is
-/// never used again (`SO_NETNS_COOKIE`, Linux 5.14).
+/// Returns the kernel's number of the calling thread's network namespace; unlike its inode number it is
+/// never reused (`SO_NETNS_COOKIE`, Linux 5.14).
 pub fn cookie() -> io::Result<u64> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
     let mut cookie = 0_u64;
@@ -58,7 +56,7 @@ pub fn cookie() -> io::Result<u64> {
     }
 }
 
-/// asm-generic/socket.h
+/// Number of the socket option (asm-generic/socket.h).
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The pin directory: where everything lies, and who may change it.
+//! The pin directory: its layout and permissions.
 
 use std::{
     fs::{self, File},
@@ -20,22 +20,22 @@ use super::{
     maps::{self, Access},
 };
 
-/// Beside an attachment's links: the number of the cgroup that they are in, for those who may not
-/// open links. A symbolic link, since nothing else on a BPF file system holds text.
+/// File beside an attachment's links with the number of their cgroup, for processes that may not open
+/// links. It is a symbolic link, because nothing else on a BPF file system holds text.
 const CGROUP: &str = "cgroup";
 
-/// Beside them, when there are any: other attachments that decide over the same connections.
+/// File beside them, if needed, with other attachments that decide over the same connections.
 const RIVALS: &str = "rivals";
 
 /// A pin directory.
 #[derive(Clone, Debug)]
 pub(super) struct Pin {
     path: PathBuf,
-    /// Whose members may use the maps, beside their owner.
+    /// Group whose members may use the maps, beside their owner.
     group: Option<Gid>,
 }
 
-/// Held while something below a pin directory is changed.
+/// Lock held during changes below a pin directory.
 pub(super) struct Lock(#[expect(dead_code, reason = "held, not used")] Flock<File>);
 
 impl Pin {
@@ -48,22 +48,22 @@ impl Pin {
         Self { group, ..self }
     }
 
-    /// The directory itself.
+    /// Returns the directory itself.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Directory of the maps of this version's schema.
+    /// Returns the directory of the maps of this version's schema.
     fn maps(&self) -> PathBuf {
         self.path.join(format!("maps-v{SCHEMA}"))
     }
 
-    /// Where a map is pinned.
+    /// Returns the path of a map's pin.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
     }
 
-    /// Directory of an attachment's links.
+    /// Returns the directory of an attachment's links.
     pub(super) fn links(&self, attachment: &str) -> PathBuf {
         self.path.join("links").join(attachment)
     }
@@ -75,17 +75,17 @@ impl Pin {
         paths.map(|entry| entry.path()).collect()
     }
 
-    /// Where a link is pinned.
+    /// Returns the path of a link's pin.
     pub(super) fn link(&self, attachment: &str, hook: Hook) -> PathBuf {
         self.links(attachment).join(hook.name())
     }
 
-    /// Whether anything was ever pinned here in this version's schema.
+    /// Whether a map was ever pinned here in this version's schema.
     pub(super) fn exists(&self) -> bool {
         self.maps().exists()
     }
 
-    /// Makes the directories that attaching needs.
+    /// Creates the directories that attaching needs.
     pub(super) fn create(&self, attachment: &str) -> Result<(), RedirectError> {
         let existing = self
             .path
@@ -102,8 +102,8 @@ impl Pin {
         Ok(())
     }
 
-    /// Sets group and mode of what is there for an attachment, so that a server without capabilities
-    /// can use it. Links and programs stay their owner's: who may open them may take them away.
+    /// Sets group and mode of an attachment's maps, so that a server without capabilities can use it.
+    /// Links and programs stay their owner's: opening them allows detaching them.
     pub(super) fn share(&self, attachment: &str) -> Result<(), RedirectError> {
         let Some(group) = self.group else {
             return Ok(());
@@ -135,17 +135,17 @@ impl Pin {
         Ok(())
     }
 
-    /// Notes which cgroup an attachment's links are in.
+    /// Notes the cgroup of an attachment's links.
     pub(super) fn remember_cgroup(&self, attachment: &str, id: u64) -> Result<(), RedirectError> {
         self.note(attachment, CGROUP, Some(&id.to_string()))
     }
 
-    /// Which cgroup an attachment was linked to last, if it ever was.
+    /// Returns the cgroup that an attachment was last linked to, if it ever was.
     pub(super) fn remembered_cgroup(&self, attachment: &str) -> Option<u64> {
         self.noted(attachment, CGROUP)?.parse().ok()
     }
 
-    /// Notes which other attachments decide over an attachment's connections.
+    /// Notes the other attachments that decide over an attachment's connections.
     pub(super) fn remember_rivals(
         &self,
         attachment: &str,
@@ -154,7 +154,7 @@ impl Pin {
         self.note(attachment, RIVALS, rivals)
     }
 
-    /// Which others did when that was looked at last.
+    /// Returns the noted other attachments.
     pub(super) fn remembered_rivals(&self, attachment: &str) -> Option<String> {
         self.noted(attachment, RIVALS)
     }
@@ -171,7 +171,7 @@ impl Pin {
         note.into_os_string().into_string().ok()
     }
 
-    /// Waits until nobody else changes anything here.
+    /// Waits for the lock of the directory.
     pub(super) fn lock(&self) -> Result<Lock, RedirectError> {
         let directory = File::open(&self.path).map_err(|error| failed(&self.path, error))?;
         Flock::lock(directory, FlockArg::LockExclusive)
@@ -180,7 +180,7 @@ impl Pin {
     }
 }
 
-/// An error about a file below a pin directory.
+/// Returns an error about a file below a pin directory.
 pub(super) fn failed(path: &Path, source: io::Error) -> RedirectError {
     RedirectError::Pin {
         path: path.to_owned(),

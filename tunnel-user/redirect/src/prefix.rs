@@ -1,8 +1,8 @@
-//! Tables of prefixes, and how one turns into another without a gap.
+//! Tables of prefixes, and their transition without a gap.
 //!
-//! The kernel's longest-prefix-match tries can only be changed an entry at a time, while
-//! connect(2) looks addresses up in them. [`plan`] orders the changes such that at every moment
-//! each address finds what the old table says of it, or what the new one says.
+//! The kernel's longest-prefix-match tries can only be changed one entry at a time, while connect(2)
+//! looks up addresses in them. [`plan`] orders the changes such that at every moment each address finds
+//! its entry of the old table, or of the new one.
 
 use std::{
     cmp::Reverse,
@@ -27,7 +27,8 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// A network within a scope. Host bits are cut off; v4-mapped networks are IPv4 ones.
+    /// Creates the key of a network within a scope. Host bits are cut off; v4-mapped networks become
+    /// IPv4 ones.
     pub(super) fn new(scope: u32, cidr: IpNet) -> Self {
         let cidr = canonical(cidr);
         let (family, host_bits) = match cidr {
@@ -45,7 +46,7 @@ impl Key {
         }
     }
 
-    /// The scope.
+    /// Returns the scope.
     pub(super) fn scope(&self) -> u32 {
         self.prefix.scope
     }
@@ -64,7 +65,7 @@ impl From<lpm_trie::Key<Prefix>> for Key {
     }
 }
 
-/// A network without host bits, as IPv4 where it is a v4-mapped one.
+/// Returns a network without host bits, as IPv4 where it is a v4-mapped one.
 pub(super) fn canonical(cidr: IpNet) -> IpNet {
     if let IpNet::V6(v6) = cidr
         && let Some(length) = v6.prefix_len().checked_sub(96)
@@ -82,17 +83,17 @@ pub(super) type Table<V> = BTreeMap<Key, V>;
 /// One change of a trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step<V> {
-    /// Inserts or replaces.
+    /// Inserts or replaces an entry.
     Set(Key, V),
-    /// Removes.
+    /// Removes an entry.
     Remove(Key),
 }
 
-/// The changes from `old` to `new`, in order.
+/// Returns the changes from `old` to `new`, in order.
 ///
-/// First what is new, longest first: an address whose new entry is not there yet is still
-/// covered by nothing but old ones. Then what is no longer wanted, shortest first: taking an
-/// entry away uncovers a new one, since all shorter old ones are gone.
+/// New entries come first, longest first: an address whose new entry is not there yet is still covered
+/// by old ones only. Then obsolete entries are removed, shortest first: removing one uncovers a new
+/// one, because all shorter old ones are gone.
 pub(super) fn plan<V: Copy + PartialEq>(old: &Table<V>, new: &Table<V>) -> Vec<Step<V>> {
     let mut sets: Vec<_> = new
         .iter()
@@ -109,8 +110,9 @@ pub(super) fn plan<V: Copy + PartialEq>(old: &Table<V>, new: &Table<V>) -> Vec<S
     sets.into_iter().chain(removals).collect()
 }
 
-/// As [`plan`], for a trie of `capacity` entries. Where old and new ones do not fit together, removals
-/// come first, without [`plan`]'s guarantee: an address may be without an entry for a moment.
+/// Plans as [`plan`] does, for a trie of `capacity` entries. Where old and new ones do not fit
+/// together, removals come first, without [`plan`]'s guarantee: an address may be without an entry for
+/// a moment.
 pub(super) fn plan_within<V: Copy + PartialEq>(
     old: &Table<V>,
     new: &Table<V>,
@@ -140,8 +142,8 @@ pub(super) fn read<V: Pod>(
     Ok(table)
 }
 
-/// Carries changes out. After an error the trie is somewhere between old and new, still with
-/// [`plan`]'s guarantee.
+/// Applies changes. After an error the trie is somewhere between old and new, still with [`plan`]'s
+/// guarantee.
 pub(super) fn apply<V: Pod>(
     trie: &mut LpmTrie<MapData, Prefix, V>,
     steps: &[Step<V>],
@@ -155,7 +157,7 @@ pub(super) fn apply<V: Pod>(
     Ok(())
 }
 
-/// Carries as many changes out as the trie has room for. Returns how many it had none for.
+/// Applies as many changes as the trie has room for. Returns the number of those without room.
 pub(super) fn apply_most<V: Pod>(
     trie: &mut LpmTrie<MapData, Prefix, V>,
     steps: &[Step<V>],

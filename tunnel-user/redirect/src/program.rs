@@ -10,17 +10,17 @@ use serde::Serialize;
 
 use super::{Hook, RedirectError, maps, object::object, pin::Pin};
 
-/// What the caller of connect(2) sees of a refusal; depends on the kernel.
+/// Form of a refusal for the caller of connect(2); depends on the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Refusal {
-    /// An errno that says why (`bpf_set_retval` in connect hooks, Linux 6.1).
+    /// An errno with the reason (`bpf_set_retval` in connect hooks, Linux 6.1).
     Errno,
-    /// A reset by the accepting side, or EPERM when nobody is there to accept.
+    /// A reset by the accepting side, or EPERM without an accepting side.
     Reset,
 }
 
-/// The programs in the kernel, not attached to anything by themselves.
+/// The loaded programs, not attached to anything by themselves.
 #[derive(Debug)]
 pub(super) struct Programs {
     fds: Vec<(Hook, OwnedFd)>,
@@ -28,8 +28,8 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads the built-in programs for an attachment; they refuse in the given manner, or in the
-    /// best one that the kernel has.
+    /// Loads the built-in programs for an attachment. They use the given kind of refusal, or the best
+    /// one that the kernel has.
     pub(super) fn load(
         pin: &Pin,
         attachment: u32,
@@ -64,12 +64,12 @@ impl Programs {
         Ok(Self { fds, refusal })
     }
 
-    /// The programs in the order of attaching.
+    /// Iterates over the programs in the order of attaching.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Hook, &OwnedFd)> {
         self.fds.iter().map(|(hook, fd)| (*hook, fd))
     }
 
-    /// How they refuse.
+    /// Returns the kind of refusal.
     pub(super) fn refusal(&self) -> Refusal {
         self.refusal
     }
@@ -84,7 +84,8 @@ fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<OwnedFd, RedirectError> {
     load_program(program).map_err(|error| refused(name, &error))
 }
 
-/// An error about a program that was not loaded. The verifier's log can be 50 KB long; its end says why.
+/// Returns an error about a program that was not loaded. The verifier's log can be 50 KB long; its end
+/// has the reason.
 fn refused(name: &'static str, error: &ProgramError) -> RedirectError {
     let why = match error {
         ProgramError::LoadError {
@@ -103,7 +104,7 @@ fn refused(name: &'static str, error: &ProgramError) -> RedirectError {
     RedirectError::Load { name, why }
 }
 
-/// The last line of a verifier's log that is about the program.
+/// Returns the last line of a verifier's log that is about the program.
 fn last_words(log: &str) -> Option<&str> {
     let mut lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
     let is_summary =

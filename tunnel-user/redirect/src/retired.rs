@@ -1,8 +1,8 @@
-//! Removes what earlier versions pinned for the shortcut past TCP on loopback (docs/adr/0031).
+//! Removal of the pins of earlier versions for the shortcut past TCP on loopback (docs/adr/0031).
 //!
-//! The shortcut's program is linked to the cgroup beside the others, and looks at a flag of the attachment
-//! that is no longer set. The shortcut's maps lie among the others, which have kept their layout: hence no
-//! new schema.
+//! The shortcut's program is linked to the cgroup beside the others, and checks a flag of the
+//! attachment that is no longer set. The shortcut's maps lie among the others, which have kept their
+//! layout: hence no new schema.
 
 use super::{
     RedirectError,
@@ -27,7 +27,7 @@ pub(super) fn is_attached(pin: &Pin, attachment: &str) -> bool {
     pin.links(attachment).join(LINK).exists()
 }
 
-/// Takes the program out of an attachment's cgroup. Connections that it had noted go on.
+/// Detaches the program from an attachment's cgroup. Connections that it had noted go on.
 pub(super) fn remove_link(pin: &Pin, attachment: &str) -> Result<(), RedirectError> {
     let path = pin.links(attachment).join(LINK);
     // At once: the kernel lets go of an unpinned link only after a while. It does so in any case.

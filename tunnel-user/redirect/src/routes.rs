@@ -1,4 +1,4 @@
-//! What is served, for the kernel to serve or refuse.
+//! Routes for the kernel, with the verdict to serve or to refuse.
 
 use ipnet::IpNet;
 use tunnel_ebpf_common::{MAX_ROUTES, Verdict};
@@ -10,12 +10,12 @@ use super::{
     prefix::{self, Key, Table},
 };
 
-/// The routes of all tenants. They turn captured destinations between *serve* and *refuse* and
-/// capture nothing by themselves. They survive this process.
+/// Routes of all tenants. They switch captured destinations between *serve* and *refuse* and capture
+/// nothing by themselves. They survive this process.
 #[derive(Debug)]
 pub struct Routes {
     trie: maps::RouteTrie,
-    /// What the trie holds; unknown at first and after an error.
+    /// Content of the trie; unknown at first and after an error.
     installed: Option<Table<u32>>,
 }
 
@@ -27,17 +27,16 @@ impl Routes {
         })
     }
 
-    /// Replaces all routes, of every tenant; the longest prefix decides. What does not change is
-    /// not touched, and each address goes from its old verdict to its new one without a gap. Of
-    /// two verdicts for one prefix the last counts.
+    /// Replaces all routes, of every tenant; the longest prefix decides. Unchanged entries are not
+    /// touched, and each address goes from its old verdict to its new one without a gap. Of two
+    /// verdicts for one prefix the last counts.
     ///
     /// Where old and new routes do not fit into the kernel's table together, the old ones go first: an
     /// address that changes is then without a route for a moment, and refused.
     ///
     /// # Errors
-    ///
-    /// [`RedirectError::RoutesFull`] when the new ones alone do not fit: as many as fit are in force, and
-    /// nothing else is.
+    /// [`RedirectError::RoutesFull`] when the new ones alone do not fit: as many as fit are in force,
+    /// and no others.
     pub fn replace(&mut self, routes: &[(u32, IpNet, Verdict)]) -> Result<(), RedirectError> {
         let new: Table<u32> = routes
             .iter()

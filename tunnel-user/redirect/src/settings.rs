@@ -1,4 +1,4 @@
-//! Writing what the programs go by: the attachment's entry and its captures.
+//! The settings that the programs read: an attachment's entry and its captures.
 
 use std::{io, net::IpAddr, path::Path};
 
@@ -17,10 +17,10 @@ use super::{
     prefix, retired, spec,
 };
 
-/// Names the capture set in what [`Redirect::compare`](super::Redirect::compare) returns.
+/// Name of the capture set in the result of [`Redirect::compare`](super::Redirect::compare).
 pub const CAPTURE_SET: &str = "capture set";
 
-/// The number that an attachment of this name has, or would get: the lowest free one.
+/// Returns the number of an attachment of this name: the existing one, or the lowest free one.
 ///
 /// A number stays with its name for as long as the attachment is pinned.
 pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
@@ -40,7 +40,8 @@ pub(super) fn number(pin: &Pin, name: &str) -> Result<u32, RedirectError> {
     Err(RedirectError::Full)
 }
 
-/// Writes a spec under its number. Running programs see it at once. Whether the captures changed.
+/// Writes a spec under its number. Running programs see it at once. Returns whether the captures
+/// changed.
 pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<bool, RedirectError> {
     let (netns, own) = namespace(spec.netns.as_deref())?;
     let table = capture::compile(id, &spec.capture, &spec.exclude, &own)?;
@@ -60,8 +61,8 @@ pub(super) fn write(pin: &Pin, id: u32, spec: &AttachmentSpec) -> Result<bool, R
     Ok(!steps.is_empty())
 }
 
-/// Compares what is in force with a spec, for who may not write it. Returns what differs and yet
-/// does no harm, for people.
+/// Compares the settings in force with a spec, for a process that may not write them. Returns the
+/// harmless differences, for people.
 ///
 /// Needs no capability: a namespace that can't be entered is not compared.
 pub(super) fn compare(
@@ -119,7 +120,7 @@ fn entry(spec: &AttachmentSpec, netns: u64) -> Result<Attachment, RedirectError>
     })
 }
 
-/// Forgets what was written. The programs must be detached already.
+/// Removes the settings. The programs must be detached already.
 pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
     let mut captures = maps::captures(pin, Access::Write)?;
     let old = prefix::read(&captures, Some(id)).map_err(failed("CAPTURES"))?;
@@ -130,7 +131,7 @@ pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
         .map_err(failed("ATTACHMENTS"))
 }
 
-/// What an earlier attachment left under this number is not the new one's.
+/// Removes the state that an earlier attachment left under this number.
 fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
     maps::heartbeats(pin, Access::Write)?
         .set(id, Heartbeat::NONE, 0)
@@ -146,9 +147,9 @@ fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
     Ok(())
 }
 
-/// The namespace's cookie, and the addresses that it and our own one have.
+/// Returns the namespace's cookie, and the addresses of it and of our own one.
 ///
-/// Both are excluded: what reaches them needs no tunnel, and must not depend on one.
+/// Both are excluded: connections to them need no tunnel, and must not depend on one.
 fn namespace(path: Option<&Path>) -> Result<(u64, Vec<IpAddr>), RedirectError> {
     let there = netns::within(path, || Ok((netns::cookie()?, addresses()?)));
     let here = addresses();
@@ -161,8 +162,8 @@ fn namespace(path: Option<&Path>) -> Result<(u64, Vec<IpAddr>), RedirectError> {
     Ok((cookie, own))
 }
 
-/// Addresses of this thread's namespace. An interface that is down has none: kube-proxy in IPVS
-/// mode keeps the addresses of all services on such a one.
+/// Returns the addresses of this thread's namespace. An interface that is down counts as having none:
+/// kube-proxy in IPVS mode keeps the addresses of all services on such a one.
 fn addresses() -> io::Result<Vec<IpAddr>> {
     let address = |interface: InterfaceAddress| {
         let address = interface.address?;

@@ -1,4 +1,4 @@
-//! What an attachment is configured to be.
+//! Configuration of an attachment.
 
 use std::{
     net::{SocketAddrV4, SocketAddrV6},
@@ -12,14 +12,14 @@ use tunnel_ebpf_common::NAME_LENGTH;
 
 use super::RedirectError;
 
-/// What becomes of captured connections while the connector is dead or stuck.
+/// Treatment of captured connections while the connector is dead or stuck.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {
-    /// They are refused (ECONNREFUSED).
+    /// Captured connections are refused (ECONNREFUSED).
     #[default]
     Closed,
-    /// They take the ordinary route.
+    /// Captured connections take the ordinary route.
     Open,
 }
 
@@ -28,16 +28,16 @@ pub enum FailMode {
 pub struct Rule {
     /// The network; host bits are ignored.
     pub cidr: IpNet,
-    /// The ports; none given means all of them.
+    /// The ports; empty means all of them.
     pub ports: Vec<RangeInclusive<u16>>,
 }
 
 /// One attachment as configured.
 #[derive(Clone, Debug)]
 pub struct AttachmentSpec {
-    /// Its name: a file name, and what it keeps its number under.
+    /// Name of the attachment: a file name, and the key of its number.
     pub name: String,
-    /// Whose routes decide: [`tenant_number`] of the trust domain.
+    /// Tenant whose routes decide: [`tenant_number`] of the trust domain.
     pub tenant: u32,
     /// The cgroup (version 2) whose sockets are redirected, those of its descendants included.
     ///
@@ -46,21 +46,21 @@ pub struct AttachmentSpec {
     pub cgroup: PathBuf,
     /// The network namespace whose sockets are redirected, as a file; default: this process's.
     pub netns: Option<PathBuf>,
-    /// Where IPv4 connections go, inside `netns`. Without it, captured ones are refused.
+    /// Listener of IPv4 connections, inside `netns`. Without it, captured ones are refused.
     pub listen4: Option<SocketAddrV4>,
-    /// Where IPv6 connections go, inside `netns`. Without it, captured ones are refused.
+    /// Listener of IPv6 connections, inside `netns`. Without it, captured ones are refused.
     pub listen6: Option<SocketAddrV6>,
-    /// What is redirected.
+    /// Rules of the captured destinations.
     pub capture: Vec<Rule>,
-    /// What is not, although it is captured. Loopback, the unspecified addresses, link-local
-    /// ones and the addresses of both namespaces' own interfaces never are.
+    /// Rules of exceptions. Loopback, the unspecified addresses, link-local ones and the addresses of
+    /// both namespaces' own interfaces are always excepted.
     pub exclude: Vec<Rule>,
-    /// What happens while the connector is away.
+    /// Treatment of captured connections while the connector is away.
     pub fail: FailMode,
 }
 
 impl AttachmentSpec {
-    /// Checks what can be checked without the kernel.
+    /// Checks everything that does not need the kernel.
     pub(super) fn check(&self) -> Result<(), RedirectError> {
         padded(&self.name)?;
         if self.listen4.is_none() && self.listen6.is_none() {
@@ -71,8 +71,9 @@ impl AttachmentSpec {
 }
 
 impl AttachmentSpec {
-    /// Warns of a cgroup that is one unit's or one container's own, by its name: systemd and container
-    /// runtimes make such a cgroup again at each start, with the program in it already. A slice stays.
+    /// Returns a warning about a cgroup that is one unit's or one container's own, by its name: systemd
+    /// and container runtimes make such a cgroup again at each start, with the program in it already. A
+    /// slice stays.
     pub fn fleeting_cgroup(&self) -> Option<String> {
         let name = self.cgroup.file_name()?.to_str()?;
         let kind = [".service", ".scope"]
@@ -88,7 +89,7 @@ impl AttachmentSpec {
     }
 }
 
-/// A name as the map holds it.
+/// Returns a name as the map holds it.
 pub(super) fn padded(name: &str) -> Result<[u8; NAME_LENGTH], RedirectError> {
     let usable = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
     if name.is_empty() || name.len() > NAME_LENGTH || !name.bytes().all(usable) {
@@ -99,7 +100,7 @@ pub(super) fn padded(name: &str) -> Result<[u8; NAME_LENGTH], RedirectError> {
     Ok(padded)
 }
 
-/// A name as it was before [`padded`].
+/// Returns the name from the form of [`padded`].
 pub(super) fn unpadded(name: &[u8; NAME_LENGTH]) -> String {
     let end = name
         .iter()
@@ -108,11 +109,11 @@ pub(super) fn unpadded(name: &[u8; NAME_LENGTH]) -> String {
     String::from_utf8_lossy(&name[..end]).into_owned()
 }
 
-/// The number by which the kernel tells tenants apart: FNV-1a of the trust domain.
+/// Returns the number by which the kernel distinguishes tenants: FNV-1a of the trust domain.
 ///
-/// A hash stays the same over restarts without being stored anywhere. Should two trust domains
-/// collide, a route of one makes the kernel hand over connections of the other, and the router,
-/// which goes by names, has no route for them: they are reset instead of refused.
+/// A hash stays the same over restarts without being stored anywhere. Should two trust domains collide,
+/// a route of one makes the kernel redirect connections of the other, and the router, which goes by
+/// names, has no route for them: they are reset instead of refused.
 pub fn tenant_number(trust_domain: &str) -> u32 {
     trust_domain.bytes().fold(0x811c_9dc5, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)

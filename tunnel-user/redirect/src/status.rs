@@ -1,4 +1,4 @@
-//! What is attached, as the kernel has it.
+//! Status of the attachments in the kernel.
 
 use std::{collections::BTreeMap, fmt, io, net::SocketAddr};
 
@@ -14,22 +14,22 @@ use super::{
     prefix, spec,
 };
 
-/// Where one program is.
+/// State of one program's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum LinkState {
-    /// In a cgroup.
+    /// The program is in a cgroup.
     Attached {
         /// The cgroup's number: its directory's inode number.
         cgroup: u64,
         /// The program's number.
         program: u32,
     },
-    /// Its cgroup was removed.
+    /// The cgroup of the program was removed.
     Orphaned,
-    /// Nothing is pinned.
+    /// No link is pinned.
     Missing,
-    /// Who asks may not look: links are their owner's.
+    /// This process may not open the link, which is its owner's.
     Hidden,
 }
 
@@ -46,25 +46,24 @@ impl fmt::Display for LinkState {
     }
 }
 
-/// One attachment.
+/// Status of one attachment.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
-    /// Its name.
+    /// Name of the attachment.
     pub name: String,
-    /// Its number.
+    /// Number of the attachment.
     pub id: u32,
-    /// Its tenant's number.
+    /// Number of the tenant.
     pub tenant: u32,
-    /// The namespace's cookie.
+    /// Cookie of the namespace.
     pub netns: u64,
-    /// Where connections go: the ports on which the connector listens, or is configured to.
+    /// Listeners of connections: the ports on which the connector listens, or is configured to.
     pub listeners: Vec<SocketAddr>,
-    /// What happens while the connector is away.
+    /// Treatment of captured connections while the connector is away.
     pub fail: FailMode,
-    /// Prefixes in the compiled capture set.
+    /// Number of prefixes in the compiled capture set.
     pub prefixes: usize,
-    /// Milliseconds since the connector's last sign of life; `None`: it never gave one, or said
-    /// goodbye.
+    /// Milliseconds since the connector's last heartbeat; `None` without one, or after an orderly end.
     pub heartbeat_age_ms: Option<u64>,
     /// Each program by name.
     pub links: BTreeMap<&'static str, LinkState>,

@@ -1,8 +1,8 @@
-//! Finds attachments of this program, whoever made them: a stale one refuses every captured connection,
-//! and its neighbours notice nothing but that nothing arrives.
+//! A search for attachments of this program, of any process: a stale one refuses every captured
+//! connection, and its neighbours notice only that no connection arrives.
 //!
-//! What is pinned on the same BPF file system is found by whoever may open the pins. What is pinned
-//! elsewhere, or not at all, is found among the kernel's links, which takes CAP_SYS_ADMIN.
+//! Any process that may open the pins finds those on the same BPF file system. Those pinned elsewhere,
+//! or not at all, are found among the kernel's links, which takes CAP_SYS_ADMIN.
 
 use std::{
     collections::HashSet,
@@ -23,36 +23,36 @@ use super::{
     retired, spec,
 };
 
-/// How an attachment is called that no pin here names.
+/// Name of an attachment that no pin here names.
 const UNPINNED: &str = "an attachment that is not pinned on this BPF file system";
 
-/// Directories below the root of a BPF file system in which pin directories are looked for.
+/// Maximum depth below the root of a BPF file system at which pin directories are searched.
 const MAX_DEPTH: usize = 4;
 
-/// Below a pin directory: the links of all its attachments.
+/// Directory below a pin directory with the links of all its attachments.
 const LINKS: &str = "links";
 
-/// Cgroups below an attachment's that are compared with those of others.
+/// Maximum number of cgroups below an attachment's that are compared with those of others.
 const MAX_CGROUPS: usize = 50_000;
 
 /// One attachment of this program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Found {
-    /// Its pin directory; `None` when it is pinned on another file system, or not at all.
+    /// Pin directory; `None` when it is pinned on another file system, or not at all.
     pub pin: Option<PathBuf>,
-    /// Its name, where it is pinned.
+    /// Name, where it is pinned.
     pub name: Option<String>,
-    /// The number of its cgroup; `None` when that was removed.
+    /// Number of the cgroup; `None` when that was removed.
     pub cgroup: Option<u64>,
-    /// The numbers of its programs.
+    /// Numbers of the programs.
     pub programs: Vec<u32>,
-    /// Cookies of the network namespaces that it may be for; `None` when they can't be read.
+    /// Cookies of the possible network namespaces; `None` when they can't be read.
     #[serde(skip)]
     netns: Option<Vec<u64>>,
 }
 
 impl Found {
-    /// The command that takes it away, in backquotes.
+    /// Returns the command that removes it, in backquotes.
     pub fn remedy(&self) -> String {
         match (&self.name, &self.pin) {
             (Some(name), Some(pin)) => {
@@ -76,7 +76,7 @@ impl fmt::Display for Found {
     }
 }
 
-/// Whether this process may look at links that are not pinned here.
+/// Whether this process may see links that are not pinned here.
 pub(super) fn sees_all() -> bool {
     Link::all().is_ok()
 }
@@ -86,7 +86,8 @@ pub(super) fn is_hidden(note: &str) -> bool {
     note.contains(UNPINNED)
 }
 
-/// Every attachment on the BPF file system of `pin` and, where this process may look, in the kernel.
+/// Returns every attachment on the BPF file system of `pin` and, where this process may see them, in
+/// the kernel.
 pub(super) fn all(pin: &Pin) -> Vec<Found> {
     let mut found = pinned(pin);
     let known: HashSet<u32> = found.iter().flat_map(|it| &it.programs).copied().collect();
@@ -94,9 +95,9 @@ pub(super) fn all(pin: &Pin) -> Vec<Found> {
     found
 }
 
-/// Other attachments that decide over the same connections as the one of `spec`: in the same network
-/// namespace, on its cgroup, above or below it. Those that are `configured` in the same pin directory
-/// are meant to be there.
+/// Returns other attachments that decide over the same connections as that of `spec`: in the same
+/// network namespace, on its cgroup, above or below it. Those that are `configured` in the same pin
+/// directory are excepted.
 pub(super) fn rivals(
     pin: &Pin,
     spec: &AttachmentSpec,
@@ -120,8 +121,7 @@ pub(super) fn rivals(
     Ok(others)
 }
 
-/// Takes every attachment away and removes what was pinned for it. Connections take the ordinary
-/// route from then on.
+/// Detaches every attachment and removes its pins. Connections take the ordinary route from then on.
 pub(super) fn detach_all(pin: &Pin) -> Result<Vec<Found>, RedirectError> {
     let found = all(pin);
     let mut directories: Vec<_> = found.iter().filter_map(|it| it.pin.clone()).collect();
@@ -163,7 +163,7 @@ pub(super) fn detach_all(pin: &Pin) -> Result<Vec<Found>, RedirectError> {
     Ok(found)
 }
 
-/// What lies in pin directories.
+/// Returns the content of pin directories.
 fn pinned(pin: &Pin) -> Vec<Found> {
     let mut directories = Vec::new();
     if let Some(root) = root(pin.path()) {
@@ -194,7 +194,7 @@ fn one(directory: &Path, name: String) -> Option<Found> {
     })
 }
 
-/// The namespaces of an attachment, by what the maps of every schema there say.
+/// Returns the namespaces of an attachment, from the maps of every schema there.
 fn namespaces(directory: &Path, name: &str) -> Option<Vec<u64>> {
     let mut cookies = Vec::new();
     for maps in names(directory) {
@@ -209,7 +209,7 @@ fn namespaces(directory: &Path, name: &str) -> Option<Vec<u64>> {
     (!cookies.is_empty()).then_some(cookies)
 }
 
-/// Links of our programs that are not among the `known` ones.
+/// Returns links of our programs that are not among the `known` ones.
 fn loaded(known: &HashSet<u32>) -> Vec<Found> {
     let Ok(links) = Link::all() else {
         return Vec::new();
@@ -261,7 +261,7 @@ fn loaded(known: &HashSet<u32>) -> Vec<Found> {
     found
 }
 
-/// Where the BPF file system is mounted that `path` is on, or would be.
+/// Returns the mount point of the BPF file system that `path` is on, or would be.
 fn root(path: &Path) -> Option<PathBuf> {
     let is_bpffs = |path: &Path| statfs(path).is_ok_and(|it| it.filesystem_type() == BPF_FS_MAGIC);
     let existing = path.ancestors().find(|path| path.exists())?;
@@ -269,7 +269,7 @@ fn root(path: &Path) -> Option<PathBuf> {
     on_it.last().map(Path::to_owned)
 }
 
-/// Directories that hold maps and links as ours do. Others have directories called `links`, too.
+/// Finds directories that hold maps and links as ours do. Other directories may be called `links`, too.
 fn pin_directories(directory: &Path, depth: usize, found: &mut Vec<PathBuf>) {
     let names = names(directory);
     if names.iter().any(|name| name == LINKS) && names.iter().any(|name| is_maps(name)) {
@@ -289,7 +289,7 @@ fn is_ours(name: &str) -> bool {
     name == LINKS || is_maps(name)
 }
 
-/// Names of the directories in a directory; none when it can't be read.
+/// Returns the names of the directories in a directory; none when it can't be read.
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let directories = entries.filter(|it| it.file_type().is_ok_and(|kind| kind.is_dir()));
@@ -300,7 +300,7 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Numbers of a cgroup, of those above it, and of those below it.
+/// Returns the numbers of a cgroup, of those above it, and of those below it.
 fn related(cgroup: &Path) -> HashSet<u64> {
     let is_cgroup =
         |path: &Path| statfs(path).is_ok_and(|it| it.filesystem_type() == CGROUP2_SUPER_MAGIC);
