@@ -1,4 +1,4 @@
-//! Resolving server addresses.
+//! Resolution of server addresses.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,26 +10,26 @@ use tokio::time::timeout;
 
 use cpc_config::address::split;
 
-/// How often names are resolved anew.
+/// Interval between resolutions of a name.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A resolver that has not answered by then is asked again later.
+/// Timeout of a resolution, which is retried later.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a name leads to now, or why nobody knows.
+/// A name with its present addresses, or the error of the resolver.
 pub(super) type Resolved = (Arc<str>, io::Result<Vec<SocketAddr>>);
 
-/// Every address behind `host:port`, as the resolver has it now.
+/// Returns every address behind `host:port`, as the resolver has it now.
 ///
 /// # Errors
-/// What the resolver says.
+/// The error of the resolver.
 async fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let (host, port) = split(address)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not host:port"))?;
     Ok(tokio::net::lookup_host((host, port)).await?.collect())
 }
 
-/// Resolves one name again and again, apart from the others: one that hangs delays nobody.
+/// Resolves one name periodically, apart from the others: a resolver that hangs delays no other name.
 pub(super) async fn keep_resolving(server: Arc<str>, answers: mpsc::UnboundedSender<Resolved>) {
     loop {
         let resolved = timeout(RESOLVE_TIMEOUT, resolve(&server)).await;

@@ -1,5 +1,6 @@
-//! Holds tunnels to every server, for ever: resolves, has shards dial as [`Plan`] says, and decides
-//! which tunnels are kept. It runs beside the shards, where each tunnel lives ([`errand`]).
+//! The connector holds tunnels to every server until the process ends. It resolves names, has shards
+//! dial by [`Plan`], and decides which tunnels are kept. It runs beside the shards, where each tunnel
+//! lives ([`errand`]).
 //!
 //! [`errand`]: super::errand
 
@@ -27,19 +28,19 @@ use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;
 use cpc_transport::quic::steering::Spread;
 
-/// Where servers are found, and how many tunnels there are to be.
+/// Addresses of servers, and the number of tunnels.
 pub(super) struct Servers {
-    /// "host:port", and what is spoken there.
+    /// "host:port" of each server, and its protocol.
     pub addresses: Vec<(Arc<str>, Protocol)>,
-    /// How many proxy-servers there are by their leases, where those are watched.
+    /// Number of proxy-servers by their leases, where those are watched.
     pub leases: watch::Receiver<Option<u32>>,
-    /// Whether what proxy-servers say counts as well.
+    /// Whether the number that proxy-servers report counts as well.
     pub count_both: bool,
-    /// Tunnels to each server over QUIC.
+    /// Number of tunnels to each server over QUIC.
     pub tunnels: u8,
 }
 
-/// Connects for ever, until the process drains; then waits for the end and closes everything.
+/// Connects until the process drains; then waits for the end and closes everything.
 pub(super) async fn run(
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
@@ -87,15 +88,15 @@ pub(super) async fn run(
 struct Connector {
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
-    /// Closed at the end when nothing was left to be served.
+    /// Closed at the end, when no connection was left.
     connections: Gate,
     plan: Plan,
     spread: Spread,
-    /// Where the tunnels go that are being dialled.
+    /// Places of the tunnels that are being dialled.
     dialling: HashMap<u64, Place>,
     tunnels: HashMap<u64, Held>,
     complaints: HashMap<Way, Complaint>,
-    /// What the names of servers lead to.
+    /// Addresses of the servers' names.
     names: HashMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
     unresolved: HashSet<Arc<str>>,
     last: u64,
@@ -103,11 +104,11 @@ struct Connector {
     view: Arc<Tunnels>,
 }
 
-/// Where a tunnel lives.
+/// Place of a tunnel.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     shard: usize,
-    /// Which of those at its address it is: one that follows it gets the same number.
+    /// Number of the tunnel among those at its address; its successor gets the same number.
     slot: u8,
 }
 
@@ -119,7 +120,7 @@ struct Held {
 }
 
 impl Held {
-    /// Without effect on a tunnel that is ending.
+    /// Sends an order; no effect on a tunnel that is ending.
     fn order(&self, order: Order) {
         let _ = self.orders.send(order);
     }
@@ -209,7 +210,7 @@ impl Connector {
         self.shards.send(shard, errand);
     }
 
-    /// How the server is called that `way` was resolved from.
+    /// Returns the server name that `way` was resolved from.
     fn name_of(&self, way: Way) -> Option<Arc<str>> {
         let leads = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
             let other = match way.wire {
@@ -360,7 +361,7 @@ impl Connector {
         self.retire_superseded();
     }
 
-    /// Lets go of gRPC where QUIC does the same: what lives on it lives on.
+    /// Retires gRPC tunnels where QUIC does the same: their connections go on.
     fn retire_superseded(&mut self) {
         for number in self.plan.superseded() {
             if let Some(tunnel) = self.tunnels.get(&number) {
@@ -371,8 +372,8 @@ impl Connector {
         }
     }
 
-    /// Once for each kind of trouble with a way, not at every try. That a server does not speak
-    /// QUIC is no trouble where the other protocol leads to it.
+    /// Logs an error of a way once per kind, not at every attempt. A server that does not speak QUIC is
+    /// no error where the other protocol leads to it.
     fn complain(&mut self, way: Way, error: &dyn fmt::Display) {
         let text = error.to_string();
         if !self.complaints.entry(way).or_default().is_news(&text) {
@@ -396,7 +397,7 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
-/// In 0..1.
+/// Returns a random number in 0..1.
 fn chance() -> f64 {
     let mut byte = [0];
     // Without random numbers all agents would dial at once, which is no harm to this one.

@@ -1,7 +1,7 @@
 //! One dialled connection on the worker: read the request, ask the policy, connect, answer, relay.
 //!
-//! A name is resolved once, and the address that the policy allowed is the one that is dialled, be it
-//! allowed as an address or by the name.
+//! A name is resolved once, and the address that the policy allowed, as an address or by the name, is
+//! the one that is dialled.
 
 use std::io;
 use std::net::SocketAddr;
@@ -28,29 +28,29 @@ use cpc_observe::konnectivity::{Counted, DialTrouble};
 use cpc_observe::metrics::{Closer, FrontendKind};
 use cpc_transport::quic::{HeadError, Recv, Send};
 
-/// A stream whose request has not arrived by then is given up.
+/// Timeout of the request on a stream.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a target was not reached: what the server is answered.
+/// Reason why a target was not reached: the answer to the server.
 #[derive(Debug)]
 struct Failure {
     reason: CloseReason,
     detail: String,
 }
 
-/// The half of a stream on which a server is answered what became of its dial.
+/// The half of a stream that answers a server's dial request.
 pub(super) trait Answer: SendHalf {
-    /// Whether the server asks another agent when we say that we are ending.
+    /// Whether the server asks another agent when this one answers that it is ending.
     const ASKS_OTHERS: bool;
 
-    /// Says what became of the dial; a refusal ends the stream. A server that is gone shows in what
-    /// follows.
+    /// Sends the dial response; a refusal ends the stream. A server that is gone shows in later
+    /// operations.
     fn answer(&mut self, response: DialResponse) -> impl Future<Output = ()>;
 
-    /// Makes a target fit for what the tunnel expects of it.
+    /// Sets the options of a target's socket that the tunnel needs.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     fn fit(&self, target: &TcpStream) -> io::Result<()>;
 }
 
@@ -87,7 +87,7 @@ pub(super) fn serve(
     }
 }
 
-/// Reads what is wanted, and dials. `None`: there is nothing to be relayed.
+/// Reads the request, and dials. Returns `None` if there is nothing to relay.
 async fn ask(
     worker: Rc<Worker>,
     server_id: Arc<str>,
@@ -118,11 +118,11 @@ pub(super) struct Dialled<S, R> {
     _open: Counted,
     send: S,
     recv: R,
-    /// What the server has not taken yet.
+    /// Bytes that the server has not taken yet.
     start: Outbound,
 }
 
-/// Dials for a request and answers. `None`: it was refused, or nobody wants it any more.
+/// Dials for a request and answers. Returns `None` if it was refused, or the server gave it up.
 pub(super) async fn dial<S: Answer, R: RecvHalf>(
     worker: &Worker,
     server_id: &Arc<str>,

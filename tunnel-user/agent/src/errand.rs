@@ -1,5 +1,5 @@
-//! One tunnel on its shard, from the dial to its end. The [connector](super::connector) decides; here
-//! it is done.
+//! One tunnel on its shard, from the dial to its end. The [connector](super::connector) decides, this
+//! task executes.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,62 +17,62 @@ use cpc_observe::audit::events as audit;
 use cpc_transport::quic::PathView;
 use cpc_transport::quic::steering::Spread;
 
-/// Has a shard dial, and serve what comes of it.
+/// A task for a shard: to dial, and to serve the resulting tunnel.
 pub(super) struct Errand {
-    /// Tells this tunnel from others.
+    /// Number of the tunnel.
     pub number: u64,
-    /// Which way.
+    /// Address and protocol.
     pub way: Way,
-    /// How the server is called that the way was resolved from.
+    /// Server name that the way was resolved from.
     pub server: Option<Arc<str>>,
-    /// Which of the tunnels at this address it is.
+    /// Number of the tunnel among those at this address.
     pub spread: (Spread, u8),
-    /// Who hears of it.
+    /// Receiver of the events.
     pub events: mpsc::UnboundedSender<Event>,
-    /// Its place on the shard.
+    /// Permit on the shard.
     pub place: Entered,
 }
 
-/// What the connector hears of an errand.
+/// Event of an errand, for the connector.
 pub(super) enum Event {
-    /// A server has shown its certificate. The answer is whether to introduce ourselves.
+    /// A server has shown its certificate. The answer tells whether to send Hello.
     Reached(Way, u64, Arc<str>, oneshot::Sender<bool>),
-    /// It came to nothing.
+    /// The dial failed.
     Failed(Way, u64, String),
-    /// We are welcome.
+    /// The server has welcomed the agent.
     Welcomed(Box<Welcomed>),
     /// The server fell silent, drains, or is heard again.
     Changed(u64),
-    /// A tunnel that was kept is over.
+    /// A kept tunnel has ended.
     Ended(u64, End),
 }
 
-/// A fresh tunnel, for others to see and to end.
+/// A fresh tunnel, with handles for the connector.
 pub(super) struct Welcomed {
-    /// Which one.
+    /// Number of the tunnel.
     pub number: u64,
-    /// What it is.
+    /// Description of the tunnel.
     pub about: About,
-    /// Where it leads.
+    /// Server that the tunnel leads to.
     pub leads: Leads,
-    /// Its path, where that can tell how it does.
+    /// Path, where the protocol measures it.
     pub path: Option<Arc<PathView>>,
-    /// What it is told.
+    /// Sender of orders.
     pub orders: mpsc::UnboundedSender<Order>,
-    /// The answer: whether to keep it.
+    /// Sender of the decision whether to keep the tunnel.
     pub keep: oneshot::Sender<bool>,
 }
 
-/// What a tunnel is told.
+/// Order for a tunnel.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Order {
-    /// End, with everything on it.
+    /// End at once, with everything on the tunnel.
     Close(CloseReason),
     /// End with the last stream.
     Retire,
 }
 
-/// Runs errands until nobody has any.
+/// Runs errands until their sender is gone.
 pub(super) async fn run(worker: Worker, mut errands: mpsc::UnboundedReceiver<Errand>) {
     let worker = Rc::new(worker);
     while let Some(errand) = errands.recv().await {
@@ -122,7 +122,7 @@ impl Errand {
         tell(Event::Ended(*number, end));
     }
 
-    /// `None`: the connector does not want it any more.
+    /// Dials. Returns `None` if the connector does not want the tunnel any more.
     async fn dial(&self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
         let Way { address, wire } = self.way;
         match (wire, &worker.material, &worker.konnectivity, &self.server) {
@@ -148,7 +148,7 @@ impl Errand {
     }
 }
 
-/// Ends a tunnel to a server that counts no more.
+/// Ends a tunnel to a revoked server.
 async fn struck(worker: &Worker, tunnel: Tunnel) -> End {
     let (Some(material), Tunnel::Quic(quic)) = (&worker.material, &tunnel) else {
         return std::future::pending().await;
@@ -160,7 +160,7 @@ async fn struck(worker: &Worker, tunnel: Tunnel) -> End {
     End::new(reason, revoked)
 }
 
-/// Does what a tunnel is told, for ever: its end is its own to tell.
+/// Executes orders without end: the tunnel itself reports its end.
 async fn obey(tunnel: Tunnel, mut told: mpsc::UnboundedReceiver<Order>) -> End {
     while let Some(order) = told.recv().await {
         match order {

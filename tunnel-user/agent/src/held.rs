@@ -1,4 +1,4 @@
-//! The tunnels that are held, for people.
+//! The held tunnels, for status and metrics.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,34 +9,34 @@ use super::plan::Health;
 use super::tunnel::About;
 use cpc_transport::quic::PathView;
 
-/// A tunnel, for people.
+/// A tunnel, for status and metrics.
 #[derive(Clone, Debug)]
 pub(super) struct TunnelView {
-    /// What it is.
+    /// Description of the tunnel.
     pub about: About,
-    /// Where it lives.
+    /// Shard of the tunnel.
     pub shard: usize,
     path: Option<Arc<PathView>>,
 }
 
 impl TunnelView {
-    /// A fresh one.
+    /// Creates the view of a fresh tunnel.
     pub(super) fn new(about: About, path: Option<Arc<PathView>>, shard: usize) -> Self {
         Self { about, shard, path }
     }
 
-    /// Round-trip time, where the protocol measures it.
+    /// Returns the round-trip time, where the protocol measures it.
     pub(super) fn rtt(&self) -> Option<Duration> {
         self.path.as_ref().map(|path| path.rtt())
     }
 
-    /// The largest IP packet that is sent, in bytes, where we decide on it.
+    /// Returns the size of the largest sent IP packet, in bytes, where our transport decides on it.
     pub(super) fn mtu(&self) -> Option<u16> {
         self.path.as_ref().map(|path| path.mtu())
     }
 }
 
-/// The tunnels that are held. Written by the connector, read anywhere.
+/// The held tunnels. The connector writes them, any thread reads.
 #[derive(Debug, Default)]
 pub(super) struct Tunnels {
     held: Mutex<HashMap<u64, TunnelView>>,
@@ -44,7 +44,7 @@ pub(super) struct Tunnels {
 }
 
 impl Tunnels {
-    /// All of them, by server.
+    /// Returns all tunnels, by server.
     pub(super) fn view(&self) -> Vec<TunnelView> {
         let mut view: Vec<_> = self.held().values().cloned().collect();
         view.sort_by(|a, b| {
@@ -54,7 +54,7 @@ impl Tunnels {
         view
     }
 
-    /// How many servers are reached, each over one tunnel or several.
+    /// Returns the number of connected servers, each over one tunnel or several.
     pub(super) fn live_servers(&self) -> usize {
         let held = self.held();
         // One that drains serves until it leaves.
@@ -65,22 +65,22 @@ impl Tunnels {
             .len()
     }
 
-    /// How many servers there are, as they say or by their leases.
+    /// Returns the number of servers, according to the servers or their leases.
     pub(super) fn server_count(&self) -> u32 {
         self.server_count.load(Ordering::Relaxed)
     }
 
-    /// Notes how many servers there are.
+    /// Sets the number of servers.
     pub(super) fn set_server_count(&self, count: u32) {
         self.server_count.store(count, Ordering::Relaxed);
     }
 
-    /// Notes a tunnel.
+    /// Adds a tunnel.
     pub(super) fn insert(&self, number: u64, view: TunnelView) {
         self.held().insert(number, view);
     }
 
-    /// Notes its end.
+    /// Removes a tunnel.
     pub(super) fn remove(&self, number: u64) {
         self.held().remove(&number);
     }

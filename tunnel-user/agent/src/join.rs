@@ -1,4 +1,4 @@
-//! Joining: the first certificate of a worker, for a token. What `cpc agent join` does.
+//! Joining: the first certificate of a worker, for a token. The work of `cpc agent join`.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -23,84 +23,84 @@ use cpc_identity::credential::{Credential, CredentialError, Draft, Expected};
 use cpc_identity::pin::PinnedVerifier;
 use cpc_identity::{KeyHash, provider};
 
-/// The key and its certificate.
+/// File of the key and its certificate.
 const CREDENTIAL: &str = "agent.pem";
 
-/// Whom to trust.
+/// File of the trusted CAs.
 const CA: &str = "ca.crt";
 
-/// The key as long as it has no certificate.
+/// File of the key before there is a certificate.
 const PENDING: &str = "joining.key";
 
-/// For one try.
+/// Timeout of one attempt.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Who joins, and where.
+/// Parameters of a join.
 #[derive(Debug)]
 pub struct Joining {
-    /// `host:port` of the join listener.
+    /// Address of the join listener, `host:port`.
     pub server: String,
-    /// Proof that we may.
+    /// The token.
     pub token: String,
-    /// CAs of which one has to vouch for the server.
+    /// Keys of CAs, of which one has to vouch for the server.
     pub pins: Vec<KeyHash>,
-    /// The node's name.
+    /// Name of the node.
     pub node: String,
-    /// Its addresses; the one that we reach the server from when empty.
+    /// Addresses of the node; if empty, the local address towards the server.
     pub addresses: Vec<IpAddr>,
-    /// Where key, certificate and CAs are put.
+    /// Directory of key, certificate and CAs.
     pub out: PathBuf,
-    /// How long to try while the server is not reached.
+    /// Time for retries while the server is not reached.
     pub patience: Duration,
 }
 
-/// What came of it.
+/// Result of a join.
 pub struct Joined {
-    /// What was issued; saved already.
+    /// The issued credential, saved already.
     pub credential: Credential,
-    /// Key and certificate.
+    /// File of key and certificate.
     pub file: PathBuf,
-    /// CAs.
+    /// File of the CAs.
     pub ca: PathBuf,
 }
 
-/// Why there is no certificate.
+/// Reason why there is no certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// There is one.
+    /// A certificate exists already.
     #[error("{} is there already; remove it if this node is to join again", .0.display())]
     Exists(PathBuf),
-    /// The directory.
+    /// The directory can't be used.
     #[error("{}: {why}", path.display())]
     Directory {
-        /// Which one.
+        /// The directory.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// Our key, or what was issued.
+    /// Our key or the issued certificate is unusable.
     #[error(transparent)]
     Credential(#[from] CredentialError),
-    /// The server was not reached, or is not the one that was meant.
+    /// The server was not reached, or is not the intended one.
     #[error("{server}: {why}")]
     Server {
-        /// Where.
+        /// Address of the server.
         server: String,
-        /// What went wrong.
+        /// The failure.
         why: io::Error,
     },
-    /// The server refuses.
+    /// The server refused the request.
     #[error("{server} refuses: {why}")]
     Refused {
-        /// Where.
+        /// Address of the server.
         server: String,
-        /// What it says.
+        /// Reason of the server.
         why: String,
     },
 }
 
-/// Joins, and puts what it gets into files. The key stays until there is a certificate, so that a second
-/// try after a lost answer gets one for the same use of the token.
+/// Joins, and writes the credential into files. The key stays until there is a certificate, so that a
+/// second attempt after a lost answer gets one for the same use of the token.
 ///
 /// # Errors
 /// [`JoinError`].
@@ -144,7 +144,7 @@ fn make_directory(path: &Path) -> Result<(), JoinError> {
     })
 }
 
-/// A server that is not reached may be about to start; one that answers has answered.
+/// Retries until the server answers: a server that is not reached may be about to start.
 async fn ask_until_answered(joining: &Joining, csr: Vec<u8>) -> Result<Answer, JoinError> {
     let end = Instant::now() + joining.patience;
     let delays = ExponentialBuilder::new().with_min_delay(Duration::from_millis(500));

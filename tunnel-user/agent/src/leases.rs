@@ -1,4 +1,4 @@
-//! How many proxy-servers there are, by the leases that they hold.
+//! The number of proxy-servers, by their leases.
 
 use tokio::sync::watch;
 
@@ -8,10 +8,10 @@ use cpc_kubernetes::client;
 use cpc_kubernetes::lease::LeaseCounter;
 use cpc_observe::konnectivity::LeaseReads;
 
-/// Counts them where that is configured; else the count stays `None`.
+/// Counts the leases where that is configured; otherwise the count stays `None`.
 ///
 /// # Errors
-/// [`AgentError`] when the API server can't be asked at all.
+/// [`AgentError`] when there is no access to the API server.
 pub(super) async fn count(
     config: &AgentConfig,
     calls: LeaseReads,

@@ -1,6 +1,6 @@
-//! `cpc agent`: on a worker. Dials out to every server, and dials targets for them as far as its
-//! own policy goes. It opens nothing towards the control plane but its control stream, or the one
-//! stream that a proxy-server of Konnectivity wants.
+//! `cpc agent`: runs on a worker, dials out to every server, and dials targets for them within its own
+//! policy. Towards the control plane it opens only its control stream, or the one stream that a
+//! proxy-server of Konnectivity requires.
 
 mod address;
 mod connector;
@@ -65,33 +65,33 @@ use renew::Renewals;
 use shards::Dispatch;
 use worker::{CONNECTIONS, STALLED_BYTES, Worker};
 
-/// Why an agent did not start, or stopped.
+/// Reason why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// The configuration.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Certificates.
+    /// The certificates are unusable.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// How proxy-servers are dialled.
+    /// The parameters of proxy-servers are unusable.
     #[error(transparent)]
     Konnectivity(#[from] ClientError),
-    /// The API server, which knows of leases.
+    /// There is no access to the API server, which has the leases.
     #[error("konnectivity.leases: {0}")]
     Leases(AccessError),
-    /// Capabilities that won't go.
+    /// The capabilities can't be dropped.
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
-    /// A listener of health and metrics.
+    /// A listener of health and metrics can't be opened.
     #[error("TCP {addr}: {why}")]
     Admin {
-        /// Where.
+        /// Address of the listener.
         addr: SocketAddr,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// Something that the system should have given.
+    /// A system call at start failed.
     #[error(transparent)]
     Io(#[from] io::Error),
     /// A shard has ended by itself.
@@ -105,16 +105,17 @@ impl From<AccessError> for AgentError {
     }
 }
 
-/// Configured claims, so that an offer stays within the wire's bounds with the node addresses.
+/// Maximum number of configured claims, so that an offer with the node addresses stays within the
+/// wire's bounds.
 const MAX_SERVED: usize = MAX_CLAIMS - 64;
 
-/// How often a draining agent looks whether its connections have ended.
+/// Polling interval of a draining agent for the end of its connections.
 const IDLE_POLL: Duration = Duration::from_millis(50);
 
-/// What a proxy-server is given to hear that we drain: what it asks for until then is served.
+/// Time for a proxy-server to learn that the agent drains: its requests until then are served.
 const DRAIN_HEARD: Duration = Duration::from_secs(1);
 
-/// Runs an agent until it is told to stop. `reread` gives the configuration anew on SIGHUP.
+/// Runs an agent until it is stopped. `reread` reads the configuration on SIGHUP.
 ///
 /// # Errors
 /// [`AgentError`], before any server is dialled.
@@ -309,8 +310,8 @@ pub async fn run(
     Ok(())
 }
 
-/// Waits until a draining agent has no connection left, and then takes none any more. Proxy-servers may
-/// ask for some until they have heard of it.
+/// Waits until a draining agent has no connection left, and then refuses further ones. Proxy-servers
+/// may request some until they have learnt of the drain.
 async fn idle(phase: &watch::Sender<Phase>, connections: &Gate, proxies: bool) {
     lifecycle::stopping(phase.subscribe()).await;
     if proxies {
@@ -330,7 +331,7 @@ fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &Me) -> AllowList {
     policy::policy(allow, &me.addresses())
 }
 
-/// What is offered beyond the certificate's node addresses.
+/// Returns the claims beyond the certificate's node addresses.
 fn claims(config: &ServeConfig) -> Result<Vec<Claim>, ConfigError> {
     let names = config.names.iter().map(|name| {
         let parsed = name.parse().map(Claim::Name);

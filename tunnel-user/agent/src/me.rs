@@ -1,4 +1,4 @@
-//! Who the agent is: by its certificate, and without one as it says to proxy-servers.
+//! Identity of the agent: from its certificate, and without one as it reports itself to proxy-servers.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,17 +11,17 @@ use cpc_config::agent::Protocol;
 use cpc_identity::lifetime::{Certificates, Lifetimes};
 use cpc_identity::{Material, Role, provider};
 
-/// Who the agent is.
+/// Identity of the agent.
 #[derive(Clone)]
 pub(super) struct Me {
-    /// Our certificate, without which nothing speaks QUIC.
+    /// Our certificate, which QUIC requires.
     pub material: Option<Arc<Material>>,
-    /// How proxy-servers are dialled.
+    /// Parameters of dials to proxy-servers.
     pub konnectivity: Option<Client>,
 }
 
 impl Me {
-    /// As a checked configuration has it.
+    /// Loads the files of a checked configuration.
     ///
     /// # Errors
     /// [`AgentError`] when files are missing or wrong.
@@ -44,7 +44,7 @@ impl Me {
         })
     }
 
-    /// Our certificates, and the CAs that we trust.
+    /// Returns the lifetimes of our certificates and of the trusted CAs.
     pub(super) fn lifetimes(&self) -> Lifetimes {
         let ours = { self.material.iter() }.map(|it| it.clone() as Arc<dyn Certificates>);
         let theirs = self.konnectivity.iter();
@@ -52,7 +52,7 @@ impl Me {
         Lifetimes::new(ours.chain(theirs).collect())
     }
 
-    /// The node's name.
+    /// Returns the name of the node.
     pub(super) fn name(&self) -> Arc<str> {
         match (&self.material, &self.konnectivity) {
             (Some(material), _) => material.identity().name,
@@ -61,7 +61,7 @@ impl Me {
         }
     }
 
-    /// The node's addresses.
+    /// Returns the addresses of the node.
     pub(super) fn addresses(&self) -> Vec<IpAddr> {
         match (&self.material, &self.konnectivity) {
             (Some(material), _) => material.identity().addresses,

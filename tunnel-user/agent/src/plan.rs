@@ -1,13 +1,13 @@
-//! Which server address to dial next, and over what. Sans-IO: time and chance are arguments.
+//! The plan of dials: which server address to dial next, and over which protocol. Sans-I/O: time and
+//! chance are arguments.
 //!
-//! The aim: a live tunnel to every server, or several over QUIC where that is configured, told apart
-//! by server id, since several addresses may lead to one server and one address (a virtual IP) to
-//! several. Dialling never ends; only its
-//! pace changes.
+//! The aim is a live tunnel to every server, or several over QUIC where that is configured. Server ids
+//! distinguish servers, because several addresses may lead to one server and one address (a virtual IP)
+//! to several. Dialling never ends; only its pace changes.
 //!
-//! Where both protocols may be spoken QUIC is preferred: gRPC is dialled a little later, and only
-//! while QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC
-//! tunnels that may end with their last connection.
+//! Where both protocols are allowed QUIC is preferred: gRPC is dialled a little later, and only while
+//! QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC tunnels that
+//! may end with their last connection.
 
 mod tunnels;
 mod way;
@@ -23,63 +23,64 @@ use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
 pub use self::way::{Health, Leads, Verdict, Way, Wire};
 use cpc_config::agent::Protocol;
 
-/// The pace of dialling an address: from this..
+/// Longest interval between dials of an address.
 const SLOWEST: Duration = Duration::from_secs(10);
 
-/// ..to this, and half as slow again after each failure.
+/// Shortest interval between dials of an address; it grows by half after each failure.
 const FASTEST: Duration = Duration::from_secs(1);
 
-/// After a tunnel was lost its server is dialled at once, but not by all agents in the same instant.
+/// Maximum random delay of the dial after a lost tunnel, so that not all agents dial in the same
+/// instant.
 const SPREAD: Duration = Duration::from_millis(200);
 
-/// What QUIC is given before gRPC is tried where either may be spoken.
+/// Time for QUIC before gRPC is tried where both are allowed.
 const HEAD_START: Duration = Duration::from_secs(1);
 
-/// How often a proxy-server's address is dialled though nothing is missing: servers that came
-/// later are not announced to agents that are connected already.
+/// Interval of dials to a proxy-server's address even if no tunnel is missing: later servers are not
+/// announced to connected agents.
 const RECONCILE: Duration = Duration::from_secs(60);
 
-/// The most tunnels to proxy-servers: what one says of their number is not believed beyond.
+/// Maximum number of tunnels to proxy-servers, whatever number one reports.
 const MAX_PROXY_SERVERS: usize = 256;
 
 #[derive(Debug)]
 struct Candidate {
     leads_to: Option<Arc<str>>,
-    /// QUIC is preferred at this address.
+    /// Whether QUIC is preferred at this address.
     fallback: bool,
     resolved: bool,
     dialling: bool,
-    /// When it may be dialled if it is wanted..
+    /// Time of the next dial if the address is wanted.
     next: Instant,
-    /// ..and when if it is not.
+    /// Time of the next dial if it is not.
     reconcile: Instant,
     pace: Duration,
 }
 
-/// What is known of addresses and servers.
+/// State of addresses and servers.
 #[derive(Debug, Default)]
 pub struct Plan {
     candidates: BTreeMap<Way, Candidate>,
     quic: Tunnels,
     grpc: Tunnels,
-    /// Tunnels to one server over QUIC, beyond the first.
+    /// Number of tunnels to one server over QUIC, beyond the first.
     further: usize,
-    /// As the last server said.
+    /// Number of servers, as the last one reported.
     quic_count: u32,
     grpc_count: u32,
-    /// As their leases say, in place of what proxy-servers say.
+    /// Number of proxy-servers by their leases, in place of their reports.
     leases: Option<u32>,
-    /// Or both are asked, and the larger number counts.
+    /// Whether the larger one of both numbers counts.
     larger: bool,
 }
 
 impl Plan {
-    /// Holds so many tunnels to each server over QUIC, one at least.
+    /// Sets the number of tunnels to each server over QUIC, at least one.
     pub fn set_tunnels(&mut self, count: usize) {
         self.further = count.saturating_sub(1);
     }
 
-    /// The addresses that the configured names have now, and what may be spoken there.
+    /// Sets the present addresses of the configured names, and their protocols.
     pub fn set_addresses(&mut self, addresses: &[(SocketAddr, Protocol)], now: Instant) {
         for candidate in self.candidates.values_mut() {
             candidate.resolved = false;
@@ -112,18 +113,18 @@ impl Plan {
         candidate.resolved = true;
     }
 
-    /// Leases alone are not believed: proxy-servers that say that there are more are, too.
+    /// Uses the larger number of leases and of the proxy-servers' reports.
     pub fn count_both(&mut self) {
         self.larger = true;
     }
 
-    /// How many proxy-servers there are by their leases; with `None` they say themselves.
+    /// Sets the number of proxy-servers by their leases; with `None` their reports count.
     pub fn set_leases(&mut self, count: Option<u32>) {
         // A server without a lease is still a server.
         self.leases = count.map(|count| count.max(1));
     }
 
-    /// The ways to dial now. Each is then under way until [`failed`](Self::failed) or
+    /// Returns the ways to dial now. Each is then under way until [`failed`](Self::failed) or
     /// [`welcomed`](Self::welcomed).
     pub fn due(&mut self, now: Instant) -> Vec<Way> {
         let is_due = |(way, candidate): (&Way, &Candidate)| {
@@ -139,7 +140,7 @@ impl Plan {
         due
     }
 
-    /// When [`due`](Self::due) should be asked again.
+    /// Returns the time at which [`due`](Self::due) must be called again.
     pub fn next_timeout(&self) -> Option<Instant> {
         self.candidates
             .iter()
@@ -147,7 +148,7 @@ impl Plan {
             .min()
     }
 
-    /// A dial came to nothing. `chance` is in 0..1.
+    /// Notes a failed dial. `chance` is in 0..1.
     pub fn failed(&mut self, way: Way, now: Instant, chance: f64) {
         if let Some(candidate) = self.candidates.get_mut(&way) {
             candidate.dialling = false;
@@ -155,8 +156,8 @@ impl Plan {
         }
     }
 
-    /// A dial reached `server`, as its certificate says. Whether to introduce ourselves: not where
-    /// this address is known to lead to it and enough live tunnels do, too, since the server would
+    /// Notes that a dial reached `server`, by its certificate. Returns whether to send Hello: not where
+    /// this address is known to lead to it and enough live tunnels do, too, because the server would
     /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
     pub fn reached(&mut self, way: Way, server: &str, now: Instant, chance: f64) -> bool {
         let full = self.is_full(way, server);
@@ -172,13 +173,13 @@ impl Plan {
         }
     }
 
-    /// Whether `tunnel` is one of those that are held to `server`.
+    /// Whether `tunnel` is one of those held to `server`.
     pub fn holds(&self, wire: Wire, server: &str, tunnel: u64) -> bool {
         let mut held = self.held(wire).get(server).into_iter().flatten();
         held.any(|held| held.tunnel == tunnel)
     }
 
-    /// A dial led to a server. `tunnel` tells this tunnel from others, `chance` is in 0..1.
+    /// Notes that a dial led to a server. `tunnel` is the number of the tunnel, `chance` is in 0..1.
     pub fn welcomed(
         &mut self,
         way: Way,
@@ -268,7 +269,7 @@ impl Plan {
         });
     }
 
-    /// A server fell silent, drains, or is heard again.
+    /// Notes that a server fell silent, drains, or is heard again.
     pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, health: Health, now: Instant) {
         let mut held = self.held_mut(wire).get_mut(server).into_iter().flatten();
         let Some(held) = held.find(|held| held.tunnel == tunnel) else {
@@ -282,7 +283,7 @@ impl Plan {
         }
     }
 
-    /// A tunnel has ended: its server is dialled at once, unless the tunnel had hardly begun.
+    /// Notes the end of a tunnel: its server is dialled at once, unless the tunnel had hardly begun.
     /// `chance` is in 0..1.
     pub fn ended(&mut self, wire: Wire, server: &str, tunnel: u64, now: Instant, chance: f64) {
         let Some(Held { address, since, .. }) = take(self.held_mut(wire), server, tunnel) else {
@@ -301,7 +302,7 @@ impl Plan {
         self.hasten(wire, server, address, from, HEAD_START);
     }
 
-    /// The gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
+    /// Returns the gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
     pub fn superseded(&mut self) -> Vec<u64> {
         let superseded = |(server, held): &(&Arc<str>, &Held)| {
             held.fallback && self.is_superseded(server, held.address)
@@ -316,7 +317,7 @@ impl Plan {
         superseded.into_iter().map(|(_, tunnel)| tunnel).collect()
     }
 
-    /// How many servers there are, by their leases or as they said; 0 before any did.
+    /// Returns the number of servers, by their leases or reports; 0 before any report.
     pub fn server_count(&self) -> u32 {
         let grpc = self.proxy_servers();
         match (self.quic.is_empty(), self.grpc.is_empty()) {
@@ -326,7 +327,7 @@ impl Plan {
         }
     }
 
-    /// How many tunnels there may be to one server.
+    /// Returns the maximum number of tunnels to one server.
     fn most(&self, wire: Wire) -> usize {
         match wire {
             Wire::Quic => self.further + 1,
@@ -335,8 +336,8 @@ impl Plan {
         }
     }
 
-    /// Whether `way` is not needed, since there are enough live ones to `server`. Those to a server that
-    /// drains count at their own address: elsewhere its successor may be found.
+    /// Whether `way` is not needed, because there are enough live tunnels to `server`. Those to a
+    /// server that drains count at their own address: elsewhere its successor may be found.
     fn is_full(&self, way: Way, server: &str) -> bool {
         let held = self.held(way.wire).get(server).into_iter().flatten();
         let counts = |held: &&Held| held.live && (!held.draining || held.address == way.address);
@@ -357,8 +358,8 @@ impl Plan {
         }
     }
 
-    /// QUIC has failed `server`: gRPC to its address is tried after `wait`, and to others, where a
-    /// balancer may lead to it too, not before.
+    /// Brings forward a gRPC dial after QUIC failed to reach `server`: its address is tried after
+    /// `wait`, and others, where a balancer may lead to it too, not before.
     fn hasten(
         &mut self,
         wire: Wire,
@@ -381,7 +382,7 @@ impl Plan {
         }
     }
 
-    /// When to dial it; `None` while there is no use in it.
+    /// Returns the time of the next dial of a way; `None` while it is not needed.
     fn at(&self, way: &Way, candidate: &Candidate) -> Option<Instant> {
         if !candidate.resolved || candidate.dialling {
             return None;
@@ -421,7 +422,7 @@ impl Plan {
         }
     }
 
-    /// Whether there are servers that no live tunnel leads to.
+    /// Whether there are servers without a live tunnel.
     fn is_missing(&self, wire: Wire, fallback: bool) -> bool {
         let quic_missing = reached(&self.quic).count() < self.quic_count as usize;
         match wire {
@@ -439,8 +440,8 @@ impl Plan {
         }
     }
 
-    /// Whether QUIC reaches the server that calls itself `server` over gRPC at `address`. Servers
-    /// of ours present several ids to proxy agents there: their own, and that with a number.
+    /// Whether QUIC reaches the server with the id `server` over gRPC at `address`. Servers of ours
+    /// present several ids to proxy agents there: their own, and that with a number.
     fn is_superseded(&self, server: &str, address: SocketAddr) -> bool {
         live(&self.quic).any(|(id, held)| match server.strip_prefix(&**id) {
             Some("") => true,
@@ -450,7 +451,7 @@ impl Plan {
     }
 }
 
-/// Whether it is what a server's further ids have behind the first.
+/// Whether the suffix is that of a server's further ids.
 fn is_number(suffix: &str) -> bool {
     let digits = suffix.strip_prefix('-').unwrap_or_default();
     !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())

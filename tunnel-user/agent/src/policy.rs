@@ -1,4 +1,4 @@
-//! What an agent may dial: its allow-list, and nothing that was not named.
+//! The policy of an agent: its allow-list, without implicit entries.
 
 use std::net::IpAddr;
 
@@ -7,10 +7,10 @@ use ipnet::IpNet;
 use cpc_config::allow_list::AllowList;
 use cpc_config::{AllowRule, PortRange, Rule};
 
-/// The kubelet's port, where its own node's agent may dial by default.
+/// Port of the kubelet, which an agent may dial on its own node by default.
 const KUBELET: u16 = 10250;
 
-/// An agent's allow-list, from configured rules; without any, the node's own addresses at the
+/// Returns an agent's allow-list, from configured rules; without any, the node's own addresses at the
 /// kubelet's port.
 pub(super) fn policy(allow: Option<Vec<AllowRule>>, node_addresses: &[IpAddr]) -> AllowList {
     let own = || {

@@ -1,9 +1,9 @@
-//! Proves that an earlier process of this agent has ended, by a lock in `state_dir`.
+//! Proof that an earlier process of this agent has ended, by a lock in `state_dir`.
 //!
-//! A process holds the lock (flock(2)) on a file that names the process, and the kernel releases the lock
-//! with the process, however that ends. So whoever gets the lock knows that the process that the file
-//! names has ended. Servers are told, and end what that process left open at once, instead of asking it
-//! for a life sign.
+//! A process holds the lock (flock(2)) on a file that names the process, and the kernel releases the
+//! lock at the end of the process, by a crash too. So the next holder of the lock knows that the
+//! process in the file has ended. Servers learn of it, and end the connections of that process at once,
+//! instead of waiting for a life sign.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -15,16 +15,16 @@ use tunnel_proto::session::InstanceId;
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
 
-/// The file below `state_dir`.
+/// Name of the file below `state_dir`.
 const FILE: &str = "agent.lock";
 
 /// Interval between attempts to get the lock while another process holds it, as in a rollout.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Takes the lock, and returns the process that held it before. While another one holds it, a task waits
-/// for it: the next process is to find this one's name.
+/// Takes the lock, and returns the process that held it before. While another one holds it, a task
+/// waits for it: the next process must find the name of this one.
 ///
-/// What goes wrong is logged, and the agent serves without the lock.
+/// Errors are logged, and the agent serves without the lock.
 pub(super) fn take(state_dir: Option<&Path>, own: InstanceId) -> Option<InstanceId> {
     let state_dir = state_dir?;
     let taken = open(state_dir).and_then(|file| Ok((lock(&file, own)?, file)));
@@ -69,10 +69,10 @@ fn complain(error: &io::Error) {
     );
 }
 
-/// What became of an attempt.
+/// Outcome of an attempt.
 #[derive(Debug, PartialEq, Eq)]
 enum Lock {
-    /// The lock is ours, and was that process's before.
+    /// This process holds the lock, which was that process's before.
     Taken(Option<InstanceId>),
     /// Another process holds it.
     Busy,

@@ -1,4 +1,4 @@
-//! One tunnel over QUIC: dial a server, introduce ourselves, serve the streams that it opens.
+//! One tunnel over QUIC: dial a server, send Hello, serve the streams that it opens.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -33,42 +33,42 @@ use cpc_transport::quic::{
     peer_identity,
 };
 
-/// A server that has not finished its handshake by then is tried again later.
+/// Timeout of a server's handshake, which is retried later.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What a server is told of a tunnel that will end with its last stream: not before long.
+/// Drain time announced for a tunnel that ends with its last stream.
 const RETIREMENT: Duration = Duration::from_secs(24 * 3600);
 
-/// How often a tunnel that is to end looks whether the ends of its streams have arrived.
+/// Polling interval of an ending tunnel for the acknowledgement of its streams' ends.
 const ARRIVAL_LOOK: Duration = Duration::from_millis(10);
 
-/// Why a tunnel did not come to be.
+/// Reason why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DialError {
-    /// No socket.
+    /// The socket can't be opened.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    /// quinn-proto refuses to try.
+    /// quinn-proto refuses to dial.
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The handshake failed.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    /// The handshake took too long.
+    /// The handshake timed out.
     #[error("no answer within {} s; is UDP let through?", HANDSHAKE_TIMEOUT.as_secs())]
     Timeout,
-    /// The server has no stream for us to introduce ourselves on.
+    /// The server permits no control stream.
     #[error("the server allows no control stream")]
     NoStream,
-    /// The server's certificate has a problem that the verifier let pass.
+    /// The identity in the server's certificate is invalid, although the verifier accepted it.
     #[error("the server's certificate names nobody: {0}")]
     Identity(IdentityError),
-    /// A server is who its certificate says, whatever it says of itself.
+    /// The server claims another id than its certificate has.
     #[error("{identity} calls itself {claimed}: it was refused")]
     Impostor {
-        /// Who it is.
+        /// Identity in the certificate.
         identity: Identity,
-        /// Whose place it wanted.
+        /// Claimed id.
         claimed: String,
     },
     /// The session failed.
@@ -88,21 +88,21 @@ impl From<IdentityError> for DialError {
 /// An established tunnel.
 #[derive(Debug)]
 pub(super) struct Tunnel {
-    /// What it is.
+    /// Description of the tunnel.
     pub about: About,
-    /// The server's process.
+    /// Process of the server.
     pub server_instance: InstanceId,
     connection: Connection,
     endpoint: Endpoint,
     session: Rc<Shared<AgentSession>>,
 }
 
-/// A tunnel that nobody drives yet, and what the server said.
+/// An established tunnel that is not served yet, with the server's report.
 #[derive(Debug)]
 pub(super) struct Dialled {
     /// The tunnel.
     pub tunnel: Rc<Tunnel>,
-    /// How many servers there are.
+    /// Number of servers.
     pub server_count: u32,
     control: ControlStream<AgentSession>,
 }
@@ -110,14 +110,14 @@ pub(super) struct Dialled {
 /// A server that has shown its certificate.
 #[derive(Debug)]
 pub(super) struct Reached {
-    /// Who it is.
+    /// Identity in the certificate.
     pub identity: Identity,
     address: SocketAddr,
     connection: Connection,
     endpoint: Endpoint,
 }
 
-/// Dials `address`. `spread` is for the server's shards.
+/// Dials `address`. `spread` selects one of the server's shards.
 ///
 /// # Errors
 /// [`DialError`].
@@ -144,12 +144,12 @@ pub(super) async fn reach(
 }
 
 impl Reached {
-    /// Ends a connection that is not wanted.
+    /// Ends an unwanted connection.
     pub(super) async fn decline(self, reason: CloseReason) {
         decline(&self.connection, &self.endpoint, reason).await;
     }
 
-    /// Introduces us and waits to be welcomed.
+    /// Sends Hello and waits for Welcome.
     ///
     /// # Errors
     /// [`DialError`].
@@ -215,19 +215,18 @@ async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReas
 }
 
 impl Tunnel {
-    /// The server, as a list of revoked peers may know it.
+    /// Returns the server, for the list of revoked peers.
     pub(super) fn peer(&self) -> Peer {
         let leaf = self.connection.peer_certificate();
         leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default()
     }
 
-    /// How the path to the server does.
+    /// Returns the path to the server.
     pub(super) fn path(&self) -> Arc<PathView> {
         self.connection.path()
     }
 
-    /// Ends the tunnel when its last stream has ended: another one took its place while it was
-    /// silent.
+    /// Ends the tunnel when its last stream has ended: another one replaced it while it was silent.
     pub(super) async fn retire(self: Rc<Self>) {
         let told = self
             .session
@@ -238,7 +237,7 @@ impl Tunnel {
         self.close(CloseReason::Replaced);
     }
 
-    /// Gives the ends of streams some time to arrive, and ends the tunnel: see [`farewell`].
+    /// Waits a little for the acknowledgement of streams' ends, and ends the tunnel: see [`farewell`].
     pub(super) async fn close_when_heard(&self, reason: CloseReason) {
         let heard = async {
             while self.connection.has_unacknowledged() {
@@ -259,13 +258,13 @@ impl Tunnel {
 }
 
 impl Dialled {
-    /// Ends a tunnel that is not wanted, and lets the server know.
+    /// Ends an unwanted tunnel, and tells the server.
     pub(super) async fn decline(self, reason: CloseReason) {
         decline(&self.tunnel.connection, &self.tunnel.endpoint, reason).await;
     }
 
-    /// Serves the tunnel until it ends, and says why it did. `changed` is called when the server
-    /// falls silent, is heard again, or drains.
+    /// Serves the tunnel until it ends, and returns the reason. Calls `changed` when the server falls
+    /// silent, is heard again, or drains.
     pub(super) async fn serve(mut self, worker: Rc<Worker>, changed: impl Fn()) -> ControlEnd {
         let tunnel = self.tunnel.clone();
         let mut serve = worker.serve.clone();
@@ -358,9 +357,9 @@ impl Tunnel {
     }
 }
 
-/// The reason that a tunnel ends with. With [`CloseReason::Draining`] the server takes each dial without an
-/// answer for one that was not served, and asks another agent. While an answer or a reset may be lost with
-/// the tunnel that is not so.
+/// Returns the reason with which a tunnel ends. With [`CloseReason::Draining`] the server takes each
+/// dial without an answer for one that was not served, and asks another agent. That is wrong while an
+/// answer or a reset may be lost with the tunnel.
 fn farewell(reason: CloseReason, has_unacknowledged: bool) -> CloseReason {
     match reason {
         CloseReason::Draining if has_unacknowledged => CloseReason::Shutdown,
@@ -368,7 +367,7 @@ fn farewell(reason: CloseReason, has_unacknowledged: bool) -> CloseReason {
     }
 }
 
-/// The reason behind a tunnel's end.
+/// Returns the reason of a tunnel's end.
 pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
     match end {
         ControlEnd::Session(error) => error.reason(),

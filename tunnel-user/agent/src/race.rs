@@ -1,7 +1,7 @@
-//! Connecting to one of several addresses: the next one is tried while those before it are silent
-//! (RFC 8305, "Happy Eyeballs"), and what worked is tried first the next time.
+//! Connects to one of several addresses: the next one is tried while those before it are silent (RFC
+//! 8305, "Happy Eyeballs"), and the last successful one comes first the next time.
 //!
-//! Only connects race. Those that lose are closed before a byte was sent.
+//! Only connects race. The losers are closed before a byte was sent.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,16 +13,16 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep};
 
-/// An address that has not answered for so long has company (RFC 8305 section 5 recommends 250 ms).
+/// Delay before the next address is tried as well (RFC 8305 section 5 recommends 250 ms).
 const DELAY: Duration = Duration::from_millis(250);
 
-/// Connects under way at once. Each takes a file descriptor.
+/// Maximum number of concurrent connects. Each takes a file descriptor.
 const AT_ONCE: usize = 8;
 
-/// What worked counts for so long (RFC 8305 section 4 has 10 minutes).
+/// Time for which a successful address is remembered (RFC 8305 section 4 has 10 minutes).
 const REMEMBERED: Duration = Duration::from_secs(600);
 
-/// Names that are remembered.
+/// Maximum number of remembered names.
 const MAX_NAMES: usize = 1024;
 
 /// Opens a connection to the first of `addresses` that answers.
@@ -64,13 +64,13 @@ where
     }
 }
 
-/// Which address of a name answered, where it was not the first.
+/// Address of a name that answered, where it was not the first.
 #[derive(Debug, Default)]
 pub(super) struct Answered(Mutex<HashMap<String, (IpAddr, Instant)>>);
 
 impl Answered {
-    /// The order in which the addresses of `name` are tried: the one that answered the last time, then the
-    /// resolver's order with its families in turn (RFC 8305 section 4).
+    /// Returns the order in which the addresses of `name` are tried: the one that answered the last
+    /// time, then the resolver's order with its families in turn (RFC 8305 section 4).
     pub(super) fn order(
         &self,
         name: &str,
@@ -114,7 +114,7 @@ impl Answered {
     }
 }
 
-/// One of each family in turn, beginning with the first one's; each address once.
+/// Returns one address of each family in turn, beginning with the first one's; each address once.
 pub(super) fn in_turn(addresses: &[SocketAddr]) -> Vec<SocketAddr> {
     let Some(first) = addresses.first() else {
         return Vec::new();

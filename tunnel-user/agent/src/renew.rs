@@ -1,4 +1,4 @@
-//! Our certificate, renewed over whichever tunnel carries the request, when two thirds of its life are over.
+//! Renewal of our certificate, over any tunnel, at two thirds of its validity.
 
 mod pace;
 
@@ -17,19 +17,19 @@ use cpc_identity::credential::{Credential, CredentialError, Draft, Expected, val
 use cpc_identity::material::RELOAD_INTERVAL;
 use cpc_identity::{Material, provider};
 
-/// A server that has not answered by then is of an earlier release, or gone.
+/// Timeout of the answer: a server without one is of an earlier release, or gone.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Between tries; doubles.
+/// Shortest delay between attempts; it doubles.
 const SHORTEST: Duration = Duration::from_secs(15);
 
-/// The longest time between tries.
+/// Longest delay between attempts.
 const LONGEST: Duration = Duration::from_secs(1800);
 
-/// Between looks at the clock, which may be set.
+/// Maximum interval between reads of the clock, which may be set.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// What a tunnel may carry. Clones share it.
+/// Queue of requests for the tunnels. Clones share it.
 #[derive(Clone, Default)]
 pub(super) struct Renewals(Arc<Waiting>);
 
@@ -39,15 +39,16 @@ struct Waiting {
     there: Notify,
 }
 
-/// A request, and where its answer goes.
+/// A request, with the receiver of its answer.
 pub(super) struct Request {
     /// PKCS #10, DER.
     pub csr: Vec<u8>,
-    /// With the name of the server that gave it. Dropped with the tunnel that was to carry it.
+    /// Sender of the answer, with the name of the server. Dropped with the tunnel that carries the
+    /// request.
     pub answer: oneshot::Sender<(Arc<str>, Answer)>,
 }
 
-/// Why there is no other certificate.
+/// Reason why the renewal failed.
 #[derive(Debug, thiserror::Error)]
 enum RenewError {
     #[error("no server has answered within {} s", PATIENCE.as_secs())]
@@ -61,7 +62,7 @@ enum RenewError {
 }
 
 impl Renewals {
-    /// Waits for a request. Each is given to one tunnel, and to another one each time.
+    /// Waits for a request. One tunnel gets each request, another one each time.
     pub(super) async fn next(&self) -> Request {
         loop {
             self.0.there.notified().await;
@@ -89,7 +90,7 @@ impl Renewals {
     }
 }
 
-/// Renews for ever. What is saved is put in force by whoever watches the files.
+/// Renews without end. The watch on the files puts the saved certificate in force.
 pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
     let files = material.files().clone();
     let folder = files.cert.parent().unwrap_or(Path::new("/"));
@@ -156,7 +157,7 @@ async fn renew(
     Ok((server, credential))
 }
 
-/// Says what came of it. Returns for how long the certificate is valid.
+/// Logs the renewal. Returns the validity of the certificate.
 fn announce(server: &str, credential: &Credential) -> Duration {
     let (from, until) = (credential.not_before, credential.not_after);
     tracing::info!(server, until = %humantime::format_rfc3339_seconds(until), "certificate renewed");
@@ -179,7 +180,7 @@ fn announce(server: &str, credential: &Credential) -> Duration {
     until.duration_since(from).unwrap_or_default()
 }
 
-/// How long until the certificate is to be renewed.
+/// Returns the time until the next renewal.
 fn wait(material: &Material, pace: &Pace) -> Duration {
     let key = material.key();
     let leaf = key.cert.first();

@@ -1,4 +1,4 @@
-//! Which shard a tunnel goes to.
+//! Assignment of tunnels to shards.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,12 +10,12 @@ use super::worker::Worker;
 use cpc_datapath::shard::Shards;
 use cpc_host::gate::{Entered, Gate};
 
-/// The ways to an agent's shards.
+/// Channels to an agent's shards.
 pub(super) struct Dispatch(Vec<Way>);
 
 struct Way {
     errands: mpsc::UnboundedSender<Errand>,
-    /// Tunnels that are there, or on their way.
+    /// Tunnels on the shard, or on their way to it.
     tunnels: Gate,
 }
 
@@ -23,7 +23,7 @@ impl Dispatch {
     /// Starts `count` shards, each with its own `worker`.
     ///
     /// # Errors
-    /// When no thread can be had.
+    /// A thread can't be started.
     pub(super) fn start(shards: &mut Shards, count: usize, worker: &Worker) -> io::Result<Self> {
         let ways = (0..count).map(|_| {
             let (errands, inbox) = mpsc::unbounded_channel();
@@ -35,8 +35,9 @@ impl Dispatch {
         Ok(Self(ways.collect::<io::Result<_>>()?))
     }
 
-    /// A place for a tunnel to `address`: on a shard with the fewest of those in `held`, which say
-    /// where they lead and on which shard they live, and among these with the fewest of all.
+    /// Reserves a place for a tunnel to `address`: on a shard with the fewest of those in `held` to
+    /// that address, and among these with the fewest of all. `held` has the address and shard of each
+    /// tunnel.
     pub(super) fn place(
         &self,
         address: SocketAddr,
@@ -52,7 +53,7 @@ impl Dispatch {
         (index, entered)
     }
 
-    /// Sends an errand to shard `index`. One that has ended drops it: then all of us are ending.
+    /// Sends an errand to shard `index`. A shard that has ended drops it: then the process is ending.
     pub(super) fn send(&self, index: usize, errand: Errand) {
         if let Some(way) = self.0.get(index) {
             let _ = way.errands.send(errand);

@@ -1,4 +1,4 @@
-//! What people want to see of a tunnel.
+//! Statistics of a tunnel.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,27 +10,27 @@ use tunnel_proto::session::Refusal;
 use super::plan::Health;
 use cpc_observe::access::Totals;
 
-/// What people want to see of a tunnel. Written by its task, read anywhere.
+/// Statistics of a tunnel. Its task writes them, any thread reads.
 #[derive(Debug)]
 pub(super) struct TunnelStats {
-    /// Since when.
+    /// Start of the tunnel.
     pub since: SystemTime,
-    /// Not heard for too long.
+    /// Whether the server has not been heard for too long.
     pub silent: AtomicBool,
-    /// The server is about to leave.
+    /// Whether the server drains.
     pub draining: AtomicBool,
     /// Open streams.
     pub streams: AtomicI64,
-    /// Bytes over it.
+    /// Bytes over the tunnel.
     pub totals: Totals,
-    /// What we may not serve.
+    /// Claims that the server refused.
     pub refused: Mutex<Vec<Refusal>>,
-    /// What we serve.
+    /// Claims that the server accepted.
     pub accepted: Mutex<Vec<String>>,
 }
 
 impl TunnelStats {
-    /// Of a fresh tunnel, with what the server says to our offer.
+    /// Creates the statistics of a fresh tunnel, with the server's verdict on our offer.
     pub(super) fn new(accepted: &[Claim], refused: Vec<Refusal>) -> Self {
         let stats = Self {
             since: SystemTime::now(),
@@ -45,14 +45,14 @@ impl TunnelStats {
         stats
     }
 
-    /// Notes what the server says to our offer.
+    /// Sets the server's verdict on our offer.
     pub(super) fn set_verdict(&self, accepted: &[Claim], refused: Vec<Refusal>) {
         let accepted = accepted.iter().map(ToString::to_string).collect();
         *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = accepted;
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = refused;
     }
 
-    /// What is known of the server.
+    /// Returns the state of the server.
     pub(super) fn health(&self) -> Health {
         if self.silent.load(Ordering::Relaxed) {
             Health::Silent
@@ -64,11 +64,11 @@ impl TunnelStats {
     }
 }
 
-/// Counts a stream on its tunnel until it is dropped.
+/// One stream, counted on its tunnel until dropped.
 pub(super) struct OnTunnel(Arc<TunnelStats>);
 
 impl OnTunnel {
-    /// Counts one.
+    /// Counts one stream.
     pub(super) fn new(stats: Arc<TunnelStats>) -> Self {
         stats.streams.fetch_add(1, Ordering::Relaxed);
         Self(stats)

@@ -1,4 +1,4 @@
-//! What an agent tells of itself: status, readiness, and metrics that are read from elsewhere.
+//! Status and readiness of an agent, and the metrics that are collected at each scrape.
 
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
@@ -26,7 +26,7 @@ use cpc_observe::konnectivity::ProxyAgentMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::millis;
 
-/// Looks at a running agent.
+/// A view of a running agent.
 pub(super) struct View {
     identity: String,
     tunnels: Arc<Tunnels>,
@@ -45,7 +45,7 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Of an agent that is being started. Its metrics are added to `registry`.
+    /// Creates the view of a starting agent. Adds its metrics to `registry`.
     pub(super) fn register(
         registry: &mut Registry,
         (identity, shards, engine): (String, usize, Engine),

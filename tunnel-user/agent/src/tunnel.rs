@@ -1,4 +1,4 @@
-//! A tunnel, whatever it speaks.
+//! A tunnel over either protocol.
 
 use std::fmt;
 use std::rc::Rc;
@@ -13,60 +13,60 @@ use super::worker::Worker;
 use super::{konnectivity, quic};
 use cpc_transport::quic::PathView;
 
-/// How often a tunnel that is to end looks whether its streams have.
+/// Polling interval of an ending tunnel for the end of its streams.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Room that a goodbye is given to arrive.
+/// Time for the last packets of a tunnel to arrive.
 pub(super) const GOODBYE: Duration = Duration::from_millis(500);
 
-/// What a tunnel is.
+/// Description of a tunnel.
 #[derive(Clone, Debug)]
 pub(super) struct About {
-    /// Which server it leads to.
+    /// Server of the tunnel.
     pub server_id: Arc<str>,
-    /// Which way.
+    /// Address and protocol.
     pub way: Way,
-    /// How it does.
+    /// Statistics of the tunnel.
     pub stats: Arc<TunnelStats>,
 }
 
 /// An established tunnel.
 #[derive(Clone, Debug)]
 pub(super) enum Tunnel {
-    /// Over QUIC.
+    /// Tunnel over QUIC.
     Quic(Rc<quic::Tunnel>),
-    /// Over gRPC.
+    /// Tunnel over gRPC.
     Grpc(Rc<konnectivity::Tunnel>),
 }
 
 /// An established tunnel that is not served yet.
 pub(super) enum Dialled {
-    /// Over QUIC.
+    /// Tunnel over QUIC.
     Quic(quic::Dialled),
-    /// Over gRPC.
+    /// Tunnel over gRPC.
     Grpc(konnectivity::Dialled),
 }
 
-/// Why a tunnel did not come to be.
+/// Reason why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DialError {
-    /// Over QUIC.
+    /// The dial over QUIC failed.
     #[error(transparent)]
     Quic(#[from] quic::DialError),
-    /// Over gRPC.
+    /// The dial over gRPC failed.
     #[error(transparent)]
     Grpc(#[from] konnectivity::DialError),
-    /// The configuration has nothing to dial with.
+    /// The configuration lacks the certificates or parameters of the protocol.
     #[error("the configuration does not say how: `tls` for quic, `konnectivity` for that")]
     NotConfigured,
 }
 
-/// Why a tunnel ended.
+/// End of a tunnel.
 #[derive(Debug)]
 pub(super) struct End {
-    /// For machines.
+    /// Reason of the closed set.
     pub reason: CloseReason,
-    /// For people.
+    /// Text for people.
     pub why: String,
 }
 
@@ -78,7 +78,7 @@ impl End {
 }
 
 impl Tunnel {
-    /// What it is.
+    /// Returns the description of the tunnel.
     pub(super) fn about(&self) -> &About {
         match self {
             Self::Quic(tunnel) => &tunnel.about,
@@ -86,7 +86,7 @@ impl Tunnel {
         }
     }
 
-    /// Its path, where that can tell how it does.
+    /// Returns the path, where the protocol measures it.
     pub(super) fn path(&self) -> Option<Arc<PathView>> {
         match self {
             Self::Quic(tunnel) => Some(tunnel.path()),
@@ -94,7 +94,7 @@ impl Tunnel {
         }
     }
 
-    /// Ends it, with a reason that is true for what the server has heard.
+    /// Ends the tunnel, with a reason that is true for what the server has received.
     pub(super) async fn close_when_heard(&self, reason: CloseReason) {
         match self {
             Self::Quic(tunnel) => tunnel.close_when_heard(reason).await,
@@ -102,7 +102,7 @@ impl Tunnel {
         }
     }
 
-    /// Ends it and everything on it.
+    /// Ends the tunnel and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
         match self {
             Self::Quic(tunnel) => tunnel.close(reason),
@@ -110,7 +110,7 @@ impl Tunnel {
         }
     }
 
-    /// Ends it when its last stream has ended: another one took its place.
+    /// Ends the tunnel when its last stream has ended: another one replaced it.
     pub(super) async fn retire(self) {
         match self {
             Self::Quic(tunnel) => tunnel.retire().await,
@@ -120,7 +120,7 @@ impl Tunnel {
 }
 
 impl Dialled {
-    /// The tunnel.
+    /// Returns the tunnel.
     pub(super) fn tunnel(&self) -> Tunnel {
         match self {
             Self::Quic(dialled) => Tunnel::Quic(dialled.tunnel.clone()),
@@ -128,7 +128,7 @@ impl Dialled {
         }
     }
 
-    /// Where it leads.
+    /// Returns the server of the tunnel.
     pub(super) fn leads(&self) -> Leads {
         let (instance, server_count) = match self {
             Self::Quic(dialled) => (Some(dialled.tunnel.server_instance), dialled.server_count),
@@ -141,7 +141,7 @@ impl Dialled {
         }
     }
 
-    /// Ends a tunnel that is not wanted, and lets the server know.
+    /// Ends an unwanted tunnel, and tells the server.
     pub(super) async fn decline(self, worker: Rc<Worker>, reason: CloseReason) {
         match self {
             Self::Quic(dialled) => dialled.decline(reason).await,
@@ -149,8 +149,8 @@ impl Dialled {
         }
     }
 
-    /// Serves the tunnel until it ends, and says why it did. `changed` is called when the server
-    /// falls silent, is heard again, or drains.
+    /// Serves the tunnel until it ends, and returns the reason. Calls `changed` when the server falls
+    /// silent, is heard again, or drains.
     pub(super) async fn serve(self, worker: Rc<Worker>, changed: impl Fn()) -> End {
         match self {
             Self::Quic(dialled) => {

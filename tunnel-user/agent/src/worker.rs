@@ -1,4 +1,4 @@
-//! What every tunnel of an agent shares.
+//! State that all tunnels of an agent share.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,54 +23,54 @@ use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::DialMetrics;
 use cpc_transport::quic::config::Setup;
 
-/// What every tunnel of an agent shares. Each shard has a clone.
+/// State that all tunnels of an agent share. Each shard has a clone.
 #[derive(Clone)]
 pub(super) struct Worker {
-    /// Our certificate, without which nothing speaks QUIC.
+    /// Our certificate, which QUIC requires.
     pub material: Option<Arc<Material>>,
-    /// What tunnels over QUIC have in common.
+    /// Common setup of tunnels over QUIC.
     pub setup: Setup,
-    /// How proxy-servers are dialled.
+    /// Parameters of dials to proxy-servers.
     pub konnectivity: Option<Client>,
-    /// Our name.
+    /// Name of the node.
     pub node: Arc<str>,
-    /// This process.
+    /// Id of this process.
     pub instance: InstanceId,
-    /// An earlier process that has certainly ended.
+    /// Earlier process that has certainly ended.
     pub predecessor: Option<InstanceId>,
-    /// What we offer to serve beyond the node addresses in our certificate.
+    /// Claims beyond the node addresses in our certificate.
     pub serve: watch::Receiver<Vec<Claim>>,
-    /// What asks for another certificate.
+    /// Queue of renewals of our certificate.
     pub renewals: Renewals,
-    /// What may be dialled.
+    /// Allow-list.
     pub policy: Arc<ArcSwap<AllowList>>,
-    /// Which addresses of destinations' names have answered.
+    /// Addresses of destinations' names that have answered.
     pub answered: Arc<Answered>,
-    /// Counters.
+    /// Metrics of dials.
     pub metrics: DialMetrics,
-    /// What proxy-agent counts.
+    /// Metrics under the names of proxy-agent.
     pub proxy_metrics: ProxyAgentMetrics,
-    /// The bound on the memory that is held for servers and targets.
+    /// Bound on the memory held for servers and targets.
     pub budget: Budget,
-    /// Where the process is in its life.
+    /// Phase of the process.
     pub phase: watch::Receiver<Phase>,
     /// Open connections.
     pub connections: Gate,
-    /// What the bounds refuse.
+    /// Metrics of limits.
     pub limits: LimitMetrics,
 }
 
-/// What a person reads who asked too late.
+/// Text for a client whose request came too late.
 pub(super) const ENDING: &str = "the agent is ending";
 
-/// The bound on connections in metrics.
+/// Name of the limit on connections in metrics.
 pub(super) const CONNECTIONS: &str = "connections";
 
-/// The bound on memory in metrics.
+/// Name of the limit on memory in metrics.
 pub(super) const STALLED_BYTES: &str = "stalled_bytes";
 
 impl Worker {
-    /// What we offer: the node addresses in our certificate as it is now, and what is configured.
+    /// Returns our offer: the node addresses in our present certificate, and the configured claims.
     pub(super) fn offer(&self) -> Vec<Claim> {
         let material = self.material.as_ref();
         let own = material
@@ -80,8 +80,8 @@ impl Worker {
         own.chain(self.serve.borrow().iter().cloned()).collect()
     }
 
-    /// Whether a new connection would be cut before long. Until then an agent that drains serves: it may
-    /// be the only one for its node.
+    /// Whether a new connection would be cut before long. Until then a draining agent serves: it may be
+    /// the only one for its node.
     pub(super) fn is_ending(&self) -> bool {
         match *self.phase.borrow() {
             Phase::Running => false,
@@ -92,10 +92,10 @@ impl Worker {
         }
     }
 
-    /// Counts a connection, or says why none is taken.
+    /// Admits and counts a connection.
     ///
     /// # Errors
-    /// The reason, and a text for the person who asked.
+    /// The reason of the refusal, and a text for the person who asked.
     pub(super) fn admit(&self) -> Result<Admitted, (CloseReason, String)> {
         if !self.budget.has_room() {
             self.limits.refuse(STALLED_BYTES);
@@ -124,7 +124,7 @@ impl Worker {
     }
 }
 
-/// One connection that counts until it is dropped.
+/// One admitted connection, counted until dropped.
 pub(super) struct Admitted {
     _entered: Entered,
     open: Gauge,

@@ -1,6 +1,6 @@
-//! What a dial to a proxy-server needs: TLS, a token, and who we say that we are.
+//! The parameters of a dial to a proxy-server: TLS, a token, and the identity of the agent.
 //!
-//! Files are read at each dial: what was renewed meanwhile counts.
+//! Each dial reads the files: a renewed one counts from the next dial on.
 
 use std::io;
 use std::net::IpAddr;
@@ -22,47 +22,47 @@ use cpc_identity::named::NamedVerifier;
 use cpc_identity::{pem, provider};
 use cpc_transport::grpc::{ALPN, Settings};
 
-/// The longest token: a service account's has one or two thousand bytes.
+/// Maximum size of a token, in bytes: that of a service account has one or two thousand.
 const MAX_TOKEN: usize = 32 << 10;
 
-/// Why a proxy-server can't be dialled as configured.
+/// Reason why a proxy-server can't be dialled with this configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Certificates.
+    /// The certificates are unusable.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// TLS.
+    /// rustls refuses the configuration.
     #[error("TLS: {0}")]
     Tls(rustls::Error),
-    /// No roots.
+    /// There are no roots.
     #[error("konnectivity.ca is missing: it vouches for the proxy-servers")]
     NoRoots,
-    /// The server's name.
+    /// The name of the server is invalid.
     #[error("{name:?} can't stand in a certificate ({why}): set konnectivity.server_name")]
     ServerName {
-        /// What was taken for it.
+        /// The name.
         name: String,
-        /// What rustls says.
+        /// Error of rustls.
         why: InvalidDnsNameError,
     },
-    /// No token.
+    /// The token can't be read.
     #[error("konnectivity.token_file {}: {why}", path.display())]
     Token {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// The token is sent as it is.
+    /// The token has characters that a header can't hold.
     #[error(
         "konnectivity.token_file {} holds what can't stand in a header, such as the end of a line; \
          it must hold the token and nothing else", .0.display()
     )]
     TokenText(PathBuf),
-    /// The identifiers.
+    /// The identifiers are invalid.
     #[error("konnectivity.identifiers: {0}")]
     Identifiers(IdentifierError),
-    /// What stands in a header.
+    /// A value can't stand in a header.
     #[error("{0} holds what can't stand in a header; write visible ASCII, URL-encoded if need be")]
     Header(&'static str),
 }
@@ -79,7 +79,7 @@ impl From<IdentifierError> for ClientError {
     }
 }
 
-/// What dials to proxy-servers need.
+/// Parameters of dials to proxy-servers.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     config: ProxyServerConfig,
@@ -88,7 +88,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Checks what can be checked before a server is dialled.
+    /// Checks everything that can be checked before a server is dialled.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -120,24 +120,24 @@ impl Client {
         Ok(client)
     }
 
-    /// Who we say that we are.
+    /// Returns the id that the agent reports.
     pub(crate) fn agent_id(&self) -> &Arc<str> {
         &self.agent_id
     }
 
-    /// Our own addresses, as we say them.
+    /// Returns the addresses that the agent reports.
     pub(crate) fn addresses(&self) -> Vec<IpAddr> {
         let v4 = self.identifiers.ipv4.iter().copied().map(IpAddr::from);
         let v6 = self.identifiers.ipv6.iter().copied().map(IpAddr::from);
         v4.chain(v6).collect()
     }
 
-    /// What we say that we serve.
+    /// Returns the claims that the agent reports.
     pub(super) fn claims(&self) -> Vec<Claim> {
         self.identifiers.claims()
     }
 
-    /// Bounds and pace of the connection.
+    /// Returns bounds and timers of the connection.
     pub(super) fn settings(&self) -> Settings {
         Settings {
             keepalive: Some(self.config.keepalive),
@@ -145,7 +145,7 @@ impl Client {
         }
     }
 
-    /// The name that the certificate of the server at `host` must have.
+    /// Returns the name that the certificate of the server at `host` must have.
     pub(super) fn server_name(&self, host: &str) -> Result<ServerName<'static>, ClientError> {
         let name = self.config.server_name.as_deref().unwrap_or(host);
         ServerName::try_from(name.to_owned()).map_err(|why| ClientError::ServerName {
@@ -154,7 +154,7 @@ impl Client {
         })
     }
 
-    /// TLS as the files have it now.
+    /// Reads the TLS files, and returns their configuration.
     pub(super) fn tls(&self) -> Result<Arc<ClientConfig>, ClientError> {
         let ProxyServerConfig { ca, cert, key, .. } = &self.config;
         let anchors = load_anchors(ca.as_deref().ok_or(ClientError::NoRoots)?)?;
@@ -181,7 +181,7 @@ impl Client {
         Ok(Arc::new(tls))
     }
 
-    /// Who we are and what we serve, for one call.
+    /// Returns the identity and claims of the agent, for one call.
     pub(super) fn metadata(&self) -> Result<Vec<(&'static str, String)>, ClientError> {
         // The identifiers as they were written: a proxy-server compares texts.
         let mut metadata = vec![
@@ -196,7 +196,7 @@ impl Client {
     }
 }
 
-/// Read anew, as for a dial.
+/// Reads the files, as a dial does.
 impl Certificates for Client {
     fn lifetimes(&self) -> Vec<Lifetime> {
         let ProxyServerConfig { ca, cert, key, .. } = &self.config;
@@ -212,7 +212,7 @@ impl Certificates for Client {
     }
 }
 
-/// Sent as it is, as Konnectivity's agent does.
+/// Reads the token, which is sent unchanged, as Konnectivity's agent does.
 fn token(path: &Path) -> Result<String, ClientError> {
     let token = std::fs::read(path).map_err(|why| ClientError::Token {
         path: path.into(),

@@ -1,8 +1,8 @@
 //! Tunnels to proxy-servers of Konnectivity.
 //!
-//! [`client`] has what a dial needs, read anew for each; [`tunnel`] dials and serves; [`session`]
-//! keeps the connections of one stream; [`stream`] makes halves of them, which the dialler serves
-//! like those of QUIC.
+//! [`client`] has the parameters of a dial, read for each; [`tunnel`] dials and serves; [`session`]
+//! keeps the connections of one stream; [`stream`] makes halves of them, which the dialler serves like
+//! those of QUIC.
 
 mod client;
 mod session;

@@ -1,6 +1,6 @@
-//! The connections of one stream: what the machine decides is done here, to queues and sockets.
+//! The connections of one stream: executes the decisions of the state machine, on queues and sockets.
 //!
-//! One task reads the stream ([`Session::handle`]); each connection has a task of its own, which
+//! One task reads the stream ([`Session::handle`]). Each connection has a task of its own, which
 //! reports through its halves. All of them put packets into one outbox, in the order of events.
 
 use std::cell::{Cell, RefCell};
@@ -29,7 +29,7 @@ pub(super) struct Session {
     released: Notify,
 }
 
-/// A dial that is to be served.
+/// A dial request to serve.
 pub(super) struct Asked {
     pub request: DialRequest,
     pub send: KonnectivitySend,
@@ -49,14 +49,14 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// The server sends no more; what was delivered is still there.
+    /// Ends the server's direction; delivered data can still be read.
     fn finish_half(&self) {
         self.recv_end
             .set(self.recv_end.get().or(Some(RecvEnd::Finished)));
         self.arrived.notify_one();
     }
 
-    /// Ends what has not ended.
+    /// Ends both directions, unless they have ended.
     pub(super) fn end(&self, recv: RecvEnd, send: SendEnd) {
         let ended = match recv {
             // Also behind the end of a half.
@@ -69,22 +69,22 @@ impl Stream {
         self.ended.notify_waiters();
     }
 
-    /// Why nothing follows what is queued, if so.
+    /// Returns the end behind the queued data, if there is one.
     pub(super) fn recv_end(&self) -> Option<RecvEnd> {
         self.recv_end.get()
     }
 
-    /// Why nothing more is taken, if so.
+    /// Returns the end of the sending direction, if it has ended.
     pub(super) fn send_end(&self) -> Option<SendEnd> {
         self.send_end.get()
     }
 
-    /// Waits until something is queued, or nothing will be.
+    /// Waits until data is queued, or no more will be.
     pub(super) async fn arrival(&self) {
         self.arrived.notified().await;
     }
 
-    /// Waits for the end.
+    /// Waits for the end of both directions.
     pub(super) async fn ended(&self) -> (RecvEnd, SendEnd) {
         loop {
             let ended = self.ended.notified();
@@ -97,7 +97,8 @@ impl Stream {
 }
 
 impl Session {
-    /// Of a fresh stream. What leaves is counted by `tally`. `halves`: the server knows of them.
+    /// Creates the session of a fresh stream. `tally` counts sent packets; `halves` tells whether the
+    /// server supports half-close.
     pub(super) fn new(tally: Tally, halves: bool) -> Rc<Self> {
         Rc::new(Self {
             machine: RefCell::new(AgentEnd::default().with_halves(halves)),
@@ -107,12 +108,12 @@ impl Session {
         })
     }
 
-    /// What leaves.
+    /// Returns the send queue.
     pub(super) fn outbox(&self) -> &Rc<Outbox> {
         &self.outbox
     }
 
-    /// Does what a packet asks for; a dial is the caller's to serve.
+    /// Handles a packet. Returns a dial request for the caller to serve.
     pub(super) fn handle(self: &Rc<Self>, packet: Packet) -> Option<Asked> {
         let command = self.with(|machine| machine.handle(packet, Instant::now()));
         match command? {
@@ -170,8 +171,8 @@ impl Session {
         self.machine.borrow().is_blocked()
     }
 
-    /// Waits, while no packet may be handled, until one may be. The connection that the others
-    /// wait for loses its place when it makes no progress.
+    /// Waits until packets may be handled again. The connection that the others wait for loses its
+    /// place when it makes no progress.
     pub(super) async fn released(&self) {
         loop {
             let until = self.machine.borrow().poll_timeout();
@@ -198,40 +199,40 @@ impl Session {
         }
     }
 
-    /// The target was reached.
+    /// Notes that the target was reached.
     pub(super) fn dialled(&self, id: i64) {
         self.with(|machine| machine.dialled(id));
     }
 
-    /// The target was not reached.
+    /// Notes that the target was not reached.
     pub(super) fn dial_failed(&self, id: i64, error: String) {
         self.with(|machine| machine.dial_failed(id, error));
         self.streams.borrow_mut().remove(&id);
     }
 
-    /// The target has taken `bytes` and the rest of so many packets.
+    /// Notes that the target has taken `bytes` and the rest of so many packets.
     pub(super) fn taken(&self, id: i64, bytes: usize, packets: usize) {
         self.with(|machine| machine.taken(id, bytes, packets, Instant::now()));
     }
 
-    /// The target takes no more.
+    /// Notes that the target takes no more.
     pub(super) fn stop(&self, id: i64) {
         self.with(|machine| machine.stop(id));
     }
 
-    /// The target has ended, and all that it sent is in the outbox.
+    /// Notes that the target has ended, and all its data is in the outbox.
     pub(super) fn finish(&self, id: i64) {
         self.with(|machine| machine.finish(id));
         self.forget(id, RecvEnd::Finished, SendEnd::Acknowledged);
     }
 
-    /// The target or its connection is broken.
+    /// Notes that the target or its connection is broken.
     pub(super) fn reset(&self, id: i64, reason: CloseReason) {
         self.with(|machine| machine.reset(id, &reason.to_string()));
         self.abort(id, reason);
     }
 
-    /// Tells the server to choose others.
+    /// Tells the server to prefer other agents.
     pub(super) fn drain(&self) {
         self.with(AgentEnd::drain);
     }
@@ -241,8 +242,8 @@ impl Session {
         self.machine.borrow().is_empty()
     }
 
-    /// The stream is gone, or goes: so do its connections. What they have put into the outbox still
-    /// leaves, where it can.
+    /// Ends the connections of a stream that is gone or ends. Their packets in the outbox still leave,
+    /// where possible.
     pub(super) fn end(&self, reason: CloseReason) {
         for (_, stream) in self.streams.borrow_mut().drain() {
             stream.end(RecvEnd::Link(reason), SendEnd::Link(reason));
@@ -250,7 +251,8 @@ impl Session {
         self.outbox.finish(Status::ok());
     }
 
-    /// Calls the machine, sends what it has to say and lets the stream's reader go on where it may.
+    /// Calls the state machine, sends its packets, and unblocks the stream's reader where that may go
+    /// on.
     fn with<T>(&self, call: impl FnOnce(&mut AgentEnd) -> T) -> T {
         let mut machine = self.machine.borrow_mut();
         let blocked = machine.is_blocked();

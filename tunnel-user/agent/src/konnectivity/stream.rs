@@ -1,6 +1,6 @@
 //! The two halves of a connection on a proxy-server's stream, as the datapath sees them.
 //!
-//! There is no half-close: the target's end ends both ways, and so does the server's. What was
+//! There is no half-close: the target's end ends both directions, and so does the server's. Data
 //! received by then still reaches the target. A half that is dropped before its end resets.
 
 use std::io;
@@ -19,21 +19,21 @@ use super::session::{Session, Stream};
 use crate::dialer::Answer;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
-/// The most that is taken from a queue at once, in bytes: what is written by then is progress.
+/// Maximum number of bytes taken from a queue at once: writing that much counts as progress.
 const BATCH: usize = 64 << 10;
 
-/// The most that is taken from a queue at once, in chunks: one vectored write's worth.
+/// Maximum number of chunks taken from a queue at once: one vectored write.
 const CHUNKS: usize = 32;
 
-/// Bytes that the kernel keeps beyond what the target's has taken (`TCP_NOTSENT_LOWAT`, tcp(7)).
-/// Without a bound it would report room only once megabytes have left, and a slow target would
-/// pass for one that takes nothing.
+/// Maximum number of bytes that the kernel keeps beyond those that the target's has taken
+/// (`TCP_NOTSENT_LOWAT`, tcp(7)). Without a bound it would report room only once megabytes have left,
+/// and a slow target would look like one that takes nothing.
 const UNSENT: u32 = 128 << 10;
 
-/// How long a target may take nothing of what was received before its connection was closed.
+/// Maximum time without progress of a target, for data received before its connection was closed.
 const LINGER: Duration = Duration::from_secs(30);
 
-/// Towards the server.
+/// The half towards the server.
 #[derive(Debug)]
 pub(super) struct KonnectivitySend {
     session: Rc<Session>,
@@ -82,7 +82,7 @@ impl SendHalf for KonnectivitySend {
 }
 
 impl Answer for KonnectivitySend {
-    /// A server that was told to drain us asks us when it has nobody else.
+    /// False: a server that was told to drain us asks us only without an alternative.
     const ASKS_OTHERS: bool = false;
 
     async fn answer(&mut self, response: DialResponse) {
@@ -109,12 +109,12 @@ impl Drop for KonnectivitySend {
     }
 }
 
-/// From the server.
+/// The half from the server.
 #[derive(Debug)]
 pub(super) struct KonnectivityRecv {
     session: Rc<Session>,
     stream: Rc<Stream>,
-    /// What was given out last, which the target has taken when more is asked for.
+    /// Data returned last, which the target has taken when more is requested.
     given: Given,
     ended: bool,
 }
@@ -135,7 +135,7 @@ impl KonnectivityRecv {
         }
     }
 
-    /// Moves a batch from the queue.
+    /// Moves a batch out of the queue.
     fn give(&mut self, into: &mut Vec<Bytes>) {
         let mut queue = self.stream.queue.borrow_mut();
         let mut chunks = 0;

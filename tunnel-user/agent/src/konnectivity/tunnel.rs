@@ -1,4 +1,4 @@
-//! One tunnel to a proxy-server: dial it, hear who it is, serve what it asks for.
+//! One tunnel to a proxy-server: dial it, read its identity, serve its requests.
 
 use std::cell::Cell;
 use std::io;
@@ -27,29 +27,29 @@ use cpc_observe::konnectivity::{Direction, Segment, StreamMetrics};
 use cpc_transport::grpc::client::{CallError, Opened, handshake, secure};
 use cpc_transport::grpc::{PacketReceiver, PacketSender, StreamEnd, tcp};
 
-/// A server that has not accepted TCP by then is tried again later.
+/// Timeout of the TCP connect, which is retried later.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A server that has not said who it is by then is tried again later. It may have to ask others
-/// whether our token is good.
+/// Timeout of the server's headers, which is retried later. The server may have to verify our token
+/// first.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The longest id of a server, in bytes.
+/// Maximum length of a server's id, in bytes.
 const MAX_SERVER_ID: usize = 253;
 
-/// Why a tunnel did not come to be.
+/// Reason why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
-    /// TCP.
+    /// The TCP connect failed.
     #[error("TCP: {0}")]
     Connect(io::Error),
-    /// As configured it can't be.
+    /// The configuration is unusable.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// TLS, HTTP/2 or the call.
+    /// TLS, HTTP/2 or the call failed.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// The server does not say who it is.
+    /// The server does not report its identity.
     #[error("the server's answer must have one {0}; is it a proxy-server's port for agents?")]
     Metadata(&'static str),
 }
@@ -63,19 +63,19 @@ impl From<io::Error> for DialError {
 /// An established tunnel.
 #[derive(Debug)]
 pub(crate) struct Tunnel {
-    /// What it is.
+    /// Description of the tunnel.
     pub about: About,
     session: Rc<Session>,
     closing: Cell<Option<CloseReason>>,
     close: Notify,
 }
 
-/// A tunnel that nobody drives yet, and what the server said.
+/// An established tunnel that is not served yet, with the server's report.
 #[derive(Debug)]
 pub(crate) struct Dialled {
     /// The tunnel.
     pub tunnel: Rc<Tunnel>,
-    /// How many servers there are.
+    /// Number of servers.
     pub server_count: u32,
     sender: PacketSender,
     receiver: PacketReceiver,
@@ -134,7 +134,7 @@ pub(crate) async fn dial(
     })
 }
 
-/// The value of a field that must stand there once.
+/// Returns the value of a field that must occur once.
 fn one<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let mut values = headers.get_all(name).into_iter();
     let value = values.next()?.to_str().ok()?;
@@ -142,8 +142,8 @@ fn one<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 }
 
 impl Tunnel {
-    /// Ends the tunnel when its last connection has ended: the server is asked to choose others,
-    /// and what it has asked for by then is served.
+    /// Ends the tunnel when its last connection has ended: the server is told to prefer others, and its
+    /// requests until then are served.
     pub(crate) async fn retire(self: Rc<Self>) {
         self.about.stats.draining.store(true, Ordering::Relaxed);
         self.session.drain();
@@ -156,7 +156,7 @@ impl Tunnel {
         self.close(CloseReason::Replaced);
     }
 
-    /// Ends the tunnel and everything on it. What targets have sent by now still leaves.
+    /// Ends the tunnel and everything on it. Data that targets have sent by now still leaves.
     pub(crate) fn close(&self, reason: CloseReason) {
         self.closing.set(Some(reason));
         self.close.notify_one();
@@ -173,14 +173,14 @@ impl Tunnel {
 }
 
 impl Dialled {
-    /// Ends a tunnel that is not wanted. Its server may have chosen it already: what it has asked
-    /// for is served.
+    /// Ends an unwanted tunnel. Its server may have chosen it already: its requests until then are
+    /// served.
     pub(crate) async fn decline(self, worker: Rc<Worker>) {
         tokio::task::spawn_local(self.tunnel.clone().retire());
         self.serve(worker).await;
     }
 
-    /// Serves the tunnel until it ends, and says why it did.
+    /// Serves the tunnel until it ends, and returns the reason.
     pub(crate) async fn serve(self, worker: Rc<Worker>) -> End {
         let Self {
             tunnel,

@@ -14,18 +14,18 @@ pub(super) struct Held {
     pub instance: Option<InstanceId>,
     pub address: SocketAddr,
     pub since: Instant,
-    /// It is no longer wanted once QUIC reaches the same server.
+    /// Whether the tunnel is obsolete once QUIC reaches the same server.
     pub fallback: bool,
-    /// Its server is heard.
+    /// Whether its server is heard.
     pub live: bool,
-    /// Its server is about to leave.
+    /// Whether its server drains.
     pub draining: bool,
 }
 
-/// The tunnels that are held, by server; for none there is no entry.
+/// Held tunnels by server; a server without tunnels has no entry.
 pub(super) type Tunnels = HashMap<Arc<str>, Vec<Held>>;
 
-/// Every tunnel and its server.
+/// Iterates over all tunnels with their server.
 pub(super) fn all(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &Held)> {
     let each = |(server, held)| std::iter::repeat(server).zip(held);
     tunnels.iter().flat_map(each)
@@ -35,7 +35,7 @@ pub(super) fn live(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &Held)
     all(tunnels).filter(|(_, held)| held.live)
 }
 
-/// Servers with a live tunnel.
+/// Iterates over servers with a live tunnel.
 pub(super) fn reached(tunnels: &Tunnels) -> impl Iterator<Item = &Arc<str>> {
     let live = tunnels
         .iter()
@@ -48,7 +48,7 @@ pub(super) fn is_reached(tunnels: &Tunnels, server: &str) -> bool {
     held.any(|held| held.live)
 }
 
-/// Takes a tunnel out.
+/// Removes a tunnel.
 pub(super) fn take(tunnels: &mut Tunnels, server: &str, tunnel: u64) -> Option<Held> {
     let held = tunnels.get_mut(server)?;
     let at = held.iter().position(|held| held.tunnel == tunnel)?;

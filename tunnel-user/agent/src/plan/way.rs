@@ -1,21 +1,21 @@
-//! Ways to servers, where they lead, and what becomes of a tunnel.
+//! Ways to servers, and the verdicts about fresh tunnels.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tunnel_proto::session::InstanceId;
 
-/// What a tunnel speaks.
+/// Protocol of a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Wire {
-    /// Ours, over UDP.
+    /// Our protocol, over UDP.
     Quic,
-    /// Konnectivity's, over TCP.
+    /// Konnectivity's protocol, over TCP.
     Grpc,
 }
 
 impl Wire {
-    /// For people: what the configuration calls it.
+    /// Returns the name in the configuration.
     pub fn label(self) -> &'static str {
         match self {
             Self::Quic => "quic",
@@ -24,46 +24,46 @@ impl Wire {
     }
 }
 
-/// One way to a server.
+/// Address and protocol of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Way {
-    /// Where.
+    /// Address of the server.
     pub address: SocketAddr,
-    /// Over what.
+    /// Protocol of the tunnel.
     pub wire: Wire,
 }
 
-/// Where a fresh tunnel leads.
+/// Server of a fresh tunnel.
 #[derive(Clone, Debug)]
 pub struct Leads {
-    /// The server's id.
+    /// Id of the server.
     pub server: Arc<str>,
-    /// Its process, where the protocol tells.
+    /// Process of the server, where the protocol tells.
     pub instance: Option<InstanceId>,
-    /// How many servers there are, as it says.
+    /// Number of servers, as this one reports.
     pub server_count: u32,
 }
 
-/// What is known of a tunnel's server.
+/// State of a tunnel's server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// It is heard, and stays.
+    /// The server is heard, and stays.
     Live,
-    /// It is heard, and is about to leave. Until then it sends connections, so that another tunnel to the
-    /// same process is of no use; its successor at the same address comes when it has left.
+    /// The server is heard, and drains. Until its end it sends connections, so that another tunnel to
+    /// the same process is of no use; its successor at the same address comes when it has left.
     Draining,
-    /// It has not been heard for too long.
+    /// The server has not been heard for too long.
     Silent,
 }
 
-/// What to do with a fresh tunnel.
+/// Decision about a fresh tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Serve it.
+    /// The tunnel is served.
     Keep,
-    /// There is a live one to that server.
+    /// Another live tunnel leads to that server.
     Decline,
-    /// Another process of that name is live at this address: two servers have one id. It is left
-    /// alone, or each of them would end the other's connections.
+    /// Another process of that id is live at this address: two servers have one id. The older tunnel
+    /// stays, or each server would end the other's connections.
     Conflict(SocketAddr),
 }

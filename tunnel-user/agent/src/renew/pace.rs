@@ -1,36 +1,36 @@
-//! When a certificate is renewed. Decides; reads no clock.
+//! The time of a certificate's renewal. Decides without reading a clock.
 //!
-//! What is due follows from the certificate and this host's clock, which may be wrong: then a certificate
-//! that was just issued is due again. So a renewal is followed by a hold, which time that no clock sets
-//! ends, or a clock that is set.
+//! The due time follows from the certificate and this host's clock, which may be wrong: then a
+//! certificate that was just issued is due again. So a hold follows each renewal. It ends by monotonic
+//! time, or when the clock is set.
 
 use std::time::{Duration, Instant, SystemTime};
 
 use cpc_identity::issue::CLOCK_SKEW;
 
-/// After a renewal, whatever the clock says. A server renews no certificate that is younger.
+/// Hold after a renewal, whatever the clock shows. A server renews no certificate that is younger.
 const SHORTEST_HOLD: Duration = Duration::from_secs(60);
 
-/// After a certificate that is not valid by this host's clock.
+/// Hold after a certificate that is not valid by this host's clock.
 pub(super) const CLOCK_HOLD: Duration = Duration::from_secs(6 * 3600);
 
-/// Two clocks that differ by less agree.
+/// Maximum difference of two clocks that agree.
 const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// This host's clock was set when it is off by more from what it should have come to.
+/// Difference from the expected time beyond which this host's clock was set.
 const STEP: Duration = Duration::from_secs(60);
 
-/// What the clocks say.
+/// Readings of both clocks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moment {
-    /// The clock that may be set.
+    /// Wall clock, which may be set.
     pub wall: SystemTime,
-    /// The one that may not, and stands still while the host sleeps.
+    /// Monotonic clock, which stands still while the host sleeps.
     pub steady: Instant,
 }
 
 impl Moment {
-    /// Reads them.
+    /// Reads both clocks.
     pub(super) fn now() -> Self {
         Self {
             wall: SystemTime::now(),
@@ -46,8 +46,8 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// How long until a certificate is to be renewed that is valid `from` .. `until`: two thirds of its
-    /// life, and a twentieth that `share`, of 255, depends on.
+    /// Returns the time until the renewal of a certificate that is valid `from` .. `until`: two thirds
+    /// of its validity, and up to a twentieth in proportion to `share`, of 255.
     pub(super) fn wait(
         &self,
         (from, until): (SystemTime, SystemTime),
@@ -77,19 +77,19 @@ impl Pace {
         self.hold = Some((now, (life / 10).max(SHORTEST_HOLD)));
     }
 
-    /// Notes that none was, and that it is tried again after `hold`.
+    /// Notes a failure, after which the next attempt comes after `hold`.
     pub(super) fn failed(&mut self, hold: Duration, now: Moment) {
         self.hold = Some((now, hold));
     }
 }
 
-/// How far this host's clock is from the server's, whose certificate was valid from `not_before` on when
-/// it was issued just now; and whether it is ahead.
+/// Returns the difference of this host's clock from the server's, whose certificate was valid from
+/// `not_before` on when it was issued just now; and whether it is ahead.
 pub(super) fn clock_error(not_before: SystemTime, now: SystemTime) -> Option<(Duration, bool)> {
     apart(now, not_before + CLOCK_SKEW).filter(|(off, _)| *off > TOLERANCE)
 }
 
-/// How far `one` is from `other`, and whether it is later.
+/// Returns the difference of `one` from `other`, and whether it is later.
 fn apart(one: SystemTime, other: SystemTime) -> Option<(Duration, bool)> {
     match one.duration_since(other) {
         Ok(ahead) => Some((ahead, true)),
