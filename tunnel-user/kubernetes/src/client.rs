@@ -1,4 +1,4 @@
-//! How the Kubernetes API is reached: by a kubeconfig, or as a pod.
+//! Access to the Kubernetes API: by a kubeconfig, or as a pod.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,39 +13,39 @@ use tower::limit::RateLimitLayer;
 
 use cpc_config::kubernetes::{Access, Rate};
 
-/// An API server that is not connected by then is not there.
+/// Timeout of the connection to an API server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An answer that has not come by then does not come.
+/// Timeout of the answer to a request.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What stands in the API server's audit log.
+/// Name in the API server's audit log.
 const USER_AGENT: HeaderValue =
     HeaderValue::from_static(concat!("cpc/", env!("CARGO_PKG_VERSION")));
 
-/// Why there is no client.
+/// Reason why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
-    /// The kubeconfig.
+    /// The kubeconfig is unusable.
     #[error("kubeconfig {}: {why}", path.display())]
     Kubeconfig {
-        /// Its path.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the file.
         why: Box<KubeconfigError>,
     },
-    /// Not in a pod.
+    /// The process does not run in a pod.
     #[error("this is no pod ({0}): name a kubeconfig, or run as a pod with a service account")]
     Pod(InClusterError),
-    /// What a kubeconfig or a pod offers can't be used.
+    /// The client can't be made from the kubeconfig or the pod's files.
     #[error("the Kubernetes API can't be used: {0}")]
     Client(Error),
-    /// A rate of nothing.
+    /// The rate allows no request.
     #[error(
         "{per_second} requests a second with {burst} at once are none; both must be more than 0"
     )]
     Rate {
-        /// Requests a second.
+        /// Requests per second.
         per_second: f32,
         /// Requests at once.
         burst: u32,
@@ -64,7 +64,7 @@ impl From<Error> for AccessError {
     }
 }
 
-/// A client of the API. Nothing has been asked when it returns.
+/// Creates a client of the API, without a request.
 ///
 /// # Errors
 /// [`AccessError`].
@@ -106,25 +106,25 @@ fn layer(rate: Rate) -> Result<RateLimitLayer, AccessError> {
     }
 }
 
-/// Why a request was not answered as it should.
+/// Failure of a request.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
-    /// The API server refuses.
+    /// The API server refused the request.
     #[error("{} ({} {})", .0.message, .0.code, .0.reason)]
     Refused(Box<Status>),
-    /// It says nothing.
+    /// The API server did not answer in time.
     #[error(
         "the API server did not answer within {}",
         humantime::format_duration(CALL_TIMEOUT)
     )]
     Late,
-    /// It was not reached, or not understood.
+    /// The API server was not reached, or its answer was not understood.
     #[error("{}", chain(.0))]
     Failed(Error),
 }
 
 impl CallError {
-    /// Whether the same request may be answered a moment later.
+    /// Whether a retry a moment later may succeed.
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::Refused(status) => status.code == 429 || status.code >= 500,
@@ -132,23 +132,23 @@ impl CallError {
         }
     }
 
-    /// Whether it is about this request alone: Bad Request, Content Too Large, Unprocessable.
+    /// Whether the fault is in this request alone: Bad Request, Content Too Large, Unprocessable.
     pub(super) fn is_bad_request(&self) -> bool {
         matches!(self, Self::Refused(status) if matches!(status.code, 400 | 413 | 422))
     }
 
-    /// Whether what was asked for does not exist.
+    /// Whether the requested object does not exist.
     pub(super) fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused(status) if status.is_not_found())
     }
 
-    /// Whether somebody else has changed it meanwhile.
+    /// Whether another client has changed the object meanwhile.
     pub(super) fn is_conflict(&self) -> bool {
         matches!(self, Self::Refused(status) if status.is_conflict())
     }
 }
 
-/// What the API server said, for metrics: status code and reason. `None` when it said nothing.
+/// Returns the API server's answer for metrics: status code and reason. `None` when there was none.
 pub(super) fn outcome<T>(answer: &Result<T, CallError>) -> Option<(u16, &str)> {
     match answer {
         Ok(_) => Some((200, "")),
@@ -180,7 +180,7 @@ impl From<Error> for CallError {
     }
 }
 
-/// The innermost cause says what happened; the outer ones only who was told.
+/// Returns the innermost cause, which has the fault; the outer ones only tell the path of the error.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {

@@ -1,14 +1,14 @@
-//! Ever longer delays between tries.
+//! Backoff between retries.
 
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 
-/// Doubles from 200 ms.
+/// Shortest delay, which doubles from here.
 const SHORTEST: Duration = Duration::from_millis(200);
 
-/// Half of the longest delay: up to as much is added by chance, so that those who failed together
-/// don't ask together.
+/// Half of the longest delay: jitter adds up to as much, so that clients that failed together don't
+/// retry together.
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// The delays of one run of failures.
@@ -27,13 +27,13 @@ impl Default for Delays {
 }
 
 impl Delays {
-    /// How long to wait after one more failure.
+    /// Returns the delay after one more failure.
     pub(super) fn next(&mut self) -> Duration {
         self.0.next().unwrap_or(LONGEST)
     }
 }
 
-/// Between `shortest` and twice that, by chance: what many do after the same event.
+/// Returns a random time between `shortest` and twice that, for work that many do after the same event.
 pub(super) fn apart(shortest: Duration) -> Duration {
     let delays = ExponentialBuilder::new().with_min_delay(shortest);
     delays.with_jitter().build().next().unwrap_or(shortest)

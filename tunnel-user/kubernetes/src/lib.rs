@@ -1,9 +1,9 @@
-//! What is asked of the Kubernetes API: whose a token is ([`token`]), which addresses a node has
-//! ([`node`]), and how many servers there are ([`lease`]).
+//! Requests to the Kubernetes API: reviews of tokens ([`token`]), addresses of nodes ([`node`]), and
+//! the number of servers ([`lease`]).
 //!
-//! Invariants: every request is bounded in time, and who fails asks again ever more rarely, never
-//! in step with others: thousands of agents may come at once, to an API server that has just come
-//! back. Requests run on the runtime that the client was made on, not on a shard.
+//! Invariants: every request is bounded in time. Retries back off, with jitter: thousands of agents may
+//! come at once, to an API server that has just come back. Requests run on the runtime that the client
+//! was made on, not on a shard.
 
 mod client;
 mod delays;

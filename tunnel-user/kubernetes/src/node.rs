@@ -1,4 +1,4 @@
-//! Which addresses a node has, by its Node object.
+//! Addresses of a node, from its Node object.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use kube::{Api, Client};
 
 use super::client::{CallError, call};
 
-/// Why nothing is known of a node. For the log.
+/// Failure to read a node, for the log.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the Node {node} can't be read: {why}; whom join.kubernetes.kubeconfig names has to be allowed to get nodes"
@@ -17,17 +17,17 @@ pub struct NodeError {
     why: CallError,
 }
 
-/// Reads nodes.
+/// Reader of nodes.
 #[derive(Clone)]
 pub struct Nodes(Api<Node>);
 
 impl Nodes {
-    /// Asks `client`.
+    /// Creates a reader over `client`.
     pub fn new(client: Client) -> Self {
         Self(Api::all(client))
     }
 
-    /// The addresses of the node `name`; `None` when there is no such node.
+    /// Returns the addresses of the node `name`; `None` when there is no such node.
     ///
     /// # Errors
     /// [`NodeError`].

@@ -1,7 +1,7 @@
 //! An agent's count of the servers.
 //!
-//! Invariant: a count is a fact. It comes from a list, and from what has changed since; while the
-//! API server is away it stays as it was, so that its absence does not look like the servers'.
+//! Invariant: a count is a fact. It comes from a list, and from the changes since. While the API server
+//! is away it stays as it was, so that its absence does not look like that of the servers.
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -21,19 +21,20 @@ use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;
 use cpc_observe::konnectivity::LeaseReads;
 
-/// When a watch ends without a reason, in seconds.
+/// Time after which the API server ends a watch, in seconds.
 const WATCH: u32 = 240;
 
-/// And when it is given up by us if it does not.
+/// Time after which the agent ends a watch that the API server did not end.
 const WATCH_AT_MOST: Duration = Duration::from_secs(WATCH as u64 + 10);
 
-/// How soon is listed again after a watch, or twice that: all agents see a server's end at once.
+/// Minimum delay of a list after a watch, half of the maximum: all agents see the end of a server at
+/// once.
 const LIST_AGAIN: Duration = Duration::from_secs(2);
 
 /// Leases by name.
 type Known = HashMap<String, Lease>;
 
-/// Counts the servers that hold a lease.
+/// Counter of the servers that hold a lease.
 pub struct LeaseCounter {
     leases: Api<Lease>,
     selector: String,
@@ -42,8 +43,8 @@ pub struct LeaseCounter {
 }
 
 impl LeaseCounter {
-    /// A counter of the leases in `namespace` that `selector` (a label selector) selects, and what
-    /// it counts: `None` until it knows, then 1 or more.
+    /// Creates a counter of the leases in `namespace` that `selector` (a label selector) selects. The
+    /// receiver holds the count: `None` until it is known, then 1 or more.
     pub fn new(
         client: Client,
         namespace: &str,
@@ -60,7 +61,7 @@ impl LeaseCounter {
         (counter, counted)
     }
 
-    /// Counts for ever.
+    /// Counts without end.
     pub async fn run(self) {
         let mut delays = Delays::default();
         let mut complaint = Complaint::default();
@@ -79,7 +80,7 @@ impl LeaseCounter {
         }
     }
 
-    /// Lists, then follows what changes while that is to be trusted.
+    /// Lists, then follows the changes for as long as they can be trusted.
     async fn follow(&self, delays: &mut Delays) -> Result<(), CallError> {
         let asked = Instant::now();
         // From the API server's memory: a watch begins where it ends.
@@ -121,7 +122,7 @@ impl LeaseCounter {
         }
     }
 
-    /// Publishes how many are held. Returns when the first of them runs out.
+    /// Publishes the number of held leases. Returns the time until the first of them runs out.
     fn publish(&self, known: &Known) -> Option<Duration> {
         let now = SystemTime::now();
         let held: Vec<_> = known.values().filter_map(|l| held_for(l, now)).collect();

@@ -1,5 +1,5 @@
-//! A server's leases: made, renewed, and given up at the end. Each server also clears away those
-//! that have run out, since who crashed does not.
+//! Leases of a server: created, renewed, and deleted at the end. Each server also deletes expired
+//! leases of others, because a crashed server does not.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,16 +19,16 @@ use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;
 use cpc_observe::konnectivity::LeaseCalls;
 
-/// How long a lease is held without being renewed, in seconds.
+/// Duration of a lease without renewal, in seconds.
 const DURATION: i32 = 30;
 
-/// How often each is renewed, and all are looked through.
+/// Interval of renewals, and of the search for expired leases.
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// How long giving them up may take.
+/// Maximum time for deleting the own leases at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
 
-/// Holds the leases of one server.
+/// Holder of the leases of one server.
 pub struct LeaseHolder {
     leases: Api<Lease>,
     labels: Labels,
@@ -38,7 +38,8 @@ pub struct LeaseHolder {
 }
 
 impl LeaseHolder {
-    /// One lease for each of `server_ids` in `namespace`. By `labels` all servers' are known.
+    /// Creates a holder of one lease for each of `server_ids` in `namespace`. `labels` identify the
+    /// leases of all servers.
     pub fn new(
         client: Client,
         namespace: &str,
@@ -55,7 +56,7 @@ impl LeaseHolder {
         }
     }
 
-    /// Holds them until `stop`, then gives them up; that takes some seconds at most.
+    /// Holds the leases until `stop`, then deletes them, which takes some seconds at most.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let hold = join_all(self.server_ids.iter().map(|id| self.hold(id)));
         tokio::select! {
@@ -68,7 +69,7 @@ impl LeaseHolder {
         }
     }
 
-    /// Holds one for ever.
+    /// Holds one lease without end.
     async fn hold(&self, server_id: &str) {
         let mut delays = Delays::default();
         let mut failures = 0;
@@ -98,7 +99,7 @@ impl LeaseHolder {
         }
     }
 
-    /// Renews a lease as it was `last`; without that as it is there, or makes it.
+    /// Renews a lease whose state was `last`; without that reads it, or creates it.
     async fn renew(&self, server_id: &str, last: Option<Lease>) -> Result<Lease, CallError> {
         let name = name(server_id);
         let there = match last {
@@ -119,7 +120,7 @@ impl LeaseHolder {
         }
     }
 
-    /// `lease` as it is held from now on.
+    /// Returns `lease` with a renewed hold.
     fn held(&self, mut lease: Lease, server_id: &str) -> Lease {
         lease.metadata.labels = Some(self.labels.to_map());
         let spec = lease.spec.get_or_insert_default();
@@ -139,7 +140,7 @@ impl LeaseHolder {
         }
     }
 
-    /// Deletes those that have run out, again and again.
+    /// Deletes expired leases periodically.
     async fn clear(&self) {
         let mut complaint = Complaint::default();
         loop {

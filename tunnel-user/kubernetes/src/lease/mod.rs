@@ -1,7 +1,7 @@
-//! Leases by which agents know how many servers there are: each server holds one for each of its
-//! ids ([`LeaseHolder`]), agents count those that are held ([`LeaseCounter`]).
+//! Leases by which agents know the number of servers: each server holds one for each of its ids
+//! ([`LeaseHolder`]), agents count the held ones ([`LeaseCounter`]).
 //!
-//! They look as those of proxy-server, which may stand beside ours.
+//! Their format is that of proxy-server, which may run beside ours.
 
 mod counter;
 mod holder;
@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::coordination::v1::Lease;
 
-/// For how long `lease` is held from `now` on. `None` when it is not.
+/// Returns the time from `now` for which `lease` is held. `None` when it is not.
 fn held_for(lease: &Lease, now: SystemTime) -> Option<Duration> {
     let spec = lease.spec.as_ref()?;
     let renewed = spec.renew_time.as_ref().or(spec.acquire_time.as_ref())?;

@@ -1,7 +1,7 @@
-//! What is read of a token here.
+//! Claims of a token that are read here.
 //!
-//! Nothing is verified: that is the API server's part. Before it has done so, a lie can only make us ask
-//! sooner.
+//! This module verifies nothing: that is the API server's part. Before that, a lie can only cause an
+//! earlier review.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,14 +15,15 @@ struct Claims {
     exp: f64,
 }
 
-/// For how long `token` (RFC 7519) is good, by its own word. `None` when it does not say.
+/// Returns the remaining validity of `token` (RFC 7519) by its own claim. `None` when it has none.
 pub(super) fn left(token: &str) -> Option<Duration> {
     let now = SystemTime::UNIX_EPOCH.elapsed().ok()?;
     let left = expiry(token)? - now.as_secs_f64();
     Some(Duration::try_from_secs_f64(left).unwrap_or_default())
 }
 
-/// Until when `token` is good, at most `longest` from `now`; that where it does not say.
+/// Returns the end of `token`'s validity, at most `longest` from `now`, which is also the result
+/// without a claim.
 pub fn good_until(token: &str, now: SystemTime, longest: Duration) -> SystemTime {
     let end = expiry(token).and_then(|exp| Duration::try_from_secs_f64(exp).ok());
     let end = end.and_then(|end| SystemTime::UNIX_EPOCH.checked_add(end));

@@ -1,9 +1,9 @@
-//! What tells one token from another, without keeping it.
+//! Fingerprints that identify a token without storing it.
 
 use aws_lc_rs::digest::{SHA256, digest};
 
-/// What tells `token` apart from others: the digest of what is signed of it, since one signature has
-/// several spellings.
+/// Returns the fingerprint of `token`: the digest of its signed part, because one signature has several
+/// spellings.
 pub fn fingerprint(token: &str) -> String {
     let signed = token.rsplit_once('.').map_or(token, |(signed, _)| signed);
     let digest = digest(&SHA256, signed.as_bytes());

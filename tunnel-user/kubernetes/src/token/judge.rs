@@ -1,17 +1,17 @@
-//! What a review says, held against what was asked for. In the order of proxy-server.
+//! Comparison of a review with the rules, in the order of proxy-server.
 
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
 
 use super::{ReviewError, ServiceAccount, Verdict};
 use cpc_config::kubernetes::TokenRules;
 
-/// Where the API server names the node of the pod that a token was issued to.
+/// Key under which the API server names the node of the pod that a token was issued to.
 const NODE: &str = "authentication.kubernetes.io/node-name";
 
-/// Where it names what tells a token apart from others.
+/// Key under which the API server names the unique id of a token.
 const CREDENTIAL: &str = "authentication.kubernetes.io/credential-id";
 
-/// Whose a reviewed token is.
+/// Returns the account of a reviewed token.
 ///
 /// # Errors
 /// [`ReviewError`], the first rule that it breaks.

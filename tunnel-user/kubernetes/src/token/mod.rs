@@ -1,8 +1,8 @@
-//! Whose a token is: asked of the API server, with `TokenReview`, and remembered for a moment.
+//! Review of tokens by the API server (`TokenReview`), with a short-lived cache.
 //!
-//! Invariants: a token lets in for at most [`GRANTED_FOR`] after it was reviewed, and never past
-//! the expiry that it names itself. One token is under review once, however many ask; few tokens
-//! are at the same time. Tokens are kept as digests.
+//! Invariants: a token admits its holder for at most [`GRANTED_FOR`] after its review, and never past
+//! its own expiry. One token has one review at a time, however many requests need it, and the number of
+//! concurrent reviews is bounded. Tokens are stored as digests.
 
 pub mod claims;
 pub mod fingerprint;
@@ -26,76 +26,76 @@ use cpc_config::kubernetes::TokenRules;
 use judge::judge;
 use verdicts::{Entered, Kept, Verdicts};
 
-/// How long a granted token is believed without asking again.
+/// Time for which a granted token needs no further review.
 pub const GRANTED_FOR: Duration = Duration::from_secs(60);
 
-/// How long a refused one is refused without asking again.
+/// Time for which a refused token gets no further review.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
 
-/// How long a review may take with all its tries. An agent waits for no longer than that.
+/// Timeout of a review with all its retries. An agent waits no longer than that.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Reviews that the API server is asked for at the same time.
+/// Maximum number of concurrent reviews at the API server.
 const AT_ONCE: usize = 16;
 
-/// Whose a token is.
+/// The service account of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceAccount {
-    /// Its namespace.
+    /// Namespace of the account.
     pub namespace: String,
-    /// Its name.
+    /// Name of the account.
     pub name: String,
-    /// The node of the pod that the token was issued to, where the API server knows it.
+    /// Node of the pod that the token was issued to, where the API server knows it.
     pub node: Option<String>,
-    /// What tells the token apart from others, where the API server says it.
+    /// Unique id of the token, where the API server names it.
     pub credential: Option<String>,
 }
 
-/// Why a token does not let in. The texts are those of proxy-server.
+/// Reason why a token is refused. The texts are those of proxy-server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReviewError {
-    /// Nobody knows: the API server was not reached, or does not review for us.
+    /// The API server was not reached, or does not allow us to review.
     #[error("Failed to authenticate request. err:{0}")]
     Unavailable(String),
-    /// The API server could not check the token, and says why.
+    /// The API server could not check the token, for the given reason.
     #[error("lookup failed: {0}")]
     Lookup(String),
-    /// Not a token of this cluster, or not any more.
+    /// The token is not, or no longer, one of this cluster.
     #[error("lookup failed: service account jwt not valid")]
     NotValid,
-    /// Good, but not for us.
+    /// The token has another audience.
     #[error("lookup failed: the token is not for audience {0:?}")]
     Audience(String),
-    /// Not a user as service accounts are.
+    /// The user name lacks the format of service accounts.
     #[error("lookup failed: unexpected username format")]
     Format,
-    /// Another kind of user.
+    /// The user is of another kind.
     #[error("lookup failed: username returned is not a service account")]
     NotServiceAccount,
-    /// A service account elsewhere.
+    /// The service account is in another namespace.
     #[error("lookup failed: incoming request from {found:?} namespace. Expected {expected:?}")]
     Namespace {
-        /// Where.
+        /// Namespace of the account.
         found: String,
-        /// Where it should be.
+        /// Expected namespace.
         expected: String,
     },
-    /// Another service account.
+    /// The service account is another one.
     #[error(
         "lookup failed: incoming request from {found:?} service account. Expected {expected:?}"
     )]
     ServiceAccount {
-        /// Which.
+        /// Name of the account.
         found: String,
-        /// Which it should be.
+        /// Expected name.
         expected: String,
     },
 }
 
-/// What became of a review.
+/// Outcome of a review.
 type Verdict = Result<ServiceAccount, ReviewError>;
 
-/// Reviews tokens. Clones share what they know, and may be used on any runtime.
+/// Reviewer of tokens. Clones share the cache, and may be used on any runtime.
 #[derive(Clone)]
 pub struct TokenReviewer(Arc<Inner>);
 
@@ -108,16 +108,16 @@ struct Inner {
     home: Handle,
 }
 
-/// The API server is left alone after a failure.
+/// Pause of the reviews after a failure of the API server.
 #[derive(Default)]
 struct Pause {
     delays: Delays,
-    /// Until when, and why.
+    /// End of the pause, and its cause.
     until: Option<(Instant, String)>,
 }
 
 impl TokenReviewer {
-    /// Asks `client`, on the current runtime.
+    /// Creates a reviewer over `client`, on the current runtime.
     pub fn new(client: Client, rules: TokenRules) -> Self {
         Self(Arc::new(Inner {
             reviews: Api::all(client),
@@ -129,10 +129,10 @@ impl TokenReviewer {
         }))
     }
 
-    /// Whose `token` is.
+    /// Reviews `token`.
     ///
     /// # Errors
-    /// [`ReviewError`], after some 10 s at most.
+    /// [`ReviewError`], after about 10 s at most.
     pub async fn review(&self, token: &str) -> Verdict {
         let entered = lock(&self.0.verdicts).enter(token, Instant::now());
         let mut slot = match entered {
@@ -171,7 +171,7 @@ impl Inner {
         settle.send_replace(Some(Kept { verdict, until }));
     }
 
-    /// Asks the API server until it answers.
+    /// Retries the request until the API server answers.
     async fn ask(&self, token: &str) -> Result<TokenReviewStatus, ReviewError> {
         let deadline = Instant::now() + PATIENCE;
         let review = TokenReview {
@@ -212,7 +212,10 @@ impl Inner {
         answered.await.unwrap_or_else(late)
     }
 
-    /// Waits while the API server is left alone; fails when that is for too long.
+    /// Waits for the end of a pause.
+    ///
+    /// # Errors
+    /// The pause outlasts `deadline`.
     async fn rest(&self, deadline: Instant) -> Result<(), ReviewError> {
         let pause = lock(&self.pause).until.clone();
         match pause {
@@ -225,7 +228,7 @@ impl Inner {
         }
     }
 
-    /// Notes that what was asked `since` then has failed. What failed together counts once.
+    /// Notes the failure of a request that began at `since`. Concurrent failures count once.
     fn failed(&self, since: Instant, why: String) {
         let mut pause = lock(&self.pause);
         if pause

@@ -1,7 +1,7 @@
-//! What is known of tokens, and what is being found out.
+//! Verdicts about tokens, known or pending.
 //!
-//! Invariant: bounded. At the bound what was refused is forgotten first; what was granted stays
-//! until it runs out.
+//! Invariant: bounded. At the bound refused tokens are forgotten first; granted ones stay until they
+//! run out.
 
 use std::collections::HashMap;
 
@@ -11,37 +11,37 @@ use tokio::time::Instant;
 
 use super::Verdict;
 
-/// Tokens that are known at most: each agent has one, and one more while it is renewed.
+/// Maximum number of known tokens: each agent has one, and one more during a renewal.
 const MOST: usize = 16_384;
 
-/// A token's SHA-256.
+/// SHA-256 of a token.
 type Key = [u8; 32];
 
-/// A verdict, and until when it holds.
+/// A verdict with its expiry.
 #[derive(Clone, Debug)]
 pub(super) struct Kept {
-    /// What was found.
+    /// The verdict.
     pub verdict: Verdict,
-    /// Until when it need not be asked for again.
+    /// Expiry of the verdict.
     pub until: Instant,
 }
 
-/// Filled once by whoever reviews.
+/// Channel that the reviewer fills once.
 pub(super) type Slot = watch::Receiver<Option<Kept>>;
 
-/// What is known of a token.
+/// State of a token.
 #[derive(Debug)]
 pub(super) enum Entered {
-    /// A verdict that holds, or one that somebody is after.
+    /// A valid or pending verdict.
     Known(Slot),
-    /// Nothing: whoever is told so reviews.
+    /// No verdict: the caller has to review.
     New {
         /// Takes the verdict.
         settle: watch::Sender<Option<Kept>>,
-        /// Gives it.
+        /// Gives the verdict.
         slot: Slot,
     },
-    /// Too much is under way.
+    /// Too many reviews are under way.
     Full,
 }
 
@@ -50,7 +50,7 @@ pub(super) enum Entered {
 pub(super) struct Verdicts(HashMap<Key, Slot>);
 
 impl Verdicts {
-    /// What is known of `token`.
+    /// Returns the state of `token`.
     pub(super) fn enter(&mut self, token: &str, now: Instant) -> Entered {
         let mut key = Key::default();
         key.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
@@ -71,7 +71,7 @@ impl Verdicts {
     }
 }
 
-/// Whether a verdict holds, or is still to come.
+/// Whether a verdict is valid or pending.
 fn is_good(slot: &Slot, now: Instant) -> bool {
     match &*slot.borrow() {
         Some(kept) => now < kept.until,
