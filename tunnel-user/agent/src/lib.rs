@@ -115,6 +115,15 @@ const IDLE_POLL: Duration = Duration::from_millis(50);
 /// Time for a proxy-server to learn that the agent drains: its requests until then are served.
 const DRAIN_HEARD: Duration = Duration::from_secs(1);
 
+/// Checks everything of a configuration that can be checked without opening anything.
+///
+/// # Errors
+/// [`ConfigError::Value`] naming the key.
+pub fn check(config: &AgentConfig) -> Result<(), ConfigError> {
+    config.check()?;
+    claims(&config.serve).map(drop)
+}
+
 /// Runs an agent until it is stopped. `reread` reads the configuration on SIGHUP.
 ///
 /// # Errors
@@ -124,7 +133,7 @@ pub async fn run(
     log: LogHandle,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
-    config.check()?;
+    check(&config)?;
     let mut hangups = lifecycle::hangups()?;
     host::raise_file_limit();
     let http = if config.health.is_some() { 2 } else { 1 };
@@ -333,11 +342,10 @@ fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &Me) -> AllowList {
 
 /// Returns the claims beyond the certificate's node addresses.
 fn claims(config: &ServeConfig) -> Result<Vec<Claim>, ConfigError> {
-    let names = config.names.iter().map(|name| {
+    let names = config.names.iter().enumerate().map(|(at, name)| {
         let parsed = name.parse().map(Claim::Name);
-        parsed.map_err(|e: tunnel_proto::preface::NameError| ConfigError::Value {
-            key: "serve.names",
-            why: e.to_string(),
+        parsed.map_err(|e: tunnel_proto::preface::NameError| {
+            ConfigError::value(format!("serve.names[{at}]"), e.to_string())
         })
     });
     let mut claims = names.collect::<Result<Vec<_>, _>>()?;
@@ -346,13 +354,11 @@ fn claims(config: &ServeConfig) -> Result<Vec<Claim>, ConfigError> {
         claims.push(Claim::DefaultRoute);
     }
     if claims.len() > MAX_SERVED {
-        return Err(ConfigError::Value {
-            key: "serve",
-            why: format!(
-                "names {} things, {MAX_SERVED} at most; serve larger networks",
-                claims.len()
-            ),
-        });
+        let why = format!(
+            "names {} things, {MAX_SERVED} at most; serve larger networks",
+            claims.len()
+        );
+        return Err(ConfigError::value("serve", why));
     }
     Ok(claims)
 }

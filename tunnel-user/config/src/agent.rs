@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::Deserialize;
-use serde::de::Error;
+use serde::{Deserialize, Serialize};
 
 use super::allow::AllowRule;
 use super::konnectivity::ProxyServerConfig;
@@ -22,7 +21,7 @@ use cpc_host::{cores, memory};
 pub const MAX_TUNNELS: u8 = 16;
 
 /// Everything an agent is told.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentConfig {
     /// Version of the schema.
@@ -40,7 +39,10 @@ pub struct AgentConfig {
     #[serde(deserialize_with = "super::section")]
     pub datapath: DatapathConfig,
     /// How proxy-servers of Konnectivity are dialled.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub konnectivity: Option<ProxyServerConfig>,
     /// What we offer to serve, beyond the node addresses in our certificate.
     #[serde(deserialize_with = "super::section")]
@@ -50,13 +52,18 @@ pub struct AgentConfig {
     /// Tunnels to each server, over QUIC.
     pub tunnels: u8,
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
     /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
-    #[serde(deserialize_with = "super::allow::list")]
+    #[serde(
+        deserialize_with = "super::allow::list",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub allow: Option<Vec<AllowRule>>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
     /// Address of health and metrics as Konnectivity's programs tell them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<SocketAddr>,
     /// Bounds.
     #[serde(deserialize_with = "super::section")]
@@ -93,8 +100,8 @@ impl Default for AgentConfig {
 }
 
 /// One server, or several behind one name: `host:port`, or that with a protocol.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(from = "ServerKeys")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "ServerKeys", into = "ServerKeys")]
 pub struct ServerAddress {
     /// `host:port`.
     pub address: String,
@@ -103,7 +110,7 @@ pub struct ServerAddress {
 }
 
 /// What is spoken with a server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// Ours, with `cpc server`.
@@ -114,7 +121,7 @@ pub enum Protocol {
     Auto,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(untagged, deny_unknown_fields)]
 enum ServerKeys {
     Plain(String),
@@ -129,6 +136,15 @@ impl From<ServerKeys> for ServerAddress {
         match keys {
             ServerKeys::Plain(address) => address.into(),
             ServerKeys::Keys { address, protocol } => Self { address, protocol },
+        }
+    }
+}
+
+impl From<ServerAddress> for ServerKeys {
+    fn from(ServerAddress { address, protocol }: ServerAddress) -> Self {
+        match protocol {
+            None => Self::Plain(address),
+            protocol => Self::Keys { address, protocol },
         }
     }
 }
@@ -154,7 +170,7 @@ impl AgentConfig {
 }
 
 /// `serve`: what is offered. The server cuts it to what it grants.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServeConfig {
     /// Address ranges; a single address may stand without its prefix length.
@@ -168,12 +184,12 @@ pub struct ServeConfig {
 }
 
 /// `limits` of an agent.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentLimits {
     /// How long a stopping agent waits for connections to end; `None` (`forever` in the file) means
     /// until a second signal, be there connections or not.
-    #[serde(deserialize_with = "drain")]
+    #[serde(with = "drain")]
     pub drain: Option<Duration>,
     /// Connections at once.
     pub connections: usize,
@@ -198,14 +214,24 @@ impl AgentConfig {
     /// [`ConfigError`].
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let mut config: Self = super::load(path)?;
-        let base = base_of(path);
-        config.tls.resolve(&base);
-        config.audit.resolve(&base);
-        config.state_dir = config.state_dir.map(|dir| base.join(dir));
-        if let Some(konnectivity) = &mut config.konnectivity {
-            konnectivity.resolve(&base);
-        }
+        config.resolve(&base_of(path));
         Ok(config)
+    }
+
+    fn resolve(&mut self, base: &Path) {
+        self.tls.resolve(base);
+        self.audit.resolve(base);
+        if let Some(directory) = &mut self.state_dir {
+            *directory = base.join(&directory);
+        }
+        if let Some(konnectivity) = &mut self.konnectivity {
+            konnectivity.resolve(base);
+        }
+    }
+
+    /// Makes every path absolute: it means the same wherever it is read then.
+    pub fn make_absolute(&mut self, working_directory: &Path) {
+        self.resolve(working_directory);
     }
 
     /// Checks what serde can't.
@@ -215,49 +241,38 @@ impl AgentConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         check_shards(self.shards)?;
         if !(1..=MAX_TUNNELS).contains(&self.tunnels) {
-            return Err(ConfigError::Value {
-                key: "tunnels",
-                why: format!("must be 1 to {MAX_TUNNELS}"),
-            });
+            let why = format!("must be 1 to {MAX_TUNNELS}");
+            return Err(ConfigError::value("tunnels", why));
         }
         if self.limits.drain > Some(LONGEST_DRAIN) {
-            return Err(ConfigError::Value {
-                key: "limits.drain",
-                why: "must be at most 24 h".into(),
-            });
+            return Err(ConfigError::value("limits.drain", "must be at most 24 h"));
         }
         super::above_zero([("limits.connections", Some(self.limits.connections))])?;
         super::above_zero([("limits.stalled_bytes", Some(self.limits.stalled_bytes))])?;
         self.transport.check()?;
         self.audit.check()?;
         if self.tls.renew && self.tls.cert != self.tls.key {
-            return Err(ConfigError::Value {
-                key: "tls.renew",
-                why: "needs key and certificate in one file, as `cpc agent join` writes it, named by \
-                      tls.cert and tls.key: two can't be replaced in one step"
-                    .into(),
-            });
+            return Err(ConfigError::value(
+                "tls.renew",
+                "needs key and certificate in one file, as `cpc agent join` writes it, named by \
+                 tls.cert and tls.key: two can't be replaced in one step",
+            ));
         }
         if self.servers.is_empty() {
-            return Err(ConfigError::Value {
-                key: "servers",
-                why: "is empty: name at least one, such as cp.example.org:8132".into(),
-            });
+            let why = "is empty: name at least one, such as cp.example.org:8132";
+            return Err(ConfigError::value("servers", why));
         }
-        for server in &self.servers {
+        for (at, server) in self.servers.iter().enumerate() {
             let address = &server.address;
             if super::address::split(address).is_none() {
-                return Err(ConfigError::Value {
-                    key: "servers",
-                    why: format!("{address:?} is not host:port"),
-                });
+                let key = format!("servers[{at}]");
+                let why = format!("{address:?} is not host:port");
+                return Err(ConfigError::value(key, why));
             }
             match self.protocol(server) {
                 Protocol::Konnectivity | Protocol::Auto if self.konnectivity.is_none() => {
-                    return Err(ConfigError::Value {
-                        key: "konnectivity",
-                        why: format!("is needed to reach {address} over gRPC"),
-                    });
+                    let why = format!("is needed to reach {address} over gRPC");
+                    return Err(ConfigError::value("konnectivity", why));
                 }
                 Protocol::Quic | Protocol::Auto => drop(self.tls.files()?),
                 Protocol::Konnectivity => {}
@@ -270,11 +285,31 @@ impl AgentConfig {
     }
 }
 
-fn drain<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
-    match String::deserialize(d)?.as_str() {
-        "forever" => Ok(None),
-        text => humantime::parse_duration(text)
-            .map(Some)
-            .map_err(|error| D::Error::custom(format!("{text:?}: {error}; 30s and forever are"))),
+/// `limits.drain`: a duration, or `forever`.
+mod drain {
+    use std::time::Duration;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        drain: &Option<Duration>,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        match drain {
+            None => s.serialize_str("forever"),
+            Some(drain) => humantime_serde::serialize(drain, s),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        match String::deserialize(d)?.as_str() {
+            "forever" => Ok(None),
+            text => humantime::parse_duration(text).map(Some).map_err(|error| {
+                D::Error::custom(format!("{text:?}: {error}; 30s and forever are"))
+            }),
+        }
     }
 }

@@ -4,15 +4,15 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::de::Error;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use tunnel_proto::preface::{Name, NameError};
 use tunnel_proto::route::NamePattern;
 
 use super::rule::{PortRange, PortRangeError, Rule, RuleError};
 
 /// One entry of an allow-list. `Display` gives it back as text.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "Keys")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Keys", into = "Keys")]
 pub enum AllowRule {
     /// Destinations that are asked for by address, and what names resolve to.
     Addresses(Rule),
@@ -44,12 +44,14 @@ impl fmt::Display for NameRule {
 }
 
 /// The keys of either kind, as they stand in the file.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Keys {
+    #[serde(skip_serializing_if = "Option::is_none")]
     cidr: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     ports: Vec<PortRange>,
 }
 
@@ -102,6 +104,16 @@ impl TryFrom<Keys> for AllowRule {
             (None, Some(name)) => names(&name, ports),
             _ => Err(AllowError::Kind),
         }
+    }
+}
+
+impl From<AllowRule> for Keys {
+    fn from(rule: AllowRule) -> Self {
+        let (cidr, name, ports) = match rule {
+            AllowRule::Addresses(rule) => (Some(rule.cidr.to_string()), None, rule.ports),
+            AllowRule::Names(rule) => (None, Some(rule.name.to_string()), rule.ports),
+        };
+        Self { cidr, name, ports }
     }
 }
 

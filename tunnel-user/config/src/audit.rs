@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
@@ -10,10 +10,11 @@ use super::ConfigError;
 const SMALLEST: u64 = 1 << 20;
 
 /// `audit`: the record of who reached what, and of what was decided. Without either it is not kept.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditConfig {
     /// Directory of its files, one a day (UTC) or more.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<PathBuf>,
     /// Of how many days they are kept.
     pub keep: usize,
@@ -50,12 +51,7 @@ impl AuditConfig {
     /// # Errors
     /// [`ConfigError::Value`].
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let wrong = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let wrong = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if !(1..=10_000).contains(&self.keep) {
             return wrong("audit.keep", "must be 1 to 10000 days");
         }

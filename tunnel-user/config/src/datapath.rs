@@ -1,9 +1,9 @@
 //! `datapath`: how bytes are moved between sockets.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// `datapath`: how bytes are moved between sockets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatapathConfig {
     /// The kernel's interface that tunnels and TCP connections are driven by.
@@ -11,7 +11,7 @@ pub struct DatapathConfig {
 }
 
 /// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum EngineChoice {

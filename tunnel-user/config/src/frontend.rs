@@ -3,14 +3,14 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tunnel_proto::trust_domain::TrustDomain;
 
 use super::tls_floor::TlsFloor;
 use super::{AllowRule, ConfigError};
 
 /// `frontends`: ways in.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FrontendsConfig {
     /// HTTP CONNECT listeners.
@@ -24,19 +24,21 @@ pub struct FrontendsConfig {
 impl FrontendsConfig {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let worded = |frontend: &FrontendConfig| frontend.answers() != Answers::default();
-        if self.grpc.iter().any(worded) {
-            return Err(ConfigError::Value {
-                key: "frontends.grpc.answers",
-                why: "is for http_connect: gRPC has one way to refuse".into(),
-            });
+        if let Some(at) = self.grpc.iter().position(worded) {
+            return Err(ConfigError::value(
+                format!("frontends.grpc[{at}].answers"),
+                "is for http_connect: gRPC has one way to refuse",
+            ));
         }
-        for frontend in self.http_connect.iter().chain(&self.grpc) {
-            if let FrontendConfig::Tcp(TcpFrontend {
-                tls_floor: Some(floor),
-                ..
-            }) = frontend
-            {
-                floor.check("frontends.tls_floor")?;
+        for (list, frontends) in [("http_connect", &self.http_connect), ("grpc", &self.grpc)] {
+            for (at, frontend) in frontends.iter().enumerate() {
+                if let FrontendConfig::Tcp(TcpFrontend {
+                    tls_floor: Some(floor),
+                    ..
+                }) = frontend
+                {
+                    floor.check(&format!("frontends.{list}[{at}].tls_floor"))?;
+                }
             }
         }
         Ok(())
@@ -57,8 +59,8 @@ impl FrontendsConfig {
 }
 
 /// One listener: a Unix socket, or TCP with mutual TLS.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "FrontendKeys")]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "FrontendKeys", into = "FrontendKeys")]
 pub enum FrontendConfig {
     /// A Unix socket.
     Unix(UnixFrontend),
@@ -93,27 +95,43 @@ impl FrontendConfig {
 }
 
 /// The keys of either kind, as they stand in the file.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FrontendKeys {
+    #[serde(skip_serializing_if = "Option::is_none")]
     unix: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     takeover: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     tcp: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     cert: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     client_ca: Option<PathBuf>,
-    #[serde(default, deserialize_with = "super::optional_section")]
+    #[serde(
+        default,
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     tls_floor: Option<TlsFloor>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     tenant: Option<TrustDomain>,
-    #[serde(default, deserialize_with = "super::allow::list")]
+    #[serde(
+        default,
+        deserialize_with = "super::allow::list",
+        skip_serializing_if = "Option::is_none"
+    )]
     allow: Option<Vec<AllowRule>>,
     #[serde(default)]
     answers: Answers,
 }
 
 /// How an HTTP CONNECT frontend words a refusal.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answers {
     /// Each kind of failure has its status; the reason phrase says why.
@@ -179,8 +197,41 @@ impl TryFrom<FrontendKeys> for FrontendConfig {
     }
 }
 
+impl From<FrontendConfig> for FrontendKeys {
+    fn from(frontend: FrontendConfig) -> Self {
+        match frontend {
+            FrontendConfig::Unix(unix) => Self {
+                unix: Some(unix.unix),
+                mode: Some(format!("{:04o}", unix.mode)),
+                takeover: Some(unix.takeover),
+                tcp: None,
+                cert: None,
+                key: None,
+                client_ca: None,
+                tls_floor: None,
+                tenant: unix.tenant,
+                allow: unix.allow,
+                answers: unix.answers,
+            },
+            FrontendConfig::Tcp(tcp) => Self {
+                unix: None,
+                mode: None,
+                takeover: None,
+                tcp: Some(tcp.tcp),
+                cert: Some(tcp.cert),
+                key: Some(tcp.key),
+                client_ca: Some(tcp.client_ca),
+                tls_floor: tcp.tls_floor,
+                tenant: tcp.tenant,
+                allow: tcp.allow,
+                answers: tcp.answers,
+            },
+        }
+    }
+}
+
 /// A frontend on a Unix socket.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct UnixFrontend {
     /// Where the socket is made.
     pub unix: PathBuf,
@@ -198,7 +249,7 @@ pub struct UnixFrontend {
 }
 
 /// A frontend on TCP with mutual TLS.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TcpFrontend {
     /// Where it listens.
     pub tcp: SocketAddr,

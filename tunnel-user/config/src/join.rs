@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::kubernetes::{Access, TokenRules};
 use super::{ConfigError, rule};
@@ -21,7 +21,7 @@ const SHORTEST: Duration = Duration::from_secs(600);
 const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);
 
 /// `join`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct JoinConfig {
     /// TCP address of the join listener.
@@ -32,7 +32,10 @@ pub struct JoinConfig {
     #[serde(with = "humantime_serde")]
     pub validity: Duration,
     /// Pods may join with their service account's token.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub kubernetes: Option<PodsConfig>,
 }
 
@@ -48,7 +51,7 @@ impl Default for JoinConfig {
 }
 
 /// `join.kubernetes`: which tokens are taken, and for which nodes.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodsConfig {
     /// The audience that a token must be for.
@@ -58,6 +61,7 @@ pub struct PodsConfig {
     /// The service account.
     pub service_account: String,
     /// How to reach the API server that reviews tokens; as a pod when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
     /// Which addresses the nodes may have.
     #[serde(deserialize_with = "rule::nets")]
@@ -98,7 +102,10 @@ impl PodsConfig {
 impl JoinConfig {
     /// Makes paths absolute.
     pub(super) fn resolve(&mut self, base: &Path) {
-        self.ca = base.join(&self.ca);
+        // What is missing stays missing, for the check.
+        if !self.ca.as_os_str().is_empty() {
+            self.ca = base.join(&self.ca);
+        }
         if let Some(kubernetes) = &mut self.kubernetes {
             kubernetes.kubeconfig = kubernetes.kubeconfig.as_ref().map(|it| base.join(it));
         }
@@ -107,12 +114,7 @@ impl JoinConfig {
     /// # Errors
     /// [`ConfigError::Value`].
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let value = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let value = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if self.ca.as_os_str().is_empty() {
             return value(
                 "join.ca",

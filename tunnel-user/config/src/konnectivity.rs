@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tunnel_proto::trust_domain::TrustDomain;
 
 use super::ConfigError;
@@ -21,21 +21,28 @@ const MAX_SERVER_IDS: u32 = 8;
 const SHORTEST_KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// `konnectivity` of a server: the agents of Konnectivity that it serves.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KonnectivityConfig {
     /// TCP address of `AgentService`, always with TLS.
     pub listen: SocketAddr,
     /// The tenant that its agents are; the server's own trust domain when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant: Option<TrustDomain>,
     /// PEM chain that agents check; `tls.cert` when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
     /// Its PEM key; `tls.key` when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
     /// PEM roots that vouch for agents. A certificate is asked for only when they are given.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
     /// Agents show a service account's token. Not together with `client_ca`.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub token: Option<TokenConfig>,
     /// Whether an agent serves whatever it says that it serves, as with Konnectivity. Otherwise it
     /// serves what its identity is granted.
@@ -69,7 +76,7 @@ impl Default for KonnectivityConfig {
 }
 
 /// `konnectivity.token`: which tokens let an agent in.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TokenConfig {
     /// The audience that a token must be for.
@@ -79,8 +86,10 @@ pub struct TokenConfig {
     /// The service account.
     pub service_account: String,
     /// How to reach the API server that reviews tokens; as a pod when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
     /// How often it may be asked; as often as needed when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
 }
 
@@ -97,7 +106,7 @@ impl Default for TokenConfig {
 }
 
 /// `leases`: servers are counted by the leases that they hold.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeaseConfig {
     /// Where they are.
@@ -106,8 +115,10 @@ pub struct LeaseConfig {
     /// agent any label selector.
     pub label: String,
     /// How to reach the API server; as a pod when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
     /// How often it may be asked; as often as needed when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
 }
 
@@ -149,10 +160,7 @@ impl LeaseConfig {
     pub fn labels(&self) -> Result<Labels, ConfigError> {
         self.label
             .parse()
-            .map_err(|e: LabelError| ConfigError::Value {
-                key: "leases.label",
-                why: e.to_string(),
-            })
+            .map_err(|e: LabelError| ConfigError::value("leases.label", e.to_string()))
     }
 
     /// What an agent tells them from others by.
@@ -162,10 +170,7 @@ impl LeaseConfig {
     pub fn selector(&self) -> Result<Selector, ConfigError> {
         self.label
             .parse()
-            .map_err(|e: LabelError| ConfigError::Value {
-                key: "konnectivity.leases.label",
-                why: e.to_string(),
-            })
+            .map_err(|e: LabelError| ConfigError::value("konnectivity.leases.label", e.to_string()))
     }
 
     /// How their API server is reached.
@@ -191,12 +196,7 @@ impl KonnectivityConfig {
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let value = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let value = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if !(1..=MAX_SERVER_IDS).contains(&self.server_ids) {
             return value("konnectivity.server_ids", "must be 1 to 8");
         }
@@ -234,20 +234,26 @@ impl KonnectivityConfig {
 }
 
 /// `konnectivity` of an agent: how it dials proxy-servers.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProxyServerConfig {
     /// PEM roots that vouch for proxy-servers.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
     /// PEM chain that proxy-servers may ask for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
     /// Its PEM key.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
     /// A file with a service account's token, read anew for each connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
     /// The name in the proxy-server's certificate; the host that is dialled when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub server_name: Option<String>,
     /// Who we say that we are; random when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<String>,
     /// What we say that we serve, URL-query encoded: `ipv4=10.0.0.1&host=w1&default-route=true`.
     pub identifiers: String,
@@ -258,14 +264,17 @@ pub struct ProxyServerConfig {
     #[serde(deserialize_with = "super::section")]
     pub alpn: Vec<String>,
     /// Servers are counted by their leases, not by what the last one says.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub leases: Option<LeaseConfig>,
     /// With leases: what counts.
     pub server_count: CountSource,
 }
 
 /// What an agent counts proxy-servers by, where it looks at leases.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CountSource {
     /// Leases alone.
@@ -295,12 +304,7 @@ impl Default for ProxyServerConfig {
 
 impl ProxyServerConfig {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let value = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let value = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if self.ca.is_none() {
             return value(
                 "konnectivity.ca",

@@ -15,17 +15,21 @@ pub mod join;
 pub mod konnectivity;
 pub mod kubernetes;
 pub mod labels;
+mod locate;
 mod removed;
+pub mod role;
 pub mod rule;
 pub mod server;
 pub mod tls_floor;
 pub mod transport;
+mod write;
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tunnel_proto::trust_domain::TrustDomain;
 
 use cpc_host::cores::MAX_SHARDS;
@@ -38,6 +42,7 @@ pub use join::JoinConfig;
 pub use rule::{PortRange, Rule};
 pub use server::ServerConfig;
 pub use transport::TransportConfig;
+pub use write::to_yaml;
 
 /// UDP port of the tunnel, and TCP port of the health answer beside it.
 pub const TUNNEL_PORT: u16 = 8132;
@@ -62,13 +67,11 @@ fn above_zero<T: Default + PartialEq, const N: usize>(
     let is_zero = |(_, count): &(_, Option<T>)| *count == Some(T::default());
     match counts.into_iter().find(is_zero) {
         None => Ok(()),
-        Some((key, _)) => Err(ConfigError::Value {
+        Some((key, _)) => Err(ConfigError::value(
             key,
-            why:
-                "is 0, which would refuse everything; give it a number from 1 on, or leave it out \
-                  for the default"
-                    .into(),
-        }),
+            "is 0, which would refuse everything; give it a number from 1 on, or leave it out for \
+             the default",
+        )),
     }
 }
 
@@ -77,10 +80,10 @@ fn check_shards(shards: usize) -> Result<(), ConfigError> {
     if (1..=MAX_SHARDS).contains(&shards) {
         return Ok(());
     }
-    Err(ConfigError::Value {
-        key: "shards",
-        why: format!("must be 1 to {}", MAX_SHARDS),
-    })
+    Err(ConfigError::value(
+        "shards",
+        format!("must be 1 to {MAX_SHARDS}"),
+    ))
 }
 
 /// Why a configuration was not taken.
@@ -102,24 +105,45 @@ pub enum ConfigError {
         /// What is wrong, and where.
         why: String,
     },
+    /// A configuration that can't be written.
+    #[error("the configuration can't be written: {why}")]
+    Write {
+        /// What is in the way.
+        why: String,
+    },
     /// A value that can't be right.
     #[error("{key}: {why}")]
     Value {
-        /// The key, as it stands in the file.
-        key: &'static str,
+        /// The key: `tls.cert`, `servers[0]`.
+        key: Cow<'static, str>,
         /// What is wrong with it and what would be right.
         why: String,
     },
 }
 
 impl ConfigError {
-    /// Names the file that a value comes from, where one was read.
+    /// Says what is wrong with a key's value.
+    pub fn value(key: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Self {
+        let (key, why) = (key.into(), why.into());
+        Self::Value { key, why }
+    }
+
+    /// Names the file that a value comes from, where one was read, and the line of its key, where it
+    /// stands there.
     pub fn within(self, path: Option<&Path>) -> Self {
         match (self, path) {
-            (Self::Value { key, why }, Some(path)) => Self::Parse {
-                path: path.into(),
-                why: format!("{key}: {why}"),
-            },
+            (Self::Value { key, why }, Some(path)) => {
+                // Read again: errors are rare, and the text of all others need not be kept.
+                let text = std::fs::read_to_string(path).unwrap_or_default();
+                let place = match locate::locate(&text, &key) {
+                    Some((line, column)) => format!("line {line} column {column}: "),
+                    None => String::new(),
+                };
+                Self::Parse {
+                    path: path.into(),
+                    why: format!("{place}{key}: {why}"),
+                }
+            }
             (error, _) => error,
         }
     }
@@ -148,6 +172,12 @@ pub fn load<T: DeserializeOwned + Default>(path: Option<&Path>) -> Result<T, Con
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Version;
 
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u32(1)
+    }
+}
+
 impl<'de> Deserialize<'de> for Version {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match u32::deserialize(d)? {
@@ -160,26 +190,30 @@ impl<'de> Deserialize<'de> for Version {
 }
 
 /// `tls`: our own certificate, and whom we trust.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
     /// PEM certificate chain.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
     /// PEM private key.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
     /// PEM roots for our own trust domain.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
     /// Roots of further trust domains.
     #[serde(deserialize_with = "section")]
     pub trust: Vec<TrustConfig>,
     /// Identities and serial numbers that count no more, a line each.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub revoked: Option<PathBuf>,
     /// An agent asks a server for another certificate when two thirds of this one's life are over.
     pub renew: bool,
 }
 
 /// One further trust domain.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrustConfig {
     /// Its name.
@@ -209,11 +243,9 @@ impl TlsConfig {
     /// # Errors
     /// [`ConfigError::Value`] naming the key that is missing.
     pub fn files(&self) -> Result<TlsFiles, ConfigError> {
-        let need = |path: &Option<PathBuf>, key| {
-            path.clone().ok_or_else(|| ConfigError::Value {
-                key,
-                why: "is needed; `cpc pki` makes certificates".into(),
-            })
+        let need = |path: &Option<PathBuf>, key: &'static str| {
+            let needed = || ConfigError::value(key, "is needed; `cpc pki` makes certificates");
+            path.clone().ok_or_else(needed)
         };
         Ok(TlsFiles {
             cert: need(&self.cert, "tls.cert")?,
@@ -244,7 +276,7 @@ impl TlsConfig {
 }
 
 /// `log`: what is written where.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
     /// Levels, also by module: `info`, `cpc=debug,quinn=warn`.
@@ -266,7 +298,7 @@ impl Default for LogConfig {
 }
 
 /// How log lines look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people.
@@ -525,11 +557,11 @@ mod tests {
         for (wrong, named) in [
             (
                 "grpc: [{unix: x, answers: konnectivity}]".into(),
-                "grpc.answers",
+                "frontends.grpc[0].answers",
             ),
             (
                 format!("grpc: [{{{tcp}, tls_floor: {{cipher_suites: [none]}}}}]"),
-                "tls_floor",
+                "frontends.grpc[0].tls_floor.cipher_suites",
             ),
         ] {
             let error = check(&wrong).unwrap_err().to_string();

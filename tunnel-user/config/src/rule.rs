@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use serde::Deserialize;
 use serde::de::{Error, Visitor};
+use serde::{Deserialize, Serialize};
 
 /// Ports from the first to the last, both included: `10250` or `1-1024`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,16 @@ impl fmt::Display for PortRange {
     }
 }
 
+/// A number where it is one port.
+impl Serialize for PortRange {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self.first == self.last {
+            true => s.serialize_u16(self.first),
+            false => s.collect_str(self),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for PortRange {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Ports;
@@ -106,14 +116,14 @@ impl<'de> Deserialize<'de> for PortRange {
 }
 
 /// An address range, and the ports in it.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
     /// Addresses; a single address may stand without its prefix length.
     #[serde(deserialize_with = "net")]
     pub cidr: IpNet,
     /// Ports; none listed means every port.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortRange>,
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tunnel_proto::preface::MAX_DEADLINE;
 use tunnel_proto::trust_domain::TrustDomain;
 
@@ -24,7 +24,7 @@ use cpc_host::sources::Bounds;
 use cpc_host::{cores, memory};
 
 /// Everything a server is told.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     /// Version of the schema.
@@ -32,6 +32,7 @@ pub struct ServerConfig {
     /// UDP address of the tunnel; the same on TCP answers `/readyz` for load balancers.
     pub listen: SocketAddr,
     /// Our name for agents of Konnectivity; the one in the certificate of `tls` when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub server_id: Option<String>,
     /// How many servers an agent must find.
     pub server_count: u32,
@@ -62,17 +63,27 @@ pub struct ServerConfig {
     #[serde(deserialize_with = "super::section")]
     pub redirect: RedirectConfig,
     /// The agents of Konnectivity.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub konnectivity: Option<KonnectivityConfig>,
     /// Workers without a certificate get one.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub join: Option<JoinConfig>,
     /// Leases that tell agents how many servers there are.
-    #[serde(deserialize_with = "super::optional_section")]
+    #[serde(
+        deserialize_with = "super::optional_section",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub leases: Option<LeaseConfig>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
     /// Address of health and metrics as Konnectivity's programs tell them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<SocketAddr>,
     /// Bounds.
     #[serde(deserialize_with = "super::section")]
@@ -114,7 +125,7 @@ impl Default for ServerConfig {
 }
 
 /// `policy`: who may serve what, beyond the node addresses in its certificate.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
     /// What each identity may serve.
@@ -123,7 +134,7 @@ pub struct PolicyConfig {
 }
 
 /// What the identities that match a pattern may serve.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GrantConfig {
     /// A URI, in which `*` stands for any characters but `/`.
@@ -139,7 +150,7 @@ pub struct GrantConfig {
 }
 
 /// `routing`: how an agent is chosen for a destination.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {
     /// Asked in this order; the first that knows an agent decides.
@@ -156,7 +167,7 @@ impl Default for RoutingConfig {
 }
 
 /// One way to choose an agent, in Konnectivity's terms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Strategy {
     /// Any agent that may serve everything, whatever the destination.
@@ -179,12 +190,13 @@ impl Strategy {
 }
 
 /// `redirect`: the eBPF redirect.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedirectConfig {
     /// Directory on a bpffs where programs and maps outlive the process.
     pub pin: PathBuf,
     /// Whose members may use the maps, so that a server needs no capability; nobody when missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<GroupConfig>,
     /// Whose sockets are redirected, and which.
     #[serde(deserialize_with = "super::section")]
@@ -201,8 +213,38 @@ impl Default for RedirectConfig {
     }
 }
 
+impl RedirectConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let mut names = HashSet::new();
+        for (at, attachment) in self.attachments.iter().enumerate() {
+            let wrong = |key, why: &str| {
+                let key = format!("redirect.attachments[{at}].{key}");
+                Err(ConfigError::value(key, why))
+            };
+            if !names.insert(&attachment.name) {
+                return wrong("name", "must be unique");
+            }
+            if attachment.capture.is_empty() {
+                return wrong("capture", "must name what is redirected");
+            }
+            let listen = &attachment.listen;
+            let families = |v4: bool| listen.iter().filter(|a| a.is_ipv4() == v4).count();
+            let accepts = |a: &SocketAddr| a.ip().is_loopback() && a.port() != 0;
+            if listen.is_empty()
+                || families(true) > 1
+                || families(false) > 1
+                || !listen.iter().all(accepts)
+            {
+                let why = "must be one loopback address with a port for each family";
+                return wrong("listen", why);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A group of this host.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum GroupConfig {
     /// By number.
@@ -212,7 +254,7 @@ pub enum GroupConfig {
 }
 
 /// One attachment of the redirect.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachmentConfig {
     /// Its name, in pins, logs and metrics.
@@ -220,13 +262,17 @@ pub struct AttachmentConfig {
     /// The cgroup v2 directory whose processes are redirected.
     pub cgroup: PathBuf,
     /// Their network namespace, as a path; the server's own when missing.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<PathBuf>,
     /// Their tenant; the server's own trust domain when missing.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<TrustDomain>,
     /// What they may ask for of what is redirected; whatever agents serve when missing.
-    #[serde(default, deserialize_with = "super::allow::list")]
+    #[serde(
+        default,
+        deserialize_with = "super::allow::list",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub allow: Option<Vec<AllowRule>>,
     /// Where redirected connections are accepted: one loopback address a family.
     #[serde(default = "default_redirect_listen")]
@@ -242,7 +288,7 @@ pub struct AttachmentConfig {
 }
 
 /// What happens to captured connections while the server is dead or stuck.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {
     /// They are refused (ECONNREFUSED).
@@ -257,7 +303,7 @@ pub enum FailMode {
 pub const MAX_ROUTES: usize = 44_000;
 
 /// `limits`: bounds, and how long things may take.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     /// A dial that has not succeeded by then has failed.
@@ -273,6 +319,7 @@ pub struct LimitsConfig {
     /// Connections at once.
     pub connections: usize,
     /// The same for each tenant, if it is to be less.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_tenant: Option<usize>,
     /// Connections over one tunnel at once, below [`MAX_DIALS`].
     ///
@@ -280,24 +327,29 @@ pub struct LimitsConfig {
     /// Dials under way at once.
     pub dials: usize,
     /// The same for each tenant, if it is to be less.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub dials_per_tenant: Option<usize>,
     /// Dials at once that the agent of one tunnel has not answered.
     pub dials_per_tunnel: usize,
     /// Tunnels of agents at once; one of Konnectivity counts once, however many streams it has.
     pub agents: usize,
     /// The same for each tenant, if it is to be less.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub agents_per_tenant: Option<usize>,
     /// Routes at once, names among them, at most [`MAX_ROUTES`]; the default route counts twice.
     pub routes: usize,
     /// The same for each tenant, if it is to be less than three quarters of what the others leave.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub routes_per_tenant: Option<usize>,
     /// The same for each identity; for each process of Konnectivity's agents.
     pub routes_per_agent: usize,
     /// Bytes of memory that unread data may take: of stopped readers, and of streams with gaps.
     pub stalled_bytes: u64,
     /// The same for each tenant, if it is to be less.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub stalled_bytes_per_tenant: Option<u64>,
     /// The same for each tunnel; a quarter of `stalled_bytes` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub stalled_bytes_per_tunnel: Option<u64>,
     /// Handshakes, at each port that strangers come to.
     #[serde(deserialize_with = "super::section")]
@@ -314,7 +366,7 @@ pub struct LimitsConfig {
 }
 
 /// `limits.handshakes`: how many strangers a port takes in, from everywhere and from one source.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HandshakesConfig {
     /// Under way at once, from everywhere.
@@ -365,12 +417,7 @@ impl HandshakesConfig {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let wrong = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let wrong = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if self.at_once == 0 {
             return wrong("limits.handshakes.at_once", "must be at least 1");
         }
@@ -521,12 +568,7 @@ impl ServerConfig {
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let value = |key, why: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: why.into(),
-            })
-        };
+        let value = |key: &'static str, why: &str| Err(ConfigError::value(key, why));
         if self.server_count == 0 {
             return value("server_count", "must be at least 1");
         }
@@ -586,39 +628,20 @@ impl ServerConfig {
         if self.tls.renew {
             return value("tls.renew", "is for agents");
         }
-        let mut names = HashSet::new();
-        for attachment in &self.redirect.attachments {
-            if !names.insert(&attachment.name) {
-                return value("redirect.attachments.name", "must be unique");
-            }
-            if attachment.capture.is_empty() {
-                return value(
-                    "redirect.attachments.capture",
-                    "must name what is redirected",
-                );
-            }
-            let families = |v4: bool| {
-                attachment
-                    .listen
-                    .iter()
-                    .filter(|a| a.is_ipv4() == v4)
-                    .count()
-            };
-            if attachment.listen.is_empty()
-                || families(true) > 1
-                || families(false) > 1
-                || !attachment
-                    .listen
-                    .iter()
-                    .all(|a| a.ip().is_loopback() && a.port() != 0)
-            {
-                return value(
-                    "redirect.attachments.listen",
-                    "must be one loopback address with a port for each family",
-                );
+        self.redirect.check()
+    }
+
+    /// Makes every path absolute, the redirect's too: it means the same wherever it is read then.
+    pub fn make_absolute(&mut self, working_directory: &Path) {
+        self.resolve(working_directory);
+        let redirect = &mut self.redirect;
+        redirect.pin = working_directory.join(&redirect.pin);
+        for attachment in &mut redirect.attachments {
+            attachment.cgroup = working_directory.join(&attachment.cgroup);
+            if let Some(netns) = &mut attachment.netns {
+                *netns = working_directory.join(&netns);
             }
         }
-        Ok(())
     }
 
     fn resolve(&mut self, base: &Path) {

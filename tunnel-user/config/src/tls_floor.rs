@@ -1,7 +1,7 @@
 //! Which TLS is accepted from programs that are not ours. The tunnel speaks TLS 1.3 alone and has
 //! no such choice.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
@@ -19,7 +19,7 @@ pub const SUITES: [&str; 9] = [
 ];
 
 /// What TLS is accepted.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsFloor {
     /// The oldest version.
@@ -29,7 +29,7 @@ pub struct TlsFloor {
 }
 
 /// A version of TLS.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TlsVersion {
     /// RFC 5246.
     #[default]
@@ -45,17 +45,20 @@ impl TlsFloor {
     ///
     /// # Errors
     /// [`ConfigError::Value`] that names `key`.
-    pub(super) fn check(&self, key: &'static str) -> Result<(), ConfigError> {
-        let value = |why| Err(ConfigError::Value { key, why });
+    pub(super) fn check(&self, key: &str) -> Result<(), ConfigError> {
+        let value =
+            |below: &str, why: String| Err(ConfigError::value(format!("{key}.{below}"), why));
         if let Some(unknown) = self.cipher_suites.iter().find(|name| !is_suite(name)) {
             let all = SUITES.join(", ");
-            return value(format!(
-                "{unknown} is no cipher suite that is spoken here; {all} are"
-            ));
+            return value(
+                "cipher_suites",
+                format!("{unknown} is no cipher suite that is spoken here; {all} are"),
+            );
         }
         let needs_new = self.min_version == TlsVersion::Tls13 && !self.cipher_suites.is_empty();
         if needs_new && !self.cipher_suites.iter().any(|name| is_of_tls13(name)) {
             return value(
+                "cipher_suites",
                 "none of the cipher suites is one of TLS 1.3, which min_version asks for".into(),
             );
         }

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use serde::Deserialize;
 use serde::de::{Error, Visitor};
+use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
@@ -19,7 +19,7 @@ const MTUS: RangeInclusive<u16> = 1280..=u16::MAX;
 const ACK_EVERY: RangeInclusive<u32> = 1..=64;
 
 /// `transport`: how packets travel between an agent and a server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TransportConfig {
     /// The largest IP packet, or that it is searched for.
@@ -49,11 +49,9 @@ impl TransportConfig {
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let bounds = |key, range: &dyn fmt::Debug, remedy: &str| {
-            Err(ConfigError::Value {
-                key,
-                why: format!("must be in {range:?}{remedy}"),
-            })
+        let bounds = |key: &'static str, range: &dyn fmt::Debug, remedy: &str| {
+            let why = format!("must be in {range:?}{remedy}");
+            Err(ConfigError::value(key, why))
         };
         if let Mtu::Fixed(mtu) = self.mtu
             && !MTUS.contains(&mtu)
@@ -82,6 +80,15 @@ pub enum Mtu {
     Fixed(u16),
 }
 
+impl Serialize for Mtu {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => s.serialize_str("auto"),
+            Self::Fixed(size) => s.serialize_u16(*size),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Mtu {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Size;
@@ -108,7 +115,7 @@ impl<'de> Deserialize<'de> for Mtu {
 }
 
 /// Who decides how much may be under way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
     /// CUBIC (RFC 9438), as the kernel's TCP by default.

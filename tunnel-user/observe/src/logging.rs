@@ -264,6 +264,14 @@ fn directive(text: &str) -> String {
     }
 }
 
+/// Checks a filter.
+///
+/// # Errors
+/// [`FilterError`] when it can't be read.
+pub fn check_filter(filter: &str) -> Result<(), FilterError> {
+    parse(filter).map(drop)
+}
+
 /// Parses a filter, in which modules of this program stand below `cpc`.
 fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
     let translated: Vec<_> = filter.split(',').map(|d| directive(d.trim())).collect();

@@ -61,7 +61,7 @@ pub use object::object;
 pub use program::Refusal;
 pub use routes::Routes;
 pub use settings::CAPTURE_SET;
-pub use spec::{AttachmentSpec, FailMode, Rule, tenant_number};
+pub use spec::{AttachmentSpec, FailMode, Rule, check_name, tenant_number};
 pub use status::{LinkState, Status};
 pub use survey::Found;
 pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};

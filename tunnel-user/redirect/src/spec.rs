@@ -89,6 +89,14 @@ impl AttachmentSpec {
     }
 }
 
+/// Checks the name of an attachment.
+///
+/// # Errors
+/// [`RedirectError::Name`].
+pub fn check_name(name: &str) -> Result<(), RedirectError> {
+    padded(name).map(drop)
+}
+
 /// Returns a name as the map holds it.
 pub(super) fn padded(name: &str) -> Result<[u8; NAME_LENGTH], RedirectError> {
     let usable = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';

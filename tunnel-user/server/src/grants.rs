@@ -54,30 +54,28 @@ impl Grants {
         let mut grants = Self::default();
         let mut names: BTreeMap<NamePattern, Vec<usize>> = BTreeMap::new();
         for (at, grant) in config.grants.iter().enumerate() {
+            let wrong =
+                |key, why: String| ConfigError::value(format!("policy.grants[{at}].{key}"), why);
             if !grant.identity.starts_with("spiffe://") {
-                return Err(ConfigError::Value {
-                    key: "policy.grants.identity",
-                    why: format!(
+                return Err(wrong(
+                    "identity",
+                    format!(
                         "{:?} is no identity pattern: spiffe://cluster.local/agent/w* is",
                         grant.identity
                     ),
-                });
+                ));
             }
             if grant.identity.len() > MAX_PATTERN {
-                return Err(ConfigError::Value {
-                    key: "policy.grants.identity",
-                    why: format!("is longer than {MAX_PATTERN} bytes, and no identity is"),
-                });
+                let why = format!("is longer than {MAX_PATTERN} bytes, and no identity is");
+                return Err(wrong("identity", why));
             }
             grants.identities.push(grant.identity.clone());
             for net in &grant.cidrs {
                 grants.nets.entry(canonical(*net)).or_default().push(at);
             }
             for name in &grant.names {
-                let name = name.parse().map_err(|e: NameError| ConfigError::Value {
-                    key: "policy.grants.names",
-                    why: e.to_string(),
-                })?;
+                let parsed = name.parse();
+                let name = parsed.map_err(|e: NameError| wrong("names", e.to_string()))?;
                 names.entry(name).or_default().push(at);
             }
             if grant.default_route {

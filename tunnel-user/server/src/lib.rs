@@ -196,10 +196,7 @@ fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identi
         let name = name_of(config.server_id.as_deref().unwrap_or_default());
         Identity::new(tenant, Role::Server, &name)
     });
-    identity.map_err(|e| ConfigError::Value {
-        key: "server_id",
-        why: e.to_string(),
-    })
+    identity.map_err(|e| ConfigError::value("server_id", e.to_string()))
 }
 
 /// How often a draining server looks whether its connections have ended.
@@ -216,6 +213,28 @@ async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
 /// The tenant of a server that has no certificate to name one.
 const DEFAULT_TENANT: &str = "cluster.local";
 
+/// Checks everything of a configuration that can be checked without opening anything.
+///
+/// # Errors
+/// [`ConfigError::Value`] naming the key.
+pub fn check(config: &ServerConfig) -> Result<(), ConfigError> {
+    config.check()?;
+    Grants::new(&config.policy)?;
+    match config.tls.cert {
+        Some(_) => drop(config.tls.files()?),
+        None => drop(own_identity(config, None)?),
+    }
+    for (at, attachment) in config.redirect.attachments.iter().enumerate() {
+        cpc_redirect::check_name(&attachment.name).map_err(|error| {
+            ConfigError::value(
+                format!("redirect.attachments[{at}].name"),
+                error.to_string(),
+            )
+        })?;
+    }
+    Ok(())
+}
+
 /// Runs a server until it is told to stop. `reread` gives the configuration anew on SIGHUP.
 ///
 /// # Errors
@@ -226,7 +245,7 @@ pub async fn run(
     mut inherited: Inherited,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
 ) -> Result<(), ServerError> {
-    config.check()?;
+    check(&config)?;
     host::raise_file_limit();
     let shares = Shares::of_process(limits::listeners(&config));
     let connections = &mut config.limits.connections;

@@ -73,8 +73,7 @@ fn filter(level: i64) -> &'static str {
 
 /// A flag's value that can't be right.
 pub(super) fn wrong(flag: &'static str, why: impl Into<String>) -> ConfigError {
-    let why = why.into();
-    ConfigError::Value { key: flag, why }
+    ConfigError::value(flag, why)
 }
 
 /// An empty text counts as none, as with Go.
