@@ -2,8 +2,9 @@
 //! configuration and certificates that can't be right. None of it needs root.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use tunnel_tests::lab::Programs;
@@ -91,7 +92,7 @@ fn every_subcommand_explains_itself() -> Result<()> {
             "no {expected} in {all:?}"
         );
     }
-    for (command, below) in [("pki", 5), ("redirect", 4), ("token", 5)] {
+    for (command, below) in [("config", 2), ("pki", 5), ("redirect", 4), ("token", 5)] {
         let found = all
             .iter()
             .filter(|it| it.len() == 2 && it[0] == command)
@@ -186,10 +187,13 @@ fn errors_in_configuration_say_where() -> Result<()> {
             "version: 1\nredirect:\n  attachments:\n    - name: a\n      cgroup: /a\n      capture: []\n      shortcut: false\n",
             &["line 7", "was removed", "delete the key `shortcut`"],
         ),
-        ("version: 1\nserver_count: 0\n", &["server_count"]),
+        ("version: 1\nserver_count: 0\n", &["line 2", "server_count"]),
     ];
     let agent: [(&str, &[&str]); 3] = [
-        ("version: 1\nservers: [\"cp\"]\n", &["servers", "host:port"]),
+        (
+            "version: 1\nservers: [\"cp\"]\n",
+            &["line 2", "servers[0]", "host:port"],
+        ),
         ("version: 1\nallow:\n  - {cidr: x}\n", &["line 3", "cidr"]),
         ("version: 1\n\tservers: []\n", &["line 1 column 10", "tab"]),
     ];
@@ -203,6 +207,253 @@ fn errors_in_configuration_say_where() -> Result<()> {
             ensure!(said.contains(piece), "{text}\nno {piece:?} in: {said}");
         }
     }
+    Ok(())
+}
+
+/// What `cpc config` takes and says, without the configuration of this process.
+fn cpc_config(arguments: &[&str], environment: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
+    let mut cpc = Command::new(Programs::of_this_test()?.cpc);
+    cpc.arg("config").args(arguments).env_remove("CPC_CONFIG");
+    let output = cpc.envs(environment.iter().copied()).output()?;
+    let (printed, said) = (output.stdout, output.stderr);
+    // One of the two, never both.
+    ensure!(printed.is_empty() != said.is_empty(), "{arguments:?}");
+    let text = String::from_utf8([printed, said].concat())?;
+    Ok((output.status.code(), text))
+}
+
+const SERVER: &str = "\
+version: 1
+listen: 127.0.0.1:0
+server_id: s1
+state_dir: state
+tls: {cert: s1/server.crt, key: s1/server.key, ca: ca/ca.crt}
+frontends:
+  http_connect:
+    - unix: connect.sock
+      mode: \"0600\"
+      allow: [{name: \"*.svc\", ports: [443, \"8000-8100\"]}]
+policy:
+  grants:
+    - {identity: \"spiffe://cluster.local/agent/*\", names: [web.svc]}
+    - {identity: \"spiffe://cluster.local/agent/b\", cidrs: [10.0.0.0/8]}
+limits:
+  drain: 1m 30s
+admin: 127.0.0.1:0
+log: {filter: info}
+";
+
+const AGENT: &str = "\
+version: 1
+servers:
+  - 127.0.0.1:1
+  - {address: \"cp.example:8132\", protocol: quic}
+tls: {cert: w1/agent.crt, key: w1/agent.key, ca: ca/ca.crt}
+serve:
+  names:
+    - web.svc
+    - \"*.svc\"
+allow:
+  - {cidr: 10.0.0.0/8, ports: [\"1-1024\"]}
+limits: {drain: forever}
+admin: 127.0.0.1:0
+";
+
+/// `cpc config check` takes what a start takes and names the line of what it does not take.
+#[test]
+fn a_configuration_is_checked_without_a_start() -> Result<()> {
+    let folder = Folder::new("config-check")?;
+    let file = folder.path().join("config.yaml");
+    let path = file.to_str().context("not UTF-8")?;
+    for (role, text) in [("server", SERVER), ("agent", AGENT)] {
+        fs::write(&file, text)?;
+        let ok = (Some(0), format!("{path}: ok\n"));
+        assert_eq!(cpc_config(&["check", path], &[])?, ok);
+        let told = ["check", "--role", role, path];
+        // The environment of a start does not count.
+        assert_eq!(cpc_config(&told, &[("CPC_SHARDS", "0")])?, ok);
+        let other = if role == "server" { "agent" } else { "server" };
+        let (code, said) = cpc_config(&["check", "--role", other, path], &[])?;
+        ensure!(code == Some(1) && said.contains("unknown field"), "{said}");
+    }
+    type Case = (
+        &'static str,
+        &'static str,
+        &'static str,
+        &'static [&'static str],
+    );
+    let wrong: [Case; 12] = [
+        (
+            SERVER,
+            "1m 30s",
+            "2days",
+            &["line 16", "limits.drain", "24 h"],
+        ),
+        (SERVER, "1m 30s", "soon", &["line 16", "drain"]),
+        (SERVER, "  drain", "  draim", &["line 16", "draim"]),
+        (
+            SERVER,
+            "names: [web.svc]",
+            "names: [\"a b\"]",
+            &["line 13", "policy.grants[0].names"],
+        ),
+        (
+            SERVER,
+            "spiffe://cluster.local/agent/b",
+            "b",
+            &["line 14", "policy.grants[1].identity"],
+        ),
+        (
+            SERVER,
+            ", ca: ca/ca.crt",
+            "",
+            &["line 5", "tls.ca", "cpc pki"],
+        ),
+        (
+            SERVER,
+            "filter: info",
+            "filter: a=b=c",
+            &["line 18", "log.filter", "info,cpc=debug"],
+        ),
+        (SERVER, "\"0600\"", "600", &["0660"]),
+        (
+            AGENT,
+            "cp.example:8132",
+            "cp.example",
+            &["line 4", "servers[1]", "host:port"],
+        ),
+        (AGENT, "\"*.svc\"", "\"*\"", &["line 9", "serve.names[1]"]),
+        (
+            AGENT,
+            ", ca: ca/ca.crt",
+            "",
+            &["line 5", "tls.ca", "cpc pki"],
+        ),
+        (AGENT, "quic", "auto", &["konnectivity", "is needed"]),
+    ];
+    for (text, right, wrong, pieces) in wrong {
+        ensure!(text.contains(right), "{right:?} is not in {text}");
+        fs::write(&file, text.replace(right, wrong))?;
+        let role = if text == SERVER { "server" } else { "agent" };
+        let (code, said) = cpc_config(&["check", path], &[])?;
+        assert_eq!(code, Some(1), "{wrong}: {said}");
+        for piece in pieces.iter().chain(&[path]) {
+            ensure!(said.contains(piece), "{wrong}\nno {piece:?} in: {said}");
+        }
+        let start = cpc(&[role, "--config", path])?;
+        assert_eq!(
+            String::from_utf8(start.stderr)?,
+            said,
+            "a start says the same"
+        );
+    }
+    for text in ["version: 1\n", "servers: []\nlisten: a\n"] {
+        fs::write(&file, text)?;
+        let (code, said) = cpc_config(&["check", path], &[])?;
+        ensure!(code == Some(1) && said.contains("--role server"), "{said}");
+    }
+    let (code, said) = cpc_config(&["check", "/nonexistent"], &[])?;
+    ensure!(code == Some(1) && said.contains("/nonexistent"), "{said}");
+    Ok(())
+}
+
+/// What comes from a flag or from the environment is not looked for in the file.
+#[test]
+fn a_wrong_value_that_was_given_is_said_to_be() -> Result<()> {
+    let folder = Folder::new("config-given")?;
+    let file = folder.path().join("config.yaml");
+    let path = file.to_str().context("not UTF-8")?;
+    fs::write(&file, format!("{SERVER}shards: 2\n"))?;
+    let (code, said) = cpc_config(&["show", path], &[("CPC_SHARDS", "0")])?;
+    ensure!(
+        code == Some(1) && said.contains("in the environment"),
+        "{said}"
+    );
+    ensure!(!said.contains("line"), "{said}");
+    let (code, said) = cpc_config(&["show", path, "--", "--shards", "0"], &[])?;
+    ensure!(code == Some(1) && said.contains("by a flag"), "{said}");
+    Ok(())
+}
+
+/// `cpc config show` prints what file, environment and flags come to, as a file that means the same
+/// wherever it lies, and that programs start with.
+#[test]
+fn what_is_in_force_is_a_configuration_again() -> Result<()> {
+    let folder = Folder::new("config-show")?;
+    let elsewhere = Folder::new("config-shown")?;
+    let path = |name: &str| -> Result<String> {
+        let path = folder.path().join(name);
+        Ok(path.to_str().context("not UTF-8")?.to_owned())
+    };
+    let pki = |arguments: &[&str]| -> Result<()> {
+        let output = cpc(&[&["pki"], arguments].concat())?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    };
+    let (ca, s1, w1) = (&path("ca")?, &path("s1")?, &path("w1")?);
+    pki(&["init", "--dir", ca])?;
+    pki(&["server", "--dir", ca, "--id", "s1", "--out", s1])?;
+    pki(&["agent", "--dir", ca, "--node", "w1", "--out", w1])?;
+    for (role, text, up) in [
+        ("server", SERVER, "server is up"),
+        ("agent", AGENT, "agent is up"),
+    ] {
+        let file = &path("config.yaml")?;
+        fs::write(file, text)?;
+        let environment = [("CPC_SHARDS", "1"), ("CPC_LOG_FORMAT", "json")];
+        let flags = ["show", file, "--", "--engine", "epoll"];
+        let (code, shown) = cpc_config(&flags, &environment)?;
+        assert_eq!(code, Some(0), "{shown}");
+        let certificate = path(if role == "server" {
+            "s1/server.crt"
+        } else {
+            "w1/agent.crt"
+        })?;
+        for piece in [
+            "shards: 1\n",
+            "format: json\n",
+            "engine: epoll\n",
+            // A default.
+            "max_mtu: 9000\n",
+            &certificate,
+        ] {
+            ensure!(shown.contains(piece), "no {piece:?} in: {shown}");
+        }
+        ensure!(!shown.contains("PRIVATE"), "{shown}");
+        let again = elsewhere.path().join("shown.yaml");
+        let again = again.to_str().context("not UTF-8")?;
+        fs::write(again, &shown)?;
+        let ok = (Some(0), format!("{again}: ok\n"));
+        assert_eq!(cpc_config(&["check", again], &[])?, ok);
+        assert_eq!(cpc_config(&["show", again], &[])?.1, shown);
+        starts(&[role, "--config", again], up)?;
+    }
+    let (code, said) = cpc_config(&["show"], &[])?;
+    ensure!(code == Some(1) && said.contains("--role"), "{said}");
+    let defaults = cpc_config(&["show", "--role", "agent"], &[("CPC_SERVERS", "a:1")])?.1;
+    ensure!(defaults.contains("tls.cert"), "{defaults}");
+    Ok(())
+}
+
+/// Starts a program and ends it once it has said that it is up.
+fn starts(arguments: &[&str], up: &str) -> Result<()> {
+    let mut cpc = Command::new(Programs::of_this_test()?.cpc);
+    cpc.args(arguments).env_remove("CPC_CONFIG");
+    let mut started = cpc.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let stderr = started.stderr.take().context("no standard error")?;
+    let mut said = Vec::new();
+    let mut is_up = false;
+    for line in BufReader::new(stderr).lines() {
+        let line = line?;
+        is_up = line.contains(up);
+        said.push(line);
+        if is_up {
+            break;
+        }
+    }
+    started.kill()?;
+    started.wait()?;
+    ensure!(is_up, "{arguments:?}: {}", said.join("\n"));
     Ok(())
 }
 

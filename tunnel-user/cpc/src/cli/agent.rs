@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::common::{LogArgs, TlsArgs, begin, overlay};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
 use super::join;
 use cpc_config::address;
 use cpc_config::datapath::EngineChoice;
@@ -77,29 +77,55 @@ fn server(text: &str) -> Result<String, String> {
     }
 }
 
+/// Checks what a start checks before it opens anything.
+///
+/// # Errors
+/// [`ConfigError::Value`] naming the key.
+pub(super) fn check(config: &AgentConfig) -> Result<(), ConfigError> {
+    cpc_agent::check(config)?;
+    check_log(&config.log)
+}
+
 impl Args {
     fn config(&self) -> Result<AgentConfig, ConfigError> {
-        let mut config = AgentConfig::load(self.config.as_deref())?;
-        let given = |empty: bool| (!empty).then_some(());
-        overlay(
-            &mut config.servers,
-            given(self.servers.is_empty())
-                .map(|()| self.servers.iter().cloned().map(Into::into).collect()),
-        );
-        overlay(
-            &mut config.allow,
-            given(self.allow.is_empty()).map(|()| Some(self.allow.clone())),
-        );
-        overlay(&mut config.shards, self.shards);
-        overlay(&mut config.tunnels, self.tunnels);
-        overlay(&mut config.state_dir, self.state_dir.clone().map(Some));
-        overlay(&mut config.admin, self.admin);
-        overlay(&mut config.datapath.engine, self.engine);
-        self.tls.apply(&mut config.tls);
-        config.tls.renew |= self.renew;
-        self.log.apply(&mut config.log);
+        self.checked_by(AgentConfig::check)
+    }
+
+    /// The configuration of a start. Read again later, less of it may keep the rest from being put in
+    /// force.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with the place of the wrong value.
+    pub(super) fn for_start(&self) -> Result<AgentConfig, ConfigError> {
+        self.checked_by(check)
+    }
+
+    fn checked_by(
+        &self,
+        check: impl Fn(&AgentConfig) -> Result<(), ConfigError>,
+    ) -> Result<AgentConfig, ConfigError> {
         let file = self.config.as_deref();
-        config.check().map_err(|error| error.within(file))?;
+        let mut config = AgentConfig::load(file)?;
+        let mut overlay = Overlay::default();
+        let servers = self.servers.iter().cloned().map(Into::into);
+        let servers = (!self.servers.is_empty()).then(|| servers.collect());
+        overlay.put("servers", &mut config.servers, servers);
+        let allow = (!self.allow.is_empty()).then(|| Some(self.allow.clone()));
+        overlay.put("allow", &mut config.allow, allow);
+        overlay.put("shards", &mut config.shards, self.shards);
+        overlay.put("tunnels", &mut config.tunnels, self.tunnels);
+        let state_dir = self.state_dir.clone().map(Some);
+        overlay.put("state_dir", &mut config.state_dir, state_dir);
+        overlay.put("admin", &mut config.admin, self.admin);
+        overlay.put("datapath.engine", &mut config.datapath.engine, self.engine);
+        self.tls.apply(&mut overlay, &mut config.tls);
+        overlay.put(
+            "tls.renew",
+            &mut config.tls.renew,
+            self.renew.then_some(true),
+        );
+        self.log.apply(&mut overlay, &mut config.log);
+        check(&config).map_err(|error| overlay.place(error, file))?;
         Ok(config)
     }
 
@@ -107,7 +133,7 @@ impl Args {
         if let Some(Command::Join(args)) = self.command.take() {
             return args.run();
         }
-        let config = self.config()?;
+        let config = self.for_start()?;
         let log = begin(ANY_START, &config.log, &config.audit)?;
         super::runtime()?.block_on(cpc_agent::run(config, log, || self.config()))?;
         Ok(())

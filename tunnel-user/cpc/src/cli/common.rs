@@ -1,19 +1,47 @@
 //! Flags that several subcommands share.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 
-use cpc_config::{AuditConfig, LogConfig, LogFormat, TlsConfig};
+use cpc_config::{AuditConfig, ConfigError, LogConfig, LogFormat, TlsConfig};
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::logging::{self, LogHandle};
 
-/// Puts what was given in the place of what stood there.
-pub(super) fn overlay<T>(value: &mut T, given: Option<T>) {
-    if let Some(given) = given {
-        *value = given;
+/// The keys whose values were given by flags or in the environment: they win over the file's.
+#[derive(Debug, Default)]
+pub(super) struct Overlay(Vec<&'static str>);
+
+impl Overlay {
+    /// Puts what was given in the place of what stood there.
+    pub(super) fn put<T>(&mut self, key: &'static str, value: &mut T, given: Option<T>) {
+        if let Some(given) = given {
+            *value = given;
+            self.0.push(key);
+        }
     }
+
+    /// Says where a wrong value comes from: the line of `file`, or not from there at all.
+    pub(super) fn place(&self, error: ConfigError, file: Option<&Path>) -> ConfigError {
+        let is_given = |key: &str| {
+            let list = key.split('[').next().unwrap_or_default();
+            self.0.contains(&list)
+        };
+        match error {
+            ConfigError::Value { key, why } if is_given(&key) => ConfigError::value(
+                key,
+                format!("{why} (it was given by a flag or in the environment)"),
+            ),
+            error => error.within(file),
+        }
+    }
+}
+
+/// Checks the log filter.
+pub(super) fn check_log(config: &LogConfig) -> Result<(), ConfigError> {
+    let checked = logging::check_filter(&config.filter);
+    checked.map_err(|error| ConfigError::value("log.filter", error.to_string()))
 }
 
 /// A range of addresses; a single one may stand without its prefix length.
@@ -51,10 +79,10 @@ pub(super) struct TlsArgs {
 }
 
 impl TlsArgs {
-    pub(super) fn apply(&self, config: &mut TlsConfig) {
-        overlay(&mut config.cert, self.cert.clone().map(Some));
-        overlay(&mut config.key, self.key.clone().map(Some));
-        overlay(&mut config.ca, self.ca.clone().map(Some));
+    pub(super) fn apply(&self, overlay: &mut Overlay, config: &mut TlsConfig) {
+        overlay.put("tls.cert", &mut config.cert, self.cert.clone().map(Some));
+        overlay.put("tls.key", &mut config.key, self.key.clone().map(Some));
+        overlay.put("tls.ca", &mut config.ca, self.ca.clone().map(Some));
     }
 }
 
@@ -71,8 +99,8 @@ pub(super) struct LogArgs {
 }
 
 impl LogArgs {
-    pub(super) fn apply(&self, config: &mut LogConfig) {
-        overlay(&mut config.filter, self.log.clone());
-        overlay(&mut config.format, self.log_format);
+    pub(super) fn apply(&self, overlay: &mut Overlay, config: &mut LogConfig) {
+        overlay.put("log.filter", &mut config.filter, self.log.clone());
+        overlay.put("log.format", &mut config.format, self.log_format);
     }
 }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod common;
+mod config;
 mod join;
 mod konnectivity;
 mod log;
@@ -45,6 +46,7 @@ enum Command {
     Pki(pki::Args),
     Token(token::Args),
     Log(log::Args),
+    Config(config::Args),
     Completions(man::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -72,6 +74,7 @@ impl Cli {
             Command::Pki(args) => args.run(),
             Command::Token(args) => args.run(),
             Command::Log(args) => args.run(),
+            Command::Config(args) => args.run(),
             Command::Completions(args) => args.run(),
             Command::Man(args) => args.run(),
         }

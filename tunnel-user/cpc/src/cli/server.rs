@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use super::common::{LogArgs, TlsArgs, begin, overlay};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
 
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{ConfigError, ServerConfig};
@@ -49,24 +49,50 @@ pub(super) struct Args {
     log: LogArgs,
 }
 
+/// Checks what a start checks before it opens anything.
+///
+/// # Errors
+/// [`ConfigError::Value`] naming the key.
+pub(super) fn check(config: &ServerConfig) -> Result<(), ConfigError> {
+    cpc_server::check(config)?;
+    check_log(&config.log)
+}
+
 impl Args {
     fn config(&self) -> Result<ServerConfig, ConfigError> {
-        let mut config = ServerConfig::load(self.config.as_deref())?;
-        overlay(&mut config.listen, self.listen);
-        overlay(&mut config.server_count, self.server_count);
-        overlay(&mut config.shards, self.shards);
-        overlay(&mut config.state_dir, self.state_dir.clone());
-        overlay(&mut config.admin, self.admin);
-        overlay(&mut config.datapath.engine, self.engine);
-        self.tls.apply(&mut config.tls);
-        self.log.apply(&mut config.log);
+        self.checked_by(ServerConfig::check)
+    }
+
+    /// The configuration of a start. Read again later, less of it may keep the rest from being put in
+    /// force.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with the place of the wrong value.
+    pub(super) fn for_start(&self) -> Result<ServerConfig, ConfigError> {
+        self.checked_by(check)
+    }
+
+    fn checked_by(
+        &self,
+        check: impl Fn(&ServerConfig) -> Result<(), ConfigError>,
+    ) -> Result<ServerConfig, ConfigError> {
         let file = self.config.as_deref();
-        config.check().map_err(|error| error.within(file))?;
+        let mut config = ServerConfig::load(file)?;
+        let mut overlay = Overlay::default();
+        overlay.put("listen", &mut config.listen, self.listen);
+        overlay.put("server_count", &mut config.server_count, self.server_count);
+        overlay.put("shards", &mut config.shards, self.shards);
+        overlay.put("state_dir", &mut config.state_dir, self.state_dir.clone());
+        overlay.put("admin", &mut config.admin, self.admin);
+        overlay.put("datapath.engine", &mut config.datapath.engine, self.engine);
+        self.tls.apply(&mut overlay, &mut config.tls);
+        self.log.apply(&mut overlay, &mut config.log);
+        check(&config).map_err(|error| overlay.place(error, file))?;
         Ok(config)
     }
 
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let config = self.config()?;
+        let config = self.for_start()?;
         let for_start = cpc_server::for_start(&config);
         let log = begin(for_start, &config.log, &config.audit)?;
         let inherited =

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::go;
-use crate::cli::common::LogArgs;
+use crate::cli::common::{LogArgs, Overlay};
 use cpc_config::{ConfigError, LogConfig};
 
 /// The shortest keepalive: who pings more often over HTTP/2 is hung up on.
@@ -52,7 +52,7 @@ impl Base {
         if let Some(level) = self.v {
             log.filter = filter(level).into();
         }
-        self.log.apply(log);
+        self.log.apply(&mut Overlay::default(), log);
     }
 
     /// The one sentence about everything that was given in vain.
