@@ -1,5 +1,5 @@
-//! Routing: looking up who serves an address, which every connection does, and publishing the
-//! routes, which every change of an agent does.
+//! Routing: the look-up of an address, which every connection does, and the publication of the routes,
+//! which every change of an agent does.
 
 // A benchmark that can't be set up should stop.
 #![allow(clippy::expect_used, missing_docs)]
@@ -20,15 +20,15 @@ use tunnel_proto::preface::Host;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
-/// Routes that one agent offers.
+/// Number of routes that one agent offers.
 const OFFER: u32 = 1000;
 
-/// The network of route `number`.
+/// Returns the network of route `number`.
 fn address(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(0x0a00_0000 + (number << 6))
 }
 
-/// The networks of each agent, by its number.
+/// Returns the networks of each agent, by its number.
 fn offers(routes: u32) -> impl Iterator<Item = (u64, impl Iterator<Item = IpNet>)> {
     (0..routes).step_by(OFFER as usize).map(move |first| {
         let networks = (first..routes.min(first + OFFER)).map(|number| {
@@ -39,7 +39,7 @@ fn offers(routes: u32) -> impl Iterator<Item = (u64, impl Iterator<Item = IpNet>
     })
 }
 
-/// A registry with so many routes.
+/// Creates a registry with so many routes.
 fn registry(routes: u32) -> Registry {
     let policy = PolicyConfig {
         grants: offers(routes)

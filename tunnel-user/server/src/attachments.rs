@@ -1,7 +1,7 @@
-//! Puts the configured attachments of the redirect in place: programs, listeners, followers.
+//! The configured attachments of the redirect: programs, listeners, followers.
 //!
-//! A process that may load programs does so. One that may not takes what `cpc redirect attach` has
-//! put in place, compares it, and says where it is not what it should be.
+//! A process that may load programs attaches. One that may not uses the attachments of `cpc redirect
+//! attach`, compares them with the configuration, and logs differences.
 
 mod health;
 
@@ -29,61 +29,61 @@ use cpc_redirect::{
     RedirectError, Routes, Verdict, tenant_number,
 };
 
-/// How long the process that attached is given to follow, before it counts as one that does not.
+/// Time for the attaching process to follow, before it counts as one that does not.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Why an attachment is not in place.
+/// Reason why an attachment is not in place.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The kernel side of all of them.
+    /// The kernel side of all attachments failed.
     #[error("redirect")]
     All(#[from] RedirectError),
-    /// The kernel side.
+    /// The kernel side of one attachment failed.
     #[error("redirect attachment {name}")]
     Redirect {
-        /// Its name.
+        /// Name of the attachment.
         name: String,
-        /// What is wrong.
+        /// The failure.
         #[source]
         why: RedirectError,
     },
-    /// The listener.
+    /// The listener can't be opened.
     #[error("redirect attachment {name}: listening on {addr}: {why}")]
     Listen {
-        /// Its name.
+        /// Name of the attachment.
         name: String,
-        /// Where.
+        /// Address of the listener.
         addr: SocketAddr,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
     /// The cgroup can't be watched.
     #[error("redirect attachment {name}: watching its cgroup: {why}")]
     Follow {
-        /// Its name.
+        /// Name of the attachment.
         name: String,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
 }
 
-/// What the accepting shard gets of an attachment.
+/// The part of an attachment that the accepting shard needs.
 pub(super) struct Accepting {
-    /// Its name.
+    /// Name of the attachment.
     pub name: String,
-    /// Whose sockets are redirected, and what they may ask for.
+    /// Tenant and allow-list of its clients.
     pub scope: Arc<Scope>,
-    /// Where redirected connections arrive.
+    /// Listeners of redirected connections.
     pub listeners: Vec<TcpListener>,
-    /// What they had wanted.
+    /// Origins of the connections.
     pub flows: Flows,
-    /// Our sign of life.
+    /// Heartbeat of this server.
     pub heartbeat: Heartbeat,
-    /// Whether the service manager keeps the listeners open when we leave.
+    /// Whether the service manager keeps the listeners open after the end of this process.
     pub listeners_kept: bool,
 }
 
-/// Attachments that are in place for as long as this lives, and pinned beyond it.
+/// Attachments that this value keeps in place, and whose pins outlive it.
 pub struct Attachments {
     redirect: Redirect,
     attached: Vec<Running>,
@@ -92,15 +92,15 @@ pub struct Attachments {
     health: Health,
 }
 
-/// An attachment as it was put in place.
+/// An attachment that is in place.
 struct Running {
     spec: AttachmentSpec,
-    /// `None`: somebody else attached.
+    /// Attachment of this process; `None` if another process attached.
     kernel: Option<Arc<Mutex<Attachment>>>,
     link_error: LinkError,
 }
 
-/// The redirect that is configured.
+/// Opens the configured redirect.
 ///
 /// # Errors
 /// [`RedirectError::Group`].
@@ -117,8 +117,8 @@ pub fn redirect(config: &RedirectConfig) -> Result<Redirect, RedirectError> {
     Ok(Redirect::new(&config.pin).shared_with(group))
 }
 
-/// Whether this process may load programs and attach them; everything that does takes this
-/// capability among others.
+/// Whether this process may load programs and attach them; all processes that may have this capability
+/// among others.
 fn may_attach() -> bool {
     privileges::have(CapabilitySet::NET_ADMIN)
 }
@@ -160,8 +160,8 @@ pub fn spec(config: &AttachmentConfig, own: &TrustDomain) -> AttachmentSpec {
 }
 
 impl Attachments {
-    /// Puts every attachment in place. Listeners come before programs, so that nothing is
-    /// redirected to where nobody listens.
+    /// Puts every attachment in place. Listeners come before programs, so that no connection is
+    /// redirected to an address without listener.
     ///
     /// # Errors
     /// [`AttachError`] naming the attachment.
@@ -250,7 +250,7 @@ impl Attachments {
         })
     }
 
-    /// Says which attachments are pinned beside ours without being configured.
+    /// Logs attachments that are pinned beside ours without being configured.
     fn report_strays(&self, configured: &[String]) {
         if configured.is_empty() {
             return;
@@ -267,12 +267,12 @@ impl Attachments {
         }
     }
 
-    /// What is known of whether they are in place.
+    /// Returns the health of all attachments.
     pub(super) fn health(&self) -> Health {
         self.health.clone()
     }
 
-    /// Looks at them for ever.
+    /// Watches the attachments without end.
     pub fn watch(&self) -> impl Future<Output = ()> + Send + use<> {
         let look = |running: &Running| (self.look(running), running.link_error.clone());
         Watch::new(self.health.clone(), self.attached.iter().map(look)).run()
@@ -288,13 +288,13 @@ impl Attachments {
         Look::new(&self.redirect, &running.spec, &names, ours)
     }
 
-    /// Whether the programs were attached by this process.
+    /// Whether this process attached the programs.
     pub(super) fn ours(&self) -> bool {
         self.attached.iter().any(|running| running.kernel.is_some())
     }
 
     /// Starts to follow the cgroups, on threads that keep the capabilities of the calling one:
-    /// putting programs that are loaded into a cgroup takes none.
+    /// attaching loaded programs to a cgroup takes none.
     ///
     /// # Errors
     /// [`AttachError`] naming the attachment.
@@ -318,9 +318,9 @@ impl Attachments {
         Ok(())
     }
 
-    /// Puts changed capture sets and fail modes in force. What else changed waits for a restart,
-    /// since listeners, namespace and tenant are the running server's. Returns whether all is in force that
-    /// can be; what is not is logged.
+    /// Puts changed capture sets and fail modes in force. Other changes wait for a restart, because
+    /// listeners, namespace and tenant belong to the running server. Returns whether all possible
+    /// changes are in force; failures are logged.
     pub fn update(&self, config: &RedirectConfig, own: &TrustDomain) -> bool {
         let mut is_in_force = true;
         for attachment in &config.attachments {
@@ -364,7 +364,7 @@ impl Attachments {
     }
 }
 
-/// Opens an attachment's listeners, or takes those that the service manager has kept. Says whether
+/// Opens an attachment's listeners, or takes those that the service manager has kept. Returns whether
 /// they outlive this process.
 fn listeners(
     config: &AttachmentConfig,
@@ -412,7 +412,7 @@ fn listeners(
     }
 }
 
-/// Listens on a port that the kernel chooses, since another program has the configured one: any local
+/// Listens on a port that the kernel chooses, because another program has the configured one: any local
 /// program can take that while no server runs, and must not keep the next one from starting.
 fn elsewhere(
     config: &AttachmentConfig,
@@ -435,7 +435,7 @@ fn lock(attachment: &Mutex<Attachment>) -> MutexGuard<'_, Attachment> {
 }
 
 impl Running {
-    /// Loads the programs, or compares what another process has attached.
+    /// Loads the programs, or compares those of another process.
     fn prepare(
         redirect: &Redirect,
         spec: AttachmentSpec,
@@ -466,7 +466,7 @@ impl Running {
         })
     }
 
-    /// Attaches, where this process has loaded the programs and the cgroup is there.
+    /// Attaches, where this process has loaded the programs and the cgroup exists.
     fn link(&self, redirect: &Redirect, configured: &[String]) -> Result<(), RedirectError> {
         if let Some(kernel) = &self.kernel
             && self.spec.cgroup.is_dir()
@@ -479,7 +479,7 @@ impl Running {
         Ok(())
     }
 
-    /// Keeps the host's own addresses out of what is captured, or says that somebody should.
+    /// Keeps the host's own addresses out of the capture set, or logs that this takes another process.
     fn follow_addresses(&self, redirect: &Redirect) -> io::Result<AddressWatch> {
         let (kernel, redirect) = (self.kernel.clone(), redirect.clone());
         let (spec, netns) = (self.spec.clone(), self.spec.netns.clone());
@@ -516,7 +516,7 @@ impl Running {
         AddressWatch::spawn(netns.as_deref(), changed)
     }
 
-    /// Attaches whenever the cgroup is made anew, or says that somebody should.
+    /// Attaches whenever the cgroup is created again, or logs that this takes another process.
     fn follow(&self, look: Look, health: Health) -> io::Result<Follower> {
         let (kernel, link_error) = (self.kernel.clone(), self.link_error.clone());
         let (name, cgroup) = (self.spec.name.clone(), self.spec.cgroup.clone());
@@ -546,7 +546,7 @@ impl Running {
     }
 }
 
-/// What the control task calls to carry routes to the kernel.
+/// Returns the function by which the control task writes routes to the kernel.
 pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
     Box::new(move |routes: &routes::Routes| {
         let verdicts: Vec<_> = routes
@@ -569,7 +569,7 @@ pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
     })
 }
 
-/// Opens the kernel programs' log, where we may; what is returned writes it to ours, for ever.
+/// Opens the kernel programs' log, where permitted; the returned future copies it to ours, without end.
 pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + Send + use<> {
     let log = config.attachments.first().map(|attachment| {
         let redirect = Redirect::new(&config.pin);

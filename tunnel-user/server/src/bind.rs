@@ -1,4 +1,4 @@
-//! Every socket that a server listens on, opened or inherited before anything is served.
+//! All sockets of a server, opened or inherited before it serves.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -19,23 +19,23 @@ use cpc_identity::TrustDomain;
 use cpc_identity::revoked::Revocations;
 use cpc_transport::quic::udp::{beside, bind, bind_to_share, enlarge};
 
-/// Sockets that listen.
+/// Listening sockets.
 pub(super) struct Bound {
-    /// The tunnel's, one for each of the first shards; none where there is no tunnel.
+    /// Sockets of the tunnel, one for each of the first shards; none without a tunnel.
     pub udp: Vec<UdpSocket>,
-    /// Health for load balancers, at the tunnel's port, unless agents come there over gRPC.
+    /// Listener of health for load balancers, at the tunnel's port, unless agents use that over gRPC.
     pub health: Option<TcpListener>,
-    /// Everything that is to be seen.
+    /// Listener of health, metrics and status.
     pub admin: TcpListener,
-    /// Health as Konnectivity's programs tell it.
+    /// Listener of health in the form of Konnectivity's programs.
     pub probes: Option<TcpListener>,
-    /// Workers that join.
+    /// Listener of joining workers.
     pub join: Option<TcpListener>,
     /// Frontends on Unix sockets.
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
-    /// Agents of Konnectivity.
+    /// Listener of Konnectivity's agents.
     pub agents: Option<AgentsBound>,
 }
 
@@ -43,41 +43,41 @@ pub(super) struct Bound {
 pub(super) struct AgentsBound {
     /// The socket.
     pub listener: TcpListener,
-    /// The tenant that its agents are.
+    /// Tenant of the agents.
     pub tenant: TrustDomain,
-    /// Certificates.
+    /// TLS of the listener.
     pub tls: AgentTls,
 }
 
-/// A Unix socket, and what its callers may ask for.
+/// A Unix socket of a frontend.
 pub(super) struct UnixBound {
     /// The socket.
     pub listener: UnixListener,
-    /// What clients find it by.
+    /// File of the socket.
     pub file: SocketFile,
-    /// Whose clients callers are.
+    /// Tenant and allow-list of the clients.
     pub scope: Arc<Scope>,
-    /// What they speak.
+    /// Protocol of the frontend.
     pub protocol: Protocol,
 }
 
-/// A TCP socket, its TLS, and what its callers may ask for.
+/// A TCP socket of a frontend, with its TLS.
 pub(super) struct TlsBound {
     /// The socket.
     pub listener: TcpListener,
-    /// Whose clients callers are.
+    /// Tenant and allow-list of the clients.
     pub scope: Arc<Scope>,
-    /// What they speak.
+    /// Protocol of the frontend.
     pub protocol: Protocol,
-    /// Certificates.
+    /// TLS of the frontend.
     pub tls: FrontendTls,
 }
 
 impl Bound {
-    /// Opens all of them.
+    /// Opens all sockets.
     ///
     /// # Errors
-    /// [`ServerError::Socket`] naming the one, or what is wrong with a frontend's certificates.
+    /// [`ServerError::Socket`] naming the socket, or the fault of a frontend's certificates.
     pub(super) fn open(
         config: &ServerConfig,
         own: &TrustDomain,
@@ -172,7 +172,7 @@ impl Bound {
     }
 }
 
-/// One socket for each shard, or one alone where the port can't be shared.
+/// Opens one socket for each shard, or one alone where the port can't be shared.
 fn tunnel(
     inherited: &mut Inherited,
     addr: SocketAddr,

@@ -1,13 +1,13 @@
-//! A circuit breaker for destinations whose dials keep timing out: a dial that would hold a client
-//! and a stream until its deadline, for nothing, is refused at once.
+//! A circuit breaker for destinations whose dials keep timing out: it refuses at once a dial that would
+//! hold a client and a stream until its deadline, for nothing.
 //!
-//! After so many time-outs in a row a destination is *open*: nobody dials it for a while, then one
-//! dial at a time, a probe. A probe that times out doubles the wait, up to a bound; any dial that the
-//! destination answers, be it by a refusal, forgets it.
+//! After so many consecutive time-outs a destination is *open*: it is not dialled for a while, then by
+//! one dial at a time, a probe. A probe that times out doubles the wait, up to a bound. Any dial that
+//! the destination answers, even by a refusal, removes it.
 //!
 //! A table belongs to one shard, that of the links it dials over. Destinations that answer are not in
-//! it, so that a healthy server never looks anything up. It is bounded: at the bound the one that was
-//! touched the longest ago makes room. No clock: time is an argument.
+//! it, so that a healthy server never looks anything up. The table is bounded: at the bound the entry
+//! that was used the longest ago makes room. No clock: time is an argument.
 
 #[cfg(test)]
 mod tests;
@@ -18,46 +18,47 @@ use std::time::{Duration, Instant};
 
 use cpc_config::server::BreakerSettings as Settings;
 
-/// Destinations that one table remembers.
+/// Maximum number of destinations in one table.
 const MAX_ENTRIES: usize = 1024;
 
-/// A destination that nobody has asked for in so long is forgotten.
+/// Time without a dial after which a destination is forgotten.
 pub(super) const FORGET: Duration = Duration::from_secs(600);
 
-/// What became of a dial that was let through.
+/// Outcome of an admitted dial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// The destination, or its network, has answered.
     Answered,
-    /// It has not, in all the time that there was.
+    /// The destination did not answer in the whole time.
     TimedOut,
-    /// Nothing was learned of it: the client left, the tunnel was lost, nobody dialled.
+    /// The dial says nothing about the destination: the client left, the tunnel was lost, or no agent
+    /// dialled.
     Unknown,
 }
 
-/// A dial that was let through, to be settled.
+/// An admitted dial, to be settled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pass {
-    /// Like any other.
+    /// An ordinary dial.
     Ordinary,
-    /// The one that finds out whether the destination answers again, and which: one from before the
-    /// destination answered and opened again counts no more.
+    /// A probe of the destination, with its number: one from before the destination answered and opened
+    /// again does not count.
     Probe(u64),
 }
 
-/// A dial that is refused.
+/// A refused dial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Refused {
-    /// How many dials in a row had timed out.
+    /// Number of consecutive time-outs.
     pub failures: u32,
-    /// How long no dial is let through yet; zero while a probe is under way.
+    /// Time until the next dial is admitted; zero while a probe is under way.
     pub wait: Duration,
 }
 
-/// What the settling of a dial has changed.
+/// Change by the settling of a dial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Nothing that anybody should know.
+    /// No relevant change.
     None,
     /// The destination is refused from now on.
     Opened,
@@ -65,7 +66,7 @@ pub(super) enum Change {
     Closed,
 }
 
-/// The destinations of one shard that have timed out lately.
+/// Destinations of one shard that have timed out lately.
 #[derive(Debug)]
 pub(super) struct Breaker<K> {
     settings: Settings,
@@ -94,7 +95,7 @@ impl Open {
 }
 
 impl<K: Hash + Eq + Clone> Breaker<K> {
-    /// An empty table.
+    /// Creates an empty table.
     pub(super) fn new(settings: Settings) -> Self {
         Self {
             settings,
@@ -103,18 +104,18 @@ impl<K: Hash + Eq + Clone> Breaker<K> {
         }
     }
 
-    /// Whether every dial is let through: there is nothing to look up.
+    /// Whether every dial is admitted, without a look-up.
     pub(super) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// How many destinations are open.
+    /// Returns the number of open destinations.
     pub(super) fn open(&self) -> usize {
         let open = |entry: &&Entry| entry.open.is_some();
         self.entries.values().filter(open).count()
     }
 
-    /// Lets a dial through, which must be settled, or refuses it.
+    /// Admits a dial, which must be settled, or refuses it.
     ///
     /// # Errors
     /// [`Refused`].
@@ -137,7 +138,7 @@ impl<K: Hash + Eq + Clone> Breaker<K> {
         Ok(Pass::Probe(self.last_probe))
     }
 
-    /// Notes what became of a dial. The next one may be let through only then.
+    /// Notes the outcome of a dial. The next one may be admitted only then.
     pub(super) fn settle(&mut self, key: &K, pass: Pass, outcome: Outcome, now: Instant) -> Change {
         match outcome {
             Outcome::Answered => match self.entries.remove(key) {
@@ -205,7 +206,7 @@ impl<K: Hash + Eq + Clone> Breaker<K> {
         }
     }
 
-    /// Forgets whom nobody has asked for lately, unless a probe is under way.
+    /// Removes destinations that were not dialled lately, unless a probe is under way.
     pub(super) fn expire(&mut self, now: Instant) {
         self.entries.retain(|_, entry| {
             let probing = entry.open.as_ref().is_some_and(|open| open.probe.is_some());

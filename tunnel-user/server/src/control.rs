@@ -1,5 +1,5 @@
-//! The control task: owns the registry, publishes snapshots of the routes to the shards, to the
-//! kernel and to readiness. Everything that is decided for all shards is decided here.
+//! The control task: owns the registry, and publishes snapshots of the routes to the shards, to the
+//! kernel and to readiness. It makes all decisions that concern all shards.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,32 +17,31 @@ use super::registry::{Backends, Registry, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
 use cpc_identity::Identity;
 
-/// Requests that wait; shards that ask more wait themselves.
+/// Length of the queue of requests; shards wait where it is full.
 const QUEUE: usize = 1024;
 
-/// How often memories are looked through.
+/// Interval between removals of expired memories.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// After a change of the routes the task rests for so many times what that took: what comes meanwhile is
-/// one change. So agents that change their minds all the time have a fifth of one core, however many they
-/// are.
+/// Pause after a change of the routes, as a multiple of its duration: changes meanwhile count as one.
+/// So agents that change their offers all the time get a fifth of one core, however many they are.
 const REST: u32 = 4;
 
-/// The longest rest.
+/// Maximum pause.
 const LONGEST_REST: Duration = Duration::from_millis(500);
 
 fn rest_after(work: Duration) -> Duration {
     (work * REST).min(LONGEST_REST)
 }
 
-/// A session, for people.
+/// A session, for status.
 #[derive(Debug)]
 pub struct SessionView {
-    /// What is shared of it.
+    /// Shared state of the link.
     pub info: Arc<LinkInfo>,
-    /// What it serves.
+    /// Claims that the agent serves.
     pub claims: Vec<Claim>,
-    /// What it may not serve.
+    /// Refused claims.
     pub refused: Vec<Refusal>,
 }
 
@@ -66,7 +65,7 @@ enum Request {
     View(oneshot::Sender<Vec<SessionView>>),
 }
 
-/// How much of the table of routes is taken, and what it had no room for.
+/// Use of the table of routes, and refusals for want of room.
 #[derive(Debug, Default)]
 pub struct RouteUsage {
     all: AtomicU64,
@@ -75,13 +74,13 @@ pub struct RouteUsage {
 }
 
 impl RouteUsage {
-    /// By all tenants, and by the one that has most.
+    /// Returns the use by all tenants, and by the one that has most.
     pub(super) fn taken(&self) -> (u64, u64) {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         (load(&self.all), load(&self.most))
     }
 
-    /// Claims that were refused since this was asked last, by bound.
+    /// Returns the number of claims that each bound has refused since the last call.
     pub(super) fn take_refused(&self) -> Vec<(Limit, u64)> {
         std::mem::take(&mut *self.lock())
     }
@@ -103,7 +102,7 @@ impl RouteUsage {
     }
 }
 
-/// Speaks to the control task from any thread.
+/// Handle to the control task, for any thread.
 #[derive(Clone)]
 pub struct ControlHandle {
     requests: mpsc::Sender<Request>,
@@ -114,17 +113,17 @@ pub struct ControlHandle {
 }
 
 impl ControlHandle {
-    /// How much of the table of routes is taken.
+    /// Returns the use of the table of routes.
     pub(super) fn route_usage(&self) -> &RouteUsage {
         &self.route_usage
     }
 
-    /// The routes in force.
+    /// Returns the routes in force.
     pub fn routes(&self) -> arc_swap::Guard<Arc<Routes>> {
         self.routes.load()
     }
 
-    /// Changes whenever other routes come into force.
+    /// Returns a receiver that changes whenever other routes come into force.
     pub fn published(&self) -> watch::Receiver<()> {
         self.published.clone()
     }
@@ -134,13 +133,13 @@ impl ControlHandle {
         self.backends.load().all > 0
     }
 
-    /// How many agents answer heartbeats.
+    /// Returns the number of agents that answer heartbeats.
     pub fn backends(&self) -> Arc<Backends> {
         self.backends.load_full()
     }
 
-    /// Registers a session of process `instance`, which may know of a `predecessor` that has ended.
-    /// When this returns its routes are in force. `None`: we are ending.
+    /// Registers a session of process `instance`, which may know of a `predecessor` that has ended. The
+    /// routes are in force when this returns. Returns `None` if the process is ending.
     pub async fn connect(
         &self,
         info: Arc<LinkInfo>,
@@ -161,7 +160,7 @@ impl ControlHandle {
         verdict.await.ok()
     }
 
-    /// Replaces a session's offer. `None`: the session is gone, or we are ending.
+    /// Replaces a session's offer. Returns `None` if the session is gone, or the process is ending.
     pub async fn offer(&self, link: LinkId, offer: Vec<Claim>) -> Option<Verdict> {
         let (reply, verdict) = oneshot::channel();
         self.requests
@@ -171,7 +170,7 @@ impl ControlHandle {
         verdict.await.ok()
     }
 
-    /// A link became available, or ceased to be.
+    /// Notes that a link became available, or ceased to be.
     pub async fn changed(&self, link: LinkId) {
         let _ = self.requests.send(Request::Changed(link)).await;
     }
@@ -183,17 +182,17 @@ impl ControlHandle {
         self.requests.send(request).await.is_ok() && holds.await.unwrap_or(false)
     }
 
-    /// A session is over.
+    /// Notes the end of a session.
     pub async fn disconnect(&self, link: LinkId) {
         let _ = self.requests.send(Request::Disconnect(link)).await;
     }
 
-    /// Puts another policy in force.
+    /// Replaces the policy.
     pub async fn set_grants(&self, grants: Grants) {
         let _ = self.requests.send(Request::SetGrants(grants.into())).await;
     }
 
-    /// All sessions, for people.
+    /// Returns all sessions, for status.
     pub async fn view(&self) -> Vec<SessionView> {
         let (reply, view) = oneshot::channel();
         if self.requests.send(Request::View(reply)).await.is_err() {
@@ -203,7 +202,7 @@ impl ControlHandle {
     }
 }
 
-/// Told of every snapshot once the shards have it.
+/// Receiver of every snapshot once the shards have it.
 pub type Publish = Box<dyn FnMut(&Routes) + Send>;
 
 /// The task itself.
@@ -213,12 +212,12 @@ pub struct Control {
     handle: ControlHandle,
     published: watch::Sender<()>,
     publish: Publish,
-    /// Links that have just come, and the processes that theirs know to have ended.
+    /// New links, and the processes that theirs know to have ended.
     arrived: Vec<(LinkId, Option<InstanceId>)>,
 }
 
 impl Control {
-    /// A control task over an empty registry. `publish` carries routes to the kernel.
+    /// Creates a control task over an empty registry. `publish` writes routes to the kernel.
     pub fn new(registry: Registry, publish: Publish) -> Self {
         let (requests, receiver) = mpsc::channel(QUEUE);
         let (published, watching) = watch::channel(());
@@ -239,12 +238,12 @@ impl Control {
         }
     }
 
-    /// For everybody else.
+    /// Returns a handle.
     pub fn handle(&self) -> ControlHandle {
         self.handle.clone()
     }
 
-    /// Runs for ever.
+    /// Runs without end.
     pub async fn run(mut self) {
         self.publish();
         let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
@@ -278,7 +277,7 @@ impl Control {
         }
     }
 
-    /// Returns whether routes may have changed.
+    /// Handles a request. Returns whether routes may have changed.
     fn handle_request(
         &mut self,
         request: Request,

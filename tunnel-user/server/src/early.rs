@@ -7,25 +7,25 @@ use cpc_datapath::budget::Charge;
 use cpc_datapath::stream::SendHalf;
 use cpc_datapath::{LocalSocket, Outbound};
 
-/// The most that is kept, in bytes; a client that sends more waits for the answer.
+/// Maximum number of kept bytes; a client that sends more waits for the answer.
 const KEPT: usize = 64 << 10;
 
-/// What happens to early bytes before the dial is answered.
+/// Treatment of early bytes before the dial is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Early {
-    /// They are sent behind the request: no round trip is lost. An end of file is a half-close.
+    /// Early bytes are sent behind the request: no round trip is lost. An end of file is a half-close.
     Send,
-    /// They are held, since the client waits for an answer. An end of file is a half-close, unless the
-    /// client has gone altogether.
+    /// Early bytes are held, because the client waits for an answer. An end of file is a half-close,
+    /// unless the client has closed both directions.
     Hold,
-    /// They are held, and an end of file cancels the dial: the protocol knows no half-close.
+    /// Early bytes are held, and an end of file cancels the dial: the protocol has no half-close.
     HoldWhole,
 }
 
-/// What [`EarlyBytes::pump`] reports.
+/// Report of [`EarlyBytes::pump`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EarlyEvent {
-    /// The next call gives the stream something of the client's, for the first time.
+    /// The next call sends data of the client on the stream for the first time.
     BeforeFirstByte,
     /// The client went away.
     ClientGone,
@@ -33,20 +33,20 @@ pub(super) enum EarlyEvent {
     StreamEnded,
 }
 
-/// The bytes of one client.
+/// Early bytes of one client.
 #[derive(Debug)]
 pub(super) struct EarlyBytes {
     policy: Early,
     kept: Vec<Bytes>,
     len: usize,
     eof: bool,
-    /// What is kept is charged to it.
+    /// Charge for the kept bytes.
     charge: Option<Charge>,
-    /// It takes no more: the client waits for the answer.
+    /// Whether the maximum is reached: the client waits for the answer.
     is_full: bool,
 }
 
-/// How much of them one stream has been given.
+/// Position of one stream in the early bytes.
 #[derive(Debug, Default)]
 pub(super) struct Cursor {
     next: usize,
@@ -67,7 +67,7 @@ impl Cursor {
 }
 
 impl EarlyBytes {
-    /// Starts with what was read behind the request, if anything.
+    /// Creates the buffer with the bytes that were read behind the request, if any.
     pub(super) fn new(policy: Early, first: Bytes) -> Self {
         let len = first.len();
         let kept = if first.is_empty() {
@@ -85,17 +85,17 @@ impl EarlyBytes {
         }
     }
 
-    /// Charges `budget` for what is kept.
+    /// Charges `budget` for the kept bytes.
     pub(super) fn charge_to(&mut self, budget: Budget) {
         let mut charge = Charge::new(budget);
         self.is_full |= !charge.set(self.len as u64);
         self.charge = Some(charge);
     }
 
-    /// Reads the client and, if it may, gives the stream what there is; until one of them ends.
-    /// Returns once before it gives the stream anything, so that the caller notes it first.
-    /// Without a stream nothing is given before the dial is answered. Cancelling loses nothing:
-    /// what was done stands in `self` and `cursor`.
+    /// Reads from the client and, if permitted, sends to the stream, until one of them ends.
+    /// Returns once before the first send, so that the caller notes it first. Without a stream
+    /// nothing is sent before the dial is answered. Cancelling loses nothing: the progress is in
+    /// `self` and `cursor`.
     pub(super) async fn pump(
         &mut self,
         local: &impl LocalSocket,
@@ -152,7 +152,8 @@ impl EarlyBytes {
         Ok(())
     }
 
-    /// What the stream has yet to be given, once the dial has succeeded, and how many bytes it has.
+    /// Returns the bytes that the stream still needs after a successful dial, and the number of bytes
+    /// that it has.
     pub(super) fn rest(&self, cursor: Cursor) -> (Outbound, usize) {
         let mut rest = BytesMut::from(cursor.current);
         self.kept[cursor.next..]

@@ -1,10 +1,10 @@
-//! Who may serve what: a claim counts only as far as it is granted.
+//! Grants: a claim counts only as far as it is granted.
 //!
-//! Every agent may serve the node addresses in its own certificate. Everything else is granted by
-//! the server's policy to identities by pattern. What an agent says of itself grants nothing.
+//! Every agent may serve the node addresses in its own certificate. The server's policy grants all
+//! other claims to identities by pattern. An agent's own statements grant nothing.
 //!
-//! The longest prefix is asked first, so a claim within a range takes that part from everybody who
-//! serves the range. A range that several identities are granted is therefore served as it is granted,
+//! The longest prefix is asked first, so a claim within a range takes that part from all agents that
+//! serve the range. A range that several identities are granted is therefore served as it is granted,
 //! by all of them alike; a part of it takes a grant of that part. Names follow the same rule.
 
 use std::cmp::Reverse;
@@ -29,27 +29,27 @@ const NOT_GRANTED: &str = "not granted: it is neither a node address in the agen
 /// The server's policy.
 #[derive(Debug, Default)]
 pub struct Grants {
-    /// Patterns of identities; grants are known by their place.
+    /// Patterns of identities; grants refer to them by index.
     identities: Vec<String>,
-    /// Who is granted a network.
+    /// Grants of networks.
     nets: JointPrefixMap<IpNet, Vec<usize>>,
-    /// Who is granted names: of two patterns that cover the same, the narrower one first.
+    /// Grants of names: of two patterns that cover the same, the narrower one first.
     names: Vec<(NamePattern, Vec<usize>)>,
-    /// Who is granted whatever nobody else serves.
+    /// Grants of the default route, for destinations that no other agent serves.
     default_route: Vec<usize>,
 }
 
-/// An identity, with the grants that are its own.
+/// An identity, with its own grants.
 struct Grantee {
     uri: String,
     own: Vec<bool>,
 }
 
 impl Grants {
-    /// Reads the policy.
+    /// Compiles the policy.
     ///
     /// # Errors
-    /// [`ConfigError::Value`] naming a pattern that can't be right.
+    /// [`ConfigError::Value`] naming an invalid pattern.
     pub fn new(config: &PolicyConfig) -> Result<Self, ConfigError> {
         let mut grants = Self::default();
         let mut names: BTreeMap<NamePattern, Vec<usize>> = BTreeMap::new();
@@ -90,7 +90,7 @@ impl Grants {
         Ok(grants)
     }
 
-    /// Splits what `identity` offers into what it may serve and what it may not.
+    /// Splits the offer of `identity` into granted and refused claims.
     pub fn cut(&self, identity: &Identity, offer: Vec<Claim>) -> (Vec<Claim>, Vec<Refusal>) {
         let grantee = self.grantee(identity);
         let (mut accepted, mut refused) = (Vec::new(), Vec::new());
@@ -118,7 +118,7 @@ impl Grants {
         (accepted, refused)
     }
 
-    /// Whether `identity` may serve everything that nobody else serves.
+    /// Whether `identity` may serve everything that no other agent serves.
     pub fn allow_default_route(&self, identity: &Identity) -> bool {
         self.grantee(identity).has(&self.default_route)
     }
@@ -142,8 +142,7 @@ impl Grants {
         self.judge(grantee, claim, holding)
     }
 
-    /// Whether `claim` may be served. `holding` are the granted ranges that hold it, the narrowest
-    /// first.
+    /// Judges `claim`. `holding` are the granted ranges that contain it, the narrowest first.
     fn judge<'a, R: PartialEq + Display>(
         &self,
         grantee: &Grantee,

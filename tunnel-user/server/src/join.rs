@@ -1,7 +1,7 @@
 //! The join listener: TLS over TCP without client certificates, one request, one answer.
 //!
-//! Strangers reach it. So few are served at a time, each for a few seconds, and what is read of one is
-//! bounded before it is read.
+//! Unauthenticated peers reach it. So it serves few at a time, each for a few seconds, and bounds each
+//! read in advance.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -34,16 +34,17 @@ use cpc_identity::{Identity, Material, pem, provider};
 use cpc_kubernetes::{node::Nodes, token::TokenReviewer};
 use cpc_observe::audit::events::{self as audit, Listener};
 
-/// Strangers at once, or `limits.handshakes.at_once` where that is less.
+/// Maximum number of concurrent peers, or `limits.handshakes.at_once` where that is less.
 const MAX_STRANGERS: usize = 256;
 
-/// How long one may take, the review of a token of Kubernetes included.
+/// Timeout of one peer, including the review of a token of Kubernetes.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Opens the desk, where one is configured.
+/// Opens the issuer, where one is configured.
 ///
 /// # Errors
-/// [`ServerError`]: the CA or the book can't be read, or the CA is of another trust domain than we.
+/// [`ServerError`]: the CA or the file of tokens can't be read, or the CA belongs to another trust
+/// domain.
 pub(super) async fn desk(
     config: &ServerConfig,
     identity: &Identity,
@@ -87,8 +88,8 @@ pub(super) async fn desk(
     })))
 }
 
-/// Shows our certificate and, behind it, the CAs that vouch for us: whoever joins knows one of them by
-/// its hash.
+/// A resolver that shows our certificate and, behind it, the CAs that vouch for it: a joining worker
+/// knows one of them by its hash.
 #[derive(Debug)]
 struct WithRoots(Arc<Material>);
 
@@ -112,7 +113,7 @@ fn acceptor(material: &Arc<Material>) -> Result<TlsAcceptor, rustls::Error> {
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }
 
-/// Who may come in: each one costs a handshake and a place, token or not.
+/// Creates the limiter of the listener: each peer costs a handshake and a place, token or not.
 pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorstep {
     let limits = HandshakesConfig {
         at_once: limits.at_once.min(MAX_STRANGERS),
@@ -121,10 +122,10 @@ pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorste
     Doorstep::new(&limits, failures)
 }
 
-/// Serves for ever.
+/// Serves without end.
 ///
 /// # Errors
-/// At once, when the listener or TLS can't be had.
+/// At once, when the listener or TLS can't be set up.
 pub(super) async fn serve(
     listener: TcpListener,
     desk: Arc<Desk>,

@@ -10,11 +10,11 @@ use cpc_kubernetes::client;
 use cpc_kubernetes::lease::LeaseHolder;
 use cpc_observe::konnectivity::LeaseCalls;
 
-/// Holds one for each server id where that is configured, until the process drains: agents that
-/// look for servers then are not to look for this one. The task ends some seconds after that.
+/// Holds one lease for each server id where that is configured, until the process drains, so that
+/// agents do not look for this server then. The task ends some seconds after that.
 ///
 /// # Errors
-/// [`ServerError`] when the API server can't be asked at all.
+/// [`ServerError`] when there is no access to the API server.
 pub(super) async fn hold(
     config: &ServerConfig,
     server_id: &str,

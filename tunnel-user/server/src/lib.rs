@@ -88,58 +88,58 @@ use shard::{Common, Peers};
 use tenants::Tenants;
 use troubles::Troubles;
 
-/// Why a server did not start, or stopped.
+/// Reason why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The configuration.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Certificates.
+    /// The certificates are unusable.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// The persisted secret.
+    /// The persisted secret is unusable.
     #[error(transparent)]
     Secret(#[from] SecretError),
-    /// The redirect.
+    /// An attachment of the redirect failed.
     #[error(transparent)]
     Attach(#[from] AttachError),
-    /// Capabilities that won't go.
+    /// The capabilities can't be dropped.
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
-    /// The redirect's maps.
+    /// The maps of the redirect can't be used.
     #[error("redirect")]
     Redirect(#[from] RedirectError),
-    /// The tunnel's endpoint.
+    /// The endpoint of the tunnel can't be opened.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    /// A socket.
+    /// A socket can't be opened.
     #[error("{what}: {why}")]
     Socket {
-        /// Which one.
+        /// Name of the socket.
         what: String,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
-    /// The Kubernetes API.
+    /// There is no access to the Kubernetes API.
     #[error(transparent)]
     Kubernetes(#[from] AccessError),
-    /// Something that the system should have given.
+    /// A system call at start failed.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The CA that is to issue.
+    /// The CA that issues certificates is unusable.
     #[error("join.ca: {0}")]
     Authority(IssueError),
-    /// The file of tokens.
+    /// The file of tokens is unusable.
     #[error("join: {0}")]
     Book(BookError),
-    /// A CA that our agents would not be known by.
+    /// The CA of joining agents belongs to another trust domain.
     #[error(
         "join.ca is of {ca}, and our own certificate of {own}: agents join the trust domain of their servers"
     )]
     JoinDomain {
-        /// The CA's.
+        /// Trust domain of the CA.
         ca: TrustDomain,
-        /// Ours.
+        /// Our trust domain.
         own: TrustDomain,
     },
     /// A shard has ended by itself.
@@ -159,7 +159,7 @@ impl From<BookError> for ServerError {
     }
 }
 
-/// What tunnels over QUIC need.
+/// Parameters of tunnels over QUIC.
 #[derive(Clone)]
 struct Tunnel {
     material: Arc<Material>,
@@ -168,7 +168,7 @@ struct Tunnel {
 }
 
 impl Tunnel {
-    /// `None` where no certificate is configured.
+    /// Loads the parameters; `None` where no certificate is configured.
     fn load(
         config: &ServerConfig,
         memory: MemoryBounds,
@@ -185,7 +185,7 @@ impl Tunnel {
     }
 }
 
-/// Who we are: what our certificate says, or without one what is configured.
+/// Returns our identity: from the certificate, or without one from the configuration.
 fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identity, ConfigError> {
     if let Some(tunnel) = tunnel {
         return Ok(tunnel.material.identity());
@@ -199,10 +199,10 @@ fn own_identity(config: &ServerConfig, tunnel: Option<&Tunnel>) -> Result<Identi
     identity.map_err(|e| ConfigError::value("server_id", e.to_string()))
 }
 
-/// How often a draining server looks whether its connections have ended.
+/// Polling interval of a draining server for the end of its connections.
 const IDLE_POLL: Duration = Duration::from_millis(50);
 
-/// Waits until a draining server has no connection left, and then takes none any more.
+/// Waits until a draining server has no connection left, and then refuses further ones.
 async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
     lifecycle::stopping(phase.subscribe()).await;
     while !connections.close_if_empty() {
@@ -210,7 +210,7 @@ async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
     }
 }
 
-/// The tenant of a server that has no certificate to name one.
+/// Tenant of a server without a certificate that names one.
 const DEFAULT_TENANT: &str = "cluster.local";
 
 /// Checks everything of a configuration that can be checked without opening anything.
@@ -235,7 +235,7 @@ pub fn check(config: &ServerConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Runs a server until it is told to stop. `reread` gives the configuration anew on SIGHUP.
+/// Runs a server until it is stopped. `reread` reads the configuration on SIGHUP.
 ///
 /// # Errors
 /// [`ServerError`], before anything is served.

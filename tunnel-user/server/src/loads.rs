@@ -1,22 +1,22 @@
-//! How many tunnels each shard has, so that newcomers go where there are fewest.
+//! Number of tunnels of each shard, so that newcomers go to the shard with the fewest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cpc_host::gate::{Entered, Gate};
 
-/// Tunnels by shard, those on their way included. Clones share it.
+/// Tunnels by shard, including those on their way. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Loads(Arc<[AtomicUsize]>);
 
-/// A tunnel that counts on its shard until this is dropped.
+/// A tunnel, counted on its shard until dropped.
 #[derive(Debug)]
 pub(super) struct Counted {
     loads: Loads,
     shard: usize,
 }
 
-/// A newcomer that was sent to another shard, where it counts until this is dropped.
+/// A newcomer that was sent to another shard, counted there until dropped.
 #[derive(Debug)]
 pub(super) struct Moved {
     counted: Counted,
@@ -24,14 +24,14 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    /// The shard that it was sent to.
+    /// Returns the shard that it was sent to.
     pub(super) fn shard(&self) -> usize {
         self.counted.shard
     }
 }
 
 impl Loads {
-    /// Of `shards` that serve tunnels.
+    /// Creates the counters of `shards`.
     pub(super) fn new(shards: usize) -> Self {
         Self((0..shards).map(|_| AtomicUsize::new(0)).collect())
     }
@@ -47,8 +47,8 @@ impl Loads {
         }
     }
 
-    /// Sends a newcomer from `shard` to the one with the fewest tunnels, if that has fewer, and counts it
-    /// there. `under_way` bounds those that were sent and have not come: beyond it newcomers stay.
+    /// Moves a newcomer from `shard` to the one with the fewest tunnels, if that has fewer, and counts
+    /// it there. `under_way` bounds the newcomers that have not arrived: beyond it newcomers stay.
     pub(super) fn move_from(&self, shard: usize, under_way: &Gate) -> Option<Moved> {
         let at = self.lighter(shard)?;
         Some(Moved {

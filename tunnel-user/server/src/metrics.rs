@@ -1,4 +1,4 @@
-//! The server's metrics, beside those that each connection counts.
+//! Metrics of the server, beside those of each connection.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -18,7 +18,7 @@ struct FailureLabels {
     why: &'static str,
 }
 
-/// Handshakes that failed, by [`Why`].
+/// Failed handshakes, by [`Why`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct Failures(Family<FailureLabels, Counter>);
 
@@ -31,7 +31,7 @@ impl Failures {
         registry.register(name, help, self.0.clone());
     }
 
-    /// Counts one.
+    /// Counts one failure.
     pub(super) fn count(&self, why: Why) {
         self.0
             .get_or_create(&FailureLabels { why: why.label() })
@@ -39,37 +39,37 @@ impl Failures {
     }
 }
 
-/// Counters of one server.
+/// Metrics of one server.
 #[derive(Clone, Debug)]
 pub(super) struct ServerMetrics {
-    /// What each connection counts.
+    /// Metrics of dials.
     pub dials: DialMetrics,
     /// Claims that were not granted.
     pub claims_refused: Counter,
-    /// Redirected connections whose origin was not known, and which were reset.
+    /// Redirected connections that were reset because their origin was unknown.
     pub origins_missing: Counter,
-    /// Destinations that are not dialled because their dials kept timing out.
+    /// Number of destinations whose breaker is open.
     pub breakers_open: Gauge,
-    /// How often there was one more.
+    /// Number of times that a breaker opened.
     pub breakers_opened: Counter,
-    /// What proxy-server counts.
+    /// Metrics under the names of proxy-server.
     pub konnectivity: ProxyServerMetrics,
-    /// Bounds.
+    /// Metrics of limits.
     pub limits: LimitMetrics,
-    /// Strangers who had to prove their address first.
+    /// Unauthenticated peers that had to prove their address first.
     pub handshakes_retried: Counter,
     /// Newcomers that were sent to a shard with fewer tunnels.
     pub handshakes_moved: Counter,
-    /// Handshakes of tunnels, of both kinds.
+    /// Failed handshakes of tunnels, of both kinds.
     pub handshakes: Failures,
-    /// Handshakes of frontends.
+    /// Failed handshakes of frontends.
     pub frontend_handshakes: Failures,
-    /// Strangers at the join listener.
+    /// Failed handshakes at the join listener.
     pub join_handshakes: Failures,
 }
 
 impl ServerMetrics {
-    /// Registers them; those of Konnectivity where there is anything of it.
+    /// Registers the metrics; those of Konnectivity where the configuration uses it.
     pub(super) fn register(registry: &mut Registry, config: &ServerConfig) -> Self {
         let konnectivity = ProxyServerMetrics::default();
         if config.is_konnectivity() {

@@ -1,10 +1,10 @@
-//! Which capabilities a server's start may take, and which it keeps.
+//! Capabilities of a server, at its start and later.
 
 use cpc_config::ServerConfig;
 use cpc_host::kernel;
 use cpc_host::privileges::{ANY_START, CapabilitySet};
 
-/// What the start of a server with this configuration may take.
+/// Returns the capabilities that the start of a server with this configuration may use.
 pub fn for_start(config: &ServerConfig) -> CapabilitySet {
     if config.redirect.attachments.is_empty() {
         return ANY_START;
@@ -18,7 +18,8 @@ pub fn for_start(config: &ServerConfig) -> CapabilitySet {
         | CapabilitySet::SYS_ADMIN
 }
 
-/// What it keeps for later, and why. `attached`: it did that by itself.
+/// Returns the capabilities that the server keeps, and the reason. `attached` tells whether it attached
+/// by itself.
 pub fn kept(config: &ServerConfig, attached: bool) -> (CapabilitySet, &'static str) {
     let attachments = &config.redirect.attachments;
     if attached && attachments.iter().any(|it| it.netns.is_some()) {

@@ -1,13 +1,13 @@
-//! Who is connected and what each may serve. Sans-IO: events in, snapshots of the routes out.
+//! The registry of connected agents and their claims. Sans-I/O: events in, snapshots of the routes out.
 //!
 //! Claims belong to an identity, not to a session. Sessions of one identity coexist (a restart, a
-//! rollout, several tunnels); those of its newest process take new dials, the older ones drain. A
-//! node address belongs to one identity at a time, and to the one that has it in its certificate
-//! before one that is merely granted it; ranges, names and the default route may be shared. An agent
-//! that is heard comes before a silent one in both.
+//! rollout, several tunnels); those of its newest process take new dials, the older ones drain. A node
+//! address belongs to one identity at a time, and to the one that has it in its certificate before one
+//! that is merely granted it; ranges, names and the default route may be shared. An agent that is heard
+//! comes before a silent one in both.
 //!
-//! Agents of Konnectivity usually share one certificate or service account: there each process
-//! takes dials beside the others. Those that are believed at their word own nothing.
+//! Agents of Konnectivity usually share one certificate or service account: there each process takes
+//! dials beside the others. Those without proof of their claims own nothing.
 
 mod claims;
 mod shares;
@@ -29,45 +29,46 @@ use super::routes::{Absence, Departed, LinkId, LinkInfo, LinkKind, Routes, Trust
 use cpc_config::server::{LimitsConfig, Strategy};
 use cpc_identity::TrustDomain;
 
-/// Tunnels of one identity at once: a few for each process, and several processes in a rollout.
+/// Maximum number of tunnels of one identity: a few for each process, and several processes in a
+/// rollout.
 const MAX_LINKS: usize = 32;
 
-/// Claims of departed agents that are remembered at most.
+/// Maximum number of remembered claims of departed agents.
 const MAX_DEPARTED: usize = 20_000;
 
-/// An agent that was heard within this time is not asked for a life sign when others claim its address.
+/// Time since the last packet within which an agent is not challenged when others claim its address.
 const RECENTLY: Duration = Duration::from_secs(1);
 
 /// A connected agent.
 #[derive(Debug)]
 pub struct Session {
-    /// What shards and control share of it.
+    /// State that shards and the control task share.
     pub info: Arc<LinkInfo>,
-    /// Its process.
+    /// Process of the agent.
     pub instance: InstanceId,
-    /// Not heard for too long, as far as was reported.
+    /// Whether the agent was reported silent.
     silent: bool,
-    /// What it offers.
+    /// Offered claims.
     pub offer: Vec<Claim>,
-    /// What it serves.
+    /// Accepted claims.
     pub claims: Vec<Claim>,
-    /// What it wanted to serve and may not.
+    /// Refused claims.
     pub refused: Vec<Refusal>,
-    /// Whether some of it had no room.
+    /// Whether some claims had no room.
     crowded: bool,
 }
 
-/// Agents that could be asked: processes, of which each may hold several links.
+/// Number of available agents: processes, of which each may hold several links.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Backends {
-    /// In all.
+    /// Number of all.
     pub all: usize,
-    /// By the configured strategies, in their order.
+    /// Number by the configured strategies, in their order.
     pub by_strategy: Vec<(Strategy, usize)>,
 }
 
 impl Session {
-    /// How good its right to a node address is; among equals the first one has it.
+    /// Returns the strength of the right to a node address; among equals the first one has it.
     fn right(&self, claim: &Claim) -> (bool, bool) {
         (!self.silent, certified(&self.info, claim))
     }
@@ -81,14 +82,14 @@ impl Session {
     }
 }
 
-/// What the server says to an offer.
+/// Verdict of the server on an offer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What it serves from now on.
+    /// Accepted claims.
     pub accepted: Vec<Claim>,
-    /// What it may not, and why.
+    /// Refused claims, with reasons.
     pub refused: Vec<Refusal>,
-    /// It is not what was said to the same session before.
+    /// Whether it differs from the last verdict on the same session.
     pub is_new: bool,
 }
 
@@ -108,18 +109,18 @@ pub struct Registry {
     strategies: Arc<[Strategy]>,
     forget: Duration,
     sessions: BTreeMap<LinkId, Session>,
-    /// Who holds each claim: the other view of `sessions`.
+    /// Holders of each claim: the inverse of `sessions`.
     holders: HashMap<Key, BTreeSet<LinkId>>,
-    /// How many of them there are.
+    /// Number of claims by tenant and agent.
     shares: Shares,
     bounds: RouteBounds,
-    /// Claims that had no room, by the bound that said so, since this was asked last.
+    /// Bounds that had no room for a claim since the last call, once per claim.
     crowded: Vec<Limit>,
     departed: HashMap<Key, Memory>,
 }
 
 impl Registry {
-    /// An empty registry. `forget` is how long departed agents are remembered.
+    /// Creates an empty registry. `forget` is the time for which departed agents are remembered.
     pub fn new(grants: Grants, strategies: &[Strategy], forget: Duration) -> Self {
         Self {
             grants,
@@ -141,13 +142,13 @@ impl Registry {
         self
     }
 
-    /// Routes that are held, of all tenants and of the one that has most; and the bounds that refused
-    /// claims since this was asked last, once a claim.
+    /// Returns the number of routes of all tenants and of the one that has most, and the bounds that
+    /// refused claims since the last call, once per claim.
     pub(crate) fn take_usage(&mut self) -> ((usize, usize), Vec<Limit>) {
         (self.shares.taken(), std::mem::take(&mut self.crowded))
     }
 
-    /// Takes a session in.
+    /// Adds a session.
     pub fn connect(
         &mut self,
         info: Arc<LinkInfo>,
@@ -173,8 +174,8 @@ impl Registry {
         self.sessions[&link].verdict()
     }
 
-    /// Ends the oldest links of an identity that has more than enough: one stolen certificate must
-    /// not use up the places of all the others. Agents of Konnectivity may share one.
+    /// Ends the oldest links of an identity that has more than enough: one stolen certificate must not
+    /// use up the places of all others. Agents of Konnectivity may share one.
     fn make_room(&self, info: &LinkInfo) {
         if info.kind != LinkKind::Quic {
             return;
@@ -190,9 +191,9 @@ impl Registry {
         }
     }
 
-    /// Doubts the earlier processes of an agent that has just connected. One that `predecessor` proves
-    /// to have ended, or that is silent, ends at once with its streams; any other is to give a life
-    /// sign, and goes on when it does, as in a rollout.
+    /// Checks the earlier processes of an agent that has just connected. One that `predecessor` proves
+    /// to have ended, or that is silent, ends at once with its streams. Any other is challenged, and
+    /// goes on when it answers, as in a rollout.
     ///
     /// Agents of Konnectivity prove nothing, and one of their processes may have several streams: only
     /// a silent stream of the same process ends.
@@ -221,7 +222,7 @@ impl Registry {
         }
     }
 
-    /// Other sessions of the same identity over the same protocol.
+    /// Returns other sessions of the same identity over the same protocol.
     fn other_links<'a>(&'a self, of: &'a Session) -> impl Iterator<Item = &'a Session> {
         let (id, kind) = (of.info.id, of.info.kind);
         let identity = (&of.info.identity.trust_domain, &of.info.identity.name);
@@ -232,8 +233,8 @@ impl Registry {
         })
     }
 
-    /// Takes note of whether a link is silent, as its [`LinkInfo`] says. What a silent agent was first
-    /// to claim may be another's now; one that has a successor ends.
+    /// Notes whether a link is silent, by its [`LinkInfo`]. Claims that a silent agent was first to
+    /// make may be another's now; an agent that has a successor ends.
     pub fn changed(&mut self, link: LinkId, now: Instant) {
         let Some(session) = self.sessions.get_mut(&link) else {
             return;
@@ -269,7 +270,7 @@ impl Registry {
         }
     }
 
-    /// Replaces what a session offers. `None` when the session is gone.
+    /// Replaces a session's offer. Returns `None` when the session is gone.
     pub fn offer(&mut self, link: LinkId, offer: Vec<Claim>, now: Instant) -> Option<Verdict> {
         let session = self.sessions.get_mut(&link)?;
         let offer = offer.into_iter().map(alone).collect();
@@ -288,8 +289,8 @@ impl Registry {
         Some(Verdict { is_new, ..verdict })
     }
 
-    /// Has those give a life sign that hold node addresses which `link` offers too. One that was heard
-    /// a moment ago need not: however often an address is claimed, its owner is seldom asked.
+    /// Challenges the holders of node addresses that `link` offers too. One that was heard a moment ago
+    /// is skipped: however often an address is claimed, its owner is seldom challenged.
     fn challenge_owners(&self, link: LinkId) {
         let Some(session) = self.sessions.get(&link) else {
             return;
@@ -304,8 +305,7 @@ impl Registry {
         }
     }
 
-    /// Forgets a session, and remembers what it served. What others were refused because it served
-    /// it may be theirs now.
+    /// Removes a session, and remembers its claims. Agents that were refused them may get them now.
     pub fn disconnect(&mut self, link: LinkId, now: Instant) {
         if let Some(session) = self.sessions.remove(&link) {
             let freed = addresses(&session.info, &session.claims).collect();
@@ -317,16 +317,16 @@ impl Registry {
         }
     }
 
-    /// Puts another policy in force: every session's offer is judged by it.
+    /// Replaces the policy, and judges every session's offer by it.
     pub fn set_grants(&mut self, grants: Grants, now: Instant) {
         self.grants = grants;
         self.settle(self.sessions.keys().copied().collect(), now);
     }
 
-    /// Judges the offers of `links`, and of everybody who gains or loses by what becomes of theirs.
+    /// Judges the offers of `links`, and of all agents that gain or lose by the result.
     ///
-    /// Ends: who has displaced another can't be displaced, since the right of each stays what it is, and
-    /// one who gains a node address gives up none for it.
+    /// Terminates: an agent that has displaced another can't be displaced, because the right of each
+    /// stays the same, and one that gains a node address gives up none for it.
     fn settle(&mut self, mut links: BTreeSet<LinkId>, now: Instant) {
         while !links.is_empty() {
             let (mut freed, mut again) = (HashSet::new(), BTreeSet::new());
@@ -338,7 +338,7 @@ impl Registry {
         }
     }
 
-    /// Judges an offer. Adds node addresses that were given up, and links that lose theirs.
+    /// Judges an offer. Adds the released node addresses, and the links that lose theirs.
     fn judge_one(
         &mut self,
         link: LinkId,
@@ -368,8 +368,8 @@ impl Registry {
         }
     }
 
-    /// Refuses of what was accepted all that the table of routes has no room for. Whether there was
-    /// any. A node's own addresses come before everything else that its agent serves.
+    /// Refuses accepted claims that the table of routes has no room for. Returns whether there was any.
+    /// A node's own addresses come before all other claims of its agent.
     fn fit(&mut self, info: &LinkInfo, verdict: &mut Verdict) -> bool {
         let tenant = &info.identity.trust_domain;
         let held_by_others = |claim: &Claim| {
@@ -429,8 +429,8 @@ impl Registry {
         crowded.len() > before
     }
 
-    /// What other links of the same agent hold. Agents of Konnectivity may share an identity: there
-    /// each process is an agent of its own.
+    /// Returns the claims of other links of the same agent. Agents of Konnectivity may share an
+    /// identity: there each process is an agent of its own.
     fn siblings(&self, info: &LinkInfo) -> HashSet<Claim> {
         let is_sibling = |other: &LinkInfo| {
             info.kind == LinkKind::Quic
@@ -442,7 +442,7 @@ impl Registry {
         siblings.flat_map(|it| it.claims.iter().cloned()).collect()
     }
 
-    /// Who offers one of these node addresses and does not serve it.
+    /// Returns the links that offer one of these node addresses and do not serve it.
     fn waiting_for(&self, freed: &HashSet<Key>) -> BTreeSet<LinkId> {
         if freed.is_empty() {
             return BTreeSet::new();
@@ -466,12 +466,12 @@ impl Registry {
         self.departed.len() != before
     }
 
-    /// The sessions, oldest first.
+    /// Iterates over the sessions, oldest first.
     pub fn sessions(&self) -> impl Iterator<Item = &Session> {
         self.sessions.values()
     }
 
-    /// How many agents could be asked now: any of them, and those that each strategy may choose.
+    /// Returns the number of agents that are available now: in all, and for each strategy.
     pub fn backends(&self) -> Backends {
         let count = |serves: &dyn Fn(&Session) -> bool| {
             let sessions = self.sessions.values();
@@ -497,7 +497,7 @@ impl Registry {
         }
     }
 
-    /// The routes as they stand.
+    /// Returns the present routes.
     pub fn routes(&self) -> Routes {
         let mut routes = Routes {
             strategies: self.strategies.clone(),
@@ -539,8 +539,8 @@ impl Registry {
         routes
     }
 
-    /// For each identity the links of its newest process that can take dials; all of its links
-    /// when none can.
+    /// Returns, for each identity, the links of its newest process that can take dials; all of its
+    /// links when none can.
     fn newest(&self) -> HashSet<LinkId> {
         let mut by_identity: HashMap<_, Vec<&Session>> = HashMap::new();
         for session in self.sessions.values() {
@@ -596,13 +596,14 @@ impl Registry {
         info.trust == Trust::Believed || self.grants.allow_default_route(&info.identity)
     }
 
-    /// Another identity of the tenant that holds a node address, with as good a right to it.
+    /// Returns another identity of the tenant that holds a node address, with an equal or better right
+    /// to it.
     fn owner<'a>(&'a self, session: &'a Session, claim: &Claim) -> Option<&'a Session> {
         let mut rivals = self.rivals(&session.info, claim);
         rivals.find(|holder| holder.right(claim) >= session.right(claim))
     }
 
-    /// Who holds node addresses that `link` has a better right to.
+    /// Returns the holders of node addresses that `link` has a better right to.
     fn weaker_holders(&self, link: LinkId, claims: &[Claim]) -> BTreeSet<LinkId> {
         let Some(session) = self.sessions.get(&link) else {
             return BTreeSet::new();
@@ -615,7 +616,7 @@ impl Registry {
         weaker.map(|holder| holder.info.id).collect()
     }
 
-    /// Sessions of other identities of the tenant that hold a node address by right.
+    /// Returns sessions of other identities of the tenant that hold a node address by right.
     fn rivals<'a>(
         &'a self,
         info: &'a LinkInfo,
@@ -647,7 +648,7 @@ impl Registry {
         }
     }
 
-    /// Takes claims from a session, and remembers those that nobody else holds.
+    /// Takes claims from a session, and remembers those that no other session holds.
     fn release(&mut self, info: &LinkInfo, claims: Vec<Claim>, now: Instant) {
         let departed = Departed {
             name: info.identity.name.clone(),

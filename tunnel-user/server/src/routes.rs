@@ -1,10 +1,10 @@
-//! The routes that are in force: an immutable snapshot that the registry publishes and the shards
-//! read, keyed by tenant.
+//! The routes in force: an immutable snapshot that the registry publishes and the shards read, keyed by
+//! tenant.
 //!
-//! The choice follows the configured strategies in order. Usually: the longest prefix first, then
-//! shorter ones, the default route last; within a prefix the newest process of each identity, the
-//! least loaded first. Silent links are not chosen, and draining ones come last: an agent that drains
-//! is better than none.
+//! The choice follows the configured strategies in order. Usually the longest prefix comes first, then
+//! shorter ones, the default route last; within a prefix the newest process of each identity, the least
+//! loaded first. Silent links are not chosen, and draining ones come last: an agent that drains is
+//! better than none.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -25,33 +25,33 @@ use cpc_config::server::Strategy;
 use cpc_identity::{Identity, TrustDomain};
 use cpc_observe::access::Totals;
 
-/// The most links that one dial may try.
+/// Maximum number of links that one dial may try.
 pub(super) const MAX_CANDIDATES: usize = 4;
 
-/// Links that are looked at: among so many of the least loaded there are several agents, if there are
-/// at all.
+/// Maximum number of links examined: among so many of the least loaded there are several agents, if
+/// there are at all.
 const MAX_EQUALS: usize = MAX_CANDIDATES * MAX_TUNNELS as usize;
 
-/// A link in this process, for ever.
+/// Id of a link, unique within the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkId(pub u64);
 
-/// The path of a link as it is now, which may change under it.
+/// State of a link's path, which may change at any time.
 #[derive(Clone, Copy, Debug)]
 pub struct Path {
-    /// The agent's address as we see it.
+    /// Address of the agent as this server sees it.
     pub remote: SocketAddr,
     /// Smoothed round-trip time.
     pub rtt: Duration,
-    /// The largest IP packet that is sent, in bytes, where we decide on it.
+    /// Size of the largest sent IP packet, in bytes, where our transport decides on it.
     pub mtu: Option<u16>,
-    /// The time since the last packet from the agent, acknowledgements included.
+    /// Time since the last packet from the agent, including acknowledgements.
     pub since_packet: Duration,
-    /// The time since the agent last said something.
+    /// Time since the last message of the agent.
     pub since_data: Duration,
 }
 
-/// Looks at a link's path, from any thread.
+/// Reads a link's path, from any thread.
 pub struct Probe(pub Box<dyn Fn() -> Path + Send + Sync>);
 
 impl fmt::Debug for Probe {
@@ -60,17 +60,17 @@ impl fmt::Debug for Probe {
     }
 }
 
-/// What an agent speaks.
+/// Protocol of an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LinkKind {
-    /// Ours.
+    /// Our protocol.
     Quic,
-    /// Konnectivity's.
+    /// Konnectivity's protocol.
     Konnectivity,
 }
 
 impl LinkKind {
-    /// Metric label and status field.
+    /// Returns the metric label and status field.
     pub fn label(self) -> &'static str {
         match self {
             Self::Quic => "quic",
@@ -79,56 +79,56 @@ impl LinkKind {
     }
 }
 
-/// How far an agent is taken at its word.
+/// Trust in an agent's claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
-    /// It serves what its identity is granted.
+    /// The agent serves what its identity is granted.
     Granted,
-    /// It serves what it says, beside whoever says the same.
+    /// The agent serves what it claims, beside others with the same claim.
     Believed,
 }
 
-/// What of a link is known outside its shard. Written by the shard, read anywhere.
+/// State of a link that other shards can read. Its shard writes it, any thread reads.
 #[derive(Debug)]
 pub struct LinkInfo {
-    /// Which link.
+    /// Id of the link.
     pub id: LinkId,
-    /// The shard that it lives on.
+    /// Shard of the link.
     pub shard: usize,
-    /// What is spoken on it.
+    /// Protocol of the link.
     pub kind: LinkKind,
-    /// Whose it is.
+    /// Identity of the agent.
     pub identity: Identity,
-    /// Whether what the agent says is enough.
+    /// Trust in the agent's claims.
     pub trust: Trust,
-    /// Since when.
+    /// Start of the link.
     pub since: SystemTime,
-    /// Not heard for too long.
+    /// Whether the agent has not been heard for too long.
     pub silent: AtomicBool,
-    /// About to leave.
+    /// Whether the agent drains.
     pub draining: AtomicBool,
-    /// The agent takes dials while it drains.
+    /// Whether the agent takes dials while it drains.
     pub serves_while_draining: AtomicBool,
-    /// Held up by one of its connections: dials had better go elsewhere.
+    /// Whether one connection holds up the others: dials should go elsewhere.
     pub held_up: AtomicBool,
     /// Open streams.
     pub streams: AtomicI64,
-    /// Of these, dials that the agent has not answered.
+    /// Number of these whose dials the agent has not answered.
     pub unanswered: AtomicI64,
-    /// Bytes over it.
+    /// Bytes over the link.
     pub totals: Totals,
-    /// Looks at its path.
+    /// Probe of the path.
     pub probe: Probe,
-    /// Told when the agent falls silent: dials that wait for it may look elsewhere.
+    /// Notification that the agent fell silent: waiting dials may choose another.
     pub silenced: Notify,
-    /// Told when its place is given to another link.
+    /// Notification that another link gets its place.
     pub replaced: Notify,
-    /// Told when the agent is to give a life sign at once.
+    /// Notification that the agent must give a life sign at once.
     pub challenged: Notify,
 }
 
 impl LinkInfo {
-    /// A fresh link.
+    /// Creates the state of a fresh link.
     pub fn new(
         (id, shard): (LinkId, usize),
         kind: LinkKind,
@@ -166,76 +166,76 @@ impl LinkInfo {
         }
     }
 
-    /// Whether new dials may go to it.
+    /// Whether new dials may use the link.
     pub fn is_available(&self) -> bool {
         !self.silent.load(Ordering::Relaxed) && !self.draining.load(Ordering::Relaxed)
     }
 
-    /// Whether new dials may go to it where nothing else is left. Agents of earlier releases refuse
+    /// Whether new dials may use the link without an alternative. Agents of earlier releases refuse
     /// them while they drain.
     pub fn is_last_resort(&self) -> bool {
         self.serves_while_draining.load(Ordering::Relaxed) && !self.silent.load(Ordering::Relaxed)
     }
 
-    /// When the agent was last heard.
+    /// Returns the time at which the agent was last heard.
     pub fn last_seen(&self) -> SystemTime {
         let now = SystemTime::now();
         now.checked_sub((self.probe.0)().since_data).unwrap_or(now)
     }
 }
 
-/// Why an agent that served a destination takes no dials for it.
+/// Reason why an agent that served a destination takes no dials for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Absence {
-    /// It is not connected.
+    /// The agent is not connected.
     Disconnected,
-    /// It is connected, and has not been heard for too long.
+    /// The agent is connected, and has not been heard for too long.
     Silent,
-    /// It drains, and takes none while it does.
+    /// The agent drains, and takes none meanwhile.
     Draining,
-    /// It is connected, and serves other destinations now.
+    /// The agent is connected, and serves other destinations now.
     Elsewhere,
 }
 
-/// The last that was heard of an agent that takes no dials.
+/// An agent that takes no dials, with its last state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Departed {
-    /// Its name.
+    /// Name of the agent.
     pub name: Arc<str>,
-    /// When it was last heard, or last served the destination.
+    /// Time at which it was last heard, or last served the destination.
     pub last_seen: SystemTime,
-    /// What has become of it.
+    /// Reason of its absence.
     pub absence: Absence,
 }
 
-/// Why there is nobody to ask.
+/// Reason why there is no link for a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteError {
-    /// Nobody was ever granted the destination, or it is forgotten.
+    /// The destination was never granted to an agent, or is forgotten.
     NoRoute,
-    /// Somebody was, but is not there.
+    /// An agent served the destination, but is absent.
     NoAgent(Departed),
 }
 
-/// What serves one prefix or name.
+/// Links of one prefix or name.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Entry {
     /// Links of the newest process of each identity.
     pub links: Vec<Arc<LinkInfo>>,
-    /// Whoever served it last.
+    /// Agent that served it last.
     pub departed: Option<Departed>,
 }
 
 impl Entry {
-    /// Whether somebody can be asked.
+    /// Whether an agent is available.
     fn is_served(&self) -> bool {
         let asked = |link: &Arc<LinkInfo>| link.is_available() || link.is_last_resort();
         self.links.iter().any(asked)
     }
 
-    /// The least loaded of those that `may` be chosen, held up ones last; among equals the newest
-    /// first. One link of each agent comes before further ones of any: what ails an agent ails all of
-    /// its tunnels.
+    /// Returns the least loaded of those that `may` be chosen, held up ones last; among equals the
+    /// newest first. One link of each agent comes before further ones of any: a fault of an agent
+    /// affects all of its tunnels.
     fn least_loaded(&self, may: impl Fn(&LinkInfo) -> bool) -> Vec<&Arc<LinkInfo>> {
         let load = |link: &&Arc<LinkInfo>| {
             let held_up = link.held_up.load(Ordering::Relaxed);
@@ -279,7 +279,7 @@ impl Entry {
 pub(super) struct TenantRoutes {
     pub prefixes: JointPrefixMap<IpNet, Entry>,
     pub names: BTreeMap<NamePattern, Entry>,
-    /// Whoever may serve everything, for [`Strategy::Default`].
+    /// Agents that may serve everything, for [`Strategy::Default`].
     pub any: Entry,
 }
 
@@ -291,7 +291,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// The links that may be asked for `host`, the best first.
+    /// Returns the links for `host`, the best first.
     ///
     /// # Errors
     /// [`RouteError`] when there is none.
@@ -321,8 +321,8 @@ impl Routes {
         Err(departed.map_or(RouteError::NoRoute, RouteError::NoAgent))
     }
 
-    /// Every prefix and whether somebody can be asked for what it covers: what the kernel needs to
-    /// know to serve or to refuse.
+    /// Iterates over all prefixes, and whether an agent is available for each: the kernel needs that to
+    /// serve or to refuse.
     pub fn verdicts(&self) -> impl Iterator<Item = (&TrustDomain, IpNet, bool)> {
         self.tenants.iter().flat_map(move |(tenant, routes)| {
             let prefixes = routes.prefixes.iter().map(|(net, _)| net);
@@ -355,7 +355,7 @@ impl TenantRoutes {
         }
     }
 
-    /// The entries for a range, the longest prefix first.
+    /// Returns the entries for a range, the longest prefix first.
     fn covering(&self, strategy: Strategy, net: IpNet) -> Vec<&Entry> {
         if strategy == Strategy::Default {
             return vec![&self.any];
@@ -371,7 +371,7 @@ impl TenantRoutes {
         entries
     }
 
-    /// The entries for a name: itself, then the suffixes, the longest first.
+    /// Returns the entries for a name: itself, then the suffixes, the longest first.
     fn matching(&self, name: &Name) -> Vec<&Entry> {
         let mut keys = vec![NamePattern::Exact(name.clone())];
         let mut rest = name.as_str();
@@ -383,7 +383,7 @@ impl TenantRoutes {
     }
 }
 
-/// What a claim of the default route stands for.
+/// Networks of a claim of the default route.
 pub(super) const DEFAULT_ROUTES: [IpNet; 2] = [
     IpNet::V4(ipnet::Ipv4Net::new_assert(
         std::net::Ipv4Addr::UNSPECIFIED,

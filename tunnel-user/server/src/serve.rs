@@ -1,4 +1,4 @@
-//! What runs on a shard: its endpoint, its accept loops, and their end.
+//! The tasks of a shard: its endpoint, its accept loops, and their end.
 
 use std::net::{TcpListener, UdpSocket};
 use std::rc::Rc;
@@ -21,29 +21,29 @@ use cpc_host::host;
 use cpc_host::lifecycle;
 use cpc_transport::quic::{Endpoint, config, error_code};
 
-/// How long goodbyes may take.
+/// Time for the last packets of a shard's tunnels.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-/// How often destinations that nobody asks for are forgotten.
+/// Interval between removals of unused destinations from the breaker.
 const EXPIRE: Duration = Duration::from_secs(60);
 
-/// What a shard is started with.
+/// Parameters of a starting shard.
 pub(super) struct Start {
-    /// Which one it is.
+    /// Index of the shard.
     pub index: usize,
-    /// What every shard knows.
+    /// State that all shards share.
     pub common: Common,
-    /// Where it is told what to do.
+    /// Queue of tasks from other shards.
     pub inbox: Inbox,
     /// The tunnel and its socket.
     pub tunnel: Option<(Tunnel, UdpSocket)>,
-    /// Listeners that it accepts on.
+    /// Listeners of this shard.
     pub listeners: Listeners,
-    /// How agents of Konnectivity come in.
+    /// Parameters of Konnectivity's agents.
     pub door: Option<Door>,
 }
 
-/// Listeners, each of which is one shard's.
+/// Listeners, each of which belongs to one shard.
 #[derive(Default)]
 pub(super) struct Listeners {
     /// Attachments of the redirect.
@@ -52,12 +52,12 @@ pub(super) struct Listeners {
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
-    /// Agents of Konnectivity.
+    /// Listener of Konnectivity's agents.
     pub agents: Option<TcpListener>,
 }
 
 impl Listeners {
-    /// Deals them to `shards`.
+    /// Distributes the listeners to `shards`.
     pub(super) fn deal(self, shards: usize) -> Vec<Self> {
         let mut dealt: Vec<_> = (0..shards).map(|_| Self::default()).collect();
         let mut turn = (0..shards).cycle();
@@ -76,7 +76,7 @@ impl Listeners {
     }
 }
 
-/// Runs a shard from start to end; `started` is told how the first went.
+/// Runs a shard from start to end. `started` receives the result of the start.
 pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), ServerError>>) {
     let phase = start.common.phase.clone();
     let Open {
@@ -105,7 +105,7 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
     }
 }
 
-/// What runs on a shard and must be told of its end.
+/// Objects on a shard that must be closed at its end.
 struct Open {
     shard: Rc<Shard>,
     endpoint: Option<Endpoint>,
@@ -198,8 +198,8 @@ fn open(start: Start) -> Result<Open, ServerError> {
     })
 }
 
-/// Runs an endless task until the process takes nothing new any more, and drops what it holds then, a
-/// listener first of all. While the process drains nobody else would serve what comes.
+/// Runs an endless task until the process accepts nothing new, and then drops it, its listener first of
+/// all. While the process drains no other process would serve new connections.
 fn until_last_call(shard: &Shard, task: impl Future<Output = ()> + 'static) {
     let phase = shard.phase.clone();
     tokio::task::spawn_local(async move {

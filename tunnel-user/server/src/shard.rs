@@ -1,5 +1,5 @@
-//! What belongs to one shard of a server: its endpoint, its links, and what dials need; and how the
-//! shards hand over to each other.
+//! State of one shard of a server: its endpoint, its links, and the needs of dials; and tasks between
+//! shards.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -34,73 +34,73 @@ use cpc_identity::TrustDomain;
 use cpc_identity::join::Desk;
 use cpc_identity::revoked::Revocations;
 
-/// What every shard of a server knows.
+/// State that all shards share.
 #[derive(Clone)]
 pub(super) struct Common {
     /// The control task.
     pub control: ControlHandle,
-    /// Where certificates are issued, if they are.
+    /// Issuer of certificates, if configured.
     pub desk: Option<Arc<Desk>>,
-    /// Counters.
+    /// Metrics.
     pub metrics: ServerMetrics,
-    /// The bound on stopped readers.
+    /// Bound on the memory of stopped readers.
     pub budget: Budget,
-    /// Bounds.
+    /// Configured limits.
     pub limits: LimitsConfig,
     /// Open connections.
     pub connections: Gate,
-    /// What there are file descriptors for.
+    /// Shares of the file descriptors.
     pub shares: Shares,
-    /// Clients that have not said yet what they want.
+    /// Clients whose request has not arrived yet.
     pub waiting: Gate,
-    /// Connections of gRPC clients, each of which may carry many of theirs.
+    /// Connections of gRPC clients, each of which may carry many dials.
     pub grpc_clients: Gate,
     /// Dials under way.
     pub dials: Gate,
-    /// Tunnels.
+    /// Number of tunnels.
     pub tunnels: Gate,
-    /// What each tenant has of them.
+    /// Limits of each tenant.
     pub tenants: Tenants,
-    /// Where agents come in over QUIC.
+    /// Limiter of handshakes at the tunnel's port.
     pub door: Doorstep,
-    /// Our name.
+    /// Name of the server.
     pub server_id: Arc<str>,
-    /// How many of us there are.
+    /// Number of servers.
     pub server_count: u32,
-    /// What readiness names.
+    /// Faults that readiness names.
     pub troubles: Troubles,
-    /// Peers who count no more.
+    /// Revoked peers.
     pub revocations: Arc<Revocations>,
-    /// This process.
+    /// Id of this process.
     pub instance: InstanceId,
-    /// Since when it runs.
+    /// Start of this process.
     pub started: Instant,
-    /// Where the process is in its life.
+    /// Phase of this process.
     pub phase: watch::Receiver<Phase>,
-    /// The last link id that was given out.
+    /// Last assigned link id.
     pub last_link: Arc<AtomicU64>,
     /// Tunnels over QUIC by shard.
     pub loads: Loads,
-    /// All shards.
+    /// Queues of all shards.
     pub peers: Peers,
 }
 
-/// What one shard has another do.
+/// Task for another shard.
 type Task = Box<dyn FnOnce(&Rc<Shard>) + Send>;
 
-/// The ways to the shards. What waits there is bounded where it comes in: by the connections that
-/// are admitted, by the strangers that a listener takes.
+/// Queues to the shards. The work in them is bounded where it is admitted: by the connections, and by
+/// the handshakes that a listener takes.
 #[derive(Clone)]
 pub(super) struct Peers {
     inboxes: Arc<[mpsc::UnboundedSender<Task>]>,
     dealt: Arc<AtomicUsize>,
 }
 
-/// Where a shard is told what to do.
+/// Queue of tasks from other shards.
 pub(super) struct Inbox(mpsc::UnboundedReceiver<Task>);
 
 impl Peers {
-    /// Of `count` shards.
+    /// Creates the queues of `count` shards.
     pub(super) fn new(count: usize) -> (Self, Vec<Inbox>) {
         let channels = (0..count).map(|_| mpsc::unbounded_channel());
         let (inboxes, outlets): (Vec<_>, Vec<_>) = channels.unzip();
@@ -111,24 +111,24 @@ impl Peers {
         (peers, outlets.into_iter().map(Inbox).collect())
     }
 
-    /// How many there are.
+    /// Returns the number of shards.
     pub(super) fn len(&self) -> usize {
         self.inboxes.len()
     }
 }
 
-/// What is dialled, and for whom.
+/// Destination of a dial, with its tenant.
 pub(super) type Target = (TrustDomain, Destination);
 
-/// One shard. Dereferences to what all of them know.
+/// One shard. Dereferences to the state that all of them share.
 pub(super) struct Shard {
-    /// Which one.
+    /// Index of the shard.
     pub index: usize,
-    /// The agents that are connected to it.
+    /// Links of connected agents.
     pub links: RefCell<HashMap<LinkId, Link>>,
-    /// Where agents of Konnectivity come in.
+    /// Agents of Konnectivity.
     pub agents: OnceCell<Weak<Agents>>,
-    /// What times out when it is dialled over them.
+    /// Breaker of destinations dialled over these links.
     pub breaker: RefCell<Breaker<Target>>,
     common: Common,
 }
@@ -142,7 +142,7 @@ impl std::ops::Deref for Shard {
 }
 
 impl Shard {
-    /// A shard without links.
+    /// Creates a shard without links.
     pub(super) fn new(index: usize, common: Common) -> Rc<Self> {
         Rc::new(Self {
             index,
@@ -153,14 +153,14 @@ impl Shard {
         })
     }
 
-    /// Does what other shards ask for, for ever.
+    /// Runs tasks from other shards, without end.
     pub(super) async fn listen(self: Rc<Self>, mut inbox: Inbox) {
         while let Some(task) = inbox.0.recv().await {
             task(&self);
         }
     }
 
-    /// Runs a task on shard `index`. One that has ended drops it: then all of us are ending.
+    /// Runs a task on shard `index`. A shard that has ended drops it: then the process is ending.
     pub(super) fn run_on<F>(
         self: &Rc<Self>,
         index: usize,
@@ -176,20 +176,20 @@ impl Shard {
         }
     }
 
-    /// Whose turn it is to take somebody in who costs more than to be handed over: TLS, HTTP/2.
+    /// Returns the next shard in turn, for peers that cost more than a move: TLS, HTTP/2.
     pub(super) fn turn(&self) -> usize {
         self.peers.dealt.fetch_add(1, Ordering::Relaxed) % self.peers.len()
     }
 
-    /// A link id that was never used.
+    /// Returns an unused link id.
     pub(super) fn next_link(&self) -> LinkId {
         LinkId(self.last_link.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Counts a connection of `tenant`, and that it is dialled.
+    /// Counts a connection of `tenant` and its dial.
     ///
     /// # Errors
-    /// The bound that lets no more in.
+    /// The limit that refuses.
     pub(super) fn admit(&self, tenant: &TrustDomain) -> Result<(Admitted, Dialling), Limit> {
         let admitted = self.try_admit(tenant);
         admitted.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
@@ -223,7 +223,7 @@ impl Shard {
     /// Counts a tunnel of `tenant`.
     ///
     /// # Errors
-    /// The bound that lets no more in.
+    /// The limit that refuses.
     pub(super) fn admit_tunnel(&self, tenant: &TrustDomain) -> Result<TunnelPlace, Limit> {
         let all = self.tunnels.enter().ok_or(Limit::Agents);
         let own = self.tenants.of(tenant).agents.enter();
@@ -231,7 +231,7 @@ impl Shard {
         place.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
     }
 
-    /// Changes the breaker, and counts what is open then.
+    /// Changes the breaker, and updates its metric.
     pub(super) fn change_breaker<T>(&self, change: impl FnOnce(&mut Breaker<Target>) -> T) -> T {
         let mut breaker = self.breaker.borrow_mut();
         // Bounded, and at the bound a matter of a microsecond.
@@ -243,7 +243,7 @@ impl Shard {
         changed
     }
 
-    /// Ends every link, and what lives on it.
+    /// Ends every link and the connections on it.
     pub(super) fn close_links(&self, reason: CloseReason) {
         for link in self.links.borrow().values() {
             link.close(reason);
@@ -251,18 +251,18 @@ impl Shard {
     }
 }
 
-/// One connection that counts until it is dropped, on whichever shard.
+/// One connection, counted until dropped, on any shard.
 pub(super) struct Admitted {
     _entered: (Entered, Entered),
     open: Gauge,
 }
 
-/// One dial that counts until it is dropped, on whichever shard.
+/// One dial, counted until dropped, on any shard.
 pub(super) struct Dialling {
     _entered: (Entered, Entered),
 }
 
-/// One tunnel that counts until it is dropped.
+/// One tunnel, counted until dropped.
 pub(super) type TunnelPlace = (Entered, Entered);
 
 impl Drop for Admitted {

@@ -1,4 +1,4 @@
-//! What a server tells of itself: status, readiness, and metrics that are read from elsewhere.
+//! Status and readiness of a server, and the metrics that are collected at each scrape.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -40,7 +40,7 @@ struct AttachmentLabels {
     attachment: String,
 }
 
-/// Looks at a running server.
+/// A view of a running server.
 pub(super) struct View {
     identity: String,
     control: ControlHandle,
@@ -61,7 +61,7 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Of a server that is being started. Its metrics are added to `registry`.
+    /// Creates the view of a starting server. Adds its metrics to `registry`.
     pub(super) fn register(
         registry: &mut Registry,
         config: &ServerConfig,

@@ -1,6 +1,6 @@
-//! What each tenant has under way, so that one can't use up what is there for all.
+//! Limits of each tenant, so that one can't use up the share of all.
 //!
-//! Tenants are those of the configuration: nobody adds one from outside.
+//! Tenants are those of the configuration: no peer can add one.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use cpc_datapath::Budget;
 use cpc_host::gate::Gate;
 use cpc_identity::TrustDomain;
 
-/// One tenant's part of the bounds.
+/// Limits of one tenant.
 #[derive(Debug)]
 pub(super) struct Tenant {
     /// Open connections.
@@ -20,7 +20,7 @@ pub(super) struct Tenant {
     pub dials: Gate,
     /// Tunnels of agents.
     pub agents: Gate,
-    /// Memory that is held for its peers; it counts for the whole server as well.
+    /// Memory held for the tenant's peers; it counts for the whole server as well.
     pub budget: Budget,
 }
 
@@ -31,12 +31,12 @@ pub(super) struct Tenants(Arc<Known>);
 #[derive(Debug)]
 struct Known {
     tenants: HashMap<TrustDomain, Tenant>,
-    /// Of whom the configuration says nothing: nobody can be, yet nobody is to go unbounded.
+    /// Limits of an unknown tenant: there should be none, but none may be without limits.
     others: Tenant,
 }
 
 impl Tenants {
-    /// Those that `config` names, and the server's `own`. `budget` is the whole server's.
+    /// Creates the tenants that `config` names, and the server's `own`. `budget` is the whole server's.
     pub(super) fn new(config: &ServerConfig, own: &TrustDomain, budget: &Budget) -> Self {
         let limits = &config.limits;
         let most = |bound: Option<usize>| Gate::new(bound.unwrap_or(usize::MAX));
@@ -65,12 +65,12 @@ impl Tenants {
         }))
     }
 
-    /// The part of the tenant called `name`.
+    /// Returns the limits of the tenant called `name`.
     pub(super) fn of(&self, name: &TrustDomain) -> &Tenant {
         self.0.tenants.get(name).unwrap_or(&self.0.others)
     }
 
-    /// Every tenant's.
+    /// Iterates over all tenants.
     pub(super) fn all(&self) -> impl Iterator<Item = &Tenant> {
         self.0.tenants.values()
     }

@@ -1,25 +1,25 @@
-//! What keeps a running server from its job beside a lack of agents: readiness names it.
+//! Faults of a running server beside a lack of agents, for readiness.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Troubles that last, each under a key of its own. Clones share them.
+/// Lasting faults, each with a key of its own. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Troubles(Arc<Mutex<BTreeMap<String, String>>>);
 
 impl Troubles {
-    /// Notes what is wrong with `key`. Returns whether that is news.
+    /// Sets the fault of `key`. Returns whether that is news.
     pub(super) fn set(&self, key: &str, why: String) -> bool {
         let before = self.lock().insert(key.to_owned(), why.clone());
         before != Some(why)
     }
 
-    /// `key` is as it should be.
+    /// Removes the fault of `key`.
     pub(super) fn clear(&self, key: &str) {
         self.lock().remove(key);
     }
 
-    /// All of them, in one text; `None` when there are none.
+    /// Returns all faults, in one text; `None` when there are none.
     pub(super) fn text(&self) -> Option<String> {
         let troubles = self.lock();
         let texts: Vec<_> = troubles.values().map(String::as_str).collect();

@@ -1,7 +1,7 @@
-//! Whether each attachment is in place: what readiness, metrics and the log say of it.
+//! Health of the attachments, for readiness, metrics and the log.
 //!
-//! A [`Follower`](cpc_redirect::Follower) tells of its cgroup, [`Watch`] looks at the kernel every
-//! two seconds. What they find is one state, and each change of it one line of the log.
+//! A [`Follower`](cpc_redirect::Follower) reports its cgroup, [`Watch`] checks the kernel every two
+//! seconds. Both findings form one state, and each change of it is one line of the log.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,33 +13,33 @@ use std::time::{Duration, Instant};
 use cpc_host::report::report;
 use cpc_redirect::{AttachmentSpec, Counter, Redirect, RedirectError};
 
-/// How often the kernel is looked at.
+/// Interval between checks of the kernel.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// Every how many looks those for other attachments are among them: they read the BPF file system.
+/// Number of checks per search for other attachments, which reads the BPF file system.
 const SURVEY: u32 = 5;
 
-/// Looks in a row that are left out at most while the follower attaches.
+/// Maximum number of consecutive checks that are skipped while the follower attaches.
 const PATIENCE: u32 = 2;
 
-/// Connections in a row that are redirected and do not arrive, before they count as lost.
+/// Number of consecutive redirected connections that do not arrive, after which they count as lost.
 const LOST: u64 = 5;
 
-/// Connections count as lost until none was lost for so long.
+/// Time without a lost connection after which the count starts again.
 const QUIET: Duration = Duration::from_secs(600);
 
-/// What keeps each attachment from being in place, if something does.
+/// Fault of each attachment, if there is one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Health(Arc<Mutex<BTreeMap<String, Option<String>>>>);
 
 impl Health {
-    /// Adds an attachment of which nothing is known yet.
+    /// Adds an attachment in unknown state.
     pub(super) fn add(&self, name: &str) {
         let unknown = Some("it was not looked at yet".to_owned());
         self.lock().insert(name.to_owned(), unknown);
     }
 
-    /// Takes in what was found. `detail` is for the line that says it is in place.
+    /// Sets the state of an attachment. `detail` is for the log line about one that is in place.
     pub(super) fn set(&self, name: &str, fault: Option<String>, detail: &str) {
         let mut all = self.lock();
         let Some(last) = all.get_mut(name) else {
@@ -55,16 +55,16 @@ impl Health {
         *last = fault;
     }
 
-    /// Each attachment, and why it is not in place.
+    /// Returns each attachment, with its fault.
     pub(crate) fn all(&self) -> Vec<(String, Option<String>)> {
         let all = self.lock();
         all.iter().map(|(k, v)| (k.clone(), v.clone())).collect()
     }
 
-    /// Fails while an attachment is not in place.
+    /// Checks that all attachments are in place.
     ///
     /// # Errors
-    /// The first such attachment and why.
+    /// The first faulty attachment and its fault.
     pub(crate) fn check(&self) -> Result<(), String> {
         let all = self.lock();
         let fault = all
@@ -80,13 +80,13 @@ impl Health {
     }
 }
 
-/// Looks at one attachment.
+/// A check of one attachment.
 pub(super) struct Look {
     redirect: Redirect,
     spec: AttachmentSpec,
-    /// Names of all attachments that are configured.
+    /// Names of all configured attachments.
     configured: Vec<String>,
-    /// Whether this process attached, and may look for others.
+    /// Whether this process attached, and may search for others.
     ours: bool,
 }
 
@@ -105,7 +105,7 @@ impl Look {
         }
     }
 
-    /// Why the attachment is not in place.
+    /// Returns the fault of the attachment.
     pub(super) fn fault(&self, survey: bool) -> Option<String> {
         let Ok(cgroup) = fs::metadata(&self.spec.cgroup) else {
             return Some(no_cgroup(&self.spec.cgroup));
@@ -138,7 +138,7 @@ pub(super) fn no_cgroup(path: &std::path::Path) -> String {
     format!("the cgroup {} is not there", PathBuf::from(path).display())
 }
 
-/// Looks at every attachment, again and again.
+/// A periodic check of every attachment.
 pub(super) struct Watch {
     health: Health,
     attachments: Vec<Watched>,
@@ -146,14 +146,14 @@ pub(super) struct Watch {
 
 struct Watched {
     look: Look,
-    /// The error with which its cgroup was attached to last, if with one.
+    /// Error of the last attempt to attach to its cgroup.
     link_error: LinkError,
     arrivals: Arrivals,
-    /// Looks in a row that were left out.
+    /// Number of consecutive skipped checks.
     left_out: u32,
 }
 
-/// What linking failed with last. The follower writes it, and holds it while it attaches.
+/// Error of the last attempt to attach. The follower writes it, and holds it while it attaches.
 pub(super) type LinkError = Arc<Mutex<Option<String>>>;
 
 impl Watch {
@@ -173,7 +173,7 @@ impl Watch {
         }
     }
 
-    /// Never ends. Files and the kernel hold up nothing else of the runtime.
+    /// Checks without end, on a thread where files and the kernel block nothing else.
     pub(super) async fn run(mut self) {
         let mut tick = tokio::time::interval(INTERVAL);
         for turn in 1_u32.. {
@@ -221,22 +221,23 @@ impl Watched {
     }
 }
 
-/// Compares connections that the kernel programs have redirected with those that reached the listener.
-/// Programs of another attachment may refuse or divert them in between, unseen by ours.
+/// Comparison of the connections that the kernel programs have redirected with those that reached the
+/// listener. Programs of another attachment may refuse or divert them in between, unseen by ours.
 #[derive(Debug, Default)]
 struct Arrivals {
     established: u64,
     redirected: u64,
-    /// How many had been redirected when one was last established, or none had been lost for [`QUIET`].
+    /// Number of redirected connections when one was last established, or none had been lost for
+    /// [`QUIET`].
     base: Option<u64>,
-    /// When there was a further one that was redirected.
+    /// Time of the last redirected connection.
     last: Option<Instant>,
-    /// Whether enough were missing at the last look: they may have been on their way.
+    /// Whether enough were missing at the last check: they may have been on their way.
     suspected: bool,
 }
 
 impl Arrivals {
-    /// Takes in how many there were of each by `now`. Says what is wrong when none arrives.
+    /// Takes both numbers at `now`. Returns the fault when no connection arrives.
     fn observe(&mut self, redirected: u64, established: u64, now: Instant) -> Option<String> {
         let last = match self.last {
             Some(last) if redirected == self.redirected => last,

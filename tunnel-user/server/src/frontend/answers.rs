@@ -1,6 +1,5 @@
-//! How a refused HTTP CONNECT is worded: in our own way, or as Konnectivity's proxy-server does it,
-//! byte for byte, for programs that look at status and body. Either way the reason phrase is ours
-//! and says why.
+//! Texts of a refused HTTP CONNECT: our own form, or that of Konnectivity's proxy-server, byte for
+//! byte, for programs that check status and body. In both the reason phrase is ours and has the reason.
 
 use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
@@ -20,7 +19,7 @@ const PLAIN: (&str, &str) = ("Content-Type", "text/plain");
 const UTF8: (&str, &str) = ("Content-Type", "text/plain; charset=utf-8");
 const CLOSE: (&str, &str) = ("Connection", "close");
 
-/// The answer to a dial that failed.
+/// Returns the answer to a failed dial.
 pub(super) fn failure(answers: Answers, error: &DialError) -> Bytes {
     let why = error.to_string();
     match answers {
@@ -29,7 +28,7 @@ pub(super) fn failure(answers: Answers, error: &DialError) -> Bytes {
     }
 }
 
-/// The answer to what is no request that can be served.
+/// Returns the answer to an invalid or unsupported request.
 pub(super) fn bad_request(answers: Answers, error: &ConnectError) -> Bytes {
     let (status, why) = (error.status(), error.to_string());
     match (answers, status) {
@@ -62,7 +61,7 @@ fn status(reason: CloseReason) -> u16 {
     }
 }
 
-/// Konnectivity's answer to a dial that failed.
+/// Returns Konnectivity's answer to a failed dial.
 fn compatible(error: &DialError, why: &str) -> Bytes {
     match (error.reason, error.by) {
         (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
@@ -80,7 +79,7 @@ fn compatible(error: &DialError, why: &str) -> Bytes {
     }
 }
 
-/// Konnectivity's status for what an agent answered: it looks for words.
+/// Returns Konnectivity's status for the answer of an agent: it searches for words.
 fn status_of(answer: &str) -> u16 {
     let answer = answer.to_ascii_lowercase();
     let has = |words| answer.contains(words);

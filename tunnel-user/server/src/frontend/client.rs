@@ -1,5 +1,5 @@
-//! A client that is being dialled for, with its socket: it goes to the shard of its link, where its
-//! bytes are then moved without leaving that thread.
+//! A client during its dial, with its socket. It moves to the shard of its link, where its bytes are
+//! then relayed without leaving that thread.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -20,29 +20,29 @@ use cpc_datapath::socket::Portable;
 use cpc_host::report::report;
 use cpc_observe::konnectivity::Counted;
 
-/// A client that takes no answer by then is dropped.
+/// Timeout for a client to take its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a client learns what became of its dial.
+/// Form of the answer to a client.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Manner {
-    /// It is connected already: a reset is all that it can be told.
+    /// The client is connected already: a reset is the only possible answer.
     Redirected,
-    /// It waits for an answer of HTTP.
+    /// The client waits for an HTTP answer.
     HttpConnect(Answers),
 }
 
-/// A client, and all that goes with it.
+/// A client with its dial.
 pub(super) struct Client<L> {
-    /// Its socket.
+    /// Socket of the client.
     pub local: L,
-    /// How it is answered.
+    /// Form of its answer.
     pub manner: Manner,
-    /// What it asked for.
+    /// The dial.
     pub dial: Dial,
-    /// Its place.
+    /// Permit of the connection.
     pub admitted: Admitted,
-    /// Counts it as Konnectivity does.
+    /// Count in Konnectivity's metrics.
     pub counted: Option<Counted>,
 }
 
@@ -55,15 +55,15 @@ pub(super) struct Established<L> {
 }
 
 impl<L: Portable> Client<L> {
-    /// Serves it to its end, here or where its link lives.
+    /// Serves the client to its end, here or on the shard of its link.
     pub(super) fn serve(self: Box<Self>, shard: Rc<Shard>) -> impl Future<Output = ()> {
         serve_once(shard.clone(), Box::pin(self.dial(shard)))
     }
 
-    /// `None`: nothing is left to be done here.
+    /// Dials. Returns `None` if nothing is left to do on this shard.
     ///
-    /// In boxes that malloc has bins for, each of its own size: what is freed is then used by the next
-    /// dial, and not by what stays.
+    /// The boxes have sizes for which malloc has bins, each its own: the next dial then uses freed
+    /// memory, and long-lived values do not.
     pub(super) async fn dial(self: Box<Self>, shard: Rc<Shard>) -> Option<Box<Established<L>>> {
         let span = self.dial.record.span();
         self.dial_in(shard).instrument(span).await
@@ -94,7 +94,7 @@ impl<L: Portable> Client<L> {
         }
     }
 
-    /// Gives it to the shard where its link lives. What was read of it goes along.
+    /// Moves the client to the shard of its link, with the bytes read from it.
     fn hand_over(self, shard: &Rc<Shard>, at: usize) {
         let Self {
             local,
@@ -135,8 +135,8 @@ impl<L: Portable> Client<L> {
     }
 }
 
-/// Serves a client once it is `dialled`; what that took is given back before bytes are moved, for
-/// days perhaps.
+/// Serves a client once it is `dialled`. Memory of the dial is freed before the relay, which may take
+/// days.
 #[expect(
     clippy::manual_async_fn,
     reason = "an async fn keeps its arguments twice"
@@ -167,7 +167,7 @@ pub(super) async fn answer_and_close(local: &impl LocalSocket, answer: Bytes) {
     }
 }
 
-/// Answers a client whom nothing is waited for, as far as its socket takes it.
+/// Answers a client without waiting, as far as its socket takes it.
 pub(super) fn answer_at_once(local: &impl LocalSocket, answer: &[u8]) {
     if matches!(local.try_write(&[IoSlice::new(answer)]), Ok(Some(n)) if n == answer.len()) {
         local.reset_on_close(false);

@@ -40,11 +40,10 @@ use cpc_observe::metrics::FrontendKind;
 use cpc_transport::grpc::server::{Call, serve as serve_http2};
 use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
 
-/// A stream without DIAL_REQ by then is ended; and so is one that the client leaves open for so
-/// long after its dial has failed.
+/// Timeout for DIAL_REQ on a stream, and for the client to close a stream after its dial has failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a client may take to notice the end of a call.
+/// Time for a client to notice the end of a call.
 const GOODBYE: Duration = Duration::from_millis(500);
 
 /// Serves one HTTP/2 connection.
@@ -77,7 +76,7 @@ pub(super) async fn connection(
     }
 }
 
-/// What a client wants.
+/// Request of a client.
 struct Wanted {
     protocol: String,
     address: String,
@@ -120,7 +119,7 @@ async fn stream(
     }
 }
 
-/// Waits for the request to dial. `None`: there will be none.
+/// Waits for the request to dial. Returns `None` if there will be none.
 async fn read_dial(
     sender: &mut PacketSender,
     receiver: &mut PacketReceiver,
@@ -217,8 +216,8 @@ fn destination(request: &Wanted) -> Result<Destination, String> {
     destination.map_err(|error| format!("dial tcp: {error}"))
 }
 
-/// The error of DIAL_RSP: it begins with the words that Konnectivity's programs look for, where there
-/// are any, and says why. What an agent of Konnectivity answered is passed on as it is.
+/// Returns the error of DIAL_RSP: it begins with the words that Konnectivity's programs search for, if
+/// there are any, and has the reason. The answer of an agent of Konnectivity is passed on unchanged.
 fn explain(error: &DialError) -> Cow<'_, str> {
     match (error.reason, error.answer()) {
         (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
@@ -230,14 +229,14 @@ fn explain(error: &DialError) -> Cow<'_, str> {
     }
 }
 
-/// Says that the dial has failed, and waits until the client has taken note: it ends the stream.
+/// Reports that the dial has failed, and waits until the client ends the stream.
 async fn refuse(socket: &ProxySocket, error: &str) {
     // One that reads nothing has left, or will not learn it.
     let _ = timeout(REQUEST_TIMEOUT, socket.refused(error)).await;
     socket.end(&socket.fault().unwrap_or_else(Status::ok));
 }
 
-/// Throws away what a client still sends on a stream that nothing more will come of.
+/// Discards packets of a client on a stream that has ended.
 async fn drain(receiver: &mut PacketReceiver) {
     let drained = async { while let Ok(Some(_)) = receiver.next().await {} };
     let _ = timeout(REQUEST_TIMEOUT, drained).await;

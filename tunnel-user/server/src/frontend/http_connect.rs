@@ -1,8 +1,8 @@
-//! HTTP CONNECT, on a Unix socket and on TCP with mutual TLS: what kube-apiserver's egress selector
-//! speaks, and any HTTP client.
+//! HTTP CONNECT, on a Unix socket and on TCP with mutual TLS: the protocol of kube-apiserver's egress
+//! selector, and of any HTTP client.
 //!
-//! The reason phrase of a refusal is what the person at kubectl reads. Success is answered only
-//! when the target is connected, and before its first byte.
+//! The reason phrase of a refusal is the text that the person at kubectl reads. The answer of success
+//! comes only when the target is connected, and before its first byte.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -39,7 +39,7 @@ pub(super) fn connection(
     serve_once(shard, Box::pin(dialled))
 }
 
-/// Learns what a client wants. `None`: nothing, or nothing that it can have.
+/// Reads and checks the request. Returns `None` if there is none to serve.
 async fn ask<L: Portable>(
     shard: Rc<Shard>,
     scope: Arc<Scope>,
@@ -90,7 +90,7 @@ async fn ask<L: Portable>(
     }))
 }
 
-/// Reads the request and what came behind it. `None`: the client left without a word.
+/// Reads the request and the bytes behind it. Returns `None` if the client left before.
 async fn read_request(
     local: &impl LocalSocket,
 ) -> Result<Option<(ConnectRequest, Bytes)>, ConnectError> {

@@ -1,4 +1,4 @@
-//! Where frontends listen: on Unix sockets, and on TCP with mutual TLS.
+//! Listeners of frontends: Unix sockets, and TCP with mutual TLS.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
@@ -30,20 +30,20 @@ use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::grpc::{ALPN, AnyAuthority, tcp};
 
-/// A client that has not finished its TLS handshake by then is dropped.
+/// Timeout of a client's TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// What is spoken at a listener.
+/// Protocol of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protocol {
-    /// HTTP CONNECT, and how it is refused.
+    /// HTTP CONNECT, with the form of its refusals.
     HttpConnect(Answers),
     /// Konnectivity's `ProxyService`.
     Grpc,
 }
 
 impl Protocol {
-    /// Its name in the configuration and in logs.
+    /// Returns the name in the configuration and in logs.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::HttpConnect(_) => scope::HTTP_CONNECT,
@@ -51,10 +51,10 @@ impl Protocol {
         }
     }
 
-    /// Prepares a listener, whose accepted sockets inherit it.
+    /// Prepares a listener, whose accepted sockets inherit its options.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub(crate) fn prepare(self, listener: &StdTcpListener) -> io::Result<()> {
         match self {
             Self::HttpConnect(_) => prepare_listener(listener),
@@ -62,7 +62,7 @@ impl Protocol {
         }
     }
 
-    /// What TLS is accepted unless something is configured.
+    /// Returns the default TLS floor.
     pub(super) fn floor(self) -> TlsFloor {
         let min_version = match self {
             Self::HttpConnect(_) => TlsVersion::Tls13,
@@ -75,7 +75,7 @@ impl Protocol {
         }
     }
 
-    /// What a client in clear is told when there is no descriptor for it.
+    /// Returns the answer to a client without TLS for which there is no descriptor.
     fn no_descriptor(self) -> Bytes {
         match self {
             Self::HttpConnect(_) => response(503, "the server has no file descriptor left"),
@@ -83,7 +83,7 @@ impl Protocol {
         }
     }
 
-    /// What TLS is told of it (ALPN).
+    /// Returns the protocols of ALPN.
     pub(super) fn alpn(self) -> Vec<Vec<u8>> {
         match self {
             Self::HttpConnect(_) => Vec::new(),
@@ -92,18 +92,18 @@ impl Protocol {
     }
 }
 
-/// Who is served at a listener, and how.
+/// Clients and protocol of a listener.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
-    /// Whose clients callers are.
+    /// Tenant and allow-list of the clients.
     pub scope: Arc<Scope>,
-    /// What they speak.
+    /// Protocol of the listener.
     pub protocol: Protocol,
 }
 
 impl Service {
-    /// Serves a client in clear: here, until its link is known; one that is to stay where it is taken
-    /// in goes to the shard whose turn it is.
+    /// Serves a client without TLS: here, until its link is known. A client that can't move later goes
+    /// to the next shard in turn.
     fn take_unix(&self, shard: &Rc<Shard>, socket: UnixStream) -> io::Result<()> {
         let scope = self.scope.clone();
         if let Protocol::HttpConnect(answers) = self.protocol {
@@ -124,7 +124,7 @@ impl Service {
         Ok(())
     }
 
-    /// Serves a client with TLS, whose handshake is work for the shard whose turn it is.
+    /// Serves a client with TLS, whose handshake is work for the next shard in turn.
     fn take_tls(
         &self,
         shard: &Rc<Shard>,
@@ -145,7 +145,7 @@ impl Service {
         Ok(())
     }
 
-    /// As a task of its own, which does not keep what the handshake took.
+    /// Serves a client in a task of its own, which does not keep the memory of the handshake.
     fn serve_tls(self, shard: Rc<Shard>, client: SocketAddr, session: TlsStream<TcpStream>) {
         let certificates = session.get_ref().1.peer_certificates();
         let peer = certificates.and_then(|chain| chain.first()).map(Peer::of);
@@ -175,7 +175,7 @@ impl Service {
     }
 }
 
-/// Counts a client who is none, and says so.
+/// Counts and logs a failed handshake.
 fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
     match known {
         Ok(Ok(())) => {}
@@ -196,7 +196,7 @@ fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>
     }
 }
 
-/// Accepts on a Unix socket for ever, and makes its file again when that is gone.
+/// Accepts on a Unix socket without end, and creates its file again when that is gone.
 pub(crate) async fn accept_unix(
     shard: Rc<Shard>,
     service: Service,
@@ -232,8 +232,8 @@ pub(crate) async fn accept_unix(
     }
 }
 
-/// Does what can be done about the file of a frontend. `Some`: where clients come from now on. What can't
-/// be mended shows in readiness.
+/// Repairs the file of a frontend where possible. Returns a new listener, if there is one. A fault that
+/// remains shows in readiness.
 fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<UnixListener> {
     let path = file.path().display().to_string();
     let why = match fate {
@@ -267,8 +267,8 @@ fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<Unix
     None
 }
 
-/// Accepts on TCP for ever. Clients with a certificate come as often as they like: only handshakes
-/// that fail count against where they come from.
+/// Accepts on TCP without end. Clients with a certificate may connect without limit: only failed
+/// handshakes count against their source.
 pub(crate) async fn accept_tls(
     shard: Rc<Shard>,
     service: Service,

@@ -1,5 +1,5 @@
-//! Ways in: each accepts clients, learns where they want to go, dials, answers in its own manner
-//! and relays.
+//! Frontends: each accepts clients, learns their destinations, dials, answers in its own protocol and
+//! relays.
 
 mod answers;
 mod client;
@@ -24,7 +24,7 @@ use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::konnectivity::Counted;
 use cpc_observe::metrics::Closer;
 
-/// A connection of a client that was dialled for.
+/// A connection of a client after its dial.
 struct Served {
     record: Record,
     dialled: Dialled,
@@ -41,7 +41,7 @@ impl Served {
     }
 }
 
-/// Relays it, and writes its record at the end. Returns why it ended.
+/// Relays the connection, and writes its record at the end. Returns the reason.
 #[expect(
     clippy::manual_async_fn,
     reason = "an async fn keeps its arguments twice"
@@ -90,12 +90,12 @@ fn serve(
     }
 }
 
-/// Writes the record of a dial that failed.
+/// Writes the record of a failed dial.
 fn failed(shard: &Shard, record: &Record, error: &DialError) {
     record.end(error.by, error.reason, error, &shard.metrics.dials);
 }
 
-/// Takes in what a client of `scope` asks for, or writes the record of why not.
+/// Admits a request of a client of `scope`, or writes the record of its refusal.
 ///
 /// # Errors
 /// [`DialError`]; the client has been sent nothing.

@@ -1,5 +1,5 @@
-//! The redirect's end in user space: accepts what the kernel has redirected, learns the origin,
-//! dials. The client's first bytes travel with the request.
+//! The redirect's end in user space: accepts redirected connections, looks up their origins, dials. The
+//! client's first bytes travel with the request.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -27,27 +27,27 @@ use cpc_redirect::{Flows, Heartbeat};
 
 /// One attachment, as its listener knows it.
 pub(crate) struct Attachment {
-    /// Its name.
+    /// Name of the attachment.
     pub name: String,
-    /// Whose sockets are redirected, and what they may ask for.
+    /// Tenant and allow-list of the clients.
     pub scope: Arc<Scope>,
-    /// Where origins are looked up.
+    /// Origins of the connections.
     pub flows: RefCell<Flows>,
 }
 
-/// Twice a second, well below the 3 s after which the kernel takes us for stuck.
+/// Interval of heartbeats, well below the 3 s after which the kernel takes the server for stuck.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
-/// Tells the kernel that the thread that accepts is alive. Dropped, it says that nothing is accepted
-/// any more, unless the service manager keeps the listeners: then connects may wait in their backlog
-/// for a successor, for as long as the last beat counts.
+/// The heartbeat of the thread that accepts. Dropped, it reports that connections are not accepted any
+/// more, unless the service manager keeps the listeners: then connects may wait in their backlog for
+/// the next process, for as long as the last beat counts.
 pub(crate) struct Beating {
     heartbeat: Heartbeat,
     listeners_kept: bool,
 }
 
 impl Beating {
-    /// Of listeners that are accepted on from now on.
+    /// Starts the heartbeat of listeners that are about to accept.
     pub(crate) fn new(heartbeat: Heartbeat, listeners_kept: bool) -> Self {
         Self {
             heartbeat,
@@ -94,7 +94,7 @@ pub(crate) async fn run(
     tokio::join!(beating.run(), accepting);
 }
 
-/// Accepts for ever.
+/// Accepts without end.
 async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListener) {
     loop {
         match listener.accept().await {
@@ -106,7 +106,7 @@ async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListe
     }
 }
 
-/// Has a client served, or drops it, which resets it.
+/// Starts to serve a client, or drops it, which resets it.
 fn take_in(shard: &Rc<Shard>, attachment: &Attachment, socket: TcpStream, client: SocketAddr) {
     let Some(destination) = origin(shard, attachment, &socket, client) else {
         return;
@@ -141,7 +141,7 @@ fn serve(
     tokio::task::spawn_local(Box::new(client).serve(shard.clone()));
 }
 
-/// Where the client had wanted to go; `None` where it is to be reset.
+/// Returns the destination of the client; `None` where it must be reset.
 fn origin(
     shard: &Shard,
     attachment: &Attachment,

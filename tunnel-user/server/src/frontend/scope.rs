@@ -1,4 +1,4 @@
-//! Whose clients a frontend serves, and what they may ask for.
+//! Tenant and allow-list of a frontend's clients.
 
 use std::sync::Arc;
 
@@ -15,20 +15,20 @@ use cpc_identity::TrustDomain;
 use cpc_observe::audit::events as audit;
 use cpc_observe::metrics::Closer;
 
-/// One frontend's, or one attachment's of the redirect.
+/// Scope of one frontend, or of one attachment of the redirect.
 #[derive(Debug)]
 pub(crate) struct Scope {
-    /// Which one, for people.
+    /// Name of the frontend or attachment, for people.
     name: String,
-    /// The tenant that its clients are.
+    /// Tenant of the clients.
     pub tenant: TrustDomain,
-    /// `None`: whatever agents serve.
+    /// Allow-list; `None` allows everything that agents serve.
     allow: ArcSwapOption<AllowList>,
 }
 
 impl Scope {
-    /// A frontend's that speaks `protocol`; its clients are of the tenant `own` where none is
-    /// configured.
+    /// Creates the scope of a frontend that speaks `protocol`. Its clients belong to the tenant `own`
+    /// where none is configured.
     pub(crate) fn of_frontend(
         protocol: &str,
         config: &FrontendConfig,
@@ -38,7 +38,7 @@ impl Scope {
         Self::new(name, config.tenant().unwrap_or(own), config.allow())
     }
 
-    /// An attachment's.
+    /// Creates the scope of an attachment.
     pub(crate) fn of_attachment(config: &AttachmentConfig, own: &TrustDomain) -> Arc<Self> {
         let tenant = config.tenant.as_ref().unwrap_or(own);
         Self::new(attachment_name(config), tenant, config.allow.as_deref())
@@ -52,7 +52,7 @@ impl Scope {
         })
     }
 
-    /// Whether `destination` may be asked for here.
+    /// Checks that clients may request `destination`.
     ///
     /// # Errors
     /// [`CloseReason::PolicyDenied`].
@@ -70,7 +70,7 @@ impl Scope {
         }
     }
 
-    /// Puts another list in force, for what is asked for from now on. Whether there is one.
+    /// Replaces the allow-list, for later requests. Returns whether there is one.
     fn set(&self, allow: Option<&[AllowRule]>) -> bool {
         let fresh = list(allow);
         let is_other = fresh != *self.allow.load();
@@ -96,8 +96,8 @@ fn attachment_name(config: &AttachmentConfig) -> String {
     format!("redirect {}", config.name)
 }
 
-/// Puts the lists of `config` in force. A frontend that is no longer there keeps its own until the
-/// restart that ends it.
+/// Replaces the allow-lists by those of `config`. A frontend that is no longer configured keeps its own
+/// until the next restart.
 pub(crate) fn reload(scopes: &[Arc<Scope>], config: &ServerConfig) {
     let frontends = &config.frontends;
     let connect = frontends.http_connect.iter().map(|it| (HTTP_CONNECT, it));
@@ -116,10 +116,10 @@ pub(crate) fn reload(scopes: &[Arc<Scope>], config: &ServerConfig) {
     }
 }
 
-/// As `frontends.http_connect` has it.
+/// Name in the configuration, `frontends.http_connect`.
 pub(crate) const HTTP_CONNECT: &str = "http_connect";
 
-/// As `frontends.grpc` has it.
+/// Name in the configuration, `frontends.grpc`.
 pub(crate) const GRPC: &str = "grpc";
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! TLS of a frontend on TCP: its own certificate, and callers that a given CA vouches for.
+//! TLS of a frontend on TCP: its own certificate, and the CA of its callers.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use cpc_identity::revoked::Revocations;
 use cpc_identity::{Role, TrustDomain};
 use cpc_observe::audit::events as audit;
 
-/// The TLS of one frontend, read anew when its files change.
+/// TLS of one frontend, reloaded when its files change.
 #[derive(Clone)]
 pub(crate) struct FrontendTls {
     config: TcpFrontend,
@@ -27,7 +27,7 @@ pub(crate) struct FrontendTls {
     loaded: Arc<ArcSwap<Loaded>>,
 }
 
-/// What is in force.
+/// Configuration in force.
 struct Loaded {
     acceptor: TlsAcceptor,
     lifetimes: Vec<Lifetime>,
@@ -35,7 +35,7 @@ struct Loaded {
 }
 
 impl FrontendTls {
-    /// Reads the files of a frontend whose callers are of `tenant`.
+    /// Reads the files of a frontend whose callers belong to `tenant`.
     ///
     /// # Errors
     /// [`MaterialError`] naming the file.
@@ -55,7 +55,7 @@ impl FrontendTls {
         })
     }
 
-    /// Reads the files again when they change, for ever.
+    /// Reloads the files when they change, without end.
     pub(crate) async fn watch(self) {
         let reload = || {
             if files(&self.config) != self.loaded.load().fingerprint {
@@ -73,7 +73,7 @@ impl FrontendTls {
         watch(reload, complain).await;
     }
 
-    /// For the next caller.
+    /// Returns the acceptor for the next caller.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         self.loaded.load().acceptor.clone()
     }

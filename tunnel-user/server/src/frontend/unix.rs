@@ -1,4 +1,4 @@
-//! The file of a Unix frontend: made, watched, and made again when it is gone.
+//! The file of a Unix frontend: created, watched, and created again when it is gone.
 
 use std::fs;
 use std::io;
@@ -14,37 +14,37 @@ use tokio::time::sleep;
 use cpc_config::frontend::UnixFrontend;
 use cpc_host::directory::Directory;
 
-/// How often the file is looked for.
+/// Polling interval of the file.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The file that a listener is reached by.
+/// File of a listener.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     config: UnixFrontend,
-    /// What tells our file from another one at the same path.
+    /// Identity of our file, which distinguishes it from another one at the same path.
     own: Option<FileId>,
     is_inherited: bool,
 }
 
-/// Device, inode, and since numbers of inodes are used again, when it was made, where that is known.
+/// Device, inode, and the creation time where that is known, because inode numbers are reused.
 type FileId = (u64, u64, Option<SystemTime>);
 
-/// What has become of the file.
+/// State of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// It is there.
+    /// The file exists.
     There,
-    /// There is none.
+    /// The file is missing.
     Gone,
-    /// It is somebody else's.
+    /// Another process has replaced the file.
     Taken,
 }
 
-/// Makes the socket of a Unix frontend. One left by a process that is gone is replaced; one that
+/// Creates the socket of a Unix frontend. A socket of a process that is gone is replaced; one that
 /// answers is not, unless it is to be taken over. Waits for no other process.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system call.
 pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
     let path = &config.unix;
     // Only making it goes by its path; where that leads elsewhere by then, nothing is found here.
@@ -73,7 +73,7 @@ pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFil
     Ok((listener, file))
 }
 
-/// Whether a process listens behind a socket. One whose backlog is full does, and is not waited for.
+/// Whether a process listens behind a socket. One with a full backlog does; this does not wait for it.
 fn is_served(path: &Path) -> bool {
     let connected = || {
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
@@ -90,7 +90,8 @@ fn is_socket(found: &fs::File) -> bool {
     metadata.is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
-/// Sets the mode of the socket for `path`. Who owns its directory may have put a link in its place since.
+/// Sets the mode of the socket for `path`, by its descriptor: the owner of its directory may have
+/// replaced it by a link.
 fn set_mode(made: &fs::File, path: &Path, mode: u32) -> io::Result<()> {
     if !is_socket(made) {
         let text = format!("{} was replaced while it was made", path.display());
@@ -110,7 +111,7 @@ fn id(metadata: &fs::Metadata) -> FileId {
 }
 
 impl SocketFile {
-    /// The file of a listener that a service manager has made.
+    /// Returns the file of a listener that a service manager has created.
     pub(crate) fn inherited(config: &UnixFrontend) -> Self {
         Self {
             config: config.clone(),
@@ -119,12 +120,12 @@ impl SocketFile {
         }
     }
 
-    /// Its path.
+    /// Returns the path.
     pub(super) fn path(&self) -> &Path {
         &self.config.unix
     }
 
-    /// Waits until what has become of the file is not `before`, or something may be done about it.
+    /// Waits until the state of the file is not `before`, or can be repaired.
     pub(super) async fn changed(&self, before: Fate) -> Fate {
         loop {
             sleep(LOOK).await;
@@ -135,7 +136,7 @@ impl SocketFile {
         }
     }
 
-    /// Looks at the file.
+    /// Checks the file.
     pub(super) fn fate(&self) -> Fate {
         match id_of(self.path()) {
             Ok(id) if self.own.is_none_or(|own| own == id) => Fate::There,
@@ -146,10 +147,10 @@ impl SocketFile {
         }
     }
 
-    /// Makes the file again, with another listener behind it.
+    /// Creates the file again, with another listener behind it.
     ///
     /// # Errors
-    /// What the system says, or that the file is the service manager's to make.
+    /// The error of the system call, or that the file is the service manager's.
     pub(super) fn make_again(&mut self) -> io::Result<UnixListener> {
         if self.is_inherited {
             return Err(io::Error::other(
@@ -164,8 +165,8 @@ impl SocketFile {
     }
 }
 
-/// A file that nobody listens behind would be taken for a server that does not answer. One that another
-/// process has put in its place is left alone, and so is the service manager's.
+/// Removes the file: one without a listener would look like a server that does not answer. A file of
+/// another process or of the service manager stays.
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let Some(own) = self.own.filter(|_| !self.is_inherited) else {

@@ -1,4 +1,4 @@
-//! Accepting tunnels: handshakes, their bounds, and who comes in.
+//! Acceptance of tunnels: handshakes, their bounds, and the identities of agents.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -28,16 +28,17 @@ use cpc_transport::quic::{
     peer_identity,
 };
 
-/// A peer that has not shown its certificate and opened its control stream by then is dropped.
+/// Timeout for a peer to show its certificate and open its control stream.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A newcomer that was sent to another shard counts there for so long: it comes within a round trip.
+/// Time for which a newcomer that was sent to another shard counts there: it comes within a round trip.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
-/// Newcomers that count on other shards at once: first packets from forged addresses are among them.
+/// Maximum number of newcomers that count on other shards at once: first packets from forged addresses
+/// are among them.
 const MAX_ON_THEIR_WAY: usize = 1024;
 
-/// Accepts tunnels for ever.
+/// Accepts tunnels without end.
 pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     let moving = Gate::new(MAX_ON_THEIR_WAY);
     while let Some(incoming) = endpoint.accept().await {
@@ -76,14 +77,14 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
     }
 }
 
-/// Has a newcomer count on the shard that it is sent to, where that has fewer tunnels than this one.
+/// Counts a newcomer on another shard, where that has fewer tunnels than this one.
 fn elsewhere(shard: &Shard, incoming: &Incoming, moving: &Gate) -> Option<Moved> {
     let movable = incoming.may_retry() && !incoming.is_placed();
     let from = movable.then_some(shard.index)?;
     shard.loads.move_from(from, moving)
 }
 
-/// Sends a newcomer to another shard by a Retry. The next one takes note of it until it has come.
+/// Sends a newcomer to another shard by a Retry. The next one counts it until it has come.
 fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<Place>) {
     shard.metrics.handshakes_moved.inc();
     incoming.retry(number(moved.shard()));
@@ -93,7 +94,7 @@ fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<Place>
     });
 }
 
-/// A shard as connection ids name it.
+/// Returns the number of a shard in connection ids.
 fn number(shard: usize) -> u8 {
     // Below the bound on shards.
     shard as u8

@@ -1,10 +1,10 @@
-//! A dial on a link of another shard, for a client that can't be handed over: one of the many on an
-//! HTTP/2 connection.
+//! A dial on a link of another shard, for a client that can't move: one of the many on an HTTP/2
+//! connection.
 //!
-//! The halves of the stream stay with their link; a task there carries between them and these, which
-//! the client's shard has. Nothing is lost on the way and nothing waits for ever: each queue is
-//! short, so that a reader who stops stalls his stream and no other; an end passes behind what came
-//! before it, a reset past it; and whichever side goes, the other sees it as with a stream.
+//! The halves of the stream stay with their link. A task there carries data between them and these,
+//! which the client's shard has. Nothing is lost on the way, and every wait ends. Each queue is short,
+//! so that a reader who stops stalls its stream and no other. An end passes behind earlier data, a
+//! reset overtakes it. When either side goes, the other sees that as with a stream.
 
 mod far;
 
@@ -20,16 +20,16 @@ use crate::shard::Shard;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::HeadError;
 
-/// Chunks that may wait on their way to the target.
+/// Maximum number of chunks on their way to the target.
 const OUTBOUND: usize = 4;
 
-/// Batches that may wait on their way back, each of what the stream had at once.
+/// Maximum number of batches on their way back, each with all data that the stream had at once.
 const INBOUND: usize = 2;
 
-/// What a link's agent has answered.
+/// Answer of a link's agent.
 type Answer = Result<DialResponse, HeadError>;
 
-/// What becomes of the sending half, behind the chunks or past them.
+/// End of the sending half, behind the chunks or ahead of them.
 #[derive(Clone, Copy, Debug)]
 enum Order {
     Finish,
@@ -37,16 +37,16 @@ enum Order {
     Reset(CloseReason),
 }
 
-/// Towards the target; resets on drop unless finished.
+/// The half towards the target; resets on drop unless finished.
 #[derive(Debug)]
 pub(crate) struct BridgeSend {
-    /// Gone when it was finished.
+    /// Sender of chunks, `None` once finished.
     chunks: Option<mpsc::Sender<Bytes>>,
     orders: mpsc::UnboundedSender<Order>,
     end: watch::Receiver<Option<SendEnd>>,
 }
 
-/// From the target; asks it to stop on drop.
+/// The half from the target; stops it on drop.
 #[derive(Debug)]
 pub(crate) struct BridgeRecv {
     answer: Option<oneshot::Receiver<Answer>>,
@@ -108,7 +108,7 @@ fn inward() -> (BridgeRecv, far::Inward) {
     (recv, inward)
 }
 
-/// The end, once the far side has told it; one that is gone without a word has lost its link.
+/// Returns the end that the far side reports; one that vanishes has lost its link.
 async fn told(mut end: watch::Receiver<Option<SendEnd>>) -> SendEnd {
     let told = end.wait_for(Option::is_some).await;
     let told = told.ok().and_then(|end| *end);

@@ -1,8 +1,9 @@
-//! Links: what a connected agent looks like to a dial, whatever it speaks.
+//! Links: a connected agent as a dial sees it, over any protocol.
 //!
-//! A link carries dials, each as the two halves in [`cpc_datapath::stream`]; it lives on one
-//! shard and never leaves it; a [`bridge`] leads to one from another shard. [`accept()`] lets agents
-//! in over QUIC, [`session`] listens to them; [`konnectivity`] does both for agents of Konnectivity.
+//! A link carries dials, each as the two halves in [`cpc_datapath::stream`]. A link lives on one shard
+//! and never leaves it; a [`bridge`] leads to one from another shard. [`accept()`] accepts agents over
+//! QUIC, [`session`] serves their control stream; [`konnectivity`] does both for agents of
+//! Konnectivity.
 
 mod accept;
 pub(super) mod bridge;
@@ -25,17 +26,17 @@ pub(super) use stream::{LinkRecv, LinkSend};
 /// A connected agent.
 #[derive(Clone, Debug)]
 pub(super) enum Link {
-    /// Over QUIC: each dial has a stream of its own.
+    /// An agent over QUIC: each dial has a stream of its own.
     Quic(Rc<QuicLink>),
-    /// Over gRPC: all dials share one stream.
+    /// An agent over gRPC: all dials share one stream.
     Konnectivity(Rc<KonnectivityLink>),
 }
 
 impl Link {
-    /// Sends `request`. May wait for the agent's permission, so bound it.
+    /// Sends `request`. May wait for the agent's permission, so callers need a timeout.
     ///
     /// # Errors
-    /// Why the link is gone.
+    /// The reason why the link is gone.
     pub(super) async fn open(
         &self,
         request: &DialRequest,

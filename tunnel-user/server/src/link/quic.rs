@@ -21,22 +21,22 @@ use cpc_transport::quic::{Connection, Recv, Send, error_code, link_reason};
 pub(crate) struct QuicLink {
     pub(super) connection: Connection,
     pub(super) session: Rc<Shared<ServerSession>>,
-    /// What others may know of it.
+    /// State that other shards may read.
     pub info: Arc<LinkInfo>,
-    /// Its place among all tunnels, once it is welcome.
+    /// Place among all tunnels, once the agent is welcome.
     pub(super) place: RefCell<Option<TunnelPlace>>,
-    /// When it last asked for a certificate.
+    /// Time of its last certificate request.
     pub(super) asked: Cell<Option<Instant>>,
 }
 
 impl QuicLink {
-    /// Opens a stream and sends `request` on it. Waits for the agent's permission when
-    /// [`MAX_DIALS`] are open, so bound it.
+    /// Opens a stream and sends `request` on it. Waits for the agent's permission when [`MAX_DIALS`]
+    /// are open, so callers need a timeout.
     ///
     /// [`MAX_DIALS`]: cpc_config::transport::MAX_DIALS
     ///
     /// # Errors
-    /// Why the tunnel is gone.
+    /// The reason why the tunnel is gone.
     pub(crate) async fn open(&self, request: &DialRequest) -> Result<(Send, Recv), CloseReason> {
         self.session.note_traffic(Instant::now());
         let (mut send, recv) = self

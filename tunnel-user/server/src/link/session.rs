@@ -1,4 +1,4 @@
-//! The session with one agent: what it says is judged by the control task, and shown to dials.
+//! The session with one agent: the control task judges its messages, and dials see the result.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -20,13 +20,13 @@ use cpc_observe::audit::events as audit;
 use cpc_transport::control_stream::{ControlEnd, ControlStream};
 use cpc_transport::quic::link_reason;
 
-/// Refused claims that stand in the log.
+/// Maximum number of refused claims in one log line.
 const SHOWN_CLAIMS: usize = 16;
 
-/// An agent whose life is doubted has so long for a sign of it.
+/// Time for an agent to answer a challenge with a life sign.
 const CHALLENGE: Duration = Duration::from_secs(1);
 
-/// An agent that asks for certificates faster is not heard.
+/// Minimum interval of certificate requests; an agent that asks faster is not heard.
 const ASKED_AFTER: Duration = Duration::from_secs(10);
 
 /// Drives the session until it ends.
@@ -117,7 +117,7 @@ async fn handle(
     Ok(())
 }
 
-/// Asks the desk, which has more work with a request than an agent with asking.
+/// Asks the issuer, for which a request is more work than for the agent.
 async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
     let Some(desk) = &shard.desk else {
         return Err("this server issues no certificates: it has no `join`".into());
@@ -191,7 +191,7 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
     link.session.with(|s| s.welcome(welcome, Instant::now()))
 }
 
-/// Counts refused claims and says so in one line: an agent may offer a thousand.
+/// Counts refused claims and logs them in one line: an agent may offer a thousand.
 pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
@@ -209,7 +209,7 @@ pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
     );
 }
 
-/// The reason behind the end of a session.
+/// Returns the reason of the end of a session.
 pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
     match end {
         ControlEnd::Session(e) => e.reason(),

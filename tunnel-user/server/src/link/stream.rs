@@ -1,7 +1,7 @@
-//! The halves of one dial, over whichever kind of link it went.
+//! The halves of one dial, over any kind of link.
 //!
-//! Those of the other kinds and their futures are boxed, so that a connection over QUIC, the usual one, does not
-//! pay for their size.
+//! The halves of other kinds and their futures are boxed, so that a connection over QUIC, the usual
+//! one, does not pay for their size.
 
 use bytes::Bytes;
 use futures_util::future::{Either, FutureExt};
@@ -13,31 +13,31 @@ use super::konnectivity::{KonnectivityRecv, KonnectivitySend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::{HeadError, Recv, Send};
 
-/// Towards the target.
+/// The half towards the target.
 #[derive(Debug)]
 pub(crate) enum LinkSend {
     /// A QUIC stream.
     Quic(Send),
     /// A share of a gRPC stream.
     Konnectivity(Box<KonnectivitySend>),
-    /// Either, on another shard.
+    /// A half of either kind, on another shard.
     Bridge(Box<BridgeSend>),
 }
 
-/// From the target, behind the agent's answer.
+/// The half from the target, behind the agent's answer.
 #[derive(Debug)]
 pub(crate) enum LinkRecv {
     /// A QUIC stream.
     Quic(Recv),
     /// A share of a gRPC stream.
     Konnectivity(Box<KonnectivityRecv>),
-    /// Either, on another shard.
+    /// A half of either kind, on another shard.
     Bridge(Box<BridgeRecv>),
 }
 
 impl LinkRecv {
-    /// Waits for the agent's answer. What follows it is there to be received. Cancelling may lose
-    /// it: give the dial up then.
+    /// Waits for the agent's answer. Later data can then be received. Cancelling may lose the answer:
+    /// give up the dial then.
     ///
     /// # Errors
     /// [`HeadError`].

@@ -1,4 +1,4 @@
-//! What a claim stands for.
+//! The normal form of a claim.
 
 use ipnet::IpNet;
 use tunnel_proto::route::Claim;
@@ -15,7 +15,8 @@ pub(super) fn certified(info: &LinkInfo, claim: &Claim) -> bool {
     matches!(claim, Claim::Address(addr) if own(*addr))
 }
 
-/// A claim in its one form: a network of one address is that address, and has one owner like it.
+/// Returns the normal form of a claim: a network of one address is that address, and has one owner like
+/// it.
 pub(super) fn alone(claim: Claim) -> Claim {
     match claim {
         Claim::Cidr(net) if net.prefix_len() == net.max_prefix_len() => Claim::Address(net.addr()),
@@ -23,7 +24,7 @@ pub(super) fn alone(claim: Claim) -> Claim {
     }
 }
 
-/// The node addresses among `claims`.
+/// Returns the node addresses among `claims`.
 pub(super) fn addresses<'a>(
     info: &'a LinkInfo,
     claims: &'a [Claim],

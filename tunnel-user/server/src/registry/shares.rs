@@ -10,14 +10,14 @@ use crate::limits::Limit;
 use cpc_config::server::LimitsConfig;
 use cpc_identity::TrustDomain;
 
-/// How many routes there may be at once. A claim is one, that of the default route two.
+/// Maximum number of routes. A claim is one route, that of the default route two.
 #[derive(Clone, Copy, Debug)]
 pub struct RouteBounds {
-    /// Of all tenants.
+    /// Bound of all tenants.
     pub all: usize,
-    /// Of one tenant, if it is to be less than three quarters of what the others leave.
+    /// Bound of one tenant, if it is to be less than three quarters of what the others leave.
     pub per_tenant: Option<usize>,
-    /// Of one identity; of one process where identities are shared (Konnectivity).
+    /// Bound of one identity; of one process where identities are shared (Konnectivity).
     pub per_agent: usize,
 }
 
@@ -32,7 +32,7 @@ impl From<&LimitsConfig> for RouteBounds {
 }
 
 impl RouteBounds {
-    /// What someone is told whose claim does not fit.
+    /// Returns the reason for a claim that does not fit.
     pub(super) fn text(&self, limit: Limit) -> String {
         let what = match limit {
             Limit::RoutesPerAgent => format!("one agent has {} routes at most", self.per_agent),
@@ -49,7 +49,7 @@ impl RouteBounds {
     }
 }
 
-/// Entries that a claim takes in the table.
+/// Returns the number of entries of a claim in the table.
 pub(super) fn cost(claim: &Claim) -> usize {
     match claim {
         Claim::DefaultRoute => 2,
@@ -57,7 +57,7 @@ pub(super) fn cost(claim: &Claim) -> usize {
     }
 }
 
-/// What is taken of the table.
+/// Use of the table.
 #[derive(Debug, Default)]
 pub(super) struct Shares {
     tenants: HashMap<TrustDomain, usize>,
@@ -65,13 +65,13 @@ pub(super) struct Shares {
 }
 
 impl Shares {
-    /// Counts a claim that nobody held before.
+    /// Counts a claim without another holder.
     pub(super) fn add(&mut self, (tenant, claim): &Key) {
         *self.tenants.entry(tenant.clone()).or_default() += cost(claim);
         self.all += cost(claim);
     }
 
-    /// Takes back a claim that nobody holds any more.
+    /// Removes a claim without another holder.
     pub(super) fn remove(&mut self, (tenant, claim): &Key) {
         if let Some(own) = self.tenants.get_mut(tenant) {
             *own -= cost(claim);
@@ -82,7 +82,7 @@ impl Shares {
         }
     }
 
-    /// How much a tenant may still take, and which bound says so.
+    /// Returns the number of routes that a tenant may still take, and the bound that decides.
     pub(super) fn room(&self, bounds: &RouteBounds, tenant: &TrustDomain) -> (usize, Limit) {
         let own = self.tenants.get(tenant).copied().unwrap_or(0);
         let left = bounds.all.saturating_sub(self.all - own);
@@ -95,7 +95,7 @@ impl Shares {
         (most.saturating_sub(own), limit)
     }
 
-    /// How much is taken, by all and by the tenant that has most.
+    /// Returns the use by all tenants, and by the one that has most.
     pub(super) fn taken(&self) -> (usize, usize) {
         (self.all, self.tenants.values().copied().max().unwrap_or(0))
     }

@@ -1,7 +1,7 @@
 //! A stream of `ProxyService` as a local socket: packets in place of bytes.
 //!
-//! Used from one task. What [`LocalSocket::try_write`] took is one packet, of which a part may have
-//! no credit yet; answers to packets that should not have come go out in the same order.
+//! Used from one task. [`LocalSocket::try_write`] takes one packet, of which a part may have no credit
+//! yet; answers to unexpected packets go out in the same order.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,11 +22,11 @@ use cpc_datapath::socket::Departure;
 use cpc_observe::konnectivity::{ClientTraffic, PacketKind};
 use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 
-/// The most that may wait for credit before the client has to read: one packet of data, and answers.
+/// Maximum number of bytes that wait for credit before the client has to read: one packet of data, and
+/// answers.
 const MAX_WAITING: usize = MAX_DATA + (16 << 10);
 
-/// The last connection that was named. Names are never used twice: clients share an HTTP/2
-/// connection, and logs.
+/// Last assigned connection id. Ids are never used twice: clients share an HTTP/2 connection, and logs.
 static LAST_CONNECTION: AtomicI64 = AtomicI64::new(0);
 
 /// One stream, from its DIAL_REQ on.
@@ -36,32 +36,33 @@ pub(super) struct ProxySocket {
     /// Packets that have no credit yet.
     waiting: RefCell<VecDeque<Waiting>>,
     traffic: Rc<ClientTraffic>,
-    /// The number of the request.
+    /// Number of the request.
     random: i64,
-    /// The connection's name; 0 while it is dialled.
+    /// Id of the connection; 0 during the dial.
     connect_id: Cell<i64>,
-    /// The client has asked for the end.
+    /// Whether the client has requested the end.
     closed: Cell<bool>,
-    /// CLOSE_RSP was sent, or has to be.
+    /// Whether CLOSE_RSP was sent, or has to be.
     answered: Cell<bool>,
-    /// The target has ended, and the client knows.
+    /// Whether the target has ended, and the client knows.
     finished: Cell<bool>,
     finishing: Notify,
     broken: Cell<bool>,
-    /// What the call ends with because of what the client has sent.
+    /// Status of the call because of a fault of the client.
     fault: RefCell<Option<Status>>,
 }
 
 /// A packet on its way to the client.
 struct Waiting {
-    /// What of its frame has no credit yet.
+    /// Part of its frame without credit.
     bytes: Bytes,
     kind: PacketKind,
     since: Instant,
 }
 
 impl ProxySocket {
-    /// A stream on which `random` was asked for. What passes is counted by `traffic`.
+    /// Creates the socket of a stream whose request has the number `random`. `traffic` counts the
+    /// packets.
     pub(super) fn new(
         sender: PacketSender,
         receiver: PacketReceiver,
@@ -84,7 +85,7 @@ impl ProxySocket {
         }
     }
 
-    /// Names the connection and says so, before anything else is written.
+    /// Assigns a connection id and reports it, before any other packet.
     ///
     /// # Errors
     /// The client has gone.
@@ -95,7 +96,7 @@ impl ProxySocket {
         poll_fn(|cx| self.poll_flush(cx)).await
     }
 
-    /// Says that there is no connection, and waits until the client ends the stream.
+    /// Reports the failed dial, and waits until the client ends the stream.
     pub(super) async fn refused(&self, error: &str) {
         // A client that has left gets no answer, and none is counted.
         if poll_fn(|cx| Poll::Ready(self.sender.borrow_mut().poll_reset(cx).is_ready())).await {
@@ -107,12 +108,12 @@ impl ProxySocket {
         }
     }
 
-    /// Waits until the client ends the stream; what it still sends is thrown away.
+    /// Waits until the client ends the stream; discards its packets.
     pub(super) async fn left(&self) {
         while let Ok(Some(_)) = self.next().await {}
     }
 
-    /// After the relay: what the call ends with. `reason` is how the connection has ended.
+    /// Returns the status of the call, after the relay. `reason` is that of the connection.
     pub(super) fn close(&self, reason: CloseReason) -> Status {
         if !self.broken.get() || self.closed.get() {
             return Status::ok();
@@ -123,18 +124,18 @@ impl ProxySocket {
         status
     }
 
-    /// What the call ends with, where the client has sent what it should not.
+    /// Returns the status of the call, where the client has violated the protocol.
     pub(super) fn fault(&self) -> Option<Status> {
         self.fault.borrow().clone()
     }
 
-    /// The client has not kept to the protocol, or left.
+    /// Notes that the client has violated the protocol, or left.
     fn fail(&self, end: StreamEnd) -> io::Error {
         self.fault.replace(Some(end.status()));
         reset(end)
     }
 
-    /// Ends the call behind everything that was written.
+    /// Ends the call behind all written packets.
     pub(super) fn end(&self, status: &Status) {
         let mut sender = self.sender.borrow_mut();
         for packet in self.waiting.borrow_mut().drain(..) {
@@ -151,7 +152,7 @@ impl ProxySocket {
         }
     }
 
-    /// Says once that the connection has ended.
+    /// Reports once that the connection has ended.
     fn answer_close(&self, error: &str) {
         if !self.answered.replace(true) {
             self.put_close(self.connect_id.get(), error);
@@ -221,7 +222,7 @@ impl ProxySocket {
         next
     }
 
-    /// Waits for the next packet; `None`: after the target's end there is none for now.
+    /// Waits for the next packet; `None` if there is none for now, after the target's end.
     async fn next_unless_finished(&self) -> Option<Result<Option<Packet>, StreamEnd>> {
         let finished = async {
             if !self.finished.get() {
@@ -235,7 +236,7 @@ impl ProxySocket {
         }
     }
 
-    /// Takes a packet while the target is dialled. `true`: the client gives up.
+    /// Handles a packet during the dial. Returns `true` if the client gives up.
     fn take_while_dialling(&self, packet: &Packet) -> bool {
         match packet {
             Packet::CloseDial { random } => *random == self.random,
@@ -246,7 +247,7 @@ impl ProxySocket {
         }
     }
 
-    /// Takes a packet of an established connection; `None`: there is nothing to read in it.
+    /// Handles a packet of an established connection; `None` if it has no data.
     fn take(&self, packet: Packet) -> io::Result<Option<Bytes>> {
         let own = self.connect_id.get();
         match packet {
@@ -280,7 +281,7 @@ impl ProxySocket {
         Ok(None)
     }
 
-    /// Waits until the client has given the stream up.
+    /// Waits until the client has reset the stream.
     async fn reset(&self) {
         poll_fn(|cx| self.sender.borrow_mut().poll_reset(cx)).await;
     }
@@ -298,7 +299,7 @@ fn reset(end: StreamEnd) -> io::Error {
     io::Error::new(ErrorKind::ConnectionReset, end)
 }
 
-/// For a reference, so that the stream can be ended after the relay.
+/// Implemented for a reference, so that the stream can be ended after the relay.
 impl LocalSocket for &ProxySocket {
     async fn read(&self) -> io::Result<Bytes> {
         loop {
@@ -377,13 +378,14 @@ impl LocalSocket for &ProxySocket {
         Ok(())
     }
 
-    /// Reads on, since the end comes as a packet: nobody else does any more. A client that has
-    /// asked for the end wants nothing more, which is as good as a reset.
+    /// Reads on, because the end comes as a packet, and no other task reads any more. A client that has
+    /// requested the end wants nothing more, which equals a reset.
     async fn broken(&self) {
         while self.read().await.is_ok_and(|data| !data.is_empty()) {}
     }
 
-    /// A reset behind the client's end, or the target's, is how calls end.
+    /// Waits for a reset, except one behind the end of the client or the target, which is the usual end
+    /// of a call.
     async fn revoked(&self) {
         self.reset().await;
         if self.closed.get() || self.finished.get() {
@@ -391,7 +393,7 @@ impl LocalSocket for &ProxySocket {
         }
     }
 
-    /// The protocol knows no half-close.
+    /// Returns the end of both directions: the protocol has no half-close.
     fn departure(&self) -> Departure {
         Departure::Whole
     }

@@ -10,14 +10,14 @@ use crate::link::{Link, LinkRecv};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::HeadError;
 
-/// What the client's shard gives.
+/// Receivers of the data from the client's shard.
 pub(super) struct Outward {
     pub chunks: mpsc::Receiver<Bytes>,
     pub orders: mpsc::UnboundedReceiver<Order>,
     pub end: watch::Sender<Option<SendEnd>>,
 }
 
-/// What it is given.
+/// Senders of the data for the client's shard.
 pub(super) struct Inward {
     pub batches: mpsc::Sender<Vec<Bytes>>,
     pub answer: oneshot::Sender<Answer>,
@@ -25,9 +25,9 @@ pub(super) struct Inward {
     pub stop: oneshot::Receiver<CloseReason>,
 }
 
-/// A half that an agent's answer comes on first.
+/// A half on which an agent's answer comes first.
 pub(super) trait Answered: RecvHalf {
-    /// Waits for it.
+    /// Waits for the answer.
     async fn answer(&mut self) -> Answer;
 }
 
@@ -37,8 +37,8 @@ impl Answered for LinkRecv {
     }
 }
 
-/// Opens a stream on `link` and carries until both directions have ended, or the client's shard
-/// wants no more of it.
+/// Opens a stream on `link` and carries data until both directions have ended, or the client's shard
+/// gives up.
 pub(super) async fn serve(
     link: Option<Link>,
     request: &DialRequest,
@@ -67,8 +67,8 @@ pub(super) async fn serve(
     }
 }
 
-/// Carries to the target. What `send` is not told is told by its drop: so it lives for as long as
-/// the client's half does, even behind its end.
+/// Carries data to the target. Dropping `send` ends it without a report: so it lives for as long as the
+/// client's half does, even behind its end.
 pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
     let Outward {
         mut chunks,
@@ -132,7 +132,7 @@ fn finish(send: &mut impl SendHalf, half: bool) {
     }
 }
 
-/// Carries from the target. `recv` lives for as long as the client's half does.
+/// Carries data from the target. `recv` lives for as long as the client's half does.
 pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
     let Inward {
         batches,
@@ -179,7 +179,7 @@ pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
     stopped(recv, stop.await.ok());
 }
 
-/// Nothing more will be read. Without a reason it is told by the drop.
+/// Stops reading. Without a reason the drop does that.
 fn stopped(mut recv: impl RecvHalf, reason: Option<CloseReason>) {
     if let Some(reason) = reason {
         recv.stop(reason);

@@ -1,4 +1,4 @@
-//! Taking agents in: connections, their bounds, and the calls on them.
+//! Acceptance of agents: connections, their bounds, and the calls on them.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -28,19 +28,19 @@ use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::grpc::server::{ServeError, serve};
 use cpc_transport::grpc::{Settings, tcp};
 
-/// A peer that has not finished TLS by then is dropped.
+/// Timeout of a peer's TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection without a call is ended after that, or after twice that at most.
+/// Time after which a connection without a call is ended; twice that at most.
 const UNUSED: Duration = Duration::from_secs(15);
 
-/// Bytes that may wait in the kernel to be sent: what stands before a packet delays it.
+/// Maximum number of unsent bytes in the kernel: bytes ahead of a packet delay it.
 const UNSENT: u32 = 128 << 10;
 
-/// How often is looked whether all connections have ended.
+/// Polling interval for the end of all connections.
 const LEAVE_POLL: Duration = Duration::from_millis(10);
 
-/// The agents of one shard.
+/// Agents of one shard.
 pub(crate) struct Agents {
     pub(super) shard: Rc<Shard>,
     pub(super) door: Door,
@@ -49,29 +49,29 @@ pub(crate) struct Agents {
     ending: Notify,
 }
 
-/// A connection that agents may call on.
+/// A connection on which agents may call.
 pub(super) struct Peer {
-    /// Where it comes from.
+    /// Address of the peer.
     pub remote: SocketAddr,
-    /// Its verified certificate.
+    /// Verified certificate of the peer.
     pub certificate: Option<CertificateDer<'static>>,
-    /// The socket, to be looked at.
+    /// The socket, for its statistics.
     pub socket: Arc<OwnedFd>,
-    /// Its calls.
+    /// Number of calls.
     pub calls: Gate,
-    /// Given back with the first agent.
+    /// Permit of the handshake, returned with the first agent.
     stranger: RefCell<Option<Place>>,
 }
 
 impl Peer {
-    /// An agent has come of it.
+    /// Notes that the connection has an agent.
     pub(super) fn is_known(&self) {
         self.stranger.take();
     }
 }
 
 impl Agents {
-    /// None yet.
+    /// Creates an empty set.
     pub(crate) fn new(shard: Rc<Shard>, door: Door) -> Rc<Self> {
         let settings = Settings {
             keepalive: Some(door.keepalive),
@@ -99,7 +99,7 @@ impl Agents {
         }
     }
 
-    /// Accepts for ever.
+    /// Accepts without end.
     pub(crate) async fn accept(self: Rc<Self>, listener: TcpListener) {
         loop {
             match listener.accept().await {
@@ -118,7 +118,7 @@ impl Agents {
         }
     }
 
-    /// Gives a stranger to the shard whose turn it is: his links will live there.
+    /// Gives a new connection to the next shard in turn: its links will live there.
     fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: Place) {
         let Ok(socket) = socket.into_std() else {
             return;
@@ -182,14 +182,14 @@ impl Agents {
     }
 }
 
-/// Prepares a socket, and returns it once more, to be looked at.
+/// Prepares a socket, and returns a duplicate for statistics.
 fn watched(socket: &TcpStream) -> io::Result<OwnedFd> {
     tcp::prepare(socket)?;
     SockRef::from(socket).set_tcp_notsent_lowat(UNSENT)?;
     socket.as_fd().try_clone_to_owned()
 }
 
-/// Waits until a connection has stood there without a call.
+/// Waits until a connection has been without a call for too long.
 async fn unused(calls: &Gate) {
     loop {
         sleep(UNUSED).await;

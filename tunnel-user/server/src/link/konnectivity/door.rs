@@ -1,4 +1,4 @@
-//! What agents find when they come: made of the configuration, before anything is served.
+//! Parameters of the agents' listener, made from the configuration before the server serves.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,31 +13,30 @@ use cpc_identity::TrustDomain;
 use cpc_kubernetes::AccessError;
 use cpc_kubernetes::token::TokenReviewer;
 
-/// How agents are let in, on any shard.
+/// Parameters of agents, on any shard.
 #[derive(Clone)]
 pub(crate) struct Door {
-    /// What vouches for them.
+    /// Proof of an agent's identity.
     pub(super) proof: Proof,
-    /// How far they are taken at their word.
+    /// Trust in an agent's claims.
     pub(super) trust: Trust,
-    /// Their tenant.
+    /// Tenant of the agents.
     pub(super) tenant: TrustDomain,
-    /// Our certificate.
+    /// TLS of the listener.
     pub(super) tls: AgentTls,
-    /// The ids that we go by.
+    /// Our ids.
     pub(super) ids: Arc<ServerIds>,
-    /// How often an idle one is pinged over HTTP/2.
+    /// Interval of HTTP/2 pings to an idle agent.
     pub(super) keepalive: Duration,
-    /// Where they wait until one is known.
+    /// Limiter of handshakes.
     pub(super) step: Doorstep,
 }
 
 impl Door {
-    /// As `config` says. Tokens are reviewed from the runtime that
-    /// this is called on.
+    /// Creates the parameters from `config`. Reviews of tokens run on the calling runtime.
     ///
     /// # Errors
-    /// [`AccessError`]: how to reach the API that reviews tokens is not known.
+    /// [`AccessError`]: there is no access to the API that reviews tokens.
     pub(crate) async fn new(
         config: &KonnectivityConfig,
         server_id: &str,

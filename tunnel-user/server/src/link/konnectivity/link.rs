@@ -17,47 +17,48 @@ use crate::routes::LinkInfo;
 use cpc_observe::konnectivity::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
 use cpc_transport::grpc::{Code, Outbox, Status};
 
-/// Whoever waits for something about a connection.
+/// Task that waits for a connection.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    /// Told when something has changed.
+    /// Notification of a change.
     pub changed: Notify,
-    /// Where the connection goes, for the log.
+    /// Destination of the connection, for the log.
     destination: String,
 }
 
 /// A connected agent.
 #[derive(Debug)]
 pub(crate) struct KonnectivityLink {
-    /// What others may know of it.
+    /// State that other shards may read.
     pub info: Arc<LinkInfo>,
-    /// Told when the session has to look at the machine again.
+    /// Notification that the session must check the state machine again.
     pub(super) changed: Notify,
     pub(super) outbox: Rc<Outbox>,
     end: RefCell<ServerEnd<Rc<Waiting>>>,
     news: RefCell<VecDeque<News>>,
     closed: Cell<Option<CloseReason>>,
     metrics: ProxyServerMetrics,
-    /// Packets to the agent, and from it.
+    /// Counter of packets to the agent.
     sent: Tally,
     pub(super) received: Tally,
-    /// Counts while a connection holds up the others.
+    /// Count of a connection that holds up the others.
     holding_up: RefCell<Option<Counted>>,
 }
 
-/// What of the machine's events concerns the agent, not a connection.
+/// Event of the state machine that concerns the agent, not a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// It answers.
+    /// The agent answers.
     Alive,
-    /// It does not.
+    /// The agent does not answer.
     Silent,
-    /// It is about to leave.
+    /// The agent drains.
     Draining,
 }
 
 impl KonnectivityLink {
-    /// Over a fresh stream, for its session to drive. `halves`: its agent knows of them.
+    /// Creates the link of a fresh stream, for its session to drive. `halves` tells whether its agent
+    /// supports half-close.
     pub(super) fn new(info: Arc<LinkInfo>, metrics: ProxyServerMetrics, halves: bool) -> Rc<Self> {
         let link = Rc::new(Self {
             info,
@@ -78,7 +79,7 @@ impl KonnectivityLink {
     /// Sends `request`.
     ///
     /// # Errors
-    /// Why the link is gone.
+    /// The reason why the link is gone.
     pub(crate) fn open(
         self: &Rc<Self>,
         request: &DialRequest,
@@ -114,12 +115,12 @@ impl KonnectivityLink {
         self.changed.notify_one();
     }
 
-    /// Why the link has been closed, if it has.
+    /// Returns the reason with which the link was closed, if it was.
     pub(super) fn closed(&self) -> Option<CloseReason> {
         self.closed.get()
     }
 
-    /// Changes the machine, and does what follows from it.
+    /// Changes the state machine, and executes the consequences.
     pub(super) fn step<T>(
         &self,
         change: impl FnOnce(&mut ServerEnd<Rc<Waiting>>, Instant) -> T,
@@ -167,12 +168,12 @@ impl KonnectivityLink {
         }
     }
 
-    /// Reads from the machine.
+    /// Reads from the state machine.
     pub(super) fn look<T>(&self, read: impl FnOnce(&ServerEnd<Rc<Waiting>>) -> T) -> T {
         read(&self.end.borrow())
     }
 
-    /// The next thing for the session to know.
+    /// Returns the next event for the session.
     pub(super) fn news(&self) -> Option<News> {
         self.news.borrow_mut().pop_front()
     }

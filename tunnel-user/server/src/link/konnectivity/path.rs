@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::routes::{Path, Probe};
 
-/// Looks at the path of a TCP connection for as long as the socket is kept elsewhere.
+/// Creates a probe of a TCP connection's path, which works for as long as the socket is kept elsewhere.
 pub(super) fn probe(remote: SocketAddr, socket: &Arc<OwnedFd>) -> Probe {
     let socket: Weak<OwnedFd> = Arc::downgrade(socket);
     Probe(Box::new(move || {
@@ -26,7 +26,7 @@ pub(super) fn probe(remote: SocketAddr, socket: &Arc<OwnedFd>) -> Probe {
     }))
 }
 
-/// What the kernel tells of a connection (`TCP_INFO`, tcp(7)).
+/// Returns the kernel's information about a connection (`TCP_INFO`, tcp(7)).
 fn info(socket: BorrowedFd<'_>) -> Option<libc::tcp_info> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     // An int's worth by far.

@@ -1,5 +1,5 @@
-//! The ids under which this server is known to agents: its own, and more, which lead an agent to
-//! open a stream for each.
+//! The ids of this server towards agents: its own, and further ones, which make an agent open a stream
+//! for each.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,39 +10,39 @@ use crate::limits::Limit;
 use crate::shard::TunnelPlace;
 use cpc_identity::Identity;
 
-/// Streams of one agent beyond one for each id: some that it is about to find superfluous, and
-/// some that it has lost and we have yet to miss.
+/// Number of an agent's streams beyond one for each id: some that it is about to find superfluous, and
+/// some that it has lost and whose loss is not detected here yet.
 const SPARE: usize = 8;
 
-/// An agent: what vouches for it, and what it calls itself. The latter alone may be anybody's.
+/// An agent: its proven identity, and its reported instance. The latter alone proves nothing.
 type Key = (String, InstanceId);
 
-/// The ids, and who has a stream to which, on whatever shard.
+/// The ids, and the agents with a stream to each, on any shard.
 #[derive(Debug)]
 pub(super) struct ServerIds {
     ids: Vec<String>,
     taken: Mutex<HashMap<Key, Streams>>,
 }
 
-/// The streams of one agent, which has one place.
+/// Streams of one agent, which has one place.
 #[derive(Debug)]
 struct Streams {
-    /// By id.
+    /// Number of streams by id.
     counts: Vec<usize>,
     _place: TunnelPlace,
 }
 
-/// Why an agent has no place for a stream.
+/// Reason why an agent gets no place for a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoPlace {
-    /// There are enough agents.
+    /// A limit on agents is reached.
     Agents(Limit),
-    /// It has far too many streams.
+    /// The agent has far too many streams.
     Streams,
 }
 
 impl ServerIds {
-    /// These, at least one.
+    /// Creates the set of `ids`, at least one.
     pub(super) fn new(ids: Vec<String>) -> Arc<Self> {
         Arc::new(Self {
             ids,
@@ -50,13 +50,13 @@ impl ServerIds {
         })
     }
 
-    /// How many there are.
+    /// Returns the number of ids.
     pub(super) fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// The first id that this agent has no stream to; the first of all when it has one to each,
-    /// which tells it so. With its first stream it takes a `place`.
+    /// Takes the first id that this agent has no stream to; the first of all when it has one to each,
+    /// which tells it so. The first stream takes a `place`.
     ///
     /// # Errors
     /// [`NoPlace`].
@@ -95,7 +95,7 @@ impl ServerIds {
     }
 }
 
-/// An id that an agent has a stream to, until this is dropped.
+/// An id with an agent's stream, until dropped.
 #[derive(Debug)]
 pub(super) struct Taken {
     of: Arc<ServerIds>,
@@ -104,7 +104,7 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// The id.
+    /// Returns the id.
     pub(super) fn id(&self) -> &str {
         &self.of.ids[self.index]
     }

@@ -1,5 +1,5 @@
-//! The session with one agent: its machine is driven, and what it says of the agent is shown to
-//! the control task.
+//! The session with one agent: drives its state machine, and reports the agent's state to the control
+//! task.
 
 use std::pin::pin;
 use std::rc::Rc;
@@ -30,13 +30,13 @@ use cpc_observe::konnectivity::Service;
 use cpc_transport::grpc::server::Call;
 use cpc_transport::grpc::{Code, PacketReceiver, Status, StreamEnd};
 
-/// A stream whose agent has not answered once by then ends.
+/// Timeout of an agent's first answer.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
 
-/// How long the last words to an agent may take.
+/// Time for the last packets to an agent.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-/// Why a session ended.
+/// Reason why a session ended.
 #[derive(Debug, thiserror::Error)]
 enum End {
     /// The agent ended it in order.
@@ -45,16 +45,16 @@ enum End {
     /// The stream is gone.
     #[error(transparent)]
     Stream(#[from] StreamEnd),
-    /// The machine can't go on.
+    /// The state machine failed.
     #[error(transparent)]
     Machine(#[from] StreamError),
     /// The agent never answered.
     #[error("the agent did not answer within {} s", FIRST_ANSWER.as_secs())]
     Unanswered,
-    /// We ended it.
+    /// This server ended it.
     #[error("{0}")]
     Told(CloseReason),
-    /// The agent counts no more.
+    /// The agent is revoked.
     #[error(transparent)]
     Revoked(#[from] revoked::Revoked),
 }
@@ -74,7 +74,7 @@ impl End {
 }
 
 impl End {
-    /// What failed, where the agent had not answered once; `None`: it thought better of it.
+    /// Returns the failure, where the agent had not answered once; `None` if the agent left.
     fn before_its_first_answer(&self) -> Option<Why> {
         match self {
             Self::Left | Self::Stream(_) => None,
@@ -159,7 +159,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     }
 }
 
-/// Who calls.
+/// Determines the identity of the caller.
 async fn introduce(
     agents: &Agents,
     peer: &Peer,
@@ -177,7 +177,7 @@ async fn introduce(
     Ok((introduction, identity))
 }
 
-/// What a list of revoked peers may know it by.
+/// Returns the peer, for the list of revoked peers.
 fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
     let leaf = peer.certificate.as_ref();
     leaf.map(revoked::Peer::of)
@@ -185,7 +185,10 @@ fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
         .known_as(identity)
 }
 
-/// Gives an agent its place, or says why there is none.
+/// Gives an agent its place.
+///
+/// # Errors
+/// The status of the refusal.
 fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<Taken, Status> {
     let shard = &agents.shard;
     if *shard.phase.borrow() == Phase::Ended {
@@ -201,7 +204,7 @@ fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<T
     })
 }
 
-/// How many servers an agent sees.
+/// Returns the number of servers that an agent sees.
 fn servers(agents: &Agents) -> u64 {
     u64::from(agents.shard.server_count) * agents.door.ids.len() as u64
 }
@@ -216,7 +219,7 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Takes packets until the stream ends, or we end it.
+    /// Receives packets until the stream ends, or this server ends it.
     async fn listen(&mut self, mut receiver: PacketReceiver) -> End {
         let link = self.link.clone();
         let tenants = &self.agents.shard.tenants;
@@ -267,7 +270,7 @@ impl Session<'_> {
         }
     }
 
-    /// Lets others know of the agent's state.
+    /// Reports the agent's state.
     async fn tell(&mut self, news: News) -> Result<(), End> {
         let info = &self.link.info;
         let control = &self.agents.shard.control;
@@ -296,7 +299,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// The agent has answered: it may be dialled on.
+    /// Registers the agent after its first answer: it can be dialled on.
     async fn register(&mut self) -> Result<(), End> {
         let Self {
             link, introduction, ..
@@ -334,7 +337,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Ends what lives on the link, and takes it back from everybody.
+    /// Ends the connections on the link, and removes it everywhere.
     async fn end(&mut self, end: &End) {
         let info = &self.link.info;
         let reason = end.reason();
@@ -352,7 +355,7 @@ impl Session<'_> {
         audit::agent_disconnected(&info.identity, reason);
     }
 
-    /// Says why an agent was let in and never served.
+    /// Logs that an agent was admitted and never served.
     fn never_came(&self, end: &End) {
         let (agent, remote) = (&self.link.info.identity, self.peer.remote);
         let Some(why) = end.before_its_first_answer() else {

@@ -1,7 +1,7 @@
 //! The two halves of one dial.
 //!
-//! Invariant: whatever happens to its halves, a connection leaves nothing behind. One that was
-//! finished is closed in order though nobody waits for it, any other is reset with its halves.
+//! Invariant: a connection leaves nothing behind, whatever happens to its halves. A finished one is
+//! closed in order even without a waiting task, any other is reset with its halves.
 
 use std::rc::Rc;
 
@@ -15,7 +15,7 @@ use super::link::{KonnectivityLink, Waiting};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::HeadError;
 
-/// What the halves share; given up with the last of them.
+/// State that the halves share; dropped with the last of them.
 #[derive(Debug)]
 struct Connection {
     link: Rc<KonnectivityLink>,
@@ -24,7 +24,7 @@ struct Connection {
 }
 
 impl Connection {
-    /// Waits until `look` finds something.
+    /// Waits until `look` returns a value.
     async fn find<T>(&self, mut look: impl FnMut(&KonnectivityLink) -> Option<T>) -> T {
         loop {
             let changed = self.waiting.changed.notified();
@@ -52,7 +52,7 @@ impl Drop for Connection {
     }
 }
 
-/// The halves of a dial that has been asked for.
+/// Creates the halves of a requested dial.
 pub(super) fn halves(
     link: Rc<KonnectivityLink>,
     dial: DialId,
@@ -74,7 +74,7 @@ pub(super) fn halves(
     (send, recv)
 }
 
-/// Towards the target; resets on drop unless finished.
+/// The half towards the target; resets on drop unless finished.
 #[derive(Debug)]
 pub(crate) struct KonnectivitySend {
     connection: Rc<Connection>,
@@ -140,7 +140,7 @@ impl Drop for KonnectivitySend {
     }
 }
 
-/// From the target, behind the agent's answer.
+/// The half from the target, behind the agent's answer.
 #[derive(Debug)]
 pub(crate) struct KonnectivityRecv {
     connection: Rc<Connection>,
@@ -207,8 +207,8 @@ impl Drop for KonnectivityRecv {
     }
 }
 
-/// Whether `bytes` end in an alert of TLS, the last word of a session: in clear or encrypted by TLS 1.2
-/// (RFC 5246, sections 6.2 and 7.2), or an encrypted record of TLS 1.3 with room for an alert alone
+/// Whether `bytes` end in an alert of TLS, the last record of a session: in clear or encrypted by TLS
+/// 1.2 (RFC 5246, sections 6.2 and 7.2), or an encrypted record of TLS 1.3 with room for an alert alone
 /// (RFC 8446, section 5.2).
 fn ends_tls(bytes: &[u8]) -> bool {
     const HEAD: usize = 5;

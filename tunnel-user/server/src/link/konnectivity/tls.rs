@@ -1,5 +1,4 @@
-//! TLS of the agents' listener: our certificate, and where one is given the CA that vouches for
-//! agents.
+//! TLS of the agents' listener: our certificate, and the CA of the agents where one is configured.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,14 +20,14 @@ use cpc_identity::{Role, TrustDomain};
 use cpc_observe::audit::events as audit;
 use cpc_transport::grpc;
 
-/// The TLS of the listener, read anew when its files change.
+/// TLS of the listener, reloaded when its files change.
 #[derive(Clone)]
 pub(crate) struct AgentTls {
     files: Files,
     loaded: Arc<ArcSwap<Loaded>>,
 }
 
-/// What is in force.
+/// Configuration in force.
 struct Loaded {
     acceptor: TlsAcceptor,
     lifetimes: Vec<Lifetime>,
@@ -52,8 +51,8 @@ impl Files {
 }
 
 impl AgentTls {
-    /// Reads the files of a listener whose agents are of `tenant`; `own` are the certificate and
-    /// key for a listener without any.
+    /// Reads the files of a listener whose agents belong to `tenant`; `own` are the certificate and key
+    /// for a listener without any.
     ///
     /// # Errors
     /// [`MaterialError`] naming the file.
@@ -79,7 +78,7 @@ impl AgentTls {
         Ok(Self { files, loaded })
     }
 
-    /// Reads the files again when they change, for ever.
+    /// Reloads the files when they change, without end.
     pub(crate) async fn watch(self) {
         let reload = || {
             if self.files.fingerprint() != self.loaded.load().fingerprint {
@@ -99,7 +98,7 @@ impl AgentTls {
         watch(reload, complain).await;
     }
 
-    /// For the next agent.
+    /// Returns the acceptor for the next agent.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         self.loaded.load().acceptor.clone()
     }

@@ -1,7 +1,8 @@
-//! Who an agent is: by its certificate, by a service account's token, or by nothing but its word.
+//! Identity of an agent: from its certificate, from a service account's token, or unproven from its own
+//! report.
 //!
-//! What it calls itself names a process and no more, except where its word is all there is. The
-//! texts of refusals are the peer's, for the sake of whoever looks for them in a log.
+//! The reported name identifies a process and no more, except where there is no proof. The texts of
+//! refusals are Konnectivity's, because people search logs for them.
 
 use rustls::pki_types::CertificateDer;
 use tunnel_proto::konnectivity::metadata::{AGENT_ID, AGENT_IDENTIFIERS, AUTHORIZATION, BEARER};
@@ -15,61 +16,61 @@ use cpc_identity::{Identity, Role, TrustDomain};
 use cpc_kubernetes::token::{ReviewError, TokenReviewer};
 use cpc_transport::grpc::server::Call;
 
-/// The most that is shown of what an agent says of itself, in characters.
+/// Maximum length of the displayed part of an agent's report, in characters.
 pub(super) const MAX_SHOWN: usize = 256;
 
-/// What vouches for agents.
+/// Proof of an agent's identity.
 #[derive(Clone)]
 pub(super) enum Proof {
-    /// The CA of the listener.
+    /// A certificate of the listener's CA.
     Certificate,
-    /// The Kubernetes API, which reviews their tokens.
+    /// A token, which the Kubernetes API reviews.
     Token(TokenReviewer),
-    /// Nothing.
+    /// No proof.
     Nothing,
 }
 
-/// What an agent says of itself.
+/// Report of an agent about itself.
 #[derive(Debug)]
 pub(super) struct Introduction {
-    /// Its name, which may be empty and is anybody's.
+    /// Reported name, which may be empty and proves nothing.
     pub agent_id: String,
-    /// What it serves.
+    /// Reported identifiers.
     pub identifiers: Identifiers,
-    /// What of that can't be used.
+    /// Unusable identifiers.
     pub unusable: Vec<IdentifierError>,
-    /// Its token, or why there is none.
+    /// Token, or the reason why there is none.
     token: Result<String, Refusal>,
 }
 
-/// Why an agent is not let in.
+/// Reason why an agent is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
-    /// It has no name, or several.
+    /// The agent reports no name, or several.
     #[error("expected one agent ID in the context, got [{0}]")]
     AgentId(String),
-    /// It says twice what it serves.
+    /// The agent reports its identifiers twice.
     #[error("expected at most one set of agent identifiers in the context, got [{0}]")]
     Identifiers(String),
-    /// What it serves can't be read.
+    /// The identifiers can't be decoded.
     #[error("fail to parse url encoded string: {0}")]
     Encoding(IdentifierError),
     /// There is no token.
     #[error("Authentication context was not found in metadata")]
     NoToken,
-    /// There are several.
+    /// There are several tokens.
     #[error("too many ({0}) tokens are received")]
     Tokens(usize),
-    /// It is no token.
+    /// The header holds no bearer token.
     #[error("received token does not have {BEARER:?} prefix")]
     NotBearer,
-    /// It is not good.
+    /// The token is not valid.
     #[error("Failed to validate authentication token, err:{0}")]
     Token(ReviewError),
-    /// It counts no more.
+    /// The agent is revoked.
     #[error(transparent)]
     Revoked(#[from] Revoked),
-    /// The certificate is missing, or names nobody.
+    /// The certificate is missing, or has no identity.
     #[error("the agent's certificate does not say who it is: {0}")]
     Certificate(IdentityError),
 }
@@ -126,7 +127,7 @@ impl Introduction {
         })
     }
 
-    /// Names the process.
+    /// Returns the id of the process.
     pub(super) fn instance(&self) -> InstanceId {
         let digest =
             aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, self.agent_id.as_bytes());
@@ -137,7 +138,7 @@ impl Introduction {
         InstanceId(instance)
     }
 
-    /// Whose it is.
+    /// Determines the identity.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -165,12 +166,13 @@ impl Introduction {
     }
 }
 
-/// What was said instead, cut to a length for a log.
+/// Returns unexpected values, cut to a length for a log.
 fn excerpt(values: &[&str]) -> String {
     values.join(" ").chars().take(MAX_SHOWN).collect()
 }
 
-/// Who a verified certificate names: in its URI, or by its common name where it is not of our make.
+/// Returns the identity in a verified certificate: its URI, or its common name in a certificate of
+/// another CA software.
 fn certified(leaf: &CertificateDer<'_>, tenant: &TrustDomain) -> Result<Identity, IdentityError> {
     match Identity::from_certificate(leaf) {
         Err(IdentityError::UriCount(0)) => {}
