@@ -12,13 +12,12 @@ use cpc_host::privileges::ANY_START;
 
 /// Run an agent, on a worker
 ///
-/// It dials out to every server and holds a tunnel to each, for ever. Servers ask it to connect to
-/// targets; it dials what its allow-list names, by default the kubelet of its own node: the
+/// The agent dials out to every server and holds a tunnel to each. Servers request connections to
+/// targets; the agent dials those that its allow-list names, by default the kubelet of its own node: the
 /// addresses in its certificate, port 10250.
 ///
-/// SIGTERM drains, a second signal ends at once. SIGHUP reads allow-list, offer and log filter
-/// anew.
-/// Certificates are watched.
+/// SIGTERM drains, a second signal ends the process at once. SIGHUP reloads allow-list, offer and log
+/// filter. Certificates reload when their files change.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Args {
@@ -36,7 +35,7 @@ pub(super) struct Args {
         value_parser = server
     )]
     servers: Vec<String>,
-    /// Threads that carry tunnels [default: one a core]
+    /// Threads that carry tunnels [default: one per core]
     #[arg(long, env = "CPC_SHARDS", value_name = "N")]
     shards: Option<usize>,
     /// Tunnels to each server [default: 1]
@@ -45,13 +44,13 @@ pub(super) struct Args {
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended
     #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
+    /// Destination that the agent may dial, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
     #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
     allow: Vec<AllowRule>,
     /// Address of health, metrics and status [default: 127.0.0.1:8136]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,
-    /// What moves bytes [default: auto]
+    /// Engine that moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
     engine: Option<EngineChoice>,
     #[command(flatten)]
@@ -68,7 +67,7 @@ enum Command {
     Join(join::Args),
 }
 
-/// A server's address, with or without blanks around it: lists have them behind their commas.
+/// Parses a server's address, with or without blanks around it: lists have them behind their commas.
 fn server(text: &str) -> Result<String, String> {
     let text = text.trim();
     match address::split(text) {

@@ -9,12 +9,12 @@ use cpc_config::{AuditConfig, ConfigError, LogConfig, LogFormat, TlsConfig};
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::logging::{self, LogHandle};
 
-/// The keys whose values were given by flags or in the environment: they win over the file's.
+/// Keys with values from flags or the environment, which override the file's.
 #[derive(Debug, Default)]
 pub(super) struct Overlay(Vec<&'static str>);
 
 impl Overlay {
-    /// Puts what was given in the place of what stood there.
+    /// Replaces a value by the one of a flag, if that is given.
     pub(super) fn put<T>(&mut self, key: &'static str, value: &mut T, given: Option<T>) {
         if let Some(given) = given {
             *value = given;
@@ -44,15 +44,15 @@ pub(super) fn check_log(config: &LogConfig) -> Result<(), ConfigError> {
     checked.map_err(|error| ConfigError::value("log.filter", error.to_string()))
 }
 
-/// A range of addresses; a single one may stand without its prefix length.
+/// Parses a range of addresses; a single one needs no prefix length.
 pub(super) fn net(text: &str) -> Result<IpNet, String> {
     let single = text.parse::<IpAddr>().map(IpNet::from);
     let net = single.or_else(|_| text.parse::<IpNet>().map(|net| net.trunc()));
     net.map_err(|_| format!("{text:?} is no address and no range: 10.99.1.2 and 10.99.0.0/16 are"))
 }
 
-/// What comes before everything else in a process that serves: of its capabilities those stay that
-/// its start may take, and it logs.
+/// Prepares a process that serves: drops all capabilities that its start does not need, and starts
+/// logging.
 pub(super) fn begin(
     for_start: CapabilitySet,
     log: &LogConfig,
@@ -63,7 +63,7 @@ pub(super) fn begin(
     Ok(privileges::without(|| logging::init(log, audit))??)
 }
 
-/// Our certificate and whom we trust.
+/// Flags of our certificate and the trusted CAs.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "TLS")]
 pub(super) struct TlsArgs {
@@ -86,14 +86,14 @@ impl TlsArgs {
     }
 }
 
-/// What is logged, and how.
+/// Flags of the log.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Logging")]
 pub(super) struct LogArgs {
     /// Log filter, such as `info` or `info,cpc::agent=debug` [default: info]
     #[arg(long, env = "CPC_LOG", value_name = "FILTER")]
     log: Option<String>,
-    /// How log lines look [default: text]
+    /// Format of log lines [default: text]
     #[arg(long, env = "CPC_LOG_FORMAT", value_enum)]
     log_format: Option<LogFormat>,
 }

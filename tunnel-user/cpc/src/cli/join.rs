@@ -13,13 +13,13 @@ use cpc_identity::KeyHash;
 
 /// Get this node's certificate from a server, with a token
 ///
-/// The key is made here and never leaves. The server is known by the hash of its CA's key, which
-/// `cpc token create` prints with the whole command. What comes of it are two files: agent.pem with key
-/// and certificate, and ca.crt. Run again after a failure, it asks with the same key, which costs the
+/// The key is made here and never leaves this host. The hash of its CA's key authenticates the server;
+/// `cpc token create` prints it with the whole command. The result is two files: agent.pem with key and
+/// certificate, and ca.crt. After a failure run the command again: it uses the same key, which costs the
 /// token no further use.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A server's join listener
+    /// Address of a server's join listener
     #[arg(long, env = "CPC_JOIN_SERVER", value_name = "HOST:PORT")]
     server: String,
     /// The token
@@ -32,10 +32,10 @@ pub(super) struct Args {
         conflicts_with = "token_file"
     )]
     token: Option<String>,
-    /// A file with the token, such as a service account's
+    /// File with the token, such as a service account's
     #[arg(long, env = "CPC_JOIN_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// The hash of the CA's key; may be repeated while one CA takes another's place
+    /// Hash of the CA's key; may be repeated while one CA replaces another
     #[arg(
         long,
         env = "CPC_JOIN_CA_HASH",
@@ -47,17 +47,17 @@ pub(super) struct Args {
     /// The node's name [default: the host's]
     #[arg(long, env = "CPC_NODE", value_name = "NAME")]
     node: Option<String>,
-    /// An address of the node, which the agent then serves; may be repeated [default: the one that the
-    /// server is reached from]
+    /// Address of the node, which the agent then serves; may be repeated [default: the local address
+    /// towards the server]
     #[arg(
         long, env = "CPC_NODE_IP", value_name = "ADDR", value_delimiter = ',',
         value_parser = |text: &str| text.trim().parse::<IpAddr>()
     )]
     ip: Vec<IpAddr>,
-    /// Where agent.pem and ca.crt are put
+    /// Directory for agent.pem and ca.crt
     #[arg(long, value_name = "DIR", default_value = "/etc/cpc/agent")]
     out: PathBuf,
-    /// How long to try while the server is not reached
+    /// Time for retries while the server is not reached
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = humantime::parse_duration)]
     timeout: Duration,
 }

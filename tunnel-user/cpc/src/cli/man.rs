@@ -29,7 +29,7 @@ impl CompletionsArgs {
 /// Write a manual page for each subcommand into a directory
 #[derive(Debug, clap::Args)]
 pub(super) struct ManArgs {
-    /// Where they are put, such as /usr/local/share/man/man1
+    /// Directory for the pages, such as /usr/local/share/man/man1
     dir: PathBuf,
 }
 
@@ -41,7 +41,7 @@ impl ManArgs {
     }
 }
 
-/// Root may write into a directory that is another's, whose links it does not follow.
+/// Writes a file. Root may write into a directory of another owner, whose links it does not follow.
 fn put(pages: &Path, directory: &Path) -> io::Result<()> {
     let directory = Directory::create(directory, 0o755)?;
     for page in fs::read_dir(pages)? {

@@ -1,4 +1,4 @@
-//! The command line: one file a subcommand.
+//! The command line: one file per subcommand.
 
 mod agent;
 mod common;
@@ -17,12 +17,12 @@ use clap::{Parser, Subcommand};
 
 use konnectivity::{proxy_agent, proxy_server};
 
-/// Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network that
-/// nobody can reach from outside.
+/// Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network
+/// without inbound access.
 ///
 /// `cpc server` runs on the control plane, `cpc agent` on the workers, which dial out to it over
 /// QUIC. Connections of programs on the control-plane host are redirected into the tunnel by eBPF,
-/// or ask for it by HTTP CONNECT.
+/// or use it by HTTP CONNECT.
 #[derive(Debug, Parser)]
 #[command(
     name = "cpc",
@@ -54,7 +54,7 @@ enum Command {
 impl Cli {
     /// Reads the command line of this process; prints help and errors, and exits then.
     ///
-    /// Called by the name of one of Konnectivity's programs it is that one.
+    /// A program name of Konnectivity selects the command that replaces that program.
     pub(crate) fn from_command_line() -> Self {
         Self::parse_from(konnectivity::by_name(std::env::args_os()))
     }
@@ -62,7 +62,7 @@ impl Cli {
     /// Runs the subcommand.
     ///
     /// # Errors
-    /// Whatever went wrong, for a person to read.
+    /// The error of the subcommand, for people.
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Server(args) => args.run(),
@@ -81,7 +81,7 @@ impl Cli {
     }
 }
 
-/// A runtime for the control task: one thread, since shards have their own.
+/// Creates the runtime of the control task: one thread, because shards have their own.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

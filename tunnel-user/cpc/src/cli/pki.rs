@@ -18,8 +18,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Make a cluster CA and issue certificates
 ///
 /// An identity is the one URI in a certificate: spiffe://TRUST-DOMAIN/server|agent|client/NAME.
-/// Keys are made here and written with mode 0600; nothing that exists is overwritten. Which agents have
-/// certificates is kept beside the CA, in issued.json: servers that issue from it (`join`) read it.
+/// Keys are made here and written with mode 0600; no existing file is overwritten. The file issued.json
+/// beside the CA lists the certificates of agents: servers that issue from the CA (`join`) read it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -30,10 +30,10 @@ pub(super) struct Args {
 enum Command {
     /// Make a CA: ca.crt and ca.key
     Init {
-        /// Where the CA is put
+        /// Directory for the CA
         #[arg(long, value_name = "DIR")]
         dir: PathBuf,
-        /// The trust domain that it vouches for, which is also the tenant
+        /// Trust domain that the CA vouches for, which is also the tenant
         #[arg(long, value_name = "NAME", default_value = "cluster.local")]
         trust_domain: TrustDomain,
         #[command(flatten)]
@@ -72,18 +72,18 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
-    /// Sign another CA of the same trust domain, so that agents take it from their servers
+    /// Sign another CA of the same trust domain, so that agents accept it from their servers
     ///
     /// Writes one file for `tls.ca`: the certificates of both CAs, and the other one's signed by this
     /// one. See docs/joining.md, "Another CA".
     CrossSign {
-        /// Where the CA lies that agents trust now
+        /// Directory of the CA that agents trust now
         #[arg(long, value_name = "DIR")]
         dir: PathBuf,
-        /// The certificate of the CA that follows it
+        /// Certificate of the CA that follows
         #[arg(long, value_name = "FILE")]
         ca: PathBuf,
-        /// Where the certificates are put
+        /// File for the certificates
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
@@ -91,10 +91,10 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// Where the CA lies
+    /// Directory of the CA
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Where certificate, key and a copy of ca.crt are put
+    /// Directory for certificate, key and a copy of ca.crt
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
@@ -103,10 +103,10 @@ struct Common {
 
 #[derive(Debug, clap::Args)]
 struct Validity {
-    /// How many days it is valid, up to 100 years
+    /// Validity in days, up to 100 years
     #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_525))]
     days: u32,
-    /// The last moment at which it is valid, such as 2027-01-01T00:00:00Z
+    /// Last moment of validity, such as 2027-01-01T00:00:00Z
     #[arg(long, value_name = "TIME", conflicts_with = "days", value_parser = humantime::parse_rfc3339)]
     not_after: Option<SystemTime>,
 }
@@ -176,7 +176,7 @@ impl Args {
     }
 }
 
-/// Writes down who holds a name and addresses, for servers that issue from the same CA.
+/// Records the holder of a name and addresses, for servers that issue from the same CA.
 fn record(
     ca: &std::path::Path,
     request: &Request,

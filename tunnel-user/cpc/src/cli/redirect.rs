@@ -21,13 +21,13 @@ use cpc_server::Attachments;
 /// Attach, detach and look at the eBPF redirect
 ///
 /// Programs and maps are pinned under redirect.pin and outlive every process. While no server
-/// answers, what is captured is refused (or passes, where the attachment fails open).
+/// answers, captured connections are refused (or pass, where the attachment fails open).
 ///
-/// A `cpc server` that has CAP_NET_ADMIN attaches by itself. One without capabilities uses what
-/// `attach` has put in place, if it is a member of redirect.group. `attach --stay` then starts before it at
-/// each boot and goes on following cgroups and the host's addresses; the shipped unit cpc-redirect.service
-/// does that. `attach` alone is to be run at each boot, and again for a changed capture set, for a cgroup
-/// that was made anew, and for an address that the host got later.
+/// A `cpc server` with CAP_NET_ADMIN attaches by itself. A server without capabilities uses the
+/// attachments of `attach`, if it is a member of redirect.group. `attach --stay` then starts before it at
+/// each boot and follows cgroups and the host's addresses; the shipped unit cpc-redirect.service does that.
+/// Run `attach` without --stay at each boot, and again for a changed capture set, for a recreated cgroup,
+/// and for a later address of the host.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -38,15 +38,15 @@ pub(super) struct Args {
 enum Command {
     /// Put the configured attachments in place, or renew their programs in one step
     ///
-    /// Fails while another attachment of cpc decides over the same connections; with --stay this is one line
-    /// of the log, and another one when that attachment is gone.
+    /// Fails while another attachment of cpc decides over the same connections. With --stay the command
+    /// logs one line instead, and another one when that attachment is gone.
     Attach {
         #[command(flatten)]
         config: Config,
-        /// Stay, without any capability: attach again when a cgroup is made anew, keep the host's own
-        /// addresses out of what is captured as they come and go, and put a changed capture set in force
-        /// at SIGHUP. Tells a service manager when everything is attached (sd_notify). Ending it takes
-        /// nothing away
+        /// Stay, without any capability: attach again when a cgroup is recreated, keep the host's own
+        /// addresses out of the capture set as they come and go, and put a changed capture set in force
+        /// at SIGHUP. Notifies the service manager when everything is attached (sd_notify). The end of
+        /// this process detaches nothing
         #[arg(long)]
         stay: bool,
     },
@@ -54,22 +54,21 @@ enum Command {
     Detach {
         #[command(flatten)]
         config: Config,
-        /// Only this one; all of redirect.pin when missing
+        /// Name of one attachment; all of redirect.pin when missing
         #[arg(conflicts_with = "all")]
         name: Option<String>,
-        /// Everything that `list` shows, with its maps, of every version and pin directory. Needs no
+        /// Detach everything that `list` shows, with its maps, of every version and pin directory. Needs no
         /// configuration
         #[arg(long)]
         all: bool,
-        /// Below this pin directory, as `list` names it, in place of the configured one. Needs no
-        /// configuration
+        /// Pin directory, as `list` names it, in place of the configured one. Needs no configuration
         #[arg(long, value_name = "DIR", conflicts_with = "all")]
         pin: Option<PathBuf>,
     },
-    /// List every attachment of cpc on this host, whoever made it
+    /// List every attachment of cpc on this host, of any process
     ///
     /// Reads the BPF file system, and with CAP_SYS_ADMIN all links in the kernel. Needs no configuration:
-    /// without one it looks below /sys/fs/bpf.
+    /// without one the command searches /sys/fs/bpf.
     List {
         #[command(flatten)]
         config: Config,
@@ -95,7 +94,7 @@ struct Config {
 }
 
 impl Config {
-    /// The redirect below the configured pin directory, or the default one where no file is named.
+    /// Opens the redirect below the configured pin directory, or the default one without a file.
     fn redirect(&self) -> anyhow::Result<Redirect> {
         let pin = match &self.config {
             Some(_) => self.load()?.redirect.pin,
@@ -171,13 +170,13 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The others, for people.
+/// Lists other attachments, for people.
 fn listed(rivals: &[Found]) -> String {
     let rivals: Vec<_> = rivals.iter().map(ToString::to_string).collect();
     rivals.join(", ")
 }
 
-/// Attaches, gives every capability back, and follows the host until it is told to end.
+/// Attaches, drops every capability, and follows the host until it is stopped.
 fn stay(file: &Config) -> anyhow::Result<()> {
     let config = file.load()?;
     if config.redirect.attachments.is_empty() {
@@ -276,7 +275,7 @@ fn status(config: &ServerConfig, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One attachment, for people. Reads JSON, since `cpc status` has it from another process.
+/// Formats one attachment, for people. Reads JSON, because `cpc status` has it from another process.
 pub(super) fn render(attachment: &Value) -> String {
     let text = |key: &str| attachment[key].as_str().unwrap_or("?").to_owned();
     let listeners: Vec<_> = attachment["listeners"]

@@ -14,12 +14,12 @@ use cpc_host::inherited::Inherited;
 /// Run the server, on the control plane
 ///
 /// Agents dial in at `listen` over QUIC. Programs on this host reach what the agents serve through
-/// the frontends: the eBPF redirect, and HTTP CONNECT. Everything can stand in the configuration
-/// file; what stands in the environment wins over the file, and flags win over both.
+/// the frontends: the eBPF redirect, and HTTP CONNECT. The configuration file can hold every setting;
+/// the environment overrides the file, and flags override both.
 ///
-/// SIGTERM drains: nothing new is taken, what lives may end (limits.drain), a second signal ends at
-/// once. SIGHUP reads policy, allow-lists, capture sets and log filter anew. Certificates are
-/// watched.
+/// SIGTERM drains: open connections may go on for limits.drain; a second signal ends the process at
+/// once. SIGHUP reloads policy, allow-lists, capture sets and log filter. Certificates reload when their
+/// files change.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file (YAML, version 1)
@@ -28,19 +28,19 @@ pub(super) struct Args {
     /// UDP address of the tunnel [default: 0.0.0.0:8132]
     #[arg(long, env = "CPC_LISTEN", value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// How many servers an agent must find [default: 1]
+    /// Number of servers that an agent must find [default: 1]
     #[arg(long, env = "CPC_SERVER_COUNT", value_name = "N")]
     server_count: Option<u32>,
-    /// Threads that carry tunnels [default: one a core]
+    /// Threads that carry tunnels [default: one per core]
     #[arg(long, env = "CPC_SHARDS", value_name = "N")]
     shards: Option<usize>,
-    /// Where the persisted secret lies [default: /var/lib/cpc]
+    /// Directory of the persisted secret [default: /var/lib/cpc]
     #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Address of health, metrics and status [default: 127.0.0.1:8135]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,
-    /// What moves bytes [default: auto]
+    /// Engine that moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
     engine: Option<EngineChoice>,
     #[command(flatten)]

@@ -14,21 +14,21 @@ use cpc_observe::admin::status::{
     AgentRow, AgentStatus, CertificateRow, Refused, ServerRow, ServerStatus, Status,
 };
 
-/// How long the admin port may take.
+/// Timeout of the admin port.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often `--watch` looks.
+/// Interval of `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where a terminal has fewer columns, or does not say, lines are left to wrap by themselves: cells
-/// of one letter each are no table.
+/// Minimum number of columns for a table. With fewer, or an unknown number, the terminal wraps the
+/// lines: cells of one letter each are not a table.
 const NARROW: u16 = 80;
 
-/// Show who is connected to a running server, or what a running agent is connected to
+/// Show the agents of a running server, or the servers of a running agent
 ///
 /// For a server: each agent with its identity, address, round-trip time, streams, bytes, routes and
-/// since when; claims that were refused; attachments of the redirect. For an agent: its tunnels.
-/// Exits with 1 when it is not ready.
+/// start; refused claims; attachments of the redirect. For an agent: its tunnels. Exits with 1 when
+/// the process is not ready.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -36,15 +36,15 @@ pub(super) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Look again every second until interrupted
+    /// Refresh every second until interrupted
     #[arg(long, short)]
     watch: bool,
 }
 
-/// Where a process answers.
+/// Address of a process.
 #[derive(Debug, clap::Args)]
 pub(super) struct Admin {
-    /// Its admin address; an agent's is 127.0.0.1:8136 by default
+    /// Admin address; an agent's is 127.0.0.1:8136 by default
     #[arg(
         long,
         env = "CPC_ADMIN",
@@ -131,7 +131,7 @@ fn render(status: &Status) -> String {
     }
 }
 
-/// A table as wide as the terminal.
+/// Creates a table as wide as the terminal.
 pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
@@ -254,7 +254,7 @@ fn server_row(server: &ServerRow) -> [String; 12] {
     ]
 }
 
-/// A line each: what it is, whose, until when, and how it is where that is not well.
+/// Formats one line per certificate: kind, subject, end, and the state unless valid.
 fn certificates(rows: &[CertificateRow]) -> String {
     let line = |row: &CertificateRow| {
         let what = match row.kind.as_str() {
@@ -276,7 +276,7 @@ fn certificates(rows: &[CertificateRow]) -> String {
     rows.iter().map(line).collect()
 }
 
-/// How many tunnels each shard has.
+/// Returns the number of tunnels of each shard.
 fn spread(shards: usize, tunnels: impl Iterator<Item = usize>) -> String {
     let mut counts = vec![0; shards];
     for shard in tunnels {
@@ -295,7 +295,7 @@ fn refused(who: &str, refused: &[Refused]) -> String {
         .collect()
 }
 
-/// Bytes in binary units, to three figures.
+/// Formats bytes in binary units, to three figures.
 fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = n as f64;

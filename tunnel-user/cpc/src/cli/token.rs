@@ -23,9 +23,9 @@ mod issued;
 
 /// Make and end the tokens that workers join with
 ///
-/// A worker shows a token to the join listener of a server (`join` in its configuration) and gets the
-/// certificate that makes it an agent. Tokens are kept in the server's state_dir; a running server knows
-/// of each change at once. Run it on the server's host.
+/// A worker presents a token to the join listener of a server (`join` in its configuration) and gets an
+/// agent's certificate. The server's state_dir holds the tokens; a running server sees each change at
+/// once. Run this command on the server's host.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The server's configuration file
@@ -39,36 +39,36 @@ pub(super) struct Args {
 enum Command {
     /// Make a token, and print the command that a worker joins with
     Create {
-        /// The node that it is for; `*` stands for any characters. A name without `*` may also be given
-        /// to another key while its certificate is valid
+        /// Name of the node, in which `*` stands for any characters. A token for a name without `*` also
+        /// admits another key while the node's certificate is valid
         #[arg(long, value_name = "NAME")]
         node: String,
-        /// An address or a range that the node's addresses may be in; may be repeated. An address
-        /// without a range may also be moved from a node that has it
+        /// Address or range for the node's addresses; may be repeated. A token for a single address also
+        /// moves it from another node
         #[arg(long, value_name = "CIDR", required = true, value_parser = net)]
         ip: Vec<IpNet>,
-        /// How many nodes may use it
+        /// Number of nodes that may use the token
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         uses: u32,
-        /// How long it is good, at most 30 days
+        /// Validity of the token, at most 30 days
         #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
         ttl: Duration,
-        /// Where workers reach the join listener, for the printed command
+        /// Address of the join listener for workers, for the printed command
         #[arg(long, value_name = "HOST:PORT")]
         server: Option<String>,
         /// Print the token alone
         #[arg(long, short)]
         quiet: bool,
     },
-    /// Show the tokens, and who used them
+    /// Show the tokens, and the nodes that used them
     List {
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// End a token: nobody joins by it any more. Who has joined stays; `tls.revoked` ends that
+    /// End a token for further joins. Joined nodes stay; `tls.revoked` ends them
     Revoke {
-        /// What stands before the dot of the token
+        /// Part of the token before the dot
         id: String,
     },
     /// Show which nodes have certificates
@@ -79,21 +79,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Let others have a node's name and addresses
+    /// Release a node's name and addresses for other nodes
     ///
-    /// For a node that is gone or was installed again. Its certificates are valid until they end all the
-    /// same: `tls.revoked` ends them, and lets others have what they hold as well.
+    /// For a node that is gone or was installed again. Its certificates stay valid until they expire;
+    /// `tls.revoked` ends them at once, and releases their name and addresses too.
     Release {
         /// The node's name
         #[arg(required_unless_present = "ip")]
         node: Option<String>,
-        /// This address alone, whichever node has it or the named one; may be repeated
+        /// Release only this address, of any node or of the named one; may be repeated
         #[arg(long, value_name = "ADDR")]
         ip: Vec<IpAddr>,
     },
 }
 
-/// The longest life of a token.
+/// Maximum validity of a token.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
 impl Args {
@@ -192,7 +192,7 @@ impl Args {
     }
 }
 
-/// A mapped IPv4 address (RFC 4291, section 2.5.5.2) is the one that it maps.
+/// Converts a mapped IPv4 address (RFC 4291, section 2.5.5.2) to the IPv4 address.
 fn canonical(net: IpNet) -> IpNet {
     match net.addr().to_canonical() {
         address @ IpAddr::V4(_) if is_single(&net) => address.into(),
@@ -204,7 +204,7 @@ fn is_single(net: &IpNet) -> bool {
     net.prefix_len() == net.max_prefix_len()
 }
 
-/// What there is to say of the clock: nothing is made in the future.
+/// Returns a warning about the clock: a recorded time must not be in the future.
 fn doubt(pages: &Pages, now: SystemTime) -> Option<String> {
     let made = pages.tokens.values().filter_map(|ticket| ticket.created);
     let issued = pages.holders().map(|(_, holder)| holder.since);

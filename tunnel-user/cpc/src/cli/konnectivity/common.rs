@@ -1,4 +1,4 @@
-//! What the two commands share.
+//! The common part of the two commands.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::ops::RangeInclusive;
@@ -9,10 +9,10 @@ use super::go;
 use crate::cli::common::{LogArgs, Overlay};
 use cpc_config::{ConfigError, LogConfig};
 
-/// The shortest keepalive: who pings more often over HTTP/2 is hung up on.
+/// Shortest keepalive: peers end HTTP/2 connections that ping more often.
 const SHORTEST_KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// A configuration, and what is to be said of it once when it takes effect.
+/// A configuration, with the notes to log once when it takes effect.
 #[derive(Debug)]
 pub(super) struct Translated<C> {
     /// The configuration, checked.
@@ -31,8 +31,8 @@ pub(super) struct Base {
     pub config: Option<PathBuf>,
     #[command(flatten)]
     log: LogArgs,
-    /// How much is logged, like klog's: up to 2 no line for each connection, 3 and 4 one for each,
-    /// from 5 on more about our own work, from 8 on everything [default: 4]
+    /// Verbosity of the log, as in klog: up to 2 no line per connection, 3 and 4 one for each, from 5
+    /// on internal details, from 8 on everything [default: 4]
     #[arg(short, long, value_name = "LEVEL", value_parser = go::integer, help_heading = "Logging")]
     v: Option<i64>,
     /// Arguments without a flag, which Konnectivity ignores too
@@ -47,7 +47,7 @@ impl Base {
         file.filter(|file| !file.as_os_str().is_empty())
     }
 
-    /// What is logged.
+    /// Log configuration.
     pub(super) fn apply_log(&self, log: &mut LogConfig) {
         if let Some(level) = self.v {
             log.filter = filter(level).into();
@@ -55,7 +55,7 @@ impl Base {
         self.log.apply(&mut Overlay::default(), log);
     }
 
-    /// The one sentence about everything that was given in vain.
+    /// Returns one sentence about all flags without effect.
     pub(super) fn in_vain(&self, mut flags: Vec<String>) -> Option<String> {
         flags.extend(self.ignored.iter().map(|argument| format!("{argument:?}")));
         (!flags.is_empty()).then(|| format!("without effect here: {}", flags.join(" ")))
@@ -71,22 +71,22 @@ fn filter(level: i64) -> &'static str {
     }
 }
 
-/// A flag's value that can't be right.
+/// Returns the error about an invalid value of a flag.
 pub(super) fn wrong(flag: &'static str, why: impl Into<String>) -> ConfigError {
     ConfigError::value(flag, why)
 }
 
-/// An empty text counts as none, as with Go.
+/// Returns `None` for an empty text, as Go does.
 pub(super) fn given(text: &Option<String>) -> Option<&str> {
     text.as_deref().filter(|text| !text.is_empty())
 }
 
-/// The file that a flag names.
+/// Returns the file that a flag names.
 pub(super) fn path(text: &Option<String>) -> Option<PathBuf> {
     given(text).map(PathBuf::from)
 }
 
-/// A certificate's flag, its key's flag, and what stands behind them: both or neither.
+/// Returns the files of the flags of a certificate and its key: both or neither.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the flag that is missing.
@@ -102,7 +102,7 @@ pub(super) fn pair(
     }
 }
 
-/// Looks whether the files are there that flags name.
+/// Checks that the files of flags exist.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the first flag whose file is missing.
@@ -117,7 +117,7 @@ pub(super) fn exist(files: &[(&'static str, &Option<String>)]) -> Result<(), Con
     Ok(())
 }
 
-/// A port in `range`.
+/// Checks that a port is in `range`.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the flag and the range.
@@ -131,7 +131,7 @@ pub(super) fn port(
     known.ok_or_else(|| wrong(flag, format!("{port} is not a port from {first} to {last}")))
 }
 
-/// Where to listen: an address or a name of this host, or everywhere when it is empty.
+/// Returns the listen address: an address or a name of this host, or all addresses when empty.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the flag of the host.
@@ -153,7 +153,7 @@ pub(super) fn listen(flag: &'static str, host: &str, port: u16) -> Result<Socket
     chosen.ok_or_else(|| unknown("it has none".into()))
 }
 
-/// Both families where the system has IPv6.
+/// Returns the unspecified address of both families where the system has IPv6.
 fn everywhere(port: u16) -> SocketAddr {
     if TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok() {
         (Ipv6Addr::UNSPECIFIED, port).into()
@@ -162,11 +162,10 @@ fn everywhere(port: u16) -> SocketAddr {
     }
 }
 
-/// As often as where nothing is said.
+/// Default interval of pings.
 const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(3600);
 
-/// What is pinged at most that often, with a note where that is less often than was asked; 0 leaves
-/// it to us.
+/// Returns the interval of pings, with a note where it is longer than requested; 0 means the default.
 pub(super) fn keepalive(flag: &str, time: Duration, notes: &mut Vec<String>) -> Duration {
     if time.is_zero() {
         return DEFAULT_KEEPALIVE;

@@ -1,4 +1,4 @@
-//! `cpc proxy-agent`: the flags. What they mean to our agent is in [`translate`].
+//! `cpc proxy-agent`: the flags. [`translate`] converts them to the configuration of our agent.
 
 mod translate;
 
@@ -13,12 +13,12 @@ use cpc_host::privileges::ANY_START;
 
 /// Run an agent with the flags of Konnectivity's proxy-agent
 ///
-/// Takes its place towards the same proxy-servers: flags, defaults and environment are those of
-/// proxy-agent, also when the program is called by that name. It dials whatever it is asked for, as
-/// there (--cpc-allow to narrow that). Everything else that `cpc agent` can do is had with
-/// --cpc-config.
+/// Replaces proxy-agent towards the same proxy-servers: flags, defaults and environment are those of
+/// proxy-agent, also when the program is called by that name. The agent dials every requested
+/// destination, as Konnectivity does; --cpc-allow restricts that. --cpc-config adds all other features
+/// of `cpc agent`.
 ///
-/// The first SIGTERM tells servers to prefer other agents, a second one ends.
+/// The first SIGTERM tells servers to prefer other agents, a second one ends the process.
 #[derive(Debug, clap::Args)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct Args {
@@ -41,19 +41,19 @@ pub(in crate::cli) struct Args {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Proxy-server")]
 struct Server {
-    /// Where the proxy-servers are: a name or an address
+    /// Name or address of the proxy-servers
     #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
     proxy_server_host: String,
-    /// Their port
+    /// Port of the proxy-servers
     #[arg(long, default_value = "8091", value_parser = go::integer, value_name = "PORT")]
     proxy_server_port: i64,
-    /// PEM roots that vouch for them; needed
+    /// PEM roots that vouch for the proxy-servers; required
     #[arg(long, value_name = "FILE")]
     ca_cert: Option<String>,
     /// Names offered in ALPN beside h2, joined by commas or repeated
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     alpn_proto: Vec<String>,
-    /// How often an idle proxy-server is pinged, at least 30s
+    /// Interval of pings to an idle proxy-server, at least 30s
     #[arg(long, default_value = "1h0m0s", value_parser = go::duration, value_name = "DURATION")]
     keepalive_time: Duration,
 }
@@ -61,19 +61,19 @@ struct Server {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Agent")]
 struct Agent {
-    /// PEM certificate chain that proxy-servers may ask for
+    /// PEM certificate chain of the agent, if proxy-servers request one
     #[arg(long, value_name = "FILE")]
     agent_cert: Option<String>,
-    /// Its PEM private key
+    /// PEM private key of the certificate
     #[arg(long, value_name = "FILE")]
     agent_key: Option<String>,
-    /// A service account's token, read anew for each connection
+    /// File of a service account's token, read for each connection
     #[arg(long, value_name = "FILE")]
     service_account_token_path: Option<String>,
-    /// Our name, random when empty
+    /// Name of the agent, random when empty
     #[arg(long, env = "PROXY_AGENT_ID", value_name = "NAME")]
     agent_id: Option<String>,
-    /// What is served here: ipv4, ipv6, host, cidr and default-route, as in ipv4=10.0.0.1&host=w1
+    /// Served destinations: ipv4, ipv6, host, cidr and default-route, as in ipv4=10.0.0.1&host=w1
     #[arg(
         long,
         default_value = "",
@@ -81,10 +81,10 @@ struct Agent {
         value_name = "QUERY"
     )]
     agent_identifiers: String,
-    /// How often is looked for proxy-servers that are missing; only 1s is done
+    /// Interval of dials while proxy-servers are missing. Only 1s is supported; other values are ignored
     #[arg(long, default_value = "1s", value_parser = go::duration, value_name = "DURATION")]
     sync_interval: Duration,
-    /// How seldom that becomes while none answers; only 10s is done
+    /// Maximum interval between attempts. Only 10s is supported; other values are ignored
     #[arg(long, default_value = "10s", value_parser = go::duration, value_name = "DURATION")]
     sync_interval_cap: Duration,
 }
@@ -92,7 +92,7 @@ struct Agent {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Counting proxy-servers")]
 struct Counting {
-    /// Count proxy-servers by their leases, not by what they say
+    /// Count proxy-servers by their leases instead of their reports
     #[arg(
         long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value = "false", value_parser = go::boolean, value_name = "BOOL"
@@ -109,10 +109,11 @@ struct Counting {
         value_name = "SELECTOR"
     )]
     lease_label_selector: String,
-    /// default: leases alone, where they count; max: leases or what proxy-servers say, the more
+    /// default: leases alone, where they count; max: the larger number of leases and of the
+    /// proxy-servers' reports
     #[arg(long, default_value = "default", value_name = "SOURCE")]
     server_count_source: String,
-    /// How to reach the API server; as a pod when empty
+    /// Kubeconfig for the API server; the pod's service account when empty
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<String>,
 }
@@ -123,13 +124,13 @@ struct Pages {
     /// Port of /healthz, /readyz, /ready and /metrics
     #[arg(long, default_value = "8093", value_parser = go::integer, value_name = "PORT")]
     health_server_port: i64,
-    /// Address of these; all of them when empty
+    /// Address of that port; all addresses when empty
     #[arg(long, value_name = "ADDR")]
     health_server_host: Option<String>,
     /// Port of metrics, status and log filter
     #[arg(long, default_value = "8094", value_parser = go::integer, value_name = "PORT")]
     admin_server_port: i64,
-    /// Address of these; all of them when empty. They are not protected
+    /// Address of that port, which has no access control; all addresses when empty
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
     admin_bind_address: String,
 }
@@ -137,12 +138,12 @@ struct Pages {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Beyond Konnectivity")]
 struct Own {
-    /// What may be dialled, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated [default:
-    /// everything]
+    /// Destination that the agent may dial, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
+    /// [default: all]
     #[arg(long, value_name = "CIDR[:PORTS]")]
     cpc_allow: Vec<AllowRule>,
-    /// What is spoken with --proxy-server-host; auto takes QUIC where it is answered, which needs
-    /// certificates in --cpc-config
+    /// Protocol towards --proxy-server-host; auto prefers QUIC, which needs certificates in
+    /// --cpc-config
     #[arg(long, value_enum, default_value = "konnectivity")]
     cpc_protocol: Protocol,
 }

@@ -1,4 +1,4 @@
-//! `cpc proxy-server`: the flags. What they mean to our server is in [`translate`].
+//! `cpc proxy-server`: the flags. [`translate`] converts them to the configuration of our server.
 
 mod translate;
 
@@ -14,10 +14,10 @@ use cpc_host::inherited::Inherited;
 
 /// Run the server with the flags of Konnectivity's proxy-server
 ///
-/// Takes its place in front of the same agents and behind the same kube-apiserver: flags, defaults
-/// and environment are those of proxy-server, also when the program is called by that name. Agents
-/// are believed what they say that they serve, as there (--cpc-believe-identifiers=false to end
-/// that). Everything else that `cpc server` can do is had with --cpc-config.
+/// Replaces proxy-server between the same agents and the same kube-apiserver: flags, defaults and
+/// environment are those of proxy-server, also when the program is called by that name. The server
+/// trusts the identifiers that agents announce, as Konnectivity does;
+/// --cpc-believe-identifiers=false ends that. --cpc-config adds all other features of `cpc server`.
 #[derive(Debug, clap::Args)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct Args {
@@ -46,32 +46,31 @@ enum Mode {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "kube-apiserver")]
 struct Frontend {
-    /// What kube-apiserver speaks
+    /// Protocol of kube-apiserver
     #[arg(long, value_enum, default_value = "grpc")]
     mode: Mode,
-    /// Unix socket to serve it at, with --server-port=0; without one it is served over TCP
+    /// Unix socket for kube-apiserver, with --server-port=0; without one the server uses TCP
     #[arg(long, value_name = "FILE")]
     uds_name: Option<String>,
-    /// Replace the socket although another process serves there; one that is left over is always
-    /// replaced
+    /// Replace the socket even if another process serves there; a stale one is always replaced
     #[arg(
         long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value = "true", value_parser = go::boolean, value_name = "BOOL"
     )]
     delete_existing_uds_file: bool,
-    /// TCP port to serve it at, 1024 to 49151; 0 with --uds-name
+    /// TCP port for kube-apiserver, 1024 to 49151; 0 with --uds-name
     #[arg(long, default_value = "8090", value_parser = go::integer, value_name = "PORT")]
     server_port: i64,
-    /// Address to serve it at; all of them when empty
+    /// Address of that port; all addresses when empty
     #[arg(long, value_name = "ADDR")]
     server_bind_address: Option<String>,
-    /// PEM certificate chain that it checks
+    /// PEM certificate chain that kube-apiserver checks
     #[arg(long, value_name = "FILE")]
     server_cert: Option<String>,
-    /// Its PEM private key
+    /// PEM private key of that certificate
     #[arg(long, value_name = "FILE")]
     server_key: Option<String>,
-    /// PEM roots that vouch for it; needed with TCP
+    /// PEM roots that vouch for kube-apiserver; required with TCP
     #[arg(long, value_name = "FILE")]
     server_ca_cert: Option<String>,
 }
@@ -79,37 +78,37 @@ struct Frontend {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Agents")]
 struct Agents {
-    /// TCP port to serve them at, 1024 to 49151
+    /// TCP port for agents, 1024 to 49151
     #[arg(long, default_value = "8091", value_parser = go::integer, value_name = "PORT")]
     agent_port: i64,
-    /// Address to serve them at; all of them when empty
+    /// Address of that port; all addresses when empty
     #[arg(long, value_name = "ADDR")]
     agent_bind_address: Option<String>,
-    /// PEM certificate chain that they check
+    /// PEM certificate chain that agents check
     #[arg(long, value_name = "FILE")]
     cluster_cert: Option<String>,
-    /// Its PEM private key
+    /// PEM private key of that certificate
     #[arg(long, value_name = "FILE")]
     cluster_key: Option<String>,
-    /// PEM roots that vouch for them; not together with tokens
+    /// PEM roots that vouch for agents; not together with tokens
     #[arg(long, value_name = "FILE")]
     cluster_ca_cert: Option<String>,
-    /// How often an idle agent is pinged, at least 30s
+    /// Interval of pings to an idle agent, at least 30s
     #[arg(long, default_value = "1h0m0s", value_parser = go::duration, value_name = "DURATION")]
     keepalive_time: Duration,
-    /// Namespace of the service account whose tokens let agents in; with the next two
+    /// Namespace of the service account whose tokens admit agents; with the next two
     #[arg(long, value_name = "NAME")]
     agent_namespace: Option<String>,
-    /// That service account
+    /// Name of that service account
     #[arg(long, value_name = "NAME")]
     agent_service_account: Option<String>,
-    /// The audience of its tokens
+    /// Audience of its tokens
     #[arg(long, value_name = "NAME")]
     authentication_audience: Option<String>,
-    /// How to reach the API server, for tokens and leases; as a pod when empty
+    /// Kubeconfig for the API server, for tokens and leases; the pod's service account when empty
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<String>,
-    /// Requests to it a second; no bound when 0, and --kubeconfig-burst is 0 too
+    /// Requests per second to the API server; unlimited when 0, with --kubeconfig-burst 0 too
     #[arg(
         long,
         default_value = "0",
@@ -117,7 +116,7 @@ struct Agents {
         allow_hyphen_values = true
     )]
     kubeconfig_qps: f32,
-    /// Requests to it at once
+    /// Burst of requests to the API server
     #[arg(long, default_value = "0", value_parser = go::integer, value_name = "N")]
     kubeconfig_burst: i64,
 }
@@ -125,25 +124,25 @@ struct Agents {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
 struct Server {
-    /// Our name, random when empty
+    /// Name of the server, random when empty
     #[arg(long, env = "PROXY_SERVER_ID", value_name = "NAME")]
     server_id: Option<String>,
-    /// How many servers an agent must find
+    /// Number of servers that an agent must find
     #[arg(long, default_value = "1", value_parser = go::integer, value_name = "N")]
     server_count: i64,
-    /// How an agent is chosen, in this order: default, destHost, defaultRoute
+    /// Strategies to choose an agent, in this order: default, destHost, defaultRoute
     #[arg(long, default_value = "default", value_name = "LIST")]
     proxy_strategies: String,
-    /// A dial that has not succeeded by then has failed; 0 is 10s, as every dial must end
+    /// Timeout of a dial; 0 means 10s, because every dial must end
     #[arg(long, default_value = "0s", value_parser = go::duration, value_name = "DURATION")]
     backend_dial_timeout: Duration,
-    /// How long connections may go on after the first SIGTERM; 0 ends them at once
+    /// Time that connections may go on after the first SIGTERM; 0 ends them at once
     #[arg(long, default_value = "0s", value_parser = go::duration, value_name = "DURATION")]
     graceful_shutdown_timeout: Duration,
-    /// Oldest TLS of both ports: VersionTLS12, VersionTLS13; anything older is taken as the first
+    /// Oldest TLS of both ports: VersionTLS12, VersionTLS13; an older one counts as the first
     #[arg(long, value_name = "VERSION")]
     tls_min_version: Option<String>,
-    /// Cipher suites of TLS 1.2, joined by commas or repeated; all that are safe when empty
+    /// Cipher suites of TLS 1.2, joined by commas or repeated; all safe ones when empty
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cipher_suites: Vec<String>,
     /// Hold a lease, by which agents count servers
@@ -170,13 +169,13 @@ struct Pages {
     /// Port of /healthz, /readyz, /ready and /metrics, 1024 to 49151
     #[arg(long, default_value = "8092", value_parser = go::integer, value_name = "PORT")]
     health_port: i64,
-    /// Address of these; all of them when empty
+    /// Address of that port; all addresses when empty
     #[arg(long, value_name = "ADDR")]
     health_bind_address: Option<String>,
     /// Port of metrics, status and log filter, 1024 to 49151
     #[arg(long, default_value = "8095", value_parser = go::integer, value_name = "PORT")]
     admin_port: i64,
-    /// Address of these; loopback when empty. They are not protected
+    /// Address of that port, which has no access control; loopback when empty
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
     admin_bind_address: String,
 }
@@ -184,7 +183,7 @@ struct Pages {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Beyond Konnectivity")]
 struct Own {
-    /// Let agents serve whatever they say; otherwise what policy.grants in the file grants them
+    /// Trust the identifiers that agents announce; otherwise policy.grants in the file decides
     #[arg(
         long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value = "true", value_parser = go::boolean, value_name = "BOOL"
@@ -192,7 +191,7 @@ struct Own {
     cpc_believe_identifiers: bool,
     /// Server ids to present, 1 to 8: an agent opens a stream to each, and connections on different
     /// streams can't stop each other [default: 3, but 1 with --server-count above 1 and no leases,
-    /// where agents would take the ids for servers]
+    /// where agents would count the ids as servers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     cpc_server_ids: Option<u32>,
 }
