@@ -51,8 +51,8 @@ pub trait LocalSocket {
     fn finish(&self) -> impl Future<Output = io::Result<()>>;
     /// Waits until the peer has reset the connection, without reading.
     fn broken(&self) -> impl Future<Output = ()>;
-    /// As [`broken`](Self::broken), but never completes for a reset that follows the peer's end of
-    /// file: then what it sent before is there to be read, and still counts.
+    /// Waits as [`broken`](Self::broken) does, but never completes for a reset that follows the
+    /// peer's end of file: earlier data can still be read then, and counts.
     fn revoked(&self) -> impl Future<Output = ()>;
     /// Returns the meaning of the end of file that was read.
     fn departure(&self) -> Departure {

@@ -63,9 +63,8 @@ impl Attachment {
         self.programs.refusal()
     }
 
-    /// Writes new settings (captures, listeners, fail mode, a namespace that was made anew) for
-    /// running programs. A new cgroup counts from the next [`Self::link`].
-    ///
+    /// Writes new settings (captures, listeners, fail mode, a recreated namespace) for running
+    /// programs. A new cgroup counts from the next [`Self::link`].
     pub fn update(&mut self, spec: &AttachmentSpec) -> Result<(), RedirectError> {
         spec.check()?;
         if spec.name != self.spec.name {

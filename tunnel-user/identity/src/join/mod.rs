@@ -1,20 +1,23 @@
-//! Who becomes an agent, and stays one: tokens that let a worker ask for a certificate, what was issued,
-//! and the desk where both meet.
+//! Joining and renewal: tokens with which a worker requests a certificate, the record of issued
+//! certificates, and the issuer that uses both.
 //!
 //! ```text
 //! cpc token create -> book <- desk <- join listener  <- cpc agent join   (a token, no certificate yet)
 //!                                  <- control stream <- cpc agent        (renewal, over its tunnel)
 //! ```
 //!
-//! Invariants: what a certificate says follows from the token and from what the node is known by, never
-//! from the request, of which only the key counts. A name or an address that another key's certificate
-//! holds is given away only by a token that names exactly it, or when that certificate is revoked, released,
-//! or its node gone from Kubernetes. A token's use is counted before the certificate leaves; the key that
-//! used it gets the same certificate when it asks again, since an answer can be lost. What was issued stays
-//! on record while it is valid. A clock that steps, or is ahead at a start, ends none of that: [`clock`].
+//! Invariants:
+//! * The content of a certificate follows from the token and from the node's proven identity, never from
+//!   the request, of which only the key counts.
+//! * A name or address in the certificate of another key goes to a new holder only by a token that names
+//!   exactly it, or after that certificate is revoked, released, or its node gone from Kubernetes.
+//! * The use of a token is counted before the certificate leaves. The same key gets the same certificate
+//!   again when it repeats the request, because an answer can be lost.
+//! * Issued certificates stay on record while they are valid. A clock that steps, or is ahead at a start,
+//!   ends none of that: [`clock`].
 //!
-//! [`book`] keeps [`pages`], tokens and what was issued, in one file; [`admit`] decides, without I/O;
-//! [`desk`] asks both and the CA.
+//! [`book`] keeps [`pages`], the tokens and issued certificates, in one file; [`admit`] decides, without
+//! I/O; [`desk`] uses both and the CA.
 
 pub mod admit;
 pub mod book;

@@ -1,19 +1,19 @@
-//! Which shard a packet goes to: decided in the kernel, before any thread wakes.
+//! Steering: the kernel chooses the shard of each packet, before any thread wakes.
 //!
 //! The shards' sockets share one port (`SO_REUSEPORT`, socket(7)), and a classic BPF program picks
-//! one of them for each packet by its number in the order of their binding. It needs no capability.
+//! one of them for each packet by its number in the order of their binding. Steering needs no capability.
 //!
 //! * A packet with a connection id of ours goes to the shard that made it, wherever it comes from:
 //!   a new NAT mapping or address stays on its shard. With fewer shards than before a restart any
 //!   will do: each knows that the id is ours and answers with a stateless reset.
 //! * A client's first packets have an id that the client chose. Its first two bytes choose the shard,
-//!   and all packets of the flight have the same ones. Whoever chooses at random lands anywhere; our
-//!   agents have their tunnels land on different shards, without knowing how many there are
-//!   ([`Spread`]). A stranger may choose too: what he gains is a shard's handshakes, which are
-//!   bounded for all shards together.
+//!   and all packets of the flight have the same ones. A random id selects a random shard. Our agents
+//!   spread their tunnels over different shards, without knowing the number of shards ([`Spread`]). An
+//!   unauthenticated peer may choose too: it gains the handshakes of one shard, which are bounded for
+//!   all shards together.
 //! * A shard that has more tunnels than another sends a newcomer there, by a Retry with an id of the
 //!   other's ([`Incoming::retry`](super::Incoming::retry)): keys are the same on all of them.
-//! * What is no QUIC goes somewhere, and is dropped there.
+//! * Packets that are not QUIC go to any shard, which drops them.
 
 use std::io;
 use std::net::UdpSocket;
