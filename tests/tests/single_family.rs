@@ -81,7 +81,7 @@ fn hosts_without_ipv6() -> Result<()> {
     }
     lab.start_configured()?;
     let server = &lab.control_plane.servers[0].daemon;
-    let told = ["WARN", "nothing of the address's family", "[::1]:8137"];
+    let told = ["WARN", "lacks the address family", "[::1]:8137"];
     server.wait_log(SOON, 0, &told)?;
     for log in [server.log(), lab.workers[0].agent()?.log()] {
         ensure!(!log.contains("ERROR"), "{log}");

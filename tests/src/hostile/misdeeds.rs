@@ -191,8 +191,8 @@ pub(super) const ALL: &[Misdeed] = &[
         some: &["connections"],
         none: &["connections kept", "connections refused"],
         server_says: &[
-            &["WARN", "join listener", "its network has its share"],
-            &["WARN", "nobody joined"],
+            &["WARN", "join listener", "the peer's network has its share"],
+            &["WARN", "join failed"],
         ],
         metrics: &[
             "cpc_join_handshakes_failed_total{why=\"source_share\"}",

@@ -235,7 +235,7 @@ impl Connector {
             // What was known before may still be right. Said once, not at every try.
             Err(error) => {
                 if self.unresolved.insert(server.clone()) {
-                    tracing::warn!(%server, error = report(&error), "name not resolved, asking for ever");
+                    tracing::warn!(%server, error = report(&error), "name not resolved, retrying");
                 }
                 return;
             }
@@ -383,9 +383,9 @@ impl Connector {
         let protocol = wire.label();
         let reached = |tunnel: &Held| tunnel.about.way.address == address;
         if self.tunnels.values().any(reached) {
-            tracing::info!(%address, protocol, error = text, "server not reached this way, trying for ever");
+            tracing::info!(%address, protocol, error = text, "server not reached this way, retrying");
         } else {
-            tracing::warn!(%address, protocol, error = text, "server not reached, trying for ever");
+            tracing::warn!(%address, protocol, error = text, "server not reached, retrying");
         }
     }
 }

@@ -61,10 +61,10 @@ pub(super) enum DialError {
     #[error("the server allows no control stream")]
     NoStream,
     /// The identity in the server's certificate is invalid, although the verifier accepted it.
-    #[error("the server's certificate names nobody: {0}")]
+    #[error("the server's certificate has no identity: {0}")]
     Identity(IdentityError),
     /// The server claims another id than its certificate has.
-    #[error("{identity} calls itself {claimed}: it was refused")]
+    #[error("the server {identity} claims to be {claimed}: refused")]
     Impostor {
         /// Identity in the certificate.
         identity: Identity,

@@ -97,7 +97,7 @@ pub(super) async fn keep(material: Arc<Material>, renewals: Renewals) {
     if let Err(error) = tempfile::tempfile_in(folder) {
         tracing::warn!(
             folder = %folder.display(), error = report(&error),
-            "the certificate can't be renewed (tls.renew): its folder has to be ours to write"
+            "the certificate can't be renewed (tls.renew): this process must be able to write its directory"
         );
     }
     let (mut pace, mut delays) = (Pace::default(), tries());
@@ -173,7 +173,7 @@ fn announce(server: &str, credential: &Credential) -> Duration {
         tracing::warn!(
             server,
             "this host's clock is {off} {} the server's, by the certificate that it just issued: correct \
-             whichever is wrong (NTP)",
+             the wrong one (NTP)",
             if ahead { "ahead of" } else { "behind" }
         );
     }

@@ -73,13 +73,13 @@ pub enum Verdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Crowded {
     /// All places are taken.
-    #[error("as many handshakes are under way as may be (limits.handshakes.at_once)")]
+    #[error("too many handshakes are under way (limits.handshakes.at_once)")]
     Full,
     /// The source has as many places as are left for others.
-    #[error("its network has its share of handshakes under way (limits.handshakes.at_once)")]
+    #[error("the peer's network has its share of handshakes under way (limits.handshakes.at_once)")]
     Share,
     /// The bucket of the source is empty.
-    #[error("its network begins too many handshakes (limits.handshakes.per_second, burst)")]
+    #[error("the peer's network begins too many handshakes (limits.handshakes.per_second, burst)")]
     Rate,
 }
 

@@ -55,7 +55,7 @@ impl Callers {
 enum Refusal {
     #[error("{0} is no {1}: its certificate is for another role")]
     Role(Identity, Role),
-    #[error("{0} is not of {1}, whom this listener is for")]
+    #[error("{0} is not of {1}, the tenant of this listener")]
     Tenant(Identity, TrustDomain),
     #[error(transparent)]
     Identity(#[from] IdentityError),

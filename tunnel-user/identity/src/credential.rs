@@ -41,10 +41,10 @@ pub enum CredentialError {
     #[error("the key: {0}")]
     Key(rcgen::Error),
     /// The certificate has no identity.
-    #[error("what the server sent is of no use: {0}")]
+    #[error("the certificate from the server is unusable: {0}")]
     Identity(IdentityError),
     /// The certificate has another identity.
-    #[error("the server sent the certificate of {found}, who is not {expected}")]
+    #[error("the server sent the certificate of {found}, not of {expected}")]
     Another {
         /// Identity in the certificate.
         found: Box<Identity>,
@@ -52,7 +52,7 @@ pub enum CredentialError {
         expected: String,
     },
     /// A CA certificate is not one.
-    #[error("what the server sent as a CA is of no use: {0}")]
+    #[error("the CA certificate from the server is unusable: {0}")]
     Anchor(AnchorError),
     /// The server offered no CA that counts.
     #[error("the server sent no CA that counts here{}", listed(.0))]
@@ -63,7 +63,7 @@ pub enum CredentialError {
     )]
     Clock(String),
     /// The certificate is not for our key, or not by a CA that the server named.
-    #[error("what the server sent is of no use: {0}")]
+    #[error("the certificate from the server is unusable: {0}")]
     Chain(rustls::Error),
 }
 

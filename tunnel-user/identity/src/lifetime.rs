@@ -302,7 +302,7 @@ fn announce(life: &Lifetime, state: State, now: SystemTime) {
             tracing::warn!(purpose, subject, %file, %until, %left, "{what} expires soon: {remedy}");
         }
         State::Expired => {
-            tracing::error!(purpose, subject, %file, %until, "{what} has expired and counts no more: replace it");
+            tracing::error!(purpose, subject, %file, %until, "{what} has expired: replace it");
         }
         State::NotYet => {
             let from = humantime::format_rfc3339_seconds(life.not_before);

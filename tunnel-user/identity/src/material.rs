@@ -68,7 +68,7 @@ pub enum MaterialError {
         expected: Role,
     },
     /// A renewed certificate has another identity than the running process.
-    #[error("{}: {identity} is not {current}, who is running; restart to become another", path.display())]
+    #[error("{}: {identity} is not the running {current}; restart to change the identity", path.display())]
     Another {
         /// File of the certificate.
         path: PathBuf,

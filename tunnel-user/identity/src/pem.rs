@@ -143,7 +143,7 @@ enum PemError {
     Another { found: String, wanted: Wanted },
     #[error("the file is cut off: a section has no -----END ..----- line")]
     NoEnd,
-    #[error("what stands between the -----BEGIN and -----END lines is not base64")]
+    #[error("the text between the -----BEGIN and -----END lines is not base64")]
     Base64,
 }
 

@@ -139,7 +139,7 @@ impl Revocations {
             tracing::warn!(
                 identity = first,
                 count = strangers.len(),
-                "tls.revoked names identities of a trust domain that is not trusted here: they match nobody"
+                "tls.revoked names identities of a trust domain that is not trusted here: they match no peer"
             );
         }
     }

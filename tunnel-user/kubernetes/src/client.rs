@@ -42,7 +42,7 @@ pub enum AccessError {
     Client(Error),
     /// The rate allows no request.
     #[error(
-        "{per_second} requests a second with {burst} at once are none; both must be more than 0"
+        "{per_second} requests per second with a burst of {burst} allow none; both must be more than 0"
     )]
     Rate {
         /// Requests per second.

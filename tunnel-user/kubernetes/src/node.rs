@@ -10,7 +10,7 @@ use super::client::{CallError, call};
 /// Failure to read a node, for the log.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the Node {node} can't be read: {why}; whom join.kubernetes.kubeconfig names has to be allowed to get nodes"
+    "the Node {node} can't be read: {why}; the account of join.kubernetes.kubeconfig needs permission to get nodes"
 )]
 pub struct NodeError {
     node: String,

@@ -150,7 +150,7 @@ pub enum RedirectError {
 
     /// This process did not attach, and may not change the capture set.
     #[error(
-        "without capabilities what is captured can't be changed: \
+        "without capabilities the capture set can't be changed: \
          run `cpc redirect attach` (systemd: `systemctl reload cpc-redirect`)"
     )]
     NotOurs,
@@ -161,8 +161,8 @@ pub enum RedirectError {
 
     /// More routes than the kernel's table holds.
     #[error(
-        "{missing} routes have no room in the kernel's table of {MAX_ROUTES}: what they cover is refused as \
-         without a route. `limits.routes` bounds what is accepted"
+        "{missing} routes have no room in the kernel's table of {MAX_ROUTES}: their destinations are refused as \
+         without a route. `limits.routes` bounds the accepted routes"
     )]
     RoutesFull {
         /// Number of missing routes.

@@ -261,8 +261,8 @@ impl Attachments {
         for stray in pinned.iter().filter(|it| !configured.contains(&it.name)) {
             tracing::warn!(
                 attachment = stray.name,
-                "an attachment is pinned here that is not configured: what it captures is refused. \
-                 `cpc redirect detach NAME` takes it away"
+                "an unconfigured attachment is pinned here: its captured connections are refused. \
+                 `cpc redirect detach NAME` removes it"
             );
         }
     }
@@ -311,7 +311,7 @@ impl Attachments {
                 Err(error) => tracing::warn!(
                     attachment = running.spec.name,
                     error = report(&error),
-                    "the host's addresses are not followed: one that comes later is captured until a reload"
+                    "the host's addresses are not followed: a later one is captured until a reload"
                 ),
             }
         }
@@ -399,7 +399,7 @@ fn listeners(
             Err(AttachError::Listen { name, addr, why }) if is_family_missing(&why) => {
                 tracing::warn!(
                     attachment = name, %addr, %why,
-                    "this host has nothing of the address's family: what is captured of it is refused"
+                    "this host lacks the address family: its captured connections are refused"
                 );
                 missing = Some(AttachError::Listen { name, addr, why });
             }
@@ -452,7 +452,7 @@ impl Running {
                     tracing::warn!(
                         attachment = name,
                         differs,
-                        "what is attached is not what is configured; {}",
+                        "the attachment differs from the configuration; {}",
                         RedirectError::NotOurs
                     );
                 }
@@ -498,7 +498,7 @@ impl Running {
                 (Ok(false), _) => {}
                 (Ok(true), Some(_)) => tracing::info!(
                     attachment = name,
-                    "the host's own addresses have changed, and what is captured with them"
+                    "the host's own addresses have changed, and the capture set with them"
                 ),
                 (Ok(true), None) => tracing::warn!(
                     attachment = name,
@@ -509,7 +509,7 @@ impl Running {
                 (Err(error), _) => tracing::warn!(
                     attachment = name,
                     error = report(&error),
-                    "the host's own addresses have changed, and what is captured has not followed"
+                    "the host's own addresses have changed, and the capture set has not followed"
                 ),
             }
         };
@@ -563,7 +563,7 @@ pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
         if let Err(error) = kernel.replace(&verdicts) {
             tracing::error!(
                 error = report(&error),
-                "routes could not be given to the kernel"
+                "routes could not be written to the kernel"
             );
         }
     })
@@ -584,7 +584,7 @@ pub(super) fn kernel_log(config: &RedirectConfig) -> impl Future<Output = ()> + 
         if let Err(error) = written {
             tracing::debug!(
                 error = report(&error),
-                "what the kernel programs log is not seen here"
+                "the log of the kernel programs is not available here"
             );
         }
     }

@@ -164,7 +164,7 @@ pub(super) async fn serve(
                 };
                 desk.metrics.join(Outcome::Failed);
                 strangers.failed(why);
-                tracing::warn!(%remote, error = report(&error), "nobody joined");
+                tracing::warn!(%remote, error = report(&error), "join failed");
                 audit::peer_refused(Listener::Join, remote, &error);
             });
         }

@@ -55,7 +55,7 @@ pub enum ClientError {
     },
     /// The token has characters that a header can't hold.
     #[error(
-        "konnectivity.token_file {} holds what can't stand in a header, such as the end of a line; \
+        "konnectivity.token_file {} holds characters that a header can't have, such as the end of a line; \
          it must hold the token and nothing else", .0.display()
     )]
     TokenText(PathBuf),
@@ -63,7 +63,9 @@ pub enum ClientError {
     #[error("konnectivity.identifiers: {0}")]
     Identifiers(IdentifierError),
     /// A value can't stand in a header.
-    #[error("{0} holds what can't stand in a header; write visible ASCII, URL-encoded if need be")]
+    #[error(
+        "{0} holds characters that a header can't have; write visible ASCII, URL-encoded if need be"
+    )]
     Header(&'static str),
 }
 

@@ -210,7 +210,7 @@ fn stay(file: &Config) -> anyhow::Result<()> {
         }
         lifecycle::notify(&[NotifyState::Stopping]);
         tracing::info!(
-            "ends: what is attached stays and captures on, the host's addresses and cgroups are no longer followed"
+            "ends: attachments stay and capture; the host's addresses and cgroups are no longer followed"
         );
         watching.abort();
         anyhow::Ok(())

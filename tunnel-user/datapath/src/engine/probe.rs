@@ -7,7 +7,7 @@ use super::ring::Ring;
 /// Reason why io_uring can't be used, for people.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
-    #[error("the kernel has none (ENOSYS); it needs Linux 6.12, built with CONFIG_IO_URING")]
+    #[error("the kernel lacks io_uring (ENOSYS); it needs Linux 6.12, built with CONFIG_IO_URING")]
     Absent,
     #[error(
         "it is forbidden (EPERM): by a seccomp filter, which must allow io_uring_setup, \

@@ -46,7 +46,7 @@ pub enum Refused {
         addresses: Vec<IpAddr>,
     },
     /// A repeated request asks for a certificate that has ended.
-    #[error("the certificate that this token gave is not to be had again: use another token")]
+    #[error("the certificate of this token can't be issued again: use another token")]
     Over,
     /// The name is invalid.
     #[error(transparent)]

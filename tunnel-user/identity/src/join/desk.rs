@@ -115,7 +115,7 @@ enum DeskError {
     #[error(transparent)]
     Revoked(#[from] Revoked),
     /// The certificate request is invalid.
-    #[error("the request for a certificate is of no use: {0}")]
+    #[error("the certificate request is invalid: {0}")]
     Csr(rcgen::Error),
     /// The token is of neither kind.
     #[error(transparent)]
@@ -156,7 +156,7 @@ enum DeskError {
     )]
     UnknownCa,
     /// The thread of the job failed.
-    #[error("it was given up: {0}")]
+    #[error("the request was given up: {0}")]
     GivenUp(JoinError),
 }
 
@@ -387,7 +387,10 @@ impl Desk {
             let known = match pods.nodes.addresses(&node).await {
                 Ok(known) => known,
                 Err(error) => {
-                    tracing::warn!(error = report(&error), "what a node holds stays its own");
+                    tracing::warn!(
+                        error = report(&error),
+                        "the node can't be looked up: its name and addresses stay reserved"
+                    );
                     continue;
                 }
             };

@@ -73,7 +73,7 @@ impl LeaseCounter {
             if complaint.is_news(&error.to_string()) {
                 tracing::warn!(
                     error = report(&error),
-                    "servers can't be counted by their leases, trying for ever"
+                    "servers can't be counted by their leases, retrying"
                 );
             }
             sleep(delays.next()).await;

@@ -65,7 +65,9 @@ impl LeaseHolder {
         }
         let given_up = join_all(self.server_ids.iter().map(|id| self.give_up(id)));
         if timeout(GOODBYE, given_up).await.is_err() {
-            tracing::warn!("leases not given up in time; agents count us for {DURATION} s more");
+            tracing::warn!(
+                "leases not deleted in time; agents count this server for {DURATION} s more"
+            );
         }
     }
 
@@ -89,7 +91,7 @@ impl LeaseHolder {
                         tracing::warn!(
                             server_id,
                             error = report(&error),
-                            "lease not renewed, trying for ever"
+                            "lease not renewed, retrying"
                         );
                     }
                     failures += 1;
@@ -134,7 +136,7 @@ impl LeaseHolder {
         let (name, how) = (name(server_id), DeleteParams::default());
         match call(self.leases.delete(&name, &how)).await {
             Err(error) if !error.is_not_found() => {
-                tracing::warn!(server_id, error = report(&error), "lease not given up");
+                tracing::warn!(server_id, error = report(&error), "lease not deleted");
             }
             _ => {}
         }
@@ -147,10 +149,7 @@ impl LeaseHolder {
             match self.clear_once().await {
                 Ok(()) => complaint.clear(),
                 Err(error) if complaint.is_news(&error.to_string()) => {
-                    tracing::warn!(
-                        error = report(&error),
-                        "leases that have run out are not cleared away"
-                    );
+                    tracing::warn!(error = report(&error), "expired leases not deleted");
                 }
                 Err(_) => {}
             }
@@ -183,7 +182,7 @@ impl LeaseHolder {
         self.calls.deleted(outcome(&deleted), asked.elapsed());
         match deleted {
             Ok(_) => {
-                tracing::info!(lease = lease.name_any(), "cleared away, it had run out");
+                tracing::info!(lease = lease.name_any(), "expired lease deleted");
                 self.calls.cleared();
             }
             // Another server was faster, or its holder is back.

@@ -62,7 +62,7 @@ impl Beating {
             if let Err(error) = self.heartbeat.beat() {
                 tracing::error!(
                     error = report(&error),
-                    "the kernel can't be told that we are alive"
+                    "the heartbeat can't be written to the kernel"
                 );
             }
         }
@@ -76,7 +76,7 @@ impl Drop for Beating {
         {
             tracing::error!(
                 error = report(&error),
-                "the kernel can't be told that we leave"
+                "the end of the heartbeat can't be written to the kernel"
             );
         }
     }
@@ -155,7 +155,7 @@ fn origin(
         Ok(Some(origin)) => return Some(origin.destination),
         Ok(None) => tracing::warn!(
             attachment = attachment.name, %client,
-            "connection without an origin is reset: nobody may connect here directly"
+            "connection without an origin is reset: this listener accepts redirected connections only"
         ),
         Err(error) => tracing::error!(
             attachment = attachment.name, %client, error = report(&error), "origin not found, connection is reset"

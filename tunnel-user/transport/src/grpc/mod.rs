@@ -116,7 +116,7 @@ pub enum StreamEnd {
     #[error("the stream ended within a packet")]
     Truncated,
     /// The peer causes more answers than it reads.
-    #[error("the peer does not read what it is answered")]
+    #[error("the peer does not read its answers")]
     Unread,
     /// The budget refuses an incomplete message.
     #[error("there is no memory for the rest of a message")]

@@ -172,7 +172,7 @@ pub(super) fn keepalive(flag: &str, time: Duration, notes: &mut Vec<String>) -> 
     }
     if time < SHORTEST_KEEPALIVE {
         notes.push(format!(
-            "{flag}={time:?} is taken as 30s: a peer hangs up on who pings more often"
+            "{flag}={time:?} is taken as 30s: a peer ends connections that ping more often"
         ));
     }
     time.max(SHORTEST_KEEPALIVE)

@@ -54,8 +54,8 @@ impl Door {
         };
         let trust = if config.believe_identifiers {
             tracing::warn!(
-                "agents of Konnectivity serve whatever they say they do: one that lies is given the \
-                 connections of others; konnectivity.believe_identifiers (for proxy-server \
+                "agents of Konnectivity serve whatever they claim: a lying one gets the connections of \
+                 others; konnectivity.believe_identifiers (for proxy-server \
                  --cpc-believe-identifiers=false) and policy.grants bind them to their identities"
             );
             Trust::Believed

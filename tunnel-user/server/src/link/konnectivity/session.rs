@@ -362,7 +362,7 @@ impl Session<'_> {
             return tracing::debug!(%agent, %remote, why = %end, "agent never came");
         };
         self.agents.door.step.failed(why);
-        tracing::warn!(%agent, %remote, why = %end, "agent is let go: it has answered nothing");
+        tracing::warn!(%agent, %remote, why = %end, "agent dropped: it never answered");
     }
 }
 

@@ -71,7 +71,7 @@ pub(super) enum Refusal {
     #[error(transparent)]
     Revoked(#[from] Revoked),
     /// The certificate is missing, or has no identity.
-    #[error("the agent's certificate does not say who it is: {0}")]
+    #[error("the agent's certificate has no identity: {0}")]
     Certificate(IdentityError),
 }
 
