@@ -104,7 +104,7 @@ async fn ask(
             send.answer(refused).await;
             return None;
         }
-        // Given up by the server, or with the tunnel: nobody is there to be answered.
+        // The server gave up, or the tunnel is gone: there is no peer to answer.
         Ok(Err(HeadError::End(_))) | Err(_) => return None,
     };
     dial(&worker, &server_id, &request, (send, recv)).await

@@ -408,7 +408,7 @@ impl Plan {
                 self.is_full(*way, server)
                     || candidate.fallback && self.is_superseded(server, way.address)
             }
-            // Nobody knows what gRPC would lead to, but QUIC leads somewhere.
+            // The server behind gRPC is unknown, but QUIC reaches one.
             None => candidate.fallback && live(&self.quic).any(|(_, h)| h.address == way.address),
         };
         !served || self.is_missing(way.wire, candidate.fallback)

@@ -276,7 +276,7 @@ impl Dialled {
                 event = self.control.next() => match event {
                     Ok(AgentEvent::Certificate(answer)) => {
                         if let Some(asked) = asked.take() {
-                            // Whoever asked may have given up.
+                            // The requester may have given up.
                             let answer = (tunnel.about.server_id.clone(), answer);
                             let _ = oneshot::Sender::send(asked, answer);
                         }

@@ -241,7 +241,7 @@ fn outward(
         };
         about.out.set(Some(send_rest(end, about)?));
         if about.inn.get().is_none() {
-            // While somebody reads, the reader tells a reset from an end of file.
+            // During a read, the reader distinguishes a reset from an end of file.
             Box::pin(about.local.broken()).await;
         }
         Ok(())
@@ -270,7 +270,7 @@ async fn send_all(
     tokio::select! {
         biased;
         sent = send.send(pending) => Ok(sent),
-        // Without credit nobody reads, which would tell.
+        // Without credit there is no read, which would detect a reset.
         () = about.local.revoked() => Err(RESET_BY_LOCAL),
     }
 }
@@ -297,7 +297,7 @@ fn inward(
 ) -> impl Future<Output = Result<(), Ending>> {
     async move {
         let rest = loop {
-            // Whoever waits has no room for chunks.
+            // A waiting future needs no room for chunks.
             let mut chunks = Vec::new();
             let received = recv.recv(&mut chunks).await;
             let written = match received {

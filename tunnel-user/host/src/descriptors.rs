@@ -166,7 +166,7 @@ fn accept(listener: i32) -> Option<OwnedFd> {
     // SAFETY: without an address the call writes no memory.
     let accepted =
         unsafe { libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), flags) };
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     (accepted >= 0).then(|| unsafe { OwnedFd::from_raw_fd(accepted) })
 }
 

@@ -56,7 +56,7 @@ impl Gate {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        // What its holder did is done for whoever sees that it has left.
+        // A thread that sees the permit returned also sees the work of its holder.
         self.0.fetch_sub(1, Ordering::Release);
     }
 }

@@ -28,7 +28,7 @@ impl Inherited {
     pub fn from_environment() -> io::Result<Self> {
         let passed = sd_notify::listen_fds_with_names()?;
         let own = passed.map(|(fd, name)| {
-            // SAFETY: the service manager gave us this descriptor, and nobody else takes it: this
+            // SAFETY: the service manager gave us this descriptor, and no other code takes it: this
             // runs once, before anything else could.
             (name, unsafe { OwnedFd::from_raw_fd(fd) })
         });

@@ -92,7 +92,7 @@ mod tests {
         let at = |text: &str| with_fallback(text.parse().unwrap(), open);
         assert_eq!(at("[::]:7").unwrap(), "0.0.0.0:7".parse().unwrap());
         assert_eq!(at("192.0.2.1:7").unwrap(), "192.0.2.1:7".parse().unwrap());
-        // An address that somebody named is meant.
+        // An explicit address gets no fallback.
         assert!(is_family_missing(&at("[::1]:7").unwrap_err()));
         assert_eq!(at("[::]:0").unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }

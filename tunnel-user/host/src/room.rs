@@ -166,7 +166,7 @@ mod tests {
             assert!(evicted.is_none_or(|gone| !own.contains(&gone)));
         }
         assert!(room.enter(ip("::1")).1.is_some(), "it always comes in");
-        // What it has beyond its part is as everybody's.
+        // Beyond its reserved part loopback is a source like any other.
         let mut room = Room::new(8);
         let own = fill(&mut room, "127.0.0.1", 8);
         assert_eq!(room.enter(ip("10.0.0.1")).1, Some(own[0]));

@@ -468,7 +468,7 @@ mod tests {
             let mixed = [read(&ca), read(&foreign_ca)].concat();
             assert!(complete(with_roots(by_foreign, &mixed)).is_err());
             assert!(complete(with_roots(first.clone(), &[])).is_err());
-            // What was issued is kept, the CA that nobody vouches for is not.
+            // The issued certificate is kept, the CA without a voucher is not.
             let credential = complete(with_roots(first.clone(), &both)).unwrap();
             assert_eq!(credential.roots, read(&ca));
             assert_eq!(credential.refused.len(), 1);
@@ -481,7 +481,7 @@ mod tests {
                 assert!(credential.refused.is_empty());
             }
         }
-        // Not somebody else's certificate, be it of the same name.
+        // Another node's certificate is refused, even one of the same name.
         let other = Identity::new("other.local".parse().unwrap(), Role::Agent, "w1").unwrap();
         let renewal = Expected::Renewal {
             identity: &other,

@@ -232,7 +232,7 @@ fn obstacle(all: &[Lifetime], now: SystemTime) -> Option<String> {
     if let Some(own) = tunnel(Kind::Own).find(is_bad) {
         return Some(describe("the certificate", own));
     }
-    // One that vouches for somebody is enough: others may have a tenant of their own.
+    // One valid CA is enough: others may belong to another tenant.
     match tunnel(Kind::Ca).all(|it| is_bad(&it)) {
         true => tunnel(Kind::Ca).next().map(|ca| describe("the CA", ca)),
         false => None,

@@ -354,7 +354,7 @@ mod tests {
         );
     }
 
-    /// Whoever wrote such a line believes somebody shut out.
+    /// The author of such a line believes that a peer is shut out.
     #[test]
     fn what_can_match_nobody_is_named_with_its_line() {
         let long = format!("serial:{}", "1".repeat(129));

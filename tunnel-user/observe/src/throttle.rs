@@ -210,7 +210,7 @@ impl<S: Subscriber> Filter<S> for Throttle {
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
         let metadata = event.metadata();
-        // Whoever asks for more than INFO wants all of it. A connection has its one record.
+        // A filter for more than INFO asks for all lines. A connection has its one record.
         if *metadata.level() > Level::INFO || metadata.target() == ACCESS {
             return true;
         }

@@ -311,7 +311,7 @@ struct CgroupLinkInfo {
 fn bpf_fd<A: Attr>(command: Command, attr: &A) -> io::Result<OwnedFd> {
     let fd = bpf(command, attr)?;
     let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the command returned a new descriptor, which nobody else owns.
+    // SAFETY: the command returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

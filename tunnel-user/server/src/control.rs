@@ -268,7 +268,7 @@ impl Control {
                 self.registry.succeed(link, predecessor);
             }
             for (reply, verdict) in verdicts {
-                // Whoever asked may have gone.
+                // The requester may have gone.
                 let _ = oneshot::Sender::send(reply, verdict);
             }
             if changed {

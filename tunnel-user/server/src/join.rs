@@ -108,7 +108,7 @@ fn acceptor(material: &Arc<Material>) -> Result<TlsAcceptor, rustls::Error> {
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(WithRoots(material.clone())));
     tls.alpn_protocols = vec![join::ALPN.to_vec()];
-    // A ticket would be of no use to anybody.
+    // A session ticket would be of no use.
     tls.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }

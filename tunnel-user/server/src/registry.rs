@@ -170,7 +170,7 @@ impl Registry {
         self.sessions.insert(link, session);
         self.settle([link].into(), now);
         self.challenge_owners(link);
-        // It was put in above, and judging removes nobody.
+        // The session was added above, and judging removes none.
         self.sessions[&link].verdict()
     }
 

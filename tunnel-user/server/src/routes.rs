@@ -144,7 +144,7 @@ impl LinkInfo {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
-            // Agents of Konnectivity go on serving for ever.
+            // Agents of Konnectivity serve on without a deadline.
             serves_while_draining: AtomicBool::new(kind == LinkKind::Konnectivity),
             held_up: AtomicBool::default(),
             streams: AtomicI64::default(),

@@ -97,7 +97,7 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
     shard.close_links(reason);
     if let Some(endpoint) = endpoint {
         endpoint.close(error_code(reason), reason.label().as_bytes());
-        // For the goodbyes; agents that are away get a stateless reset from whoever comes next.
+        // For the goodbyes; absent agents get a stateless reset from the next process.
         let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
     }
     if let Some(agents) = agents {

@@ -181,7 +181,7 @@ impl RecvHalf for KonnectivityRecv {
     async fn reset(&mut self) -> CloseReason {
         match self.stream.ended().await.0 {
             RecvEnd::Reset(reason) => reason,
-            // Nobody waits for the rest any more but this target.
+            // Only this target still waits for the rest.
             RecvEnd::Finished => {
                 sleep(LINGER).await;
                 CloseReason::IdleTimeout

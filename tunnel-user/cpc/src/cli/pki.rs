@@ -167,7 +167,7 @@ impl Args {
         let made = authority.make(&request)?;
         let room = made.room_in(&common.out)?;
         if role == Role::Agent {
-            // Before it is anybody's: a server that issues from this CA has to know it.
+            // Before the certificate is used: a server that issues from this CA has to know it.
             record(&common.dir, &request, made.certificate())?;
         }
         made.save(&room)?;

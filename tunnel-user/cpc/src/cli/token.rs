@@ -174,7 +174,7 @@ impl Args {
             }
             Command::List { json } => list(&book, json)?,
             Command::Revoke { id } => {
-                // Somebody may have the whole of it at hand.
+                // The operator may have passed the whole token.
                 let id = id.split('.').next().unwrap_or_default().to_owned();
                 let found =
                     book.change(|pages| Ok::<_, BookError>(pages.tokens.remove(&id).is_some()))?;

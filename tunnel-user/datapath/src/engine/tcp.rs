@@ -109,7 +109,7 @@ impl Sink for Received {
                 }
             }
             Err(error) => match error.raw_os_error() {
-                // Given up, or out of buffers, which are back by now: whoever reads starts anew.
+                // Cancelled, or out of buffers, which are back by now: the next read starts another one.
                 None | Some(libc::ECANCELED | libc::ENOBUFS | libc::EINTR | libc::EAGAIN) => {}
                 Some(code) => {
                     self.end.set(Some(End::Error(code)));
@@ -236,7 +236,7 @@ impl LocalSocket for RingSocket {
         let socket = SockRef::from(self.fd.get_ref());
         let written = would_block(socket.send_vectored_with_flags(slices, flags));
         if let Ok(None) = written {
-            // It takes bytes again when epoll says so anew.
+            // The next event of epoll tells that it takes bytes again.
             let _ = self.fd.try_io(Interest::WRITABLE, |_| {
                 Err::<(), _>(io::ErrorKind::WouldBlock.into())
             });

@@ -138,7 +138,7 @@ impl TokenReviewer {
         let mut slot = match entered {
             Entered::Known(slot) => slot,
             Entered::New { settle, slot } => {
-                // Its own task: whoever asks may go away, and others may be waiting with him.
+                // A task of its own: the first caller may go away while others wait.
                 let asked = self.0.clone().settle(token.to_owned(), settle);
                 self.0.home.spawn(asked);
                 slot

@@ -75,7 +75,7 @@ impl Verdicts {
 fn is_good(slot: &Slot, now: Instant) -> bool {
     match &*slot.borrow() {
         Some(kept) => now < kept.until,
-        // Whoever was after it may have been torn down.
+        // The reviewing task may have been dropped.
         None => slot.has_changed().is_ok(),
     }
 }

@@ -56,7 +56,7 @@ pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFil
         }
         directory.remove(name)?;
     }
-    // Under another name until its mode is right: nobody can connect before.
+    // Under another name until its mode is right, so that no client connects before.
     let aside = format!("{name}.new");
     let _ = directory.remove(&aside);
     let listener = UnixListener::bind(path.with_file_name(&aside))?;
@@ -218,7 +218,7 @@ mod tests {
         assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
     }
 
-    /// Whoever connects to it would wait for a place.
+    /// A client that connects to it would wait for a place.
     #[test]
     fn a_socket_whose_backlog_is_full_is_left_alone_at_once() {
         let place = tempfile::tempdir().unwrap();

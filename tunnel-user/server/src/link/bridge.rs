@@ -199,7 +199,7 @@ impl RecvHalf for BridgeRecv {
 
     fn stop(&mut self, reason: CloseReason) {
         if let Some(stop) = self.stop.take() {
-            // Whoever does not hear it has reached the end.
+            // A half that does not receive the order has reached the end.
             let _ = stop.send(reason);
         }
     }

@@ -461,7 +461,7 @@ impl Run {
         }
     }
 
-    /// A node address that somebody has a right to is one identity's, and of those with the best.
+    /// A node address with entitled agents belongs to one identity, among those with the best right.
     fn check_owners(&self) {
         for tenant in ["a", "b"] {
             for addr in ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"] {
@@ -490,7 +490,7 @@ impl Run {
         }
     }
 
-    /// Asked are only those that may be, and somebody is as soon as there is anybody.
+    /// Dials go only to links that may serve them, and to one as soon as there is any.
     fn check_dials(&self) {
         let routes = self.registry.routes();
         for tenant in ["a", "b"] {

@@ -86,7 +86,7 @@ impl Shares {
     pub(super) fn room(&self, bounds: &RouteBounds, tenant: &TrustDomain) -> (usize, Limit) {
         let own = self.tenants.get(tenant).copied().unwrap_or(0);
         let left = bounds.all.saturating_sub(self.all - own);
-        // Whoever comes next finds a quarter of it.
+        // The next tenant finds a quarter of it.
         let fair = left - left / 4;
         let (most, limit) = match bounds.per_tenant {
             Some(most) if most < fair => (most, Limit::RoutesPerTenant),

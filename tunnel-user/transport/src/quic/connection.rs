@@ -397,7 +397,7 @@ impl Inner {
                     self.changed.notify_waiters();
                 }
                 Event::Stream(StreamEvent::Available { .. }) => self.changed.notify_waiters(),
-                // Nobody asks before it is connected, and there are no datagrams.
+                // No task waits before the handshake is done, and there are no datagrams.
                 Event::HandshakeDataReady | Event::DatagramReceived | Event::DatagramsUnblocked => {
                 }
             }

@@ -333,7 +333,7 @@ impl RecvHalf for Recv {
         if self.ended {
             return std::future::pending().await;
         }
-        // There may be bytes while nobody reads.
+        // There may be bytes without a reader.
         self.is_empty = false;
         let reason = poll_fn(|cx| {
             let mut state = self.connection.state();

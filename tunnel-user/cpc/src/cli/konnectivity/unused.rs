@@ -1,7 +1,7 @@
-//! Flags that are taken and have nothing to do here: what they set does not exist in this program.
+//! Flags without effect: they configure parts of Konnectivity that this program lacks.
 //!
-//! They stand in tables, since all that matters of them is that a wrong value is an error, and
-//! which of them were given.
+//! Tables list them, because only two things matter: a wrong value is an error, and the log names the
+//! given ones.
 
 use std::marker::PhantomData;
 
@@ -11,7 +11,7 @@ use clap::{Arg, ArgMatches, Command};
 
 use super::go;
 
-/// What a flag takes.
+/// Type of a flag's value.
 #[derive(Clone, Copy)]
 pub(super) enum Kind {
     Switch,
@@ -21,11 +21,10 @@ pub(super) enum Kind {
     Text,
 }
 
-/// One flag, without its dashes, and what it sets in the program that knows it.
+/// One flag, without its dashes, and its meaning in Konnectivity.
 pub(super) type Flag = (&'static str, Kind, &'static str);
 
-/// What both commands of Konnectivity have: klog's flags, and those for people who look into a
-/// process.
+/// Flags of both commands of Konnectivity: klog's, and those for debugging a process.
 const COMMON: &[Flag] = &[
     (
         "add-dir-header",
@@ -106,11 +105,11 @@ const COMMON: &[Flag] = &[
 
 /// The tables of a command.
 pub(super) trait Tables {
-    /// What it has beside what both have.
+    /// Flags of this command alone.
     const OWN: &'static [Flag];
 }
 
-/// The flags of a command that do nothing.
+/// Flags of a command without effect.
 #[derive(Debug)]
 pub(super) struct Unused<T> {
     given: Vec<&'static str>,
@@ -118,7 +117,7 @@ pub(super) struct Unused<T> {
 }
 
 impl<T: Tables> Unused<T> {
-    /// Those that were given, with their dashes, in the order of the tables.
+    /// Returns the given flags, with their dashes, in the order of the tables.
     pub(super) fn given(&self) -> Vec<String> {
         self.given.iter().map(|name| format!("--{name}")).collect()
     }

@@ -150,7 +150,7 @@ pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
         return;
     }
     if !connected {
-        // Whoever asked gives the halves back.
+        // The requester returns the halves.
         return stopped(recv, stop.await.ok());
     }
     let mut chunks = Vec::new();
@@ -173,7 +173,7 @@ pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
             reason = recv.reset() => break RecvEnd::Reset(reason),
         }
     };
-    // Before the queue is closed: whoever has read all of it asks for the end.
+    // Before the queue is closed: a reader of all data then asks for the end.
     end.send_replace(Some(ended));
     drop(batches);
     stopped(recv, stop.await.ok());

@@ -343,7 +343,7 @@ mod tests {
         let link = link();
         let (mut send, _recv) = open(&link, 1);
         answer(&link, 1, "");
-        // Nobody drives the outbox: it fills up.
+        // The outbox has no driver: it fills up.
         let mut much = Bytes::from(vec![0; 1 << 20]);
         let sending = async {
             let end = send.send(&mut much).await;

@@ -103,7 +103,7 @@ impl EpollUdp {
             Err(error) => {
                 received.buffers.give_back(room);
                 return match error.kind() {
-                    // Looked for again, so that somebody is told.
+                    // Registers again, so that the task is woken.
                     io::ErrorKind::WouldBlock => Poll::Ready(Ok(())),
                     _ => Poll::Ready(Err(error)),
                 };

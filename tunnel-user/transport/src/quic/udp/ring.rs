@@ -61,7 +61,7 @@ impl Sink for Received {
         let is_shared = ring.stays(Group::Udp, completion, HEADER);
         let bytes = ring.take(Group::Udp, completion, HEADER);
         // Errors are those of earlier sends, such as a port that is closed: they are off the socket
-        // now, and QUIC finds out by itself. Whoever reads starts anew.
+        // now, and QUIC finds out by itself. The next read starts another one.
         if let (Some(meta), Some(bytes)) = (header.flatten(), bytes)
             && bytes.len() == meta.len
             && !self.is_closed.get()

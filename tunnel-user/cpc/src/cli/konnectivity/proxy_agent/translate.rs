@@ -1,7 +1,6 @@
-//! What the flags of proxy-agent mean to our agent.
+//! Translation of the flags of proxy-agent to the configuration of our agent.
 //!
-//! Everything that a flag stands for is what the flags and their defaults say; what none stands
-//! for is left as the file has it.
+//! Flags and their defaults decide every setting that has a flag. All other settings come from the file.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -18,10 +17,10 @@ use cpc_config::{AgentConfig, ConfigError};
 
 const PORTS: RangeInclusive<u16> = 1..=u16::MAX;
 
-/// How often a proxy-server that is missing is looked for, at first..
+/// Fixed interval of dials to a missing proxy-server, at first.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
-/// ..and after failures.
+/// Fixed maximum interval after failures.
 const SYNC_INTERVAL_CAP: Duration = Duration::from_secs(10);
 
 impl Args {
@@ -135,7 +134,7 @@ impl Args {
         Ok(())
     }
 
-    /// Flags whose values differ from what is always done here.
+    /// Returns notes about flags whose values differ from the fixed ones.
     pub(super) fn fixed(&self) -> Result<Vec<String>, ConfigError> {
         let flags = &self.agent;
         if flags.sync_interval > flags.sync_interval_cap {

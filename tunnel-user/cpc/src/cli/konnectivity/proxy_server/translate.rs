@@ -1,7 +1,6 @@
-//! What the flags of proxy-server mean to our server.
+//! Translation of the flags of proxy-server to the configuration of our server.
 //!
-//! Everything that a flag stands for is what the flags and their defaults say; what none stands
-//! for is left as the file has it.
+//! Flags and their defaults decide every setting that has a flag. All other settings come from the file.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -19,13 +18,13 @@ use cpc_config::tls_floor::{TlsFloor, TlsVersion, is_suite};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::lifecycle::LONGEST_DRAIN;
 
-/// Neither reserved nor ephemeral.
+/// Ports that are neither reserved nor ephemeral.
 const PORTS: RangeInclusive<u16> = 1024..=49151;
 
-/// What is under umask 0007: whoever is in the socket's group may connect.
+/// Mode of the socket under umask 0007: members of the socket's group may connect.
 const SOCKET_MODE: u32 = 0o770;
 
-/// Go knows these and our TLS does not: they are weaker than what every client of today speaks.
+/// Suites that Go has and our TLS lacks: they are weaker than those of every present client.
 const CBC_SUITES: [&str; 4] = [
     "TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA",
     "TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA",
@@ -33,14 +32,14 @@ const CBC_SUITES: [&str; 4] = [
     "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA",
 ];
 
-/// Go always speaks these, whatever is listed.
+/// Suites that Go always offers, whatever the list.
 const TLS13_SUITES: [&str; 3] = [
     "TLS_AES_128_GCM_SHA256",
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
 ];
 
-/// Said where nothing tells an agent from anybody else.
+/// Warning where agents need no proof of their identity.
 const ANYBODY: &str = "whoever reaches --agent-port is taken for an agent, as with Konnectivity; \
     --cluster-ca-cert, or --agent-namespace, --agent-service-account and \
     --authentication-audience keep strangers out";
@@ -202,7 +201,8 @@ impl Args {
         }))
     }
 
-    /// What is given as 0 is what Kubernetes' own clients do, where the other is not.
+    /// Returns the rate of requests, `None` for unlimited. A value of 0 becomes the default of
+    /// Kubernetes' own clients, if the other is not 0.
     fn rate(&self) -> Option<Rate> {
         let (qps, burst) = (self.agents.kubeconfig_qps, self.agents.kubeconfig_burst);
         if qps < 0.0 || (qps == 0.0 && burst <= 0) {
@@ -214,8 +214,8 @@ impl Args {
         })
     }
 
-    /// Where agents count several servers by what each says, several ids of one would be enough
-    /// for them and leave another out.
+    /// Returns the number of server ids: 1 where agents count several servers by their reports, because
+    /// several ids of one server would satisfy them and leave another out.
     fn server_ids(&self, alone: bool) -> u32 {
         let usual = if alone {
             KonnectivityConfig::default().server_ids
@@ -304,7 +304,7 @@ impl Args {
     }
 }
 
-/// Labels in their usual form.
+/// Formats labels in their usual form.
 fn labels(text: &str) -> Result<String, ConfigError> {
     let labels = text.parse::<Labels>();
     labels
