@@ -340,6 +340,6 @@ mod tests {
         };
         assert!(Grants::new(&policy(1015)).is_ok());
         let error = Grants::new(&policy(1016)).unwrap_err().to_string();
-        assert!(error.contains("policy.grants.identity"), "{error}");
+        assert!(error.contains("policy.grants[0].identity"), "{error}");
     }
 }
