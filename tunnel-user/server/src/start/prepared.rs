@@ -1,0 +1,110 @@
+//! The first stage: files are read and sockets are bound.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use cpc_config::ServerConfig;
+use cpc_datapath::Budget;
+use cpc_host::descriptors::Shares;
+use cpc_host::host;
+use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle;
+use cpc_identity::Identity;
+use cpc_identity::revoked::Revocations;
+use cpc_observe::metrics::ours;
+use cpc_observe::reload::ReloadMetrics;
+use cpc_transport::quic::MemoryBounds;
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::Signal;
+
+use super::Attached;
+use super::tunnel::{Tunnel, own_identity};
+use crate::bind::Bound;
+use crate::check::check;
+use crate::error::ServerError;
+use crate::grants::Grants;
+use crate::limits::{self, Limit};
+use crate::metrics::ServerMetrics;
+
+/// A server that has what it needs and serves nothing yet.
+pub(crate) struct Prepared {
+    pub(super) config: ServerConfig,
+    /// Descriptors for each kind of connection.
+    pub(super) shares: Shares,
+    pub(super) registry: Registry,
+    pub(super) metrics: ServerMetrics,
+    pub(super) reloads: ReloadMetrics,
+    /// Memory for what peers send.
+    pub(super) budget: Budget,
+    /// What tunnels over QUIC need; `None` where only Konnectivity's agents are served.
+    pub(super) tunnel: Option<Tunnel>,
+    pub(super) identity: Identity,
+    pub(super) grants: Grants,
+    pub(super) revocations: Arc<Revocations>,
+    /// SIGHUP, from now on: it would end the process otherwise.
+    pub(super) hangups: Signal,
+    pub(super) bound: Bound,
+    /// Sockets of an earlier process that are not taken over yet.
+    pub(super) inherited: Inherited,
+}
+
+impl Prepared {
+    /// Checks the configuration, reads every file that it names and binds every socket.
+    ///
+    /// # Errors
+    /// [`ServerError`] naming the key, file or socket.
+    pub(crate) fn new(
+        mut config: ServerConfig,
+        mut inherited: Inherited,
+    ) -> Result<Self, ServerError> {
+        check(&config)?;
+        host::raise_file_limit();
+        let shares = Shares::of_process(limits::listeners(&config));
+        let connections = &mut config.limits.connections;
+        *connections = host::fit_connections(*connections, shares.connections);
+        let mut registry = Registry::default();
+        let metrics = ServerMetrics::register(&mut registry, &config);
+        let reloads = ReloadMetrics::register(ours(&mut registry), SystemTime::now());
+        let budget = Budget::new(config.limits.stalled_bytes);
+        let refusals = |limit: Limit| metrics.limits.refusals(limit.label());
+        let memory = MemoryBounds {
+            budget: budget.clone(),
+            per_tunnel: config.limits.stalled_bytes_per_tunnel(),
+            ended_by_tunnel: refusals(Limit::StalledBytesPerTunnel),
+            ended_by_budget: refusals(Limit::StalledBytes),
+        };
+        let tunnel = Tunnel::load(&config, memory, &mut registry)?;
+        let identity = own_identity(&config, tunnel.as_ref())?;
+        let grants = Grants::new(&config.policy)?;
+        let revocations = match &tunnel {
+            Some(tunnel) => tunnel.material.revocations(),
+            None => Revocations::load(config.tls.revoked.clone())?,
+        };
+        let hangups = lifecycle::hangups()?;
+        let own = &identity.trust_domain;
+        let bound = Bound::open(&config, own, &revocations, &mut inherited)?;
+        Ok(Self {
+            config,
+            shares,
+            registry,
+            metrics,
+            reloads,
+            budget,
+            tunnel,
+            identity,
+            grants,
+            revocations,
+            hangups,
+            bound,
+            inherited,
+        })
+    }
+
+    /// Puts the redirect in place and gives capabilities back.
+    ///
+    /// # Errors
+    /// [`ServerError`] naming the attachment, or the capability that can't be given back.
+    pub(crate) fn attach(self) -> Result<Attached, ServerError> {
+        Attached::new(self)
+    }
+}

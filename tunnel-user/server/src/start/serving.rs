@@ -1,0 +1,334 @@
+//! The last stage: everything that serves runs, until the process is told to end.
+
+use std::io;
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use cpc_config::{ConfigError, ServerConfig};
+use cpc_datapath::reclaim;
+use cpc_datapath::shard::Shards;
+use cpc_host::gate::Gate;
+use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle::{self, Phase};
+use cpc_host::report::report;
+use cpc_identity::Identity;
+use cpc_identity::lifetime::{self, Certificates, Lifetimes};
+use cpc_observe::admin::{self, Admin};
+use cpc_observe::audit::events as audit;
+use cpc_observe::logging::LogHandle;
+use cpc_observe::metrics::ours;
+use cpc_observe::reload::ReloadMetrics;
+use tokio::signal::unix::Signal;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tunnel_proto::session::InstanceId;
+
+use super::{Attached, Prepared};
+use crate::attachments::Attachments;
+use crate::bind::{AgentsBound, Bound};
+use crate::control::Control;
+use crate::doorstep::Doorstep;
+use crate::error::ServerError;
+use crate::frontend::scope::{self, Scope};
+use crate::grants::Grants;
+use crate::link::konnectivity::Door;
+use crate::loads::Loads;
+use crate::registry::{Registry, RouteBounds};
+use crate::serve::{self, Listeners, Start};
+use crate::shard::{Common, Peers};
+use crate::tenants::Tenants;
+use crate::troubles::Troubles;
+use crate::{join, leases, status};
+
+/// Polling interval while a draining server waits for its connections to end.
+const IDLE_POLL: Duration = Duration::from_millis(50);
+
+/// A server at work.
+pub(crate) struct Serving {
+    config: ServerConfig,
+    identity: Identity,
+    common: Common,
+    shards: Shards,
+    phase: watch::Sender<Phase>,
+    attachments: Attachments,
+    scopes: Vec<Arc<Scope>>,
+    /// The task that holds this server's leases.
+    leases: Option<JoinHandle<()>>,
+    hangups: Signal,
+    reloads: ReloadMetrics,
+    log: LogHandle,
+    /// The tunnel's sockets. The kernel steers packets by their number: each stays until the last shard
+    /// has ended.
+    _sockets: Vec<UdpSocket>,
+    /// Sockets of an earlier process that nothing here uses; the service manager may.
+    _leftovers: Inherited,
+}
+
+impl Serving {
+    /// Starts shards, listeners and watchers.
+    ///
+    /// # Errors
+    /// [`ServerError`], before a peer was promised anything.
+    pub(super) async fn start(from: Attached, log: LogHandle) -> Result<Self, ServerError> {
+        let Attached {
+            prepared,
+            attachments,
+            accepting,
+            engines,
+            publish,
+            kernel_log,
+        } = from;
+        let Prepared {
+            config,
+            shares,
+            mut registry,
+            metrics,
+            reloads,
+            budget,
+            tunnel,
+            identity,
+            grants,
+            revocations,
+            hangups,
+            bound,
+            inherited,
+        } = prepared;
+        let own = identity.trust_domain.clone();
+        let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
+        let routing = Registry::new(grants, &config.routing.strategies, config.limits.forget);
+        let control = Control::new(routing.bounded(RouteBounds::from(&config.limits)), publish);
+        let (phase, phases) = watch::channel(Phase::Running);
+        let mut instance = [0; 16];
+        aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
+        let (peers, inboxes) = Peers::new(config.shards);
+        let desk = join::desk(&config, &identity, material.as_ref()).await?;
+        if let Some(desk) = &desk {
+            desk.metrics.register(ours(&mut registry));
+        }
+        let failed_tunnels = metrics.handshakes.clone();
+        let failed_joins = metrics.join_handshakes.clone();
+        let common = Common {
+            control: control.handle(),
+            desk: desk.clone(),
+            metrics,
+            tenants: Tenants::new(&config, &own, &budget),
+            budget,
+            limits: config.limits.clone(),
+            connections: Gate::new(config.limits.connections),
+            shares,
+            troubles: Troubles::default(),
+            waiting: Gate::new(shares.waiting),
+            grpc_clients: Gate::new(config.limits.connections),
+            dials: Gate::new(config.limits.dials),
+            tunnels: Gate::new(config.limits.agents),
+            door: Doorstep::new(&config.limits.handshakes, failed_tunnels.clone()),
+            server_id: identity.name.clone(),
+            server_count: config.server_count,
+            revocations: revocations.clone(),
+            instance: InstanceId(instance),
+            started: tokio::time::Instant::now(),
+            phase: phases.clone(),
+            last_link: Arc::default(),
+            loads: Loads::new(bound.udp.len()),
+            peers,
+        };
+        let lifetimes = lifetimes(material.iter().map(|it| it.clone() as _), &bound);
+        tokio::spawn(lifetime::watch(lifetimes.clone()));
+        let view = {
+            let seen = (&common, attachments.health());
+            let (name, engine) = (identity.to_string(), engines.engine());
+            status::View::register(&mut registry, &config, name, engine, seen, lifetimes)
+        };
+        for frontend in &bound.tls {
+            tokio::spawn(frontend.tls.clone().watch());
+        }
+        let (mut door, mut agents) = (None, None);
+        if let Some(bound) = bound.agents {
+            let handshakes = config.limits.handshakes.at_most(shares.handshakes);
+            let step = Doorstep::new(&handshakes, failed_tunnels);
+            let AgentsBound {
+                listener,
+                tenant,
+                tls,
+            } = bound;
+            if let Some(konnectivity) = &config.konnectivity {
+                tokio::spawn(tls.clone().watch());
+                let id = &common.server_id;
+                door = Some(Door::new(konnectivity, id, tls, tenant, step).await?);
+                agents = Some(listener);
+            }
+        }
+        let scopes = { accepting.iter().map(|it| &it.scope) }
+            .chain(bound.unix.iter().map(|it| &it.scope))
+            .chain(bound.tls.iter().map(|it| &it.scope));
+        let scopes: Vec<_> = scopes.cloned().collect();
+        let listeners = Listeners {
+            accepting,
+            unix: bound.unix,
+            tls: bound.tls,
+            agents,
+        };
+        let listening = bound.udp.first().map(UdpSocket::local_addr).transpose()?;
+        let tunnels = bound.udp.len();
+        let sockets = bound.udp.iter().map(UdpSocket::try_clone);
+        let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
+        let calls = common.metrics.konnectivity.leases.clone();
+        let leases = leases::hold(&config, &common.server_id, calls, phases).await?;
+
+        let mut shards = Shards::new(engines);
+        let mut udp = bound.udp.into_iter();
+        let mut starting = Vec::new();
+        let each = inboxes.into_iter().zip(listeners.deal(config.shards));
+        for (index, (inbox, listeners)) in each.enumerate() {
+            let start = Start {
+                index,
+                common: common.clone(),
+                inbox,
+                tunnel: tunnel.clone().zip(udp.next()),
+                listeners,
+                door: door.clone(),
+            };
+            let (started, outcome) = oneshot::channel();
+            shards.spawn(move || serve::run(start, started))?;
+            starting.push(outcome);
+        }
+        tokio::spawn(control.run());
+        for outcome in starting {
+            outcome.await.map_err(|_| ServerError::Shard)??;
+        }
+
+        if let (Some(listener), Some(desk)) = (bound.join, desk) {
+            let handshakes = config.limits.handshakes.at_most(shares.handshakes);
+            let strangers = join::doorstep(&handshakes, failed_joins);
+            join::serve(listener, desk, strangers).await?;
+        }
+        let admin = Admin::new(registry, log.clone(), Arc::new(view));
+        let pages = admin.clone().router();
+        tokio::spawn(admin::serve(bound.admin, pages, shares.http));
+        if let Some(probes) = bound.probes {
+            let pages = admin::konnectivity::server_router(admin.clone());
+            tokio::spawn(admin::serve(probes, pages, shares.http));
+        }
+        if let Some(health) = bound.health {
+            tokio::spawn(admin::serve(health, admin.health_router(), shares.http));
+        }
+        if let Some(material) = material {
+            tokio::spawn(material.watch(cpc_identity::audit::certificates));
+        }
+        let known = config.tenants(&own);
+        revocations.warn_of_strangers(&known);
+        let list = revocations.clone();
+        tokio::spawn(revocations.watch(move |outcome| {
+            list.warn_of_strangers(&known);
+            cpc_identity::audit::revocations(outcome);
+        }));
+        tokio::spawn(lifecycle::watchdog(shards.pulses()));
+        tokio::spawn(reclaim::give_back(common.budget.clone()));
+        tokio::spawn(kernel_log);
+        tokio::spawn(log.clone().keep_reporting());
+        tokio::spawn(attachments.watch());
+        tracing::info!(
+            tunnel = listening.map(tracing::field::display), %identity, admin = %config.admin,
+            shards = config.shards, tunnel_shards = tunnels,
+            "server is up"
+        );
+        audit::process("started", "server", &identity);
+        lifecycle::notify(&[sd_notify::NotifyState::Ready]);
+        Ok(Self {
+            config,
+            identity,
+            common,
+            shards,
+            phase,
+            attachments,
+            scopes,
+            leases,
+            hangups,
+            reloads,
+            log,
+            _sockets: sockets,
+            _leftovers: inherited,
+        })
+    }
+
+    /// Serves until SIGTERM or SIGINT, and then drains. `reread` reads the configuration on SIGHUP.
+    ///
+    /// # Errors
+    /// [`ServerError::Shard`] when a shard has ended by itself.
+    pub(crate) async fn until_stopped(
+        mut self,
+        reread: impl Fn() -> Result<ServerConfig, ConfigError>,
+    ) -> Result<(), ServerError> {
+        let reload = lifecycle::on_hangup(&mut self.hangups, async || {
+            let is_in_force = match reread() {
+                Ok(config) => {
+                    let granted = set_grants(&self.common, &config).await;
+                    let own = &self.identity.trust_domain;
+                    let captured = self.attachments.update(&config.redirect, own);
+                    scope::reload(&self.scopes, &config);
+                    granted & captured & self.log.reload(&config.log.filter)
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        error = report(&error),
+                        "configuration not reloaded, the old one stays"
+                    );
+                    audit::changed("configuration", Err(&error));
+                    false
+                }
+            };
+            self.reloads.note(is_in_force, SystemTime::now());
+        });
+        let idle = idle(&self.phase, &self.common.connections);
+        let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
+        tokio::select! {
+            done = lifecycle::until_stopped(&self.phase, Some(self.config.limits.drain), idle) => done?,
+            () = reload => {}
+            () = lost => return Err(ServerError::Shard),
+        }
+        // A shard ends its links and returns: that is short.
+        self.shards.join();
+        if let Some(leases) = self.leases {
+            let _ = leases.await;
+        }
+        self.log.report();
+        tracing::info!("server has ended");
+        audit::process("ended", "server", &self.identity);
+        Ok(())
+    }
+}
+
+/// Returns the lifetimes of all certificates that this server uses.
+fn lifetimes(own: impl Iterator<Item = Arc<dyn Certificates>>, bound: &Bound) -> Lifetimes {
+    let frontends = bound.tls.iter().map(|it| Arc::new(it.tls.clone()) as _);
+    let agents = bound.agents.iter().map(|it| Arc::new(it.tls.clone()) as _);
+    Lifetimes::new(own.chain(frontends).chain(agents).collect())
+}
+
+/// Puts the grants of a configuration in force. `false`: they are wrong, and the old ones stay.
+async fn set_grants(common: &Common, config: &ServerConfig) -> bool {
+    match Grants::new(&config.policy) {
+        Ok(grants) => {
+            common.control.set_grants(grants).await;
+            audit::changed("policy", Ok(()));
+            true
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = report(&error),
+                "policy not reloaded, the old one stays"
+            );
+            audit::changed("policy", Err(&error));
+            false
+        }
+    }
+}
+
+/// Waits until a draining server has no connection left, and then closes the gate for new ones.
+async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
+    lifecycle::stopping(phase.subscribe()).await;
+    while !connections.close_if_empty() {
+        tokio::time::sleep(IDLE_POLL).await;
+    }
+}
