@@ -169,14 +169,20 @@ impl Archive {
         let done = to.join("complete");
         if !done.exists() {
             // Newer kernels come in several packages.
-            for part in ["image", "binary", "modules"] {
+            for part in ["image", "base", "binary", "modules"] {
                 let name = format!("linux-{part}-{version}");
                 if part == "image" || self.has(&name) {
                     self.extract(&name, &to)?;
                 }
             }
         }
-        let image = to.join("boot").join(format!("vmlinuz-{version}"));
+        let images = [
+            to.join(format!("boot/vmlinuz-{version}")),
+            // Where newer packages have it.
+            to.join(format!("usr/lib/modules/{version}/vmlinuz")),
+        ];
+        let image = { images.into_iter().find(|image| image.exists()) }
+            .with_context(|| format!("the packages of Linux {version} have no vmlinuz"))?;
         let base = if to.join("usr/lib/modules").exists() {
             to.join("usr")
         } else {
