@@ -62,7 +62,7 @@ struct Slot {
 #[derive(Debug)]
 pub enum Verdict {
     /// The peer may begin its handshake.
-    Enter(Place),
+    Enter(HandshakePermit),
     /// The peer must prove its address first.
     Prove,
     /// The peer is refused.
@@ -85,7 +85,7 @@ pub enum Crowded {
 
 /// The permit for one handshake, until dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct HandshakePermit {
     of: Arc<Shared>,
     slots: [u16; 2],
 }
@@ -107,7 +107,7 @@ impl Sources {
     /// half of a bucket. The other half is for proven ones, because any peer can send from another's
     /// address.
     ///
-    /// Takes nothing out of the bucket: see [`Place::charge`].
+    /// Takes nothing out of the bucket: see [`HandshakePermit::charge`].
     pub fn judge(&self, address: IpAddr, is_proven: bool, now: Instant) -> Verdict {
         let shared = &self.0;
         let slots = shared.slots_of(address);
@@ -131,7 +131,7 @@ impl Sources {
         }
         match crowded {
             Some(why) => Verdict::Refuse(why),
-            None => Verdict::Enter(Place::take(shared.clone(), slots)),
+            None => Verdict::Enter(HandshakePermit::take(shared.clone(), slots)),
         }
     }
 
@@ -178,7 +178,7 @@ impl Shared {
     }
 }
 
-impl Place {
+impl HandshakePermit {
     fn take(of: Arc<Shared>, slots: [u16; 2]) -> Self {
         of.inside.fetch_add(1, Ordering::Relaxed);
         for slot in slots {
@@ -199,7 +199,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for HandshakePermit {
     fn drop(&mut self) {
         for slot in self.slots {
             self.of.slot(slot).inside.fetch_sub(1, Ordering::Relaxed);

@@ -19,8 +19,7 @@ use tunnel_proto::certificate::Join;
 use tunnel_proto::join::{self, Reader};
 
 use super::ServerError;
-use super::doorstep::{Doorstep, Why};
-use super::metrics::Failures;
+use super::handshakes::{FailureCounters, HandshakeFailure, HandshakeLimiter};
 use cpc_config::ServerConfig;
 use cpc_config::server::HandshakesConfig;
 use cpc_host::descriptors::after_failed_accept;
@@ -114,12 +113,12 @@ fn acceptor(material: &Arc<Material>) -> Result<TlsAcceptor, rustls::Error> {
 }
 
 /// Creates the limiter of the listener: each peer costs a handshake and a place, token or not.
-pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorstep {
+pub(super) fn limiter(limits: &HandshakesConfig, failures: FailureCounters) -> HandshakeLimiter {
     let limits = HandshakesConfig {
         at_once: limits.at_once.min(MAX_STRANGERS),
         ..limits.clone()
     };
-    Doorstep::new(&limits, failures)
+    HandshakeLimiter::new(&limits, failures)
 }
 
 /// Serves without end.
@@ -129,7 +128,7 @@ pub(super) fn doorstep(limits: &HandshakesConfig, failures: Failures) -> Doorste
 pub(super) async fn serve(
     listener: TcpListener,
     desk: Arc<Desk>,
-    strangers: Doorstep,
+    limiter: HandshakeLimiter,
 ) -> Result<(), ServerError> {
     let acceptor = acceptor(&desk.material).map_err(io::Error::other)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -143,27 +142,27 @@ pub(super) async fn serve(
                     continue;
                 }
             };
-            let place = match strangers.enter(remote.ip()) {
+            let place = match limiter.admit(remote.ip()) {
                 Ok(place) => place,
                 // Dropped with its socket at the bound.
                 Err(why) => {
-                    strangers.failed(why.into());
+                    limiter.failed(why.into());
                     tracing::warn!(%remote, %why, "connection to the join listener is dropped");
                     continue;
                 }
             };
             place.charge(Instant::now());
-            let (acceptor, desk, strangers) = (acceptor.clone(), desk.clone(), strangers.clone());
+            let (acceptor, desk, limiter) = (acceptor.clone(), desk.clone(), limiter.clone());
             tokio::spawn(async move {
                 let served = timeout(PATIENCE, one(acceptor, &desk, socket, remote)).await;
                 drop(place);
                 let (why, error) = match served {
                     Ok(Ok(())) => return,
-                    Ok(Err(error)) => (Why::Tls, error),
-                    Err(_) => (Why::Timeout, io::ErrorKind::TimedOut.into()),
+                    Ok(Err(error)) => (HandshakeFailure::Tls, error),
+                    Err(_) => (HandshakeFailure::Timeout, io::ErrorKind::TimedOut.into()),
                 };
                 desk.metrics.join(Outcome::Failed);
-                strangers.failed(why);
+                limiter.failed(why);
                 tracing::warn!(%remote, error = report(&error), "join failed");
                 audit::peer_refused(Listener::Join, remote, &error);
             });

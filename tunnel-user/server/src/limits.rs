@@ -179,7 +179,7 @@ pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
         (Limit::AgentsPerTenant, most(|t| &t.agents)),
         (Limit::Routes, all_routes),
         (Limit::RoutesPerTenant, most_routes),
-        (Limit::Handshakes, common.door.inside() as u64),
+        (Limit::Handshakes, common.handshakes.in_progress() as u64),
     ] {
         metrics.set_used(limit.label(), used);
     }

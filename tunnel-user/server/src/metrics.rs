@@ -1,43 +1,15 @@
 //! Metrics of the server, beside those of each connection.
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::doorstep::Why;
+use super::handshakes::FailureCounters;
 use super::limits;
 use cpc_config::ServerConfig;
 use cpc_observe::konnectivity::ProxyServerMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::{DialMetrics, ours};
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct FailureLabels {
-    why: &'static str,
-}
-
-/// Failed handshakes, by [`Why`].
-#[derive(Clone, Debug, Default)]
-pub(super) struct Failures(Family<FailureLabels, Counter>);
-
-impl Failures {
-    fn register(&self, registry: &mut Registry, name: &str, help: &str) {
-        for why in Why::ALL {
-            // A counter that begins at its first event hides that event from a rate.
-            drop(self.0.get_or_create(&FailureLabels { why: why.label() }));
-        }
-        registry.register(name, help, self.0.clone());
-    }
-
-    /// Counts one failure.
-    pub(super) fn count(&self, why: Why) {
-        self.0
-            .get_or_create(&FailureLabels { why: why.label() })
-            .inc();
-    }
-}
 
 /// Metrics of one server.
 #[derive(Clone, Debug)]
@@ -61,11 +33,11 @@ pub(super) struct ServerMetrics {
     /// Newcomers that were sent to a shard with fewer tunnels.
     pub handshakes_moved: Counter,
     /// Failed handshakes of tunnels, of both kinds.
-    pub handshakes: Failures,
+    pub handshakes: FailureCounters,
     /// Failed handshakes of frontends.
-    pub frontend_handshakes: Failures,
+    pub frontend_handshakes: FailureCounters,
     /// Failed handshakes at the join listener.
-    pub join_handshakes: Failures,
+    pub join_handshakes: FailureCounters,
 }
 
 impl ServerMetrics {
@@ -86,9 +58,9 @@ impl ServerMetrics {
             limits: limits::register(registry, &config.limits),
             handshakes_retried: Counter::default(),
             handshakes_moved: Counter::default(),
-            handshakes: Failures::default(),
-            frontend_handshakes: Failures::default(),
-            join_handshakes: Failures::default(),
+            handshakes: FailureCounters::default(),
+            frontend_handshakes: FailureCounters::default(),
+            join_handshakes: FailureCounters::default(),
         };
         registry.register(
             "claims_refused",

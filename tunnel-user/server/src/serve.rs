@@ -13,7 +13,7 @@ use super::bind::{TlsBound, UnixBound};
 use super::frontend::listener::{self, Service};
 use super::frontend::redirect;
 use super::link;
-use super::link::konnectivity::{Agents, Door};
+use super::link::konnectivity::{Acceptor, Agents};
 use super::shard::{Common, Inbox, Shard};
 use super::{ServerError, Tunnel};
 use cpc_datapath::socket::prepare_listener;
@@ -40,7 +40,7 @@ pub(super) struct Start {
     /// Listeners of this shard.
     pub listeners: Listeners,
     /// Parameters of Konnectivity's agents.
-    pub door: Option<Door>,
+    pub acceptor: Option<Acceptor>,
 }
 
 /// Listeners, each of which belongs to one shard.
@@ -184,8 +184,8 @@ fn open(start: Start) -> Result<Open, ServerError> {
         until_last_call(&shard, accept);
     }
     let mut agents = None;
-    if let Some(door) = start.door {
-        let agents = agents.insert(Agents::new(shard.clone(), door));
+    if let Some(acceptor) = start.acceptor {
+        let agents = agents.insert(Agents::new(shard.clone(), acceptor));
         if let Some(listener) = start.listeners.agents {
             let listener = tokio::net::TcpListener::from_std(listener)?;
             until_last_call(&shard, agents.clone().accept(listener));

@@ -16,7 +16,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::breaker::Breaker;
 use super::control::ControlHandle;
-use super::doorstep::Doorstep;
+use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
 use super::link::Link;
 use super::link::konnectivity::Agents;
@@ -62,7 +62,7 @@ pub(super) struct Common {
     /// Limits of each tenant.
     pub tenants: Tenants,
     /// Limiter of handshakes at the tunnel's port.
-    pub door: Doorstep,
+    pub handshakes: HandshakeLimiter,
     /// Name of the server.
     pub server_id: Arc<str>,
     /// Number of servers.

@@ -100,7 +100,7 @@ fn those_who_are_not_charged_come_as_often_as_they_like() {
 }
 
 /// Places that a source holds, at a number of them.
-fn hold(sources: &Sources, address: &str, now: Instant) -> Vec<Place> {
+fn hold(sources: &Sources, address: &str, now: Instant) -> Vec<HandshakePermit> {
     let address = address.parse().unwrap();
     let next = || match sources.judge(address, true, now) {
         Verdict::Enter(place) => Some(place),

@@ -18,14 +18,14 @@ use tunnel_proto::http_connect::response;
 use super::tls::FrontendTls;
 use super::unix::{Fate, SocketFile};
 use super::{Scope, grpc, http_connect, scope};
-use crate::doorstep::{Doorstep, Why};
+use crate::handshakes::{HandshakeFailure, HandshakeLimiter};
 use crate::shard::Shard;
 use cpc_config::frontend::Answers;
 use cpc_config::tls_floor::{TlsFloor, TlsVersion};
 use cpc_datapath::socket::{TlsSocket, prepare_listener};
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
-use cpc_host::sources::Place;
+use cpc_host::sources::HandshakePermit;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::grpc::{ALPN, AnyAuthority, tcp};
@@ -129,7 +129,7 @@ impl Service {
         &self,
         shard: &Rc<Shard>,
         (socket, client): (TcpStream, SocketAddr),
-        (acceptor, doorstep, stranger): (TlsAcceptor, Doorstep, Place),
+        (acceptor, limiter, stranger): (TlsAcceptor, HandshakeLimiter, HandshakePermit),
     ) -> io::Result<()> {
         let (service, socket) = (self.clone(), socket.into_std()?);
         shard.run_on(shard.turn(), move |shard| async move {
@@ -137,7 +137,7 @@ impl Service {
             let known = timeout(HANDSHAKE, secured).await;
             let Ok(Ok(session)) = known else {
                 stranger.charge(Instant::now());
-                return unknown(&doorstep, client, known.map(|known| known.map(drop)));
+                return unknown(&limiter, client, known.map(|known| known.map(drop)));
             };
             drop(stranger);
             service.serve_tls(shard, client, session);
@@ -176,16 +176,16 @@ impl Service {
 }
 
 /// Counts and logs a failed handshake.
-fn unknown(doorstep: &Doorstep, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
+fn unknown(limiter: &HandshakeLimiter, client: SocketAddr, known: Result<io::Result<()>, Elapsed>) {
     match known {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            doorstep.failed(Why::Tls);
+            limiter.failed(HandshakeFailure::Tls);
             tracing::warn!(%client, error = report(&error), "frontend handshake failed");
             audit::peer_refused(Listener::Frontend, client, &error);
         }
         Err(_) => {
-            doorstep.failed(Why::Timeout);
+            limiter.failed(HandshakeFailure::Timeout);
             tracing::warn!(%client, "frontend handshake not finished in time");
             audit::peer_refused(
                 Listener::Frontend,
@@ -277,18 +277,18 @@ pub(crate) async fn accept_tls(
 ) {
     let failures = shard.metrics.frontend_handshakes.clone();
     let handshakes = shard.limits.handshakes.at_most(shard.shares.handshakes);
-    let doorstep = Doorstep::new(&handshakes, failures);
+    let limiter = HandshakeLimiter::new(&handshakes, failures);
     loop {
         let taken = match listener.accept().await {
-            Ok(accepted) => match doorstep.enter(accepted.1.ip()) {
+            Ok(accepted) => match limiter.admit(accepted.1.ip()) {
                 Ok(stranger) => {
-                    let tls = (tls.acceptor(), doorstep.clone(), stranger);
+                    let tls = (tls.acceptor(), limiter.clone(), stranger);
                     service.take_tls(&shard, accepted, tls)
                 }
                 // Dropped with its socket at the bound.
                 Err(why) => {
                     let (_, client) = accepted;
-                    doorstep.failed(why.into());
+                    limiter.failed(why.into());
                     tracing::warn!(%client, %why, "client's connection is reset");
                     Ok(())
                 }

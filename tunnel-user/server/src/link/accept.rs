@@ -11,7 +11,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
 
 use super::{QuicLink, session};
-use crate::doorstep::Why;
+use crate::handshakes::HandshakeFailure;
 use crate::limits::Limit;
 use crate::loads::{Counted, Moved};
 use crate::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
@@ -19,7 +19,7 @@ use crate::shard::Shard;
 use cpc_host::gate::Gate;
 use cpc_host::lifecycle::Phase;
 use cpc_host::report::report;
-use cpc_host::sources::{Crowded, Place, Verdict};
+use cpc_host::sources::{Crowded, HandshakePermit, Verdict};
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::control_stream::{ControlStream, Shared};
@@ -48,7 +48,7 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
             continue;
         }
         let remote = incoming.remote_address();
-        match shard.door.judge(remote.ip(), !incoming.may_retry()) {
+        match shard.handshakes.judge(remote.ip(), !incoming.may_retry()) {
             Verdict::Enter(place) => match elsewhere(&shard, &incoming, &moving) {
                 Some(moved) => send_on(&shard, incoming, moved, Some(place)),
                 None => {
@@ -69,7 +69,7 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
                 if why == Crowded::Full {
                     shard.metrics.limits.refuse(Limit::Handshakes.label());
                 }
-                shard.door.failed(why.into());
+                shard.handshakes.failed(why.into());
                 tracing::warn!(%remote, %why, "handshake refused");
                 incoming.refuse();
             }
@@ -85,7 +85,7 @@ fn elsewhere(shard: &Shard, incoming: &Incoming, moving: &Gate) -> Option<Moved>
 }
 
 /// Sends a newcomer to another shard by a Retry. The next one counts it until it has come.
-fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<Place>) {
+fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<HandshakePermit>) {
     shard.metrics.handshakes_moved.inc();
     incoming.retry(number(moved.shard()));
     tokio::task::spawn_local(async move {
@@ -101,7 +101,11 @@ fn number(shard: usize) -> u8 {
 }
 
 /// Serves one agent from its first packet to its last, while it is `counted` on this shard.
-async fn serve(shard: Rc<Shard>, incoming: Incoming, (under_way, _counted): (Place, Counted)) {
+async fn serve(
+    shard: Rc<Shard>,
+    incoming: Incoming,
+    (under_way, _counted): (HandshakePermit, Counted),
+) {
     let remote = incoming.remote_address();
     let Some((connection, stream)) = handshake(&shard, incoming).await else {
         return;
@@ -110,7 +114,7 @@ async fn serve(shard: Rc<Shard>, incoming: Incoming, (under_way, _counted): (Pla
     let identity = match peer_identity(&connection) {
         Ok(identity) => identity,
         Err(error) => {
-            shard.door.failed(Why::Identity);
+            shard.handshakes.failed(HandshakeFailure::Identity);
             tracing::warn!(%remote, error = report(&error), "agent refused");
             audit::peer_refused(Listener::Tunnel, remote, &error);
             let reason = error_code(CloseReason::IdentityRefused);
@@ -187,16 +191,16 @@ async fn handshake(shard: &Shard, incoming: Incoming) -> Option<(Connection, (Se
         Ok(Err(ConnectionError::ApplicationClosed(close))) => {
             // An agent that found our certificate wanting, or changed its mind.
             let why = String::from_utf8_lossy(&close.reason).into_owned();
-            shard.door.failed(Why::Peer);
+            shard.handshakes.failed(HandshakeFailure::Peer);
             tracing::info!(%remote, %why, "handshake given up by the peer");
         }
         Ok(Err(error)) => {
-            shard.door.failed(Why::Tls);
+            shard.handshakes.failed(HandshakeFailure::Tls);
             tracing::warn!(%remote, error = report(&error), "handshake failed");
             audit::peer_refused(Listener::Tunnel, remote, &error);
         }
         Err(_) => {
-            shard.door.failed(Why::Timeout);
+            shard.handshakes.failed(HandshakeFailure::Timeout);
             let seconds = HANDSHAKE_TIMEOUT.as_secs();
             tracing::warn!(%remote, seconds, "handshake not finished in time");
             audit::peer_refused(

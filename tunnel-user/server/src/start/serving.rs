@@ -28,11 +28,11 @@ use super::{Attached, Prepared};
 use crate::attachments::Attachments;
 use crate::bind::{AgentsBound, Bound};
 use crate::control::Control;
-use crate::doorstep::Doorstep;
 use crate::error::ServerError;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
-use crate::link::konnectivity::Door;
+use crate::handshakes::HandshakeLimiter;
+use crate::link::konnectivity::Acceptor;
 use crate::loads::Loads;
 use crate::registry::{Registry, RouteBounds};
 use crate::serve::{self, Listeners, Start};
@@ -122,7 +122,7 @@ impl Serving {
             grpc_clients: Gate::new(config.limits.connections),
             dials: Gate::new(config.limits.dials),
             tunnels: Gate::new(config.limits.agents),
-            door: Doorstep::new(&config.limits.handshakes, failed_tunnels.clone()),
+            handshakes: HandshakeLimiter::new(&config.limits.handshakes, failed_tunnels.clone()),
             server_id: identity.name.clone(),
             server_count: config.server_count,
             revocations: revocations.clone(),
@@ -143,10 +143,10 @@ impl Serving {
         for frontend in &bound.tls {
             tokio::spawn(frontend.tls.clone().watch());
         }
-        let (mut door, mut agents) = (None, None);
+        let (mut acceptor, mut agents) = (None, None);
         if let Some(bound) = bound.agents {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
-            let step = Doorstep::new(&handshakes, failed_tunnels);
+            let step = HandshakeLimiter::new(&handshakes, failed_tunnels);
             let AgentsBound {
                 listener,
                 tenant,
@@ -155,7 +155,7 @@ impl Serving {
             if let Some(konnectivity) = &config.konnectivity {
                 tokio::spawn(tls.clone().watch());
                 let id = &common.server_id;
-                door = Some(Door::new(konnectivity, id, tls, tenant, step).await?);
+                acceptor = Some(Acceptor::new(konnectivity, id, tls, tenant, step).await?);
                 agents = Some(listener);
             }
         }
@@ -187,7 +187,7 @@ impl Serving {
                 inbox,
                 tunnel: tunnel.clone().zip(udp.next()),
                 listeners,
-                door: door.clone(),
+                acceptor: acceptor.clone(),
             };
             let (started, outcome) = oneshot::channel();
             shards.spawn(move || serve::run(start, started))?;
@@ -200,7 +200,7 @@ impl Serving {
 
         if let (Some(listener), Some(desk)) = (bound.join, desk) {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
-            let strangers = join::doorstep(&handshakes, failed_joins);
+            let strangers = join::limiter(&handshakes, failed_joins);
             join::serve(listener, desk, strangers).await?;
         }
         let admin = Admin::new(registry, log.clone(), Arc::new(view));

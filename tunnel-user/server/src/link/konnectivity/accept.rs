@@ -16,14 +16,14 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tunnel_proto::konnectivity::CONNECT;
 
-use super::door::Door;
+use super::acceptor::Acceptor;
 use super::session;
-use crate::doorstep::Why;
+use crate::handshakes::HandshakeFailure;
 use crate::shard::Shard;
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::gate::Gate;
 use cpc_host::report::report;
-use cpc_host::sources::Place;
+use cpc_host::sources::HandshakePermit;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::grpc::server::{ServeError, serve};
 use cpc_transport::grpc::{Settings, tcp};
@@ -43,7 +43,7 @@ const LEAVE_POLL: Duration = Duration::from_millis(10);
 /// Agents of one shard.
 pub(crate) struct Agents {
     pub(super) shard: Rc<Shard>,
-    pub(super) door: Door,
+    pub(super) acceptor: Acceptor,
     settings: Settings,
     connections: Gate,
     ending: Notify,
@@ -60,7 +60,7 @@ pub(super) struct Peer {
     /// Number of calls.
     pub calls: Gate,
     /// Permit of the handshake, returned with the first agent.
-    stranger: RefCell<Option<Place>>,
+    stranger: RefCell<Option<HandshakePermit>>,
 }
 
 impl Peer {
@@ -72,16 +72,16 @@ impl Peer {
 
 impl Agents {
     /// Creates an empty set.
-    pub(crate) fn new(shard: Rc<Shard>, door: Door) -> Rc<Self> {
+    pub(crate) fn new(shard: Rc<Shard>, acceptor: Acceptor) -> Rc<Self> {
         let settings = Settings {
-            keepalive: Some(door.keepalive),
+            keepalive: Some(acceptor.keepalive),
             // An agent needs one; a stranger may fill its window.
             streams: 1,
             ..Settings::AGENT
         };
         let agents = Rc::new(Self {
             shard,
-            door,
+            acceptor,
             settings,
             connections: Gate::new(usize::MAX),
             ending: Notify::new(),
@@ -103,13 +103,13 @@ impl Agents {
     pub(crate) async fn accept(self: Rc<Self>, listener: TcpListener) {
         loop {
             match listener.accept().await {
-                Ok((socket, remote)) => match self.door.step.enter(remote.ip()) {
+                Ok((socket, remote)) => match self.acceptor.handshakes.admit(remote.ip()) {
                     Ok(stranger) => {
                         stranger.charge(Instant::now());
                         self.deal(socket, remote, stranger);
                     }
                     Err(why) => {
-                        self.door.step.failed(why.into());
+                        self.acceptor.handshakes.failed(why.into());
                         tracing::warn!(%remote, %why, "agent's connection is closed");
                     }
                 },
@@ -119,7 +119,7 @@ impl Agents {
     }
 
     /// Gives a new connection to the next shard in turn: its links will live there.
-    fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: Place) {
+    fn deal(&self, socket: TcpStream, remote: SocketAddr, stranger: HandshakePermit) {
         let Ok(socket) = socket.into_std() else {
             return;
         };
@@ -133,24 +133,34 @@ impl Agents {
     }
 
     /// Serves one connection to its end.
-    async fn serve(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, stranger: Place) {
+    async fn serve(
+        self: Rc<Self>,
+        socket: TcpStream,
+        remote: SocketAddr,
+        stranger: HandshakePermit,
+    ) {
         let _counted = self.connections.enter();
         // Not while we drain: an agent drops a server that says so, with all its connections.
         let ending = self.ending.notified();
         let failed = |why, error: &(dyn Error + 'static)| {
-            self.door.step.failed(why);
+            self.acceptor.handshakes.failed(why);
             tracing::warn!(%remote, error = report(error), "agent's handshake failed");
             audit::peer_refused(Listener::Konnectivity, remote, error);
         };
         let secured = async {
             let watched = Arc::new(watched(&socket)?);
-            let tls = self.door.tls.acceptor().accept(socket).await?;
+            let tls = self.acceptor.tls.acceptor().accept(socket).await?;
             Ok::<_, io::Error>((tls, watched))
         };
         let (tls, socket) = match timeout(HANDSHAKE_TIMEOUT, secured).await {
             Ok(Ok(secured)) => secured,
-            Ok(Err(error)) => return failed(Why::Tls, &error),
-            Err(_) => return failed(Why::Timeout, &io::Error::from(io::ErrorKind::TimedOut)),
+            Ok(Err(error)) => return failed(HandshakeFailure::Tls, &error),
+            Err(_) => {
+                return failed(
+                    HandshakeFailure::Timeout,
+                    &io::Error::from(io::ErrorKind::TimedOut),
+                );
+            }
         };
         let certificates = tls.get_ref().1.peer_certificates();
         let peer = Rc::new(Peer {
@@ -173,7 +183,7 @@ impl Agents {
         let served = serve(tls, &self.settings, CONNECT, ending, on_call);
         tokio::select! {
             served = served => match served {
-                Err(error @ ServeError::Handshake) => failed(Why::Timeout, &error),
+                Err(error @ ServeError::Handshake) => failed(HandshakeFailure::Timeout, &error),
                 Err(error) => tracing::debug!(%remote, error = report(&error), "agent's connection ended"),
                 Ok(()) => {}
             },

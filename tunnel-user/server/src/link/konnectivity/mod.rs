@@ -4,7 +4,7 @@
 //! accept -> TLS -> HTTP/2 -> call -> who is it? -> headers -> session -> registered
 //! ```
 //!
-//! [`Agents`] takes them in by the [`Door`]; [`who`] says who they are; [`session`] drives the machine of one stream
+//! [`Agents`] takes them in by the [`Acceptor`]; [`who`] says who they are; [`session`] drives the machine of one stream
 //! ([`ServerEnd`]) and shows it to the control task; [`KonnectivityLink`] is what dials use of it.
 //!
 //! An agent closes a stream to a server that it has a stream to already, which it knows by the
@@ -19,7 +19,7 @@
 //! [`ServerEnd`]: tunnel_proto::konnectivity::server_end
 
 mod accept;
-mod door;
+mod acceptor;
 mod link;
 mod path;
 mod server_ids;
@@ -29,7 +29,7 @@ mod tls;
 mod who;
 
 pub(crate) use accept::Agents;
-pub(crate) use door::Door;
+pub(crate) use acceptor::Acceptor;
 pub(crate) use link::KonnectivityLink;
 pub(crate) use stream::{KonnectivityRecv, KonnectivitySend};
 pub(crate) use tls::AgentTls;

@@ -20,7 +20,7 @@ use super::link::{KonnectivityLink, News};
 use super::path::probe;
 use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
-use crate::doorstep::Why;
+use crate::handshakes::HandshakeFailure;
 use crate::link::{Link, report};
 use crate::routes::{LinkInfo, LinkKind};
 use cpc_host::lifecycle::Phase;
@@ -75,11 +75,11 @@ impl End {
 
 impl End {
     /// Returns the failure, where the agent had not answered once; `None` if the agent left.
-    fn before_its_first_answer(&self) -> Option<Why> {
+    fn before_its_first_answer(&self) -> Option<HandshakeFailure> {
         match self {
             Self::Left | Self::Stream(_) => None,
-            Self::Revoked(_) => Some(Why::Identity),
-            Self::Machine(_) | Self::Unanswered | Self::Told(_) => Some(Why::Timeout),
+            Self::Revoked(_) => Some(HandshakeFailure::Identity),
+            Self::Machine(_) | Self::Unanswered | Self::Told(_) => Some(HandshakeFailure::Timeout),
         }
     }
 }
@@ -91,7 +91,10 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let (introduction, identity) = match introduce(&agents, &peer, &call).await {
         Ok(introduced) => introduced,
         Err(refusal) => {
-            agents.door.step.failed(Why::Identity);
+            agents
+                .acceptor
+                .handshakes
+                .failed(HandshakeFailure::Identity);
             tracing::warn!(%remote, error = cpc_host::report::report(&refusal), "agent refused");
             audit::peer_refused(Listener::Konnectivity, remote, &refusal);
             return call.refuse(&Status::new(Code::UNKNOWN, refusal.to_string()));
@@ -101,7 +104,10 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let server_id = match admitted {
         Ok(server_id) => server_id,
         Err(status) => {
-            agents.door.step.failed(Why::Overload);
+            agents
+                .acceptor
+                .handshakes
+                .failed(HandshakeFailure::Overload);
             tracing::warn!(%remote, agent = %identity, error = status.to_string(), "agent refused");
             return call.refuse(&status);
         }
@@ -122,7 +128,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let info = LinkInfo::new(
         (shard.next_link(), shard.index),
         LinkKind::Konnectivity,
-        (identity, agents.door.trust),
+        (identity, agents.acceptor.trust),
         probe(remote, &peer.socket),
     );
     let mut session = Session {
@@ -168,9 +174,9 @@ async fn introduce(
     let introduction = Introduction::read(call)?;
     let identity = introduction
         .identity(
-            &agents.door.proof,
+            &agents.acceptor.proof,
             peer.certificate.as_ref(),
-            &agents.door.tenant,
+            &agents.acceptor.tenant,
         )
         .await?;
     agents.shard.revocations.check(&known(peer, &identity))?;
@@ -195,7 +201,7 @@ fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<T
         return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
     }
     let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
-    let taken = agents.door.ids.take(identity, instance, || {
+    let taken = agents.acceptor.ids.take(identity, instance, || {
         shard.admit_tunnel(&identity.trust_domain)
     });
     taken.map_err(|none| match none {
@@ -206,7 +212,7 @@ fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<T
 
 /// Returns the number of servers that an agent sees.
 fn servers(agents: &Agents) -> u64 {
-    u64::from(agents.shard.server_count) * agents.door.ids.len() as u64
+    u64::from(agents.shard.server_count) * agents.acceptor.ids.len() as u64
 }
 
 struct Session<'a> {
@@ -361,7 +367,7 @@ impl Session<'_> {
         let Some(why) = end.before_its_first_answer() else {
             return tracing::debug!(%agent, %remote, why = %end, "agent never came");
         };
-        self.agents.door.step.failed(why);
+        self.agents.acceptor.handshakes.failed(why);
         tracing::warn!(%agent, %remote, why = %end, "agent dropped: it never answered");
     }
 }
@@ -373,9 +379,15 @@ mod tests {
     #[test]
     fn an_agent_that_never_answers_is_a_failure_and_one_that_leaves_is_none() {
         for (end, failure) in [
-            (End::Unanswered, Some(Why::Timeout)),
-            (End::Machine(StreamError::Flood), Some(Why::Timeout)),
-            (End::Told(CloseReason::Replaced), Some(Why::Timeout)),
+            (End::Unanswered, Some(HandshakeFailure::Timeout)),
+            (
+                End::Machine(StreamError::Flood),
+                Some(HandshakeFailure::Timeout),
+            ),
+            (
+                End::Told(CloseReason::Replaced),
+                Some(HandshakeFailure::Timeout),
+            ),
             (End::Left, None),
             (End::Stream(StreamEnd::Closed), None),
         ] {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::server_ids::ServerIds;
 use super::tls::AgentTls;
 use super::who::Proof;
-use crate::doorstep::Doorstep;
+use crate::handshakes::HandshakeLimiter;
 use crate::routes::Trust;
 use cpc_config::konnectivity::KonnectivityConfig;
 use cpc_identity::TrustDomain;
@@ -15,7 +15,7 @@ use cpc_kubernetes::token::TokenReviewer;
 
 /// Parameters of agents, on any shard.
 #[derive(Clone)]
-pub(crate) struct Door {
+pub(crate) struct Acceptor {
     /// Proof of an agent's identity.
     pub(super) proof: Proof,
     /// Trust in an agent's claims.
@@ -29,10 +29,10 @@ pub(crate) struct Door {
     /// Interval of HTTP/2 pings to an idle agent.
     pub(super) keepalive: Duration,
     /// Limiter of handshakes.
-    pub(super) step: Doorstep,
+    pub(super) handshakes: HandshakeLimiter,
 }
 
-impl Door {
+impl Acceptor {
     /// Creates the parameters from `config`. Reviews of tokens run on the calling runtime.
     ///
     /// # Errors
@@ -42,7 +42,7 @@ impl Door {
         server_id: &str,
         tls: AgentTls,
         tenant: TrustDomain,
-        step: Doorstep,
+        handshakes: HandshakeLimiter,
     ) -> Result<Self, AccessError> {
         let proof = match (&config.client_ca, &config.token) {
             (Some(_), _) => Proof::Certificate,
@@ -69,7 +69,7 @@ impl Door {
             tls,
             ids: ServerIds::new(config.ids(server_id).collect()),
             keepalive: config.keepalive,
-            step,
+            handshakes,
         })
     }
 }
