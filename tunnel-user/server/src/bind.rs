@@ -9,7 +9,7 @@ use super::ServerError;
 use super::frontend::listener::Protocol;
 use super::frontend::unix::{self, SocketFile};
 use super::frontend::{FrontendTls, Scope};
-use super::link::konnectivity::AgentTls;
+use super::link::konnectivity::tls::AgentTls;
 use cpc_config::ServerConfig;
 use cpc_config::frontend::FrontendConfig;
 use cpc_host::inherited::Inherited;

@@ -26,8 +26,9 @@ use self::permit::StreamPermit;
 use self::plan::{Action, Candidate, Plan};
 use super::early::EarlyBytes;
 use super::link::{LinkRecv, LinkSend};
+use super::permits::DialPermit;
 use super::routes::{LinkId, LinkInfo, RouteError};
-use super::shard::{Dialling, Shard, Target};
+use super::shard::{Shard, Target};
 use cpc_datapath::{Budget, LocalSocket, Outbound};
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
@@ -80,7 +81,7 @@ pub(super) struct Dial {
     early: EarlyBytes,
     plan: DialPlan,
     /// Counts the dial while it is under way.
-    pending: Option<(Counted, Dialling)>,
+    pending: Option<(Counted, DialPermit)>,
 }
 
 impl Dial {
@@ -89,7 +90,7 @@ impl Dial {
         shard: &Shard,
         record: Record,
         tenant: &TrustDomain,
-        (mut early, dialling): (EarlyBytes, Dialling),
+        (mut early, permit): (EarlyBytes, DialPermit),
     ) -> Self {
         early.charge_to(shard.tenants.of(tenant).budget.clone());
         let deadline = Instant::now() + shard.limits.dial_timeout;
@@ -98,7 +99,7 @@ impl Dial {
             tenant: tenant.clone(),
             early,
             plan: Plan::new(deadline.into_std()),
-            pending: Some((shard.metrics.konnectivity.pending_dial(), dialling)),
+            pending: Some((shard.metrics.konnectivity.pending_dial(), permit)),
         }
     }
 

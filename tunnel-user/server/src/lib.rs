@@ -27,6 +27,7 @@ mod limits;
 mod link;
 mod loads;
 mod metrics;
+mod permits;
 mod privileges;
 pub mod registry;
 pub mod routes;
@@ -36,6 +37,7 @@ mod start;
 mod status;
 mod tenants;
 mod troubles;
+mod usage;
 
 pub use attachments::{AttachError, Attachments, redirect, spec};
 pub use check::check;

@@ -1,15 +1,11 @@
-//! The bounds of a server: their names in configuration and metrics, what they say to those who are
-//! refused, and how much of each is used.
+//! The limits of a server: their names in configuration and metrics, and their texts when they refuse.
 
 use prometheus_client::registry::Registry;
 
-use super::shard::Common;
-use super::tenants::Tenant;
 use cpc_config::ServerConfig;
 use cpc_config::frontend::FrontendConfig;
 use cpc_config::server::LimitsConfig;
 use cpc_host::descriptors::Listeners;
-use cpc_host::gate::Gate;
 use cpc_observe::limits::LimitMetrics;
 
 /// A bound at which new work is refused while what is there goes on.
@@ -155,34 +151,6 @@ pub(super) fn listeners(config: &ServerConfig) -> Listeners {
 pub(super) fn register(registry: &mut Registry, limits: &LimitsConfig) -> LimitMetrics {
     let all = Limit::ALL.map(|limit| (limit.label(), limit.of(limits)));
     LimitMetrics::register(registry, all)
-}
-
-/// Looks at how much is used now.
-pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
-    let routes = common.control.route_usage();
-    for (limit, refused) in routes.take_refused() {
-        metrics.refusals(limit.label()).inc_by(refused);
-    }
-    let (all_routes, most_routes) = routes.taken();
-    let tenants = || common.tenants.all();
-    let inside = |gate: &Gate| gate.inside() as u64;
-    let most = |gate: fn(&Tenant) -> &Gate| tenants().map(|t| inside(gate(t))).max().unwrap_or(0);
-    let most_held = tenants().map(|t| t.budget.used()).max();
-    for (limit, used) in [
-        (Limit::Connections, inside(&common.connections)),
-        (Limit::ConnectionsPerTenant, most(|t| &t.connections)),
-        (Limit::Dials, inside(&common.dials)),
-        (Limit::DialsPerTenant, most(|t| &t.dials)),
-        (Limit::StalledBytes, common.budget.used()),
-        (Limit::StalledBytesPerTenant, most_held.unwrap_or(0)),
-        (Limit::Agents, inside(&common.tunnels)),
-        (Limit::AgentsPerTenant, most(|t| &t.agents)),
-        (Limit::Routes, all_routes),
-        (Limit::RoutesPerTenant, most_routes),
-        (Limit::Handshakes, common.handshakes.in_progress() as u64),
-    ] {
-        metrics.set_used(limit.label(), used);
-    }
 }
 
 #[cfg(test)]

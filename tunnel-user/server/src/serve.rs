@@ -13,7 +13,8 @@ use super::bind::{TlsBound, UnixBound};
 use super::frontend::listener::{self, Service};
 use super::frontend::redirect;
 use super::link;
-use super::link::konnectivity::{Acceptor, Agents};
+use super::link::konnectivity::accept::Agents;
+use super::link::konnectivity::acceptor::Acceptor;
 use super::shard::{Common, Inbox, Shard};
 use super::{ServerError, Tunnel};
 use cpc_datapath::socket::prepare_listener;
@@ -135,7 +136,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         } = &tunnel;
         let opened = config::server(udp, material, secret, index, setup)?;
         host::complain(&opened.complaints);
-        tokio::task::spawn_local(link::accept(shard.clone(), opened.endpoint.clone()));
+        tokio::task::spawn_local(link::accept::accept(shard.clone(), opened.endpoint.clone()));
         endpoint = Some(opened.endpoint);
     }
     for Accepting {

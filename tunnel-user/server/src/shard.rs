@@ -7,7 +7,6 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
@@ -19,16 +18,17 @@ use super::control::ControlHandle;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
 use super::link::Link;
-use super::link::konnectivity::Agents;
+use super::link::konnectivity::accept::Agents;
 use super::loads::Loads;
 use super::metrics::ServerMetrics;
+use super::permits::{ConnectionPermit, DialPermit, TunnelPermit};
 use super::routes::LinkId;
 use super::tenants::Tenants;
 use super::troubles::Troubles;
 use cpc_config::server::LimitsConfig;
 use cpc_datapath::Budget;
 use cpc_host::descriptors::Shares;
-use cpc_host::gate::{Entered, Gate};
+use cpc_host::gate::Gate;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
 use cpc_identity::join::Desk;
@@ -190,12 +190,15 @@ impl Shard {
     ///
     /// # Errors
     /// The limit that refuses.
-    pub(super) fn admit(&self, tenant: &TrustDomain) -> Result<(Admitted, Dialling), Limit> {
+    pub(super) fn admit(
+        &self,
+        tenant: &TrustDomain,
+    ) -> Result<(ConnectionPermit, DialPermit), Limit> {
         let admitted = self.try_admit(tenant);
         admitted.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
     }
 
-    fn try_admit(&self, tenant: &TrustDomain) -> Result<(Admitted, Dialling), Limit> {
+    fn try_admit(&self, tenant: &TrustDomain) -> Result<(ConnectionPermit, DialPermit), Limit> {
         let own = self.tenants.of(tenant);
         if !self.budget.has_room() {
             return Err(Limit::StalledBytes);
@@ -212,23 +215,19 @@ impl Shard {
             enter(&self.dials, Limit::Dials)?,
             enter(&own.dials, Limit::DialsPerTenant)?,
         );
-        self.metrics.dials.open.inc();
-        let admitted = Admitted {
-            _entered: connections,
-            open: self.metrics.dials.open.clone(),
-        };
-        Ok((admitted, Dialling { _entered: dials }))
+        let connection = ConnectionPermit::new(connections, self.metrics.dials.open.clone());
+        Ok((connection, DialPermit::new(dials)))
     }
 
     /// Counts a tunnel of `tenant`.
     ///
     /// # Errors
     /// The limit that refuses.
-    pub(super) fn admit_tunnel(&self, tenant: &TrustDomain) -> Result<TunnelPlace, Limit> {
+    pub(super) fn admit_tunnel(&self, tenant: &TrustDomain) -> Result<TunnelPermit, Limit> {
         let all = self.tunnels.enter().ok_or(Limit::Agents);
         let own = self.tenants.of(tenant).agents.enter();
-        let place = all.and_then(|all| Ok((all, own.ok_or(Limit::AgentsPerTenant)?)));
-        place.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
+        let permit = all.and_then(|all| Ok((all, own.ok_or(Limit::AgentsPerTenant)?)));
+        permit.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
     }
 
     /// Changes the breaker, and updates its metric.
@@ -248,25 +247,5 @@ impl Shard {
         for link in self.links.borrow().values() {
             link.close(reason);
         }
-    }
-}
-
-/// One connection, counted until dropped, on any shard.
-pub(super) struct Admitted {
-    _entered: (Entered, Entered),
-    open: Gauge,
-}
-
-/// One dial, counted until dropped, on any shard.
-pub(super) struct Dialling {
-    _entered: (Entered, Entered),
-}
-
-/// One tunnel, counted until dropped.
-pub(super) type TunnelPlace = (Entered, Entered);
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.open.dec();
     }
 }

@@ -14,8 +14,8 @@ use tokio::sync::watch;
 
 use super::attachments::Health;
 use super::control::{ControlHandle, SessionView};
-use super::limits;
 use super::shard::Common;
+use super::usage;
 use cpc_config::ServerConfig;
 use cpc_datapath::Engine;
 use cpc_host::lifecycle::Phase;
@@ -171,7 +171,7 @@ impl Source for View {
         self.ready.set(self.ready().is_ok().into());
         self.stalled
             .set(i64::try_from(self.common.budget.stalled()).unwrap_or(i64::MAX));
-        limits::refresh(&self.common.metrics.limits, &self.common);
+        usage::refresh(&self.common.metrics.limits, &self.common);
         let backends = self.control.backends();
         let by_strategy = backends.by_strategy.iter();
         let by_strategy = by_strategy.map(|(strategy, count)| (strategy.label(), *count));

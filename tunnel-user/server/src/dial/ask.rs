@@ -11,7 +11,8 @@ use super::attempt::Failed;
 use super::error::DialError;
 use super::plan::Failure;
 use crate::early::{Cursor, EarlyBytes, EarlyEvent};
-use crate::link::{LinkRecv, LinkSend, bridge};
+use crate::link::bridge::far;
+use crate::link::{LinkRecv, LinkSend};
 use crate::routes::LinkInfo;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
@@ -105,7 +106,7 @@ impl<L: LocalSocket> Exchange<'_, L> {
             let link = shard.links.borrow().get(&link.id).cloned();
             return link.ok_or(CloseReason::LinkLost)?.open(request).await;
         }
-        let (send, recv) = bridge::open(shard, link, request);
+        let (send, recv) = far::open(shard, link, request);
         let send = LinkSend::Bridge(Box::new(send));
         Ok((send, LinkRecv::Bridge(Box::new(recv))))
     }

@@ -13,7 +13,7 @@ use cpc_config::server::LimitsConfig;
 pub(crate) struct StreamPermit(Arc<LinkInfo>);
 
 /// Counts a dial without an answer on its link until it is dropped.
-pub(super) struct DialPermit(Arc<LinkInfo>);
+pub(super) struct AnswerPermit(Arc<LinkInfo>);
 
 /// Counts a stream on `link`, and that its agent has not answered the dial.
 ///
@@ -22,19 +22,19 @@ pub(super) struct DialPermit(Arc<LinkInfo>);
 pub(super) fn acquire(
     link: &Arc<LinkInfo>,
     limits: &LimitsConfig,
-) -> Result<(StreamPermit, DialPermit), Limit> {
+) -> Result<(StreamPermit, AnswerPermit), Limit> {
     let is_over = |count: i64, most| usize::try_from(count).is_ok_and(|count| count >= most);
     // A permit that is not returned takes its count back.
     let streams = link.streams.fetch_add(1, Ordering::Relaxed);
     let stream = StreamPermit(link.clone());
     let dials = link.unanswered.fetch_add(1, Ordering::Relaxed);
-    let dial = DialPermit(link.clone());
+    let answer = AnswerPermit(link.clone());
     if is_over(streams, limits.connections_per_tunnel) {
         Err(Limit::ConnectionsPerTunnel)
     } else if is_over(dials, limits.dials_per_tunnel) {
         Err(Limit::DialsPerTunnel)
     } else {
-        Ok((stream, dial))
+        Ok((stream, answer))
     }
 }
 
@@ -52,7 +52,7 @@ impl Drop for StreamPermit {
     }
 }
 
-impl Drop for DialPermit {
+impl Drop for AnswerPermit {
     fn drop(&mut self) {
         self.0.unanswered.fetch_sub(1, Ordering::Relaxed);
     }

@@ -13,7 +13,8 @@ use tunnel_proto::http_connect::ESTABLISHED;
 
 use super::{Served, answers, failed, serve};
 use crate::dial::{Dial, DialError, Dialled, Step};
-use crate::shard::{Admitted, Shard};
+use crate::permits::ConnectionPermit;
+use crate::shard::Shard;
 use cpc_config::frontend::Answers;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
@@ -41,7 +42,7 @@ pub(super) struct Client<L> {
     /// The dial.
     pub dial: Dial,
     /// Permit of the connection.
-    pub admitted: Admitted,
+    pub admitted: ConnectionPermit,
     /// Count in Konnectivity's metrics.
     pub counted: Option<Counted>,
 }
@@ -50,7 +51,7 @@ pub(super) struct Client<L> {
 pub(super) struct Established<L> {
     local: L,
     served: Served,
-    _admitted: Admitted,
+    _admitted: ConnectionPermit,
     _counted: Option<Counted>,
 }
 

@@ -18,7 +18,8 @@ use tunnel_proto::close::CloseReason;
 
 use super::dial::{DialError, Dialled};
 use super::limits::Limit;
-use super::shard::{Admitted, Dialling, Shard};
+use super::permits::{ConnectionPermit, DialPermit};
+use super::shard::Shard;
 use cpc_datapath::{ClosedBy, LocalSocket, Meter, relay};
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::konnectivity::Counted;
@@ -99,7 +100,11 @@ fn failed(shard: &Shard, record: &Record, error: &DialError) {
 ///
 /// # Errors
 /// [`DialError`]; the client has been sent nothing.
-fn admit(shard: &Shard, scope: &Scope, record: &Record) -> Result<(Admitted, Dialling), DialError> {
+fn admit(
+    shard: &Shard,
+    scope: &Scope,
+    record: &Record,
+) -> Result<(ConnectionPermit, DialPermit), DialError> {
     let overloaded = |limit: Limit| {
         let text = limit.text(&shard.limits);
         DialError::new(CloseReason::Overloaded, Closer::Server, text)

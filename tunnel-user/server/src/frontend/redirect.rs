@@ -16,7 +16,8 @@ use super::client::{Client, Manner};
 use super::{Scope, admit};
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
-use crate::shard::{Admitted, Dialling, Shard};
+use crate::permits::{ConnectionPermit, DialPermit};
+use crate::shard::Shard;
 use cpc_datapath::Socket;
 use cpc_datapath::socket::Portable;
 use cpc_host::descriptors::after_failed_accept;
@@ -127,12 +128,17 @@ fn serve(
     shard: &Rc<Shard>,
     attachment: &Attachment,
     record: Record,
-    (admitted, dialling): (Admitted, Dialling),
+    (admitted, dial_permit): (ConnectionPermit, DialPermit),
     local: impl Portable,
 ) {
     let early = EarlyBytes::new(Early::Send, Bytes::new());
     let client = Client {
-        dial: Dial::new(shard, record, &attachment.scope.tenant, (early, dialling)),
+        dial: Dial::new(
+            shard,
+            record,
+            &attachment.scope.tenant,
+            (early, dial_permit),
+        ),
         manner: Manner::Redirected,
         local,
         admitted,

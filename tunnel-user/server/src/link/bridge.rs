@@ -6,17 +6,13 @@
 //! so that a reader who stops stalls its stream and no other. An end passes behind earlier data, a
 //! reset overtakes it. When either side goes, the other sees that as with a stream.
 
-mod far;
-
-use std::rc::Rc;
+pub(crate) mod far;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::preface::{DialRequest, DialResponse};
+use tunnel_proto::preface::DialResponse;
 
-use crate::routes::LinkInfo;
-use crate::shard::Shard;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::HeadError;
 
@@ -55,23 +51,22 @@ pub(crate) struct BridgeRecv {
     stop: Option<oneshot::Sender<CloseReason>>,
 }
 
-/// Sends `request` on a link of another shard.
-pub(crate) fn open(
-    shard: &Rc<Shard>,
-    link: &LinkInfo,
-    request: &DialRequest,
-) -> (BridgeSend, BridgeRecv) {
-    let (send, outward) = outward();
-    let (recv, inward) = inward();
-    let (id, request) = (link.id, request.clone());
-    shard.run_on(link.shard, move |shard| async move {
-        let link = shard.links.borrow().get(&id).cloned();
-        far::serve(link, &request, outward, inward).await;
-    });
-    (send, recv)
+/// Receivers of the data from the client's shard.
+struct Outward {
+    chunks: mpsc::Receiver<Bytes>,
+    orders: mpsc::UnboundedReceiver<Order>,
+    end: watch::Sender<Option<SendEnd>>,
 }
 
-fn outward() -> (BridgeSend, far::Outward) {
+/// Senders of the data for the client's shard.
+struct Inward {
+    batches: mpsc::Sender<Vec<Bytes>>,
+    answer: oneshot::Sender<Answer>,
+    end: watch::Sender<Option<RecvEnd>>,
+    stop: oneshot::Receiver<CloseReason>,
+}
+
+fn outward() -> (BridgeSend, Outward) {
     let (chunks_in, chunks) = mpsc::channel(OUTBOUND);
     let (orders_in, orders) = mpsc::unbounded_channel();
     let (end, ended) = watch::channel(None);
@@ -80,7 +75,7 @@ fn outward() -> (BridgeSend, far::Outward) {
         orders: orders_in,
         end: ended,
     };
-    let outward = far::Outward {
+    let outward = Outward {
         chunks,
         orders,
         end,
@@ -88,7 +83,7 @@ fn outward() -> (BridgeSend, far::Outward) {
     (send, outward)
 }
 
-fn inward() -> (BridgeRecv, far::Inward) {
+fn inward() -> (BridgeRecv, Inward) {
     let (batches, batches_out) = mpsc::channel(INBOUND);
     let (answer, answered) = oneshot::channel();
     let (end, ended) = watch::channel(None);
@@ -99,7 +94,7 @@ fn inward() -> (BridgeRecv, far::Inward) {
         end: ended,
         stop: Some(stop),
     };
-    let inward = far::Inward {
+    let inward = Inward {
         batches,
         answer,
         end,

@@ -1,11 +1,11 @@
 //! Links: a connected agent as a dial sees it, over any protocol.
 //!
 //! A link carries dials, each as the two halves in [`cpc_datapath::stream`]. A link lives on one shard
-//! and never leaves it; a [`bridge`] leads to one from another shard. [`accept()`] accepts agents over
+//! and never leaves it; a [`bridge`] leads to one from another shard. [`accept`] accepts agents over
 //! QUIC, [`session`] serves their control stream; [`konnectivity`] does both for agents of
 //! Konnectivity.
 
-mod accept;
+pub(super) mod accept;
 pub(super) mod bridge;
 pub(super) mod konnectivity;
 mod quic;
@@ -17,10 +17,8 @@ use std::rc::Rc;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 
-pub(super) use accept::accept;
-pub(super) use konnectivity::KonnectivityLink;
+pub(super) use konnectivity::link::KonnectivityLink;
 pub(super) use quic::QuicLink;
-use session::report;
 pub(super) use stream::{LinkRecv, LinkSend};
 
 /// A connected agent.

@@ -10,8 +10,8 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 use tunnel_proto::session::ServerSession;
 
+use crate::permits::TunnelPermit;
 use crate::routes::LinkInfo;
-use crate::shard::TunnelPlace;
 use cpc_datapath::stream::{SendEnd, SendHalf};
 use cpc_transport::control_stream::Shared;
 use cpc_transport::quic::{Connection, Recv, Send, error_code, link_reason};
@@ -23,8 +23,8 @@ pub(crate) struct QuicLink {
     pub(super) session: Rc<Shared<ServerSession>>,
     /// State that other shards may read.
     pub info: Arc<LinkInfo>,
-    /// Place among all tunnels, once the agent is welcome.
-    pub(super) place: RefCell<Option<TunnelPlace>>,
+    /// HandshakePermit among all tunnels, once the agent is welcome.
+    pub(super) place: RefCell<Option<TunnelPermit>>,
     /// Time of its last certificate request.
     pub(super) asked: Cell<Option<Instant>>,
 }

@@ -9,7 +9,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialResponse;
 
 use super::bridge::{BridgeRecv, BridgeSend};
-use super::konnectivity::{KonnectivityRecv, KonnectivitySend};
+use super::konnectivity::stream::{KonnectivityRecv, KonnectivitySend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::{HeadError, Recv, Send};
 

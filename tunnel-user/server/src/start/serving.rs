@@ -32,7 +32,7 @@ use crate::error::ServerError;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
 use crate::handshakes::HandshakeLimiter;
-use crate::link::konnectivity::Acceptor;
+use crate::link::konnectivity::acceptor::Acceptor;
 use crate::loads::Loads;
 use crate::registry::{Registry, RouteBounds};
 use crate::serve::{self, Listeners, Start};
@@ -146,7 +146,7 @@ impl Serving {
         let (mut acceptor, mut agents) = (None, None);
         if let Some(bound) = bound.agents {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
-            let step = HandshakeLimiter::new(&handshakes, failed_tunnels);
+            let limiter = HandshakeLimiter::new(&handshakes, failed_tunnels);
             let AgentsBound {
                 listener,
                 tenant,
@@ -155,7 +155,7 @@ impl Serving {
             if let Some(konnectivity) = &config.konnectivity {
                 tokio::spawn(tls.clone().watch());
                 let id = &common.server_id;
-                acceptor = Some(Acceptor::new(konnectivity, id, tls, tenant, step).await?);
+                acceptor = Some(Acceptor::new(konnectivity, id, tls, tenant, limiter).await?);
                 agents = Some(listener);
             }
         }
@@ -200,8 +200,8 @@ impl Serving {
 
         if let (Some(listener), Some(desk)) = (bound.join, desk) {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
-            let strangers = join::limiter(&handshakes, failed_joins);
-            join::serve(listener, desk, strangers).await?;
+            let limiter = join::limiter(&handshakes, failed_joins);
+            join::serve(listener, desk, limiter).await?;
         }
         let admin = Admin::new(registry, log.clone(), Arc::new(view));
         let pages = admin.clone().router();

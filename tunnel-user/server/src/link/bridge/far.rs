@@ -1,28 +1,32 @@
 //! The end of a bridge on the link's shard.
 
+use std::rc::Rc;
+
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot, watch};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{DialRequest, DialResponse};
 
-use super::{Answer, Order};
+use super::{Answer, BridgeRecv, BridgeSend, Inward, Order, Outward, inward, outward};
 use crate::link::{Link, LinkRecv};
+use crate::routes::LinkInfo;
+use crate::shard::Shard;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::quic::HeadError;
 
-/// Receivers of the data from the client's shard.
-pub(super) struct Outward {
-    pub chunks: mpsc::Receiver<Bytes>,
-    pub orders: mpsc::UnboundedReceiver<Order>,
-    pub end: watch::Sender<Option<SendEnd>>,
-}
-
-/// Senders of the data for the client's shard.
-pub(super) struct Inward {
-    pub batches: mpsc::Sender<Vec<Bytes>>,
-    pub answer: oneshot::Sender<Answer>,
-    pub end: watch::Sender<Option<RecvEnd>>,
-    pub stop: oneshot::Receiver<CloseReason>,
+/// Sends `request` on a link of another shard.
+pub(crate) fn open(
+    shard: &Rc<Shard>,
+    link: &LinkInfo,
+    request: &DialRequest,
+) -> (BridgeSend, BridgeRecv) {
+    let (send, outward) = outward();
+    let (recv, inward) = inward();
+    let (id, request) = (link.id, request.clone());
+    shard.run_on(link.shard, move |shard| async move {
+        let link = shard.links.borrow().get(&id).cloned();
+        serve(link, &request, outward, inward).await;
+    });
+    (send, recv)
 }
 
 /// A half on which an agent's answer comes first.
@@ -39,12 +43,7 @@ impl Answered for LinkRecv {
 
 /// Opens a stream on `link` and carries data until both directions have ended, or the client's shard
 /// gives up.
-pub(super) async fn serve(
-    link: Option<Link>,
-    request: &DialRequest,
-    outward: Outward,
-    mut inward: Inward,
-) {
+async fn serve(link: Option<Link>, request: &DialRequest, outward: Outward, mut inward: Inward) {
     let opened = async {
         match link {
             Some(link) => link.open(request).await,

@@ -4,8 +4,8 @@
 //! accept -> TLS -> HTTP/2 -> call -> who is it? -> headers -> session -> registered
 //! ```
 //!
-//! [`Agents`] takes them in by the [`Acceptor`]; [`who`] says who they are; [`session`] drives the machine of one stream
-//! ([`ServerEnd`]) and shows it to the control task; [`KonnectivityLink`] is what dials use of it.
+//! [`Agents`](accept::Agents) takes them in by the [`Acceptor`](acceptor::Acceptor); [`who`] says who they are; [`session`] drives the machine of one stream
+//! ([`ServerEnd`]) and shows it to the control task; [`KonnectivityLink`](link::KonnectivityLink) is what dials use of it.
 //!
 //! An agent closes a stream to a server that it has a stream to already, which it knows by the
 //! server's id. So several ids are presented ([`server_ids`]): connections on different streams
@@ -18,18 +18,12 @@
 //!
 //! [`ServerEnd`]: tunnel_proto::konnectivity::server_end
 
-mod accept;
-mod acceptor;
-mod link;
+pub(crate) mod accept;
+pub(crate) mod acceptor;
+pub(crate) mod link;
 mod path;
 mod server_ids;
 mod session;
-mod stream;
-mod tls;
+pub(crate) mod stream;
+pub(crate) mod tls;
 mod who;
-
-pub(crate) use accept::Agents;
-pub(crate) use acceptor::Acceptor;
-pub(crate) use link::KonnectivityLink;
-pub(crate) use stream::{KonnectivityRecv, KonnectivitySend};
-pub(crate) use tls::AgentTls;

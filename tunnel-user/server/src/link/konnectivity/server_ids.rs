@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tunnel_proto::session::InstanceId;
 
 use crate::limits::Limit;
-use crate::shard::TunnelPlace;
+use crate::permits::TunnelPermit;
 use cpc_identity::Identity;
 
 /// Number of an agent's streams beyond one for each id: some that it is about to find superfluous, and
@@ -29,7 +29,7 @@ pub(super) struct ServerIds {
 struct Streams {
     /// Number of streams by id.
     counts: Vec<usize>,
-    _place: TunnelPlace,
+    _place: TunnelPermit,
 }
 
 /// Reason why an agent gets no place for a stream.
@@ -64,7 +64,7 @@ impl ServerIds {
         self: &Arc<Self>,
         identity: &Identity,
         instance: InstanceId,
-        place: impl FnOnce() -> Result<TunnelPlace, Limit>,
+        place: impl FnOnce() -> Result<TunnelPermit, Limit>,
     ) -> Result<Taken, NoPlace> {
         let key = (identity.uri(), instance);
         let mut taken = self.taken();
