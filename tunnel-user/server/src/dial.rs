@@ -19,8 +19,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tunnel_proto::preface::ConnectionId;
 
-use self::attempt::Failed;
-use self::error::no_route;
+use self::error::{Failed, no_route};
 use self::look_up::look_up;
 use self::permit::StreamPermit;
 use self::plan::{Action, Candidate, Plan};
@@ -36,9 +35,6 @@ use cpc_observe::access::Record;
 use cpc_observe::konnectivity::Counted;
 
 pub(super) use error::DialError;
-
-/// The plan of a dial over links.
-type DialPlan = Plan<Arc<LinkInfo>, DialError>;
 
 impl Candidate for Arc<LinkInfo> {
     type Id = LinkId;
@@ -79,7 +75,7 @@ pub(super) struct Dial {
     pub record: Box<Record>,
     tenant: TrustDomain,
     early: EarlyBytes,
-    plan: DialPlan,
+    plan: Plan<Arc<LinkInfo>, DialError>,
     /// Counts the dial while it is under way.
     pending: Option<(Counted, DialPermit)>,
 }

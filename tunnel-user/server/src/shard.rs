@@ -3,10 +3,12 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
@@ -18,7 +20,6 @@ use super::control::ControlHandle;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
 use super::link::Link;
-use super::link::konnectivity::accept::Agents;
 use super::loads::Loads;
 use super::metrics::ServerMetrics;
 use super::permits::{ConnectionPermit, DialPermit, TunnelPermit};
@@ -30,6 +31,7 @@ use cpc_datapath::Budget;
 use cpc_host::descriptors::Shares;
 use cpc_host::gate::Gate;
 use cpc_host::lifecycle::Phase;
+use cpc_host::sources::HandshakePermit;
 use cpc_identity::TrustDomain;
 use cpc_identity::join::Desk;
 use cpc_identity::revoked::Revocations;
@@ -120,14 +122,20 @@ impl Peers {
 /// Destination of a dial, with its tenant.
 pub(super) type Target = (TrustDomain, Destination);
 
+/// Serves connections of agents that any shard has accepted.
+pub(super) trait AgentServer {
+    /// Serves a connection to its end, as a task of its own.
+    fn take(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, permit: HandshakePermit);
+}
+
 /// One shard. Dereferences to the state that all of them share.
 pub(super) struct Shard {
     /// Index of the shard.
     pub index: usize,
     /// Links of connected agents.
     pub links: RefCell<HashMap<LinkId, Link>>,
-    /// Agents of Konnectivity.
-    pub agents: OnceCell<Weak<Agents>>,
+    /// Server of Konnectivity's agents, where they are served.
+    pub agents: OnceCell<Weak<dyn AgentServer>>,
     /// Breaker of destinations dialled over these links.
     pub breaker: RefCell<Breaker<Target>>,
     common: Common,

@@ -2,14 +2,13 @@
 
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{DialRequest, DialResponse};
 
-use super::DialPlan;
-use super::attempt::Failed;
-use super::error::DialError;
-use super::plan::Failure;
+use super::error::{DialError, Failed};
+use super::plan::{Failure, Plan};
 use crate::early::{Cursor, EarlyBytes, EarlyEvent};
 use crate::link::bridge::far;
 use crate::link::{LinkRecv, LinkSend};
@@ -47,7 +46,7 @@ impl<L: LocalSocket> Exchange<'_, L> {
     /// `doubt` completes, it decides whether the stream is given up.
     pub(super) async fn run(
         &self,
-        plan: &mut DialPlan,
+        plan: &mut Plan<Arc<LinkInfo>, DialError>,
         early: &mut EarlyBytes,
         cursor: &mut Cursor,
         doubt: impl Future<Output = ()>,

@@ -11,7 +11,7 @@ use tunnel_proto::preface::{DialRequest, StreamKind};
 use super::ask::Exchange;
 use super::breaker::{BreakerPass, outcome};
 use super::doubt::Doubt;
-use super::error::{DialError, full, too_late};
+use super::error::{Failed, full, too_late};
 use super::plan::{Ask, Failure};
 use super::{Dial, Dialled, permit};
 use crate::breaker::Outcome;
@@ -19,12 +19,6 @@ use crate::early::Cursor;
 use crate::routes::LinkInfo;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
-
-/// A request that did not connect.
-pub(super) struct Failed {
-    pub failure: Failure,
-    pub error: DialError,
-}
 
 impl Dial {
     /// Asks an agent if the breaker lets the dial through, and tells the breaker the outcome.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tunnel_proto::close::{CloseClass, CloseReason};
 use tunnel_proto::preface::Destination;
 
-use super::DialError;
+use super::error::DialError;
 use crate::breaker::{Breaker, Change, Outcome, Pass, Refused};
 use crate::shard::{Shard, Target};
 use cpc_observe::metrics::Closer;

@@ -6,6 +6,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::text::go_error;
 use tunnel_proto::preface::{Destination, Host};
 
+use super::plan::Failure;
 use crate::limits::Limit;
 use crate::routes::{Absence, Departed, LinkInfo, LinkKind, RouteError};
 use crate::shard::Shard;
@@ -27,6 +28,12 @@ pub(crate) struct DialError {
     text: String,
     /// The agent's answer, in the form of Go's dialler.
     answer: Option<String>,
+}
+
+/// A request that did not connect.
+pub(super) struct Failed {
+    pub failure: Failure,
+    pub error: DialError,
 }
 
 impl DialError {

@@ -19,7 +19,7 @@ use tunnel_proto::konnectivity::CONNECT;
 use super::acceptor::Acceptor;
 use super::session;
 use crate::handshakes::HandshakeFailure;
-use crate::shard::Shard;
+use crate::shard::{AgentServer, Shard};
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::gate::Gate;
 use cpc_host::report::report;
@@ -87,7 +87,8 @@ impl Agents {
             ending: Notify::new(),
         });
         // Once a shard.
-        let _ = agents.shard.agents.set(Rc::downgrade(&agents));
+        let server: Weak<dyn AgentServer> = Rc::<Self>::downgrade(&agents);
+        let _ = agents.shard.agents.set(server);
         agents
     }
 
@@ -127,7 +128,7 @@ impl Agents {
             .run_on(self.shard.turn(), move |shard| async move {
                 let agents = shard.agents.get().and_then(Weak::upgrade);
                 if let (Some(agents), Ok(socket)) = (agents, TcpStream::from_std(socket)) {
-                    agents.serve(socket, remote, stranger).await;
+                    agents.take(socket, remote, stranger);
                 }
             });
     }
@@ -189,6 +190,12 @@ impl Agents {
             },
             () = unused(&peer.calls) => tracing::debug!(%remote, "connection without a call ends"),
         }
+    }
+}
+
+impl AgentServer for Agents {
+    fn take(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, permit: HandshakePermit) {
+        tokio::task::spawn_local(self.serve(socket, remote, permit));
     }
 }
 
