@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(super::names(CapabilitySet::empty()), "");
     }
 
-    /// What a thread drops its children don't have, and others keep.
+    /// Children of a thread lack the capabilities that it dropped; other threads keep them.
     #[test]
     fn threads_of_one_without_have_none_either() {
         let before = held();

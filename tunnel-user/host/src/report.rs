@@ -79,7 +79,7 @@ mod tests {
         assert_eq!(both, [""; 0]);
     }
 
-    /// What is shown by `%` says nothing of its causes: an error of the redirect would lose its errno.
+    /// `%` shows an error without its causes: an error of the redirect would lose its errno.
     #[test]
     fn no_log_line_loses_a_cause() {
         let mut lost = Vec::new();

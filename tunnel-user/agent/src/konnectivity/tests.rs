@@ -124,7 +124,7 @@ fn closed(error: &str) -> Packet {
     }
 }
 
-/// Everything until the end.
+/// Reads everything until the end.
 async fn read(recv: &mut KonnectivityRecv) -> (usize, RecvEnd) {
     let (mut bytes, mut chunks) = (0, Vec::new());
     loop {

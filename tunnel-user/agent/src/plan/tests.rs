@@ -137,7 +137,8 @@ fn a_silent_server_is_dialled_beside_its_tunnel() {
     assert_eq!(plan.next_timeout(), None);
 }
 
-/// It serves until it leaves, and refuses another tunnel: dialling it again would be in vain.
+/// A draining server serves until its end, and refuses another tunnel: dialling it again would be in
+/// vain.
 #[test]
 fn a_draining_server_is_dialled_when_it_has_left() {
     let now = Instant::now();
@@ -153,7 +154,7 @@ fn a_draining_server_is_dialled_when_it_has_left() {
     assert_eq!(plan.next_timeout(), None);
 }
 
-/// Where a server of the same id takes over at another address, it is found while the old one drains.
+/// A server of the same id at another address is found while the old one drains.
 #[test]
 fn the_successor_of_a_draining_server_is_found_elsewhere() {
     let now = Instant::now();

@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(pace.wait(certificate, 0, early), 21 * DAY);
     }
 
-    /// By a clock that is 25 days ahead each new certificate is due at once.
+    /// Each new certificate is due at once by a clock that is 25 days ahead.
     #[test]
     fn a_clock_that_is_ahead_renews_at_a_tenth_of_the_life() {
         let server = SystemTime::now();

@@ -1,4 +1,4 @@
-//! What a ring must keep that epoll has by nature: a close is a close at once, nothing is received
+//! Properties of a ring that epoll has by nature: a close is a close at once, nothing is received
 //! without bound, nothing is lost on the way, and no memory goes before the kernel is done with it.
 
 use std::future::poll_fn;

@@ -33,12 +33,12 @@ struct State {
     credit: usize,
     taken: Vec<u8>,
     finished: bool,
-    /// How the relay gave its halves up.
+    /// Reset of the send half by the relay.
     reset: Option<CloseReason>,
     stopped: Option<CloseReason>,
-    /// What the relay's send half learns, if it does not finish first.
+    /// End of the relay's send half, if it does not finish first.
     send_end: Option<SendEnd>,
-    /// What the relay's receive half gets, and then learns.
+    /// Data for the relay's receive half, before its end.
     inbox: VecDeque<Bytes>,
     recv_end: Option<RecvEnd>,
     outbound: usize,
@@ -204,7 +204,7 @@ impl Rig {
     }
 }
 
-/// How the halves of a stream were given up.
+/// End of both halves of a stream.
 #[derive(Debug, PartialEq)]
 struct GivenUp {
     reset: Option<CloseReason>,
@@ -531,7 +531,7 @@ fn a_reset_of_a_peer_that_is_not_heard_any_more_is_seen() {
     });
 }
 
-/// What waits for credit, or for a reader that has stopped, is charged, and refused where there is no room.
+/// Data that waits for credit, or for a stopped reader, is charged, and refused where there is no room.
 #[test]
 fn what_the_budget_has_no_room_for_is_reset() {
     on_each(async || {

@@ -95,7 +95,8 @@ fn a_link_in_the_directory_is_never_followed() {
     assert_eq!(directory.read("file").unwrap(), b"new");
 }
 
-/// What root makes belongs to the directory's owner; what was there, or is elsewhere, does not change hands.
+/// Root's new files belong to the owner of the directory; older files, and files elsewhere, keep their
+/// owner.
 #[test]
 fn root_is_led_nowhere_by_a_directorys_owner() {
     let Some((place, path)) = users() else {

@@ -75,7 +75,7 @@ fn a_source_is_a_prefix() {
     assert_eq!(until_refused(&sources, "198.51.100.1", true, start).0, 0);
 }
 
-/// Whoever comes with somebody else's address can't use up what that one has.
+/// A peer that forges another's address can't use up the share of that address.
 #[test]
 fn half_of_a_bucket_is_for_proven_addresses() {
     let start = Instant::now();

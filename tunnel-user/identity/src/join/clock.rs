@@ -29,7 +29,7 @@ pub const SKEW: Duration = Duration::from_secs(300);
 pub struct Time {
     /// Time of the clock.
     pub now: SystemTime,
-    /// The same time or an earlier one: whatever has expired by it has expired.
+    /// Same or earlier time: whatever has expired by it has expired.
     pub settled: SystemTime,
     /// Whether expired entries may be forgotten.
     pub is_steady: bool,

@@ -332,7 +332,7 @@ mod tests {
         assert!(names(place.path()).contains(&"notes.txt".to_owned()));
     }
 
-    /// Who owns what is above puts a link to another directory where ours was.
+    /// The owner of a parent directory replaces ours by a link to another directory.
     #[test]
     fn a_directory_that_is_moved_away_stays_the_one_that_is_written_to() {
         let place = tempfile::tempdir().unwrap();

@@ -154,9 +154,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever happens: at most one probe a destination is under way; nobody is refused before so
-    /// many time-outs since the last answer; and once all dials are settled and the longest wait is
-    /// over, every destination is dialled again.
+    /// Invariants of any history: at most one probe per destination is under way; no dial is refused
+    /// before so many time-outs since the last answer; and once all dials are settled and the longest
+    /// wait is over, every destination is dialled again.
     #[test]
     fn over_random_dials(steps in proptest::collection::vec(step(), 0..200)) {
         let (mut breaker, mut now) = breaker();

@@ -63,11 +63,11 @@ const AGENTS: [Agent; 8] = [
     },
 ];
 
-/// Who is granted what.
+/// A grant of the policy.
 #[derive(Clone, Copy, Debug)]
 struct Rule {
     pattern: &'static str,
-    /// The same, for the reference.
+    /// Granted names, for the reference.
     names: &'static [(&'static str, &'static str)],
     cidr: Option<&'static str>,
     name: Option<&'static str>,
@@ -128,7 +128,7 @@ fn name_within(outer: &str, inner: &str) -> bool {
     outer == inner || outer == "*.svc" && inner == "web.svc"
 }
 
-/// Where clients want to go.
+/// Destinations of the clients.
 const HOSTS: [&str; 8] = [
     "10.0.0.1",
     "10.0.0.2",
@@ -142,7 +142,7 @@ const HOSTS: [&str; 8] = [
 
 #[derive(Clone, Debug)]
 enum Event {
-    /// Who, which process, which process is said to have ended, and what is offered.
+    /// Agent, its process, the process that it reports to have ended, and its offer.
     Connect(usize, u8, Option<u8>, Vec<Claim>),
     Offer(Index, Vec<Claim>),
     Disconnect(Index),
@@ -174,7 +174,7 @@ struct Connected {
     offer: Vec<Claim>,
 }
 
-/// What the registry is held against.
+/// Reference for the registry.
 #[derive(Debug, Default)]
 struct Reference {
     rules: Vec<Rule>,

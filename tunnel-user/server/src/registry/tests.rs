@@ -304,7 +304,7 @@ fn another_policy_takes_claims_away_and_gives_them_back() {
     assert_eq!(ask(&registry, "a", "10.244.0.1"), Ok(vec![1]));
 }
 
-/// Of those who are granted a range together, none takes an address in it from the others.
+/// Agents that are granted a range together take no address in it from each other.
 #[test]
 fn a_longer_prefix_takes_nothing_from_those_who_share_a_range() {
     let mut registry = registry();
@@ -475,7 +475,7 @@ fn a_draining_process_leaves_dials_to_its_successor() {
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![1]));
 }
 
-/// What is said of an agent that does not serve a destination any more.
+/// Reported absence of an agent that does not serve a destination any more.
 #[test]
 fn an_absent_agent_is_told_from_one_that_serves_something_else() {
     let mut registry = registry();

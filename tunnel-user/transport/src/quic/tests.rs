@@ -74,7 +74,7 @@ impl Pair {
         Self::within(memory, way).await
     }
 
-    /// What the peers may make either endpoint hold has bounds.
+    /// Bounds the memory of either endpoint.
     async fn within<F: Future<Output = SocketAddr>>(
         memory: MemoryBounds,
         way: impl FnOnce(SocketAddr) -> F,

@@ -32,7 +32,7 @@ fn book(nodes: &str, addresses: &[&str], uses: u32) -> (Pages, Token) {
     (pages, token)
 }
 
-/// What is issued to `asked` at that time. Its serial number is that of the certificate before, and one more.
+/// Issues to `asked` at that time. The serial number is one more than that of the certificate before.
 fn issue(pages: &mut Pages, asked: &Asked<'_>, now: SystemTime) -> Holder {
     let holder = Holder {
         addresses: asked.addresses.to_vec(),
@@ -56,7 +56,7 @@ fn got(asked: &Asked<'_>, holder: &Holder) -> Use {
     }
 }
 
-/// The serial number of what somebody gets.
+/// Returns the serial number of the resulting certificate.
 fn join(
     pages: &mut Pages,
     token: &Token,
@@ -98,8 +98,8 @@ fn a_token_is_used_up_but_not_by_the_key_that_asks_again() {
     assert_eq!(pages.holders().count(), 2);
 }
 
-/// Who asks again gets what they got, and nothing else: not for other addresses, not for more or fewer, not
-/// for another name, and not after it has ended.
+/// A repeated request gets the earlier certificate and nothing else: not for other addresses, not for
+/// more or fewer, not for another name, and not after it has ended.
 #[test]
 fn asking_again_gives_nothing_more() {
     let (mut pages, token) = book("w*", &["10.99.0.0/16"], 1);
@@ -224,7 +224,7 @@ fn a_token_is_for_its_nodes_and_addresses() {
     join(&mut pages, &token, ("pool-a-1", "fd00:1::1", 1), start()).unwrap();
 }
 
-/// A token for many can't be used to become somebody who is there.
+/// A token for many nodes can't take over an existing node.
 #[test]
 fn names_and_addresses_are_given_away_by_name_only() {
     let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
@@ -399,7 +399,7 @@ fn what_is_released_others_may_have() {
     assert_eq!(replaced, Err(Refused::Replaced("w1".into())));
 }
 
-/// What `cpc pki` issued counts as what was issued here.
+/// Certificates of `cpc pki` count as issued here.
 #[test]
 fn a_certificate_that_was_issued_by_hand_keeps_its_name_and_address() {
     let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);

@@ -65,7 +65,7 @@ fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Des
 }
 
 impl Office {
-    /// As after a restart of the server.
+    /// Reopens the file, as a restart of the server does.
     fn opened_again(self) -> Self {
         let files = self.desk.material.files().clone();
         let material = Material::load(files, Role::Server, provider()).unwrap();
@@ -376,7 +376,7 @@ async fn a_pod_joins_with_the_addresses_of_its_node() {
     w2("10.99.0.8").await.unwrap();
 }
 
-/// What is wrong between server and API server stands in the server's log alone.
+/// A fault between server and API server appears in the server's log alone.
 #[tokio::test]
 async fn trouble_with_kubernetes_stays_with_the_server() {
     let api = FakeKubernetes::start().unwrap();

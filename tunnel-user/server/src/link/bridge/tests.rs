@@ -11,11 +11,11 @@ use tokio::time::timeout;
 
 use super::*;
 
-/// What a stream was told, and what it has to say.
+/// Record of a stream's end, and its data.
 #[derive(Default)]
 struct Script {
     told: RefCell<Vec<String>>,
-    /// How the sending half has ended.
+    /// End of the sending half.
     end: RefCell<Option<SendEnd>>,
     /// Whether it takes no chunks for now.
     is_full: RefCell<bool>,

@@ -128,7 +128,7 @@ mod tests {
     use cpc_host::gate::Gate;
     use cpc_identity::Role;
 
-    /// So many ids, and three places.
+    /// Creates `count` ids, and three places.
     fn ids(count: usize) -> (Arc<ServerIds>, Gate) {
         let all = ["s", "s-2", "s-3"].map(str::to_owned);
         (ServerIds::new(all[..count].to_vec()), Gate::new(3))

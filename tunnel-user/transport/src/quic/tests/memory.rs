@@ -1,4 +1,4 @@
-//! What a peer may make the other hold.
+//! Memory that a peer may make the other end hold.
 
 use std::future::ready;
 
@@ -14,7 +14,7 @@ async fn bounded(bytes: u64) -> (Pair, Budget) {
     (Pair::within(memory, ready).await, budget)
 }
 
-/// Fills a stream's window: nobody reads it.
+/// Fills a stream's window, without a reader.
 async fn pour(pair: &Pair, send: &mut Send) {
     let mut much = pattern(8 << 20, 1);
     while much.len() > (7 << 20) + 1000 {
@@ -52,7 +52,7 @@ fn what_waits_for_a_reader_is_charged_and_given_back() {
     });
 }
 
-/// At a tunnel's bound the stream that holds most ends, with the reason; the others go on.
+/// The stream that holds most ends at the bound of a tunnel, with the reason; the others go on.
 #[test]
 fn a_tunnel_that_holds_too_much_loses_its_largest_stream() {
     run_alone(async || {

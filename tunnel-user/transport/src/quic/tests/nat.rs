@@ -104,8 +104,8 @@ async fn round_trip((ours, theirs): (&mut (Send, Recv), &mut (Send, Recv))) {
     take(&mut ours.1, 100).await.unwrap();
 }
 
-/// One packet of the agent's comes from another address, where nobody answers. No more than three times its
-/// bytes go there; the tunnel goes on.
+/// A packet of the agent comes from another address, where no peer answers. No more than three times
+/// its bytes go there; the tunnel goes on.
 #[test]
 fn a_forged_address_is_sent_three_times_what_came() {
     run_alone(async || {
@@ -166,7 +166,7 @@ fn a_tunnel_outlives_its_mapping() {
     });
 }
 
-/// What comes out of order is put in order, and nothing stays charged.
+/// Reordered data is put in order, and nothing stays charged.
 #[test]
 fn what_is_lost_is_sent_again_and_comes_in_order() {
     run_alone(async || {

@@ -28,7 +28,8 @@ fn said(flags: &[&str]) -> String {
     with(flags).unwrap().notes.join("\n")
 }
 
-/// Of Kubernetes' documentation, of Konnectivity's own examples, and in the style of installers.
+/// Flags from Kubernetes' documentation, from Konnectivity's own examples, and in the style of
+/// installers.
 #[test]
 fn command_lines_of_manifests() {
     const TOKEN: &str = "/var/run/secrets/tokens/konnectivity-agent-token";

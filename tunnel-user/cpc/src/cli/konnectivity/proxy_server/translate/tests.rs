@@ -28,7 +28,7 @@ fn config(flags: &[&str]) -> ServerConfig {
     with(flags).unwrap().config
 }
 
-/// What is said when it starts.
+/// Returns the notes at the start.
 fn said(flags: &[&str]) -> String {
     with(flags).unwrap().notes.join("\n")
 }
