@@ -285,7 +285,7 @@ async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
     let garbage = office
         .desk
         .renew(agent("cluster.local", "w3", &[]), None, vec![1]);
-    assert!(garbage.await.unwrap_err().contains("of no use"));
+    assert!(garbage.await.unwrap_err().contains("request is invalid"));
     // Of a stolen certificate nothing comes but its own name and addresses.
     let thief = office
         .desk
