@@ -12,7 +12,7 @@ use super::results::{Outcome, Verdict};
 use crate::bench::machine::Machine;
 use crate::workspace;
 
-const HEAD: &str = include_str!("kernels.md");
+const HEAD: &str = include_str!("kernels.head");
 const SECTION: &str = "\n## Linux ";
 const COLUMNS: &str = "\
 | what | passed | failed | skipped | s | load | commit |
