@@ -1,9 +1,13 @@
-//! The check of a configuration, as a start does it and as `cpc config check` does.
+//! Checks of a configuration, as a start does them and as `cpc config check` does.
 
 use cpc_config::{ConfigError, ServerConfig};
+use cpc_identity::identity::{IdentityError, name_of};
+use cpc_identity::{Identity, Role};
 
 use crate::grants::Grants;
-use crate::start::own_identity;
+
+/// Tenant of a server without a certificate that names one.
+const DEFAULT_TENANT: &str = "cluster.local";
 
 /// Checks everything of a configuration that can be checked without opening anything.
 ///
@@ -14,7 +18,7 @@ pub fn check(config: &ServerConfig) -> Result<(), ConfigError> {
     Grants::new(&config.policy)?;
     match config.tls.cert {
         Some(_) => drop(config.tls.files()?),
-        None => drop(own_identity(config, None)?),
+        None => drop(identity_without_certificate(config)?),
     }
     for (at, attachment) in config.redirect.attachments.iter().enumerate() {
         cpc_redirect::check_name(&attachment.name).map_err(|error| {
@@ -25,4 +29,18 @@ pub fn check(config: &ServerConfig) -> Result<(), ConfigError> {
         })?;
     }
     Ok(())
+}
+
+/// Returns the identity of a server that has no certificate.
+///
+/// # Errors
+/// [`ConfigError::Value`] where `server_id` is no name.
+pub(crate) fn identity_without_certificate(config: &ServerConfig) -> Result<Identity, ConfigError> {
+    let tenant = config.konnectivity.as_ref().and_then(|k| k.tenant.clone());
+    let tenant = tenant.map_or_else(|| DEFAULT_TENANT.parse(), Ok);
+    let identity = tenant.map_err(IdentityError::from).and_then(|tenant| {
+        let name = name_of(config.server_id.as_deref().unwrap_or_default());
+        Identity::new(tenant, Role::Server, &name)
+    });
+    identity.map_err(|e| ConfigError::value("server_id", e.to_string()))
 }

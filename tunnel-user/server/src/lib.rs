@@ -47,7 +47,7 @@ pub use privileges::{for_start, kept};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::inherited::Inherited;
 use cpc_observe::logging::LogHandle;
-use start::{Prepared, Tunnel};
+use start::{Attached, Prepared, Serving, Tunnel};
 
 /// Runs a server until it is told to stop. `reread` reads the configuration on SIGHUP.
 ///
@@ -59,6 +59,7 @@ pub async fn run(
     inherited: Inherited,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
 ) -> Result<(), ServerError> {
-    let attached = Prepared::new(config, inherited)?.attach()?;
-    attached.serve(log).await?.until_stopped(reread).await
+    let attached = Attached::new(Prepared::new(config, inherited)?)?;
+    let serving = Serving::start(attached, log).await?;
+    serving.until_stopped(reread).await
 }

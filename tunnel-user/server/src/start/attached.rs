@@ -4,11 +4,10 @@ use std::pin::Pin;
 
 use cpc_datapath::Engines;
 use cpc_host::privileges::finish;
-use cpc_observe::logging::LogHandle;
 use cpc_observe::metrics::ours;
 use cpc_redirect::Redirect;
 
-use super::{Prepared, Serving};
+use super::prepared::Prepared;
 use crate::attachments::{self, Accepting, Attachments, kernel_routes};
 use crate::control::Publish;
 use crate::error::ServerError;
@@ -28,11 +27,11 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
-    /// Attaches, and gives back the capabilities that only this stage needs.
+    /// Puts the redirect in place, and gives back the capabilities that only this stage needs.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub(super) fn new(mut prepared: Prepared) -> Result<Self, ServerError> {
+    /// [`ServerError`] naming the attachment, or the capability that can't be given back.
+    pub(crate) fn new(mut prepared: Prepared) -> Result<Self, ServerError> {
         let config = &prepared.config;
         let own = &prepared.identity.trust_domain;
         let inherited = &mut prepared.inherited;
@@ -58,13 +57,5 @@ impl Attached {
             publish,
             kernel_log: Box::pin(kernel_log),
         })
-    }
-
-    /// Starts everything that serves, and tells systemd once it does.
-    ///
-    /// # Errors
-    /// [`ServerError`], before a peer was promised anything.
-    pub(crate) async fn serve(self, log: LogHandle) -> Result<Serving, ServerError> {
-        Serving::start(self, log).await
     }
 }

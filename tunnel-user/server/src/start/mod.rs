@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! Prepared  files are read and sockets are bound; nothing is promised
-//!    | attach: programs are in place, then capabilities are gone
+//!    | programs are put in place, then capabilities go
 //! Attached
-//!    | serve: threads run, systemd hears READY
-//! Serving   until the end of the process: reloads, drains, ends
+//!    | threads start, systemd gets READY
+//! Serving   reloads, drains, ends
 //! ```
 //!
 //! [`Attached`] exists only without the capabilities that attaching needs, and threads start from it alone:
@@ -16,7 +16,7 @@ mod prepared;
 mod serving;
 mod tunnel;
 
-use attached::Attached;
+pub(crate) use attached::Attached;
 pub(crate) use prepared::Prepared;
-use serving::Serving;
-pub(crate) use tunnel::{Tunnel, own_identity};
+pub(crate) use serving::Serving;
+pub(crate) use tunnel::Tunnel;

@@ -17,10 +17,9 @@ use cpc_transport::quic::MemoryBounds;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::Signal;
 
-use super::Attached;
-use super::tunnel::{Tunnel, own_identity};
+use super::tunnel::Tunnel;
 use crate::bind::Bound;
-use crate::check::check;
+use crate::check::{check, identity_without_certificate};
 use crate::error::ServerError;
 use crate::grants::Grants;
 use crate::limits::{self, Limit};
@@ -74,7 +73,10 @@ impl Prepared {
             ended_by_budget: refusals(Limit::StalledBytes),
         };
         let tunnel = Tunnel::load(&config, memory, &mut registry)?;
-        let identity = own_identity(&config, tunnel.as_ref())?;
+        let identity = match &tunnel {
+            Some(tunnel) => tunnel.material.identity(),
+            None => identity_without_certificate(&config)?,
+        };
         let grants = Grants::new(&config.policy)?;
         let revocations = match &tunnel {
             Some(tunnel) => tunnel.material.revocations(),
@@ -98,13 +100,5 @@ impl Prepared {
             bound,
             inherited,
         })
-    }
-
-    /// Puts the redirect in place and gives capabilities back.
-    ///
-    /// # Errors
-    /// [`ServerError`] naming the attachment, or the capability that can't be given back.
-    pub(crate) fn attach(self) -> Result<Attached, ServerError> {
-        Attached::new(self)
     }
 }

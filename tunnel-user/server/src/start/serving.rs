@@ -24,7 +24,8 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tunnel_proto::session::InstanceId;
 
-use super::{Attached, Prepared};
+use super::attached::Attached;
+use super::prepared::Prepared;
 use crate::attachments::Attachments;
 use crate::bind::{AgentsBound, Bound};
 use crate::control::Control;
@@ -66,11 +67,11 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    /// Starts shards, listeners and watchers.
+    /// Starts shards, listeners and watchers, and tells systemd once they serve.
     ///
     /// # Errors
     /// [`ServerError`], before a peer was promised anything.
-    pub(super) async fn start(from: Attached, log: LogHandle) -> Result<Self, ServerError> {
+    pub(crate) async fn start(from: Attached, log: LogHandle) -> Result<Self, ServerError> {
         let Attached {
             prepared,
             attachments,
