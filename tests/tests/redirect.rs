@@ -223,11 +223,7 @@ fn the_listener_itself_serves_nobody() -> Result<()> {
     let server = &mut lab.control_plane.servers[0].daemon;
     server.start()?;
     server.wait_ready(3 * PATIENCE)?;
-    ensure!(
-        server
-            .log()
-            .contains("captured connections go to another port")
-    );
+    server.wait_log(PATIENCE, 0, &["captured connections go to another port"])?;
     let stream = lab.control_plane.as_apiserver(dial)??;
     stream.set_read_timeout(Some(PATIENCE))?;
     client::round_trips(stream, 3)?;

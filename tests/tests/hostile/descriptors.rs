@@ -115,6 +115,8 @@ fn who_finds_no_descriptor_is_refused_and_health_is_answered() -> Result<()> {
         drop(clients);
         Ok(())
     })?;
+    // The count comes before the line, which another thread writes.
+    server.wait_log(SOON, 0, &["no file descriptor"])?;
     let log = server.log();
     let lines = log
         .lines()
