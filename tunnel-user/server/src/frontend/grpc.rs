@@ -36,7 +36,7 @@ use cpc_host::lifecycle;
 use cpc_host::report::report;
 use cpc_observe::access::Record;
 use cpc_observe::konnectivity::{ClientTraffic, PacketKind, Service};
-use cpc_observe::metrics::FrontendKind;
+use cpc_observe::metrics::{Closer, FrontendKind};
 use cpc_transport::grpc::server::{Call, serve as serve_http2};
 use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
 
@@ -200,7 +200,11 @@ async fn serve_dial(
             Err(error) => {
                 failed(shard, &dial.record, &error);
                 drop(admitted);
-                refuse(socket, explain(&error).as_ref()).await;
+                match error.by {
+                    // A client that has left gets no answer, and none is counted.
+                    Closer::Client => socket.end(&socket.fault().unwrap_or_else(Status::ok)),
+                    _ => refuse(socket, explain(&error).as_ref()).await,
+                }
             }
         }
     };
@@ -246,7 +250,6 @@ async fn drain(receiver: &mut PacketReceiver) {
 mod tests {
     use super::*;
     use crate::routes::LinkKind;
-    use cpc_observe::metrics::Closer;
 
     #[test]
     fn a_failed_dial_is_told_in_the_words_of_konnectivity() {
