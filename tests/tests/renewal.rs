@@ -110,7 +110,7 @@ fn a_ca_is_replaced_under_a_living_connection() -> Result<()> {
     let pieces = [
         "WARN",
         "certificates not reloaded",
-        "agent/w9 is not spiffe",
+        "agent/w9 is not the running spiffe",
     ];
     lab.workers[0].agent()?.wait_log(SOON, 0, &pieces)?;
     for (file, own) in ["agent.crt", "agent.key"].into_iter().zip(own) {
