@@ -32,19 +32,19 @@ pub struct AgentConfig {
     /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
     #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
-    /// How packets travel.
+    /// Packets of the tunnel.
     #[serde(deserialize_with = "super::section")]
     pub transport: TransportConfig,
-    /// How bytes are moved.
+    /// Forwarding of bytes.
     #[serde(deserialize_with = "super::section")]
     pub datapath: DatapathConfig,
-    /// How proxy-servers of Konnectivity are dialled.
+    /// Dials to proxy-servers of Konnectivity.
     #[serde(
         deserialize_with = "super::optional_section",
         skip_serializing_if = "Option::is_none"
     )]
     pub konnectivity: Option<ProxyServerConfig>,
-    /// What we offer to serve, beyond the node addresses in our certificate.
+    /// Claims of the agent beyond the node addresses in its certificate.
     #[serde(deserialize_with = "super::section")]
     pub serve: ServeConfig,
     /// Threads that carry tunnels.
@@ -54,7 +54,7 @@ pub struct AgentConfig {
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
-    /// What may be dialled. When it is missing: the certificate's node addresses, port 10250.
+    /// Allow-list of the agent's dials. When missing: the node addresses in its certificate, port 10250.
     #[serde(
         deserialize_with = "super::allow::list",
         skip_serializing_if = "Option::is_none"
@@ -105,11 +105,11 @@ impl Default for AgentConfig {
 pub struct ServerAddress {
     /// `host:port`.
     pub address: String,
-    /// What is spoken there; when missing QUIC, or with a `konnectivity` section whatever is.
+    /// Protocol of that address. When missing: QUIC, or with a `konnectivity` section either one.
     pub protocol: Option<Protocol>,
 }
 
-/// What is spoken with a server.
+/// Protocol of a tunnel to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -159,7 +159,7 @@ impl From<String> for ServerAddress {
 }
 
 impl AgentConfig {
-    /// What is spoken with `server`.
+    /// Returns the protocols that the agent tries with `server`.
     pub fn protocol(&self, server: &ServerAddress) -> Protocol {
         let usual = match self.konnectivity {
             Some(_) => Protocol::Auto,
@@ -187,8 +187,8 @@ pub struct ServeConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentLimits {
-    /// How long a stopping agent waits for connections to end; `None` (`forever` in the file) means
-    /// until a second signal, be there connections or not.
+    /// Time that a stopping agent gives connections to end. `None` (`forever` in the file): until a
+    /// second signal, with or without connections.
     #[serde(with = "drain")]
     pub drain: Option<Duration>,
     /// Connections at once.

@@ -1,4 +1,4 @@
-//! What an allow-list names: address ranges or DNS names, with ports.
+//! Entries of an allow-list: address ranges or DNS names, with ports.
 
 use std::fmt;
 use std::str::FromStr;
@@ -30,7 +30,7 @@ pub struct NameRule {
 }
 
 impl NameRule {
-    /// Whether it covers `name` and `port`.
+    /// Whether the rule covers `name` and `port`.
     pub fn covers(&self, name: &Name, port: u16) -> bool {
         self.name.matches(name) && PortRange::any_contains(&self.ports, port)
     }
@@ -177,7 +177,7 @@ mod tests {
         assert!(!below.covers(&"xsvc".parse().unwrap(), 1));
     }
 
-    /// What a resolver would take for an address must not pass for a name.
+    /// A text that a resolver takes for an address must not pass for a name.
     #[test]
     fn what_is_neither_is_refused() {
         for wrong in [

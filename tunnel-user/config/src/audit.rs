@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
-/// What one call writes must fit well into one file.
+/// Smallest file: the records of one write must fit well into it.
 const SMALLEST: u64 = 1 << 20;
 
 /// `audit`: the record of who reached what, and of what was decided. Without either it is not kept.
@@ -36,7 +36,7 @@ impl Default for AuditConfig {
 }
 
 impl AuditConfig {
-    /// Whether it is kept at all.
+    /// Whether the audit is on.
     pub fn is_on(&self) -> bool {
         self.directory.is_some() || self.journal
     }

@@ -10,7 +10,7 @@ pub struct DatapathConfig {
     pub engine: EngineChoice,
 }
 
-/// Which engine is wanted.
+/// Configured engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]

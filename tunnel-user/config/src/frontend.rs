@@ -69,7 +69,7 @@ pub enum FrontendConfig {
 }
 
 impl FrontendConfig {
-    /// How HTTP CONNECT is refused.
+    /// Form of refusals of HTTP CONNECT.
     pub fn answers(&self) -> Answers {
         match self {
             Self::Unix(frontend) => frontend.answers,
@@ -77,7 +77,7 @@ impl FrontendConfig {
         }
     }
 
-    /// The tenant that its callers are, if it is another than the server's own.
+    /// Returns the tenant of the callers, if it is not the server's own.
     pub fn tenant(&self) -> Option<&TrustDomain> {
         match self {
             Self::Unix(frontend) => frontend.tenant.as_ref(),
@@ -85,7 +85,7 @@ impl FrontendConfig {
         }
     }
 
-    /// What its callers may ask for; whatever agents serve when missing.
+    /// Destinations that callers may have; everything that agents serve when missing.
     pub fn allow(&self) -> Option<&[AllowRule]> {
         match self {
             Self::Unix(frontend) => frontend.allow.as_deref(),
@@ -130,7 +130,7 @@ struct FrontendKeys {
     answers: Answers,
 }
 
-/// How an HTTP CONNECT frontend words a refusal.
+/// Form of the refusals of an HTTP CONNECT frontend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answers {
@@ -233,41 +233,40 @@ impl From<FrontendConfig> for FrontendKeys {
 /// A frontend on a Unix socket.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnixFrontend {
-    /// Where the socket is made.
+    /// Path of the socket.
     pub unix: PathBuf,
-    /// Its mode.
+    /// Mode of the socket's file.
     pub mode: u32,
-    /// Whether a socket is replaced at which another process answers; one at which nobody does
-    /// always is.
+    /// Replaces a socket at which another process answers. Without it only a dead socket is replaced.
     pub takeover: bool,
-    /// The tenant that its callers are; the server's own trust domain when missing.
+    /// Tenant of the callers; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
-    /// What its callers may ask for; whatever agents serve when missing.
+    /// Destinations that callers may have; everything that agents serve when missing.
     pub allow: Option<Vec<AllowRule>>,
-    /// How HTTP CONNECT is refused.
+    /// Form of refusals of HTTP CONNECT.
     pub answers: Answers,
 }
 
 /// A frontend on TCP with mutual TLS.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TcpFrontend {
-    /// Where it listens.
+    /// Address of the listener.
     pub tcp: SocketAddr,
     /// PEM chain that callers check.
     pub cert: PathBuf,
-    /// Its PEM key.
+    /// PEM key of `cert`.
     pub key: PathBuf,
     /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
     /// `client`: an agent's certificate is no way in.
     pub client_ca: PathBuf,
-    /// What TLS is accepted. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for gRPC, as
+    /// TLS that the listener accepts. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for gRPC, as
     /// Konnectivity's proxy-server does.
     pub tls_floor: Option<TlsFloor>,
-    /// The tenant that its callers are; the server's own trust domain when missing.
+    /// Tenant of the callers; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
-    /// What its callers may ask for; whatever agents serve when missing.
+    /// Destinations that callers may have; everything that agents serve when missing.
     pub allow: Option<Vec<AllowRule>>,
-    /// How HTTP CONNECT is refused.
+    /// Form of refusals of HTTP CONNECT.
     pub answers: Answers,
 }
 

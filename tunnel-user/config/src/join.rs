@@ -28,7 +28,7 @@ pub struct JoinConfig {
     pub listen: SocketAddr,
     /// Directory of the CA that issues: `ca.crt` and `ca.key`, as `cpc pki init` makes them.
     pub ca: PathBuf,
-    /// How long a certificate is valid.
+    /// Validity of an issued certificate.
     #[serde(with = "humantime_serde")]
     pub validity: Duration,
     /// Pods may join with their service account's token.
@@ -60,10 +60,10 @@ pub struct PodsConfig {
     pub namespace: String,
     /// The service account.
     pub service_account: String,
-    /// How to reach the API server that reviews tokens; as a pod when missing.
+    /// Kubeconfig for the API server that reviews tokens; the pod's service account when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
-    /// Which addresses the nodes may have.
+    /// Ranges of node addresses.
     #[serde(deserialize_with = "rule::nets")]
     pub addresses: Vec<IpNet>,
 }
@@ -81,7 +81,7 @@ impl Default for PodsConfig {
 }
 
 impl PodsConfig {
-    /// Which tokens are good.
+    /// Returns the rules that a token must satisfy.
     pub fn rules(&self) -> TokenRules {
         TokenRules {
             audience: self.audience.clone(),
@@ -90,7 +90,7 @@ impl PodsConfig {
         }
     }
 
-    /// How the API server is reached that reviews them.
+    /// Returns the access to the API server that reviews tokens.
     pub fn access(&self) -> Access {
         Access {
             kubeconfig: self.kubeconfig.clone(),

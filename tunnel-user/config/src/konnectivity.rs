@@ -17,7 +17,7 @@ use cpc_host::listen::everywhere;
 /// The most server ids that one server may present.
 const MAX_SERVER_IDS: u32 = 8;
 
-/// What HTTP/2 allows: a peer that pings more often is told to go away.
+/// Shortest keepalive interval: gRPC servers close connections with more frequent pings (GOAWAY).
 const SHORTEST_KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// `konnectivity` of a server: the agents of Konnectivity that it serves.
@@ -32,7 +32,7 @@ pub struct KonnectivityConfig {
     /// PEM chain that agents check; `tls.cert` when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
-    /// Its PEM key; `tls.key` when missing.
+    /// PEM key of `cert`; `tls.key` when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
     /// PEM roots that vouch for agents. A certificate is asked for only when they are given.
@@ -44,16 +44,16 @@ pub struct KonnectivityConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub token: Option<TokenConfig>,
-    /// Whether an agent serves whatever it says that it serves, as with Konnectivity. Otherwise it
-    /// serves what its identity is granted.
+    /// Trusts the identifiers that agents announce, as Konnectivity does. Otherwise an agent serves what
+    /// its identity is granted.
     pub believe_identifiers: bool,
     /// Server ids that are presented, 1 to 8: an agent opens a stream to each, and connections on
     /// different streams can't stop each other.
     pub server_ids: u32,
-    /// How often an idle agent is pinged over HTTP/2, at least 30 s.
+    /// Interval of HTTP/2 pings to an idle agent, at least 30 s.
     #[serde(with = "humantime_serde")]
     pub keepalive: Duration,
-    /// What TLS is accepted.
+    /// TLS that the listener accepts.
     #[serde(deserialize_with = "super::section")]
     pub tls_floor: TlsFloor,
 }
@@ -85,10 +85,10 @@ pub struct TokenConfig {
     pub namespace: String,
     /// The service account.
     pub service_account: String,
-    /// How to reach the API server that reviews tokens; as a pod when missing.
+    /// Kubeconfig for the API server that reviews tokens; the pod's service account when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
-    /// How often it may be asked; as often as needed when missing.
+    /// Bound on requests to the API server; none when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
 }
@@ -109,15 +109,15 @@ impl Default for TokenConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeaseConfig {
-    /// Where they are.
+    /// Namespace of the leases.
     pub namespace: String,
-    /// What tells them from others: on a server `key=value`, several with commas between; on an
-    /// agent any label selector.
+    /// Label of the leases: on a server `key=value`, several separated by commas; on an agent any label
+    /// selector.
     pub label: String,
-    /// How to reach the API server; as a pod when missing.
+    /// Kubeconfig for the API server; the pod's service account when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
-    /// How often it may be asked; as often as needed when missing.
+    /// Bound on requests to the API server; none when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
 }
@@ -134,7 +134,7 @@ impl Default for LeaseConfig {
 }
 
 impl TokenConfig {
-    /// Which tokens are good.
+    /// Returns the rules that a token must satisfy.
     pub fn rules(&self) -> TokenRules {
         TokenRules {
             audience: self.audience.clone(),
@@ -143,7 +143,7 @@ impl TokenConfig {
         }
     }
 
-    /// How the API server is reached that reviews them.
+    /// Returns the access to the API server that reviews tokens.
     pub fn access(&self) -> Access {
         Access {
             kubeconfig: self.kubeconfig.clone(),
@@ -163,7 +163,7 @@ impl LeaseConfig {
             .map_err(|e: LabelError| ConfigError::value("leases.label", e.to_string()))
     }
 
-    /// What an agent tells them from others by.
+    /// Returns the selector by which an agent finds the leases.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
@@ -173,7 +173,7 @@ impl LeaseConfig {
             .map_err(|e: LabelError| ConfigError::value("konnectivity.leases.label", e.to_string()))
     }
 
-    /// How their API server is reached.
+    /// Returns the access to the API server that holds the leases.
     pub fn access(&self) -> Access {
         Access {
             kubeconfig: self.kubeconfig.clone(),
@@ -243,7 +243,7 @@ pub struct ProxyServerConfig {
     /// PEM chain that proxy-servers may ask for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
-    /// Its PEM key.
+    /// PEM key of `cert`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
     /// A file with a service account's token, read anew for each connection.
@@ -252,12 +252,12 @@ pub struct ProxyServerConfig {
     /// The name in the proxy-server's certificate; the host that is dialled when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_name: Option<String>,
-    /// Who we say that we are; random when missing.
+    /// Agent id that the agent announces; random when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<String>,
-    /// What we say that we serve, URL-query encoded: `ipv4=10.0.0.1&host=w1&default-route=true`.
+    /// Identifiers that the agent announces, URL-query encoded: `ipv4=10.0.0.1&host=w1&default-route=true`.
     pub identifiers: String,
-    /// How often an idle server is pinged over HTTP/2, at least 30 s.
+    /// Interval of HTTP/2 pings to an idle server, at least 30 s.
     #[serde(with = "humantime_serde")]
     pub keepalive: Duration,
     /// Names offered in ALPN beside `h2`.
@@ -273,7 +273,7 @@ pub struct ProxyServerConfig {
     pub server_count: CountSource,
 }
 
-/// What an agent counts proxy-servers by, where it looks at leases.
+/// Source of the number of proxy-servers, where an agent reads leases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CountSource {

@@ -1,15 +1,15 @@
-//! How the Kubernetes API is reached, and what is asked of it.
+//! Access to the Kubernetes API, and the rules for tokens.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// How the API is reached.
+/// Access to the Kubernetes API.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Access {
-    /// A kubeconfig, of which the current context counts. As a pod when missing.
+    /// A kubeconfig, whose current context is used; the pod's service account when missing.
     pub kubeconfig: Option<PathBuf>,
-    /// How often it may be asked; as often as needed when missing.
+    /// Bound on requests; none when missing.
     pub rate: Option<Rate>,
 }
 
@@ -23,10 +23,10 @@ pub struct Rate {
     pub burst: u32,
 }
 
-/// Which tokens are good.
+/// Rules that a token must satisfy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenRules {
-    /// Whom a token must be for.
+    /// Audience of the token.
     pub audience: String,
     /// The namespace of the service account that it must be of.
     pub namespace: String,

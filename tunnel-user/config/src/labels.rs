@@ -18,7 +18,7 @@ pub struct Labels(BTreeMap<String, String>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selector(String);
 
-/// Why a text names no labels.
+/// Reason why a text is neither labels nor a selector.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LabelError {
     /// Not a label.
@@ -68,7 +68,7 @@ impl fmt::Display for Selector {
     }
 }
 
-/// What stands between commas outside of parentheses.
+/// Returns the requirements: the parts between commas outside of parentheses.
 fn requirements(text: &str) -> impl Iterator<Item = &str> {
     let mut depth = 0_usize;
     text.split(move |c| {

@@ -2,7 +2,7 @@
 //!
 //! Unknown keys are errors that name their line. Paths in a file are relative to the file. What
 //! comes out has been checked and does not change; what can change without a restart (TLS files,
-//! and on SIGHUP the policy, allow-lists, capture sets and the log filter) is read anew as a whole.
+//! and on SIGHUP the policy, allow-lists, capture sets and the log filter) is read again as a whole.
 
 pub mod address;
 pub mod agent;
@@ -86,7 +86,7 @@ fn check_shards(shards: usize) -> Result<(), ConfigError> {
     ))
 }
 
-/// Why a configuration was not taken.
+/// Reason why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
@@ -94,7 +94,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         why: io::Error,
     },
     /// Not YAML, or not in our schema. The text names line and column.
@@ -102,13 +102,13 @@ pub enum ConfigError {
     Parse {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The mistake and its place.
         why: String,
     },
     /// A configuration that can't be written.
     #[error("the configuration can't be written: {why}")]
     Write {
-        /// What is in the way.
+        /// Value that has no form in YAML.
         why: String,
     },
     /// A value that can't be right.
@@ -116,7 +116,7 @@ pub enum ConfigError {
     Value {
         /// The key: `tls.cert`, `servers[0]`.
         key: Cow<'static, str>,
-        /// What is wrong with it and what would be right.
+        /// The mistake and a correct value.
         why: String,
     },
 }
@@ -205,7 +205,7 @@ pub struct TlsConfig {
     /// Roots of further trust domains.
     #[serde(deserialize_with = "section")]
     pub trust: Vec<TrustConfig>,
-    /// Identities and serial numbers that count no more, a line each.
+    /// List of revoked identities and serial numbers, one per line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revoked: Option<PathBuf>,
     /// An agent asks a server for another certificate when two thirds of this one's life are over.
@@ -216,13 +216,13 @@ pub struct TlsConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrustConfig {
-    /// Its name.
+    /// Name of the trust domain.
     pub domain: TrustDomain,
     /// PEM roots that vouch for it, and for it alone.
     pub ca: PathBuf,
 }
 
-/// Where TLS material lies.
+/// Files of TLS material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
     /// PEM chain, the leaf first.
@@ -233,7 +233,7 @@ pub struct TlsFiles {
     pub ca: PathBuf,
     /// Further trust domains and the PEM roots that vouch for each.
     pub trust: Vec<(TrustDomain, PathBuf)>,
-    /// Peers who count no more.
+    /// List of revoked peers.
     pub revoked: Option<PathBuf>,
 }
 
@@ -281,7 +281,7 @@ impl TlsConfig {
 pub struct LogConfig {
     /// Levels, also by module: `info`, `cpc=debug,quinn=warn`.
     pub filter: String,
-    /// How lines look.
+    /// Format of lines.
     pub format: LogFormat,
     /// One line for each connection.
     pub access: bool,
@@ -297,7 +297,7 @@ impl Default for LogConfig {
     }
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {

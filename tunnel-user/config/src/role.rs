@@ -1,4 +1,4 @@
-//! Which of the two programs a configuration file is for.
+//! The program that a configuration file is for.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -32,7 +32,7 @@ impl PortRange {
         }
     }
 
-    /// Whether `port` is in it.
+    /// Whether the range has `port`.
     pub fn contains(self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
@@ -128,7 +128,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether it covers `addr` and `port`.
+    /// Whether the rule covers `addr` and `port`.
     pub fn covers(&self, addr: IpAddr, port: u16) -> bool {
         self.cidr.contains(&addr) && PortRange::any_contains(&self.ports, port)
     }

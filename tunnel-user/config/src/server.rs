@@ -34,26 +34,26 @@ pub struct ServerConfig {
     /// Our name for agents of Konnectivity; the one in the certificate of `tls` when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_id: Option<String>,
-    /// How many servers an agent must find.
+    /// Number of servers that an agent must find.
     pub server_count: u32,
     /// Threads that carry tunnels.
     pub shards: usize,
-    /// Where the one persisted secret lies.
+    /// Directory of the persisted secret.
     pub state_dir: PathBuf,
     /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
     /// sense only beside `konnectivity`.
     #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
-    /// How packets travel.
+    /// Packets of the tunnel.
     #[serde(deserialize_with = "super::section")]
     pub transport: TransportConfig,
-    /// How bytes are moved.
+    /// Forwarding of bytes.
     #[serde(deserialize_with = "super::section")]
     pub datapath: DatapathConfig,
-    /// Who may serve what.
+    /// Grants of identities.
     #[serde(deserialize_with = "super::section")]
     pub policy: PolicyConfig,
-    /// How an agent is chosen.
+    /// Choice of an agent.
     #[serde(deserialize_with = "super::section")]
     pub routing: RoutingConfig,
     /// Ways in, beside the redirect.
@@ -128,12 +128,12 @@ impl Default for ServerConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
-    /// What each identity may serve.
+    /// Grants, by pattern of identities.
     #[serde(deserialize_with = "super::section")]
     pub grants: Vec<GrantConfig>,
 }
 
-/// What the identities that match a pattern may serve.
+/// Grants for the identities that match a pattern.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GrantConfig {
@@ -195,10 +195,10 @@ impl Strategy {
 pub struct RedirectConfig {
     /// Directory on a bpffs where programs and maps outlive the process.
     pub pin: PathBuf,
-    /// Whose members may use the maps, so that a server needs no capability; nobody when missing.
+    /// Group that may use the maps, so that a server needs no capability; none when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<GroupConfig>,
-    /// Whose sockets are redirected, and which.
+    /// Attachments: the cgroups whose sockets are redirected.
     #[serde(deserialize_with = "super::section")]
     pub attachments: Vec<AttachmentConfig>,
 }
@@ -257,44 +257,44 @@ pub enum GroupConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachmentConfig {
-    /// Its name, in pins, logs and metrics.
+    /// Name in pins, logs and metrics.
     pub name: String,
     /// The cgroup v2 directory whose processes are redirected.
     pub cgroup: PathBuf,
-    /// Their network namespace, as a path; the server's own when missing.
+    /// Path of the processes' network namespace; the server's own when missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<PathBuf>,
-    /// Their tenant; the server's own trust domain when missing.
+    /// Tenant of the processes; the server's own trust domain when missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<TrustDomain>,
-    /// What they may ask for of what is redirected; whatever agents serve when missing.
+    /// Destinations that redirected connections may have; everything that agents serve when missing.
     #[serde(
         default,
         deserialize_with = "super::allow::list",
         skip_serializing_if = "Option::is_none"
     )]
     pub allow: Option<Vec<AllowRule>>,
-    /// Where redirected connections are accepted: one loopback address a family.
+    /// Listeners of redirected connections: one loopback address per family.
     #[serde(default = "default_redirect_listen")]
     pub listen: Vec<SocketAddr>,
-    /// What is redirected.
+    /// Destinations that are redirected.
     pub capture: Vec<Rule>,
-    /// What is not, though `capture` covers it. Loopback never is.
+    /// Destinations that stay direct although `capture` covers them. Loopback always stays direct.
     #[serde(default, deserialize_with = "super::section")]
     pub exclude: Vec<Rule>,
-    /// What happens to what is captured while the server is dead or stuck.
+    /// Treatment of captured connections while the server is dead or stuck.
     #[serde(default)]
     pub fail: FailMode,
 }
 
-/// What happens to captured connections while the server is dead or stuck.
+/// Treatment of captured connections while the server is dead or stuck.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {
-    /// They are refused (ECONNREFUSED).
+    /// Refuses connections (ECONNREFUSED).
     #[default]
     Closed,
-    /// They leave by the ordinary route.
+    /// Lets connections leave by the ordinary route.
     Open,
 }
 
@@ -309,10 +309,10 @@ pub struct LimitsConfig {
     /// A dial that has not succeeded by then has failed.
     #[serde(with = "humantime_serde")]
     pub dial_timeout: Duration,
-    /// How long a stopping server waits for connections to end.
+    /// Time that a stopping server gives connections to end.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
-    /// How long a departed agent is remembered: until then its addresses are answered with
+    /// Time for which the server remembers a departed agent: until then its addresses are answered with
     /// "no agent" (EHOSTUNREACH), after that with "no route" (ENETUNREACH).
     #[serde(with = "humantime_serde")]
     pub forget: Duration,
@@ -357,10 +357,10 @@ pub struct LimitsConfig {
     /// Dials of a destination that time out in a row before it is not dialled for a while; 0: it
     /// always is.
     pub breaker_failures: u32,
-    /// How long it is not dialled then.
+    /// Time for which an open breaker refuses dials.
     #[serde(with = "humantime_serde")]
     pub breaker_retry: Duration,
-    /// Up to where that is doubled while it still does not answer.
+    /// Bound up to which that time doubles while the destination does not answer.
     #[serde(with = "humantime_serde")]
     pub breaker_max_retry: Duration,
 }
@@ -437,7 +437,7 @@ impl HandshakesConfig {
     }
 }
 
-/// When a destination's circuit breaker opens, and for how long.
+/// Thresholds and times of the circuit breaker of a destination.
 #[derive(Clone, Copy, Debug)]
 pub struct BreakerSettings {
     /// Time-outs in a row; 0: never.
@@ -483,7 +483,7 @@ impl LimitsConfig {
         ])
     }
 
-    /// What stands here of the circuit breaker.
+    /// Returns the settings of the circuit breaker.
     pub fn breaker(&self) -> BreakerSettings {
         BreakerSettings {
             failures: self.breaker_failures,
@@ -529,7 +529,7 @@ impl Default for LimitsConfig {
 }
 
 impl ServerConfig {
-    /// Whether there is anything of Konnectivity in it, whose metrics then stand beside ours.
+    /// Whether a part of Konnectivity is configured, so that its metrics are exposed beside ours.
     pub fn is_konnectivity(&self) -> bool {
         self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
     }
@@ -548,7 +548,7 @@ impl ServerConfig {
             .collect()
     }
 
-    /// Where join tokens stand, and what was issued.
+    /// Returns the directory of join tokens and of records of issued certificates.
     pub fn join_directory(&self) -> PathBuf {
         self.state_dir.join("join")
     }

@@ -1,5 +1,5 @@
-//! Which TLS is accepted from programs that are not ours. The tunnel speaks TLS 1.3 alone and has
-//! no such choice.
+//! TLS versions and cipher suites that listeners for other programs accept. The tunnel speaks TLS 1.3
+//! alone and has no such choice.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ pub const SUITES: [&str; 9] = [
     "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256",
 ];
 
-/// What TLS is accepted.
+/// TLS that a listener accepts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsFloor {
@@ -66,7 +66,7 @@ impl TlsFloor {
     }
 }
 
-/// Whether a suite of that IANA name is spoken.
+/// Whether `cpc` supports the cipher suite with this IANA name.
 pub fn is_suite(name: &str) -> bool {
     SUITES.contains(&name)
 }

@@ -24,9 +24,9 @@ const ACK_EVERY: RangeInclusive<u32> = 1..=64;
 pub struct TransportConfig {
     /// The largest IP packet, or that it is searched for.
     pub mtu: Mtu,
-    /// Up to where it is searched for.
+    /// Largest size that is probed.
     pub max_mtu: u16,
-    /// Who decides how much may be under way.
+    /// Congestion control.
     pub congestion: Congestion,
     /// Packets after which the other side acknowledges them at once.
     pub ack_every: u32,
@@ -73,10 +73,10 @@ impl TransportConfig {
 /// The largest IP packet that is sent, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mtu {
-    /// What is found by trying.
+    /// Finds the size by probing.
     #[default]
     Auto,
-    /// This one, without trying.
+    /// Uses this size without probing.
     Fixed(u16),
 }
 
@@ -114,7 +114,7 @@ impl<'de> Deserialize<'de> for Mtu {
     }
 }
 
-/// Who decides how much may be under way.
+/// Congestion control.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
