@@ -15,7 +15,7 @@ use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, TokioRuntime, Udp
 
 use crate::peer::{self, Credentials};
 
-/// A socket that loses what it sends whenever it is told to.
+/// A socket that drops every packet it sends while `loses` is set.
 #[derive(Debug)]
 struct Leaky {
     socket: Arc<dyn AsyncUdpSocket>,

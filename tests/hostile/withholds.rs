@@ -16,7 +16,7 @@ use crate::{Aim, WHILE, leaky};
 const BEHIND: usize = (1 << 20) - 1024;
 /// Bytes that it sends without hearing what became of them.
 const UNHEARD: u64 = 64 << 20;
-/// What was written has left by then.
+/// Time after which written bytes have left.
 const LEAVES: Duration = Duration::from_millis(20);
 
 /// Says yes to each dial, withholds a byte, and sends a window behind it.

@@ -210,7 +210,7 @@ fn errors_in_configuration_say_where() -> Result<()> {
     Ok(())
 }
 
-/// What `cpc config` takes and says, without the configuration of this process.
+/// Runs `cpc config` without the configuration of this process.
 fn cpc_config(arguments: &[&str], environment: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
     let mut cpc = Command::new(Programs::of_this_test()?.cpc);
     cpc.arg("config").args(arguments).env_remove("CPC_CONFIG");
@@ -357,7 +357,7 @@ fn a_configuration_is_checked_without_a_start() -> Result<()> {
     Ok(())
 }
 
-/// What comes from a flag or from the environment is not looked for in the file.
+/// An error in a flag or in the environment names no line of the file.
 #[test]
 fn a_wrong_value_that_was_given_is_said_to_be() -> Result<()> {
     let folder = Folder::new("config-given")?;

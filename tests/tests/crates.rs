@@ -1,4 +1,4 @@
-//! Which crate may depend on which: arrows run one way.
+//! Permitted dependencies between crates: arrows run one way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

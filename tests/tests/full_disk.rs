@@ -95,7 +95,7 @@ fn files(folder: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
     Ok(found)
 }
 
-/// How many whole records the audit has; there are no others.
+/// Returns the number of records in the audit, all of which must be whole.
 fn records(disk: &SmallDisk) -> Result<usize> {
     let mut count = 0;
     for (file, content) in files(&disk.path().join("audit"))? {

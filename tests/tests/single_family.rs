@@ -104,7 +104,7 @@ fn an_address_of_a_missing_family_is_named() -> Result<()> {
     let ended = server.wait_ended(SOON).err();
     let ended = ended.map(|error| format!("{error:#}")).unwrap_or_default();
     ensure!(ended.contains("[2001:db8::1]:8132"), "{ended}");
-    // Both families where there are both, and what there is where there are not.
+    // Both families where the host has both, otherwise the one that it has.
     server.configure(|config| config["listen"] = json!("[::]:8132"))?;
     lab.start_configured()?;
     serves(&lab, 0)

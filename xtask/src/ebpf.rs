@@ -134,7 +134,7 @@ pub(crate) fn tools() -> Result<(Toolchain, PathBuf)> {
     Ok((toolchain, linker))
 }
 
-/// Where the object is put; the user-space build takes it from there.
+/// Path of the object, from which the user-space build takes it.
 fn object() -> PathBuf {
     workspace::root().join(format!("target/bpf/{BINARY}.o"))
 }

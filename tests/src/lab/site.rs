@@ -220,7 +220,7 @@ impl Drop for Site {
     }
 }
 
-/// What is mounted below `folder` (proc_pid_mountinfo(5)), the last one first. The names there have none of
+/// Returns the mounts below `folder` (proc_pid_mountinfo(5)), the last one first. The names there have none of
 /// the characters that are escaped.
 fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let table = fs::read_to_string("/proc/self/mountinfo")?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 /// The file that takes the room.
 const BALLAST: &str = "ballast";
-/// What is written at once: the unit in which tmpfs gives room.
+/// Size of one write: the unit in which tmpfs allocates.
 const PAGE: usize = 4096;
 
 /// A file system of its own. The laboratory unmounts it.
@@ -20,7 +20,7 @@ impl SmallDisk {
         Self(path)
     }
 
-    /// Where it is mounted.
+    /// Mount point.
     pub fn path(&self) -> &Path {
         &self.0
     }

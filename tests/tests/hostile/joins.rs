@@ -17,7 +17,7 @@ use tunnel_tests::lab::{self, address};
 use crate::peer;
 use crate::scene::{SOON, Scene};
 
-/// Where the flood comes from: an address of its own, beside the workers' common one.
+/// Source of the flood: an address beside the workers' common one.
 const SOURCE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 66);
 const JOIN_PORT: u16 = 8138;
 /// Wrong tokens; more than the lines that one source may cause.
@@ -61,7 +61,7 @@ fn ask(tls: &Arc<ClientConfig>, csr: &[u8]) -> Result<String> {
     }
 }
 
-/// Both are refused in a bounded number of lines, and a worker from elsewhere joins meanwhile.
+/// The server refuses both floods in a bounded number of lines, and a worker from elsewhere joins meanwhile.
 #[test]
 fn a_flood_at_the_join_listener_keeps_nobody_out() -> Result<()> {
     if !lab::available()? {

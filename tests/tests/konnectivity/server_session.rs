@@ -14,7 +14,7 @@ use crate::scene::{Scene, each_server};
 use crate::script::SOON;
 use crate::wire;
 
-/// How often an agent says what it need say once.
+/// Number of repetitions of DRAIN.
 const REPEATS: usize = 1000;
 
 /// Each server says who it is and how many there are, at once and once.
@@ -193,7 +193,7 @@ fn who_drains_is_asked_last() -> Result<()> {
     })
 }
 
-/// One that says so again and again is one that drains: there is one line, and it is dialled still.
+/// An agent that repeats DRAIN drains once: the server logs one line and still dials the agent.
 #[test]
 fn a_drain_that_is_repeated_is_one() -> Result<()> {
     if !lab::available()? {

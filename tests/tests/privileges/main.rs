@@ -260,7 +260,7 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     }
     round_trips(dial(&scene)?, 1)?;
 
-    // A changed capture set, and a cgroup that is made anew.
+    // A changed capture set, and a cgroup that is created again.
     let before = scene.server().log().len();
     scene.server().configure(|config| {
         let port = json!({"cidr": "0.0.0.0/0", "ports": [Behaviour::Echo.port()]});
@@ -330,7 +330,7 @@ fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     refused(&scene)
 }
 
-/// What is attached outlives the process that stays, killed or asked to end. The next one takes it over,
+/// Attachments outlive the process that stays, whether it is killed or stopped. The next one takes it over,
 /// with what has changed meanwhile.
 #[test]
 fn what_is_attached_outlives_the_process_that_stays() -> Result<()> {
@@ -436,7 +436,7 @@ fn as_the_unit(command: &mut Command) {
 /// `cpc redirect attach --stay`, which ends with the test.
 struct Stays {
     process: Child,
-    /// What it tells its service manager.
+    /// Messages to the service manager.
     told: UnixDatagram,
     log: PathBuf,
 }
@@ -494,7 +494,7 @@ impl Drop for Stays {
 }
 
 /// Started by root with everything, both keep nothing: the server attaches by itself first, and puts
-/// its programs into a cgroup that is made anew with nothing at all.
+/// its programs, without any capability, into a cgroup that is created again.
 #[test]
 fn root_gives_everything_back() -> Result<()> {
     if !lab::available()? {

@@ -29,7 +29,7 @@ const FOLDERS: [&str; 7] = [
     "usr/local/bin",
     "usr/local/share/man/man1",
 ];
-/// What units and tmpfiles.d make while all of it runs, and what README.md installs.
+/// Files that units and tmpfiles.d make while everything runs, and files that README.md installs.
 const MADE: [&str; 8] = [
     "etc/bash_completion.d/cpc",
     "run/cpc/connect.sock",

@@ -82,7 +82,7 @@ impl SendHalf for KonnectivitySend {
 }
 
 impl Answer for KonnectivitySend {
-    /// False: a server that was told to drain us asks us only without an alternative.
+    /// False: a server that knows of the drain dials this agent only without an alternative.
     const ASKS_OTHERS: bool = false;
 
     async fn answer(&mut self, response: DialResponse) {

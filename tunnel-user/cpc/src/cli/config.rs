@@ -21,11 +21,11 @@ pub(super) struct Args {
 enum Command {
     /// Check a configuration file as a start does
     ///
-    /// Prints `FILE: ok`, or the first error with its line, and ends with 1 then. The file alone counts:
-    /// neither CPC_* in the environment nor flags of a start. The files that it names are not opened, so
-    /// that it can be checked on another host.
+    /// Prints `FILE: ok`, or the first error with its line and then exits with 1. Only the file counts:
+    /// CPC_* in the environment and flags of a start do not. The check opens none of the files that the
+    /// configuration names, so it also works on another host.
     Check {
-        /// Which program reads the file [default: the one whose keys it has]
+        /// Program that reads the file [default: the one whose keys the file has]
         #[arg(long, value_enum)]
         role: Option<Role>,
         /// Configuration file (YAML, version 1)
@@ -33,11 +33,11 @@ enum Command {
     },
     /// Print the configuration that a start would have, as YAML
     ///
-    /// It is made of the file, of CPC_* in the environment and of the flags behind `--`, checked as a
-    /// start does, and complete: with every default, and with absolute paths. What is printed is a
-    /// configuration file itself. No secret is in it, only the paths of files that hold some.
+    /// The command combines the file, CPC_* in the environment and the flags behind `--`, and checks the
+    /// result as a start does. The output has every default and absolute paths, and is itself a
+    /// configuration file. It contains no secret, only the paths of files that hold secrets.
     Show {
-        /// Which program's configuration [default: the one whose keys the file has]
+        /// Program whose configuration is shown [default: the one whose keys the file has]
         #[arg(long, value_enum)]
         role: Option<Role>,
         /// Configuration file (YAML, version 1)

@@ -34,7 +34,7 @@ impl Attached {
         links.join("shortcut_begin")
     }
 
-    /// How many of the shortcut's maps are pinned.
+    /// Returns the number of the shortcut's maps that are pinned.
     fn retired_maps(&self) -> usize {
         MAPS.iter().filter(|name| self.map(name).exists()).count()
     }

@@ -48,7 +48,7 @@ pub(super) struct Ask<C> {
     pub patience: Option<Duration>,
 }
 
-/// Why a candidate that was to be asked did not connect.
+/// Reason why a candidate did not connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// A limit of the link kept the request back.

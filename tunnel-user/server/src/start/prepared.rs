@@ -35,7 +35,7 @@ pub(crate) struct Prepared {
     pub(super) reloads: ReloadMetrics,
     /// Memory for what peers send.
     pub(super) budget: Budget,
-    /// What tunnels over QUIC need; `None` where only Konnectivity's agents are served.
+    /// Parameters of tunnels over QUIC; `None` where only Konnectivity's agents are served.
     pub(super) tunnel: Option<Tunnel>,
     pub(super) identity: Identity,
     pub(super) grants: Grants,
