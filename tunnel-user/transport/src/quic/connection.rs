@@ -497,7 +497,6 @@ impl Connection {
     pub async fn accept_bi(&self) -> Result<(Send, Recv), ConnectionError> {
         let accept = |state: &mut State| {
             let id = state.proto.streams().accept(Dir::Bi)?;
-            state.ledger.opened(id);
             // Its first frame is told of by its being opened.
             state.ledger.arrived(id, state.opened_by);
             Some(id)

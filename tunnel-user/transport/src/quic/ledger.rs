@@ -25,7 +25,9 @@ pub(super) const FRAME: u64 = 192;
 const FRAMES: u64 = 2048;
 
 /// Size of an entry in quinn-proto's list of a stream's frames, in bytes. The list keeps its capacity,
-/// a power of two, until the tunnel ends: an ended stream's list is used again for a later one.
+/// a power of two, when it is read out. When a stream of ours has ended its list goes to the next one that
+/// we open, so it stays charged until the tunnel ends. A peer's stream gets its list long before it begins:
+/// that one is charged while the stream is open.
 const ENTRY: u64 = 56;
 
 /// Number of entries of a list that are part of a tunnel's fixed cost.
@@ -87,9 +89,10 @@ pub(super) enum Excess {
 #[derive(Debug)]
 pub(super) struct Ledger {
     streams: HashMap<StreamId, Holding, FxBuildHasher>,
-    /// Lists of ended streams, in bytes; quinn-proto uses the last one first.
+    /// Lists of ended streams of ours, in bytes; quinn-proto uses the last one first.
     spare_lists: Vec<u32>,
-    /// Lists of streams that were stopped and that the peer has not ended, in bytes, except empty ones.
+    /// Lists of streams of ours that were stopped and that the peer has not ended, in bytes, except empty
+    /// ones.
     stopped_lists: BinaryHeap<Reverse<u32>>,
     /// Sum of the costs of streams and of the lists beside them.
     held: u64,
@@ -110,6 +113,8 @@ struct Holding {
     frames: u64,
     /// The list in which quinn-proto keeps them.
     list: u64,
+    /// The list goes to a later stream when this one ends.
+    passes_list_on: bool,
     /// Data that was read and lies behind a gap.
     ahead: u64,
     /// Data that the reader has received and may not have passed on.
@@ -124,6 +129,11 @@ impl Holding {
 
     fn cost(&self) -> u64 {
         self.unread() + self.ahead + self.given
+    }
+
+    /// The list that stays charged when the stream ends.
+    fn kept(&self) -> u64 {
+        if self.passes_list_on { self.list } else { 0 }
     }
 }
 
@@ -147,11 +157,13 @@ impl Ledger {
         self.charge.move_to(budget)
     }
 
-    /// Adds the stream `id`, with a spare list where there is one.
+    /// Adds the stream `id` of ours, with a spare list where there is one.
     pub(super) fn opened(&mut self, id: StreamId) {
         let list = self.spare_lists.pop().map_or(0, u64::from);
         self.held -= list;
-        self.change(id, |holding| holding.list += list);
+        self.change(id, |holding| {
+            (holding.list, holding.passes_list_on) = (list, true)
+        });
     }
 
     /// Adds a frame of `id` that arrived in a packet of `size` bytes.
@@ -203,8 +215,10 @@ impl Ledger {
     /// Removes `id`, of which nothing is held any more.
     pub(super) fn forget(&mut self, id: StreamId) {
         if let Some(holding) = self.streams.remove(&id) {
-            self.held = self.held - holding.cost() + holding.list;
-            self.spare_lists.push(size_of_list(holding.list));
+            self.held = self.held - holding.cost() + holding.kept();
+            if holding.passes_list_on {
+                self.spare_lists.push(size_of_list(holding.list));
+            }
             self.relax();
         }
     }
@@ -212,11 +226,13 @@ impl Ledger {
     /// Notes that `id` was stopped before its end, or reset.
     pub(super) fn stopped(&mut self, id: StreamId) {
         self.unended += 1;
-        let list = self.streams.get(&id).map_or(0, |holding| holding.list);
+        let list = self.streams.get(&id).map_or(0, Holding::kept);
         if list > 0 {
             self.stopped_lists.push(Reverse(size_of_list(list)));
             self.held += list;
-            self.change(id, |holding| holding.list = 0);
+            self.change(id, |holding| {
+                (holding.list, holding.passes_list_on) = (0, false)
+            });
         }
     }
 
@@ -284,8 +300,9 @@ impl Ledger {
             &self.bounds.ended_by_budget
         };
         refused.inc();
-        let helps = |cost| cost >= UNENDED || self.unended + self.unacknowledged < FEW_UNENDED;
-        let largest = self.largest().filter(|(_, cost)| helps(*cost));
+        let is_free = self.unended + self.unacknowledged < FEW_UNENDED;
+        let helps = |freed| freed >= UNENDED || freed > 0 && is_free;
+        let largest = self.largest().filter(|(_, freed)| helps(*freed));
         Some(largest.map_or(Excess::Tunnel, |(id, _)| Excess::Stream(id)))
     }
 
@@ -305,13 +322,11 @@ impl Ledger {
         self.held
     }
 
-    /// Returns the stream with the highest cost, and that cost.
+    /// Returns the stream whose end frees most, and how much that is.
     fn largest(&self) -> Option<(StreamId, u64)> {
-        let costs = self
-            .streams
-            .iter()
-            .map(|(id, holding)| (*id, holding.cost()));
-        costs.max_by_key(|(_, cost)| *cost)
+        let streams = self.streams.iter();
+        let freed = streams.map(|(id, holding)| (*id, holding.cost() - holding.kept()));
+        freed.max_by_key(|(_, freed)| *freed)
     }
 }
 
@@ -356,6 +371,7 @@ mod tests {
     #[test]
     fn what_is_read_and_passed_on_is_given_back() {
         let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
+        ledger.opened(stream(0));
         let poured = pour(&mut ledger, stream(0));
         assert_eq!(ledger.settle(), None);
         assert!(budget.used() >= poured && budget.used() < poured + BLOCK);
@@ -428,7 +444,7 @@ mod tests {
             assert!(budget.used() <= 2 << 20);
             ledger.forget(stream(2));
             assert_eq!(ledger.settle(), None);
-            assert!(budget.used() <= list_of(FRAMES) + BLOCK);
+            assert_eq!(budget.used(), 0);
             let ended = [
                 &ledger.bounds.ended_by_tunnel,
                 &ledger.bounds.ended_by_budget,
@@ -501,7 +517,7 @@ mod tests {
             ledger.stopped(stream(index));
             ledger.forget(stream(index));
         }
-        assert_eq!((ledger.held, ledger.spare_lists.len()), (10 * list, 5));
+        assert_eq!((ledger.held, ledger.spare_lists.len()), (10 * list, 0));
         // Streams that are opened now may have new lists.
         for index in 10..15 {
             ledger.opened(stream(index));
@@ -517,5 +533,48 @@ mod tests {
             ledger.read_out(stream(index), 0, false);
         }
         assert_eq!((ledger.held, ledger.spare_lists.len()), (15 * list, 0));
+    }
+
+    /// The end of a stream that was read out frees nothing: another one ends, or the tunnel.
+    #[test]
+    fn a_stream_ends_for_what_its_end_frees() {
+        let (mut ledger, _) = ledger(1 << 20, 1 << 20);
+        for index in 0..20 {
+            ledger.opened(stream(index));
+            pour(&mut ledger, stream(index));
+            ledger.read_out(stream(index), 0, false);
+        }
+        assert!(ledger.held > 1 << 20);
+        assert_eq!(ledger.settle(), Some(Excess::Tunnel));
+        ledger.arrived(stream(7), PACKET);
+        assert_eq!(ledger.settle(), Some(Excess::Stream(stream(7))));
+    }
+
+    #[test]
+    fn a_peers_stream_gives_its_list_back() {
+        let (mut ledger, budget) = ledger(8 << 20, 8 << 20);
+        for index in 0..10 {
+            pour(&mut ledger, stream(index));
+            ledger.stopped(stream(index));
+            ledger.forget(stream(index));
+        }
+        assert_eq!((ledger.held, budget.used()), (0, 0));
+        assert!(ledger.spare_lists.is_empty() && ledger.stopped_lists.is_empty());
+    }
+
+    /// Each stream has one list, however it ends.
+    #[test]
+    fn spare_lists_are_as_many_as_streams_have_ended() {
+        let (mut ledger, _) = ledger(1 << 30, 1 << 30);
+        for round in 0..100 {
+            let id = stream(round);
+            ledger.opened(id);
+            pour(&mut ledger, id);
+            ledger.stopped(id);
+            ledger.forget(id);
+            ledger.ended(1);
+            assert_eq!(ledger.spare_lists, [size_of_list(list_of(MANY))]);
+        }
+        assert_eq!(ledger.held, list_of(MANY));
     }
 }
