@@ -249,12 +249,12 @@ fn directive(text: &str) -> String {
     let Some(rest) = text.strip_prefix("cpc") else {
         return text.to_owned();
     };
+    if is_every_crate(text) {
+        // tracing compares the beginnings of targets.
+        return format!("cpc_{rest},cpc::cli{rest}");
+    }
     let Some(path) = rest.strip_prefix("::") else {
-        return match rest.is_empty() || rest.starts_with(['=', '[']) {
-            // tracing compares the beginnings of targets.
-            true => format!("cpc_{rest},cpc::cli{rest}"),
-            false => text.to_owned(),
-        };
+        return text.to_owned();
     };
     let end = path.find([':', '=', '[']).unwrap_or(path.len());
     let (module, rest) = path.split_at(end);
@@ -272,9 +272,18 @@ pub fn check_filter(filter: &str) -> Result<(), FilterError> {
     parse(filter).map(drop)
 }
 
+/// Whether a directive is about every crate of this program.
+fn is_every_crate(directive: &str) -> bool {
+    let rest = directive.strip_prefix("cpc");
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['=', '[']))
+}
+
 /// Parses a filter, in which modules of this program stand below `cpc`.
 fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
-    let translated: Vec<_> = filter.split(',').map(|d| directive(d.trim())).collect();
+    let mut directives: Vec<_> = filter.split(',').map(str::trim).collect();
+    // Of equal targets the last one counts: what `cpc` stands for must not replace what is named.
+    directives.sort_by_key(|directive| !is_every_crate(directive));
+    let translated: Vec<_> = directives.into_iter().map(directive).collect();
     EnvFilter::builder()
         .parse(translated.join(","))
         .map_err(|e| FilterError {
@@ -373,5 +382,11 @@ mod tests {
             assert_eq!(directive(asked), directives);
         }
         assert!(parse("cpc=loud").is_err());
+        for filter in ["cpc::cli=warn,cpc=debug", "cpc=debug,cpc::cli=warn"] {
+            let parsed = parse(filter).unwrap().to_string();
+            let mut parsed: Vec<_> = parsed.split(',').collect();
+            parsed.sort_unstable();
+            assert_eq!(parsed, ["cpc::cli=warn", "cpc_=debug"]);
+        }
     }
 }
