@@ -131,6 +131,7 @@ pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
     }
     let _lock = pin.lock()?;
     let Some((id, _)) = maps::find(&maps::attachments(pin, maps::Access::Read)?, name)? else {
+        retired::remove_link(pin, name)?;
         retired::remove_maps(pin)?;
         return Ok(false);
     };
