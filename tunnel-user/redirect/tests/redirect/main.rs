@@ -139,9 +139,12 @@ fn connect(factory: &Factory, to: SocketAddr) -> io::Result<Socket> {
 }
 
 /// What the other side says of itself: where the connection had wanted to go, or "decoy".
+/// Time that an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 fn answer(socket: Socket) -> io::Result<String> {
     let mut answer = String::new();
-    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
     TcpStream::from(socket).read_to_string(&mut answer)?;
     Ok(answer)
 }
