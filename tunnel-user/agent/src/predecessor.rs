@@ -92,9 +92,16 @@ fn lock(mut file: &File, own: InstanceId) -> io::Result<Lock> {
     let read = file.take(64).read_to_string(&mut text);
     // What is not ours names no process.
     let predecessor = read.ok().and_then(|_| parse(&text));
-    file.rewind()?;
-    file.set_len(0)?;
-    writeln!(file, "{own}")?;
+    let written = file
+        .rewind()
+        .and_then(|()| file.set_len(0))
+        .and_then(|()| writeln!(file, "{own}"));
+    if let Err(error) = written {
+        tracing::warn!(
+            error = report(&error),
+            "the state directory takes no instance id: after a crash the next process does not know this one"
+        );
+    }
     Ok(Lock::Taken(predecessor))
 }
 
