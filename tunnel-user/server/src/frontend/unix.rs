@@ -49,12 +49,10 @@ pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFil
     let path = &config.unix;
     // Only making it goes by its path; where that leads elsewhere by then, nothing is found here.
     let (directory, name) = Directory::of(path)?;
-    if directory.look(name).is_ok_and(|found| is_socket(&found)) {
-        if !config.takeover && is_served(path) {
-            let text = format!("{} is served by another process", path.display());
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
-        }
-        directory.remove(name)?;
+    let is_there = directory.look(name).is_ok_and(|found| is_socket(&found));
+    if is_there && !config.takeover && is_served(path) {
+        let text = format!("{} is served by another process", path.display());
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
     }
     // Under another name until its mode is right, so that no client connects before.
     let aside = format!("{name}.new");
