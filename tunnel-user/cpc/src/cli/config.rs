@@ -40,8 +40,7 @@ enum Command {
         /// Program whose configuration is shown [default: the one whose keys the file has]
         #[arg(long, value_enum)]
         role: Option<Role>,
-        /// Configuration file (YAML, version 1)
-        #[arg(env = "CPC_CONFIG")]
+        /// Configuration file (YAML, version 1) [default: that of CPC_CONFIG]
         file: Option<PathBuf>,
         /// Flags of `cpc server` or `cpc agent`
         #[arg(last = true)]
@@ -77,7 +76,9 @@ fn check(role: Option<Role>, file: &Path) -> anyhow::Result<()> {
 }
 
 fn show(role: Option<Role>, file: Option<&Path>, flags: Vec<OsString>) -> anyhow::Result<()> {
-    let role = role_of(role, file)?;
+    // A start finds this one by itself, unless a flag names another.
+    let of_environment = std::env::var_os("CPC_CONFIG").map(PathBuf::from);
+    let role = role_of(role, file.or(of_environment.as_deref()))?;
     let file = file.map(|file| ["--config".into(), file.into()]);
     let arguments: Vec<OsString> = ["cpc".into()]
         .into_iter()
