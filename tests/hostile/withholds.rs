@@ -47,8 +47,8 @@ pub(crate) async fn withholds(aim: &Aim) -> Result<()> {
             tokio::time::sleep(LEAVES).await;
             loses.store(false, Ordering::Relaxed);
             let behind = Bytes::from(vec![b'x'; BEHIND]);
-            aim.tally.add("bytes behind a gap", BEHIND as u64);
             send.write_chunk(behind).await?;
+            aim.tally.add("bytes behind a gap", BEHIND as u64);
             held.push((send, recv));
         }
         anyhow::Ok(())
