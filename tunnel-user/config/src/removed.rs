@@ -13,7 +13,7 @@ impl MessageFormatter for Formatter {
             // No other section had a key of this name.
             Error::SerdeUnknownField { field, .. } if field == "shortcut" => Cow::Borrowed(
                 "the shortcut past TCP on loopback was removed, since it was no faster: \
-                 delete the key `shortcut`. `cpc redirect attach` takes away what it has left in the kernel",
+                 delete the key `shortcut`. `cpc redirect attach` removes the shortcut's programs and maps from the kernel",
             ),
             error => UserMessageFormatter.format_message(error),
         }
