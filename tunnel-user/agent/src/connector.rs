@@ -1,8 +1,8 @@
 //! The connector holds tunnels to every server until the process ends. It resolves names, has shards
 //! dial by [`Plan`], and decides which tunnels are kept. It runs beside the shards, where each tunnel
-//! lives ([`errand`]).
+//! lives ([`tunnel_task`]).
 //!
-//! [`errand`]: super::errand
+//! [`tunnel_task`]: super::tunnel_task
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -16,13 +16,13 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::address::{Resolved, keep_resolving};
-use super::errand::{Errand, Event, Order, Welcomed};
-use super::held::{TunnelView, Tunnels};
 use super::plan::{Health, Plan, Verdict, Way, Wire};
 use super::shards::Dispatch;
 use super::tunnel::{About, End, GOODBYE};
+use super::tunnel_task::{Errand, Event, Order, Welcomed};
+use super::tunnel_views::{TunnelView, Tunnels};
 use cpc_config::agent::Protocol;
-use cpc_host::gate::Gate;
+use cpc_host::concurrency::Gate;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;

@@ -16,7 +16,7 @@ use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
-use super::race::race;
+use super::happy_eyeballs::race;
 use super::stats::{OnTunnel, TunnelStats};
 use super::worker::{Admitted, ENDING, Worker};
 use cpc_datapath::socket::prepare;

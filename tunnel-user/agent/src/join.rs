@@ -16,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use tunnel_proto::certificate::{Answer, Join};
 use tunnel_proto::join::{self, Reader};
 
-use super::race::{in_turn, race};
+use super::happy_eyeballs::{in_turn, race};
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
 use cpc_identity::credential::{Credential, CredentialError, Draft, Expected};

@@ -3,24 +3,24 @@
 //! proxy-server of Konnectivity requires.
 
 mod address;
+mod agent_identity;
 mod connector;
 mod dialer;
-mod errand;
-mod held;
+mod happy_eyeballs;
 pub mod join;
 mod konnectivity;
 mod leases;
-mod me;
 pub mod plan;
 mod policy;
 mod predecessor;
 mod quic;
-mod race;
 mod renew;
 mod shards;
 mod stats;
 mod status;
 mod tunnel;
+mod tunnel_task;
+mod tunnel_views;
 mod worker;
 
 use std::io;
@@ -33,6 +33,7 @@ use tokio::sync::watch;
 use tunnel_proto::route::{Claim, MAX_CLAIMS};
 use tunnel_proto::session::InstanceId;
 
+use agent_identity::Me;
 use connector::Servers;
 use cpc_config::agent::ServeConfig;
 use cpc_config::allow_list::AllowList;
@@ -40,8 +41,8 @@ use cpc_config::konnectivity::CountSource;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, Engines, reclaim};
+use cpc_host::concurrency::Gate;
 use cpc_host::descriptors::{Listeners, Shares};
-use cpc_host::gate::Gate;
 use cpc_host::host;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::privileges::{self, CapabilitySet, PrivilegeError};
@@ -58,11 +59,10 @@ use cpc_observe::metrics::{DialMetrics, ours};
 use cpc_observe::reload::ReloadMetrics;
 use cpc_transport::quic::MemoryBounds;
 use cpc_transport::quic::config::Setup;
-use held::Tunnels;
 use konnectivity::ClientError;
-use me::Me;
 use renew::Renewals;
 use shards::Dispatch;
+use tunnel_views::Tunnels;
 use worker::{CONNECTIONS, STALLED_BYTES, Worker};
 
 /// Reason why an agent did not start, or stopped.

@@ -9,8 +9,8 @@
 //! QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC tunnels that
 //! may end with their last connection.
 
+mod endpoint;
 mod tunnels;
-mod way;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use tunnel_proto::session::InstanceId;
 
+pub use self::endpoint::{Health, Leads, Verdict, Way, Wire};
 use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
-pub use self::way::{Health, Leads, Verdict, Way, Wire};
 use cpc_config::agent::Protocol;
 
 /// Longest interval between dials of an address.

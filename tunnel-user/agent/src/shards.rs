@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 
 use tokio::sync::mpsc;
 
-use super::errand::{self, Errand};
+use super::tunnel_task::{self, Errand};
 use super::worker::Worker;
 use cpc_datapath::shard::Shards;
-use cpc_host::gate::{Entered, Gate};
+use cpc_host::concurrency::{Entered, Gate};
 
 /// Channels to an agent's shards.
 pub(super) struct Dispatch(Vec<Way>);
@@ -28,7 +28,7 @@ impl Dispatch {
         let ways = (0..count).map(|_| {
             let (errands, inbox) = mpsc::unbounded_channel();
             let worker = worker.clone();
-            shards.spawn(move || errand::run(worker, inbox))?;
+            shards.spawn(move || tunnel_task::run(worker, inbox))?;
             let tunnels = Gate::new(usize::MAX);
             Ok(Way { errands, tunnels })
         });

@@ -10,13 +10,13 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
-use super::held::{TunnelView, Tunnels};
 use super::plan::Health;
 use super::tunnel::About;
+use super::tunnel_views::{TunnelView, Tunnels};
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
-use cpc_host::gate::Gate;
+use cpc_host::concurrency::Gate;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;

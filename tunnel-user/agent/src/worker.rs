@@ -10,12 +10,12 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
+use super::happy_eyeballs::Answered;
 use super::konnectivity::Client;
-use super::race::Answered;
 use super::renew::Renewals;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
-use cpc_host::gate::{Entered, Gate};
+use cpc_host::concurrency::{Entered, Gate};
 use cpc_host::lifecycle::{self, Phase};
 use cpc_identity::Material;
 use cpc_observe::konnectivity::ProxyAgentMetrics;

@@ -20,7 +20,7 @@ use super::{
 };
 use cpc_host::lifecycle::LONGEST_DRAIN;
 use cpc_host::listen::everywhere;
-use cpc_host::sources::Bounds;
+use cpc_host::source_limiter::Bounds;
 use cpc_host::{cores, memory};
 
 /// Everything a server is told.

@@ -4,10 +4,11 @@
 //! limits of the host ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
 //! [`report`] formats errors for people.
 
+pub mod concurrency;
+pub mod connection_slots;
 pub mod cores;
 pub mod descriptors;
 pub mod directory;
-pub mod gate;
 pub mod host;
 pub mod inherited;
 pub mod kernel;
@@ -16,5 +17,4 @@ pub mod listen;
 pub mod memory;
 pub mod privileges;
 pub mod report;
-pub mod room;
-pub mod sources;
+pub mod source_limiter;

@@ -7,11 +7,11 @@
 mod ask;
 mod attempt;
 mod breaker;
-mod doubt;
 mod error;
 mod look_up;
 mod permit;
 mod plan;
+mod suspicion;
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 use cpc_config::server::HandshakesConfig;
-use cpc_host::sources::{Crowded, HandshakePermit, Sources, Verdict};
+use cpc_host::source_limiter::{Crowded, HandshakePermit, Sources, Verdict};
 
 /// Why a handshake failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -26,7 +26,7 @@ use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
 use cpc_identity::issue::Authority;
 use cpc_identity::join::clock::Clock;
-use cpc_identity::join::desk::{Jobs, Pods};
+use cpc_identity::join::issuer::{Jobs, Pods};
 use cpc_identity::join::metrics::Outcome;
 use cpc_identity::join::{Book, Desk, JoinMetrics};
 use cpc_identity::{Identity, Material, pem, provider};

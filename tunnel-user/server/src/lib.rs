@@ -18,6 +18,7 @@ pub mod control;
 mod dial;
 mod early;
 mod error;
+mod faults;
 mod frontend;
 pub mod grants;
 mod handshakes;
@@ -36,7 +37,6 @@ mod shard;
 mod start;
 mod status;
 mod tenants;
-mod troubles;
 mod usage;
 
 pub use attachments::{AttachError, Attachments, redirect, spec};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cpc_host::gate::{Entered, Gate};
+use cpc_host::concurrency::{Entered, Gate};
 
 /// Tunnels by shard, including those on their way. Clones share it.
 #[derive(Clone, Debug)]

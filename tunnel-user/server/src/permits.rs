@@ -2,7 +2,7 @@
 
 use prometheus_client::metrics::gauge::Gauge;
 
-use cpc_host::gate::Entered;
+use cpc_host::concurrency::Entered;
 
 /// Counts a connection among all, among those of its tenant, and in the metric of open connections.
 pub(super) struct ConnectionPermit {

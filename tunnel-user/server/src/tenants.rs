@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cpc_config::ServerConfig;
 use cpc_config::frontend::FrontendConfig;
 use cpc_datapath::Budget;
-use cpc_host::gate::Gate;
+use cpc_host::concurrency::Gate;
 use cpc_identity::TrustDomain;
 
 /// Limits of one tenant.

@@ -3,7 +3,7 @@
 use super::limits::Limit;
 use super::shard::Common;
 use super::tenants::Tenant;
-use cpc_host::gate::Gate;
+use cpc_host::concurrency::Gate;
 use cpc_observe::limits::LimitMetrics;
 
 /// Updates the metrics of limits: refused work, and the part of each limit that is in use.

@@ -9,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 
 use cpc_identity::credential::validity;
 use cpc_identity::issue::{Authority, Request, serial_of};
-use cpc_identity::join::pages::Holder;
+use cpc_identity::join::issue_records::Holder;
 use cpc_identity::join::{Book, BookError};
 use cpc_identity::{KeyHash, Role, TrustDomain, pem};
 

@@ -15,7 +15,7 @@ use cpc_config::ServerConfig;
 use cpc_identity::KeyHash;
 use cpc_identity::identity::check_name_pattern;
 use cpc_identity::join::clock::SKEW;
-use cpc_identity::join::pages::{Pages, Ticket};
+use cpc_identity::join::issue_records::{Pages, Ticket};
 use cpc_identity::join::{Book, BookError, Token};
 use cpc_identity::pem;
 

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 
 use super::clock::{SKEW, Time};
-use super::pages::{Pages, Use};
+use super::issue_records::{Pages, Use};
 use super::token::Token;
 use crate::KeyHash;
 use crate::identity::{self, IdentityError};

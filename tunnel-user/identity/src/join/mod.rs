@@ -20,14 +20,14 @@
 //! I/O; [`desk`] uses both and the CA.
 
 pub mod admit;
-pub mod book;
 pub mod clock;
-pub mod desk;
+pub mod issue_log;
+pub mod issue_records;
+pub mod issuer;
 pub mod metrics;
-pub mod pages;
 pub mod token;
 
-pub use book::{Book, BookError};
-pub use desk::Desk;
+pub use issue_log::{Book, BookError};
+pub use issuer::Desk;
 pub use metrics::JoinMetrics;
 pub use token::Token;

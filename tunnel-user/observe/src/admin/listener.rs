@@ -17,8 +17,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep};
 
+use cpc_host::connection_slots::{Room, Ticket};
 use cpc_host::descriptors;
-use cpc_host::room::{Room, Ticket};
 
 /// Maximum time without an answer on a connection: it ends peers that send half a request or read none
 /// of the answer. All answers take milliseconds.

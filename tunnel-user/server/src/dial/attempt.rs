@@ -10,9 +10,9 @@ use tunnel_proto::preface::{DialRequest, StreamKind};
 
 use super::ask::Exchange;
 use super::breaker::{BreakerPass, outcome};
-use super::doubt::Doubt;
 use super::error::{Failed, full, too_late};
 use super::plan::{Ask, Failure};
+use super::suspicion::Doubt;
 use super::{Dial, Dialled, permit};
 use crate::breaker::Outcome;
 use crate::early::Cursor;

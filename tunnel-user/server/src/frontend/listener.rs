@@ -25,7 +25,7 @@ use cpc_config::tls_floor::{TlsFloor, TlsVersion};
 use cpc_datapath::socket::{TlsSocket, prepare_listener};
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
-use cpc_host::sources::HandshakePermit;
+use cpc_host::source_limiter::HandshakePermit;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::grpc::{ALPN, AnyAuthority, tcp};

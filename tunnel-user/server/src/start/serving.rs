@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
-use cpc_host::gate::Gate;
+use cpc_host::concurrency::Gate;
 use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
@@ -30,6 +30,7 @@ use crate::attachments::Attachments;
 use crate::bind::{AgentsBound, Bound};
 use crate::control::Control;
 use crate::error::ServerError;
+use crate::faults::Troubles;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
 use crate::handshakes::HandshakeLimiter;
@@ -39,7 +40,6 @@ use crate::registry::{Registry, RouteBounds};
 use crate::serve::{self, Listeners, Start};
 use crate::shard::{Common, Peers};
 use crate::tenants::Tenants;
-use crate::troubles::Troubles;
 use crate::{join, leases, status};
 
 /// Polling interval while a draining server waits for its connections to end.

@@ -273,7 +273,7 @@ fn transport() -> TransportConfig {
         // hold is bounded by the stream window and by what is charged for it (see `ledger`).
         .receive_window(VarInt::MAX)
         .send_window(SEND_WINDOW)
-        // Runs, see `turns`.
+        // Runs, see `send_scheduler`.
         .send_fairness(false)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .initial_rtt(INITIAL_RTT)

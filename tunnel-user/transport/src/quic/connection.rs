@@ -22,9 +22,9 @@ use tunnel_proto::close::CloseReason;
 
 use super::endpoint::Shared;
 use super::ledger::{Excess, Ledger};
+use super::send_scheduler::Turns;
 use super::stream::{Recv, Send};
 use super::timers::Timer;
-use super::turns::Turns;
 use super::validation::Validation;
 use super::waiting::{Interest, Waiting};
 use super::{error_code, path};

@@ -17,7 +17,7 @@ use super::connection::State;
 use super::endpoint::Shared;
 use super::timers::Timers;
 use super::validation::Verdict;
-use super::{turns, udp};
+use super::{send_scheduler, udp};
 
 /// Approximate number of bytes received per pass, before connections answer and streams run.
 const RECEIVE: usize = 256 << 10;
@@ -165,7 +165,7 @@ impl Driver {
             };
             let probes_before = probes(state);
             let (transmit, wants_more) =
-                turns::watch(|| state.proto.poll_transmit(now, batch, &mut self.packets));
+                send_scheduler::watch(|| state.proto.poll_transmit(now, batch, &mut self.packets));
             let Some(transmit) = transmit else {
                 if !wants_more {
                     state.next_turn();

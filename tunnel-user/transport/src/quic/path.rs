@@ -10,7 +10,7 @@ use std::sync::Arc;
 use quinn_proto::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn_proto::{AckFrequencyConfig, MtuDiscoveryConfig, VarInt};
 
-use super::turns::Watched;
+use super::send_scheduler::Watched;
 use cpc_config::TransportConfig;
 use cpc_config::transport::{Congestion, Mtu};
 

@@ -14,7 +14,7 @@ use tunnel_proto::preface::PrefaceError;
 
 use super::connection::{Inner, State};
 use super::reassembly::{Read, Reassembly};
-use super::turns::Turn;
+use super::send_scheduler::Turn;
 use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::super::status::table;
 use cpc_identity::join::clock::Time;
-use cpc_identity::join::pages::{Holder, Pages};
+use cpc_identity::join::issue_records::{Holder, Pages};
 use cpc_identity::join::{Book, BookError};
 
 pub(super) fn list(book: &Book, by_hand: &Book, json: bool) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-use super::super::pages::{Holder, Ticket};
+use super::super::issue_records::{Holder, Ticket};
 use super::*;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -156,7 +156,7 @@ fn a_token_of_kubernetes_gives_one_certificate() {
     let by_pod = |pages: &Pages, id, n| pages.by_pod(id, &allowed, &asked(n), Time::of(now));
     assert_eq!(by_pod(&pages, "a", 1), Ok(Admitted::First));
     let holder = issue(&mut pages, &asked(1), now);
-    let ticket = super::super::pages::PodTicket {
+    let ticket = super::super::issue_records::PodTicket {
         expires: now + HOUR,
         used: got(&asked(1), &holder),
     };

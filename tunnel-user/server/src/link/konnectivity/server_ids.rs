@@ -125,7 +125,7 @@ impl Drop for Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpc_host::gate::Gate;
+    use cpc_host::concurrency::Gate;
     use cpc_identity::Role;
 
     /// Creates `count` ids, and three places.

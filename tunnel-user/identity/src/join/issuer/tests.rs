@@ -5,7 +5,7 @@ use tunnel_fake_kubernetes::{FakeKubernetes, Review};
 
 use super::*;
 use crate::credential::{Credential, Draft, Expected, validity};
-use crate::join::pages::Ticket;
+use crate::join::issue_records::Ticket;
 use crate::{KeyHash, TrustDomain, provider};
 use cpc_config::TlsFiles;
 use cpc_config::kubernetes::{Access, TokenRules};

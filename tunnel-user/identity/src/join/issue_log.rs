@@ -6,7 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::pages::Pages;
+use super::issue_records::Pages;
 use cpc_host::directory::Directory;
 
 /// Failure to use the file.
@@ -135,7 +135,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
     use std::time::{Duration, SystemTime};
 
-    use super::super::pages::Ticket;
+    use super::super::issue_records::Ticket;
     use super::*;
 
     const FILE: &str = JOIN.file;

@@ -16,8 +16,8 @@ use tunnel_proto::certificate::{Answer, Issued, Join};
 
 use super::admit::{Admitted, Asked, Refused};
 use super::clock::{Clock, Time};
+use super::issue_records::{Holder, Pages, PodTicket, Use};
 use super::metrics::{JoinMetrics, Outcome};
-use super::pages::{Holder, Pages, PodTicket, Use};
 use super::token::Token;
 use super::{Book, BookError};
 use crate::credential::validity;

@@ -11,7 +11,7 @@ use super::plan::{Leads, Way, Wire};
 use super::tunnel::{About, DialError, Dialled, End, Tunnel};
 use super::worker::Worker;
 use super::{konnectivity, quic};
-use cpc_host::gate::Entered;
+use cpc_host::concurrency::Entered;
 use cpc_host::report::report;
 use cpc_observe::audit::events as audit;
 use cpc_transport::quic::PathView;
