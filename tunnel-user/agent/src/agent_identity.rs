@@ -13,14 +13,14 @@ use cpc_identity::{Material, Role, provider};
 
 /// Identity of the agent.
 #[derive(Clone)]
-pub(super) struct Me {
+pub(super) struct AgentIdentity {
     /// Our certificate, which QUIC requires.
     pub material: Option<Arc<Material>>,
     /// Parameters of dials to proxy-servers.
     pub konnectivity: Option<Client>,
 }
 
-impl Me {
+impl AgentIdentity {
     /// Loads the files of a checked configuration.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ impl Me {
     }
 }
 
-impl fmt::Display for Me {
+impl fmt::Display for AgentIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.material {
             Some(material) => material.identity().fmt(f),

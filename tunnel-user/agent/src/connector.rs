@@ -16,13 +16,13 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::address::{Resolved, keep_resolving};
-use super::plan::{Health, Plan, Verdict, Way, Wire};
+use super::plan::{Health, Plan, ServerEndpoint, Verdict, Wire};
 use super::shards::Dispatch;
-use super::tunnel::{About, End, GOODBYE};
-use super::tunnel_task::{Errand, Event, Order, Welcomed};
+use super::tunnel::{End, GOODBYE, TunnelInfo};
+use super::tunnel_task::{Event, TunnelCommand, TunnelTask, Welcomed};
 use super::tunnel_views::{TunnelView, Tunnels};
 use cpc_config::agent::Protocol;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
 use cpc_observe::complaint::Complaint;
@@ -44,7 +44,7 @@ pub(super) struct Servers {
 pub(super) async fn run(
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
-    connections: Gate,
+    connections: ConcurrencyLimit,
     servers: Servers,
     view: Arc<Tunnels>,
 ) {
@@ -89,13 +89,13 @@ struct Connector {
     shards: Dispatch,
     phase: watch::Receiver<Phase>,
     /// Closed at the end, when no connection was left.
-    connections: Gate,
+    connections: ConcurrencyLimit,
     plan: Plan,
     spread: Spread,
     /// Places of the tunnels that are being dialled.
     dialling: HashMap<u64, Place>,
-    tunnels: HashMap<u64, Held>,
-    complaints: HashMap<Way, Complaint>,
+    tunnels: HashMap<u64, HeldTunnel>,
+    complaints: HashMap<ServerEndpoint, Complaint>,
     /// Addresses of the servers' names.
     names: HashMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
     unresolved: HashSet<Arc<str>>,
@@ -113,16 +113,16 @@ struct Place {
 }
 
 /// A tunnel that is kept.
-struct Held {
-    about: About,
+struct HeldTunnel {
+    info: TunnelInfo,
     place: Place,
-    orders: mpsc::UnboundedSender<Order>,
+    commands: mpsc::UnboundedSender<TunnelCommand>,
 }
 
-impl Held {
+impl HeldTunnel {
     /// Sends an order; no effect on a tunnel that is ending.
-    fn order(&self, order: Order) {
-        let _ = self.orders.send(order);
+    fn send(&self, command: TunnelCommand) {
+        let _ = self.commands.send(command);
     }
 }
 
@@ -139,8 +139,8 @@ impl Connector {
         let mut draining = false;
         loop {
             if !draining {
-                for way in self.plan.due(Instant::now()) {
-                    self.dial(way);
+                for endpoint in self.plan.due(Instant::now()) {
+                    self.dial(endpoint);
                 }
             }
             // Leases change it, a welcome, and a tunnel's end.
@@ -164,7 +164,7 @@ impl Connector {
             false => CloseReason::Shutdown,
         };
         for tunnel in self.tunnels.values() {
-            tunnel.order(Order::Close(reason));
+            tunnel.send(TunnelCommand::Close(reason));
         }
         // Each tunnel says goodbye and reports its end. What is still being dialled ends with its
         // shard.
@@ -180,13 +180,13 @@ impl Connector {
         let _ = timeout(2 * GOODBYE, goodbyes).await;
     }
 
-    fn dial(&mut self, way: Way) {
-        let Way { address, wire } = way;
+    fn dial(&mut self, endpoint: ServerEndpoint) {
+        let ServerEndpoint { address, wire } = endpoint;
         self.last += 1;
         let number = self.last;
         let held = self.tunnels.values();
         let held: Vec<_> = held
-            .map(|held| (held.about.way.address, held.place))
+            .map(|held| (held.info.endpoint.address, held.place))
             .collect();
         let taken = |slot: &u8| {
             let mut held = held.iter();
@@ -199,28 +199,28 @@ impl Connector {
         };
         tracing::debug!(%address, protocol = wire.label(), shard, "dialling");
         self.dialling.insert(number, Place { shard, slot });
-        let errand = Errand {
+        let task = TunnelTask {
             number,
-            way,
-            server: self.name_of(way),
+            endpoint,
+            server: self.name_of(endpoint),
             spread: (self.spread, slot),
             events: self.events.clone(),
             place,
         };
-        self.shards.send(shard, errand);
+        self.shards.send(shard, task);
     }
 
     /// Returns the server name that `way` was resolved from.
-    fn name_of(&self, way: Way) -> Option<Arc<str>> {
-        let leads = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
-            let other = match way.wire {
+    fn name_of(&self, endpoint: ServerEndpoint) -> Option<Arc<str>> {
+        let server_info = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
+            let other = match endpoint.wire {
                 Wire::Quic => Protocol::Konnectivity,
                 Wire::Grpc => Protocol::Quic,
             };
-            *protocol != other && addresses.contains(&way.address)
+            *protocol != other && addresses.contains(&endpoint.address)
         };
         let mut names = self.names.iter();
-        let name = names.find_map(|(name, leads_to)| leads(leads_to).then_some(name));
+        let name = names.find_map(|(name, leads_to)| server_info(leads_to).then_some(name));
         name.cloned()
     }
 
@@ -244,40 +244,44 @@ impl Connector {
         let addresses: Vec<_> = names
             .flat_map(|(protocol, addresses)| addresses.iter().map(|addr| (*addr, *protocol)))
             .collect();
-        let known = |way: &Way| addresses.iter().any(|(address, _)| *address == way.address);
-        self.complaints.retain(|way, _| known(way));
+        let known = |endpoint: &ServerEndpoint| {
+            addresses
+                .iter()
+                .any(|(address, _)| *address == endpoint.address)
+        };
+        self.complaints.retain(|endpoint, _| known(endpoint));
         self.plan.set_addresses(&addresses, now);
     }
 
     fn handle(&mut self, event: Event) {
         let now = Instant::now();
         match event {
-            Event::Reached(way, number, server, introduce) => {
-                let wanted = self.plan.reached(way, &server, now, chance());
+            Event::Reached(endpoint, number, server, introduce) => {
+                let wanted = self.plan.reached(endpoint, &server, now, chance());
                 if !wanted {
                     self.dialling.remove(&number);
                 }
                 let _ = introduce.send(wanted);
             }
-            Event::Failed(way, number, error) => {
+            Event::Failed(endpoint, number, error) => {
                 self.dialling.remove(&number);
-                self.plan.failed(way, now, chance());
-                self.complain(way, &error);
+                self.plan.failed(endpoint, now, chance());
+                self.complain(endpoint, &error);
             }
             Event::Welcomed(tunnel) => self.welcomed(*tunnel, now),
             Event::Changed(number) => {
                 let Some(tunnel) = self.tunnels.get(&number) else {
                     return;
                 };
-                let About {
+                let TunnelInfo {
                     server_id,
-                    way,
+                    endpoint,
                     stats,
-                } = &tunnel.about;
-                let (wire, health) = (way.wire, stats.health());
+                } = &tunnel.info;
+                let (wire, health) = (endpoint.wire, stats.health());
                 self.plan.changed(wire, server_id, number, health, now);
                 if health == Health::Live && !self.plan.holds(wire, server_id, number) {
-                    tunnel.order(Order::Retire);
+                    tunnel.send(TunnelCommand::Retire);
                 } else {
                     self.retire_superseded();
                 }
@@ -287,11 +291,15 @@ impl Connector {
     }
 
     fn ended(&mut self, number: u64, end: &End, now: Instant) {
-        let Some(Held { about, .. }) = self.tunnels.remove(&number) else {
+        let Some(HeldTunnel { info, .. }) = self.tunnels.remove(&number) else {
             return;
         };
-        let About { server_id, way, .. } = &about;
-        let (address, protocol) = (way.address, way.wire.label());
+        let TunnelInfo {
+            server_id,
+            endpoint,
+            ..
+        } = &info;
+        let (address, protocol) = (endpoint.address, endpoint.wire.label());
         let (reason, why) = (end.reason.label(), &end.why);
         if end.reason == CloseReason::Replaced || *self.phase.borrow() != Phase::Running {
             tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
@@ -299,35 +307,38 @@ impl Connector {
             tracing::warn!(server = %server_id, %address, protocol, reason, %why, "tunnel ended");
         }
         self.view.remove(number);
-        self.plan.ended(way.wire, server_id, number, now, chance());
+        self.plan
+            .ended(endpoint.wire, server_id, number, now, chance());
     }
 
     fn welcomed(&mut self, tunnel: Welcomed, now: Instant) {
         let Welcomed {
             number,
-            about,
-            leads,
+            info,
+            server_info,
             path,
-            orders,
+            commands,
             keep,
         } = tunnel;
         let Some(place) = self.dialling.remove(&number) else {
             return;
         };
-        let About {
+        let TunnelInfo {
             server_id,
-            way,
+            endpoint,
             stats,
-        } = &about;
-        let way = *way;
-        let verdict = self.plan.welcomed(way, number, leads, now, chance());
+        } = &info;
+        let endpoint = *endpoint;
+        let verdict = self
+            .plan
+            .welcomed(endpoint, number, server_info, now, chance());
         if let Verdict::Conflict(other) = verdict {
             self.complain(
-                way,
+                endpoint,
                 &format_args!("{other} is a server {server_id} too; give each an id of its own"),
             );
         } else {
-            self.complaints.remove(&way);
+            self.complaints.remove(&endpoint);
         }
         if verdict != Verdict::Keep {
             let _ = keep.send(false);
@@ -345,15 +356,15 @@ impl Connector {
             );
         }
         tracing::info!(
-            server = %server_id, address = %way.address, protocol = way.wire.label(),
+            server = %server_id, address = %endpoint.address, protocol = endpoint.wire.label(),
             servers = self.plan.server_count(), shard = place.shard, "tunnel is up"
         );
-        let view = TunnelView::new(about.clone(), path, place.shard);
+        let view = TunnelView::new(info.clone(), path, place.shard);
         self.view.insert(number, view);
-        let held = Held {
-            about,
+        let held = HeldTunnel {
+            info,
             place,
-            orders,
+            commands,
         };
         self.tunnels.insert(number, held);
         // Without effect on one that has been lost meanwhile: it tells its end.
@@ -365,23 +376,27 @@ impl Connector {
     fn retire_superseded(&mut self) {
         for number in self.plan.superseded() {
             if let Some(tunnel) = self.tunnels.get(&number) {
-                let About { server_id, way, .. } = &tunnel.about;
-                tracing::info!(server = %server_id, address = %way.address, "QUIC takes over");
-                tunnel.order(Order::Retire);
+                let TunnelInfo {
+                    server_id,
+                    endpoint,
+                    ..
+                } = &tunnel.info;
+                tracing::info!(server = %server_id, address = %endpoint.address, "QUIC takes over");
+                tunnel.send(TunnelCommand::Retire);
             }
         }
     }
 
     /// Logs an error of a way once per kind, not at every attempt. A server that does not speak QUIC is
     /// no error where the other protocol leads to it.
-    fn complain(&mut self, way: Way, error: &dyn fmt::Display) {
+    fn complain(&mut self, endpoint: ServerEndpoint, error: &dyn fmt::Display) {
         let text = error.to_string();
-        if !self.complaints.entry(way).or_default().is_news(&text) {
+        if !self.complaints.entry(endpoint).or_default().is_news(&text) {
             return;
         }
-        let Way { address, wire } = way;
+        let ServerEndpoint { address, wire } = endpoint;
         let protocol = wire.label();
-        let reached = |tunnel: &Held| tunnel.about.way.address == address;
+        let reached = |tunnel: &HeldTunnel| tunnel.info.endpoint.address == address;
         if self.tunnels.values().any(reached) {
             tracing::info!(%address, protocol, error = text, "server not reached this way, retrying");
         } else {

@@ -66,9 +66,9 @@ where
 
 /// Address of a name that answered, where it was not the first.
 #[derive(Debug, Default)]
-pub(super) struct Answered(Mutex<HashMap<String, (IpAddr, Instant)>>);
+pub(super) struct AnsweredAddresses(Mutex<HashMap<String, (IpAddr, Instant)>>);
 
-impl Answered {
+impl AnsweredAddresses {
     /// Returns the order in which the addresses of `name` are tried: the one that answered the last
     /// time, then the resolver's order with its families in turn (RFC 8305 section 4).
     pub(super) fn order(
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_answered_comes_first_and_families_take_turns() {
-        let (answered, now) = (Answered::default(), Instant::now());
+        let (answered, now) = (AnsweredAddresses::default(), Instant::now());
         let addresses = [
             "[2001:db8::1]:1",
             "[2001:db8::2]:1",
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn names_are_remembered_within_a_bound() {
-        let (answered, now) = (Answered::default(), Instant::now());
+        let (answered, now) = (AnsweredAddresses::default(), Instant::now());
         let addresses = [numbered(1), numbered(2)];
         for n in 0..2 * MAX_NAMES {
             answered.note(&n.to_string(), &addresses, addresses[1].ip(), now);

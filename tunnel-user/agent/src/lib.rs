@@ -33,7 +33,7 @@ use tokio::sync::watch;
 use tunnel_proto::route::{Claim, MAX_CLAIMS};
 use tunnel_proto::session::InstanceId;
 
-use agent_identity::Me;
+use agent_identity::AgentIdentity;
 use connector::Servers;
 use cpc_config::agent::ServeConfig;
 use cpc_config::allow_list::AllowList;
@@ -41,7 +41,7 @@ use cpc_config::konnectivity::CountSource;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, Engines, reclaim};
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::{Listeners, Shares};
 use cpc_host::host;
 use cpc_host::lifecycle::{self, Phase};
@@ -140,7 +140,7 @@ pub async fn run(
     let shares = Shares::of_process(Listeners { http, tls: 0 });
     let connections = &mut config.limits.connections;
     *connections = host::fit_connections(*connections, shares.connections);
-    let me = Me::load(&config)?;
+    let me = AgentIdentity::load(&config)?;
     let (offers, serve) = watch::channel(claims(&config.serve)?);
     let policy = policy::policy(config.allow.clone(), &me.addresses());
     let policy = Arc::new(ArcSwap::from_pointee(policy));
@@ -159,7 +159,7 @@ pub async fn run(
     privileges::finish(CapabilitySet::empty(), "")?;
     let tunnels = Arc::new(Tunnels::default());
     let budget = Budget::new(config.limits.stalled_bytes);
-    let connections = Gate::new(config.limits.connections);
+    let connections = ConcurrencyLimit::new(config.limits.connections);
     let limits = LimitMetrics::register(
         ours(&mut metrics),
         [
@@ -321,7 +321,7 @@ pub async fn run(
 
 /// Waits until a draining agent has no connection left, and then refuses further ones. Proxy-servers
 /// may request some until they have learnt of the drain.
-async fn idle(phase: &watch::Sender<Phase>, connections: &Gate, proxies: bool) {
+async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit, proxies: bool) {
     lifecycle::stopping(phase.subscribe()).await;
     if proxies {
         tokio::time::sleep(DRAIN_HEARD).await;
@@ -335,7 +335,7 @@ fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {
     cpc_host::listen::tcp(addr).map_err(|why| AgentError::Admin { addr, why })
 }
 
-fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &Me) -> AllowList {
+fn current_policy(allow: &Mutex<Option<Vec<AllowRule>>>, me: &AgentIdentity) -> AllowList {
     let allow = allow.lock().unwrap_or_else(PoisonError::into_inner).clone();
     policy::policy(allow, &me.addresses())
 }

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use tunnel_proto::session::InstanceId;
 
-pub use self::endpoint::{Health, Leads, Verdict, Way, Wire};
-use self::tunnels::{Held, Tunnels, all, is_reached, live, reached, take};
+pub use self::endpoint::{Health, ServerEndpoint, ServerInfo, Verdict, Wire};
+use self::tunnels::{TunnelEntry, Tunnels, all, is_reached, live, reached, take};
 use cpc_config::agent::Protocol;
 
 /// Longest interval between dials of an address.
@@ -60,7 +60,7 @@ struct Candidate {
 /// State of addresses and servers.
 #[derive(Debug, Default)]
 pub struct Plan {
-    candidates: BTreeMap<Way, Candidate>,
+    candidates: BTreeMap<ServerEndpoint, Candidate>,
     quic: Tunnels,
     grpc: Tunnels,
     /// Number of tunnels to one server over QUIC, beyond the first.
@@ -88,28 +88,35 @@ impl Plan {
         for &(address, protocol) in addresses {
             if protocol != Protocol::Konnectivity {
                 let wire = Wire::Quic;
-                self.resolved(Way { address, wire }, false, now);
+                self.resolved(ServerEndpoint { address, wire }, false, now);
             }
             if protocol != Protocol::Quic {
                 let wire = Wire::Grpc;
-                self.resolved(Way { address, wire }, protocol == Protocol::Auto, now);
+                self.resolved(
+                    ServerEndpoint { address, wire },
+                    protocol == Protocol::Auto,
+                    now,
+                );
             }
         }
         self.candidates
             .retain(|_, candidate| candidate.resolved || candidate.dialling);
     }
 
-    fn resolved(&mut self, way: Way, fallback: bool, now: Instant) {
+    fn resolved(&mut self, endpoint: ServerEndpoint, fallback: bool, now: Instant) {
         let wait = if fallback { HEAD_START } else { Duration::ZERO };
-        let candidate = self.candidates.entry(way).or_insert_with(|| Candidate {
-            leads_to: None,
-            fallback,
-            resolved: true,
-            dialling: false,
-            next: now + wait,
-            reconcile: now + RECONCILE,
-            pace: FASTEST,
-        });
+        let candidate = self
+            .candidates
+            .entry(endpoint)
+            .or_insert_with(|| Candidate {
+                leads_to: None,
+                fallback,
+                resolved: true,
+                dialling: false,
+                next: now + wait,
+                reconcile: now + RECONCILE,
+                pace: FASTEST,
+            });
         candidate.resolved = true;
     }
 
@@ -126,14 +133,14 @@ impl Plan {
 
     /// Returns the ways to dial now. Each is then under way until [`failed`](Self::failed) or
     /// [`welcomed`](Self::welcomed).
-    pub fn due(&mut self, now: Instant) -> Vec<Way> {
-        let is_due = |(way, candidate): (&Way, &Candidate)| {
-            let at = self.at(way, candidate)?;
-            (at <= now).then_some(*way)
+    pub fn due(&mut self, now: Instant) -> Vec<ServerEndpoint> {
+        let is_due = |(endpoint, candidate): (&ServerEndpoint, &Candidate)| {
+            let at = self.at(endpoint, candidate)?;
+            (at <= now).then_some(*endpoint)
         };
         let due: Vec<_> = self.candidates.iter().filter_map(is_due).collect();
-        for way in &due {
-            if let Some(candidate) = self.candidates.get_mut(way) {
+        for endpoint in &due {
+            if let Some(candidate) = self.candidates.get_mut(endpoint) {
                 candidate.dialling = true;
             }
         }
@@ -144,13 +151,13 @@ impl Plan {
     pub fn next_timeout(&self) -> Option<Instant> {
         self.candidates
             .iter()
-            .filter_map(|(way, candidate)| self.at(way, candidate))
+            .filter_map(|(endpoint, candidate)| self.at(endpoint, candidate))
             .min()
     }
 
     /// Notes a failed dial. `chance` is in 0..1.
-    pub fn failed(&mut self, way: Way, now: Instant, chance: f64) {
-        if let Some(candidate) = self.candidates.get_mut(&way) {
+    pub fn failed(&mut self, endpoint: ServerEndpoint, now: Instant, chance: f64) {
+        if let Some(candidate) = self.candidates.get_mut(&endpoint) {
             candidate.dialling = false;
             slow_down(candidate, now, chance);
         }
@@ -159,11 +166,17 @@ impl Plan {
     /// Notes that a dial reached `server`, by its certificate. Returns whether to send Hello: not where
     /// this address is known to lead to it and enough live tunnels do, too, because the server would
     /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
-    pub fn reached(&mut self, way: Way, server: &str, now: Instant, chance: f64) -> bool {
-        let full = self.is_full(way, server);
-        let known = self.held(way.wire).get(server).into_iter().flatten();
-        let known = { known }.any(|held| held.address == way.address);
-        match self.candidates.get_mut(&way) {
+    pub fn reached(
+        &mut self,
+        endpoint: ServerEndpoint,
+        server: &str,
+        now: Instant,
+        chance: f64,
+    ) -> bool {
+        let full = self.is_full(endpoint, server);
+        let known = self.held(endpoint.wire).get(server).into_iter().flatten();
+        let known = { known }.any(|held| held.address == endpoint.address);
+        match self.candidates.get_mut(&endpoint) {
             Some(candidate) if full && (known || candidate.leads_to.as_deref() == Some(server)) => {
                 candidate.dialling = false;
                 slow_down(candidate, now, chance);
@@ -182,21 +195,21 @@ impl Plan {
     /// Notes that a dial led to a server. `tunnel` is the number of the tunnel, `chance` is in 0..1.
     pub fn welcomed(
         &mut self,
-        way: Way,
+        endpoint: ServerEndpoint,
         tunnel: u64,
-        leads: Leads,
+        leads: ServerInfo,
         now: Instant,
         chance: f64,
     ) -> Verdict {
-        let Leads {
+        let ServerInfo {
             server,
             instance,
             server_count,
         } = leads;
-        let candidate = self.candidates.get(&way);
+        let candidate = self.candidates.get(&endpoint);
         let fallback = candidate.is_some_and(|candidate| candidate.fallback);
-        let superseded = fallback && self.is_superseded(&server, way.address);
-        match way.wire {
+        let superseded = fallback && self.is_superseded(&server, endpoint.address);
+        match endpoint.wire {
             Wire::Quic => self.quic_count = server_count,
             // It counts the ids that it presents, not the servers that QUIC reaches.
             Wire::Grpc if superseded => {}
@@ -205,13 +218,13 @@ impl Plan {
         let verdict = if superseded {
             Verdict::Decline
         } else {
-            self.judge(way, &server, instance)
+            self.judge(endpoint, &server, instance)
         };
         if verdict == Verdict::Keep {
-            self.hold(way, tunnel, &server, instance, (fallback, now));
+            self.hold(endpoint, tunnel, &server, instance, (fallback, now));
         }
-        let is_full = self.is_full(way, &server);
-        if let Some(candidate) = self.candidates.get_mut(&way) {
+        let is_full = self.is_full(endpoint, &server);
+        if let Some(candidate) = self.candidates.get_mut(&endpoint) {
             candidate.dialling = false;
             candidate.leads_to = Some(server);
             slow_down(candidate, now, chance);
@@ -224,18 +237,23 @@ impl Plan {
         verdict
     }
 
-    fn judge(&self, way: Way, server: &str, instance: Option<InstanceId>) -> Verdict {
-        let map = self.held(way.wire);
+    fn judge(
+        &self,
+        endpoint: ServerEndpoint,
+        server: &str,
+        instance: Option<InstanceId>,
+    ) -> Verdict {
+        let map = self.held(endpoint.wire);
         let held = map.get(server).into_iter().flatten();
         let live = held.filter(|held| held.live && !held.draining);
         let (same, other): (Vec<_>, Vec<_>) = live.partition(|held| held.instance == instance);
-        if same.len() >= self.most(way.wire) {
+        if same.len() >= self.most(endpoint.wire) {
             return Verdict::Decline;
         }
-        let mut elsewhere = other.iter().filter(|held| held.address != way.address);
+        let mut elsewhere = other.iter().filter(|held| held.address != endpoint.address);
         match elsewhere.next() {
             Some(held) if same.is_empty() => Verdict::Conflict(held.address),
-            _ if way.wire == Wire::Quic || map.contains_key(server) => Verdict::Keep,
+            _ if endpoint.wire == Wire::Quic || map.contains_key(server) => Verdict::Keep,
             _ if map.len() >= MAX_PROXY_SERVERS => Verdict::Decline,
             _ => Verdict::Keep,
         }
@@ -243,14 +261,17 @@ impl Plan {
 
     fn hold(
         &mut self,
-        way: Way,
+        endpoint: ServerEndpoint,
         tunnel: u64,
         server: &Arc<str>,
         instance: Option<InstanceId>,
         (fallback, now): (bool, Instant),
     ) {
-        let most = self.most(way.wire);
-        let held = self.held_mut(way.wire).entry(server.clone()).or_default();
+        let most = self.most(endpoint.wire);
+        let held = self
+            .held_mut(endpoint.wire)
+            .entry(server.clone())
+            .or_default();
         // What leads to another process of that name has had its time.
         held.retain(|held| held.instance == instance);
         if held.len() >= most
@@ -258,10 +279,10 @@ impl Plan {
         {
             held.remove(silent);
         }
-        held.push(Held {
+        held.push(TunnelEntry {
             tunnel,
             instance,
-            address: way.address,
+            address: endpoint.address,
             since: now,
             fallback,
             live: true,
@@ -286,15 +307,17 @@ impl Plan {
     /// Notes the end of a tunnel: its server is dialled at once, unless the tunnel had hardly begun.
     /// `chance` is in 0..1.
     pub fn ended(&mut self, wire: Wire, server: &str, tunnel: u64, now: Instant, chance: f64) {
-        let Some(Held { address, since, .. }) = take(self.held_mut(wire), server, tunnel) else {
+        let Some(TunnelEntry { address, since, .. }) = take(self.held_mut(wire), server, tunnel)
+        else {
             return;
         };
         // A server that lets agents in and then ends them would be dialled without a pause.
         let from = now.max(since + FASTEST);
         let again = from + SPREAD.mul_f64(chance);
-        for (way, candidate) in &mut self.candidates {
-            let leads = candidate.leads_to.as_deref() == Some(server) || way.address == address;
-            if way.wire == wire && leads {
+        for (endpoint, candidate) in &mut self.candidates {
+            let leads =
+                candidate.leads_to.as_deref() == Some(server) || endpoint.address == address;
+            if endpoint.wire == wire && leads {
                 candidate.pace = FASTEST;
                 candidate.next = again;
             }
@@ -304,7 +327,7 @@ impl Plan {
 
     /// Returns the gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
     pub fn superseded(&mut self) -> Vec<u64> {
-        let superseded = |(server, held): &(&Arc<str>, &Held)| {
+        let superseded = |(server, held): &(&Arc<str>, &TunnelEntry)| {
             held.fallback && self.is_superseded(server, held.address)
         };
         let superseded = all(&self.grpc).filter(superseded);
@@ -338,10 +361,11 @@ impl Plan {
 
     /// Whether `way` is not needed, because there are enough live tunnels to `server`. Those to a
     /// server that drains count at their own address: elsewhere its successor may be found.
-    fn is_full(&self, way: Way, server: &str) -> bool {
-        let held = self.held(way.wire).get(server).into_iter().flatten();
-        let counts = |held: &&Held| held.live && (!held.draining || held.address == way.address);
-        held.filter(counts).count() >= self.most(way.wire)
+    fn is_full(&self, endpoint: ServerEndpoint, server: &str) -> bool {
+        let held = self.held(endpoint.wire).get(server).into_iter().flatten();
+        let counts =
+            |held: &&TunnelEntry| held.live && (!held.draining || held.address == endpoint.address);
+        held.filter(counts).count() >= self.most(endpoint.wire)
     }
 
     fn held(&self, wire: Wire) -> &Tunnels {
@@ -371,8 +395,9 @@ impl Plan {
         if wire != Wire::Quic {
             return;
         }
-        for (way, candidate) in &mut self.candidates {
-            let leads = candidate.leads_to.as_deref() == Some(server) || way.address == address;
+        for (endpoint, candidate) in &mut self.candidates {
+            let leads =
+                candidate.leads_to.as_deref() == Some(server) || endpoint.address == address;
             if candidate.fallback && leads {
                 candidate.pace = FASTEST;
                 candidate.next = now + wait;
@@ -383,35 +408,39 @@ impl Plan {
     }
 
     /// Returns the time of the next dial of a way; `None` while it is not needed.
-    fn at(&self, way: &Way, candidate: &Candidate) -> Option<Instant> {
+    fn at(&self, endpoint: &ServerEndpoint, candidate: &Candidate) -> Option<Instant> {
         if !candidate.resolved || candidate.dialling {
             return None;
         }
-        if self.is_wanted(way, candidate) {
+        if self.is_wanted(endpoint, candidate) {
             return Some(candidate.next);
         }
-        let reconciled = way.wire == Wire::Grpc && !self.grpc.is_empty() && self.leases.is_none();
+        let reconciled =
+            endpoint.wire == Wire::Grpc && !self.grpc.is_empty() && self.leases.is_none();
         reconciled.then_some(candidate.reconcile)
     }
 
-    fn is_wanted(&self, way: &Way, candidate: &Candidate) -> bool {
-        if way.wire == Wire::Grpc && reached(&self.grpc).count() >= MAX_PROXY_SERVERS {
+    fn is_wanted(&self, endpoint: &ServerEndpoint, candidate: &Candidate) -> bool {
+        if endpoint.wire == Wire::Grpc && reached(&self.grpc).count() >= MAX_PROXY_SERVERS {
             return false;
         }
         // A virtual address may lead to another one than last time.
-        let mut here = live(self.held(way.wire)).filter(|(_, held)| held.address == way.address);
-        if here.any(|(server, _)| !self.is_full(*way, server)) {
+        let mut here =
+            live(self.held(endpoint.wire)).filter(|(_, held)| held.address == endpoint.address);
+        if here.any(|(server, _)| !self.is_full(*endpoint, server)) {
             return true;
         }
         let served = match &candidate.leads_to {
             Some(server) => {
-                self.is_full(*way, server)
-                    || candidate.fallback && self.is_superseded(server, way.address)
+                self.is_full(*endpoint, server)
+                    || candidate.fallback && self.is_superseded(server, endpoint.address)
             }
             // The server behind gRPC is unknown, but QUIC reaches one.
-            None => candidate.fallback && live(&self.quic).any(|(_, h)| h.address == way.address),
+            None => {
+                candidate.fallback && live(&self.quic).any(|(_, h)| h.address == endpoint.address)
+            }
         };
-        !served || self.is_missing(way.wire, candidate.fallback)
+        !served || self.is_missing(endpoint.wire, candidate.fallback)
     }
 
     fn proxy_servers(&self) -> u32 {

@@ -15,10 +15,10 @@ use tunnel_proto::session::{
 };
 
 use super::dialer;
-use super::plan::{Way, Wire};
+use super::plan::{ServerEndpoint, Wire};
 use super::renew::Request;
 use super::stats::TunnelStats;
-use super::tunnel::{About, GOODBYE, LOOK_INTERVAL};
+use super::tunnel::{GOODBYE, LOOK_INTERVAL, TunnelInfo};
 use super::worker::Worker;
 use cpc_host::host;
 use cpc_host::lifecycle::Phase;
@@ -89,7 +89,7 @@ impl From<IdentityError> for DialError {
 #[derive(Debug)]
 pub(super) struct Tunnel {
     /// Description of the tunnel.
-    pub about: About,
+    pub info: TunnelInfo,
     /// Process of the server.
     pub server_instance: InstanceId,
     connection: Connection,
@@ -188,9 +188,9 @@ impl Reached {
         }
         let server_count = welcome.server_count;
         let tunnel = Rc::new(Tunnel {
-            about: About {
+            info: TunnelInfo {
                 server_id: welcome.server_id.as_str().into(),
-                way: Way {
+                endpoint: ServerEndpoint {
                     address,
                     wire: Wire::Quic,
                 },
@@ -231,7 +231,7 @@ impl Tunnel {
         let told = self
             .session
             .with(|s| s.drain(RETIREMENT, CloseReason::Replaced));
-        while told.is_ok() && self.about.stats.streams.load(Ordering::Relaxed) > 0 {
+        while told.is_ok() && self.info.stats.streams.load(Ordering::Relaxed) > 0 {
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
         self.close(CloseReason::Replaced);
@@ -277,7 +277,7 @@ impl Dialled {
                     Ok(AgentEvent::Certificate(answer)) => {
                         if let Some(asked) = asked.take() {
                             // The requester may have given up.
-                            let answer = (tunnel.about.server_id.clone(), answer);
+                            let answer = (tunnel.info.server_id.clone(), answer);
                             let _ = oneshot::Sender::send(asked, answer);
                         }
                     }
@@ -287,7 +287,7 @@ impl Dialled {
                 stream = tunnel.connection.accept_bi() => match stream {
                     Ok(stream) => {
                         tunnel.session.note_traffic(Instant::now());
-                        let who = (tunnel.about.server_id.clone(), tunnel.about.stats.clone());
+                        let who = (tunnel.info.server_id.clone(), tunnel.info.stats.clone());
                         let served = dialer::serve(worker.clone(), who, stream);
                         tokio::task::spawn_local(served);
                     }
@@ -330,9 +330,9 @@ impl Dialled {
 
 impl Tunnel {
     fn note(&self, event: AgentEvent, changed: &impl Fn()) {
-        let About {
+        let TunnelInfo {
             server_id, stats, ..
-        } = &self.about;
+        } = &self.info;
         match event {
             AgentEvent::Silent => {
                 tracing::warn!(server = %server_id, "server is silent");

@@ -5,18 +5,18 @@ use std::net::SocketAddr;
 
 use tokio::sync::mpsc;
 
-use super::tunnel_task::{self, Errand};
+use super::tunnel_task::{self, TunnelTask};
 use super::worker::Worker;
 use cpc_datapath::shard::Shards;
-use cpc_host::concurrency::{Entered, Gate};
+use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 
 /// Channels to an agent's shards.
-pub(super) struct Dispatch(Vec<Way>);
+pub(super) struct Dispatch(Vec<ShardQueue>);
 
-struct Way {
-    errands: mpsc::UnboundedSender<Errand>,
+struct ShardQueue {
+    tasks: mpsc::UnboundedSender<TunnelTask>,
     /// Tunnels on the shard, or on their way to it.
-    tunnels: Gate,
+    tunnels: ConcurrencyLimit,
 }
 
 impl Dispatch {
@@ -25,14 +25,14 @@ impl Dispatch {
     /// # Errors
     /// A thread can't be started.
     pub(super) fn start(shards: &mut Shards, count: usize, worker: &Worker) -> io::Result<Self> {
-        let ways = (0..count).map(|_| {
-            let (errands, inbox) = mpsc::unbounded_channel();
+        let queues = (0..count).map(|_| {
+            let (tasks, inbox) = mpsc::unbounded_channel();
             let worker = worker.clone();
             shards.spawn(move || tunnel_task::run(worker, inbox))?;
-            let tunnels = Gate::new(usize::MAX);
-            Ok(Way { errands, tunnels })
+            let tunnels = ConcurrencyLimit::new(usize::MAX);
+            Ok(ShardQueue { tasks, tunnels })
         });
-        Ok(Self(ways.collect::<io::Result<_>>()?))
+        Ok(Self(queues.collect::<io::Result<_>>()?))
     }
 
     /// Reserves a place for a tunnel to `address`: on a shard with the fewest of those in `held` to
@@ -42,21 +42,21 @@ impl Dispatch {
         &self,
         address: SocketAddr,
         held: impl Iterator<Item = (SocketAddr, usize)>,
-    ) -> (usize, Option<Entered>) {
+    ) -> (usize, Option<Permit>) {
         let mut there = vec![0; self.0.len()];
         for (_, shard) in held.filter(|(to, _)| *to == address) {
             there[shard] += 1;
         }
-        let load = |index: &usize| (there[*index], self.0[*index].tunnels.inside());
+        let load = |index: &usize| (there[*index], self.0[*index].tunnels.in_use());
         let index = (0..self.0.len()).min_by_key(load).unwrap_or_default();
-        let entered = self.0.get(index).and_then(|way| way.tunnels.enter());
+        let entered = self.0.get(index).and_then(|queue| queue.tunnels.acquire());
         (index, entered)
     }
 
-    /// Sends an errand to shard `index`. A shard that has ended drops it: then the process is ending.
-    pub(super) fn send(&self, index: usize, errand: Errand) {
-        if let Some(way) = self.0.get(index) {
-            let _ = way.errands.send(errand);
+    /// Sends a task to shard `index`. A shard that has ended drops it: then the process is ending.
+    pub(super) fn send(&self, index: usize, task: TunnelTask) {
+        if let Some(queue) = self.0.get(index) {
+            let _ = queue.tasks.send(task);
         }
     }
 }

@@ -11,12 +11,12 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use super::plan::Health;
-use super::tunnel::About;
+use super::tunnel::TunnelInfo;
 use super::tunnel_views::{TunnelView, Tunnels};
 use super::worker::{CONNECTIONS, STALLED_BYTES};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
@@ -32,7 +32,7 @@ pub(super) struct View {
     tunnels: Arc<Tunnels>,
     policy: Arc<ArcSwap<AllowList>>,
     budget: Budget,
-    connections: Gate,
+    connections: ConcurrencyLimit,
     limits: LimitMetrics,
     shards: usize,
     engine: Engine,
@@ -51,7 +51,7 @@ impl View {
         (identity, shards, engine): (String, usize, Engine),
         tunnels: Arc<Tunnels>,
         policy: Arc<ArcSwap<AllowList>>,
-        (budget, connections, limits): (Budget, Gate, LimitMetrics),
+        (budget, connections, limits): (Budget, ConcurrencyLimit, LimitMetrics),
         phase: watch::Receiver<Phase>,
         (proxy_metrics, lifetimes): (ProxyAgentMetrics, Lifetimes),
     ) -> Self {
@@ -124,17 +124,17 @@ impl Source for View {
         let stalled = self.budget.stalled();
         self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
         self.limits.set_used(STALLED_BYTES, self.budget.used());
-        let connections = self.connections.inside() as u64;
+        let connections = self.connections.in_use() as u64;
         self.limits.set_used(CONNECTIONS, connections);
     }
 }
 
 fn row(tunnel: &TunnelView) -> ServerRow {
-    let About {
+    let TunnelInfo {
         server_id,
-        way,
+        endpoint,
         stats,
-    } = &tunnel.about;
+    } = &tunnel.info;
     let state = match stats.health() {
         Health::Silent => "silent",
         Health::Draining => "draining",
@@ -143,9 +143,9 @@ fn row(tunnel: &TunnelView) -> ServerRow {
     let refused = stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
     ServerRow {
         server_id: server_id.to_string(),
-        address: way.address.to_string(),
+        address: endpoint.address.to_string(),
         shard: tunnel.shard,
-        protocol: way.wire.label().into(),
+        protocol: endpoint.wire.label().into(),
         state: state.into(),
         rtt_ms: tunnel.rtt().map(millis),
         mtu: tunnel.mtu(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tunnel_proto::close::CloseReason;
 
-use super::plan::{Leads, Way};
+use super::plan::{ServerEndpoint, ServerInfo};
 use super::stats::TunnelStats;
 use super::worker::Worker;
 use super::{konnectivity, quic};
@@ -21,11 +21,11 @@ pub(super) const GOODBYE: Duration = Duration::from_millis(500);
 
 /// Description of a tunnel.
 #[derive(Clone, Debug)]
-pub(super) struct About {
+pub(super) struct TunnelInfo {
     /// Server of the tunnel.
     pub server_id: Arc<str>,
     /// Address and protocol.
-    pub way: Way,
+    pub endpoint: ServerEndpoint,
     /// Statistics of the tunnel.
     pub stats: Arc<TunnelStats>,
 }
@@ -79,10 +79,10 @@ impl End {
 
 impl Tunnel {
     /// Returns the description of the tunnel.
-    pub(super) fn about(&self) -> &About {
+    pub(super) fn info(&self) -> &TunnelInfo {
         match self {
-            Self::Quic(tunnel) => &tunnel.about,
-            Self::Grpc(tunnel) => &tunnel.about,
+            Self::Quic(tunnel) => &tunnel.info,
+            Self::Grpc(tunnel) => &tunnel.info,
         }
     }
 
@@ -129,13 +129,13 @@ impl Dialled {
     }
 
     /// Returns the server of the tunnel.
-    pub(super) fn leads(&self) -> Leads {
+    pub(super) fn server_info(&self) -> ServerInfo {
         let (instance, server_count) = match self {
             Self::Quic(dialled) => (Some(dialled.tunnel.server_instance), dialled.server_count),
             Self::Grpc(dialled) => (None, dialled.server_count),
         };
-        Leads {
-            server: self.tunnel().about().server_id.clone(),
+        ServerInfo {
+            server: self.tunnel().info().server_id.clone(),
             instance,
             server_count,
         }

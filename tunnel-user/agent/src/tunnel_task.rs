@@ -7,22 +7,22 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tunnel_proto::close::CloseReason;
 
-use super::plan::{Leads, Way, Wire};
-use super::tunnel::{About, DialError, Dialled, End, Tunnel};
+use super::plan::{ServerEndpoint, ServerInfo, Wire};
+use super::tunnel::{DialError, Dialled, End, Tunnel, TunnelInfo};
 use super::worker::Worker;
 use super::{konnectivity, quic};
-use cpc_host::concurrency::Entered;
+use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
 use cpc_observe::audit::events as audit;
 use cpc_transport::quic::PathView;
 use cpc_transport::quic::steering::Spread;
 
 /// A task for a shard: to dial, and to serve the resulting tunnel.
-pub(super) struct Errand {
+pub(super) struct TunnelTask {
     /// Number of the tunnel.
     pub number: u64,
     /// Address and protocol.
-    pub way: Way,
+    pub endpoint: ServerEndpoint,
     /// Server name that the way was resolved from.
     pub server: Option<Arc<str>>,
     /// Number of the tunnel among those at this address.
@@ -30,15 +30,15 @@ pub(super) struct Errand {
     /// Receiver of the events.
     pub events: mpsc::UnboundedSender<Event>,
     /// Permit on the shard.
-    pub place: Entered,
+    pub place: Permit,
 }
 
-/// Event of an errand, for the connector.
+/// Event of a task, for the connector.
 pub(super) enum Event {
     /// A server has shown its certificate. The answer tells whether to send Hello.
-    Reached(Way, u64, Arc<str>, oneshot::Sender<bool>),
+    Reached(ServerEndpoint, u64, Arc<str>, oneshot::Sender<bool>),
     /// The dial failed.
-    Failed(Way, u64, String),
+    Failed(ServerEndpoint, u64, String),
     /// The server has welcomed the agent.
     Welcomed(Box<Welcomed>),
     /// The server fell silent, drains, or is heard again.
@@ -52,60 +52,60 @@ pub(super) struct Welcomed {
     /// Number of the tunnel.
     pub number: u64,
     /// Description of the tunnel.
-    pub about: About,
+    pub info: TunnelInfo,
     /// Server that the tunnel leads to.
-    pub leads: Leads,
+    pub server_info: ServerInfo,
     /// Path, where the protocol measures it.
     pub path: Option<Arc<PathView>>,
     /// Sender of orders.
-    pub orders: mpsc::UnboundedSender<Order>,
+    pub commands: mpsc::UnboundedSender<TunnelCommand>,
     /// Sender of the decision whether to keep the tunnel.
     pub keep: oneshot::Sender<bool>,
 }
 
-/// Order for a tunnel.
+/// Command for a tunnel.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Order {
+pub(super) enum TunnelCommand {
     /// End at once, with everything on the tunnel.
     Close(CloseReason),
     /// End with the last stream.
     Retire,
 }
 
-/// Runs errands until their sender is gone.
-pub(super) async fn run(worker: Worker, mut errands: mpsc::UnboundedReceiver<Errand>) {
+/// Runs tasks until their sender is gone.
+pub(super) async fn run(worker: Worker, mut tasks: mpsc::UnboundedReceiver<TunnelTask>) {
     let worker = Rc::new(worker);
-    while let Some(errand) = errands.recv().await {
+    while let Some(task) = tasks.recv().await {
         let worker = worker.clone();
-        tokio::task::spawn_local(async move { errand.run(&worker).await });
+        tokio::task::spawn_local(async move { task.run(&worker).await });
     }
 }
 
-impl Errand {
+impl TunnelTask {
     async fn run(self, worker: &Rc<Worker>) {
         let Self {
             number,
-            way,
+            endpoint,
             events,
             place: _place,
             ..
         } = &self;
-        // The connector outlives its errands, except at the very end.
+        // The connector outlives its tasks, except at the very end.
         let tell = |event| drop(events.send(event));
         let dialled = match self.dial(worker).await {
             Ok(Some(dialled)) => dialled,
             Ok(None) => return,
-            Err(error) => return tell(Event::Failed(*way, *number, report(&error))),
+            Err(error) => return tell(Event::Failed(*endpoint, *number, report(&error))),
         };
         let tunnel = dialled.tunnel();
-        let (orders, told) = mpsc::unbounded_channel();
+        let (commands, told) = mpsc::unbounded_channel();
         let (keep, kept) = oneshot::channel();
         tell(Event::Welcomed(Box::new(Welcomed {
             number: *number,
-            about: tunnel.about().clone(),
-            leads: dialled.leads(),
+            info: tunnel.info().clone(),
+            server_info: dialled.server_info(),
             path: tunnel.path(),
-            orders,
+            commands,
             keep,
         })));
         if !kept.await.unwrap_or(false) {
@@ -113,24 +113,24 @@ impl Errand {
             return dialled.decline(worker.clone(), reason).await;
         }
         let changed = || tell(Event::Changed(*number));
-        let struck = struck(worker, tunnel.clone());
+        let revoked = revoked(worker, tunnel.clone());
         let end = tokio::select! {
             end = dialled.serve(worker.clone(), changed) => end,
-            end = obey(tunnel, told) => end,
-            end = struck => end,
+            end = run_commands(tunnel, told) => end,
+            end = revoked => end,
         };
         tell(Event::Ended(*number, end));
     }
 
     /// Dials. Returns `None` if the connector does not want the tunnel any more.
     async fn dial(&self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
-        let Way { address, wire } = self.way;
+        let ServerEndpoint { address, wire } = self.endpoint;
         match (wire, &worker.material, &worker.konnectivity, &self.server) {
             (Wire::Quic, Some(material), _, _) => {
                 let reached = quic::reach(material, &worker.setup, address, self.spread).await?;
                 let (introduce, wanted) = oneshot::channel();
                 let server = reached.identity.name.clone();
-                let reached_it = Event::Reached(self.way, self.number, server, introduce);
+                let reached_it = Event::Reached(self.endpoint, self.number, server, introduce);
                 let _ = self.events.send(reached_it);
                 if !wanted.await.unwrap_or(false) {
                     reached.decline(CloseReason::DuplicateServer).await;
@@ -140,7 +140,7 @@ impl Errand {
             }
             (Wire::Grpc, _, Some(client), Some(server)) => {
                 let metrics = &worker.proxy_metrics.streams;
-                let dialled = konnectivity::dial(client, self.way, server, metrics).await?;
+                let dialled = konnectivity::dial(client, self.endpoint, server, metrics).await?;
                 Ok(Some(Dialled::Grpc(dialled)))
             }
             _ => Err(DialError::NotConfigured),
@@ -149,23 +149,23 @@ impl Errand {
 }
 
 /// Ends a tunnel to a revoked server.
-async fn struck(worker: &Worker, tunnel: Tunnel) -> End {
+async fn revoked(worker: &Worker, tunnel: Tunnel) -> End {
     let (Some(material), Tunnel::Quic(quic)) = (&worker.material, &tunnel) else {
         return std::future::pending().await;
     };
-    let revoked = material.revocations().strike(&quic.peer()).await;
-    audit::cut("tunnel", quic.about.way.address, &revoked);
+    let revoked = material.revocations().on_revocation(&quic.peer()).await;
+    audit::cut("tunnel", quic.info.endpoint.address, &revoked);
     let reason = CloseReason::IdentityRefused;
     tunnel.close(reason);
     End::new(reason, revoked)
 }
 
 /// Executes orders without end: the tunnel itself reports its end.
-async fn obey(tunnel: Tunnel, mut told: mpsc::UnboundedReceiver<Order>) -> End {
+async fn run_commands(tunnel: Tunnel, mut told: mpsc::UnboundedReceiver<TunnelCommand>) -> End {
     while let Some(order) = told.recv().await {
         match order {
-            Order::Close(reason) => tunnel.close_when_heard(reason).await,
-            Order::Retire => drop(tokio::task::spawn_local(tunnel.clone().retire())),
+            TunnelCommand::Close(reason) => tunnel.close_when_heard(reason).await,
+            TunnelCommand::Retire => drop(tokio::task::spawn_local(tunnel.clone().retire())),
         }
     }
     std::future::pending().await

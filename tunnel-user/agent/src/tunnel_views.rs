@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::plan::Health;
-use super::tunnel::About;
+use super::tunnel::TunnelInfo;
 use cpc_transport::quic::PathView;
 
 /// A tunnel, for status and metrics.
 #[derive(Clone, Debug)]
 pub(super) struct TunnelView {
     /// Description of the tunnel.
-    pub about: About,
+    pub info: TunnelInfo,
     /// Shard of the tunnel.
     pub shard: usize,
     path: Option<Arc<PathView>>,
@@ -21,8 +21,8 @@ pub(super) struct TunnelView {
 
 impl TunnelView {
     /// Creates the view of a fresh tunnel.
-    pub(super) fn new(about: About, path: Option<Arc<PathView>>, shard: usize) -> Self {
-        Self { about, shard, path }
+    pub(super) fn new(info: TunnelInfo, path: Option<Arc<PathView>>, shard: usize) -> Self {
+        Self { info, shard, path }
     }
 
     /// Returns the round-trip time, where the protocol measures it.
@@ -48,7 +48,7 @@ impl Tunnels {
     pub(super) fn view(&self) -> Vec<TunnelView> {
         let mut view: Vec<_> = self.held().values().cloned().collect();
         view.sort_by(|a, b| {
-            let key = |view: &TunnelView| (view.about.server_id.clone(), view.about.way);
+            let key = |view: &TunnelView| (view.info.server_id.clone(), view.info.endpoint);
             key(a).cmp(&key(b))
         });
         view
@@ -58,9 +58,9 @@ impl Tunnels {
     pub(super) fn live_servers(&self) -> usize {
         let held = self.held();
         // One that drains serves until it leaves.
-        let heard = |t: &&TunnelView| t.about.stats.health() != Health::Silent;
+        let heard = |t: &&TunnelView| t.info.stats.health() != Health::Silent;
         let live = held.values().filter(heard);
-        live.map(|t| &t.about.server_id)
+        live.map(|t| &t.info.server_id)
             .collect::<HashSet<_>>()
             .len()
     }

@@ -10,12 +10,12 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
-use super::happy_eyeballs::Answered;
+use super::happy_eyeballs::AnsweredAddresses;
 use super::konnectivity::Client;
 use super::renew::Renewals;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
-use cpc_host::concurrency::{Entered, Gate};
+use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 use cpc_host::lifecycle::{self, Phase};
 use cpc_identity::Material;
 use cpc_observe::konnectivity::ProxyAgentMetrics;
@@ -45,7 +45,7 @@ pub(super) struct Worker {
     /// Allow-list.
     pub policy: Arc<ArcSwap<AllowList>>,
     /// Addresses of destinations' names that have answered.
-    pub answered: Arc<Answered>,
+    pub answered: Arc<AnsweredAddresses>,
     /// Metrics of dials.
     pub metrics: DialMetrics,
     /// Metrics under the names of proxy-agent.
@@ -55,7 +55,7 @@ pub(super) struct Worker {
     /// Phase of the process.
     pub phase: watch::Receiver<Phase>,
     /// Open connections.
-    pub connections: Gate,
+    pub connections: ConcurrencyLimit,
     /// Metrics of limits.
     pub limits: LimitMetrics,
 }
@@ -105,14 +105,14 @@ impl Worker {
             );
             return Err((CloseReason::Overloaded, text));
         }
-        let Some(entered) = self.connections.enter() else {
+        let Some(entered) = self.connections.acquire() else {
             if self.connections.is_closed() {
                 return Err((CloseReason::Draining, ENDING.into()));
             }
             self.limits.refuse(CONNECTIONS);
             let text = format!(
                 "the agent holds {} connections (limits.connections)",
-                self.connections.inside()
+                self.connections.in_use()
             );
             return Err((CloseReason::Overloaded, text));
         };
@@ -126,7 +126,7 @@ impl Worker {
 
 /// One admitted connection, counted until dropped.
 pub(super) struct Admitted {
-    _entered: Entered,
+    _entered: Permit,
     open: Gauge,
 }
 

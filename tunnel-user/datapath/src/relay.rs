@@ -80,7 +80,7 @@ pub struct Ending {
 
 /// End of one direction that leaves the other one running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rest {
+enum DirectionEnd {
     /// The end of file was passed on.
     Finished,
     /// The receiving side takes no more bytes but may still send.
@@ -99,7 +99,7 @@ pub fn relay<'a>(
     budget: &'a Budget,
     meter: &'a impl Meter,
 ) -> impl Future<Output = Ending> {
-    let about = About {
+    let state = RelayState {
         local,
         budget,
         meter,
@@ -109,20 +109,20 @@ pub fn relay<'a>(
     };
     async move {
         let ended = {
-            let mut outward = pin!(outward(&about, send, start));
-            let mut inward = pin!(inward(&about, recv));
+            let mut outward = pin!(outward(&state, send, start));
+            let mut inward = pin!(inward(&state, recv));
             tokio::select! {
                 ended = &mut outward => ended,
                 ended = &mut inward => ended,
             }
         };
         let ended = match ended {
-            Ok(()) => close(&about, send, recv).await,
+            Ok(()) => close(&state, send, recv).await,
             Err(ending) => Err(ending),
         };
         match ended {
             Ok(ending) => {
-                about.local.reset_on_close(false);
+                state.local.reset_on_close(false);
                 ending
             }
             Err(ending) => {
@@ -135,18 +135,18 @@ pub fn relay<'a>(
 }
 
 /// State shared by both directions.
-struct About<'a, L, M> {
+struct RelayState<'a, L, M> {
     local: &'a L,
     budget: &'a Budget,
     meter: &'a M,
     /// Side that finished first.
     first: Cell<Option<ClosedBy>>,
     /// End of each direction.
-    out: Cell<Option<Rest>>,
-    inn: Cell<Option<Rest>>,
+    out: Cell<Option<DirectionEnd>>,
+    inn: Cell<Option<DirectionEnd>>,
 }
 
-impl<L, M> About<'_, L, M> {
+impl<L, M> RelayState<'_, L, M> {
     fn note(&self, by: ClosedBy) {
         self.first.set(self.first.get().or(Some(by)));
     }
@@ -155,27 +155,27 @@ impl<L, M> About<'_, L, M> {
 /// Ends the connection where neither direction can go on. `Ok` is an orderly close, `Err` one that must
 /// reset the rest.
 async fn close(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     recv: &mut impl RecvHalf,
 ) -> Result<Ending, Ending> {
-    let (mut out, inn) = (about.out.get(), about.inn.get());
-    if out == Some(Rest::Left) {
+    let (mut out, inn) = (state.out.get(), state.inn.get());
+    if out == Some(DirectionEnd::Left) {
         recv.stop(CloseReason::PeerGone);
-        out = Some(send_rest(Box::pin(send.stopped()).await, about)?);
+        out = Some(send_rest(Box::pin(send.stopped()).await, state)?);
     } else if inn.is_none() {
-        if out != Some(Rest::Finished) {
+        if out != Some(DirectionEnd::Finished) {
             return Err(RESET_BY_LOCAL);
         }
         // It had sent its end of file: it wants no answer, but what it sent still arrives.
         recv.stop(CloseReason::PeerGone);
     }
     let ending = Ending {
-        by: about.first.get().unwrap_or(ClosedBy::Remote),
+        by: state.first.get().unwrap_or(ClosedBy::Remote),
         reason: CloseReason::Finished,
     };
-    let is_orderly = (out, inn) == (Some(Rest::Finished), Some(Rest::Finished));
-    if !is_orderly && !Box::pin(linger(about.local)).await {
+    let is_orderly = (out, inn) == (Some(DirectionEnd::Finished), Some(DirectionEnd::Finished));
+    if !is_orderly && !Box::pin(linger(state.local)).await {
         return Err(ending);
     }
     Ok(ending)
@@ -202,7 +202,7 @@ fn reset_by_remote(reason: CloseReason) -> Ending {
 /// Moves bytes from the local socket to the stream, until the far side has acknowledged everything.
 /// Returns when the connection is at its end.
 fn outward(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     next: &mut Outbound,
 ) -> impl Future<Output = Result<(), Ending>> {
@@ -213,20 +213,20 @@ fn outward(
                 let n = next.pending.len();
                 let sent = match at_once(|| send.send(&mut next.pending)).await {
                     Some(sent) => Ok(sent),
-                    None => Box::pin(send_all(about, send, &mut next.pending)).await,
+                    None => Box::pin(send_all(state, send, &mut next.pending)).await,
                 };
                 if let Err(end) = sent? {
                     break end;
                 }
-                about.meter.outbound(n);
+                state.meter.outbound(n);
                 if next.eof {
-                    about.note(ClosedBy::Local);
-                    match departure(about.local, send) {
+                    state.note(ClosedBy::Local);
+                    match departure(state.local, send) {
                         Departure::Half => send.finish_half(),
                         Departure::Unknown => send.finish(),
                         Departure::Whole => {
                             send.finish();
-                            about.out.set(Some(Rest::Left));
+                            state.out.set(Some(DirectionEnd::Left));
                             return Ok(());
                         }
                     }
@@ -234,15 +234,15 @@ fn outward(
                 }
                 tokio::select! {
                     end = &mut stopped => break end,
-                    read = about.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
+                    read = state.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
                 }
                 next.eof = next.pending.is_empty();
             }
         };
-        about.out.set(Some(send_rest(end, about)?));
-        if about.inn.get().is_none() {
+        state.out.set(Some(send_rest(end, state)?));
+        if state.inn.get().is_none() {
             // During a read, the reader distinguishes a reset from an end of file.
-            Box::pin(about.local.broken()).await;
+            Box::pin(state.local.broken()).await;
         }
         Ok(())
     }
@@ -259,11 +259,11 @@ fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
 
 /// Waits for credit, and charges the waiting bytes. An `Err` is the local socket's, or the budget's.
 async fn send_all(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     pending: &mut Bytes,
 ) -> Result<Result<(), SendEnd>, Ending> {
-    let mut charge = Charge::new(about.budget.clone());
+    let mut charge = Charge::new(state.budget.clone());
     if !charge.set(pending.len() as u64) {
         return Err(TOO_MUCH);
     }
@@ -271,16 +271,16 @@ async fn send_all(
         biased;
         sent = send.send(pending) => Ok(sent),
         // Without credit there is no read, which would detect a reset.
-        () = about.local.revoked() => Err(RESET_BY_LOCAL),
+        () = state.local.revoked() => Err(RESET_BY_LOCAL),
     }
 }
 
-fn send_rest<L, M>(end: SendEnd, about: &About<'_, L, M>) -> Result<Rest, Ending> {
+fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<DirectionEnd, Ending> {
     match end {
-        SendEnd::Acknowledged => Ok(Rest::Finished),
+        SendEnd::Acknowledged => Ok(DirectionEnd::Finished),
         SendEnd::Stopped(CloseReason::PeerGone) => {
-            about.note(ClosedBy::Remote);
-            Ok(Rest::Refused)
+            state.note(ClosedBy::Remote);
+            Ok(DirectionEnd::Refused)
         }
         SendEnd::Stopped(reason) => Err(reset_by_remote(reason)),
         SendEnd::Link(reason) => Err(Ending {
@@ -292,7 +292,7 @@ fn send_rest<L, M>(end: SendEnd, about: &About<'_, L, M>) -> Result<Rest, Ending
 
 /// Moves bytes from the stream to the local socket. Returns when the connection is at its end.
 fn inward(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
 ) -> impl Future<Output = Result<(), Ending>> {
     async move {
@@ -301,15 +301,15 @@ fn inward(
             let mut chunks = Vec::new();
             let received = recv.recv(&mut chunks).await;
             let written = match received {
-                Ok(()) => match write_now(about, &mut chunks) {
-                    Ok(done) if done == chunks.len() && about.local.is_flushed() => Ok(()),
+                Ok(()) => match write_now(state, &mut chunks) {
+                    Ok(done) if done == chunks.len() && state.local.is_flushed() => Ok(()),
                     Ok(done) => {
                         let rest = chunks.split_off(done);
-                        Box::pin(write_all(about, recv, rest)).await?
+                        Box::pin(write_all(state, recv, rest)).await?
                     }
                     Err(error) => Err(error),
                 },
-                Err(RecvEnd::Finished) => Box::pin(about.local.finish()).await,
+                Err(RecvEnd::Finished) => Box::pin(state.local.finish()).await,
                 Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
                 Err(RecvEnd::Link(reason)) => {
                     return Err(Ending {
@@ -321,21 +321,21 @@ fn inward(
             match written {
                 Ok(()) if received.is_ok() => {}
                 Ok(()) => {
-                    about.note(ClosedBy::Remote);
-                    break Rest::Finished;
+                    state.note(ClosedBy::Remote);
+                    break DirectionEnd::Finished;
                 }
                 // A reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or one that
                 // the reader has yet to see. What the peer sent is there to be read.
                 Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::NotConnected) => {
-                    about.note(ClosedBy::Local);
+                    state.note(ClosedBy::Local);
                     recv.stop(CloseReason::PeerGone);
-                    break Rest::Refused;
+                    break DirectionEnd::Refused;
                 }
                 Err(_) => return Err(RESET_BY_LOCAL),
             }
         };
-        about.inn.set(Some(rest));
-        if about.out.get().is_none() {
+        state.inn.set(Some(rest));
+        if state.out.get().is_none() {
             // The other direction sees it.
             std::future::pending::<()>().await;
         }
@@ -345,18 +345,18 @@ fn inward(
 
 /// Writes all `chunks` as the socket takes them. The outer `Err` is the stream's.
 async fn write_all(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
     mut chunks: Vec<Bytes>,
 ) -> Result<io::Result<()>, Ending> {
     let is_charged = recv.is_charged();
     let written = async {
         let mut done = 0;
-        while done < chunks.len() || !about.local.is_flushed() {
-            if let Err(error) = wait_for(about.local, about.budget, is_charged).await? {
+        while done < chunks.len() || !state.local.is_flushed() {
+            if let Err(error) = wait_for(state.local, state.budget, is_charged).await? {
                 return Ok(Err(error));
             }
-            match write_now(about, &mut chunks[done..]) {
+            match write_now(state, &mut chunks[done..]) {
                 Ok(more) => done += more,
                 Err(error) => return Ok(Err(error)),
             }
@@ -374,7 +374,7 @@ async fn write_all(
 /// Writes as much as the socket takes without waiting: some whole chunks, and a part of the next, which
 /// is split off.
 fn write_now(
-    about: &About<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter>,
     chunks: &mut [Bytes],
 ) -> io::Result<usize> {
     let mut done = 0;
@@ -384,10 +384,10 @@ fn write_now(
         for (slice, chunk) in slices.iter_mut().zip(&chunks[done..]) {
             *slice = IoSlice::new(chunk);
         }
-        let Some(mut n) = about.local.try_write(&slices[..used])? else {
+        let Some(mut n) = state.local.try_write(&slices[..used])? else {
             break;
         };
-        about.meter.inbound(n);
+        state.meter.inbound(n);
         while done < chunks.len() && n >= chunks[done].len() {
             n -= chunks[done].len();
             done += 1;

@@ -1,13 +1,13 @@
-//! Room for connections of unauthenticated peers, shared by source. Sans-IO.
+//! Slots for connections of unauthenticated peers, shared by source. Sans-IO.
 //!
-//! Every new connection is admitted. Without free room the oldest connection of the source with the
+//! Every new connection is admitted. Without free slot the oldest connection of the source with the
 //! most connections is evicted. So one network, however many connections it holds, keeps no other out.
 //! Loopback, where probes and operators come from, keeps a part that others can't take.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Divisor: the part of all room that only loopback may take from loopback.
+/// Divisor: the part of all slots that only loopback may take from loopback.
 const LOOPBACK_PART: usize = 4;
 
 /// Source of a connection: the /24 of IPv4, the /56 of IPv6.
@@ -19,14 +19,14 @@ enum Source {
 
 /// The place of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ticket {
+pub struct SlotId {
     source: Source,
     number: u64,
 }
 
-/// Room for `most` connections.
+/// Slots for `most` connections.
 #[derive(Debug)]
-pub struct Room {
+pub struct ConnectionSlots {
     most: usize,
     inside: usize,
     last: u64,
@@ -34,8 +34,8 @@ pub struct Room {
     sources: HashMap<Source, VecDeque<u64>>,
 }
 
-impl Room {
-    /// Creates room for `most` connections, at least 1.
+impl ConnectionSlots {
+    /// Creates slots for `most` connections, at least 1.
     pub fn new(most: usize) -> Self {
         Self {
             most: most.max(1),
@@ -45,9 +45,9 @@ impl Room {
         }
     }
 
-    /// Admits a connection. Returns its ticket, and the ticket of the connection that is evicted for
+    /// Admits a connection. Returns its slot, and the slot of the connection that is evicted for
     /// it, which has left already.
-    pub fn enter(&mut self, address: IpAddr) -> (Ticket, Option<Ticket>) {
+    pub fn enter(&mut self, address: IpAddr) -> (SlotId, Option<SlotId>) {
         let source = source(address);
         let evicted = if self.inside < self.most {
             None
@@ -59,20 +59,20 @@ impl Room {
         self.inside += 1;
         self.sources.entry(source).or_default().push_back(self.last);
         let number = self.last;
-        (Ticket { source, number }, evicted)
+        (SlotId { source, number }, evicted)
     }
 
     /// Forgets a connection that has ended. An evicted one has no effect.
-    pub fn leave(&mut self, ticket: Ticket) {
-        let Some(own) = self.sources.get_mut(&ticket.source) else {
+    pub fn leave(&mut self, slot: SlotId) {
+        let Some(own) = self.sources.get_mut(&slot.source) else {
             return;
         };
-        if let Ok(at) = own.binary_search(&ticket.number) {
+        if let Ok(at) = own.binary_search(&slot.number) {
             own.remove(at);
             self.inside -= 1;
         }
         if own.is_empty() {
-            self.sources.remove(&ticket.source);
+            self.sources.remove(&slot.source);
         }
     }
 
@@ -95,11 +95,11 @@ impl Room {
         heaviest.map(|(source, _)| *source)
     }
 
-    fn evict(&mut self, source: Source) -> Option<Ticket> {
+    fn evict(&mut self, source: Source) -> Option<SlotId> {
         let number = *self.sources.get(&source)?.front()?;
-        let ticket = Ticket { source, number };
-        self.leave(ticket);
-        Some(ticket)
+        let slot = SlotId { source, number };
+        self.leave(slot);
+        Some(slot)
     }
 }
 
@@ -123,32 +123,32 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn fill(room: &mut Room, address: &str, count: usize) -> Vec<Ticket> {
-        (0..count).map(|_| room.enter(ip(address)).0).collect()
+    fn fill(slots: &mut ConnectionSlots, address: &str, count: usize) -> Vec<SlotId> {
+        (0..count).map(|_| slots.enter(ip(address)).0).collect()
     }
 
     #[test]
     fn who_has_the_most_gives_way_and_the_oldest_first() {
-        let mut room = Room::new(8);
-        let few = fill(&mut room, "192.0.2.1", 2);
-        let many = fill(&mut room, "198.51.100.1", 6);
+        let mut slots = ConnectionSlots::new(8);
+        let few = fill(&mut slots, "192.0.2.1", 2);
+        let many = fill(&mut slots, "198.51.100.1", 6);
         for oldest in &many[..4] {
-            assert_eq!(room.enter(ip("203.0.113.1")).1, Some(*oldest));
+            assert_eq!(slots.enter(ip("203.0.113.1")).1, Some(*oldest));
         }
         // Two, two and four: those who came last have the most now.
-        let evicted = room.enter(ip("198.51.100.1")).1.unwrap();
+        let evicted = slots.enter(ip("198.51.100.1")).1.unwrap();
         assert_eq!(evicted.source, source(ip("203.0.113.1")));
         assert!(!few.contains(&evicted));
-        assert_eq!(room.inside, 8);
+        assert_eq!(slots.inside, 8);
     }
 
     #[test]
     fn a_network_is_one_source_whatever_its_addresses() {
-        let mut room = Room::new(4);
-        fill(&mut room, "192.0.2.1", 1);
+        let mut slots = ConnectionSlots::new(4);
+        fill(&mut slots, "192.0.2.1", 1);
         for n in 2..200 {
             let address = ip(&format!("198.51.100.{n}"));
-            let evicted = room.enter(address).1;
+            let evicted = slots.enter(address).1;
             assert!(evicted.is_none_or(|gone| gone.source == source(address)));
         }
         let v6 = source(ip("2001:db8:0:12ff::1"));
@@ -159,28 +159,28 @@ mod tests {
 
     #[test]
     fn loopback_keeps_a_part_against_many_networks() {
-        let mut room = Room::new(8);
-        let own = fill(&mut room, "127.0.0.1", 2);
+        let mut slots = ConnectionSlots::new(8);
+        let own = fill(&mut slots, "127.0.0.1", 2);
         for n in 0..100 {
-            let evicted = room.enter(ip(&format!("10.0.{n}.1"))).1;
+            let evicted = slots.enter(ip(&format!("10.0.{n}.1"))).1;
             assert!(evicted.is_none_or(|gone| !own.contains(&gone)));
         }
-        assert!(room.enter(ip("::1")).1.is_some(), "it always comes in");
+        assert!(slots.enter(ip("::1")).1.is_some(), "it always comes in");
         // Beyond its reserved part loopback is a source like any other.
-        let mut room = Room::new(8);
-        let own = fill(&mut room, "127.0.0.1", 8);
-        assert_eq!(room.enter(ip("10.0.0.1")).1, Some(own[0]));
+        let mut slots = ConnectionSlots::new(8);
+        let own = fill(&mut slots, "127.0.0.1", 8);
+        assert_eq!(slots.enter(ip("10.0.0.1")).1, Some(own[0]));
     }
 
     #[test]
     fn room_is_there_again_when_somebody_leaves() {
-        let mut room = Room::new(2);
-        let tickets = fill(&mut room, "192.0.2.1", 2);
-        room.leave(tickets[0]);
-        room.leave(tickets[0]);
-        assert_eq!(room.enter(ip("192.0.2.1")).1, None);
-        assert_eq!(room.enter(ip("192.0.2.1")).1, Some(tickets[1]));
-        room.leave(tickets[1]);
-        assert_eq!(room.inside, 2);
+        let mut slots = ConnectionSlots::new(2);
+        let ids = fill(&mut slots, "192.0.2.1", 2);
+        slots.leave(ids[0]);
+        slots.leave(ids[0]);
+        assert_eq!(slots.enter(ip("192.0.2.1")).1, None);
+        assert_eq!(slots.enter(ip("192.0.2.1")).1, Some(ids[1]));
+        slots.leave(ids[1]);
+        assert_eq!(slots.inside, 2);
     }
 }

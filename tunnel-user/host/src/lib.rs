@@ -1,7 +1,7 @@
 //! The needs of a process from its host: cores ([`cores`]), signals and the service manager
 //! ([`lifecycle`]), sockets ([`listen`], [`inherited`]), memory ([`memory`]), capabilities
 //! ([`privileges`]), directories of other owners ([`directory`]), the kernel's version ([`kernel`]),
-//! limits of the host ([`host`], [`descriptors`]) and our own ([`gate`], [`room`], [`sources`]).
+//! limits of the host ([`host`], [`descriptors`]) and our own ([`concurrency`], [`connection_slots`], [`source_limiter`]).
 //! [`report`] formats errors for people.
 
 pub mod concurrency;

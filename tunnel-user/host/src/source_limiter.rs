@@ -37,7 +37,7 @@ pub struct Bounds {
 
 /// Limiter of the handshakes of one port. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Sources(Arc<Shared>);
+pub struct SourceLimiter(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -47,7 +47,7 @@ struct Shared {
     began: Instant,
     hashes: [RandomState; 2],
     slots: Box<[Slot]>,
-    inside: AtomicUsize,
+    in_use: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -55,7 +55,7 @@ struct Slot {
     /// Time at which the bucket will be full, in nanoseconds since the beginning: the "theoretical
     /// arrival time" of the generic cell rate algorithm (ITU-T I.371).
     full_at: AtomicU64,
-    inside: AtomicU32,
+    in_use: AtomicU32,
 }
 
 /// Decision about an unauthenticated peer.
@@ -66,12 +66,12 @@ pub enum Verdict {
     /// The peer must prove its address first.
     Prove,
     /// The peer is refused.
-    Refuse(Crowded),
+    Refuse(Overload),
 }
 
 /// Reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Crowded {
+pub enum Overload {
     /// All places are taken.
     #[error("too many handshakes are under way (limits.handshakes.at_once)")]
     Full,
@@ -90,7 +90,7 @@ pub struct HandshakePermit {
     slots: [u16; 2],
 }
 
-impl Sources {
+impl SourceLimiter {
     /// Creates a limiter without handshakes.
     pub fn new(bounds: Bounds, now: Instant) -> Self {
         Self(Arc::new(Shared {
@@ -99,7 +99,7 @@ impl Sources {
             began: now,
             hashes: [RandomState::new(), RandomState::new()],
             slots: (0..SLOTS).map(|_| Slot::default()).collect(),
-            inside: AtomicUsize::new(0),
+            in_use: AtomicUsize::new(0),
         }))
     }
 
@@ -112,19 +112,19 @@ impl Sources {
         let shared = &self.0;
         let slots = shared.slots_of(address);
         let room = shared.period * u64::from(shared.bounds.burst);
-        let inside = shared.inside.load(Ordering::Relaxed);
-        let free = shared.bounds.at_once.saturating_sub(inside);
+        let in_use = shared.in_use.load(Ordering::Relaxed);
+        let free = shared.bounds.at_once.saturating_sub(in_use);
         let crowded = if free == 0 {
-            Some(Crowded::Full)
+            Some(Overload::Full)
         } else if shared.inside_of(slots) >= free {
-            Some(Crowded::Share)
+            Some(Overload::Share)
         } else if shared.taken(slots, now) + shared.period > room {
-            Some(Crowded::Rate)
+            Some(Overload::Rate)
         } else {
             None
         };
         if !is_proven {
-            let is_busy = inside >= shared.bounds.at_once / UNPROVEN;
+            let is_busy = in_use >= shared.bounds.at_once / UNPROVEN;
             if crowded.is_some() || is_busy || shared.taken(slots, now) + shared.period > room / 2 {
                 return Verdict::Prove;
             }
@@ -136,8 +136,8 @@ impl Sources {
     }
 
     /// Returns the number of handshakes under way.
-    pub fn inside(&self) -> usize {
-        self.0.inside.load(Ordering::Relaxed)
+    pub fn in_use(&self) -> usize {
+        self.0.in_use.load(Ordering::Relaxed)
     }
 }
 
@@ -155,7 +155,7 @@ impl Shared {
 
     /// Returns the number of handshakes of a source, or more where another source shares both counters.
     fn inside_of(&self, slots: [u16; 2]) -> usize {
-        let [a, b] = slots.map(|slot| self.slot(slot).inside.load(Ordering::Relaxed));
+        let [a, b] = slots.map(|slot| self.slot(slot).in_use.load(Ordering::Relaxed));
         a.min(b) as usize
     }
 
@@ -180,9 +180,9 @@ impl Shared {
 
 impl HandshakePermit {
     fn take(of: Arc<Shared>, slots: [u16; 2]) -> Self {
-        of.inside.fetch_add(1, Ordering::Relaxed);
+        of.in_use.fetch_add(1, Ordering::Relaxed);
         for slot in slots {
-            of.slot(slot).inside.fetch_add(1, Ordering::Relaxed);
+            of.slot(slot).in_use.fetch_add(1, Ordering::Relaxed);
         }
         Self { of, slots }
     }
@@ -202,9 +202,9 @@ impl HandshakePermit {
 impl Drop for HandshakePermit {
     fn drop(&mut self) {
         for slot in self.slots {
-            self.of.slot(slot).inside.fetch_sub(1, Ordering::Relaxed);
+            self.of.slot(slot).in_use.fetch_sub(1, Ordering::Relaxed);
         }
-        self.of.inside.fetch_sub(1, Ordering::Relaxed);
+        self.of.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

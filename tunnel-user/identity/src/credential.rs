@@ -329,7 +329,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::issue::{Applicant, Authority, Request};
+    use crate::issue::{Authority, Request, SigningRequest};
     use crate::material::load_key;
     use crate::pem::certificates;
     use crate::provider;
@@ -348,8 +348,8 @@ mod tests {
             addresses: vec!["10.99.1.2".parse().unwrap()],
             not_after: authority.not_after(),
         };
-        let applicant = Applicant::read(csr).unwrap();
-        let leaf = authority.certify(&request, &applicant).unwrap();
+        let csr = SigningRequest::read(csr).unwrap();
+        let leaf = authority.certify(&request, &csr).unwrap();
         let roots = certificates(&folder.join("ca.crt")).unwrap();
         Issued {
             chain: vec![leaf.to_vec()],
@@ -374,8 +374,8 @@ mod tests {
         let csr = Draft::kept_in(&pending).unwrap().request("w1").unwrap();
         // Asked again, the key is the same.
         let draft = Draft::kept_in(&pending).unwrap();
-        let again = Applicant::read(&draft.request("w1").unwrap()).unwrap();
-        assert_eq!(Applicant::read(&csr).unwrap().key(), again.key());
+        let again = SigningRequest::read(&draft.request("w1").unwrap()).unwrap();
+        assert_eq!(SigningRequest::read(&csr).unwrap().key(), again.key());
         let issued = issue(&authority, &ca, "w1", &csr);
         let pins = [pin(&ca)];
         let credential = draft.complete(issued, &join("w1", &pins), &provider());
@@ -496,10 +496,10 @@ mod tests {
     #[test]
     fn a_request_that_was_tampered_with_is_refused() {
         let mut csr = Draft::generate().unwrap().request("w1").unwrap();
-        assert!(Applicant::read(&csr).is_ok());
+        assert!(SigningRequest::read(&csr).is_ok());
         let last = csr.len() - 1;
         csr[last] ^= 1;
-        assert!(Applicant::read(&csr).is_err());
-        assert!(Applicant::read(b"x").is_err());
+        assert!(SigningRequest::read(&csr).is_err());
+        assert!(SigningRequest::read(b"x").is_err());
     }
 }

@@ -1,5 +1,5 @@
 //! A cluster CA: it issues certificates with the right URI, key usage and addresses, with a key made
-//! here or for the public key of an applicant.
+//! here or for the public key in a signing request.
 
 use std::fmt;
 use std::fs;
@@ -75,11 +75,11 @@ impl From<rcgen::Error> for IssueError {
     }
 }
 
-/// The public key of an applicant, with proof of possession of the private one.
+/// The public key in a signing request, with proof of possession of the private one.
 #[derive(Debug)]
-pub struct Applicant(CertificateSigningRequestParams);
+pub struct SigningRequest(CertificateSigningRequestParams);
 
-impl Applicant {
+impl SigningRequest {
     /// Reads a PKCS #10 request (RFC 2986, DER). Only its key counts.
     ///
     /// # Errors
@@ -194,16 +194,16 @@ impl Authority {
         self.not_after
     }
 
-    /// Issues a certificate for the key of `applicant`.
+    /// Issues a certificate for the key in `csr`.
     ///
     /// # Errors
     /// [`IssueError`].
     pub fn certify(
         &self,
         request: &Request,
-        applicant: &Applicant,
+        csr: &SigningRequest,
     ) -> Result<CertificateDer<'static>, IssueError> {
-        let certificate = self.sign(request, &applicant.0.public_key)?;
+        let certificate = self.sign(request, &csr.0.public_key)?;
         Ok(certificate.der().clone())
     }
 
@@ -299,10 +299,10 @@ impl Authority {
     ///
     /// # Errors
     /// [`IssueError`].
-    pub fn make(&self, request: &Request) -> Result<Made, IssueError> {
+    pub fn make(&self, request: &Request) -> Result<UnsavedCredential, IssueError> {
         let key = KeyPair::generate()?;
         let certificate = self.sign(request, &key)?;
-        Ok(Made {
+        Ok(UnsavedCredential {
             identity: Identity::from_certificate(certificate.der())?,
             certificate,
             key: key.serialize_pem(),
@@ -322,7 +322,7 @@ impl Authority {
 }
 
 /// A key and its certificate, not written yet.
-pub struct Made {
+pub struct UnsavedCredential {
     /// Identity in the certificate.
     pub identity: Identity,
     certificate: Certificate,
@@ -336,7 +336,7 @@ pub struct Room {
     directory: Directory,
 }
 
-impl Made {
+impl UnsavedCredential {
     /// Returns the certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         self.certificate.der()

@@ -2,7 +2,7 @@
 //! them.
 //!
 //! A handshake checks the list once. Owners of long-lived resources of a peer wait for
-//! [`Revocations::strike`] beside them, so that a revocation ends these too.
+//! [`Revocations::on_revocation`] beside them, so that a revocation ends these too.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -145,7 +145,7 @@ impl Revocations {
     }
 
     /// Waits until the list revokes `peer`.
-    pub async fn strike(&self, peer: &Peer) -> Revoked {
+    pub async fn on_revocation(&self, peer: &Peer) -> Revoked {
         let mut list = self.list.subscribe();
         loop {
             if let Err(revoked) = list.borrow_and_update().check(peer) {
@@ -442,13 +442,17 @@ mod tests {
         let named = peer("spiffe://c/agent/w1", &[1]);
         let list = |text| List::parse(text).unwrap();
         let mut cx = Context::from_waker(Waker::noop());
-        let mut struck = pin!(revocations.strike(&named));
-        assert!(struck.as_mut().poll(&mut cx).is_pending());
+        let mut revoked = pin!(revocations.on_revocation(&named));
+        assert!(revoked.as_mut().poll(&mut cx).is_pending());
         revocations.list.send_replace(list("serial:02"));
-        assert!(struck.as_mut().poll(&mut cx).is_pending());
+        assert!(revoked.as_mut().poll(&mut cx).is_pending());
         revocations.list.send_replace(list("serial:01"));
-        assert!(struck.as_mut().poll(&mut cx).is_ready());
+        assert!(revoked.as_mut().poll(&mut cx).is_ready());
         // Who comes later as well.
-        assert!(pin!(revocations.strike(&named)).poll(&mut cx).is_ready());
+        assert!(
+            pin!(revocations.on_revocation(&named))
+                .poll(&mut cx)
+                .is_ready()
+        );
     }
 }

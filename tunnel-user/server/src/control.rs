@@ -25,13 +25,13 @@ const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Pause after a change of the routes, as a multiple of its duration: changes meanwhile count as one.
 /// So agents that change their offers all the time get a fifth of one core, however many they are.
-const REST: u32 = 4;
+const PAUSE_FACTOR: u32 = 4;
 
 /// Maximum pause.
-const LONGEST_REST: Duration = Duration::from_millis(500);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 
-fn rest_after(work: Duration) -> Duration {
-    (work * REST).min(LONGEST_REST)
+fn pause_after(work: Duration) -> Duration {
+    (work * PAUSE_FACTOR).min(MAX_PAUSE)
 }
 
 /// A session, for status.
@@ -272,7 +272,7 @@ impl Control {
                 let _ = oneshot::Sender::send(reply, verdict);
             }
             if changed {
-                sleep(rest_after(began.elapsed())).await;
+                sleep(pause_after(began.elapsed())).await;
             }
         }
     }

@@ -6,7 +6,7 @@ use cpc_config::ConfigError;
 use cpc_host::privileges::PrivilegeError;
 use cpc_identity::TrustDomain;
 use cpc_identity::issue::IssueError;
-use cpc_identity::join::BookError;
+use cpc_identity::join::IssueLogError;
 use cpc_identity::material::MaterialError;
 use cpc_kubernetes::AccessError;
 use cpc_redirect::RedirectError;
@@ -58,7 +58,7 @@ pub enum ServerError {
     Authority(IssueError),
     /// The file of tokens is unusable.
     #[error("join: {0}")]
-    Book(BookError),
+    IssueLog(IssueLogError),
     /// The CA of joining agents belongs to another trust domain.
     #[error(
         "join.ca is of {ca}, and our own certificate of {own}: agents join the trust domain of their servers"
@@ -80,8 +80,8 @@ impl From<IssueError> for ServerError {
     }
 }
 
-impl From<BookError> for ServerError {
-    fn from(why: BookError) -> Self {
-        Self::Book(why)
+impl From<IssueLogError> for ServerError {
+    fn from(why: IssueLogError) -> Self {
+        Self::IssueLog(why)
     }
 }

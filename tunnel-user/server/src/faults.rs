@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Lasting faults, each with a key of its own. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Troubles(Arc<Mutex<BTreeMap<String, String>>>);
+pub(super) struct Faults(Arc<Mutex<BTreeMap<String, String>>>);
 
-impl Troubles {
+impl Faults {
     /// Sets the fault of `key`. Returns whether that is news.
     pub(super) fn set(&self, key: &str, why: String) -> bool {
         let before = self.lock().insert(key.to_owned(), why.clone());
@@ -21,8 +21,8 @@ impl Troubles {
 
     /// Returns all faults, in one text; `None` when there are none.
     pub(super) fn text(&self) -> Option<String> {
-        let troubles = self.lock();
-        let texts: Vec<_> = troubles.values().map(String::as_str).collect();
+        let faults = self.lock();
+        let texts: Vec<_> = faults.values().map(String::as_str).collect();
         (!texts.is_empty()).then(|| texts.join("; "))
     }
 
@@ -37,15 +37,15 @@ mod tests {
 
     #[test]
     fn a_trouble_is_there_until_it_is_cleared() {
-        let troubles = Troubles::default();
-        assert_eq!(troubles.text(), None);
-        assert!(troubles.set("b", "second".into()));
-        assert!(troubles.set("a", "first".into()));
-        assert!(troubles.set("a", "another".into()));
-        assert!(!troubles.set("a", "another".into()));
-        assert_eq!(troubles.text().as_deref(), Some("another; second"));
-        troubles.clear("b");
-        troubles.clear("a");
-        assert_eq!(troubles.text(), None);
+        let faults = Faults::default();
+        assert_eq!(faults.text(), None);
+        assert!(faults.set("b", "second".into()));
+        assert!(faults.set("a", "first".into()));
+        assert!(faults.set("a", "another".into()));
+        assert!(!faults.set("a", "another".into()));
+        assert_eq!(faults.text().as_deref(), Some("another; second"));
+        faults.clear("b");
+        faults.clear("a");
+        assert_eq!(faults.text(), None);
     }
 }

@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 use cpc_config::server::HandshakesConfig;
-use cpc_host::source_limiter::{Crowded, HandshakePermit, Sources, Verdict};
+use cpc_host::source_limiter::{HandshakePermit, Overload, SourceLimiter, Verdict};
 
 /// Why a handshake failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,12 +56,12 @@ impl HandshakeFailure {
     }
 }
 
-impl From<Crowded> for HandshakeFailure {
-    fn from(crowded: Crowded) -> Self {
+impl From<Overload> for HandshakeFailure {
+    fn from(crowded: Overload) -> Self {
         match crowded {
-            Crowded::Full => Self::Overload,
-            Crowded::Share => Self::SourceShare,
-            Crowded::Rate => Self::SourceRate,
+            Overload::Full => Self::Overload,
+            Overload::Share => Self::SourceShare,
+            Overload::Rate => Self::SourceRate,
         }
     }
 }
@@ -96,7 +96,7 @@ impl FailureCounters {
 /// Limits the handshakes of one port, on all shards.
 #[derive(Clone, Debug)]
 pub(super) struct HandshakeLimiter {
-    sources: Sources,
+    sources: SourceLimiter,
     failures: FailureCounters,
 }
 
@@ -104,7 +104,7 @@ impl HandshakeLimiter {
     /// The limits of a port. `failures` counts the handshakes that fail there.
     pub(super) fn new(limits: &HandshakesConfig, failures: FailureCounters) -> Self {
         Self {
-            sources: Sources::new(limits.bounds(), Instant::now()),
+            sources: SourceLimiter::new(limits.bounds(), Instant::now()),
             failures,
         }
     }
@@ -117,19 +117,19 @@ impl HandshakeLimiter {
     /// Admits a peer whose address TCP has proven.
     ///
     /// # Errors
-    /// [`Crowded`].
-    pub(super) fn admit(&self, address: IpAddr) -> Result<HandshakePermit, Crowded> {
+    /// [`Overload`].
+    pub(super) fn admit(&self, address: IpAddr) -> Result<HandshakePermit, Overload> {
         match self.judge(address, true) {
             Verdict::Enter(place) => Ok(place),
             Verdict::Refuse(why) => Err(why),
             // There is nothing left to prove.
-            Verdict::Prove => Err(Crowded::Rate),
+            Verdict::Prove => Err(Overload::Rate),
         }
     }
 
     /// The number of handshakes under way.
     pub(super) fn in_progress(&self) -> usize {
-        self.sources.inside()
+        self.sources.in_use()
     }
 
     /// Counts a failure.

@@ -28,7 +28,7 @@ use cpc_identity::issue::Authority;
 use cpc_identity::join::clock::Clock;
 use cpc_identity::join::issuer::{Jobs, Pods};
 use cpc_identity::join::metrics::Outcome;
-use cpc_identity::join::{Book, Desk, JoinMetrics};
+use cpc_identity::join::{IssueLog, Issuer, JoinMetrics};
 use cpc_identity::{Identity, Material, pem, provider};
 use cpc_kubernetes::{node::Nodes, token::TokenReviewer};
 use cpc_observe::audit::events::{self as audit, Listener};
@@ -44,11 +44,11 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// # Errors
 /// [`ServerError`]: the CA or the file of tokens can't be read, or the CA belongs to another trust
 /// domain.
-pub(super) async fn desk(
+pub(super) async fn issuer(
     config: &ServerConfig,
     identity: &Identity,
     material: Option<&Arc<Material>>,
-) -> Result<Option<Arc<Desk>>, ServerError> {
+) -> Result<Option<Arc<Issuer>>, ServerError> {
     let (Some(config), Some(material), directory) =
         (&config.join, material, config.join_directory())
     else {
@@ -73,10 +73,10 @@ pub(super) async fn desk(
         }
         None => None,
     };
-    let book = Book::open(&directory)?;
-    Ok(Some(Arc::new(Desk {
-        clock: Clock::resume(book.read()?.settled),
-        book,
+    let log = IssueLog::open(&directory)?;
+    Ok(Some(Arc::new(Issuer {
+        clock: Clock::resume(log.read()?.settled),
+        log,
         ca: config.ca.clone(),
         validity: config.validity,
         material: material.clone(),
@@ -127,12 +127,12 @@ pub(super) fn limiter(limits: &HandshakesConfig, failures: FailureCounters) -> H
 /// At once, when the listener or TLS can't be set up.
 pub(super) async fn serve(
     listener: TcpListener,
-    desk: Arc<Desk>,
+    issuer: Arc<Issuer>,
     limiter: HandshakeLimiter,
 ) -> Result<(), ServerError> {
-    let acceptor = acceptor(&desk.material).map_err(io::Error::other)?;
+    let acceptor = acceptor(&issuer.material).map_err(io::Error::other)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    tokio::spawn(desk.clone().keep_time());
+    tokio::spawn(issuer.clone().keep_time());
     tokio::spawn(async move {
         loop {
             let (socket, remote) = match listener.accept().await {
@@ -152,16 +152,16 @@ pub(super) async fn serve(
                 }
             };
             place.charge(Instant::now());
-            let (acceptor, desk, limiter) = (acceptor.clone(), desk.clone(), limiter.clone());
+            let (acceptor, issuer, limiter) = (acceptor.clone(), issuer.clone(), limiter.clone());
             tokio::spawn(async move {
-                let served = timeout(PATIENCE, one(acceptor, &desk, socket, remote)).await;
+                let served = timeout(PATIENCE, one(acceptor, &issuer, socket, remote)).await;
                 drop(place);
                 let (why, error) = match served {
                     Ok(Ok(())) => return,
                     Ok(Err(error)) => (HandshakeFailure::Tls, error),
                     Err(_) => (HandshakeFailure::Timeout, io::ErrorKind::TimedOut.into()),
                 };
-                desk.metrics.join(Outcome::Failed);
+                issuer.metrics.join(Outcome::Failed);
                 limiter.failed(why);
                 tracing::warn!(%remote, error = report(&error), "join failed");
                 audit::peer_refused(Listener::Join, remote, &error);
@@ -173,13 +173,13 @@ pub(super) async fn serve(
 
 async fn one(
     acceptor: TlsAcceptor,
-    desk: &Arc<Desk>,
+    issuer: &Arc<Issuer>,
     socket: TcpStream,
     remote: SocketAddr,
 ) -> io::Result<()> {
     let mut session = acceptor.accept(socket).await?;
     let asked = request(&mut session).await?;
-    let answer = desk.join(asked, remote).await;
+    let answer = issuer.join(asked, remote).await;
     let answer = join::answer(&answer).map_err(io::Error::other)?;
     session.write_all(&answer).await?;
     session.shutdown().await

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cpc_host::concurrency::{Entered, Gate};
+use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 
 /// Tunnels by shard, including those on their way. Clones share it.
 #[derive(Clone, Debug)]
@@ -11,19 +11,19 @@ pub(super) struct Loads(Arc<[AtomicUsize]>);
 
 /// A tunnel, counted on its shard until dropped.
 #[derive(Debug)]
-pub(super) struct Counted {
+pub(super) struct LoadPermit {
     loads: Loads,
     shard: usize,
 }
 
 /// A newcomer that was sent to another shard, counted there until dropped.
 #[derive(Debug)]
-pub(super) struct Moved {
-    counted: Counted,
-    _under_way: Entered,
+pub(super) struct ReservedLoad {
+    counted: LoadPermit,
+    _under_way: Permit,
 }
 
-impl Moved {
+impl ReservedLoad {
     /// Returns the shard that it was sent to.
     pub(super) fn shard(&self) -> usize {
         self.counted.shard
@@ -37,11 +37,11 @@ impl Loads {
     }
 
     /// Counts a tunnel on `shard`.
-    pub(super) fn enter(&self, shard: usize) -> Counted {
+    pub(super) fn enter(&self, shard: usize) -> LoadPermit {
         if let Some(load) = self.0.get(shard) {
             load.fetch_add(1, Ordering::Relaxed);
         }
-        Counted {
+        LoadPermit {
             loads: self.clone(),
             shard,
         }
@@ -49,10 +49,14 @@ impl Loads {
 
     /// Moves a newcomer from `shard` to the one with the fewest tunnels, if that has fewer, and counts
     /// it there. `under_way` bounds the newcomers that have not arrived: beyond it newcomers stay.
-    pub(super) fn move_from(&self, shard: usize, under_way: &Gate) -> Option<Moved> {
+    pub(super) fn move_from(
+        &self,
+        shard: usize,
+        under_way: &ConcurrencyLimit,
+    ) -> Option<ReservedLoad> {
         let at = self.lighter(shard)?;
-        Some(Moved {
-            _under_way: under_way.enter()?,
+        Some(ReservedLoad {
+            _under_way: under_way.acquire()?,
             counted: self.enter(at),
         })
     }
@@ -66,7 +70,7 @@ impl Loads {
     }
 }
 
-impl Drop for Counted {
+impl Drop for LoadPermit {
     fn drop(&mut self) {
         if let Some(load) = self.loads.0.get(self.shard) {
             load.fetch_sub(1, Ordering::Relaxed);
@@ -83,7 +87,7 @@ mod tests {
     fn tunnels_are_spread_evenly_wherever_they_arrive() {
         for arrivals in [[0; 12], [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2], [2; 12]] {
             let loads = Loads::new(3);
-            let mut counted: Vec<Counted> = Vec::new();
+            let mut counted: Vec<LoadPermit> = Vec::new();
             for (n, at) in arrivals.into_iter().enumerate() {
                 let shard = loads.lighter(at).unwrap_or(at);
                 counted.push(loads.enter(shard));
@@ -98,7 +102,7 @@ mod tests {
     /// Newcomers come to the shard that they were sent to a round trip later.
     #[test]
     fn newcomers_that_arrive_at_once_are_spread_up_to_a_bound() {
-        let (loads, under_way) = (Loads::new(4), Gate::new(40));
+        let (loads, under_way) = (Loads::new(4), ConcurrencyLimit::new(40));
         let here: Vec<_> = (0..40).map(|_| loads.enter(0)).collect();
         let mut moved: Vec<_> = (0..30)
             .map(|_| loads.move_from(0, &under_way).unwrap())

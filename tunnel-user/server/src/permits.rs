@@ -2,28 +2,28 @@
 
 use prometheus_client::metrics::gauge::Gauge;
 
-use cpc_host::concurrency::Entered;
+use cpc_host::concurrency::Permit;
 
 /// Counts a connection among all, among those of its tenant, and in the metric of open connections.
 pub(super) struct ConnectionPermit {
-    _entered: (Entered, Entered),
+    _permits: (Permit, Permit),
     open: Gauge,
 }
 
 /// Counts a dial among all and among those of its tenant.
 pub(super) struct DialPermit {
-    _entered: (Entered, Entered),
+    _permits: (Permit, Permit),
 }
 
 /// Counts a tunnel among all and among those of its tenant.
-pub(super) type TunnelPermit = (Entered, Entered);
+pub(super) type TunnelPermit = (Permit, Permit);
 
 impl ConnectionPermit {
     /// A connection that both limits admit.
-    pub(super) fn new(entered: (Entered, Entered), open: Gauge) -> Self {
+    pub(super) fn new(entered: (Permit, Permit), open: Gauge) -> Self {
         open.inc();
         Self {
-            _entered: entered,
+            _permits: entered,
             open,
         }
     }
@@ -37,7 +37,7 @@ impl Drop for ConnectionPermit {
 
 impl DialPermit {
     /// A dial that both limits admit.
-    pub(super) fn new(entered: (Entered, Entered)) -> Self {
-        Self { _entered: entered }
+    pub(super) fn new(entered: (Permit, Permit)) -> Self {
+        Self { _permits: entered }
     }
 }

@@ -155,7 +155,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
             prepare_listener(&listener)?;
             prepared.push(tokio::net::TcpListener::from_std(listener)?);
         }
-        let beating = redirect::Beating::new(heartbeat, listeners_kept);
+        let beating = redirect::HeartbeatGuard::new(heartbeat, listeners_kept);
         let serve = redirect::run(shard.clone(), attachment, prepared, beating);
         until_last_call(&shard, serve);
     }

@@ -17,7 +17,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::breaker::Breaker;
 use super::control::ControlHandle;
-use super::faults::Troubles;
+use super::faults::Faults;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
 use super::link::Link;
@@ -28,12 +28,12 @@ use super::routes::LinkId;
 use super::tenants::Tenants;
 use cpc_config::server::LimitsConfig;
 use cpc_datapath::Budget;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::Shares;
 use cpc_host::lifecycle::Phase;
 use cpc_host::source_limiter::HandshakePermit;
 use cpc_identity::TrustDomain;
-use cpc_identity::join::Desk;
+use cpc_identity::join::Issuer;
 use cpc_identity::revoked::Revocations;
 
 /// State that all shards share.
@@ -42,7 +42,7 @@ pub(super) struct Common {
     /// The control task.
     pub control: ControlHandle,
     /// Issuer of certificates, if configured.
-    pub desk: Option<Arc<Desk>>,
+    pub issuer: Option<Arc<Issuer>>,
     /// Metrics.
     pub metrics: ServerMetrics,
     /// Bound on the memory of stopped readers.
@@ -50,17 +50,17 @@ pub(super) struct Common {
     /// Configured limits.
     pub limits: LimitsConfig,
     /// Open connections.
-    pub connections: Gate,
+    pub connections: ConcurrencyLimit,
     /// Shares of the file descriptors.
     pub shares: Shares,
     /// Clients whose request has not arrived yet.
-    pub waiting: Gate,
+    pub waiting: ConcurrencyLimit,
     /// Connections of gRPC clients, each of which may carry many dials.
-    pub grpc_clients: Gate,
+    pub grpc_clients: ConcurrencyLimit,
     /// Dials under way.
-    pub dials: Gate,
+    pub dials: ConcurrencyLimit,
     /// Number of tunnels.
-    pub tunnels: Gate,
+    pub tunnels: ConcurrencyLimit,
     /// Limits of each tenant.
     pub tenants: Tenants,
     /// Limiter of handshakes at the tunnel's port.
@@ -70,7 +70,7 @@ pub(super) struct Common {
     /// Number of servers.
     pub server_count: u32,
     /// Faults that readiness names.
-    pub troubles: Troubles,
+    pub faults: Faults,
     /// Revoked peers.
     pub revocations: Arc<Revocations>,
     /// Id of this process.
@@ -214,7 +214,7 @@ impl Shard {
         if !own.budget.has_room() {
             return Err(Limit::StalledBytesPerTenant);
         }
-        let enter = |gate: &Gate, limit| gate.enter().ok_or(limit);
+        let enter = |gate: &ConcurrencyLimit, limit| gate.acquire().ok_or(limit);
         let connections = (
             enter(&self.connections, Limit::Connections)?,
             enter(&own.connections, Limit::ConnectionsPerTenant)?,
@@ -232,8 +232,8 @@ impl Shard {
     /// # Errors
     /// The limit that refuses.
     pub(super) fn admit_tunnel(&self, tenant: &TrustDomain) -> Result<TunnelPermit, Limit> {
-        let all = self.tunnels.enter().ok_or(Limit::Agents);
-        let own = self.tenants.of(tenant).agents.enter();
+        let all = self.tunnels.acquire().ok_or(Limit::Agents);
+        let own = self.tenants.of(tenant).agents.acquire();
         let permit = all.and_then(|all| Ok((all, own.ok_or(Limit::AgentsPerTenant)?)));
         permit.inspect_err(|limit| self.metrics.limits.refuse(limit.label()))
     }

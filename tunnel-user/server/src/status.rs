@@ -127,8 +127,8 @@ impl Source for View {
             return Err("draining".into());
         }
         let obstacle = self.lifetimes.obstacle(SystemTime::now());
-        if let Some(troubles) = self.common.troubles.text() {
-            return Err(troubles);
+        if let Some(faults) = self.common.faults.text() {
+            return Err(faults);
         }
         self.health.check()?;
         if !self.control.is_ready() {

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use cpc_config::ServerConfig;
 use cpc_config::frontend::FrontendConfig;
 use cpc_datapath::Budget;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_identity::TrustDomain;
 
 /// Limits of one tenant.
 #[derive(Debug)]
 pub(super) struct Tenant {
     /// Open connections.
-    pub connections: Gate,
+    pub connections: ConcurrencyLimit,
     /// Dials under way.
-    pub dials: Gate,
+    pub dials: ConcurrencyLimit,
     /// Tunnels of agents.
-    pub agents: Gate,
+    pub agents: ConcurrencyLimit,
     /// Memory held for the tenant's peers; it counts for the whole server as well.
     pub budget: Budget,
 }
@@ -39,7 +39,7 @@ impl Tenants {
     /// Creates the tenants that `config` names, and the server's `own`. `budget` is the whole server's.
     pub(super) fn new(config: &ServerConfig, own: &TrustDomain, budget: &Budget) -> Self {
         let limits = &config.limits;
-        let most = |bound: Option<usize>| Gate::new(bound.unwrap_or(usize::MAX));
+        let most = |bound: Option<usize>| ConcurrencyLimit::new(bound.unwrap_or(usize::MAX));
         let tenant = || Tenant {
             connections: most(limits.connections_per_tenant),
             dials: most(limits.dials_per_tenant),
@@ -98,10 +98,10 @@ mod tests {
             "other.example".parse().unwrap(),
         );
         let tenants = Tenants::new(&config, &own, &Budget::new(1000));
-        let _dial = tenants.of(&own).dials.enter().unwrap();
-        assert!(tenants.of(&own).dials.enter().is_none());
-        assert!(tenants.of(&other).dials.enter().is_some());
-        assert!(tenants.of(&own).connections.enter().is_some());
+        let _dial = tenants.of(&own).dials.acquire().unwrap();
+        assert!(tenants.of(&own).dials.acquire().is_none());
+        assert!(tenants.of(&other).dials.acquire().is_some());
+        assert!(tenants.of(&own).connections.acquire().is_some());
         assert_eq!(tenants.all().count(), 2);
     }
 }

@@ -3,7 +3,7 @@
 use super::limits::Limit;
 use super::shard::Common;
 use super::tenants::Tenant;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_observe::limits::LimitMetrics;
 
 /// Updates the metrics of limits: refused work, and the part of each limit that is in use.
@@ -14,8 +14,10 @@ pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
     }
     let (all_routes, most_routes) = routes.taken();
     let tenants = || common.tenants.all();
-    let inside = |gate: &Gate| gate.inside() as u64;
-    let most = |gate: fn(&Tenant) -> &Gate| tenants().map(|t| inside(gate(t))).max().unwrap_or(0);
+    let inside = |gate: &ConcurrencyLimit| gate.in_use() as u64;
+    let most = |gate: fn(&Tenant) -> &ConcurrencyLimit| {
+        tenants().map(|t| inside(gate(t))).max().unwrap_or(0)
+    };
     let most_held = tenants().map(|t| t.budget.used()).max();
     for (limit, used) in [
         (Limit::Connections, inside(&common.connections)),

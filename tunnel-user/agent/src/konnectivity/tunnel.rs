@@ -17,9 +17,9 @@ use tunnel_proto::konnectivity::{CONNECT, metadata};
 use super::client::{Client, ClientError};
 use super::session::{Asked, Session};
 use crate::dialer;
-use crate::plan::Way;
+use crate::plan::ServerEndpoint;
 use crate::stats::{OnTunnel, TunnelStats};
-use crate::tunnel::{About, End, GOODBYE, LOOK_INTERVAL};
+use crate::tunnel::{End, GOODBYE, LOOK_INTERVAL, TunnelInfo};
 use crate::worker::Worker;
 use cpc_config::address::split;
 use cpc_host::lifecycle::Phase;
@@ -64,7 +64,7 @@ impl From<io::Error> for DialError {
 #[derive(Debug)]
 pub(crate) struct Tunnel {
     /// Description of the tunnel.
-    pub about: About,
+    pub info: TunnelInfo,
     session: Rc<Session>,
     closing: Cell<Option<CloseReason>>,
     close: Notify,
@@ -87,7 +87,7 @@ pub(crate) struct Dialled {
 /// [`DialError`].
 pub(crate) async fn dial(
     client: &Client,
-    way: Way,
+    endpoint: ServerEndpoint,
     server: &str,
     metrics: &StreamMetrics,
 ) -> Result<Dialled, DialError> {
@@ -96,7 +96,7 @@ pub(crate) async fn dial(
     let metadata = metadata.iter().map(|(key, value)| (*key, value.as_str()));
     let metadata: Vec<_> = metadata.chain([(metadata::HALVES, "1")]).collect();
 
-    let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(way.address)).await;
+    let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint.address)).await;
     let socket = socket.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
     tcp::prepare(&socket)?;
     let stream = secure(socket, tls, name).await?;
@@ -115,13 +115,13 @@ pub(crate) async fn dial(
         .and_then(|count| count.parse().ok())
         .ok_or(DialError::Metadata(metadata::SERVER_COUNT))?;
     let halves = one(&headers, metadata::HALVES) == Some("1");
-    let about = About {
+    let info = TunnelInfo {
         server_id: server_id.into(),
-        way,
+        endpoint,
         stats: Arc::new(TunnelStats::new(&client.claims(), Vec::new())),
     };
     let tunnel = Rc::new(Tunnel {
-        about,
+        info,
         session: Session::new(metrics.tally(Segment::FromAgent), halves),
         closing: Cell::new(None),
         close: Notify::new(),
@@ -145,7 +145,7 @@ impl Tunnel {
     /// Ends the tunnel when its last connection has ended: the server is told to prefer others, and its
     /// requests until then are served.
     pub(crate) async fn retire(self: Rc<Self>) {
-        self.about.stats.draining.store(true, Ordering::Relaxed);
+        self.info.stats.draining.store(true, Ordering::Relaxed);
         self.session.drain();
         loop {
             tokio::time::sleep(LOOK_INTERVAL).await;
@@ -249,9 +249,9 @@ async fn serve(worker: Rc<Worker>, tunnel: Rc<Tunnel>, asked: Asked) {
         send,
         recv,
     } = asked;
-    let About {
+    let TunnelInfo {
         server_id, stats, ..
-    } = &tunnel.about;
+    } = &tunnel.info;
     let dialled = Box::pin(dialer::dial(&worker, server_id, &request, (send, recv))).await;
     if let Some(mut dialled) = dialled {
         let on_tunnel = OnTunnel::new(stats.clone());

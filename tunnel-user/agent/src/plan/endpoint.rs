@@ -26,7 +26,7 @@ impl Wire {
 
 /// Address and protocol of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Way {
+pub struct ServerEndpoint {
     /// Address of the server.
     pub address: SocketAddr,
     /// Protocol of the tunnel.
@@ -35,7 +35,7 @@ pub struct Way {
 
 /// Server of a fresh tunnel.
 #[derive(Clone, Debug)]
-pub struct Leads {
+pub struct ServerInfo {
     /// Id of the server.
     pub server: Arc<str>,
     /// Process of the server, where the protocol tells.

@@ -5,17 +5,17 @@ use super::*;
 const A: ([u8; 4], u16) = ([10, 0, 0, 1], 8132);
 const B: ([u8; 4], u16) = ([10, 0, 0, 2], 8132);
 
-fn way(at: ([u8; 4], u16), wire: Wire) -> Way {
+fn endpoint(at: ([u8; 4], u16), wire: Wire) -> ServerEndpoint {
     let address = at.into();
-    Way { address, wire }
+    ServerEndpoint { address, wire }
 }
 
-fn quic(at: ([u8; 4], u16)) -> Way {
-    way(at, Wire::Quic)
+fn quic(at: ([u8; 4], u16)) -> ServerEndpoint {
+    endpoint(at, Wire::Quic)
 }
 
-fn grpc(at: ([u8; 4], u16)) -> Way {
-    way(at, Wire::Grpc)
+fn grpc(at: ([u8; 4], u16)) -> ServerEndpoint {
+    endpoint(at, Wire::Grpc)
 }
 
 fn plan_of(addresses: &[([u8; 4], u16)], protocol: Protocol, now: Instant) -> Plan {
@@ -38,7 +38,7 @@ fn welcome(
     count: u32,
     now: Instant,
 ) -> Verdict {
-    let leads = Leads {
+    let leads = ServerInfo {
         server: id.into(),
         instance: Some(InstanceId([instance; 16])),
         server_count: count,
@@ -55,7 +55,7 @@ fn greet(
     count: u32,
     now: Instant,
 ) -> Verdict {
-    let leads = Leads {
+    let leads = ServerInfo {
         server: id.into(),
         instance: None,
         server_count: count,

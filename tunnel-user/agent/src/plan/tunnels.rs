@@ -9,7 +9,7 @@ use tunnel_proto::session::InstanceId;
 
 /// A tunnel.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct TunnelEntry {
     pub tunnel: u64,
     pub instance: Option<InstanceId>,
     pub address: SocketAddr,
@@ -22,16 +22,16 @@ pub(super) struct Held {
     pub draining: bool,
 }
 
-/// Held tunnels by server; a server without tunnels has no entry.
-pub(super) type Tunnels = HashMap<Arc<str>, Vec<Held>>;
+/// Tunnels by server; a server without tunnels has no entry.
+pub(super) type Tunnels = HashMap<Arc<str>, Vec<TunnelEntry>>;
 
 /// Iterates over all tunnels with their server.
-pub(super) fn all(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &Held)> {
+pub(super) fn all(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &TunnelEntry)> {
     let each = |(server, held)| std::iter::repeat(server).zip(held);
     tunnels.iter().flat_map(each)
 }
 
-pub(super) fn live(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &Held)> {
+pub(super) fn live(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &TunnelEntry)> {
     all(tunnels).filter(|(_, held)| held.live)
 }
 
@@ -49,7 +49,7 @@ pub(super) fn is_reached(tunnels: &Tunnels, server: &str) -> bool {
 }
 
 /// Removes a tunnel.
-pub(super) fn take(tunnels: &mut Tunnels, server: &str, tunnel: u64) -> Option<Held> {
+pub(super) fn take(tunnels: &mut Tunnels, server: &str, tunnel: u64) -> Option<TunnelEntry> {
     let held = tunnels.get_mut(server)?;
     let at = held.iter().position(|held| held.tunnel == tunnel)?;
     let taken = held.remove(at);

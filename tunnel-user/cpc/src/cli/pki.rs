@@ -10,7 +10,7 @@ use rustls::pki_types::CertificateDer;
 use cpc_identity::credential::validity;
 use cpc_identity::issue::{Authority, Request, serial_of};
 use cpc_identity::join::issue_records::Holder;
-use cpc_identity::join::{Book, BookError};
+use cpc_identity::join::{IssueLog, IssueLogError};
 use cpc_identity::{KeyHash, Role, TrustDomain, pem};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -190,9 +190,9 @@ fn record(
         until: validity(certificate).map_or(request.not_after, |(_, until)| until),
         token: "pki".into(),
     };
-    Book::of_ca(ca).change(|pages| {
+    IssueLog::of_ca(ca).change(|pages| {
         pages.record(&request.name, holder);
-        Ok::<_, BookError>(())
+        Ok::<_, IssueLogError>(())
     })?;
     Ok(())
 }

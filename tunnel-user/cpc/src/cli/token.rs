@@ -15,8 +15,8 @@ use cpc_config::ServerConfig;
 use cpc_identity::KeyHash;
 use cpc_identity::identity::check_name_pattern;
 use cpc_identity::join::clock::SKEW;
-use cpc_identity::join::issue_records::{Pages, Ticket};
-use cpc_identity::join::{Book, BookError, Token};
+use cpc_identity::join::issue_records::{IssueRecords, Ticket};
+use cpc_identity::join::{IssueLog, IssueLogError, Token};
 use cpc_identity::pem;
 
 mod issued;
@@ -106,8 +106,8 @@ impl Args {
                 "the configuration has no `join`: then nobody takes tokens (docs/configuration.md)"
             );
         };
-        let book = Book::open(&config.join_directory())?;
-        let by_hand = Book::of_ca(&join.ca);
+        let log = IssueLog::open(&config.join_directory())?;
+        let by_hand = IssueLog::of_ca(&join.ca);
         match self.command {
             Command::Create {
                 node,
@@ -135,9 +135,9 @@ impl Args {
                 };
                 let id = token.id().to_owned();
                 // Nothing is forgotten here, where the clock may be wrong for all that is known.
-                let doubt = book.change(|pages| {
+                let doubt = log.change(|pages| {
                     pages.tokens.insert(id, ticket);
-                    Ok::<_, BookError>(doubt(pages, now))
+                    Ok::<_, IssueLogError>(doubt(pages, now))
                 })?;
                 if let Some(doubt) = doubt {
                     eprintln!("cpc: {doubt}");
@@ -172,20 +172,20 @@ impl Args {
                 }
                 println!("{command}");
             }
-            Command::List { json } => list(&book, json)?,
+            Command::List { json } => list(&log, json)?,
             Command::Revoke { id } => {
                 // The operator may have passed the whole token.
                 let id = id.split('.').next().unwrap_or_default().to_owned();
                 let found =
-                    book.change(|pages| Ok::<_, BookError>(pages.tokens.remove(&id).is_some()))?;
+                    log.change(|pages| Ok::<_, IssueLogError>(pages.tokens.remove(&id).is_some()))?;
                 if !found {
                     bail!("there is no token {id}; `cpc token list` shows those that there are");
                 }
                 println!("token {id} is revoked");
             }
-            Command::Issued { json } => issued::list(&book, &by_hand, json)?,
+            Command::Issued { json } => issued::list(&log, &by_hand, json)?,
             Command::Release { node, ip } => {
-                issued::release(&book, &by_hand, node.as_deref(), &ip)?;
+                issued::release(&log, &by_hand, node.as_deref(), &ip)?;
             }
         }
         Ok(())
@@ -205,7 +205,7 @@ fn is_single(net: &IpNet) -> bool {
 }
 
 /// Returns a warning about the clock: a recorded time must not be in the future.
-fn doubt(pages: &Pages, now: SystemTime) -> Option<String> {
+fn doubt(pages: &IssueRecords, now: SystemTime) -> Option<String> {
     let made = pages.tokens.values().filter_map(|ticket| ticket.created);
     let issued = pages.holders().map(|(_, holder)| holder.since);
     let newest = made.chain(issued).max()?;
@@ -218,8 +218,8 @@ fn doubt(pages: &Pages, now: SystemTime) -> Option<String> {
     })
 }
 
-fn list(book: &Book, json: bool) -> anyhow::Result<()> {
-    let pages = book.read()?;
+fn list(log: &IssueLog, json: bool) -> anyhow::Result<()> {
+    let pages = log.read()?;
     let now = SystemTime::now();
     let time = |at| humantime::format_rfc3339_seconds(at).to_string();
     let addresses = |ticket: &Ticket| -> Vec<_> {

@@ -14,7 +14,7 @@ const BOUNDS: Bounds = Bounds {
 
 /// Handshakes that begin and end at once, until one is not let in.
 fn until_refused(
-    sources: &Sources,
+    sources: &SourceLimiter,
     address: &str,
     is_proven: bool,
     now: Instant,
@@ -32,10 +32,10 @@ fn until_refused(
 #[test]
 fn a_source_has_its_burst_and_then_its_rate() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     let (first, verdict) = until_refused(&sources, "192.0.2.1", true, start);
     assert_eq!(first, 20);
-    assert!(matches!(verdict, Verdict::Refuse(Crowded::Rate)));
+    assert!(matches!(verdict, Verdict::Refuse(Overload::Rate)));
     let later = start + Duration::from_secs(1);
     assert_eq!(until_refused(&sources, "192.0.2.1", true, later).0, 10);
     let quiet = start + Duration::from_secs(3600);
@@ -45,7 +45,7 @@ fn a_source_has_its_burst_and_then_its_rate() {
 #[test]
 fn others_are_not_charged_for_it() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     until_refused(&sources, "192.0.2.1", true, start);
     // Another one may share one counter of two, not both, but by a chance of one in 8 million.
     assert_eq!(until_refused(&sources, "192.0.2.2", true, start).0, 20);
@@ -54,7 +54,7 @@ fn others_are_not_charged_for_it() {
 #[test]
 fn a_source_is_a_prefix() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     until_refused(&sources, "2001:db8:0:1200::1", true, start);
     let same = "2001:db8:0:12ff:ffff::9";
     assert_eq!(until_refused(&sources, same, true, start).0, 0);
@@ -70,7 +70,7 @@ fn a_source_is_a_prefix() {
         ipv4_prefix: 0,
         ..BOUNDS
     };
-    let sources = Sources::new(everybody, start);
+    let sources = SourceLimiter::new(everybody, start);
     until_refused(&sources, "192.0.2.1", true, start);
     assert_eq!(until_refused(&sources, "198.51.100.1", true, start).0, 0);
 }
@@ -79,7 +79,7 @@ fn a_source_is_a_prefix() {
 #[test]
 fn half_of_a_bucket_is_for_proven_addresses() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     let (forged, verdict) = until_refused(&sources, "192.0.2.1", false, start);
     assert!(forged <= 10);
     assert!(matches!(verdict, Verdict::Prove));
@@ -92,7 +92,7 @@ fn half_of_a_bucket_is_for_proven_addresses() {
 #[test]
 fn those_who_are_not_charged_come_as_often_as_they_like() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     for _ in 0..1000 {
         let verdict = sources.judge("192.0.2.1".parse().unwrap(), true, start);
         assert!(matches!(verdict, Verdict::Enter(_)));
@@ -100,7 +100,7 @@ fn those_who_are_not_charged_come_as_often_as_they_like() {
 }
 
 /// Places that a source holds, at a number of them.
-fn hold(sources: &Sources, address: &str, now: Instant) -> Vec<HandshakePermit> {
+fn hold(sources: &SourceLimiter, address: &str, now: Instant) -> Vec<HandshakePermit> {
     let address = address.parse().unwrap();
     let next = || match sources.judge(address, true, now) {
         Verdict::Enter(place) => Some(place),
@@ -112,24 +112,24 @@ fn hold(sources: &Sources, address: &str, now: Instant) -> Vec<HandshakePermit> 
 #[test]
 fn a_source_leaves_as_many_places_as_it_has() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     let first = hold(&sources, "192.0.2.1", start);
     assert_eq!(first.len(), 32);
     let verdict = sources.judge("192.0.2.1".parse().unwrap(), true, start);
-    assert!(matches!(verdict, Verdict::Refuse(Crowded::Share)));
+    assert!(matches!(verdict, Verdict::Refuse(Overload::Share)));
     let second = hold(&sources, "192.0.2.2", start);
     assert_eq!(second.len(), 16);
     drop(first);
-    assert_eq!(sources.inside(), 16);
+    assert_eq!(sources.in_use(), 16);
     assert!(!hold(&sources, "192.0.2.1", start).is_empty());
     drop(second);
-    assert_eq!(sources.inside(), 0);
+    assert_eq!(sources.in_use(), 0);
 }
 
 #[test]
 fn a_busy_port_wants_addresses_proven() {
     let start = Instant::now();
-    let sources = Sources::new(BOUNDS, start);
+    let sources = SourceLimiter::new(BOUNDS, start);
     let stranger = "198.51.100.1".parse().unwrap();
     let places: Vec<_> = (0..4)
         .map(|n| {
@@ -159,7 +159,7 @@ proptest! {
     #[test]
     fn bounds_are_kept(steps in prop::collection::vec((0_u8..4, any::<bool>(), 0_u64..300, any::<bool>()), 1..400)) {
         let start = Instant::now();
-        let sources = Sources::new(BOUNDS, start);
+        let sources = SourceLimiter::new(BOUNDS, start);
         let (mut now, mut begun, mut held) = (start, [0_u32; 4], Vec::new());
         for (who, is_proven, wait, stays) in steps {
             now += Duration::from_millis(wait);
@@ -168,12 +168,12 @@ proptest! {
                 begun[usize::from(who)] += 1;
                 if stays { held.push(place) } else { held.clear() }
             }
-            prop_assert_eq!(sources.inside(), held.len());
+            prop_assert_eq!(sources.in_use(), held.len());
             prop_assert!(held.len() <= BOUNDS.at_once);
             let most = 20.0 + now.duration_since(start).as_secs_f64() * 10.0;
             prop_assert!(begun.iter().all(|begun| f64::from(*begun) <= most + 0.001));
         }
         drop(held);
-        prop_assert_eq!(sources.inside(), 0);
+        prop_assert_eq!(sources.in_use(), 0);
     }
 }

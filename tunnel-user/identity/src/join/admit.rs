@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 
 use super::clock::{SKEW, Time};
-use super::issue_records::{Pages, Use};
+use super::issue_records::{IssueRecords, Use};
 use super::token::Token;
 use crate::KeyHash;
 use crate::identity::{self, IdentityError};
@@ -148,7 +148,7 @@ enum Kind {
     Pod,
 }
 
-impl Pages {
+impl IssueRecords {
     /// Decides about a request with `token`. Counts nothing: [`Self::used`] does.
     ///
     /// # Errors

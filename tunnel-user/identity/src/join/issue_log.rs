@@ -6,20 +6,20 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::issue_records::Pages;
+use super::issue_records::IssueRecords;
 use cpc_host::directory::Directory;
 
 /// Failure to use the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
-pub struct BookError {
+pub struct IssueLogError {
     path: PathBuf,
     why: String,
 }
 
 /// The file in its directory.
 #[derive(Clone, Debug)]
-pub struct Book {
+pub struct IssueLog {
     directory: PathBuf,
     names: &'static Names,
 }
@@ -46,19 +46,19 @@ const ISSUED: Names = Names {
     mode: 0o644,
 };
 
-impl Book {
+impl IssueLog {
     /// Opens the file in `directory`, which is created for its owner alone where it is missing.
     ///
     /// # Errors
-    /// [`BookError`], also when the content is unreadable.
-    pub fn open(directory: &Path) -> Result<Self, BookError> {
-        let book = Self {
+    /// [`IssueLogError`], also when the content is unreadable.
+    pub fn open(directory: &Path) -> Result<Self, IssueLogError> {
+        let log = Self {
             directory: directory.into(),
             names: &JOIN,
         };
-        Directory::create(directory, 0o700).map_err(|error| book.error("", &error))?;
-        book.read()?;
-        Ok(book)
+        Directory::create(directory, 0o700).map_err(|error| log.error("", &error))?;
+        log.read()?;
+        Ok(log)
     }
 
     /// Returns the list of what `cpc pki` issued from the CA in `directory`, without reading it yet.
@@ -72,18 +72,18 @@ impl Book {
     /// Reads the content.
     ///
     /// # Errors
-    /// [`BookError`].
-    pub fn read(&self) -> Result<Pages, BookError> {
+    /// [`IssueLogError`].
+    pub fn read(&self) -> Result<IssueRecords, IssueLogError> {
         self.parse(self.text_in(&self.directory()?)?.as_deref())
     }
 
     /// Changes the content, unless `change` fails. Writes nothing if nothing has changed.
     ///
     /// # Errors
-    /// The error of `change`, or [`BookError`]; the content stays then.
-    pub fn change<T, E: From<BookError>>(
+    /// The error of `change`, or [`IssueLogError`]; the content stays then.
+    pub fn change<T, E: From<IssueLogError>>(
         &self,
-        change: impl FnOnce(&mut Pages) -> Result<T, E>,
+        change: impl FnOnce(&mut IssueRecords) -> Result<T, E>,
     ) -> Result<T, E> {
         let Names { file, lock, mode } = self.names;
         let directory = self.directory()?;
@@ -102,11 +102,11 @@ impl Book {
         Ok(done)
     }
 
-    fn directory(&self) -> Result<Directory, BookError> {
+    fn directory(&self) -> Result<Directory, IssueLogError> {
         Directory::open(&self.directory).map_err(|error| self.error("", &error))
     }
 
-    fn text_in(&self, directory: &Directory) -> Result<Option<Vec<u8>>, BookError> {
+    fn text_in(&self, directory: &Directory) -> Result<Option<Vec<u8>>, IssueLogError> {
         let file = self.names.file;
         match directory.read(file) {
             Ok(text) => Ok(Some(text)),
@@ -115,14 +115,14 @@ impl Book {
         }
     }
 
-    fn parse(&self, text: Option<&[u8]>) -> Result<Pages, BookError> {
+    fn parse(&self, text: Option<&[u8]>) -> Result<IssueRecords, IssueLogError> {
         let pages = text.map(serde_json::from_slice).transpose();
         let pages = pages.map_err(|error| self.error(self.names.file, &error))?;
         Ok(pages.unwrap_or_default())
     }
 
-    fn error(&self, file: &str, why: &dyn std::fmt::Display) -> BookError {
-        BookError {
+    fn error(&self, file: &str, why: &dyn std::fmt::Display) -> IssueLogError {
+        IssueLogError {
             path: self.directory.join(file),
             why: why.to_string(),
         }
@@ -160,18 +160,18 @@ mod tests {
             for n in 0..8 {
                 let directory = &directory;
                 scope.spawn(move || {
-                    let book = Book::open(directory).unwrap();
+                    let log = IssueLog::open(directory).unwrap();
                     for m in 0..5 {
-                        let changed = book.change(|pages| {
+                        let changed = log.change(|pages| {
                             pages.tokens.insert(format!("{n}-{m}"), ticket(n));
-                            Ok::<_, BookError>(())
+                            Ok::<_, IssueLogError>(())
                         });
                         changed.unwrap();
                     }
                 });
             }
         });
-        let pages = Book::open(&directory).unwrap().read().unwrap();
+        let pages = IssueLog::open(&directory).unwrap().read().unwrap();
         assert_eq!(pages.tokens.len(), 40);
         assert_eq!(pages.tokens["3-4"], ticket(3));
         let left: Vec<_> = fs::read_dir(&directory).unwrap().collect();
@@ -181,13 +181,13 @@ mod tests {
     #[test]
     fn what_has_not_changed_is_not_written() {
         let place = tempfile::tempdir().unwrap();
-        let book = Book::open(place.path()).unwrap();
+        let log = IssueLog::open(place.path()).unwrap();
         // A file that is replaced is another one.
         let file = || fs::metadata(place.path().join(FILE)).unwrap().ino();
         let put = |uses| {
-            let changed = book.change(|pages| {
+            let changed = log.change(|pages| {
                 pages.tokens.insert("x".into(), ticket(uses));
-                Ok::<_, BookError>(())
+                Ok::<_, IssueLogError>(())
             });
             changed.unwrap();
         };
@@ -197,23 +197,23 @@ mod tests {
         assert_eq!(file(), first);
         put(2);
         assert_ne!(file(), first);
-        assert_eq!(book.read().unwrap().tokens["x"].uses, 2);
+        assert_eq!(log.read().unwrap().tokens["x"].uses, 2);
     }
 
     #[test]
     fn a_change_that_fails_leaves_no_trace_and_a_broken_book_is_not_written_over() {
         let place = tempfile::tempdir().unwrap();
-        let book = Book::open(place.path()).unwrap();
-        let failed = book.change(|pages| {
+        let log = IssueLog::open(place.path()).unwrap();
+        let failed = log.change(|pages| {
             pages.tokens.insert("x".into(), ticket(1));
-            Err::<(), _>(book.error("", &"no"))
+            Err::<(), _>(log.error("", &"no"))
         });
         assert!(failed.is_err());
-        assert!(book.read().unwrap().tokens.is_empty());
+        assert!(log.read().unwrap().tokens.is_empty());
         fs::write(place.path().join(FILE), "{").unwrap();
-        let changed = book.change(|_| Ok::<_, BookError>(()));
+        let changed = log.change(|_| Ok::<_, IssueLogError>(()));
         assert!(changed.unwrap_err().to_string().contains(FILE));
-        assert!(Book::open(place.path()).is_err());
+        assert!(IssueLog::open(place.path()).is_err());
         assert_eq!(fs::read(place.path().join(FILE)).unwrap(), b"{");
     }
 }

@@ -19,7 +19,7 @@ pub type Issued = BTreeMap<String, Vec<Holder>>;
 /// All data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Pages {
+pub struct IssueRecords {
     /// Last time that a server knew to be right, in whole seconds: the next start compares its clock
     /// with it ([`super::clock`]).
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
@@ -128,7 +128,7 @@ pub struct Released {
     pub addresses: Vec<IpAddr>,
 }
 
-impl Pages {
+impl IssueRecords {
     /// Returns the entry of `token`, if it has not expired.
     pub(super) fn ticket(&self, token: &Token, now: SystemTime) -> Option<&Ticket> {
         let found = self.tokens.get(token.id());
@@ -288,11 +288,11 @@ mod tests {
                 "since": "2026-11-01T00:00:00Z", "until": "2026-12-01T00:00:00Z", "token": "0123abcd"
             }}
         }"#;
-        let pages: Pages = serde_json::from_str(text).unwrap();
+        let pages: IssueRecords = serde_json::from_str(text).unwrap();
         assert_eq!(pages.by_serial("4A").unwrap().0, "w1");
         let used = &pages.tokens["0123abcd"].used[0];
         assert_eq!((&*used.node, &*used.key), ("w1", "sha256:01"));
         let again = serde_json::to_string(&pages).unwrap();
-        assert_eq!(serde_json::from_str::<Pages>(&again).unwrap(), pages);
+        assert_eq!(serde_json::from_str::<IssueRecords>(&again).unwrap(), pages);
     }
 }

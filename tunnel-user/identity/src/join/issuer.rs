@@ -16,13 +16,13 @@ use tunnel_proto::certificate::{Answer, Issued, Join};
 
 use super::admit::{Admitted, Asked, Refused};
 use super::clock::{Clock, Time};
-use super::issue_records::{Holder, Pages, PodTicket, Use};
+use super::issue_records::{Holder, IssueRecords, PodTicket, Use};
 use super::metrics::{JoinMetrics, Outcome};
 use super::token::Token;
-use super::{Book, BookError};
+use super::{IssueLog, IssueLogError};
 use crate::credential::validity;
 use crate::identity::{self, Identity, IdentityError};
-use crate::issue::{Applicant, Authority, IssueError, Request, serial_of};
+use crate::issue::{Authority, IssueError, Request, SigningRequest, serial_of};
 use crate::revoked::{Peer, Revocations, Revoked};
 use crate::{Material, Role};
 use cpc_host::report::report;
@@ -84,9 +84,9 @@ impl Jobs {
 }
 
 /// Issues certificates to agents.
-pub struct Desk {
+pub struct Issuer {
     /// Tokens and issued certificates.
-    pub book: Book,
+    pub log: IssueLog,
     /// Directory of the CA. Read for each certificate, so that it may be replaced.
     pub ca: PathBuf,
     /// Validity of issued certificates.
@@ -107,7 +107,7 @@ pub struct Desk {
 
 /// Reason why there is no certificate.
 #[derive(Debug, thiserror::Error)]
-enum DeskError {
+enum IssuerError {
     /// The rules refuse it.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -145,7 +145,7 @@ enum DeskError {
     },
     /// The file can't be used.
     #[error(transparent)]
-    Book(#[from] BookError),
+    IssueLog(#[from] IssueLogError),
     /// The CA can't issue.
     #[error(transparent)]
     Issue(#[from] IssueError),
@@ -160,20 +160,20 @@ enum DeskError {
     GivenUp(JoinError),
 }
 
-impl From<JoinError> for DeskError {
+impl From<JoinError> for IssuerError {
     fn from(why: JoinError) -> Self {
         Self::GivenUp(why)
     }
 }
 
-impl DeskError {
+impl IssuerError {
     /// Whether the fault is ours. The requester learns nothing about such a fault.
     fn is_ours(&self) -> bool {
         let by_api = matches!(
             self,
             Self::Review(ReviewError::Unavailable(_)) | Self::Node(_)
         );
-        let by_files = matches!(self, Self::Book(_) | Self::Issue(_) | Self::Identity(_));
+        let by_files = matches!(self, Self::IssueLog(_) | Self::Issue(_) | Self::Identity(_));
         by_api || by_files || matches!(self, Self::UnknownCa | Self::GivenUp(_))
     }
 
@@ -223,7 +223,7 @@ struct Gone {
     address: Option<IpAddr>,
 }
 
-impl Desk {
+impl Issuer {
     /// Answers a worker without a certificate. The file, the CA and Kubernetes may take their time.
     pub async fn join(self: &Arc<Self>, join: Join, remote: SocketAddr) -> Answer {
         let node = join.node.clone();
@@ -262,7 +262,7 @@ impl Desk {
         let name = agent.name.clone();
         let serial = leaf.map(|leaf| serial_of(&leaf)).unwrap_or_default();
         let done = self
-            .apart(move |desk| desk.by_tunnel(&agent, &serial, &csr))
+            .apart(move |issuer| issuer.by_tunnel(&agent, &serial, &csr))
             .await;
         self.metrics.renewal(outcome(&done));
         match done {
@@ -293,8 +293,8 @@ impl Desk {
         }
     }
 
-    fn note_time(&self) -> Result<(), DeskError> {
-        self.book.change(|pages| {
+    fn note_time(&self) -> Result<(), IssuerError> {
+        self.log.change(|pages| {
             let settled = self.clock.read().settled;
             let since = settled.duration_since(SystemTime::UNIX_EPOCH);
             let seconds = since.unwrap_or_default().as_secs();
@@ -306,13 +306,13 @@ impl Desk {
     /// Runs a job on files and signatures, so that it blocks nothing else.
     async fn apart<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&Self) -> Result<T, DeskError> + Send + 'static,
-    ) -> Result<T, DeskError> {
-        let desk = self.clone();
-        self.jobs.run(move || work(&desk)).await?
+        work: impl FnOnce(&Self) -> Result<T, IssuerError> + Send + 'static,
+    ) -> Result<T, IssuerError> {
+        let issuer = self.clone();
+        self.jobs.run(move || work(&issuer)).await?
     }
 
-    async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), DeskError> {
+    async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), IssuerError> {
         let mut addresses: Vec<_> = { join.addresses.iter() }
             .map(IpAddr::to_canonical)
             .collect();
@@ -333,14 +333,14 @@ impl Desk {
             proof,
         });
         let asked = ask.clone();
-        let first = self.apart(move |desk| desk.admit(&asked, &[])).await;
+        let first = self.apart(move |issuer| issuer.admit(&asked, &[])).await;
         match (&first, &self.pods) {
             (Err(error), Some(pods)) if error.is_taken() => {
                 let gone = self.gone(pods, &ask).await?;
                 if gone.is_empty() {
                     return first;
                 }
-                self.apart(move |desk| desk.admit(&ask, &gone)).await
+                self.apart(move |issuer| issuer.admit(&ask, &gone)).await
             }
             _ => first,
         }
@@ -353,9 +353,9 @@ impl Desk {
         token: &str,
         node: &str,
         addresses: &[IpAddr],
-    ) -> Result<Proof, DeskError> {
+    ) -> Result<Proof, IssuerError> {
         let account = pods.reviewer.review(token).await?;
-        let of = account.node.ok_or(DeskError::NoNode)?;
+        let of = account.node.ok_or(IssuerError::NoNode)?;
         if of != node {
             return Err(Refused::Node {
                 nodes: of,
@@ -379,9 +379,9 @@ impl Desk {
 
     /// Returns the certificates that hold a name or address of `ask` and whose nodes are gone or have
     /// other addresses now. Only nodes that joined by Kubernetes are considered.
-    async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, DeskError> {
+    async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, IssuerError> {
         let asked = ask.clone();
-        let held = self.apart(move |desk| desk.in_the_way(&asked)).await?;
+        let held = self.apart(move |issuer| issuer.in_the_way(&asked)).await?;
         let mut gone = Vec::new();
         for (node, holder) in held.into_iter().take(MAX_LOOKUPS) {
             let known = match pods.nodes.addresses(&node).await {
@@ -410,10 +410,12 @@ impl Desk {
         Ok(gone)
     }
 
-    fn in_the_way(&self, ask: &Ask) -> Result<Vec<(String, Holder)>, DeskError> {
-        let key = Applicant::read(&ask.csr).map_err(DeskError::Csr)?.key();
+    fn in_the_way(&self, ask: &Ask) -> Result<Vec<(String, Holder)>, IssuerError> {
+        let key = SigningRequest::read(&ask.csr)
+            .map_err(IssuerError::Csr)?
+            .key();
         let (key, time) = (key.to_string(), self.clock.read());
-        let pages = self.book.read()?;
+        let pages = self.log.read()?;
         let is_in_the_way = |node: &str, holder: &Holder| match node == ask.node {
             true => holder.key != key && pages.holds_name(holder, time),
             false => { ask.addresses.iter() }.any(|it| pages.holds_address(holder, it, time)),
@@ -426,13 +428,13 @@ impl Desk {
             .collect())
     }
 
-    fn admit(&self, ask: &Ask, gone: &[Gone]) -> Result<(Done, String), DeskError> {
-        let applicant = Applicant::read(&ask.csr).map_err(DeskError::Csr)?;
+    fn admit(&self, ask: &Ask, gone: &[Gone]) -> Result<(Done, String), IssuerError> {
+        let csr = SigningRequest::read(&ask.csr).map_err(IssuerError::Csr)?;
         let (node, addresses) = (&ask.node, &ask.addresses);
         let asked = Asked {
             node,
             addresses,
-            key: applicant.key(),
+            key: csr.key(),
         };
         let by = match &ask.proof {
             Proof::Token(token) => token.id(),
@@ -440,7 +442,7 @@ impl Desk {
         };
         // Who has no token does not get to the lock, which all others wait for.
         if let Proof::Token(token) = &ask.proof {
-            let pages = self.book.read()?;
+            let pages = self.log.read()?;
             let known = pages.ticket(token, self.clock.read().now);
             known.ok_or(Refused::Token)?;
         }
@@ -462,7 +464,7 @@ impl Desk {
                 let leaf = CertificateDer::from(&leaf[..]);
                 return Ok((self.issued_before(&leaf)?, by.to_owned()));
             }
-            let (done, holder) = self.issue(node, addresses, &applicant, (by, time.now))?;
+            let (done, holder) = self.issue(node, addresses, &csr, (by, time.now))?;
             let got = Use {
                 node: node.clone(),
                 key: holder.key.clone(),
@@ -484,14 +486,14 @@ impl Desk {
         })
     }
 
-    fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, DeskError> {
+    fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, IssuerError> {
         self.revocations.check(&Peer::issued(agent.uri(), serial))?;
-        let applicant = Applicant::read(csr).map_err(DeskError::Csr)?;
+        let csr = SigningRequest::read(csr).map_err(IssuerError::Csr)?;
         self.change(|pages, time| {
             pages.renewal(&agent.name, serial, self.validity, time)?;
             let ours = self.authority()?;
             if *ours.trust_domain() != agent.trust_domain {
-                return Err(DeskError::Domain {
+                return Err(IssuerError::Domain {
                     ours: ours.trust_domain().to_string(),
                     theirs: agent.trust_domain.to_string(),
                 });
@@ -501,8 +503,7 @@ impl Desk {
             let by = by.or_else(last);
             let by = by.map_or_else(|| "elsewhere".into(), |holder| holder.token.clone());
             let addresses = pages.still_of(&agent.name, &agent.addresses, time);
-            let (done, holder) =
-                self.issue(&agent.name, &addresses, &applicant, (&by, time.now))?;
+            let (done, holder) = self.issue(&agent.name, &addresses, &csr, (&by, time.now))?;
             pages.record(&agent.name, holder);
             Ok(done)
         })
@@ -511,11 +512,11 @@ impl Desk {
     /// Changes the file. Revoked certificates hold no name and no address there.
     fn change<T>(
         &self,
-        change: impl FnOnce(&mut Pages, Time) -> Result<T, DeskError>,
-    ) -> Result<T, DeskError> {
-        self.book.change(|pages| {
+        change: impl FnOnce(&mut IssueRecords, Time) -> Result<T, IssuerError>,
+    ) -> Result<T, IssuerError> {
+        self.log.change(|pages| {
             let time = self.clock.read();
-            pages.by_hand = Book::of_ca(&self.ca).read()?.issued;
+            pages.by_hand = IssueLog::of_ca(&self.ca).read()?.issued;
             let domain = &self.material.identity().trust_domain;
             let is_revoked = |node: &str, holder: &Holder| {
                 let uri = identity::uri(domain, Role::Agent, node);
@@ -535,7 +536,7 @@ impl Desk {
         })
     }
 
-    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Done, DeskError> {
+    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Done, IssuerError> {
         self.revocations.check(&Peer::of(leaf))?;
         let (_, until) = validity(leaf).unwrap_or((SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH));
         Ok(Done {
@@ -563,9 +564,9 @@ impl Desk {
         &self,
         node: &str,
         addresses: &[IpAddr],
-        applicant: &Applicant,
+        csr: &SigningRequest,
         (by, now): (&str, SystemTime),
-    ) -> Result<(Done, Holder), DeskError> {
+    ) -> Result<(Done, Holder), IssuerError> {
         let authority = self.authority()?;
         let identity = identity::uri(authority.trust_domain(), Role::Agent, node);
         self.revocations.check(&Peer::called(identity.clone()))?;
@@ -579,13 +580,13 @@ impl Desk {
         };
         let anchors = self.material.anchors();
         if !anchors.iter().any(|it| it.key() == authority.key()) {
-            return Err(DeskError::UnknownCa);
+            return Err(IssuerError::UnknownCa);
         }
-        let leaf = authority.certify(&request, applicant)?;
+        let leaf = authority.certify(&request, csr)?;
         let serial = serial_of(&leaf);
         let holder = Holder {
             addresses: addresses.to_vec(),
-            key: applicant.key().to_string(),
+            key: csr.key().to_string(),
             serial: serial.clone(),
             since: now,
             until,
@@ -602,7 +603,7 @@ impl Desk {
     }
 }
 
-fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
+fn outcome<T>(done: &Result<T, IssuerError>) -> Outcome {
     match done {
         Ok(_) => Outcome::Issued,
         Err(error) if error.is_ours() => Outcome::Failed,
@@ -611,7 +612,7 @@ fn outcome<T>(done: &Result<T, DeskError>) -> Outcome {
 }
 
 /// Returns the reason for the worker. The log alone has Kubernetes' answer about a token.
-fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
+fn told(error: &IssuerError, node: &str, remote: Option<SocketAddr>) -> String {
     let remote = remote.map(tracing::field::display);
     if error.is_ours() {
         tracing::error!(
@@ -624,7 +625,7 @@ fn told(error: &DeskError, node: &str, remote: Option<SocketAddr>) -> String {
     }
     tracing::warn!(error = report(error), node, remote, "no certificate issued");
     match error {
-        DeskError::Review(_) => {
+        IssuerError::Review(_) => {
             "the token of Kubernetes is not valid here: its audience, its service account \
                                  and its end count; the server's log says why"
                 .into()

@@ -2,8 +2,8 @@
 //! certificates, and the issuer that uses both.
 //!
 //! ```text
-//! cpc token create -> book <- desk <- join listener  <- cpc agent join   (a token, no certificate yet)
-//!                                  <- control stream <- cpc agent        (renewal, over its tunnel)
+//! cpc token create -> issue log <- issuer <- join listener  <- cpc agent join   (a token, no certificate yet)
+//!                                       <- control stream <- cpc agent     (renewal, over its tunnel)
 //! ```
 //!
 //! Invariants:
@@ -16,8 +16,8 @@
 //! * Issued certificates stay on record while they are valid. A clock that steps, or is ahead at a start,
 //!   ends none of that: [`clock`].
 //!
-//! [`book`] keeps [`pages`], the tokens and issued certificates, in one file; [`admit`] decides, without
-//! I/O; [`desk`] uses both and the CA.
+//! [`issue_log`] keeps [`issue_records`], the tokens and issued certificates, in one file; [`admit`] decides, without
+//! I/O; [`issuer`] uses both and the CA.
 
 pub mod admit;
 pub mod clock;
@@ -27,7 +27,7 @@ pub mod issuer;
 pub mod metrics;
 pub mod token;
 
-pub use issue_log::{Book, BookError};
-pub use issuer::Desk;
+pub use issue_log::{IssueLog, IssueLogError};
+pub use issuer::Issuer;
 pub use metrics::JoinMetrics;
 pub use token::Token;

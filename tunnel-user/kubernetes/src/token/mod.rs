@@ -24,7 +24,7 @@ use super::delays::Delays;
 use claims::left;
 use cpc_config::kubernetes::TokenRules;
 use judge::judge;
-use verdicts::{Entered, Kept, Verdicts};
+use verdicts::{CachedVerdict, Lookup, Verdicts};
 
 /// Time for which a granted token needs no further review.
 pub const GRANTED_FOR: Duration = Duration::from_secs(60);
@@ -134,16 +134,16 @@ impl TokenReviewer {
     /// # Errors
     /// [`ReviewError`], after about 10 s at most.
     pub async fn review(&self, token: &str) -> Verdict {
-        let entered = lock(&self.0.verdicts).enter(token, Instant::now());
-        let mut slot = match entered {
-            Entered::Known(slot) => slot,
-            Entered::New { settle, slot } => {
+        let lookup = lock(&self.0.verdicts).look_up(token, Instant::now());
+        let mut slot = match lookup {
+            Lookup::Known(slot) => slot,
+            Lookup::New { settle, slot } => {
                 // A task of its own: the first caller may go away while others wait.
                 let asked = self.0.clone().settle(token.to_owned(), settle);
                 self.0.home.spawn(asked);
                 slot
             }
-            Entered::Full => {
+            Lookup::Full => {
                 let why = "too many tokens are under review".into();
                 return Err(ReviewError::Unavailable(why));
             }
@@ -157,7 +157,7 @@ impl TokenReviewer {
 }
 
 impl Inner {
-    async fn settle(self: Arc<Self>, token: String, settle: watch::Sender<Option<Kept>>) {
+    async fn settle(self: Arc<Self>, token: String, settle: watch::Sender<Option<CachedVerdict>>) {
         let verdict = match self.ask(&token).await {
             Ok(status) => judge(status, &self.rules),
             Err(error) => Err(error),
@@ -168,7 +168,7 @@ impl Inner {
             Err(_) => REFUSED_FOR,
         };
         let until = Instant::now() + keep;
-        settle.send_replace(Some(Kept { verdict, until }));
+        settle.send_replace(Some(CachedVerdict { verdict, until }));
     }
 
     /// Retries the request until the API server answers.

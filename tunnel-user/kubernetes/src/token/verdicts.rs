@@ -19,7 +19,7 @@ type Key = [u8; 32];
 
 /// A verdict with its expiry.
 #[derive(Clone, Debug)]
-pub(super) struct Kept {
+pub(super) struct CachedVerdict {
     /// The verdict.
     pub verdict: Verdict,
     /// Expiry of the verdict.
@@ -27,17 +27,17 @@ pub(super) struct Kept {
 }
 
 /// Channel that the reviewer fills once.
-pub(super) type Slot = watch::Receiver<Option<Kept>>;
+pub(super) type Slot = watch::Receiver<Option<CachedVerdict>>;
 
 /// State of a token.
 #[derive(Debug)]
-pub(super) enum Entered {
+pub(super) enum Lookup {
     /// A valid or pending verdict.
     Known(Slot),
     /// No verdict: the caller has to review.
     New {
         /// Takes the verdict.
-        settle: watch::Sender<Option<Kept>>,
+        settle: watch::Sender<Option<CachedVerdict>>,
         /// Gives the verdict.
         slot: Slot,
     },
@@ -51,11 +51,11 @@ pub(super) struct Verdicts(HashMap<Key, Slot>);
 
 impl Verdicts {
     /// Returns the state of `token`.
-    pub(super) fn enter(&mut self, token: &str, now: Instant) -> Entered {
+    pub(super) fn look_up(&mut self, token: &str, now: Instant) -> Lookup {
         let mut key = Key::default();
         key.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
         if let Some(slot) = self.0.get(&key).filter(|slot| is_good(slot, now)) {
-            return Entered::Known(slot.clone());
+            return Lookup::Known(slot.clone());
         }
         self.0.remove(&key);
         if self.0.len() >= MOST {
@@ -63,11 +63,11 @@ impl Verdicts {
                 .retain(|_, slot| is_good(slot, now) && !is_refused(slot));
         }
         if self.0.len() >= MOST {
-            return Entered::Full;
+            return Lookup::Full;
         }
         let (settle, slot) = watch::channel(None);
         self.0.insert(key, slot.clone());
-        Entered::New { settle, slot }
+        Lookup::New { settle, slot }
     }
 }
 
@@ -83,7 +83,7 @@ fn is_good(slot: &Slot, now: Instant) -> bool {
 fn is_refused(slot: &Slot) -> bool {
     matches!(
         &*slot.borrow(),
-        Some(Kept {
+        Some(CachedVerdict {
             verdict: Err(_),
             ..
         })
@@ -107,9 +107,9 @@ mod tests {
     }
 
     fn settle(verdicts: &mut Verdicts, token: &str, verdict: Verdict, until: Instant) {
-        match verdicts.enter(token, Instant::now()) {
-            Entered::New { settle, .. } => {
-                settle.send_replace(Some(Kept { verdict, until }));
+        match verdicts.look_up(token, Instant::now()) {
+            Lookup::New { settle, .. } => {
+                settle.send_replace(Some(CachedVerdict { verdict, until }));
             }
             other => panic!("{token}: {other:?}"),
         }
@@ -121,19 +121,19 @@ mod tests {
         let now = Instant::now();
         let until = now + Duration::from_secs(5);
         settle(&mut verdicts, "t", granted(), until);
-        assert!(matches!(verdicts.enter("t", now), Entered::Known(_)));
-        assert!(matches!(verdicts.enter("u", now), Entered::New { .. }));
-        assert!(matches!(verdicts.enter("t", until), Entered::New { .. }));
+        assert!(matches!(verdicts.look_up("t", now), Lookup::Known(_)));
+        assert!(matches!(verdicts.look_up("u", now), Lookup::New { .. }));
+        assert!(matches!(verdicts.look_up("t", until), Lookup::New { .. }));
     }
 
     #[test]
     fn a_review_that_was_torn_down_is_begun_anew() {
         let mut verdicts = Verdicts::default();
         let now = Instant::now();
-        let first = verdicts.enter("t", now);
-        assert!(matches!(verdicts.enter("t", now), Entered::Known(_)));
+        let first = verdicts.look_up("t", now);
+        assert!(matches!(verdicts.look_up("t", now), Lookup::Known(_)));
         drop(first);
-        assert!(matches!(verdicts.enter("t", now), Entered::New { .. }));
+        assert!(matches!(verdicts.look_up("t", now), Lookup::New { .. }));
     }
 
     #[test]
@@ -145,15 +145,15 @@ mod tests {
             let refused = Err(ReviewError::NotValid);
             settle(&mut verdicts, &n.to_string(), refused, later);
         }
-        assert!(matches!(verdicts.enter("next", now), Entered::New { .. }));
-        assert!(matches!(verdicts.enter("good", now), Entered::Known(_)));
+        assert!(matches!(verdicts.look_up("next", now), Lookup::New { .. }));
+        assert!(matches!(verdicts.look_up("good", now), Lookup::Known(_)));
 
         let mut waiting = Vec::new();
-        while let Entered::New { settle, .. } = verdicts.enter(&waiting.len().to_string(), now) {
+        while let Lookup::New { settle, .. } = verdicts.look_up(&waiting.len().to_string(), now) {
             waiting.push(settle);
         }
         assert!(waiting.len() < MOST);
-        assert!(matches!(verdicts.enter("more", now), Entered::Full));
-        assert!(matches!(verdicts.enter("good", now), Entered::Known(_)));
+        assert!(matches!(verdicts.look_up("more", now), Lookup::Full));
+        assert!(matches!(verdicts.look_up("good", now), Lookup::Known(_)));
     }
 }

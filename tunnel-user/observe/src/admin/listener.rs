@@ -1,6 +1,6 @@
 //! An HTTP listener with bounded connections: unauthenticated peers reach the health port.
 //!
-//! Every new connection is admitted, and evicts another one where there is no room ([`Room`] chooses).
+//! Every new connection is admitted, and evicts another one where there is no free slot ([`ConnectionSlots`] chooses).
 //! A connection ends after [`IDLE`] without an answer, and between two requests once it is [`LIFE`] old
 //! or had [`MAX_REQUESTS`].
 
@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep};
 
-use cpc_host::connection_slots::{Room, Ticket};
+use cpc_host::connection_slots::{ConnectionSlots, SlotId};
 use cpc_host::descriptors;
 
 /// Maximum time without an answer on a connection: it ends peers that send half a request or read none
@@ -30,7 +30,7 @@ const LIFE: Duration = Duration::from_secs(60);
 /// Number of requests after which a connection takes no further one.
 const MAX_REQUESTS: u32 = 100;
 
-/// A listener with bounded room for connections.
+/// A listener with a bounded number of connections.
 pub(super) struct Listener {
     listener: TcpListener,
     inside: Arc<Mutex<Inside>>,
@@ -38,16 +38,16 @@ pub(super) struct Listener {
 
 /// Open connections.
 struct Inside {
-    room: Room,
+    slots: ConnectionSlots,
     /// Senders that tell each connection of its eviction.
-    evict: HashMap<Ticket, oneshot::Sender<()>>,
+    evict: HashMap<SlotId, oneshot::Sender<()>>,
 }
 
 impl Listener {
-    /// Wraps a listener of the current runtime, with room for `most` connections.
+    /// Wraps a listener of the current runtime, with slots for `most` connections.
     pub(super) fn new(listener: TcpListener, most: usize) -> Self {
         let inside = Inside {
-            room: Room::new(most),
+            slots: ConnectionSlots::new(most),
             evict: HashMap::new(),
         };
         Self {
@@ -59,8 +59,8 @@ impl Listener {
     fn take_in(&self, stream: TcpStream, peer: SocketAddr) -> Connection {
         let (evict, evicted) = oneshot::channel();
         let mut inside = lock(&self.inside);
-        let (ticket, other) = inside.room.enter(peer.ip());
-        inside.evict.insert(ticket, evict);
+        let (slot, other) = inside.slots.enter(peer.ip());
+        inside.evict.insert(slot, evict);
         if let Some(other) = other.and_then(|other| inside.evict.remove(&other)) {
             // One that has ended meanwhile leaves by itself.
             let _ = other.send(());
@@ -72,9 +72,9 @@ impl Listener {
             evicted,
             progress: Progress::Between,
             requests: 0,
-            _place: Place {
+            _place: Slot {
                 inside: self.inside.clone(),
-                ticket,
+                slot,
             },
         }
     }
@@ -141,21 +141,21 @@ pub(super) struct Connection {
     evicted: oneshot::Receiver<()>,
     progress: Progress,
     requests: u32,
-    /// Must be the last field: the place is free once the socket is closed.
-    _place: Place,
+    /// Must be the last field: the slot is free once the socket is closed.
+    _place: Slot,
 }
 
-/// A place in the room, until dropped.
-struct Place {
+/// The slot of one connection, until dropped.
+struct Slot {
     inside: Arc<Mutex<Inside>>,
-    ticket: Ticket,
+    slot: SlotId,
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         let mut inside = lock(&self.inside);
-        inside.room.leave(self.ticket);
-        inside.evict.remove(&self.ticket);
+        inside.slots.leave(self.slot);
+        inside.evict.remove(&self.slot);
         // The connection may have had the spare one, and is closed by now.
         descriptors::set_spare_aside();
     }

@@ -43,19 +43,19 @@ enum Answer {
 
 impl<L: LocalSocket> Exchange<'_, L> {
     /// Asks the agent. `plan` learns when the stream is about to carry the client's first byte; when
-    /// `doubt` completes, it decides whether the stream is given up.
+    /// `suspicion` completes, it decides whether the stream is given up.
     pub(super) async fn run(
         &self,
         plan: &mut Plan<Arc<LinkInfo>, DialError>,
         early: &mut EarlyBytes,
         cursor: &mut Cursor,
-        doubt: impl Future<Output = ()>,
+        suspicion: impl Future<Output = ()>,
     ) -> Result<(LinkSend, LinkRecv), Failed> {
         let opened = self.open().await;
         let (mut send, mut recv) = opened.map_err(|reason| self.lost(reason))?;
         let answer = {
             let mut answer = pin!(recv.answer());
-            let mut doubt = pin!(doubt);
+            let mut suspicion = pin!(suspicion);
             let mut is_doubting = false;
             loop {
                 let stream = self.link.sends_early().then_some(&mut send);
@@ -69,7 +69,7 @@ impl<L: LocalSocket> Exchange<'_, L> {
                         // The agent takes no more: its answer says why.
                         EarlyEvent::StreamEnded => break Answer::Received(answer.await),
                     },
-                    () = &mut doubt, if !is_doubting => {
+                    () = &mut suspicion, if !is_doubting => {
                         if plan.may_abandon() {
                             break Answer::Abandoned;
                         }

@@ -12,7 +12,7 @@ use super::ask::Exchange;
 use super::breaker::{BreakerPass, outcome};
 use super::error::{Failed, full, too_late};
 use super::plan::{Ask, Failure};
-use super::suspicion::Doubt;
+use super::suspicion::Suspicion;
 use super::{Dial, Dialled, permit};
 use crate::breaker::Outcome;
 use crate::early::Cursor;
@@ -67,7 +67,7 @@ impl Dial {
             deadline: ask.time_left,
             attempt: ask.attempt,
         };
-        let doubt = Doubt {
+        let suspicion = Suspicion {
             shard,
             link,
             asked_at: Instant::now(),
@@ -84,7 +84,12 @@ impl Dial {
         };
         let deadline = self.deadline();
         let mut cursor = Cursor::default();
-        let run = exchange.run(&mut self.plan, &mut self.early, &mut cursor, doubt.wait());
+        let run = exchange.run(
+            &mut self.plan,
+            &mut self.early,
+            &mut cursor,
+            suspicion.wait(),
+        );
         let Ok(connected) = timeout_at(deadline, Box::pin(run)).await else {
             return Err(Failed {
                 failure: Failure::DeadlineOver,

@@ -44,7 +44,7 @@ pub(super) struct Ask<C> {
     pub attempt: u8,
     /// The time until the dial's deadline.
     pub time_left: Duration,
-    /// The time after which the candidate is in doubt; only where another one is there.
+    /// The time after which the candidate is suspected; only where another one is there.
     pub patience: Option<Duration>,
 }
 

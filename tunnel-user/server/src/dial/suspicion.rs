@@ -1,4 +1,4 @@
-//! Waits until an agent that was asked is in doubt and another one can be asked.
+//! Waits until an agent that was asked is suspected and another one can be asked.
 
 use std::future::pending;
 use std::time::Duration;
@@ -11,18 +11,18 @@ use crate::routes::{LinkId, LinkInfo};
 use crate::shard::Shard;
 use cpc_identity::TrustDomain;
 
-/// The time after which an agent is in doubt if no packet of it has arrived since it was asked.
+/// The time after which an agent is suspected if no packet of it has arrived since it was asked.
 const UNHEARD: Duration = Duration::from_secs(1);
 
 /// A request without an answer.
-pub(super) struct Doubt<'a> {
+pub(super) struct Suspicion<'a> {
     /// The shard that asks.
     pub shard: &'a Shard,
     /// The link of the agent that was asked.
     pub link: &'a LinkInfo,
     /// The time of the request.
     pub asked_at: Instant,
-    /// The time after which the agent is in doubt in any case.
+    /// The time after which the agent is suspected in any case.
     pub patience: Option<Duration>,
     /// The tenant that asks.
     pub tenant: &'a TrustDomain,
@@ -32,8 +32,8 @@ pub(super) struct Doubt<'a> {
     pub alternatives: Option<Alternatives<LinkId>>,
 }
 
-impl Doubt<'_> {
-    /// Waits until the agent is in doubt and the routes lead to an alternative. Patience starts with
+impl Suspicion<'_> {
+    /// Waits until the agent is suspected and the routes lead to an alternative. Patience starts with
     /// the first poll.
     pub(super) async fn wait(self) {
         let Some(alternatives) = &self.alternatives else {

@@ -26,7 +26,7 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Form of the answer to a client.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Manner {
+pub(super) enum AnswerFormat {
     /// The client is connected already: a reset is the only possible answer.
     Redirected,
     /// The client waits for an HTTP answer.
@@ -38,7 +38,7 @@ pub(super) struct Client<L> {
     /// Socket of the client.
     pub local: L,
     /// Form of its answer.
-    pub manner: Manner,
+    pub manner: AnswerFormat,
     /// The dial.
     pub dial: Dial,
     /// Permit of the connection.
@@ -74,7 +74,7 @@ impl<L: Portable> Client<L> {
         match self.dial.advance(&shard, &self.local).await {
             Ok(Step::Dialled(dialled)) => {
                 self.dial.record.reached(&shard.metrics.dials);
-                if let Manner::HttpConnect(_) = self.manner {
+                if let AnswerFormat::HttpConnect(_) = self.manner {
                     // A client that is gone by now shows in the relay as well.
                     let _ = write(&self.local, ESTABLISHED).await;
                 }
@@ -130,7 +130,7 @@ impl<L: Portable> Client<L> {
 
     async fn refuse(&self, shard: &Shard, error: &DialError) {
         failed(shard, &self.dial.record, error);
-        if let Manner::HttpConnect(answers) = self.manner {
+        if let AnswerFormat::HttpConnect(answers) = self.manner {
             answer_and_close(&self.local, answers::failure(answers, error)).await;
         }
     }

@@ -53,7 +53,7 @@ pub(super) async fn connection(
     client: Option<SocketAddr>,
     io: impl AsyncRead + AsyncWrite + Unpin,
 ) {
-    let Some(_counted) = shard.grpc_clients.enter() else {
+    let Some(_counted) = shard.grpc_clients.acquire() else {
         let client = client.map(tracing::field::display);
         return tracing::warn!(client, "too many gRPC connections (limits.connections)");
     };

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tunnel_proto::http_connect::{ConnectError, ConnectRequest, parse, response};
 
 use super::client::{
-    Client, Manner, REQUEST_TIMEOUT, answer_and_close, answer_at_once, serve_once,
+    AnswerFormat, Client, REQUEST_TIMEOUT, answer_and_close, answer_at_once, serve_once,
 };
 use super::{Scope, admit, answers};
 use crate::dial::{Dial, connection_id};
@@ -47,7 +47,7 @@ async fn ask<L: Portable>(
     client: Option<SocketAddr>,
     local: L,
 ) -> Option<Box<Client<L>>> {
-    let Some(waiting) = shard.waiting.enter() else {
+    let Some(waiting) = shard.waiting.acquire() else {
         let full = response(503, "too many clients have not said yet what they want");
         answer_at_once(&local, &full);
         return None;
@@ -83,7 +83,7 @@ async fn ask<L: Portable>(
     let early = EarlyBytes::new(Early::Hold, first);
     Some(Box::new(Client {
         dial: Dial::new(&shard, record, &scope.tenant, (early, dialling)),
-        manner: Manner::HttpConnect(answers),
+        manner: AnswerFormat::HttpConnect(answers),
         local,
         admitted,
         counted: Some(counted),

@@ -16,7 +16,7 @@ use tokio_rustls::server::TlsStream;
 use tunnel_proto::http_connect::response;
 
 use super::tls::FrontendTls;
-use super::unix::{Fate, SocketFile};
+use super::unix::{SocketFile, SocketFileState};
 use super::{Scope, grpc, http_connect, scope};
 use crate::handshakes::{HandshakeFailure, HandshakeLimiter};
 use crate::shard::Shard;
@@ -152,7 +152,7 @@ impl Service {
         let peer = peer.unwrap_or_default();
         let revocations = shard.revocations.clone();
         let cut = async move {
-            let revoked = revocations.strike(&peer).await;
+            let revoked = revocations.on_revocation(&peer).await;
             tracing::warn!(%client, why = %revoked, "client's connection is ended");
             audit::cut("client", client, &revoked);
         };
@@ -203,7 +203,7 @@ pub(crate) async fn accept_unix(
     mut listener: UnixListener,
     mut file: SocketFile,
 ) {
-    let mut fate = Fate::There;
+    let mut fate = SocketFileState::There;
     loop {
         let taken = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -234,20 +234,24 @@ pub(crate) async fn accept_unix(
 
 /// Repairs the file of a frontend where possible. Returns a new listener, if there is one. A fault that
 /// remains shows in readiness.
-fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<UnixListener> {
+fn restore(
+    shard: &Shard,
+    file: &mut SocketFile,
+    fate: &mut SocketFileState,
+) -> Option<UnixListener> {
     let path = file.path().display().to_string();
     let why = match fate {
-        Fate::There => {
+        SocketFileState::There => {
             tracing::info!(path, "the frontend's socket is there again");
-            shard.troubles.clear(&path);
+            shard.faults.clear(&path);
             return None;
         }
-        Fate::Taken => "another process has put its own in its place".to_owned(),
-        Fate::Gone => match file.make_again().and_then(UnixListener::from_std) {
+        SocketFileState::Taken => "another process has put its own in its place".to_owned(),
+        SocketFileState::Gone => match file.make_again().and_then(UnixListener::from_std) {
             Ok(listener) => {
                 tracing::warn!(path, "the frontend's socket was removed, and is made again");
-                shard.troubles.clear(&path);
-                *fate = Fate::There;
+                shard.faults.clear(&path);
+                *fate = SocketFileState::There;
                 return Some(listener);
             }
             Err(error) => format!(
@@ -257,7 +261,7 @@ fn restore(shard: &Shard, file: &mut SocketFile, fate: &mut Fate) -> Option<Unix
         },
     };
     let trouble = format!("the frontend's socket {path} is not there: {why}");
-    if shard.troubles.set(&path, trouble) {
+    if shard.faults.set(&path, trouble) {
         tracing::error!(
             path,
             why,

@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use tokio::net::{TcpListener, TcpStream};
 use tunnel_proto::preface::Destination;
 
-use super::client::{Client, Manner};
+use super::client::{AnswerFormat, Client};
 use super::{Scope, admit};
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
@@ -42,12 +42,12 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 /// The heartbeat of the thread that accepts. Dropped, it reports that connections are not accepted any
 /// more, unless the service manager keeps the listeners: then connects may wait in their backlog for
 /// the next process, for as long as the last beat counts.
-pub(crate) struct Beating {
+pub(crate) struct HeartbeatGuard {
     heartbeat: Heartbeat,
     listeners_kept: bool,
 }
 
-impl Beating {
+impl HeartbeatGuard {
     /// Starts the heartbeat of listeners that are about to accept.
     pub(crate) fn new(heartbeat: Heartbeat, listeners_kept: bool) -> Self {
         Self {
@@ -70,7 +70,7 @@ impl Beating {
     }
 }
 
-impl Drop for Beating {
+impl Drop for HeartbeatGuard {
     fn drop(&mut self) {
         if !self.listeners_kept
             && let Err(error) = self.heartbeat.stop()
@@ -88,7 +88,7 @@ pub(crate) async fn run(
     shard: Rc<Shard>,
     attachment: Rc<Attachment>,
     listeners: Vec<TcpListener>,
-    beating: Beating,
+    beating: HeartbeatGuard,
 ) {
     let accept = |listener| accept(shard.clone(), attachment.clone(), listener);
     let accepting = join_all(listeners.into_iter().map(accept));
@@ -139,7 +139,7 @@ fn serve(
             &attachment.scope.tenant,
             (early, dial_permit),
         ),
-        manner: Manner::Redirected,
+        manner: AnswerFormat::Redirected,
         local,
         admitted,
         counted: None,

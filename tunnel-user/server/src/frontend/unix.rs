@@ -31,7 +31,7 @@ type FileId = (u64, u64, Option<SystemTime>);
 
 /// State of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum SocketFileState {
     /// The file exists.
     There,
     /// The file is missing.
@@ -124,24 +124,24 @@ impl SocketFile {
     }
 
     /// Waits until the state of the file is not `before`, or can be repaired.
-    pub(super) async fn changed(&self, before: Fate) -> Fate {
+    pub(super) async fn changed(&self, before: SocketFileState) -> SocketFileState {
         loop {
             sleep(LOOK).await;
             let now = self.fate();
-            if now != before || now == Fate::Gone {
+            if now != before || now == SocketFileState::Gone {
                 return now;
             }
         }
     }
 
     /// Checks the file.
-    pub(super) fn fate(&self) -> Fate {
+    pub(super) fn fate(&self) -> SocketFileState {
         match id_of(self.path()) {
-            Ok(id) if self.own.is_none_or(|own| own == id) => Fate::There,
-            Ok(_) => Fate::Taken,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Fate::Gone,
+            Ok(id) if self.own.is_none_or(|own| own == id) => SocketFileState::There,
+            Ok(_) => SocketFileState::Taken,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => SocketFileState::Gone,
             // A directory that may not be read says nothing.
-            Err(_) => Fate::There,
+            Err(_) => SocketFileState::There,
         }
     }
 
@@ -205,15 +205,18 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let config = config(place.path().join("socket"));
         let (_listener, mut file) = bind(&config).unwrap();
-        assert_eq!(file.fate(), Fate::There);
+        assert_eq!(file.fate(), SocketFileState::There);
         fs::remove_file(&config.unix).unwrap();
-        assert_eq!(file.fate(), Fate::Gone);
+        assert_eq!(file.fate(), SocketFileState::Gone);
         let listener = file.make_again().unwrap();
-        assert_eq!(file.fate(), Fate::There);
+        assert_eq!(file.fate(), SocketFileState::There);
         UnixStream::connect(&config.unix).unwrap();
         drop(listener);
         let (_successor, theirs) = bind(&config).unwrap();
-        assert_eq!((file.fate(), theirs.fate()), (Fate::Taken, Fate::There));
+        assert_eq!(
+            (file.fate(), theirs.fate()),
+            (SocketFileState::Taken, SocketFileState::There)
+        );
     }
 
     /// A client that connects to it would wait for a place.
@@ -254,9 +257,9 @@ mod tests {
         let config = config(place.path().join("socket"));
         let _listener = UnixListener::bind(&config.unix).unwrap();
         let mut file = SocketFile::inherited(&config);
-        assert_eq!(file.fate(), Fate::There);
+        assert_eq!(file.fate(), SocketFileState::There);
         fs::remove_file(&config.unix).unwrap();
-        assert_eq!(file.fate(), Fate::Gone);
+        assert_eq!(file.fate(), SocketFileState::Gone);
         assert!(file.make_again().is_err());
     }
 }

@@ -13,13 +13,13 @@ use tunnel_proto::session::{ServerSession, Timers};
 use super::{QuicLink, session};
 use crate::handshakes::HandshakeFailure;
 use crate::limits::Limit;
-use crate::loads::{Counted, Moved};
+use crate::loads::{LoadPermit, ReservedLoad};
 use crate::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
 use crate::shard::Shard;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::Phase;
 use cpc_host::report::report;
-use cpc_host::source_limiter::{Crowded, HandshakePermit, Verdict};
+use cpc_host::source_limiter::{HandshakePermit, Overload, Verdict};
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_transport::control_stream::{ControlStream, Shared};
@@ -40,7 +40,7 @@ const MAX_ON_THEIR_WAY: usize = 1024;
 
 /// Accepts tunnels without end.
 pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
-    let moving = Gate::new(MAX_ON_THEIR_WAY);
+    let moving = ConcurrencyLimit::new(MAX_ON_THEIR_WAY);
     while let Some(incoming) = endpoint.accept().await {
         if *shard.phase.borrow() == Phase::Ended {
             // Agents look elsewhere, and here again for our successor.
@@ -66,7 +66,7 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
                 }
             }
             Verdict::Refuse(why) => {
-                if why == Crowded::Full {
+                if why == Overload::Full {
                     shard.metrics.limits.refuse(Limit::Handshakes.label());
                 }
                 shard.handshakes.failed(why.into());
@@ -78,14 +78,18 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
 }
 
 /// Counts a newcomer on another shard, where that has fewer tunnels than this one.
-fn elsewhere(shard: &Shard, incoming: &Incoming, moving: &Gate) -> Option<Moved> {
+fn elsewhere(
+    shard: &Shard,
+    incoming: &Incoming,
+    moving: &ConcurrencyLimit,
+) -> Option<ReservedLoad> {
     let movable = incoming.may_retry() && !incoming.is_placed();
     let from = movable.then_some(shard.index)?;
     shard.loads.move_from(from, moving)
 }
 
 /// Sends a newcomer to another shard by a Retry. The next one counts it until it has come.
-fn send_on(shard: &Shard, incoming: Incoming, moved: Moved, place: Option<HandshakePermit>) {
+fn send_on(shard: &Shard, incoming: Incoming, moved: ReservedLoad, place: Option<HandshakePermit>) {
     shard.metrics.handshakes_moved.inc();
     incoming.retry(number(moved.shard()));
     tokio::task::spawn_local(async move {
@@ -104,7 +108,7 @@ fn number(shard: usize) -> u8 {
 async fn serve(
     shard: Rc<Shard>,
     incoming: Incoming,
-    (under_way, _counted): (HandshakePermit, Counted),
+    (under_way, _counted): (HandshakePermit, LoadPermit),
 ) {
     let remote = incoming.remote_address();
     let Some((connection, stream)) = handshake(&shard, incoming).await else {
@@ -156,7 +160,7 @@ async fn serve(
         end = session::run(&shard, &link, &mut control).instrument(span) => {
             (session::reason_of(&end), end.to_string())
         }
-        revoked = shard.revocations.strike(&peer) => {
+        revoked = shard.revocations.on_revocation(&peer) => {
             audit::cut("tunnel", connection.remote_address(), &revoked);
             (CloseReason::IdentityRefused, revoked.to_string())
         }

@@ -119,7 +119,7 @@ async fn handle(
 
 /// Asks the issuer, for which a request is more work than for the agent.
 async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
-    let Some(desk) = &shard.desk else {
+    let Some(issuer) = &shard.issuer else {
         return Err("this server issues no certificates: it has no `join`".into());
     };
     let last = link.asked.replace(Some(Instant::now()));
@@ -127,7 +127,7 @@ async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
         return Err("asked again too soon".into());
     }
     let leaf = link.connection.peer_certificate();
-    desk.renew(link.info.identity.clone(), leaf, csr).await
+    issuer.renew(link.info.identity.clone(), leaf, csr).await
 }
 
 async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
@@ -30,7 +30,7 @@ use crate::attachments::Attachments;
 use crate::bind::{AgentsBound, Bound};
 use crate::control::Control;
 use crate::error::ServerError;
-use crate::faults::Troubles;
+use crate::faults::Faults;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
 use crate::handshakes::HandshakeLimiter;
@@ -103,26 +103,26 @@ impl Serving {
         let mut instance = [0; 16];
         aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
         let (peers, inboxes) = Peers::new(config.shards);
-        let desk = join::desk(&config, &identity, material.as_ref()).await?;
-        if let Some(desk) = &desk {
-            desk.metrics.register(ours(&mut registry));
+        let issuer = join::issuer(&config, &identity, material.as_ref()).await?;
+        if let Some(issuer) = &issuer {
+            issuer.metrics.register(ours(&mut registry));
         }
         let failed_tunnels = metrics.handshakes.clone();
         let failed_joins = metrics.join_handshakes.clone();
         let common = Common {
             control: control.handle(),
-            desk: desk.clone(),
+            issuer: issuer.clone(),
             metrics,
             tenants: Tenants::new(&config, &own, &budget),
             budget,
             limits: config.limits.clone(),
-            connections: Gate::new(config.limits.connections),
+            connections: ConcurrencyLimit::new(config.limits.connections),
             shares,
-            troubles: Troubles::default(),
-            waiting: Gate::new(shares.waiting),
-            grpc_clients: Gate::new(config.limits.connections),
-            dials: Gate::new(config.limits.dials),
-            tunnels: Gate::new(config.limits.agents),
+            faults: Faults::default(),
+            waiting: ConcurrencyLimit::new(shares.waiting),
+            grpc_clients: ConcurrencyLimit::new(config.limits.connections),
+            dials: ConcurrencyLimit::new(config.limits.dials),
+            tunnels: ConcurrencyLimit::new(config.limits.agents),
             handshakes: HandshakeLimiter::new(&config.limits.handshakes, failed_tunnels.clone()),
             server_id: identity.name.clone(),
             server_count: config.server_count,
@@ -199,10 +199,10 @@ impl Serving {
             outcome.await.map_err(|_| ServerError::Shard)??;
         }
 
-        if let (Some(listener), Some(desk)) = (bound.join, desk) {
+        if let (Some(listener), Some(issuer)) = (bound.join, issuer) {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
             let limiter = join::limiter(&handshakes, failed_joins);
-            join::serve(listener, desk, limiter).await?;
+            join::serve(listener, issuer, limiter).await?;
         }
         let admin = Admin::new(registry, log.clone(), Arc::new(view));
         let pages = admin.clone().router();
@@ -326,8 +326,8 @@ async fn set_grants(common: &Common, config: &ServerConfig) -> bool {
     }
 }
 
-/// Waits until a draining server has no connection left, and then closes the gate for new ones.
-async fn idle(phase: &watch::Sender<Phase>, connections: &Gate) {
+/// Waits until a draining server has no connection left, and then closes the limit for new ones.
+async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit) {
     lifecycle::stopping(phase.subscribe()).await;
     while !connections.close_if_empty() {
         tokio::time::sleep(IDLE_POLL).await;

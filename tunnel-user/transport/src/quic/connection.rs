@@ -22,7 +22,7 @@ use tunnel_proto::close::CloseReason;
 
 use super::endpoint::Shared;
 use super::ledger::{Excess, Ledger};
-use super::send_scheduler::Turns;
+use super::send_scheduler::SendScheduler;
 use super::stream::{Recv, Send};
 use super::timers::Timer;
 use super::validation::Validation;
@@ -64,7 +64,7 @@ pub(super) struct State {
     is_connected: bool,
     /// Whether the driver knows that there may be something to send.
     is_noted: bool,
-    pub(super) turns: Turns,
+    pub(super) send_scheduler: SendScheduler,
     /// Streams that wait for the next turn.
     late: Vec<StreamId>,
     /// Tasks that wait for a stream.
@@ -178,7 +178,7 @@ impl State {
     /// again.
     pub(super) fn next_turn(&mut self) {
         let window = self.proto.congestion_state().window();
-        self.turns.next(window, self.proto.rtt());
+        self.send_scheduler.next(window, self.proto.rtt());
         while let Some(id) = self.late.pop() {
             self.wake(id, Interest::Write);
         }
@@ -261,7 +261,7 @@ impl Inner {
             error: None,
             is_connected: false,
             is_noted: false,
-            turns: Turns::default(),
+            send_scheduler: SendScheduler::default(),
             late: Vec::new(),
             waiting: HashMap::default(),
             ledger,

@@ -59,7 +59,7 @@ impl Offload {
 /// # Errors
 /// Loopback does not work, so the result is unknown.
 pub(super) fn check() -> io::Result<Offload> {
-    let [from, to] = [Ends::open()?, Ends::open()?];
+    let [from, to] = [ProbeSocket::open()?, ProbeSocket::open()?];
     let sent: Vec<u8> = (0..TOTAL).map(|i| (i / 7) as u8).collect();
     let mut transmit = Transmit {
         destination: to.socket.local_addr()?,
@@ -95,7 +95,7 @@ pub(super) fn check() -> io::Result<Offload> {
     })
 }
 
-struct Ends {
+struct ProbeSocket {
     socket: UdpSocket,
     state: UdpSocketState,
 }
@@ -107,7 +107,7 @@ struct Received {
     calls: usize,
 }
 
-impl Ends {
+impl ProbeSocket {
     fn open() -> io::Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         let state = UdpSocketState::new((&socket).into())?;

@@ -26,7 +26,7 @@ pub(super) struct Reassembly {
     /// Offset of the next byte.
     next: u64,
     /// Data behind a gap; `None` until there was one. From then on quinn-proto is read out of order.
-    ahead: Option<Box<Ahead>>,
+    ahead: Option<Box<OutOfOrderData>>,
 }
 
 /// Result of a read.
@@ -158,12 +158,12 @@ impl Reassembly {
 /// Pieces of one stream behind a gap, by their offset. They never overlap: quinn-proto returns each
 /// byte once.
 #[derive(Debug, Default)]
-struct Ahead {
+struct OutOfOrderData {
     pieces: BTreeMap<u64, Bytes>,
     bytes: u64,
 }
 
-impl Ahead {
+impl OutOfOrderData {
     /// Returns the memory cost, in bytes.
     fn cost(&self) -> u64 {
         self.bytes + self.pieces.len() as u64 * FRAME

@@ -1,4 +1,4 @@
-//! Turns of the streams of a connection: the number of bytes that a stream writes before the others.
+//! Scheduling of the streams of a connection: the number of bytes that a stream writes before the others.
 //!
 //! quinn-proto sends all bytes that a stream has written in one run, so that its packets lie together
 //! and the peer writes them to their socket at once, rather than a packet of each stream in a round.
@@ -35,15 +35,15 @@ pub(super) fn watch<T>(send: impl FnOnce() -> T) -> (T, bool) {
     (sent, ASKED.get())
 }
 
-/// Turns of a connection.
+/// Scheduler of the streams of a connection.
 #[derive(Debug)]
-pub(super) struct Turns {
+pub(super) struct SendScheduler {
     number: u16,
     /// Approximate number of bytes that a stream may write in this turn.
     run: u32,
 }
 
-impl Default for Turns {
+impl Default for SendScheduler {
     fn default() -> Self {
         Self {
             number: 0,
@@ -52,7 +52,7 @@ impl Default for Turns {
     }
 }
 
-impl Turns {
+impl SendScheduler {
     /// Begins the next turn, on a path that takes `window` bytes in `rtt`.
     pub(super) fn next(&mut self, window: u64, rtt: Duration) {
         self.number = self.number.wrapping_add(1);
@@ -82,12 +82,12 @@ enum Place {
 
 impl Turn {
     /// Whether more may be written now.
-    pub(super) fn allows_more(&mut self, turns: &Turns) -> bool {
-        if self.number != turns.number {
-            self.number = turns.number;
+    pub(super) fn allows_more(&mut self, send_scheduler: &SendScheduler) -> bool {
+        if self.number != send_scheduler.number {
+            self.number = send_scheduler.number;
             self.written = 0;
         }
-        self.written < turns.run || self.place == Place::First
+        self.written < send_scheduler.run || self.place == Place::First
     }
 
     /// Puts the stream before all others, and returns its new priority.

@@ -60,7 +60,7 @@ impl Send {
             if let Err(error) = state.check() {
                 return Poll::Ready(Err(SendEnd::Link(link_reason(&error))));
             }
-            if !self.turn.allows_more(&state.turns) {
+            if !self.turn.allows_more(&state.send_scheduler) {
                 // The driver's next pass tells whether there is anything to wait for.
                 self.connection.note(&mut state);
                 state.wait_for_turn(self.id, cx.waker());

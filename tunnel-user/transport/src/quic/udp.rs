@@ -95,7 +95,7 @@ pub fn enlarge(socket: &UdpSocket) {
 /// A UDP socket on the current shard, with segmentation offloads on where they work.
 #[derive(Debug)]
 pub(super) struct Udp {
-    socket: Driven,
+    socket: DrivenSocket,
     state: UdpSocketState,
     metrics: UdpMetrics,
     /// Whether one call may send many packets, as far as known.
@@ -104,7 +104,7 @@ pub(super) struct Udp {
 
 /// A socket over the shard's engine.
 #[derive(Debug)]
-enum Driven {
+enum DrivenSocket {
     Epoll(EpollUdp),
     Ring(RingUdp),
 }
@@ -115,8 +115,8 @@ impl Udp {
         socket.set_nonblocking(true)?;
         let state = UdpSocketState::new((&socket).into())?;
         let socket = match engine::current() {
-            Some(ring) => Driven::Ring(RingUdp::new(socket, ring)),
-            None => Driven::Epoll(EpollUdp::new(socket)?),
+            Some(ring) => DrivenSocket::Ring(RingUdp::new(socket, ring)),
+            None => DrivenSocket::Epoll(EpollUdp::new(socket)?),
         };
         Ok(Self {
             is_segmented: Cell::new(state.max_gso_segments() > 1),
@@ -128,15 +128,15 @@ impl Udp {
 
     fn as_socket(&self) -> SockRef<'_> {
         match &self.socket {
-            Driven::Epoll(udp) => udp.socket().into(),
-            Driven::Ring(udp) => udp.socket().into(),
+            DrivenSocket::Epoll(udp) => udp.socket().into(),
+            DrivenSocket::Ring(udp) => udp.socket().into(),
         }
     }
 
     pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
         match &self.socket {
-            Driven::Epoll(udp) => udp.socket().local_addr(),
-            Driven::Ring(udp) => udp.socket().local_addr(),
+            DrivenSocket::Epoll(udp) => udp.socket().local_addr(),
+            DrivenSocket::Ring(udp) => udp.socket().local_addr(),
         }
     }
 
@@ -148,8 +148,8 @@ impl Udp {
     /// Takes the next batch, of datagrams of one size, the last of which may be shorter.
     pub(super) fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(RecvMeta, BytesMut)>> {
         let (meta, bytes) = ready!(match &self.socket {
-            Driven::Epoll(udp) => udp.poll_recv(cx, &self.state, &self.metrics.receive),
-            Driven::Ring(udp) => udp.poll_recv(cx, &self.metrics.receive),
+            DrivenSocket::Epoll(udp) => udp.poll_recv(cx, &self.state, &self.metrics.receive),
+            DrivenSocket::Ring(udp) => udp.poll_recv(cx, &self.metrics.receive),
         })?;
         Poll::Ready(Ok((meta, bytes)))
     }
@@ -170,8 +170,8 @@ impl Udp {
             src_ip: transmit.src_ip,
         };
         let sent = match &self.socket {
-            Driven::Epoll(udp) => udp.try_send(&self.state, &transmit),
-            Driven::Ring(udp) => udp.try_send(&self.state, &transmit),
+            DrivenSocket::Epoll(udp) => udp.try_send(&self.state, &transmit),
+            DrivenSocket::Ring(udp) => udp.try_send(&self.state, &transmit),
         };
         // Other errors are the network's, which may lose packets as it likes.
         if sent.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
@@ -201,8 +201,8 @@ impl Udp {
     /// Waits until the socket takes packets again.
     pub(super) fn poll_send_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &self.socket {
-            Driven::Epoll(udp) => udp.socket().poll_send_ready(cx),
-            Driven::Ring(udp) => udp.poll_send_ready(cx).map(Ok),
+            DrivenSocket::Epoll(udp) => udp.socket().poll_send_ready(cx),
+            DrivenSocket::Ring(udp) => udp.poll_send_ready(cx).map(Ok),
         }
     }
 

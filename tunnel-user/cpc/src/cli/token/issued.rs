@@ -8,11 +8,11 @@ use serde_json::json;
 
 use super::super::status::table;
 use cpc_identity::join::clock::Time;
-use cpc_identity::join::issue_records::{Holder, Pages};
-use cpc_identity::join::{Book, BookError};
+use cpc_identity::join::issue_records::{Holder, IssueRecords};
+use cpc_identity::join::{IssueLog, IssueLogError};
 
-pub(super) fn list(book: &Book, by_hand: &Book, json: bool) -> anyhow::Result<()> {
-    let mut pages = book.read()?;
+pub(super) fn list(log: &IssueLog, by_hand: &IssueLog, json: bool) -> anyhow::Result<()> {
+    let mut pages = log.read()?;
     pages.by_hand = by_hand.read()?.issued;
     let time = Time::of(SystemTime::now());
     let shown = |at| humantime::format_rfc3339_seconds(at).to_string();
@@ -60,15 +60,15 @@ pub(super) fn list(book: &Book, by_hand: &Book, json: bool) -> anyhow::Result<()
 }
 
 pub(super) fn release(
-    book: &Book,
-    by_hand: &Book,
+    log: &IssueLog,
+    by_hand: &IssueLog,
     node: Option<&str>,
     addresses: &[IpAddr],
 ) -> anyhow::Result<()> {
     let addresses: Vec<_> = addresses.iter().map(IpAddr::to_canonical).collect();
     let by_hand = by_hand.read()?.issued;
     let time = Time::of(SystemTime::now());
-    let released = book.change(|pages| {
+    let released = log.change(|pages| {
         pages.by_hand = by_hand;
         let is_meant = |of: &str, holder: &Holder| {
             node.is_none_or(|node| node == of)
@@ -88,7 +88,7 @@ pub(super) fn release(
                 pages.release(&holder.serial);
             }
         }
-        Ok::<_, BookError>(meant)
+        Ok::<_, IssueLogError>(meant)
     })?;
     if released.is_empty() {
         bail!(
@@ -105,7 +105,7 @@ pub(super) fn release(
     Ok(())
 }
 
-fn held(pages: &Pages, holder: &Holder, time: Time) -> Vec<IpAddr> {
+fn held(pages: &IssueRecords, holder: &Holder, time: Time) -> Vec<IpAddr> {
     let addresses = holder.addresses.iter().copied();
     { addresses.filter(|it| pages.holds_address(holder, it, time)) }.collect()
 }

@@ -15,8 +15,8 @@ fn key(n: u8) -> KeyHash {
     KeyHash::of_spki(&[n])
 }
 
-/// A book with one token, for an hour.
-fn book(nodes: &str, addresses: &[&str], uses: u32) -> (Pages, Token) {
+/// Records with one token, for an hour.
+fn log(nodes: &str, addresses: &[&str], uses: u32) -> (IssueRecords, Token) {
     let token = Token::generate().unwrap();
     let ticket = Ticket {
         digest: token.digest(),
@@ -27,13 +27,13 @@ fn book(nodes: &str, addresses: &[&str], uses: u32) -> (Pages, Token) {
         expires: start() + HOUR,
         used: Vec::new(),
     };
-    let mut pages = Pages::default();
+    let mut pages = IssueRecords::default();
     pages.tokens.insert(token.id().into(), ticket);
     (pages, token)
 }
 
 /// Issues to `asked` at that time. The serial number is one more than that of the certificate before.
-fn issue(pages: &mut Pages, asked: &Asked<'_>, now: SystemTime) -> Holder {
+fn issue(pages: &mut IssueRecords, asked: &Asked<'_>, now: SystemTime) -> Holder {
     let holder = Holder {
         addresses: asked.addresses.to_vec(),
         key: asked.key.to_string(),
@@ -58,7 +58,7 @@ fn got(asked: &Asked<'_>, holder: &Holder) -> Use {
 
 /// Returns the serial number of the resulting certificate.
 fn join(
-    pages: &mut Pages,
+    pages: &mut IssueRecords,
     token: &Token,
     (node, addr, n): (&str, &str, u8),
     now: SystemTime,
@@ -86,7 +86,7 @@ fn join(
 
 #[test]
 fn a_token_is_used_up_but_not_by_the_key_that_asks_again() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 2);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 2);
     let now = start();
     let first = join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
     let again = join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
@@ -102,7 +102,7 @@ fn a_token_is_used_up_but_not_by_the_key_that_asks_again() {
 /// more or fewer, not for another name, and not after it has ended.
 #[test]
 fn asking_again_gives_nothing_more() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 1);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 1);
     let now = start();
     let both = "10.99.0.1 10.99.0.2";
     let first = join(&mut pages, &token, ("w1", both, 1), now).unwrap();
@@ -133,9 +133,9 @@ fn asking_again_gives_nothing_more() {
 /// Keys that take turns with one name use the token up all the same.
 #[test]
 fn a_key_in_between_makes_no_use_free() {
-    let (mut pages, token) = book("w1", &["10.99.0.1/32"], 2);
+    let (mut pages, token) = log("w1", &["10.99.0.1/32"], 2);
     let now = start();
-    let by = |pages: &mut Pages, n| join(pages, &token, ("w1", "10.99.0.1", n), now);
+    let by = |pages: &mut IssueRecords, n| join(pages, &token, ("w1", "10.99.0.1", n), now);
     let first = by(&mut pages, 1).unwrap();
     by(&mut pages, 2).unwrap();
     assert_eq!(by(&mut pages, 3), Err(Refused::UsedUp));
@@ -144,7 +144,7 @@ fn a_key_in_between_makes_no_use_free() {
 
 #[test]
 fn a_token_of_kubernetes_gives_one_certificate() {
-    let mut pages = Pages::default();
+    let mut pages = IssueRecords::default();
     let now = start();
     let addresses = [address("10.99.0.1")];
     let allowed = ["10.99.0.0/16".parse().unwrap()];
@@ -153,7 +153,7 @@ fn a_token_of_kubernetes_gives_one_certificate() {
         addresses: &addresses,
         key: key(n),
     };
-    let by_pod = |pages: &Pages, id, n| pages.by_pod(id, &allowed, &asked(n), Time::of(now));
+    let by_pod = |pages: &IssueRecords, id, n| pages.by_pod(id, &allowed, &asked(n), Time::of(now));
     assert_eq!(by_pod(&pages, "a", 1), Ok(Admitted::First));
     let holder = issue(&mut pages, &asked(1), now);
     let ticket = super::super::issue_records::PodTicket {
@@ -184,7 +184,7 @@ fn a_token_of_kubernetes_gives_one_certificate() {
 
 #[test]
 fn strangers_learn_nothing_of_a_token() {
-    let (mut pages, token) = book("w1", &["10.99.0.1/32"], 1);
+    let (mut pages, token) = log("w1", &["10.99.0.1/32"], 1);
     let w1 = ("w1", "10.99.0.1", 1);
     let other = Token::generate().unwrap();
     let same_id = format!("{}.{}", token.id(), &other.reveal()[9..]);
@@ -207,7 +207,7 @@ fn strangers_learn_nothing_of_a_token() {
 
 #[test]
 fn a_token_is_for_its_nodes_and_addresses() {
-    let (mut pages, token) = book("pool-a-*", &["10.99.1.0/24", "fd00:1::/64"], 9);
+    let (mut pages, token) = log("pool-a-*", &["10.99.1.0/24", "fd00:1::/64"], 9);
     let mut refused = |node, addr| join(&mut pages, &token, (node, addr, 1), start()).unwrap_err();
     assert!(matches!(
         refused("pool-b-1", "10.99.1.1"),
@@ -227,7 +227,7 @@ fn a_token_is_for_its_nodes_and_addresses() {
 /// A token for many nodes can't take over an existing node.
 #[test]
 fn names_and_addresses_are_given_away_by_name_only() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 9);
     let now = start();
     join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
     let name = join(&mut pages, &token, ("w1", "10.99.0.9", 2), now).unwrap_err();
@@ -243,10 +243,10 @@ fn names_and_addresses_are_given_away_by_name_only() {
     join(&mut later, &token, ("w1", "10.99.0.9", 2), renewed).unwrap();
     join(&mut later, &token, ("w2", "10.99.0.1", 3), renewed).unwrap();
     // A token that names them.
-    let (exact, token) = book("w1", &["10.99.0.1/32"], 1);
+    let (exact, token) = log("w1", &["10.99.0.1/32"], 1);
     pages.tokens.extend(exact.tokens);
     join(&mut pages, &token, ("w1", "10.99.0.1", 7), now).unwrap();
-    let (exact, token) = book("w2", &["10.99.0.1/32"], 1);
+    let (exact, token) = log("w2", &["10.99.0.1/32"], 1);
     pages.tokens.extend(exact.tokens);
     join(&mut pages, &token, ("w2", "10.99.0.1", 8), now).unwrap();
     // What moved is not renewed for the one who had it.
@@ -258,7 +258,7 @@ fn names_and_addresses_are_given_away_by_name_only() {
     assert_eq!(pages.holders().count(), 3);
 }
 
-fn renewed(pages: &mut Pages, node: &str, n: u8, now: SystemTime) -> Result<(), Refused> {
+fn renewed(pages: &mut IssueRecords, node: &str, n: u8, now: SystemTime) -> Result<(), Refused> {
     pages.renewal(node, "", 300 * HOUR, Time::of(now))?;
     let holder = Holder {
         addresses: Vec::new(),
@@ -274,7 +274,7 @@ fn renewed(pages: &mut Pages, node: &str, n: u8, now: SystemTime) -> Result<(), 
 
 #[test]
 fn a_certificate_is_not_renewed_every_second() {
-    let mut pages = Pages::default();
+    let mut pages = IssueRecords::default();
     let second = Duration::from_secs(1);
     assert_eq!(renewed(&mut pages, "w1", 1, start()), Ok(()));
     let soon = renewed(&mut pages, "w1", 2, start() + 59 * second);
@@ -292,20 +292,20 @@ fn a_certificate_is_not_renewed_every_second() {
 
 #[test]
 fn what_is_over_is_forgotten() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 9);
     join(&mut pages, &token, ("w1", "10.99.0.1", 1), start()).unwrap();
     pages.release("01");
     pages.forget(start() + 24 * HOUR);
     assert!(pages.issued.is_empty() && pages.released.is_empty() && pages.tokens.len() == 1);
     pages.forget(start() + 25 * HOUR);
-    assert_eq!(pages, Pages::default());
+    assert_eq!(pages, IssueRecords::default());
 }
 
 /// Sixty days ahead for some seconds: who holds a name goes on holding it, what was issued meanwhile is no
 /// reason to refuse a renewal, and a certificate that is of no use is given again.
 #[test]
 fn a_clock_that_is_ahead_for_seconds_takes_nothing_from_anybody() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 2);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 2);
     let (now, ahead) = (start(), start() + 60 * 24 * HOUR);
     join(&mut pages, &token, ("w1", "10.99.0.1", 1), now).unwrap();
     let stepped = Time {
@@ -342,7 +342,7 @@ fn a_certificate_is_not_dated_anew_for_who_lost_it() {
     let (now, ahead) = (start(), start() + 60 * 24 * HOUR);
     let w1 = ("w1", "10.99.0.1", 1);
     let dated_ahead = |nodes: &str| {
-        let (mut pages, token) = book(nodes, &["10.99.0.0/16"], 2);
+        let (mut pages, token) = log(nodes, &["10.99.0.0/16"], 2);
         let addresses = [address("10.99.0.1")];
         let asked = Asked {
             node: "w1",
@@ -379,10 +379,10 @@ fn a_certificate_is_not_dated_anew_for_who_lost_it() {
 /// A node that is gone, and one that was installed again.
 #[test]
 fn what_is_released_others_may_have() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 9);
     let now = start();
     let w1 = join(&mut pages, &token, ("w1", "10.99.0.1 10.99.0.2", 1), now).unwrap();
-    let second = |pages: &mut Pages, addr| join(pages, &token, ("w2", addr, 2), now);
+    let second = |pages: &mut IssueRecords, addr| join(pages, &token, ("w2", addr, 2), now);
     assert!(second(&mut pages, "10.99.0.1").is_err());
     pages.release_address(&w1, address("10.99.0.1"));
     second(&mut pages, "10.99.0.1").unwrap();
@@ -402,8 +402,8 @@ fn what_is_released_others_may_have() {
 /// Certificates of `cpc pki` count as issued here.
 #[test]
 fn a_certificate_that_was_issued_by_hand_keeps_its_name_and_address() {
-    let (mut pages, token) = book("w*", &["10.99.0.0/16"], 9);
-    let (mut other, _) = book("w*", &[], 1);
+    let (mut pages, token) = log("w*", &["10.99.0.0/16"], 9);
+    let (mut other, _) = log("w*", &[], 1);
     let addresses = [address("10.99.0.1")];
     let asked = Asked {
         node: "w1",

@@ -13,13 +13,13 @@ use cpc_kubernetes::client;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A desk, and where its files are.
-struct Office {
+/// An issuer with its directory.
+struct IssuerFixture {
     place: TempDir,
-    desk: Arc<Desk>,
+    issuer: Arc<Issuer>,
 }
 
-fn office(pods: Option<Pods>) -> Office {
+fn fixture(pods: Option<Pods>) -> IssuerFixture {
     let place = tempfile::tempdir().unwrap();
     let (ca, own) = (place.path().join("ca"), place.path().join("s1"));
     let domain: TrustDomain = "cluster.local".parse().unwrap();
@@ -45,15 +45,15 @@ fn office(pods: Option<Pods>) -> Office {
     )
     .unwrap();
     let material = Material::load(files, Role::Server, provider()).unwrap();
-    let desk = desk(&place, material, pods);
-    Office { place, desk }
+    let issuer = issuer(&place, material, pods);
+    IssuerFixture { place, issuer }
 }
 
-fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Desk> {
-    let book = Book::open(&place.path().join("join")).unwrap();
-    Arc::new(Desk {
-        clock: Clock::resume(book.read().unwrap().settled),
-        book,
+fn issuer(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Issuer> {
+    let log = IssueLog::open(&place.path().join("join")).unwrap();
+    Arc::new(Issuer {
+        clock: Clock::resume(log.read().unwrap().settled),
+        log,
         ca: place.path().join("ca"),
         validity: 30 * DAY,
         revocations: material.revocations(),
@@ -64,13 +64,13 @@ fn desk(place: &TempDir, material: Arc<Material>, pods: Option<Pods>) -> Arc<Des
     })
 }
 
-impl Office {
+impl IssuerFixture {
     /// Reopens the file, as a restart of the server does.
     fn opened_again(self) -> Self {
-        let files = self.desk.material.files().clone();
+        let files = self.issuer.material.files().clone();
         let material = Material::load(files, Role::Server, provider()).unwrap();
-        let desk = desk(&self.place, material, None);
-        Self { desk, ..self }
+        let issuer = issuer(&self.place, material, None);
+        Self { issuer, ..self }
     }
 
     fn token(&self, uses: u32) -> Token {
@@ -84,9 +84,9 @@ impl Office {
             expires: SystemTime::now() + DAY,
             used: Vec::new(),
         };
-        let put = self.desk.book.change(|pages| {
+        let put = self.issuer.log.change(|pages| {
             pages.tokens.insert(token.id().into(), ticket);
-            Ok::<_, BookError>(())
+            Ok::<_, IssueLogError>(())
         });
         put.unwrap();
         token
@@ -104,18 +104,18 @@ impl Office {
             csr: draft.request("anybody at all").unwrap(),
         };
         let remote = "192.0.2.1:1".parse().unwrap();
-        self.desk.join(join, remote).await
+        self.issuer.join(join, remote).await
     }
 
     fn complete(&self, draft: &Draft, issued: Issued, name: &str) -> Credential {
-        let roots = self.desk.material.roots();
+        let roots = self.issuer.material.roots();
         let pins = [KeyHash::of(&roots[0]).unwrap()];
         let expected = Expected::Join { name, pins: &pins };
         draft.complete(issued, &expected, &provider()).unwrap()
     }
 
     fn ca(&self) -> &Path {
-        &self.desk.ca
+        &self.issuer.ca
     }
 }
 
@@ -130,32 +130,32 @@ fn agent(domain: &str, name: &str, addresses: &[&str]) -> Identity {
 
 #[tokio::test]
 async fn a_certificate_says_what_was_judged_and_nothing_of_the_request() {
-    let office = office(None);
+    let fixture = fixture(None);
     let draft = Draft::generate().unwrap();
-    let token = office.token(1).reveal();
-    let issued = office.join(&token, "w1", &draft).await.unwrap();
-    let credential = office.complete(&draft, issued.clone(), "w1");
+    let token = fixture.token(1).reveal();
+    let issued = fixture.join(&token, "w1", &draft).await.unwrap();
+    let credential = fixture.complete(&draft, issued.clone(), "w1");
     let expected = agent("cluster.local", "w1", &["10.99.0.7"]);
     assert_eq!(credential.identity, expected);
     // The CA ends before 30 days are over.
     let leaf = CertificateDer::from(issued.chain[0].clone());
     let (_, until) = validity(&leaf).unwrap();
-    assert_eq!(until, Authority::open(office.ca()).unwrap().not_after());
-    let pages = office.desk.book.read().unwrap();
+    assert_eq!(until, Authority::open(fixture.ca()).unwrap().not_after());
+    let pages = fixture.issuer.log.read().unwrap();
     assert_eq!(pages.issued["w1"][0].serial, serial_of(&leaf));
     // An answer that was lost is given again, the same, and for nothing else.
-    let again = office.join(&token, "w1", &draft).await.unwrap();
+    let again = fixture.join(&token, "w1", &draft).await.unwrap();
     assert_eq!(again, issued);
     for addr in ["10.99.0.8", "10.99.0.9"] {
-        let why = office.join_at(&token, "w1", addr, &draft).await;
+        let why = fixture.join_at(&token, "w1", addr, &draft).await;
         assert!(why.unwrap_err().contains("ask for the same"));
     }
-    assert_eq!(office.desk.book.read().unwrap().holders().count(), 1);
+    assert_eq!(fixture.issuer.log.read().unwrap().holders().count(), 1);
     // An address is one, however it is written.
-    let mapped = office.join_at(&token, "w1", "::ffff:10.99.0.7", &draft);
+    let mapped = fixture.join_at(&token, "w1", "::ffff:10.99.0.7", &draft);
     assert_eq!(mapped.await.unwrap(), issued);
     let other = Draft::generate().unwrap();
-    let why = office.join(&token, "w2", &other).await.unwrap_err();
+    let why = fixture.join(&token, "w2", &other).await.unwrap_err();
     assert!(
         why.contains("used up") || why.contains("10.99.0.7"),
         "{why}"
@@ -164,22 +164,22 @@ async fn a_certificate_says_what_was_judged_and_nothing_of_the_request() {
 
 #[tokio::test]
 async fn who_is_revoked_gets_nothing_and_nothing_is_used() {
-    let office = office(None);
-    let token = office.token(1);
+    let fixture = fixture(None);
+    let token = fixture.token(1);
     let draft = Draft::generate().unwrap();
-    let why = office
+    let why = fixture
         .join(&token.reveal(), "w9", &draft)
         .await
         .unwrap_err();
     assert!(why.contains("has been revoked"), "{why}");
     let w9 = agent("cluster.local", "w9", &[]);
-    let why = office
-        .desk
+    let why = fixture
+        .issuer
         .renew(w9, None, draft.request("").unwrap())
         .await;
     assert!(why.unwrap_err().contains("has been revoked"));
-    let book = Book::open(&office.place.path().join("join")).unwrap();
-    assert_eq!(book.read().unwrap().tokens[token.id()].uses, 1);
+    let log = IssueLog::open(&fixture.place.path().join("join")).unwrap();
+    assert_eq!(log.read().unwrap().tokens[token.id()].uses, 1);
 }
 
 #[tokio::test]
@@ -209,22 +209,22 @@ async fn a_job_has_its_place_until_it_ends_and_not_until_its_caller_does() {
 /// Others wait for the lock, and for who holds it.
 #[tokio::test]
 async fn a_wrong_token_takes_no_lock() {
-    let office = office(None);
+    let fixture = fixture(None);
     let draft = Draft::generate().unwrap();
     let wrong = Token::generate().unwrap().reveal();
-    let book = office.desk.book.clone();
+    let log = fixture.issuer.log.clone();
     let (locked, is_locked) = std::sync::mpsc::channel();
     let (free, is_free) = std::sync::mpsc::channel::<()>();
     let holding = std::thread::spawn(move || {
-        let held = book.change(|_| {
+        let held = log.change(|_| {
             locked.send(()).unwrap();
             let _ = is_free.recv();
-            Ok::<_, BookError>(())
+            Ok::<_, IssueLogError>(())
         });
         held.unwrap();
     });
     is_locked.recv().unwrap();
-    let why = office.join(&wrong, "w1", &draft).await.unwrap_err();
+    let why = fixture.join(&wrong, "w1", &draft).await.unwrap_err();
     drop(free);
     holding.join().unwrap();
     assert!(why.contains("the token is unknown"), "{why}");
@@ -232,70 +232,70 @@ async fn a_wrong_token_takes_no_lock() {
 
 #[tokio::test]
 async fn our_own_trouble_is_not_told_and_costs_nothing() {
-    let office = office(None);
-    let token = office.token(1);
+    let fixture = fixture(None);
+    let token = fixture.token(1);
     let draft = Draft::generate().unwrap();
-    let key = office.ca().join("ca.key");
-    let aside = office.ca().join("aside");
+    let key = fixture.ca().join("ca.key");
+    let aside = fixture.ca().join("aside");
     std::fs::rename(&key, &aside).unwrap();
-    let why = office
+    let why = fixture
         .join(&token.reveal(), "w1", &draft)
         .await
         .unwrap_err();
     assert!(why.contains("its log says why"), "{why}");
     std::fs::rename(&aside, &key).unwrap();
-    office.join(&token.reveal(), "w1", &draft).await.unwrap();
+    fixture.join(&token.reveal(), "w1", &draft).await.unwrap();
 }
 
 /// Agents would refuse it: better to say so where it can be put right.
 #[tokio::test]
 async fn a_ca_that_agents_would_not_know_issues_nothing() {
-    let office = office(None);
+    let fixture = fixture(None);
     let domain: TrustDomain = "cluster.local".parse().unwrap();
-    let other = office.place.path().join("other");
+    let other = fixture.place.path().join("other");
     Authority::create(&other, &domain, SystemTime::now() + 20 * DAY).unwrap();
     for file in ["ca.crt", "ca.key"] {
-        std::fs::copy(other.join(file), office.ca().join(file)).unwrap();
+        std::fs::copy(other.join(file), fixture.ca().join(file)).unwrap();
     }
-    let applicant = Draft::generate().unwrap().request("w1").unwrap();
-    let applicant = Applicant::read(&applicant).unwrap();
+    let csr = Draft::generate().unwrap().request("w1").unwrap();
+    let csr = SigningRequest::read(&csr).unwrap();
     let now = SystemTime::now();
-    let issued = office.desk.issue("w1", &[], &applicant, ("x", now));
-    assert!(matches!(issued, Err(DeskError::UnknownCa)));
+    let issued = fixture.issuer.issue("w1", &[], &csr, ("x", now));
+    assert!(matches!(issued, Err(IssuerError::UnknownCa)));
 }
 
 #[tokio::test]
 async fn a_renewal_is_for_who_asks_and_of_what_is_still_theirs() {
-    let office = office(None);
+    let fixture = fixture(None);
     let draft = Draft::generate().unwrap();
     let csr = draft.request("w1").unwrap();
     let w1 = agent("cluster.local", "w1", &["10.99.0.1", "10.99.0.7"]);
-    let issued = office
-        .desk
+    let issued = fixture
+        .issuer
         .renew(w1.clone(), None, csr.clone())
         .await
         .unwrap();
-    let credential = office.complete(&draft, issued, "w1");
+    let credential = fixture.complete(&draft, issued, "w1");
     assert_eq!(credential.identity, w1);
-    let soon = office.desk.renew(w1.clone(), None, csr.clone()).await;
+    let soon = fixture.issuer.renew(w1.clone(), None, csr.clone()).await;
     assert!(soon.unwrap_err().contains("younger than"));
     let foreign = agent("elsewhere", "w2", &[]);
-    let foreign = office.desk.renew(foreign, None, csr.clone()).await;
+    let foreign = fixture.issuer.renew(foreign, None, csr.clone()).await;
     assert!(foreign.unwrap_err().contains("come from elsewhere"));
-    let garbage = office
-        .desk
+    let garbage = fixture
+        .issuer
         .renew(agent("cluster.local", "w3", &[]), None, vec![1]);
     assert!(garbage.await.unwrap_err().contains("request is invalid"));
     // Of a stolen certificate nothing comes but its own name and addresses.
-    let thief = office
-        .desk
+    let thief = fixture
+        .issuer
         .renew(agent("cluster.local", "w4", &["10.99.0.7"]), None, csr);
-    let thief = office.complete(&draft, thief.await.unwrap(), "w4");
+    let thief = fixture.complete(&draft, thief.await.unwrap(), "w4");
     assert_eq!(thief.identity, agent("cluster.local", "w4", &[]));
 }
 
-/// A desk where pods may join: `pod-on-w1` is the token of one on w1, and so on.
-async fn office_of(api: &FakeKubernetes) -> Office {
+/// An issuer that pods may join at: `pod-on-w1` is the token of one on w1, and so on.
+async fn fixture_of(api: &FakeKubernetes) -> IssuerFixture {
     for (token, node) in [
         ("pod-on-w1", Some("w1")),
         ("pod-on-w2", Some("w2")),
@@ -319,7 +319,7 @@ async fn office_of(api: &FakeKubernetes) -> Office {
         service_account: "cpc-agent".into(),
     };
     let client = client(&access).await.unwrap();
-    office(Some(Pods {
+    fixture(Some(Pods {
         reviewer: TokenReviewer::new(client.clone(), rules),
         nodes: Nodes::new(client),
         addresses: vec!["10.99.0.0/16".parse().unwrap()],
@@ -329,7 +329,7 @@ async fn office_of(api: &FakeKubernetes) -> Office {
 #[tokio::test]
 async fn a_pod_joins_as_its_own_node() {
     let api = FakeKubernetes::start().unwrap();
-    let office = office_of(&api).await;
+    let fixture = fixture_of(&api).await;
     let draft = Draft::generate().unwrap();
     for (token, node, named) in [
         ("pod-on-w1", "w2", "nodes called w1"),
@@ -337,31 +337,31 @@ async fn a_pod_joins_as_its_own_node() {
         ("other", "w1", "service account"),
         ("unknown", "w1", "not valid"),
     ] {
-        let why = office.join(token, node, &draft).await.unwrap_err();
+        let why = fixture.join(token, node, &draft).await.unwrap_err();
         assert!(why.contains(named), "{token}: {why}");
         assert!(!why.contains("default"), "{token}: {why}");
     }
-    let issued = office.join("pod-on-w1", "w1", &draft).await.unwrap();
-    office.complete(&draft, issued.clone(), "w1");
-    let again = office.join("pod-on-w1", "w1", &draft).await.unwrap();
+    let issued = fixture.join("pod-on-w1", "w1", &draft).await.unwrap();
+    fixture.complete(&draft, issued.clone(), "w1");
+    let again = fixture.join("pod-on-w1", "w1", &draft).await.unwrap();
     assert_eq!(again, issued);
     // Another key needs another token, as another pod has one.
     let draft = Draft::generate().unwrap();
-    let why = office.join("pod-on-w1", "w1", &draft).await.unwrap_err();
+    let why = fixture.join("pod-on-w1", "w1", &draft).await.unwrap_err();
     assert!(why.contains("used up"), "{why}");
     let mut review = Review::of("cpc-system", "cpc-agent", "cpc-join");
     review.node = Some("w1".into());
     api.set_token("next-on-w1", review);
-    office.join("next-on-w1", "w1", &draft).await.unwrap();
+    fixture.join("next-on-w1", "w1", &draft).await.unwrap();
 }
 
 /// Kubernetes says which addresses a node has; a hint for tokens of ours would lead nowhere.
 #[tokio::test]
 async fn a_pod_joins_with_the_addresses_of_its_node() {
     let api = FakeKubernetes::start().unwrap();
-    let office = office_of(&api).await;
+    let fixture = fixture_of(&api).await;
     let draft = Draft::generate().unwrap();
-    let w2 = async |addr| office.join_at("pod-on-w2", "w2", addr, &draft).await;
+    let w2 = async |addr| fixture.join_at("pod-on-w2", "w2", addr, &draft).await;
     let why = w2("10.99.0.8").await.unwrap_err();
     assert!(why.contains("Kubernetes does not say that w2"), "{why}");
     api.put_node_at("w2", "10.99.0.8".parse().unwrap());
@@ -380,17 +380,17 @@ async fn a_pod_joins_with_the_addresses_of_its_node() {
 #[tokio::test]
 async fn trouble_with_kubernetes_stays_with_the_server() {
     let api = FakeKubernetes::start().unwrap();
-    let office = office_of(&api).await;
+    let fixture = fixture_of(&api).await;
     let draft = Draft::generate().unwrap();
     api.fail_with(403);
     for token in ["pod-on-w1", "unknown"] {
-        let why = office.join(token, "w1", &draft).await.unwrap_err();
+        let why = fixture.join(token, "w1", &draft).await.unwrap_err();
         assert_eq!(
             why,
             "the server could not issue a certificate; its log says why"
         );
     }
-    let failed = DeskError::Review(ReviewError::Lookup("no RBAC for the reviewer".into()));
+    let failed = IssuerError::Review(ReviewError::Lookup("no RBAC for the reviewer".into()));
     assert!(!told(&failed, "w1", None).contains("RBAC"));
 }
 
@@ -398,28 +398,28 @@ async fn trouble_with_kubernetes_stays_with_the_server() {
 #[tokio::test]
 async fn a_certificate_of_a_node_that_is_gone_keeps_nothing() {
     let api = FakeKubernetes::start().unwrap();
-    let office = office_of(&api).await;
+    let fixture = fixture_of(&api).await;
     let first = Draft::generate().unwrap();
-    office.join("pod-on-w1", "w1", &first).await.unwrap();
+    fixture.join("pod-on-w1", "w1", &first).await.unwrap();
     // Two Nodes with one address: a kubelet writes its own.
     api.put_node_at("w2", "10.99.0.7".parse().unwrap());
     let draft = Draft::generate().unwrap();
-    let why = office.join("pod-on-w2", "w2", &draft).await.unwrap_err();
+    let why = fixture.join("pod-on-w2", "w2", &draft).await.unwrap_err();
     assert!(why.contains("cpc token release --ip 10.99.0.7"), "{why}");
     api.delete_node("w1");
-    office.join("pod-on-w2", "w2", &draft).await.unwrap();
+    fixture.join("pod-on-w2", "w2", &draft).await.unwrap();
     // By a token of ours too: w2 has moved, and is then deleted.
-    let token = office.token(3).reveal();
+    let token = fixture.token(3).reveal();
     let third = Draft::generate().unwrap();
-    let why = office.join(&token, "w3", &third).await.unwrap_err();
+    let why = fixture.join(&token, "w3", &third).await.unwrap_err();
     assert!(why.contains("certificate of w2"), "{why}");
     api.put_node_at("w2", "10.99.0.9".parse().unwrap());
-    office.join(&token, "w3", &third).await.unwrap();
+    fixture.join(&token, "w3", &third).await.unwrap();
     let other = Draft::generate().unwrap();
-    let why = office.join_at(&token, "w2", "10.99.0.9", &other).await;
+    let why = fixture.join_at(&token, "w2", "10.99.0.9", &other).await;
     assert!(why.unwrap_err().contains("cpc token release w2"));
     api.delete_node("w2");
-    office
+    fixture
         .join_at(&token, "w2", "10.99.0.9", &other)
         .await
         .unwrap();
@@ -428,57 +428,57 @@ async fn a_certificate_of_a_node_that_is_gone_keeps_nothing() {
 #[tokio::test]
 async fn a_node_that_did_not_join_by_kubernetes_need_not_be_in_it() {
     let api = FakeKubernetes::start().unwrap();
-    let office = office_of(&api).await;
-    let token = office.token(1).reveal();
+    let fixture = fixture_of(&api).await;
+    let token = fixture.token(1).reveal();
     let draft = Draft::generate().unwrap();
-    office.join(&token, "w9-vm", &draft).await.unwrap();
+    fixture.join(&token, "w9-vm", &draft).await.unwrap();
     let draft = Draft::generate().unwrap();
-    let why = office.join("pod-on-w1", "w1", &draft).await.unwrap_err();
+    let why = fixture.join("pod-on-w1", "w1", &draft).await.unwrap_err();
     assert!(why.contains("certificate of w9-vm"), "{why}");
 }
 
 #[tokio::test]
 async fn a_revoked_certificate_keeps_nothing() {
-    let office = office(None);
-    let token = office.token(2).reveal();
+    let fixture = fixture(None);
+    let token = fixture.token(2).reveal();
     let draft = Draft::generate().unwrap();
-    office.join(&token, "w1", &draft).await.unwrap();
+    fixture.join(&token, "w1", &draft).await.unwrap();
     let other = Draft::generate().unwrap();
-    assert!(office.join(&token, "w2", &other).await.is_err());
-    let list = office.place.path().join("revoked");
-    let pages = office.desk.book.read().unwrap();
+    assert!(fixture.join(&token, "w2", &other).await.is_err());
+    let list = fixture.place.path().join("revoked");
+    let pages = fixture.issuer.log.read().unwrap();
     std::fs::write(&list, format!("serial:{}\n", pages.issued["w1"][0].serial)).unwrap();
-    let office = office.opened_again();
-    office.join(&token, "w2", &other).await.unwrap();
+    let fixture = fixture.opened_again();
+    fixture.join(&token, "w2", &other).await.unwrap();
     // What was issued is not given again either.
-    let why = office.join(&token, "w1", &draft).await.unwrap_err();
+    let why = fixture.join(&token, "w1", &draft).await.unwrap_err();
     assert!(why.contains("has been revoked"), "{why}");
 }
 
 /// Its tunnel may not have been ended yet.
 #[tokio::test]
 async fn a_revoked_certificate_is_not_renewed() {
-    let office = office(None);
+    let fixture = fixture(None);
     let draft = Draft::generate().unwrap();
     let csr = draft.request("w1").unwrap();
     let w1 = agent("cluster.local", "w1", &["10.99.0.7"]);
-    let token = office.token(1).reveal();
-    let issued = office.join(&token, "w1", &draft).await.unwrap();
+    let token = fixture.token(1).reveal();
+    let issued = fixture.join(&token, "w1", &draft).await.unwrap();
     let leaf = CertificateDer::from(issued.chain[0].clone());
-    let list = office.place.path().join("revoked");
+    let list = fixture.place.path().join("revoked");
     std::fs::write(&list, format!("serial:{}\n", serial_of(&leaf))).unwrap();
-    let office = office.opened_again();
-    let before = office.desk.book.read().unwrap();
-    let why = office.desk.renew(w1, Some(leaf), csr).await.unwrap_err();
+    let fixture = fixture.opened_again();
+    let before = fixture.issuer.log.read().unwrap();
+    let why = fixture.issuer.renew(w1, Some(leaf), csr).await.unwrap_err();
     assert!(why.contains("has been revoked"), "{why}");
-    assert_eq!(office.desk.book.read().unwrap(), before);
+    assert_eq!(fixture.issuer.log.read().unwrap(), before);
 }
 
 /// A server starts while its clock is ahead: by that a certificate is over, whose holder is there.
 #[tokio::test]
 async fn a_start_with_a_clock_that_is_ahead_gives_nothing_away() {
     for (settled, is_kept) in [(Some(2 * DAY), true), (Some(DAY / 2), false), (None, false)] {
-        let office = office(None);
+        let fixture = fixture(None);
         let now = SystemTime::now();
         let holder = Holder {
             addresses: vec!["10.99.0.7".parse().unwrap()],
@@ -488,16 +488,16 @@ async fn a_start_with_a_clock_that_is_ahead_gives_nothing_away() {
             until: now - DAY,
             token: "x".into(),
         };
-        let put = office.desk.book.change(|pages| {
+        let put = fixture.issuer.log.change(|pages| {
             pages.record("w8", holder);
             pages.settled = settled.map(|ago| now - ago);
-            Ok::<_, BookError>(())
+            Ok::<_, IssueLogError>(())
         });
         put.unwrap();
-        let office = office.opened_again();
-        let token = office.token(1).reveal();
+        let fixture = fixture.opened_again();
+        let token = fixture.token(1).reveal();
         let draft = Draft::generate().unwrap();
-        let joined = office.join(&token, "w1", &draft).await;
+        let joined = fixture.join(&token, "w1", &draft).await;
         match is_kept {
             true => assert!(joined.unwrap_err().contains("certificate of w8")),
             false => drop(joined.unwrap()),
@@ -507,27 +507,27 @@ async fn a_start_with_a_clock_that_is_ahead_gives_nothing_away() {
 
 #[tokio::test]
 async fn the_settled_time_is_on_record_and_a_clock_that_is_ahead_moves_it_not() {
-    let office = office(None);
-    let settled = |office: &Office| office.desk.book.read().unwrap().settled;
-    assert_eq!(settled(&office), None);
-    office.desk.note_time().unwrap();
+    let fixture = fixture(None);
+    let settled = |fixture: &IssuerFixture| fixture.issuer.log.read().unwrap().settled;
+    assert_eq!(settled(&fixture), None);
+    fixture.issuer.note_time().unwrap();
     let now = SystemTime::now();
-    let ago = now.duration_since(settled(&office).unwrap()).unwrap();
+    let ago = now.duration_since(settled(&fixture).unwrap()).unwrap();
     assert!(ago < DAY);
     let long_ago = SystemTime::UNIX_EPOCH + 20_000 * DAY;
-    let put = office.desk.book.change(|pages| {
+    let put = fixture.issuer.log.change(|pages| {
         pages.settled = Some(long_ago);
-        Ok::<_, BookError>(())
+        Ok::<_, IssueLogError>(())
     });
     put.unwrap();
-    let office = office.opened_again();
-    office.desk.note_time().unwrap();
-    assert!(settled(&office).unwrap() < long_ago + DAY);
+    let fixture = fixture.opened_again();
+    fixture.issuer.note_time().unwrap();
+    assert!(settled(&fixture).unwrap() < long_ago + DAY);
 }
 
 #[tokio::test]
 async fn what_cpc_pki_issued_is_known() {
-    let office = office(None);
+    let fixture = fixture(None);
     let holder = Holder {
         addresses: vec!["10.99.0.7".parse().unwrap()],
         key: "sha256:00".into(),
@@ -536,15 +536,15 @@ async fn what_cpc_pki_issued_is_known() {
         until: SystemTime::now() + DAY,
         token: "pki".into(),
     };
-    let put = Book::of_ca(office.ca()).change(|pages| {
+    let put = IssueLog::of_ca(fixture.ca()).change(|pages| {
         pages.record("w8", holder);
-        Ok::<_, BookError>(())
+        Ok::<_, IssueLogError>(())
     });
     put.unwrap();
-    let token = office.token(1).reveal();
+    let token = fixture.token(1).reveal();
     let draft = Draft::generate().unwrap();
-    let why = office.join(&token, "w1", &draft).await.unwrap_err();
+    let why = fixture.join(&token, "w1", &draft).await.unwrap_err();
     assert!(why.contains("certificate of w8"), "{why}");
-    let why = office.join_at(&token, "w8", "10.99.0.1", &draft).await;
+    let why = fixture.join_at(&token, "w8", "10.99.0.1", &draft).await;
     assert!(why.unwrap_err().contains("another key"));
 }

@@ -37,7 +37,7 @@ enum Event {
     Found(Vec<u8>),
     NotFound,
     FirstByte,
-    Doubt,
+    Suspicion,
     Connected,
     Failed(Failure),
     Time(Duration),
@@ -69,7 +69,7 @@ fn event() -> impl Strategy<Value = Event> {
         8 => vec(0..8_u8, 0..6).prop_map(Event::Found),
         1 => Just(Event::NotFound),
         4 => Just(Event::FirstByte),
-        2 => Just(Event::Doubt),
+        2 => Just(Event::Suspicion),
         1 => Just(Event::Connected),
         6 => failure.prop_map(Event::Failed),
         1 => (0..20_000_u64).prop_map(|ms| Event::Time(Duration::from_millis(ms))),
@@ -162,7 +162,7 @@ impl Agents {
                     *sent = true;
                 }
             }
-            Event::Doubt => {
+            Event::Suspicion => {
                 if plan.may_abandon() {
                     prop_assert!(matches!(self.current, Some((_, false))));
                     let failed = Event::Failed(Failure::Abandoned);

@@ -20,7 +20,7 @@ use super::acceptor::Acceptor;
 use super::session;
 use crate::handshakes::HandshakeFailure;
 use crate::shard::{AgentServer, Shard};
-use cpc_host::concurrency::Gate;
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
 use cpc_host::source_limiter::HandshakePermit;
@@ -45,7 +45,7 @@ pub(crate) struct Agents {
     pub(super) shard: Rc<Shard>,
     pub(super) acceptor: Acceptor,
     settings: Settings,
-    connections: Gate,
+    connections: ConcurrencyLimit,
     ending: Notify,
 }
 
@@ -58,7 +58,7 @@ pub(super) struct Peer {
     /// The socket, for its statistics.
     pub socket: Arc<OwnedFd>,
     /// Number of calls.
-    pub calls: Gate,
+    pub calls: ConcurrencyLimit,
     /// Permit of the handshake, returned with the first agent.
     stranger: RefCell<Option<HandshakePermit>>,
 }
@@ -83,7 +83,7 @@ impl Agents {
             shard,
             acceptor,
             settings,
-            connections: Gate::new(usize::MAX),
+            connections: ConcurrencyLimit::new(usize::MAX),
             ending: Notify::new(),
         });
         // Once a shard.
@@ -95,7 +95,7 @@ impl Agents {
     /// Ends the connections whose streams have ended, and waits until all have.
     pub(crate) async fn leave(&self) {
         self.ending.notify_waiters();
-        while self.connections.inside() > 0 {
+        while self.connections.in_use() > 0 {
             sleep(LEAVE_POLL).await;
         }
     }
@@ -140,7 +140,7 @@ impl Agents {
         remote: SocketAddr,
         stranger: HandshakePermit,
     ) {
-        let _counted = self.connections.enter();
+        let _counted = self.connections.acquire();
         // Not while we drain: an agent drops a server that says so, with all its connections.
         let ending = self.ending.notified();
         let failed = |why, error: &(dyn Error + 'static)| {
@@ -168,12 +168,12 @@ impl Agents {
             remote,
             certificate: certificates.and_then(|chain| chain.first()).cloned(),
             socket,
-            calls: Gate::new(self.settings.streams as usize),
+            calls: ConcurrencyLimit::new(self.settings.streams as usize),
             stranger: RefCell::new(Some(stranger)),
         });
         let on_call = |call| {
             // HTTP/2 bounds them by the same number.
-            if let Some(entered) = peer.calls.enter() {
+            if let Some(entered) = peer.calls.acquire() {
                 let session = session::serve(self.clone(), peer.clone(), call);
                 tokio::task::spawn_local(async move {
                     session.await;
@@ -207,10 +207,10 @@ fn watched(socket: &TcpStream) -> io::Result<OwnedFd> {
 }
 
 /// Waits until a connection has been without a call for too long.
-async fn unused(calls: &Gate) {
+async fn unused(calls: &ConcurrencyLimit) {
     loop {
         sleep(UNUSED).await;
-        if calls.inside() == 0 {
+        if calls.in_use() == 0 {
             return;
         }
     }

@@ -35,7 +35,7 @@ pub(crate) struct KonnectivityLink {
     pub(super) changed: Notify,
     pub(super) outbox: Rc<Outbox>,
     end: RefCell<ServerEnd<Rc<Waiting>>>,
-    news: RefCell<VecDeque<News>>,
+    news: RefCell<VecDeque<AgentNews>>,
     closed: Cell<Option<CloseReason>>,
     metrics: ProxyServerMetrics,
     /// Counter of packets to the agent.
@@ -47,7 +47,7 @@ pub(crate) struct KonnectivityLink {
 
 /// Event of the state machine that concerns the agent, not a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum News {
+pub(super) enum AgentNews {
     /// The agent answers.
     Alive,
     /// The agent does not answer.
@@ -140,9 +140,9 @@ impl KonnectivityLink {
                     "connection is reset: its client reads nothing, and held up all others of the \
                      same tunnel"
                 ),
-                Event::Alive => self.news.borrow_mut().push_back(News::Alive),
-                Event::Silent => self.news.borrow_mut().push_back(News::Silent),
-                Event::Draining => self.news.borrow_mut().push_back(News::Draining),
+                Event::Alive => self.news.borrow_mut().push_back(AgentNews::Alive),
+                Event::Silent => self.news.borrow_mut().push_back(AgentNews::Silent),
+                Event::Draining => self.news.borrow_mut().push_back(AgentNews::Draining),
             }
         }
         let wants_packets = end.wants_packets();
@@ -174,7 +174,7 @@ impl KonnectivityLink {
     }
 
     /// Returns the next event for the session.
-    pub(super) fn news(&self) -> Option<News> {
+    pub(super) fn news(&self) -> Option<AgentNews> {
         self.news.borrow_mut().pop_front()
     }
 }

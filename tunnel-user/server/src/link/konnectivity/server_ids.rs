@@ -125,21 +125,24 @@ impl Drop for Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpc_host::concurrency::Gate;
+    use cpc_host::concurrency::ConcurrencyLimit;
     use cpc_identity::Role;
 
     /// Creates `count` ids, and three places.
-    fn ids(count: usize) -> (Arc<ServerIds>, Gate) {
+    fn ids(count: usize) -> (Arc<ServerIds>, ConcurrencyLimit) {
         let all = ["s", "s-2", "s-3"].map(str::to_owned);
-        (ServerIds::new(all[..count].to_vec()), Gate::new(3))
+        (
+            ServerIds::new(all[..count].to_vec()),
+            ConcurrencyLimit::new(3),
+        )
     }
 
     fn take(
-        (ids, places): &(Arc<ServerIds>, Gate),
+        (ids, places): &(Arc<ServerIds>, ConcurrencyLimit),
         identity: &Identity,
         instance: InstanceId,
     ) -> Result<Taken, NoPlace> {
-        let place = || places.enter().zip(Gate::new(1).enter());
+        let place = || places.acquire().zip(ConcurrencyLimit::new(1).acquire());
         ids.take(identity, instance, || place().ok_or(Limit::Agents))
     }
 
@@ -182,9 +185,9 @@ mod tests {
             take(&ids, &agent("w1"), FIRST).err(),
             Some(NoPlace::Streams)
         );
-        assert_eq!(ids.1.inside(), 1);
+        assert_eq!(ids.1.in_use(), 1);
         drop(taken);
-        assert_eq!(ids.1.inside(), 0);
+        assert_eq!(ids.1.in_use(), 0);
         assert!(ids.0.taken().is_empty());
     }
 

@@ -16,7 +16,7 @@ use tunnel_proto::konnectivity::server_end::{ServerEnd, StreamError};
 use tunnel_proto::session::InstanceId;
 
 use super::accept::{Agents, Peer};
-use super::link::{KonnectivityLink, News};
+use super::link::{AgentNews, KonnectivityLink};
 use super::path::probe;
 use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
@@ -148,7 +148,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let served = async {
         tokio::select! {
             end = &mut sending => (End::Stream(end), true),
-            why = shard.revocations.strike(&known) => {
+            why = shard.revocations.on_revocation(&known) => {
                 audit::cut("tunnel", remote, &why);
                 (End::Revoked(why), false)
             }
@@ -278,21 +278,21 @@ impl Session<'_> {
     }
 
     /// Reports the agent's state.
-    async fn tell(&mut self, news: News) -> Result<(), End> {
+    async fn tell(&mut self, news: AgentNews) -> Result<(), End> {
         let info = &self.link.info;
         let control = &self.agents.shard.control;
         match news {
-            News::Alive if !self.registered => return self.register().await,
-            News::Alive => {
+            AgentNews::Alive if !self.registered => return self.register().await,
+            AgentNews::Alive => {
                 tracing::info!(agent = %info.identity, "agent is heard again");
                 info.silent.store(false, Ordering::Relaxed);
             }
-            News::Silent => {
+            AgentNews::Silent => {
                 tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
                 info.silent.store(true, Ordering::Relaxed);
                 info.silenced.notify_waiters();
             }
-            News::Draining => {
+            AgentNews::Draining => {
                 // An agent may say so again and again.
                 if info.draining.swap(true, Ordering::Relaxed) {
                     return Ok(());
