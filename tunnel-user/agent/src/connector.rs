@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::address::{Resolved, keep_resolving};
-use super::plan::{Health, Plan, ServerEndpoint, Verdict, Wire};
+use super::plan::{Health, Plan, ServerEndpoint, Verdict};
 use super::shards::Dispatch;
 use super::tunnel::{End, GOODBYE, TunnelInfo};
 use super::tunnel_task::{Event, TunnelCommand, TunnelTask, Welcomed};
@@ -181,7 +181,7 @@ impl Connector {
     }
 
     fn dial(&mut self, endpoint: ServerEndpoint) {
-        let ServerEndpoint { address, wire } = endpoint;
+        let ServerEndpoint { address, kind } = endpoint;
         self.last += 1;
         let number = self.last;
         let held = self.tunnels.values();
@@ -197,7 +197,7 @@ impl Connector {
         let (shard, Some(place)) = self.shards.place(address, held) else {
             return;
         };
-        tracing::debug!(%address, protocol = wire.label(), shard, "dialling");
+        tracing::debug!(%address, protocol = kind.label(), shard, "dialling");
         self.dialling.insert(number, Place { shard, slot });
         let task = TunnelTask {
             number,
@@ -213,11 +213,7 @@ impl Connector {
     /// Returns the server name that `way` was resolved from.
     fn name_of(&self, endpoint: ServerEndpoint) -> Option<Arc<str>> {
         let server_info = |(protocol, addresses): &(Protocol, Vec<SocketAddr>)| {
-            let other = match endpoint.wire {
-                Wire::Quic => Protocol::Konnectivity,
-                Wire::Grpc => Protocol::Quic,
-            };
-            *protocol != other && addresses.contains(&endpoint.address)
+            protocol.kinds().contains(&endpoint.kind) && addresses.contains(&endpoint.address)
         };
         let mut names = self.names.iter();
         let name = names.find_map(|(name, leads_to)| server_info(leads_to).then_some(name));
@@ -278,9 +274,9 @@ impl Connector {
                     endpoint,
                     stats,
                 } = &tunnel.info;
-                let (wire, health) = (endpoint.wire, stats.health());
-                self.plan.changed(wire, server_id, number, health, now);
-                if health == Health::Live && !self.plan.holds(wire, server_id, number) {
+                let (kind, health) = (endpoint.kind, stats.health());
+                self.plan.changed(kind, server_id, number, health, now);
+                if health == Health::Live && !self.plan.holds(kind, server_id, number) {
                     tunnel.send(TunnelCommand::Retire);
                 } else {
                     self.retire_superseded();
@@ -299,7 +295,7 @@ impl Connector {
             endpoint,
             ..
         } = &info;
-        let (address, protocol) = (endpoint.address, endpoint.wire.label());
+        let (address, protocol) = (endpoint.address, endpoint.kind.label());
         let (reason, why) = (end.reason.label(), &end.why);
         if end.reason == CloseReason::Replaced || *self.phase.borrow() != Phase::Running {
             tracing::info!(server = %server_id, %address, protocol, reason, %why, "tunnel closed");
@@ -308,7 +304,7 @@ impl Connector {
         }
         self.view.remove(number);
         self.plan
-            .ended(endpoint.wire, server_id, number, now, chance());
+            .ended(endpoint.kind, server_id, number, now, chance());
     }
 
     fn welcomed(&mut self, tunnel: Welcomed, now: Instant) {
@@ -356,7 +352,7 @@ impl Connector {
             );
         }
         tracing::info!(
-            server = %server_id, address = %endpoint.address, protocol = endpoint.wire.label(),
+            server = %server_id, address = %endpoint.address, protocol = endpoint.kind.label(),
             servers = self.plan.server_count(), shard = place.shard, "tunnel is up"
         );
         let view = TunnelView::new(info.clone(), path, place.shard);
@@ -394,8 +390,8 @@ impl Connector {
         if !self.complaints.entry(endpoint).or_default().is_news(&text) {
             return;
         }
-        let ServerEndpoint { address, wire } = endpoint;
-        let protocol = wire.label();
+        let ServerEndpoint { address, kind } = endpoint;
+        let protocol = kind.label();
         let reached = |tunnel: &HeldTunnel| tunnel.info.endpoint.address == address;
         if self.tunnels.values().any(reached) {
             tracing::info!(%address, protocol, error = text, "server not reached this way, retrying");

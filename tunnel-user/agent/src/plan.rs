@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 
 use tunnel_proto::session::InstanceId;
 
-pub use self::endpoint::{Health, ServerEndpoint, ServerInfo, Verdict, Wire};
+pub use self::endpoint::{Health, ServerEndpoint, ServerInfo, Verdict};
 use self::tunnels::{TunnelEntry, Tunnels, all, is_reached, live, reached, take};
+use cpc_config::TunnelKind;
 use cpc_config::agent::Protocol;
 
 /// Longest interval between dials of an address.
@@ -86,17 +87,8 @@ impl Plan {
             candidate.resolved = false;
         }
         for &(address, protocol) in addresses {
-            if protocol != Protocol::Konnectivity {
-                let wire = Wire::Quic;
-                self.resolved(ServerEndpoint { address, wire }, false, now);
-            }
-            if protocol != Protocol::Quic {
-                let wire = Wire::Grpc;
-                self.resolved(
-                    ServerEndpoint { address, wire },
-                    protocol == Protocol::Auto,
-                    now,
-                );
+            for (at, &kind) in protocol.kinds().iter().enumerate() {
+                self.resolved(ServerEndpoint { address, kind }, at > 0, now);
             }
         }
         self.candidates
@@ -174,7 +166,7 @@ impl Plan {
         chance: f64,
     ) -> bool {
         let full = self.is_full(endpoint, server);
-        let known = self.held(endpoint.wire).get(server).into_iter().flatten();
+        let known = self.held(endpoint.kind).get(server).into_iter().flatten();
         let known = { known }.any(|held| held.address == endpoint.address);
         match self.candidates.get_mut(&endpoint) {
             Some(candidate) if full && (known || candidate.leads_to.as_deref() == Some(server)) => {
@@ -187,8 +179,8 @@ impl Plan {
     }
 
     /// Whether `tunnel` is one of those held to `server`.
-    pub fn holds(&self, wire: Wire, server: &str, tunnel: u64) -> bool {
-        let mut held = self.held(wire).get(server).into_iter().flatten();
+    pub fn holds(&self, kind: TunnelKind, server: &str, tunnel: u64) -> bool {
+        let mut held = self.held(kind).get(server).into_iter().flatten();
         held.any(|held| held.tunnel == tunnel)
     }
 
@@ -209,11 +201,11 @@ impl Plan {
         let candidate = self.candidates.get(&endpoint);
         let fallback = candidate.is_some_and(|candidate| candidate.fallback);
         let superseded = fallback && self.is_superseded(&server, endpoint.address);
-        match endpoint.wire {
-            Wire::Quic => self.quic_count = server_count,
+        match endpoint.kind {
+            TunnelKind::Quic => self.quic_count = server_count,
             // It counts the ids that it presents, not the servers that QUIC reaches.
-            Wire::Grpc if superseded => {}
-            Wire::Grpc => self.grpc_count = server_count,
+            TunnelKind::Konnectivity if superseded => {}
+            TunnelKind::Konnectivity => self.grpc_count = server_count,
         }
         let verdict = if superseded {
             Verdict::Decline
@@ -243,17 +235,17 @@ impl Plan {
         server: &str,
         instance: Option<InstanceId>,
     ) -> Verdict {
-        let map = self.held(endpoint.wire);
+        let map = self.held(endpoint.kind);
         let held = map.get(server).into_iter().flatten();
         let live = held.filter(|held| held.live && !held.draining);
         let (same, other): (Vec<_>, Vec<_>) = live.partition(|held| held.instance == instance);
-        if same.len() >= self.most(endpoint.wire) {
+        if same.len() >= self.most(endpoint.kind) {
             return Verdict::Decline;
         }
         let mut elsewhere = other.iter().filter(|held| held.address != endpoint.address);
         match elsewhere.next() {
             Some(held) if same.is_empty() => Verdict::Conflict(held.address),
-            _ if endpoint.wire == Wire::Quic || map.contains_key(server) => Verdict::Keep,
+            _ if endpoint.kind == TunnelKind::Quic || map.contains_key(server) => Verdict::Keep,
             _ if map.len() >= MAX_PROXY_SERVERS => Verdict::Decline,
             _ => Verdict::Keep,
         }
@@ -267,9 +259,9 @@ impl Plan {
         instance: Option<InstanceId>,
         (fallback, now): (bool, Instant),
     ) {
-        let most = self.most(endpoint.wire);
+        let most = self.most(endpoint.kind);
         let held = self
-            .held_mut(endpoint.wire)
+            .held_mut(endpoint.kind)
             .entry(server.clone())
             .or_default();
         // What leads to another process of that name has had its time.
@@ -291,8 +283,15 @@ impl Plan {
     }
 
     /// Notes that a server fell silent, drains, or is heard again.
-    pub fn changed(&mut self, wire: Wire, server: &str, tunnel: u64, health: Health, now: Instant) {
-        let mut held = self.held_mut(wire).get_mut(server).into_iter().flatten();
+    pub fn changed(
+        &mut self,
+        kind: TunnelKind,
+        server: &str,
+        tunnel: u64,
+        health: Health,
+        now: Instant,
+    ) {
+        let mut held = self.held_mut(kind).get_mut(server).into_iter().flatten();
         let Some(held) = held.find(|held| held.tunnel == tunnel) else {
             return;
         };
@@ -300,14 +299,21 @@ impl Plan {
         held.draining = health == Health::Draining;
         let address = held.address;
         if !held.live {
-            self.hasten(wire, server, address, now, Duration::ZERO);
+            self.hasten(kind, server, address, now, Duration::ZERO);
         }
     }
 
     /// Notes the end of a tunnel: its server is dialled at once, unless the tunnel had hardly begun.
     /// `chance` is in 0..1.
-    pub fn ended(&mut self, wire: Wire, server: &str, tunnel: u64, now: Instant, chance: f64) {
-        let Some(TunnelEntry { address, since, .. }) = take(self.held_mut(wire), server, tunnel)
+    pub fn ended(
+        &mut self,
+        kind: TunnelKind,
+        server: &str,
+        tunnel: u64,
+        now: Instant,
+        chance: f64,
+    ) {
+        let Some(TunnelEntry { address, since, .. }) = take(self.held_mut(kind), server, tunnel)
         else {
             return;
         };
@@ -317,12 +323,12 @@ impl Plan {
         for (endpoint, candidate) in &mut self.candidates {
             let leads =
                 candidate.leads_to.as_deref() == Some(server) || endpoint.address == address;
-            if endpoint.wire == wire && leads {
+            if endpoint.kind == kind && leads {
                 candidate.pace = FASTEST;
                 candidate.next = again;
             }
         }
-        self.hasten(wire, server, address, from, HEAD_START);
+        self.hasten(kind, server, address, from, HEAD_START);
     }
 
     /// Returns the gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
@@ -351,34 +357,34 @@ impl Plan {
     }
 
     /// Returns the maximum number of tunnels to one server.
-    fn most(&self, wire: Wire) -> usize {
-        match wire {
-            Wire::Quic => self.further + 1,
+    fn most(&self, kind: TunnelKind) -> usize {
+        match kind {
+            TunnelKind::Quic => self.further + 1,
             // Its proxy-servers present an id for each.
-            Wire::Grpc => 1,
+            TunnelKind::Konnectivity => 1,
         }
     }
 
     /// Whether `way` is not needed, because there are enough live tunnels to `server`. Those to a
     /// server that drains count at their own address: elsewhere its successor may be found.
     fn is_full(&self, endpoint: ServerEndpoint, server: &str) -> bool {
-        let held = self.held(endpoint.wire).get(server).into_iter().flatten();
+        let held = self.held(endpoint.kind).get(server).into_iter().flatten();
         let counts =
             |held: &&TunnelEntry| held.live && (!held.draining || held.address == endpoint.address);
-        held.filter(counts).count() >= self.most(endpoint.wire)
+        held.filter(counts).count() >= self.most(endpoint.kind)
     }
 
-    fn held(&self, wire: Wire) -> &Tunnels {
-        match wire {
-            Wire::Quic => &self.quic,
-            Wire::Grpc => &self.grpc,
+    fn held(&self, kind: TunnelKind) -> &Tunnels {
+        match kind {
+            TunnelKind::Quic => &self.quic,
+            TunnelKind::Konnectivity => &self.grpc,
         }
     }
 
-    fn held_mut(&mut self, wire: Wire) -> &mut Tunnels {
-        match wire {
-            Wire::Quic => &mut self.quic,
-            Wire::Grpc => &mut self.grpc,
+    fn held_mut(&mut self, kind: TunnelKind) -> &mut Tunnels {
+        match kind {
+            TunnelKind::Quic => &mut self.quic,
+            TunnelKind::Konnectivity => &mut self.grpc,
         }
     }
 
@@ -386,13 +392,13 @@ impl Plan {
     /// `wait`, and others, where a balancer may lead to it too, not before.
     fn hasten(
         &mut self,
-        wire: Wire,
+        kind: TunnelKind,
         server: &str,
         address: SocketAddr,
         now: Instant,
         wait: Duration,
     ) {
-        if wire != Wire::Quic {
+        if kind != TunnelKind::Quic {
             return;
         }
         for (endpoint, candidate) in &mut self.candidates {
@@ -415,18 +421,21 @@ impl Plan {
         if self.is_wanted(endpoint, candidate) {
             return Some(candidate.next);
         }
-        let reconciled =
-            endpoint.wire == Wire::Grpc && !self.grpc.is_empty() && self.leases.is_none();
+        let reconciled = endpoint.kind == TunnelKind::Konnectivity
+            && !self.grpc.is_empty()
+            && self.leases.is_none();
         reconciled.then_some(candidate.reconcile)
     }
 
     fn is_wanted(&self, endpoint: &ServerEndpoint, candidate: &Candidate) -> bool {
-        if endpoint.wire == Wire::Grpc && reached(&self.grpc).count() >= MAX_PROXY_SERVERS {
+        if endpoint.kind == TunnelKind::Konnectivity
+            && reached(&self.grpc).count() >= MAX_PROXY_SERVERS
+        {
             return false;
         }
         // A virtual address may lead to another one than last time.
         let mut here =
-            live(self.held(endpoint.wire)).filter(|(_, held)| held.address == endpoint.address);
+            live(self.held(endpoint.kind)).filter(|(_, held)| held.address == endpoint.address);
         if here.any(|(server, _)| !self.is_full(*endpoint, server)) {
             return true;
         }
@@ -440,7 +449,7 @@ impl Plan {
                 candidate.fallback && live(&self.quic).any(|(_, h)| h.address == endpoint.address)
             }
         };
-        !served || self.is_missing(endpoint.wire, candidate.fallback)
+        !served || self.is_missing(endpoint.kind, candidate.fallback)
     }
 
     fn proxy_servers(&self) -> u32 {
@@ -452,12 +461,12 @@ impl Plan {
     }
 
     /// Whether there are servers without a live tunnel.
-    fn is_missing(&self, wire: Wire, fallback: bool) -> bool {
+    fn is_missing(&self, kind: TunnelKind, fallback: bool) -> bool {
         let quic_missing = reached(&self.quic).count() < self.quic_count as usize;
-        match wire {
-            Wire::Quic => quic_missing,
-            Wire::Grpc if fallback && self.quic_count > 0 && !quic_missing => false,
-            Wire::Grpc => {
+        match kind {
+            TunnelKind::Quic => quic_missing,
+            TunnelKind::Konnectivity if fallback && self.quic_count > 0 && !quic_missing => false,
+            TunnelKind::Konnectivity => {
                 let expected = match self.proxy_servers() {
                     0 if fallback => self.quic_count,
                     expected => expected,

@@ -15,11 +15,12 @@ use tunnel_proto::session::{
 };
 
 use super::dialer;
-use super::plan::{ServerEndpoint, Wire};
+use super::plan::ServerEndpoint;
 use super::renew::Request;
 use super::stats::TunnelStats;
 use super::tunnel::{GOODBYE, LOOK_INTERVAL, TunnelInfo};
 use super::worker::Worker;
+use cpc_config::TunnelKind;
 use cpc_host::host;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::identity::IdentityError;
@@ -192,7 +193,7 @@ impl Reached {
                 server_id: welcome.server_id.as_str().into(),
                 endpoint: ServerEndpoint {
                     address,
-                    wire: Wire::Quic,
+                    kind: TunnelKind::Quic,
                 },
                 stats: Arc::new(TunnelStats::new(&welcome.accepted, welcome.refused)),
             },

@@ -145,7 +145,7 @@ fn row(tunnel: &TunnelView) -> ServerRow {
         server_id: server_id.to_string(),
         address: endpoint.address.to_string(),
         shard: tunnel.shard,
-        protocol: endpoint.wire.label().into(),
+        protocol: endpoint.kind.label().into(),
         state: state.into(),
         rtt_ms: tunnel.rtt().map(millis),
         mtu: tunnel.mtu(),

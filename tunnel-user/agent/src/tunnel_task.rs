@@ -7,10 +7,11 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tunnel_proto::close::CloseReason;
 
-use super::plan::{ServerEndpoint, ServerInfo, Wire};
+use super::plan::{ServerEndpoint, ServerInfo};
 use super::tunnel::{DialError, Dialled, End, Tunnel, TunnelInfo};
 use super::worker::Worker;
 use super::{konnectivity, quic};
+use cpc_config::TunnelKind;
 use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
 use cpc_observe::audit::events as audit;
@@ -124,9 +125,9 @@ impl TunnelTask {
 
     /// Dials. Returns `None` if the connector does not want the tunnel any more.
     async fn dial(&self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
-        let ServerEndpoint { address, wire } = self.endpoint;
-        match (wire, &worker.material, &worker.konnectivity, &self.server) {
-            (Wire::Quic, Some(material), _, _) => {
+        let ServerEndpoint { address, kind } = self.endpoint;
+        match (kind, &worker.material, &worker.konnectivity, &self.server) {
+            (TunnelKind::Quic, Some(material), _, _) => {
                 let reached = quic::reach(material, &worker.setup, address, self.spread).await?;
                 let (introduce, wanted) = oneshot::channel();
                 let server = reached.identity.name.clone();
@@ -138,7 +139,7 @@ impl TunnelTask {
                 }
                 Ok(Some(Dialled::Quic(reached.introduce(worker).await?)))
             }
-            (Wire::Grpc, _, Some(client), Some(server)) => {
+            (TunnelKind::Konnectivity, _, Some(client), Some(server)) => {
                 let metrics = &worker.proxy_metrics.streams;
                 let dialled = konnectivity::dial(client, self.endpoint, server, metrics).await?;
                 Ok(Some(Dialled::Grpc(dialled)))

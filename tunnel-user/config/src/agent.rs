@@ -11,8 +11,8 @@ use super::allow::AllowRule;
 use super::konnectivity::ProxyServerConfig;
 use super::rule;
 use super::{
-    AuditConfig, ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, Version,
-    base_of, check_shards,
+    AuditConfig, ConfigError, DatapathConfig, LogConfig, TlsConfig, TransportConfig, TunnelKind,
+    Version, base_of, check_shards,
 };
 use cpc_host::lifecycle::LONGEST_DRAIN;
 use cpc_host::{cores, memory};
@@ -119,6 +119,17 @@ pub enum Protocol {
     Konnectivity,
     /// QUIC where it is answered, else Konnectivity's.
     Auto,
+}
+
+impl Protocol {
+    /// Returns the permitted kinds of tunnels, the preferred one first.
+    pub fn kinds(self) -> &'static [TunnelKind] {
+        match self {
+            Self::Quic => &[TunnelKind::Quic],
+            Self::Konnectivity => &[TunnelKind::Konnectivity],
+            Self::Auto => &[TunnelKind::Quic, TunnelKind::Konnectivity],
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]

@@ -22,6 +22,7 @@ pub mod rule;
 pub mod server;
 pub mod tls_floor;
 pub mod transport;
+mod tunnel_kind;
 mod write;
 
 use std::borrow::Cow;
@@ -42,6 +43,7 @@ pub use join::JoinConfig;
 pub use rule::{PortRange, Rule};
 pub use server::ServerConfig;
 pub use transport::TransportConfig;
+pub use tunnel_kind::TunnelKind;
 pub use write::to_yaml;
 
 /// UDP port of the tunnel, and TCP port of the health answer beside it.

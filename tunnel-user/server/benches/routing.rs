@@ -9,11 +9,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cpc_config::TunnelKind;
 use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
 use cpc_server::grants::Grants;
 use cpc_server::registry::Registry;
-use cpc_server::routes::{LinkId, LinkInfo, LinkKind, Path, Probe, Trust};
+use cpc_server::routes::{LinkId, LinkInfo, Path, Probe, Trust};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use tunnel_proto::preface::Host;
@@ -81,7 +82,7 @@ fn link(id: u64) -> Arc<LinkInfo> {
     }));
     LinkInfo::new(
         (LinkId(id), 0),
-        LinkKind::Quic,
+        TunnelKind::Quic,
         (identity, Trust::Granted),
         probe,
     )

@@ -25,7 +25,8 @@ pub use self::shares::RouteBounds;
 use self::shares::{Shares, cost};
 use super::grants::Grants;
 use super::limits::Limit;
-use super::routes::{Absence, Departed, LinkId, LinkInfo, LinkKind, Routes, Trust};
+use super::routes::{Absence, Departed, LinkId, LinkInfo, Routes, Trust};
+use cpc_config::TunnelKind;
 use cpc_config::server::{LimitsConfig, Strategy};
 use cpc_identity::TrustDomain;
 
@@ -177,11 +178,11 @@ impl Registry {
     /// Ends the oldest links of an identity that has more than enough: one stolen certificate must not
     /// use up the places of all others. Agents of Konnectivity may share one.
     fn make_room(&self, info: &LinkInfo) {
-        if info.kind != LinkKind::Quic {
+        if info.kind != TunnelKind::Quic {
             return;
         }
         let links = self.sessions.values().map(|session| &session.info);
-        let own = links.filter(|l| l.kind == LinkKind::Quic && l.identity == info.identity);
+        let own = links.filter(|l| l.kind == TunnelKind::Quic && l.identity == info.identity);
         let own: Vec<_> = own.collect();
         // Those that were told before are still there until they have ended.
         let surplus = (own.len() + 1).saturating_sub(MAX_LINKS);
@@ -204,8 +205,8 @@ impl Registry {
         for old in self.other_links(new) {
             let info = &old.info;
             match info.kind {
-                LinkKind::Quic if old.instance == new.instance => {}
-                LinkKind::Quic if old.silent || predecessor == Some(old.instance) => {
+                TunnelKind::Quic if old.instance == new.instance => {}
+                TunnelKind::Quic if old.silent || predecessor == Some(old.instance) => {
                     let proven = predecessor == Some(old.instance);
                     tracing::info!(
                         agent = %info.identity, instance = %old.instance, proven,
@@ -213,11 +214,11 @@ impl Registry {
                     );
                     info.replaced.notify_one();
                 }
-                LinkKind::Quic => info.challenged.notify_one(),
-                LinkKind::Konnectivity if old.silent && old.instance == new.instance => {
+                TunnelKind::Quic => info.challenged.notify_one(),
+                TunnelKind::Konnectivity if old.silent && old.instance == new.instance => {
                     info.replaced.notify_one();
                 }
-                LinkKind::Konnectivity => {}
+                TunnelKind::Konnectivity => {}
             }
         }
     }
@@ -258,7 +259,7 @@ impl Registry {
         };
         let successor = self.other_links(session).find(|other| {
             let is_later = other.info.id > link && other.instance != session.instance;
-            other.info.kind == LinkKind::Quic && is_later && !other.silent
+            other.info.kind == TunnelKind::Quic && is_later && !other.silent
         });
         if let Some(successor) = successor {
             tracing::info!(
@@ -298,7 +299,7 @@ impl Registry {
         let offered = session.offer.iter();
         let refused = offered.filter(|claim| !session.claims.contains(claim));
         for holder in refused.flat_map(|claim| self.rivals(&session.info, claim)) {
-            let is_quic = holder.info.kind == LinkKind::Quic;
+            let is_quic = holder.info.kind == TunnelKind::Quic;
             if is_quic && !holder.silent && (holder.info.probe.0)().since_packet >= RECENTLY {
                 holder.info.challenged.notify_one();
             }
@@ -433,8 +434,8 @@ impl Registry {
     /// identity: there each process is an agent of its own.
     fn siblings(&self, info: &LinkInfo) -> HashSet<Claim> {
         let is_sibling = |other: &LinkInfo| {
-            info.kind == LinkKind::Quic
-                && other.kind == LinkKind::Quic
+            info.kind == TunnelKind::Quic
+                && other.kind == TunnelKind::Quic
                 && other.id != info.id
                 && other.identity == info.identity
         };
@@ -524,7 +525,7 @@ impl Registry {
         if !self.departed.is_empty() {
             // Agents of Konnectivity may share a name.
             let links = self.sessions.values().map(|session| &session.info);
-            let own = links.filter(|link| link.kind == LinkKind::Quic);
+            let own = links.filter(|link| link.kind == TunnelKind::Quic);
             connected.extend(own.map(|l| (&l.identity.trust_domain, &l.identity.name)));
         }
         for ((tenant, claim), memory) in &self.departed {
@@ -546,8 +547,8 @@ impl Registry {
         for session in self.sessions.values() {
             let identity = &session.info.identity;
             let process = match session.info.kind {
-                LinkKind::Quic => None,
-                LinkKind::Konnectivity => Some(session.instance),
+                TunnelKind::Quic => None,
+                TunnelKind::Konnectivity => Some(session.instance),
             };
             by_identity
                 .entry((&identity.trust_domain, &identity.name, process))

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use tunnel_proto::preface::{Host, Name};
 use tunnel_proto::route::NamePattern;
 
+use cpc_config::TunnelKind;
 use cpc_config::agent::MAX_TUNNELS;
 use cpc_config::server::Strategy;
 use cpc_identity::{Identity, TrustDomain};
@@ -60,25 +61,6 @@ impl fmt::Debug for Probe {
     }
 }
 
-/// Protocol of an agent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum LinkKind {
-    /// Our protocol.
-    Quic,
-    /// Konnectivity's protocol.
-    Konnectivity,
-}
-
-impl LinkKind {
-    /// Returns the metric label and status field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Quic => "quic",
-            Self::Konnectivity => "konnectivity",
-        }
-    }
-}
-
 /// Trust in an agent's claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
@@ -96,7 +78,7 @@ pub struct LinkInfo {
     /// Shard of the link.
     pub shard: usize,
     /// Protocol of the link.
-    pub kind: LinkKind,
+    pub kind: TunnelKind,
     /// Identity of the agent.
     pub identity: Identity,
     /// Trust in the agent's claims.
@@ -131,7 +113,7 @@ impl LinkInfo {
     /// Creates the state of a fresh link.
     pub fn new(
         (id, shard): (LinkId, usize),
-        kind: LinkKind,
+        kind: TunnelKind,
         (identity, trust): (Identity, Trust),
         probe: Probe,
     ) -> Arc<Self> {
@@ -145,7 +127,7 @@ impl LinkInfo {
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
             // Agents of Konnectivity serve on without a deadline.
-            serves_while_draining: AtomicBool::new(kind == LinkKind::Konnectivity),
+            serves_while_draining: AtomicBool::new(kind == TunnelKind::Konnectivity),
             held_up: AtomicBool::default(),
             streams: AtomicI64::default(),
             unanswered: AtomicI64::default(),
@@ -160,9 +142,9 @@ impl LinkInfo {
     /// Whether bytes may follow a request before it is answered.
     pub fn sends_early(&self) -> bool {
         match self.kind {
-            LinkKind::Quic => true,
+            TunnelKind::Quic => true,
             // There is no connection yet that they could belong to.
-            LinkKind::Konnectivity => false,
+            TunnelKind::Konnectivity => false,
         }
     }
 

@@ -5,24 +5,7 @@ use std::sync::Arc;
 
 use tunnel_proto::session::InstanceId;
 
-/// Protocol of a tunnel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Wire {
-    /// Our protocol, over UDP.
-    Quic,
-    /// Konnectivity's protocol, over TCP.
-    Grpc,
-}
-
-impl Wire {
-    /// Returns the name in the configuration.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Quic => "quic",
-            Self::Grpc => "konnectivity",
-        }
-    }
-}
+use cpc_config::TunnelKind;
 
 /// Address and protocol of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -30,7 +13,7 @@ pub struct ServerEndpoint {
     /// Address of the server.
     pub address: SocketAddr,
     /// Protocol of the tunnel.
-    pub wire: Wire,
+    pub kind: TunnelKind,
 }
 
 /// Server of a fresh tunnel.

@@ -5,17 +5,17 @@ use super::*;
 const A: ([u8; 4], u16) = ([10, 0, 0, 1], 8132);
 const B: ([u8; 4], u16) = ([10, 0, 0, 2], 8132);
 
-fn endpoint(at: ([u8; 4], u16), wire: Wire) -> ServerEndpoint {
+fn endpoint(at: ([u8; 4], u16), kind: TunnelKind) -> ServerEndpoint {
     let address = at.into();
-    ServerEndpoint { address, wire }
+    ServerEndpoint { address, kind }
 }
 
 fn quic(at: ([u8; 4], u16)) -> ServerEndpoint {
-    endpoint(at, Wire::Quic)
+    endpoint(at, TunnelKind::Quic)
 }
 
 fn grpc(at: ([u8; 4], u16)) -> ServerEndpoint {
-    endpoint(at, Wire::Grpc)
+    endpoint(at, TunnelKind::Konnectivity)
 }
 
 fn plan_of(addresses: &[([u8; 4], u16)], protocol: Protocol, now: Instant) -> Plan {
@@ -97,7 +97,7 @@ fn a_lost_server_is_dialled_at_once_and_for_ever() {
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
     now += FASTEST;
-    plan.ended(Wire::Quic, "s1", 1, now, 0.99);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.99);
     assert!(plan.next_timeout().unwrap() - now < SPREAD);
     for _ in 0..50 {
         let next = plan.next_timeout().unwrap();
@@ -115,7 +115,7 @@ fn a_server_that_ends_fresh_tunnels_is_dialled_at_a_pace() {
     for tunnel in 1..50 {
         assert_eq!(plan.due(now), [quic(A)]);
         welcome(&mut plan, A, "s1", 1, tunnel, 1, now);
-        plan.ended(Wire::Quic, "s1", tunnel, now, 0.0);
+        plan.ended(TunnelKind::Quic, "s1", tunnel, now, 0.0);
         let next = plan.next_timeout().unwrap();
         assert_eq!(next - now, FASTEST);
         now = next;
@@ -128,12 +128,12 @@ fn a_silent_server_is_dialled_beside_its_tunnel() {
     let mut plan = plan(&[A], now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Silent, now);
     let now = now + FASTEST;
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 2, 1, now), Verdict::Keep);
     // The old tunnel's end is no loss.
-    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.0);
     assert_eq!(plan.next_timeout(), None);
 }
 
@@ -145,10 +145,10 @@ fn a_draining_server_is_dialled_when_it_has_left() {
     let mut plan = plan(&[A], now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, Health::Draining, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Draining, now);
     assert_eq!(plan.next_timeout(), None);
     let now = now + 30 * FASTEST;
-    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.0);
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 2, 2, 1, now), Verdict::Keep);
     assert_eq!(plan.next_timeout(), None);
@@ -163,14 +163,14 @@ fn the_successor_of_a_draining_server_is_found_elsewhere() {
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
     let other = welcome(&mut plan, B, "s1", 2, 2, 1, now);
     assert!(matches!(other, Verdict::Conflict(_)), "{other:?}");
-    plan.changed(Wire::Quic, "s1", 1, Health::Draining, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Draining, now);
     let now = now + 30 * FASTEST;
     assert_eq!(plan.due(now), [quic(B)]);
     assert!(plan.reached(quic(B), "s1", now, 0.5));
     assert_eq!(welcome(&mut plan, B, "s1", 2, 3, 1, now), Verdict::Keep);
-    assert!(plan.holds(Wire::Quic, "s1", 3) && !plan.holds(Wire::Quic, "s1", 1));
+    assert!(plan.holds(TunnelKind::Quic, "s1", 3) && !plan.holds(TunnelKind::Quic, "s1", 1));
     // The end of the old one's tunnel is no loss.
-    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.0);
     assert_eq!(plan.next_timeout(), None);
 }
 
@@ -180,10 +180,10 @@ fn a_restarted_server_takes_the_place_of_its_former_process() {
     let mut plan = plan(&[A], now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Silent, now);
     plan.due(now + FASTEST);
     assert_eq!(welcome(&mut plan, A, "s1", 9, 2, 1, now), Verdict::Keep);
-    assert!(plan.holds(Wire::Quic, "s1", 2) && !plan.holds(Wire::Quic, "s1", 1));
+    assert!(plan.holds(TunnelKind::Quic, "s1", 2) && !plan.holds(TunnelKind::Quic, "s1", 1));
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn of_two_servers_with_one_id_the_first_is_kept_while_it_lives() {
     assert_eq!(welcome(&mut plan, A, "s1", 1, 1, 2, now), Verdict::Keep);
     let conflict = Verdict::Conflict(A.into());
     assert_eq!(welcome(&mut plan, B, "s1", 2, 2, 2, now), conflict);
-    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Silent, now);
     assert_eq!(welcome(&mut plan, B, "s1", 2, 3, 2, now), Verdict::Keep);
 }
 
@@ -229,7 +229,7 @@ fn a_load_balancer_is_walked_until_the_proxy_servers_are_as_many_as_they_say() {
     assert_eq!(walk(&mut plan, &mut now, "s4", 6, 4), Verdict::Keep);
     assert!(plan.next_timeout().unwrap() - now > RECONCILE / 2);
     // One that is lost is searched for at once.
-    plan.ended(Wire::Grpc, "s2", 3, now, 0.5);
+    plan.ended(TunnelKind::Konnectivity, "s2", 3, now, 0.5);
     assert!(plan.next_timeout().unwrap() - now < SPREAD);
 }
 
@@ -278,7 +278,7 @@ fn where_quic_is_answered_grpc_is_not_tried() {
     assert_eq!(plan.next_timeout(), None);
     // A server that restarts is back before its fallback is due.
     now += FASTEST;
-    plan.ended(Wire::Quic, "s1", 1, now, 0.5);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.5);
     now += SPREAD;
     assert_eq!(plan.due(now), [quic(A), quic(B)]);
     assert!(!plan.reached(quic(B), "s2", now, 0.5));
@@ -293,7 +293,7 @@ fn grpc_takes_over_and_makes_way_when_quic_is_back() {
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
     now += FASTEST;
-    plan.ended(Wire::Quic, "s1", 1, now, 0.0);
+    plan.ended(TunnelKind::Quic, "s1", 1, now, 0.0);
     assert_eq!(plan.due(now), [quic(A)]);
     plan.failed(quic(A), now, 0.99);
     now += HEAD_START;
@@ -325,10 +325,10 @@ fn a_silent_quic_tunnel_is_backed_by_grpc_at_once_and_until_it_is_heard_again() 
     let mut plan = plan_of(&[A], Protocol::Auto, now);
     plan.due(now);
     welcome(&mut plan, A, "s1", 1, 1, 1, now);
-    plan.changed(Wire::Quic, "s1", 1, Health::Silent, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Silent, now);
     assert!(plan.due(now).contains(&grpc(A)));
     assert_eq!(greet(&mut plan, A, "s1", 2, 1, now), Verdict::Keep);
-    plan.changed(Wire::Quic, "s1", 1, Health::Live, now);
+    plan.changed(TunnelKind::Quic, "s1", 1, Health::Live, now);
     assert_eq!(plan.superseded(), [2]);
 }
 
@@ -387,19 +387,19 @@ fn several_tunnels_to_a_server_come_one_behind_the_other() {
         assert_eq!(verdict, Verdict::Keep, "{tunnel}");
     }
     assert_eq!(plan.next_timeout(), None);
-    assert!((1..=3).all(|tunnel| plan.holds(Wire::Quic, "s1", tunnel)));
+    assert!((1..=3).all(|tunnel| plan.holds(TunnelKind::Quic, "s1", tunnel)));
     assert_eq!(plan.server_count(), 1);
 
     // One is lost, and dialled again; one falls silent, and another takes its place.
     now += FASTEST;
-    plan.ended(Wire::Quic, "s1", 2, now, 0.0);
+    plan.ended(TunnelKind::Quic, "s1", 2, now, 0.0);
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 4, 1, now), Verdict::Keep);
-    plan.changed(Wire::Quic, "s1", 3, Health::Silent, now);
+    plan.changed(TunnelKind::Quic, "s1", 3, Health::Silent, now);
     now = plan.next_timeout().unwrap();
     assert_eq!(plan.due(now), [quic(A)]);
     assert_eq!(welcome(&mut plan, A, "s1", 1, 5, 1, now), Verdict::Keep);
-    assert!(!plan.holds(Wire::Quic, "s1", 3));
+    assert!(!plan.holds(TunnelKind::Quic, "s1", 3));
     assert_eq!(plan.next_timeout(), None);
 }
 
@@ -417,9 +417,9 @@ fn enough_tunnels_to_a_server_are_enough_from_any_address() {
         welcome(&mut plan, A, "s1", 2, 4, 1, now),
         Verdict::Conflict(B.into())
     );
-    plan.ended(Wire::Quic, "s1", 2, now, 0.5);
+    plan.ended(TunnelKind::Quic, "s1", 2, now, 0.5);
     assert_eq!(welcome(&mut plan, A, "s1", 2, 5, 1, now), Verdict::Keep);
-    assert!(!plan.holds(Wire::Quic, "s1", 1));
+    assert!(!plan.holds(TunnelKind::Quic, "s1", 1));
 }
 
 #[test]

@@ -8,8 +8,9 @@ use tunnel_proto::preface::{Destination, Host};
 
 use super::plan::Failure;
 use crate::limits::Limit;
-use crate::routes::{Absence, Departed, LinkInfo, LinkKind, RouteError};
+use crate::routes::{Absence, Departed, LinkInfo, RouteError};
 use crate::shard::Shard;
+use cpc_config::TunnelKind;
 use cpc_observe::access::Record;
 use cpc_observe::konnectivity::DialFailure;
 use cpc_observe::metrics::Closer;
@@ -49,7 +50,7 @@ impl DialError {
 
     /// What the agent `name` answered.
     pub(crate) fn refused(
-        (kind, name): (LinkKind, &str),
+        (kind, name): (TunnelKind, &str),
         destination: &Destination,
         reason: CloseReason,
         mut detail: String,
@@ -62,8 +63,8 @@ impl DialError {
         }
         let text = format!("{name}: {}", printable(&detail));
         let answer = match kind {
-            LinkKind::Konnectivity => detail,
-            LinkKind::Quic => go_error(&destination.to_string(), reason, &detail),
+            TunnelKind::Konnectivity => detail,
+            TunnelKind::Quic => go_error(&destination.to_string(), reason, &detail),
         };
         Self {
             answer: Some(answer),
@@ -153,7 +154,7 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn refused(kind: LinkKind, detail: &str) -> DialError {
+    fn refused(kind: TunnelKind, detail: &str) -> DialError {
         let destination = "web.svc:443".parse().unwrap();
         let reason = CloseReason::NameNotFound;
         DialError::refused((kind, "w1"), &destination, reason, detail.into())
@@ -162,14 +163,14 @@ mod tests {
     #[test]
     fn what_an_agent_of_konnectivity_says_is_kept_as_it_is() {
         let said = "dial tcp: lookup web.svc on 10.96.0.10:53:\tno such host";
-        let error = refused(LinkKind::Konnectivity, said);
+        let error = refused(TunnelKind::Konnectivity, said);
         assert_eq!(error.answer(), Some(said));
         assert_eq!(
             error.to_string(),
             format!("w1: {}", said.replace('\t', " "))
         );
 
-        let long = refused(LinkKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
+        let long = refused(TunnelKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
         assert_eq!(long.answer().unwrap().chars().count(), MAX_ANSWER);
     }
 
@@ -207,7 +208,7 @@ mod tests {
 
     #[test]
     fn what_ours_says_is_put_in_words_of_go() {
-        let error = refused(LinkKind::Quic, "");
+        let error = refused(TunnelKind::Quic, "");
         assert_eq!(
             error.answer(),
             Some("dial tcp: lookup web.svc: no such host")

@@ -95,7 +95,7 @@ fn status_of(answer: &str) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routes::LinkKind;
+    use cpc_config::TunnelKind;
 
     /// The answer without its reason phrase, which is `why`.
     fn without_reason(answer: &Bytes, why: &str) -> String {
@@ -144,7 +144,7 @@ mod tests {
             (504, "dial tcp 10.0.0.1:1: i/o timeout"),
             (504, "context deadline exceeded"),
         ] {
-            let agent = (LinkKind::Konnectivity, "w1");
+            let agent = (TunnelKind::Konnectivity, "w1");
             let reason = CloseReason::DialFailed;
             let error = DialError::refused(agent, &destination, reason, answer.into());
             let expected = format!(

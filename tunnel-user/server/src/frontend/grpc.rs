@@ -249,7 +249,7 @@ async fn drain(receiver: &mut PacketReceiver) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routes::LinkKind;
+    use cpc_config::TunnelKind;
 
     #[test]
     fn a_failed_dial_is_told_in_the_words_of_konnectivity() {
@@ -281,7 +281,7 @@ mod tests {
         }
         // The agent's own limit.
         let said = "dial tcp 10.0.0.1:80: i/o timeout";
-        let (agent, destination) = ((LinkKind::Konnectivity, "w1"), "10.0.0.1:80");
+        let (agent, destination) = ((TunnelKind::Konnectivity, "w1"), "10.0.0.1:80");
         let destination = destination.parse().unwrap();
         let reason = CloseReason::DialTimeout;
         let error = DialError::refused(agent, &destination, reason, said.into());

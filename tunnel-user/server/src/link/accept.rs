@@ -14,8 +14,9 @@ use super::{QuicLink, session};
 use crate::handshakes::HandshakeFailure;
 use crate::limits::Limit;
 use crate::loads::{LoadPermit, ReservedLoad};
-use crate::routes::{LinkInfo, LinkKind, Path, Probe, Trust};
+use crate::routes::{LinkInfo, Path, Probe, Trust};
 use crate::shard::Shard;
+use cpc_config::TunnelKind;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::Phase;
 use cpc_host::report::report;
@@ -140,7 +141,7 @@ async fn serve(
     }));
     let info = LinkInfo::new(
         (shard.next_link(), shard.index),
-        LinkKind::Quic,
+        TunnelKind::Quic,
         (identity, Trust::Granted),
         probe,
     );

@@ -26,7 +26,7 @@ struct Agent {
     tenant: &'static str,
     name: &'static str,
     certified: &'static [&'static str],
-    kind: LinkKind,
+    kind: TunnelKind,
     trust: Trust,
 }
 
@@ -39,7 +39,7 @@ const fn agent(
         tenant,
         name,
         certified,
-        kind: LinkKind::Quic,
+        kind: TunnelKind::Quic,
         trust: Trust::Granted,
     }
 }
@@ -53,11 +53,11 @@ const AGENTS: [Agent; 8] = [
     agent("a", "gw2", &["10.0.0.4"]),
     agent("b", "w1", &["10.0.0.1", "10.0.0.2"]),
     Agent {
-        kind: LinkKind::Konnectivity,
+        kind: TunnelKind::Konnectivity,
         ..agent("a", "gw3", &[])
     },
     Agent {
-        kind: LinkKind::Konnectivity,
+        kind: TunnelKind::Konnectivity,
         trust: Trust::Believed,
         ..agent("b", "k1", &[])
     },
@@ -259,7 +259,7 @@ impl Reference {
 
     /// Whether dials may go to `link`, as far as its process and its health go.
     fn takes_dials(&self, link: &Connected) -> bool {
-        let is_konnectivity = link.agent().kind == LinkKind::Konnectivity;
+        let is_konnectivity = link.agent().kind == TunnelKind::Konnectivity;
         if is_konnectivity {
             return link.info.is_available() || link.info.is_last_resort();
         }
@@ -275,7 +275,7 @@ impl Reference {
 
     /// The links of `who`'s other processes.
     fn other_processes(&self, who: usize, instance: u8) -> impl Iterator<Item = &Connected> {
-        let quic = move |link: &&Connected| link.agent().kind == LinkKind::Quic;
+        let quic = move |link: &&Connected| link.agent().kind == TunnelKind::Quic;
         let own = self.connected.iter().filter(move |link| link.who == who);
         own.filter(quic).filter(move |l| l.instance != instance)
     }
@@ -334,7 +334,7 @@ impl Run {
         let probe = Probe(Box::new(move || path));
         let place = (LinkId(self.last), 0);
         let info = LinkInfo::new(place, agent.kind, (identity, agent.trust), probe);
-        if agent.kind == LinkKind::Quic {
+        if agent.kind == TunnelKind::Quic {
             // Of either release.
             let serves = instance.is_multiple_of(2);
             info.serves_while_draining.store(serves, Ordering::Relaxed);
@@ -343,7 +343,7 @@ impl Run {
         self.registry
             .connect(info.clone(), process(instance), offer.clone(), self.now);
         self.registry.succeed(info.id, ended.map(process));
-        if agent.kind == LinkKind::Quic {
+        if agent.kind == TunnelKind::Quic {
             for link in self.reference.other_processes(who, instance) {
                 match link.silent || ended == Some(link.instance) {
                     true => self.ended.insert(link.info.id),
@@ -420,7 +420,7 @@ impl Run {
         self.registry.changed(link.info.id, self.now);
         let mut others = self.reference.other_processes(link.who, link.instance);
         let mut later = others.by_ref().filter(|other| other.info.id > link.info.id);
-        let is_quic = link.agent().kind == LinkKind::Quic;
+        let is_quic = link.agent().kind == TunnelKind::Quic;
         if falls && is_quic && later.any(|other| !other.silent) {
             self.ended.insert(link.info.id);
         }

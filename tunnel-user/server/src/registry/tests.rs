@@ -35,7 +35,7 @@ fn registry_with(strategies: &[Strategy]) -> Registry {
 }
 
 fn link(id: u64, name: &str, address: &str) -> Arc<LinkInfo> {
-    link_of(id, name, address, LinkKind::Quic, Trust::Granted)
+    link_of(id, name, address, TunnelKind::Quic, Trust::Granted)
 }
 
 /// An agent of Konnectivity that is believed.
@@ -45,24 +45,30 @@ fn believed(id: u64) -> Arc<LinkInfo> {
         id,
         &name,
         "192.0.2.1",
-        LinkKind::Konnectivity,
+        TunnelKind::Konnectivity,
         Trust::Believed,
     )
 }
 
-fn link_of(id: u64, name: &str, address: &str, kind: LinkKind, trust: Trust) -> Arc<LinkInfo> {
+fn link_of(id: u64, name: &str, address: &str, kind: TunnelKind, trust: Trust) -> Arc<LinkInfo> {
     link_over(id, name, address, (kind, trust), Duration::ZERO)
 }
 
 fn unheard_link(id: u64, name: &str, address: &str, unheard: Duration) -> Arc<LinkInfo> {
-    link_over(id, name, address, (LinkKind::Quic, Trust::Granted), unheard)
+    link_over(
+        id,
+        name,
+        address,
+        (TunnelKind::Quic, Trust::Granted),
+        unheard,
+    )
 }
 
 fn link_over(
     id: u64,
     name: &str,
     address: &str,
-    (kind, trust): (LinkKind, Trust),
+    (kind, trust): (TunnelKind, Trust),
     unheard: Duration,
 ) -> Arc<LinkInfo> {
     let identity = Identity {
@@ -413,7 +419,7 @@ fn agents_of_one_service_account_serve_side_by_side() {
             id,
             "gw",
             "192.0.2.1",
-            LinkKind::Konnectivity,
+            TunnelKind::Konnectivity,
             Trust::Granted,
         );
         let (process, now) = (InstanceId([id as u8; 16]), Instant::now());
@@ -425,7 +431,7 @@ fn agents_of_one_service_account_serve_side_by_side() {
 /// Of Konnectivity, or of ours where its release takes dials while it drains.
 #[test]
 fn a_draining_agent_is_the_last_resort() {
-    for kind in [LinkKind::Konnectivity, LinkKind::Quic] {
+    for kind in [TunnelKind::Konnectivity, TunnelKind::Quic] {
         let mut registry = registry();
         let of = |id, name| link_of(id, name, "192.0.2.1", kind, Trust::Believed);
         let (old, new) = (of(1, "w1"), of(2, "w2"));
@@ -523,7 +529,7 @@ fn agents_are_counted_by_what_each_strategy_may_choose() {
     let path = (info.probe.0)();
     let again = LinkInfo::new(
         (LinkId(2), 0),
-        LinkKind::Konnectivity,
+        TunnelKind::Konnectivity,
         (identity, trust),
         Probe(Box::new(move || path)),
     );

@@ -23,7 +23,8 @@ use super::who::{Introduction, MAX_SHOWN, Refusal};
 use crate::handshakes::HandshakeFailure;
 use crate::link::Link;
 use crate::link::session::report;
-use crate::routes::{LinkInfo, LinkKind};
+use crate::routes::LinkInfo;
+use cpc_config::TunnelKind;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::{Identity, revoked};
 use cpc_observe::audit::events::{self as audit, Listener};
@@ -128,7 +129,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let shard = &agents.shard;
     let info = LinkInfo::new(
         (shard.next_link(), shard.index),
-        LinkKind::Konnectivity,
+        TunnelKind::Konnectivity,
         (identity, agents.acceptor.trust),
         probe(remote, &peer.socket),
     );

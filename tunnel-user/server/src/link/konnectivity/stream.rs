@@ -243,7 +243,8 @@ mod tests {
     use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
     use super::*;
-    use crate::routes::{LinkId, LinkInfo, LinkKind, Path, Probe, Trust};
+    use crate::routes::{LinkId, LinkInfo, Path, Probe, Trust};
+    use cpc_config::TunnelKind;
     use cpc_identity::{Identity, Role};
 
     fn link() -> Rc<KonnectivityLink> {
@@ -257,7 +258,7 @@ mod tests {
         let identity = Identity::new("a".parse().unwrap(), Role::Agent, "w1").unwrap();
         let info = LinkInfo::new(
             (LinkId(1), 0),
-            LinkKind::Konnectivity,
+            TunnelKind::Konnectivity,
             (identity, Trust::Granted),
             Probe(Box::new(move || path)),
         );
