@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::Instrument;
+use tunnel_proto::close::CloseReason;
 use tunnel_proto::http_connect::ESTABLISHED;
 
 use super::{Served, answers, failed, serve};
@@ -20,6 +21,7 @@ use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
 use cpc_host::report::report;
 use cpc_observe::konnectivity::Counted;
+use cpc_observe::metrics::Closer;
 
 /// Timeout for a client to take its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -106,17 +108,20 @@ impl<L: Portable> Client<L> {
         } = self;
         let packed = match local.pack() {
             Ok(packed) => packed,
-            // It is reset, as it was set to be.
-            Err(error) => return tracing::warn!(error = report(&error), "client not handed over"),
+            Err(error) => return not_moved(shard, &dial, &error),
         };
         shard.run_on(at, move |shard| {
             let there = shard.clone();
             let dialled = async move {
-                let unpacked = L::unpack(packed);
-                let refused =
-                    |error| tracing::warn!(error = report(&error), "client not taken over");
+                let local = match L::unpack(packed) {
+                    Ok(local) => local,
+                    Err(error) => {
+                        not_moved(&there, &dial, &error);
+                        return None;
+                    }
+                };
                 let client = Self {
-                    local: unpacked.map_err(refused).ok()?,
+                    local,
                     manner,
                     dial,
                     admitted,
@@ -134,6 +139,14 @@ impl<L: Portable> Client<L> {
             answer_and_close(&self.local, answers::failure(answers, error)).await;
         }
     }
+}
+
+/// Writes the record of a client whose socket can't change its shard: the client gets a reset, as its
+/// socket was set to.
+fn not_moved(shard: &Shard, dial: &Dial, error: &io::Error) {
+    let text = format!("the socket can't move to another shard: {}", report(error));
+    let error = DialError::new(CloseReason::Internal, Closer::Server, text);
+    failed(shard, &dial.record, &error);
 }
 
 /// Serves a client once it is `dialled`. Memory of the dial is freed before the relay, which may take

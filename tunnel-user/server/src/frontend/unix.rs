@@ -40,16 +40,25 @@ pub(super) enum SocketFileState {
     Taken,
 }
 
-/// Creates the socket of a Unix frontend. A socket of a process that is gone is replaced; one that
-/// answers is not, unless it is to be taken over. Waits for no other process.
+/// Creates the socket of a Unix frontend. Replaces the socket of a process that is gone, and one that
+/// answers where `takeover` is set. Waits for no other process.
 ///
 /// # Errors
-/// The error of the system call.
+/// The error of the system call, or that the path belongs to something else.
 pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFile)> {
     let path = &config.unix;
     // Only making it goes by its path; where that leads elsewhere by then, nothing is found here.
     let (directory, name) = Directory::of(path)?;
-    let is_there = directory.look(name).is_ok_and(|found| is_socket(&found));
+    let is_there = match directory.look(name) {
+        Ok(found) if !is_socket(&found) => {
+            let text = format!(
+                "{} is no socket: move it away, or choose another path",
+                path.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        found => found.is_ok(),
+    };
     if is_there && !config.takeover && is_served(path) {
         let text = format!("{} is served by another process", path.display());
         return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
@@ -217,6 +226,22 @@ mod tests {
             (file.fate(), theirs.fate()),
             (SocketFileState::Taken, SocketFileState::There)
         );
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let mut config = config(place.path().join("data"));
+        config.takeover = true;
+        fs::write(&config.unix, "content").unwrap();
+        let refused = bind(&config).unwrap_err();
+        assert!(refused.to_string().contains("no socket"), "{refused}");
+        assert_eq!(fs::read_to_string(&config.unix).unwrap(), "content");
+        // The same holds for a link: the rename would replace the link itself.
+        let link = place.path().join("link");
+        std::os::unix::fs::symlink(&config.unix, &link).unwrap();
+        config.unix = link;
+        bind(&config).unwrap_err();
     }
 
     /// A client that connects to it would wait for a place.
