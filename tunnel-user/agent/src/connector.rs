@@ -312,7 +312,7 @@ impl Connector {
             number,
             info,
             server_info,
-            path,
+            probe,
             commands,
             keep,
         } = tunnel;
@@ -355,7 +355,7 @@ impl Connector {
             server = %server_id, address = %endpoint.address, protocol = endpoint.kind.label(),
             servers = self.plan.server_count(), shard = place.shard, "tunnel is up"
         );
-        let view = TunnelView::new(info.clone(), path, place.shard);
+        let view = TunnelView::new(info.clone(), probe, place.shard);
         self.view.insert(number, view);
         let held = HeldTunnel {
             info,

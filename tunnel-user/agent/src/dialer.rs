@@ -26,7 +26,7 @@ use cpc_host::report::report;
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::konnectivity::{Counted, DialTrouble};
 use cpc_observe::metrics::{Closer, FrontendKind};
-use cpc_transport::quic::{HeadError, Recv, Send};
+use cpc_transport::tunnel::{HeadError, Recv, Send, TunnelRecv};
 
 /// Timeout of the request on a stream.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,7 +71,7 @@ impl Answer for Send {
     }
 }
 
-/// Serves one QUIC stream that a server has opened.
+/// Serves one stream of a tunnel that a server has opened.
 pub(super) fn serve(
     worker: Rc<Worker>,
     (server_id, stats): (Arc<str>, Arc<TunnelStats>),

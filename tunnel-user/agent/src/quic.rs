@@ -29,10 +29,8 @@ use cpc_identity::{Identity, Material};
 use cpc_transport::control_stream::{ControlEnd, ControlStream, Shared};
 use cpc_transport::quic::config::{self, EndpointError, Setup};
 use cpc_transport::quic::steering::Spread;
-use cpc_transport::quic::{
-    ConnectError, Connection, ConnectionError, Endpoint, PathView, error_code, link_reason,
-    peer_identity,
-};
+use cpc_transport::quic::{ConnectError, ConnectionError, Endpoint};
+use cpc_transport::tunnel::{Connection, Probe, Tunnel as _, TunnelError, TunnelSend};
 
 /// Timeout of a server's handshake, which is retried later.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -55,6 +53,9 @@ pub(super) enum DialError {
     /// The handshake failed.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
+    /// The tunnel was lost.
+    #[error(transparent)]
+    Tunnel(#[from] TunnelError),
     /// The handshake timed out.
     #[error("no answer within {} s; is UDP let through?", HANDSHAKE_TIMEOUT.as_secs())]
     Timeout,
@@ -133,11 +134,10 @@ pub(super) async fn reach(
     let endpoint = opened.endpoint;
     // Never checked: a server is known by its identity.
     let connecting = endpoint.connect(config, address, "cpc.invalid")?;
-    let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
-        .await
-        .map_err(|_| DialError::Timeout)??;
+    let connected = timeout(HANDSHAKE_TIMEOUT, connecting).await;
+    let connection = Connection::from(connected.map_err(|_| DialError::Timeout)??);
     Ok(Reached {
-        identity: peer_identity(&connection)?,
+        identity: connection.peer_identity()?,
         address,
         connection,
         endpoint,
@@ -161,7 +161,7 @@ impl Reached {
             connection,
             endpoint,
         } = self;
-        let mut stream = timeout(HANDSHAKE_TIMEOUT, connection.open_bi())
+        let mut stream = timeout(HANDSHAKE_TIMEOUT, connection.open())
             .await
             .map_err(|_| DialError::NoStream)??;
         // Before the streams of dials: a heartbeat must not wait for them.
@@ -211,7 +211,7 @@ impl Reached {
 }
 
 async fn decline(connection: &Connection, endpoint: &Endpoint, reason: CloseReason) {
-    connection.close(error_code(reason), reason.label().as_bytes());
+    connection.close(reason, reason.label());
     let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
 }
 
@@ -223,8 +223,8 @@ impl Tunnel {
     }
 
     /// Returns the path to the server.
-    pub(super) fn path(&self) -> Arc<PathView> {
-        self.connection.path()
+    pub(super) fn probe(&self) -> Probe {
+        self.connection.probe()
     }
 
     /// Ends the tunnel when its last stream has ended: another one replaced it while it was silent.
@@ -253,8 +253,7 @@ impl Tunnel {
 
     /// Ends the tunnel and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
-        self.connection
-            .close(error_code(reason), reason.label().as_bytes());
+        self.connection.close(reason, reason.label());
     }
 }
 
@@ -285,7 +284,7 @@ impl Dialled {
                     Ok(event) => tunnel.note(event, &changed),
                     Err(end) => break end,
                 },
-                stream = tunnel.connection.accept_bi() => match stream {
+                stream = tunnel.connection.accept() => match stream {
                     Ok(stream) => {
                         tunnel.session.note_traffic(Instant::now());
                         let who = (tunnel.info.server_id.clone(), tunnel.info.stats.clone());
@@ -320,9 +319,7 @@ impl Dialled {
             }
         };
         if let ControlEnd::Session(_) | ControlEnd::Closed = &end {
-            tunnel
-                .connection
-                .close(error_code(reason_of(&end)), end.to_string().as_bytes());
+            tunnel.connection.close(end.reason(), &end.to_string());
         }
         let _ = timeout(GOODBYE, tunnel.endpoint.wait_idle()).await;
         end
@@ -365,15 +362,6 @@ fn farewell(reason: CloseReason, has_unacknowledged: bool) -> CloseReason {
     match reason {
         CloseReason::Draining if has_unacknowledged => CloseReason::Shutdown,
         reason => reason,
-    }
-}
-
-/// Returns the reason of a tunnel's end.
-pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
-    match end {
-        ControlEnd::Session(error) => error.reason(),
-        ControlEnd::Connection(error) => link_reason(error),
-        ControlEnd::Closed => CloseReason::ProtocolError,
     }
 }
 

@@ -11,7 +11,7 @@ use super::plan::{ServerEndpoint, ServerInfo};
 use super::stats::TunnelStats;
 use super::worker::Worker;
 use super::{konnectivity, quic};
-use cpc_transport::quic::PathView;
+use cpc_transport::tunnel::Probe;
 
 /// Polling interval of an ending tunnel for the end of its streams.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -86,10 +86,10 @@ impl Tunnel {
         }
     }
 
-    /// Returns the path, where the protocol measures it.
-    pub(super) fn path(&self) -> Option<Arc<PathView>> {
+    /// Returns a probe of the path, where the protocol measures it.
+    pub(super) fn probe(&self) -> Option<Probe> {
         match self {
-            Self::Quic(tunnel) => Some(tunnel.path()),
+            Self::Quic(tunnel) => Some(tunnel.probe()),
             Self::Grpc(_) => None,
         }
     }
@@ -155,7 +155,7 @@ impl Dialled {
         match self {
             Self::Quic(dialled) => {
                 let end = dialled.serve(worker, changed).await;
-                End::new(quic::reason_of(&end), end)
+                End::new(end.reason(), end)
             }
             Self::Grpc(dialled) => dialled.serve(worker).await,
         }

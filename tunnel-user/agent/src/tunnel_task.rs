@@ -15,8 +15,8 @@ use cpc_config::TunnelKind;
 use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
 use cpc_observe::audit::events as audit;
-use cpc_transport::quic::PathView;
 use cpc_transport::quic::steering::Spread;
+use cpc_transport::tunnel::Probe;
 
 /// A task for a shard: to dial, and to serve the resulting tunnel.
 pub(super) struct TunnelTask {
@@ -56,8 +56,8 @@ pub(super) struct Welcomed {
     pub info: TunnelInfo,
     /// Server that the tunnel leads to.
     pub server_info: ServerInfo,
-    /// Path, where the protocol measures it.
-    pub path: Option<Arc<PathView>>,
+    /// Probe of the path, where the protocol measures it.
+    pub probe: Option<Probe>,
     /// Sender of orders.
     pub commands: mpsc::UnboundedSender<TunnelCommand>,
     /// Sender of the decision whether to keep the tunnel.
@@ -105,7 +105,7 @@ impl TunnelTask {
             number: *number,
             info: tunnel.info().clone(),
             server_info: dialled.server_info(),
-            path: tunnel.path(),
+            probe: tunnel.probe(),
             commands,
             keep,
         })));

@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::plan::Health;
 use super::tunnel::TunnelInfo;
-use cpc_transport::quic::PathView;
+use cpc_transport::tunnel::Probe;
 
 /// A tunnel, for status and metrics.
 #[derive(Clone, Debug)]
@@ -16,23 +16,23 @@ pub(super) struct TunnelView {
     pub info: TunnelInfo,
     /// Shard of the tunnel.
     pub shard: usize,
-    path: Option<Arc<PathView>>,
+    probe: Option<Probe>,
 }
 
 impl TunnelView {
     /// Creates the view of a fresh tunnel.
-    pub(super) fn new(info: TunnelInfo, path: Option<Arc<PathView>>, shard: usize) -> Self {
-        Self { info, shard, path }
+    pub(super) fn new(info: TunnelInfo, probe: Option<Probe>, shard: usize) -> Self {
+        Self { info, shard, probe }
     }
 
     /// Returns the round-trip time, where the protocol measures it.
     pub(super) fn rtt(&self) -> Option<Duration> {
-        self.path.as_ref().map(|path| path.rtt())
+        self.probe.as_ref().map(|probe| probe.path().rtt)
     }
 
     /// Returns the size of the largest sent IP packet, in bytes, where our transport decides on it.
     pub(super) fn mtu(&self) -> Option<u16> {
-        self.path.as_ref().map(|path| path.mtu())
+        self.probe.as_ref().and_then(|probe| probe.path().mtu)
     }
 }
 

@@ -32,7 +32,7 @@ pub enum RecvEnd {
 pub trait SendHalf {
     /// Sends `chunk`, waiting for credit; leaves it empty. Cancelling loses nothing: unsent bytes are
     /// still in `chunk`.
-    fn send(&mut self, chunk: &mut Bytes) -> impl Future<Output = Result<(), SendEnd>>;
+    fn send<'a>(&'a mut self, chunk: &'a mut Bytes) -> impl Future<Output = Result<(), SendEnd>>;
     /// Ends the half: no more will follow.
     fn finish(&mut self);
     /// Whether the far side learns of a finish at once only where it need not send any more.
@@ -53,7 +53,10 @@ pub trait SendHalf {
 /// The receiving half of a stream. Dropped before its end, the peer must be told to stop.
 pub trait RecvHalf {
     /// Waits for bytes and appends the available ones, in order. Cancelling loses nothing.
-    fn recv(&mut self, into: &mut Vec<Bytes>) -> impl Future<Output = Result<(), RecvEnd>>;
+    fn recv<'a>(
+        &'a mut self,
+        into: &'a mut Vec<Bytes>,
+    ) -> impl Future<Output = Result<(), RecvEnd>>;
     /// Waits for a reset by the peer, while nothing is received. Never completes when the peer has
     /// finished, or when the link is lost: data that has arrived by then can still be received.
     fn reset(&mut self) -> impl Future<Output = CloseReason>;

@@ -14,7 +14,8 @@ use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
 use cpc_server::grants::Grants;
 use cpc_server::registry::Registry;
-use cpc_server::routes::{LinkId, LinkInfo, Path, Probe, Trust};
+use cpc_server::routes::{LinkId, LinkInfo, Trust};
+use cpc_transport::tunnel::{Path, Probe};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use tunnel_proto::preface::Host;
@@ -73,13 +74,13 @@ fn link(id: u64) -> Arc<LinkInfo> {
         name: format!("w{id}").into(),
         addresses: vec![IpAddr::from([192, 0, 2, 1])],
     };
-    let probe = Probe(Box::new(|| Path {
+    let probe = Probe::new(|| Path {
         remote: ([127, 0, 0, 1], 1).into(),
         rtt: Duration::ZERO,
         mtu: None,
         since_packet: Duration::ZERO,
         since_data: Duration::ZERO,
-    }));
+    });
     LinkInfo::new(
         (LinkId(id), 0),
         TunnelKind::Quic,

@@ -300,7 +300,7 @@ impl Registry {
         let refused = offered.filter(|claim| !session.claims.contains(claim));
         for holder in refused.flat_map(|claim| self.rivals(&session.info, claim)) {
             let is_quic = holder.info.kind == TunnelKind::Quic;
-            if is_quic && !holder.silent && (holder.info.probe.0)().since_packet >= RECENTLY {
+            if is_quic && !holder.silent && holder.info.probe.path().since_packet >= RECENTLY {
                 holder.info.challenged.notify_one();
             }
         }

@@ -8,11 +8,9 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
@@ -25,6 +23,7 @@ use cpc_config::agent::MAX_TUNNELS;
 use cpc_config::server::Strategy;
 use cpc_identity::{Identity, TrustDomain};
 use cpc_observe::access::Totals;
+use cpc_transport::tunnel::Probe;
 
 /// Maximum number of links that one dial may try.
 pub(super) const MAX_CANDIDATES: usize = 4;
@@ -36,30 +35,6 @@ const MAX_EQUALS: usize = MAX_CANDIDATES * MAX_TUNNELS as usize;
 /// Id of a link, unique within the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkId(pub u64);
-
-/// State of a link's path, which may change at any time.
-#[derive(Clone, Copy, Debug)]
-pub struct Path {
-    /// Address of the agent as this server sees it.
-    pub remote: SocketAddr,
-    /// Smoothed round-trip time.
-    pub rtt: Duration,
-    /// Size of the largest sent IP packet, in bytes, where our transport decides on it.
-    pub mtu: Option<u16>,
-    /// Time since the last packet from the agent, including acknowledgements.
-    pub since_packet: Duration,
-    /// Time since the last message of the agent.
-    pub since_data: Duration,
-}
-
-/// Reads a link's path, from any thread.
-pub struct Probe(pub Box<dyn Fn() -> Path + Send + Sync>);
-
-impl fmt::Debug for Probe {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        (self.0)().fmt(f)
-    }
-}
 
 /// Trust in an agent's claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +137,7 @@ impl LinkInfo {
     /// Returns the time at which the agent was last heard.
     pub fn last_seen(&self) -> SystemTime {
         let now = SystemTime::now();
-        now.checked_sub((self.probe.0)().since_data).unwrap_or(now)
+        now.checked_sub(self.probe.path().since_data).unwrap_or(now)
     }
 }
 

@@ -136,7 +136,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
         } = &tunnel;
         let opened = config::server(udp, material, secret, index, setup)?;
         host::complain(&opened.complaints);
-        tokio::task::spawn_local(link::accept::accept(shard.clone(), opened.endpoint.clone()));
+        tokio::task::spawn_local(link::quic::accept(shard.clone(), opened.endpoint.clone()));
         endpoint = Some(opened.endpoint);
     }
     for Accepting {

@@ -205,7 +205,7 @@ fn row(session: &SessionView) -> AgentRow {
     } else {
         "live"
     };
-    let path = (info.probe.0)();
+    let path = info.probe.path();
     AgentRow {
         identity: info.identity.to_string(),
         protocol: info.kind.label().into(),

@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
+use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{AgentSession, ServerSession, SessionError};
 
-use super::quic::{ConnectionError, Recv, Send};
+use super::tunnel::{Recv, Send, TunnelError, TunnelRecv, TunnelSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// Common interface of the two sessions.
@@ -70,12 +71,23 @@ pub enum ControlEnd {
     /// The session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// The connection is gone.
+    /// The tunnel is gone.
     #[error(transparent)]
-    Connection(#[from] ConnectionError),
-    /// The peer ended the stream and kept the connection, which violates the protocol.
+    Tunnel(#[from] TunnelError),
+    /// The peer ended the stream and kept the tunnel, which violates the protocol.
     #[error("the peer closed the control stream")]
     Closed,
+}
+
+impl ControlEnd {
+    /// Returns the reason with which the tunnel ends.
+    pub fn reason(&self) -> CloseReason {
+        match self {
+            Self::Session(error) => error.reason(),
+            Self::Tunnel(error) => error.reason(),
+            Self::Closed => CloseReason::ProtocolError,
+        }
+    }
 }
 
 /// A session that other tasks may use while it is being driven.
@@ -200,14 +212,14 @@ async fn sleep_until(at: Option<Instant>) {
 }
 
 fn read_end(end: RecvEnd, recv: &Recv) -> ControlEnd {
-    match (end, recv.connection_error()) {
+    match (end, recv.tunnel_error()) {
         (RecvEnd::Link(_), Some(error)) => error.into(),
         _ => ControlEnd::Closed,
     }
 }
 
 fn write_end(end: SendEnd, send: &Send) -> ControlEnd {
-    match (end, send.connection_error()) {
+    match (end, send.tunnel_error()) {
         (SendEnd::Link(_), Some(error)) => error.into(),
         _ => ControlEnd::Closed,
     }

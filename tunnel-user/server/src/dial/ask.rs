@@ -11,13 +11,13 @@ use super::error::{DialError, Failed};
 use super::plan::{Failure, Plan};
 use crate::early::{Cursor, EarlyBytes, EarlyEvent};
 use crate::link::bridge::far;
-use crate::link::{LinkRecv, LinkSend};
+use crate::link::{Answered, LinkRecv, LinkSend};
 use crate::routes::LinkInfo;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendHalf};
 use cpc_observe::metrics::Closer;
-use cpc_transport::quic::HeadError;
+use cpc_transport::tunnel::HeadError;
 
 /// One request to one agent.
 pub(super) struct Exchange<'a, L> {
@@ -106,8 +106,7 @@ impl<L: LocalSocket> Exchange<'_, L> {
             return link.ok_or(CloseReason::LinkLost)?.open(request).await;
         }
         let (send, recv) = far::open(shard, link, request);
-        let send = LinkSend::Bridge(Box::new(send));
-        Ok((send, LinkRecv::Bridge(Box::new(recv))))
+        Ok((LinkSend::foreign(send), LinkRecv::foreign(recv)))
     }
 
     fn refused(&self, reason: CloseReason, detail: String) -> Failed {

@@ -44,7 +44,7 @@ impl Suspicion<'_> {
     }
 
     async fn agent_in_doubt(&self) {
-        let path = || (self.link.probe.0)();
+        let path = || self.link.probe.path();
         let unheard = async {
             // An acknowledgement takes a round trip.
             sleep(UNHEARD.max(3 * path().rtt)).await;

@@ -11,19 +11,16 @@ pub(crate) mod far;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::preface::DialResponse;
 
+use super::answer::{Answer, Answered};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_transport::quic::HeadError;
+use cpc_transport::tunnel::HeadError;
 
 /// Maximum number of chunks on their way to the target.
 const OUTBOUND: usize = 4;
 
 /// Maximum number of batches on their way back, each with all data that the stream had at once.
 const INBOUND: usize = 2;
-
-/// Answer of a link's agent.
-type Answer = Result<DialResponse, HeadError>;
 
 /// End of the sending half, behind the chunks or ahead of them.
 #[derive(Clone, Copy, Debug)]
@@ -152,12 +149,8 @@ impl SendHalf for BridgeSend {
     }
 }
 
-impl BridgeRecv {
-    /// Waits for the agent's answer.
-    ///
-    /// # Errors
-    /// [`HeadError`].
-    pub(super) async fn answer(&mut self) -> Answer {
+impl Answered for BridgeRecv {
+    async fn answer(&mut self) -> Answer {
         let lost = || HeadError::End(RecvEnd::Link(CloseReason::LinkLost));
         let Some(answer) = &mut self.answer else {
             return Err(lost());

@@ -1,33 +1,53 @@
 //! Links: a connected agent as a dial sees it, over any protocol.
 //!
 //! A link carries dials, each as the two halves in [`cpc_datapath::stream`]. A link lives on one shard
-//! and never leaves it; a [`bridge`] leads to one from another shard. [`accept`] accepts agents over
-//! QUIC, [`session`] serves their control stream; [`konnectivity`] does both for agents of
-//! Konnectivity.
+//! and never leaves it; a [`bridge`] leads to one from another shard. Agents of ours come over tunnels:
+//! [`quic`] admits their connections, [`accept`] serves one to its end, [`session`] its control stream.
+//! Agents of other protocols are links behind a trait ([`AgentLink`]); [`konnectivity`] is one of them.
 
-pub(super) mod accept;
+mod accept;
+mod answer;
 pub(super) mod bridge;
+mod foreign;
 pub(super) mod konnectivity;
-mod quic;
+pub(super) mod quic;
 mod session;
 mod stream;
+mod tunnel;
 
+use std::fmt;
 use std::rc::Rc;
 
+use futures_util::future::LocalBoxFuture;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 
-pub(super) use konnectivity::link::KonnectivityLink;
-pub(super) use quic::QuicLink;
+pub(super) use answer::{Answer, Answered};
 pub(super) use stream::{LinkRecv, LinkSend};
+use tunnel::TunnelLink;
 
 /// A connected agent.
 #[derive(Clone, Debug)]
 pub(super) enum Link {
-    /// An agent over QUIC: each dial has a stream of its own.
-    Quic(Rc<QuicLink>),
-    /// An agent over gRPC: all dials share one stream.
-    Konnectivity(Rc<KonnectivityLink>),
+    /// An agent over a tunnel.
+    Tunnel(Rc<TunnelLink>),
+    /// An agent over another protocol.
+    Foreign(Rc<dyn AgentLink>),
+}
+
+/// An agent over a protocol of another system.
+pub(super) trait AgentLink: fmt::Debug {
+    /// Sends `request`. May wait for the agent's permission, so callers need a timeout.
+    ///
+    /// # Errors
+    /// The reason why the link is gone.
+    fn open<'a>(
+        self: Rc<Self>,
+        request: &'a DialRequest,
+    ) -> LocalBoxFuture<'a, Result<(LinkSend, LinkRecv), CloseReason>>;
+
+    /// Ends the link and everything on it. The first reason counts.
+    fn close(&self, reason: CloseReason);
 }
 
 impl Link {
@@ -40,25 +60,19 @@ impl Link {
         request: &DialRequest,
     ) -> Result<(LinkSend, LinkRecv), CloseReason> {
         match self {
-            Self::Quic(link) => {
+            Self::Tunnel(link) => {
                 let (send, recv) = link.open(request).await?;
-                Ok((LinkSend::Quic(send), LinkRecv::Quic(recv)))
+                Ok((LinkSend::Tunnel(send), LinkRecv::Tunnel(recv)))
             }
-            Self::Konnectivity(link) => {
-                let (send, recv) = link.open(request)?;
-                Ok((
-                    LinkSend::Konnectivity(Box::new(send)),
-                    LinkRecv::Konnectivity(Box::new(recv)),
-                ))
-            }
+            Self::Foreign(link) => link.clone().open(request).await,
         }
     }
 
     /// Ends the link and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
         match self {
-            Self::Quic(link) => link.close(reason),
-            Self::Konnectivity(link) => link.close(reason),
+            Self::Tunnel(link) => link.close(reason),
+            Self::Foreign(link) => link.close(reason),
         }
     }
 }

@@ -12,13 +12,14 @@ use tunnel_proto::session::{
     Hello, Refusal, ServerEvent, ServerSession, SessionError, Timers, Welcome,
 };
 
-use super::{Link, QuicLink};
+use super::Link;
+use super::tunnel::TunnelLink;
 use crate::shard::Shard;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::Identity;
 use cpc_observe::audit::events as audit;
 use cpc_transport::control_stream::{ControlEnd, ControlStream};
-use cpc_transport::quic::link_reason;
+use cpc_transport::tunnel::Tunnel;
 
 /// Maximum number of refused claims in one log line.
 const SHOWN_CLAIMS: usize = 16;
@@ -32,7 +33,7 @@ const ASKED_AFTER: Duration = Duration::from_secs(10);
 /// Drives the session until it ends.
 pub(super) async fn run(
     shard: &Rc<Shard>,
-    link: &Rc<QuicLink>,
+    link: &Rc<TunnelLink>,
     control: &mut ControlStream<ServerSession>,
 ) -> ControlEnd {
     let mut phase = shard.phase.clone();
@@ -70,7 +71,7 @@ pub(super) async fn run(
 
 async fn handle(
     shard: &Rc<Shard>,
-    link: &Rc<QuicLink>,
+    link: &Rc<TunnelLink>,
     event: ServerEvent,
 ) -> Result<(), SessionError> {
     let info = &link.info;
@@ -118,7 +119,7 @@ async fn handle(
 }
 
 /// Asks the issuer, for which a request is more work than for the agent.
-async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
+async fn certificate(shard: &Shard, link: &TunnelLink, csr: Vec<u8>) -> Answer {
     let Some(issuer) = &shard.issuer else {
         return Err("this server issues no certificates: it has no `join`".into());
     };
@@ -130,7 +131,11 @@ async fn certificate(shard: &Shard, link: &QuicLink, csr: Vec<u8>) -> Answer {
     issuer.renew(link.info.identity.clone(), leaf, csr).await
 }
 
-async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result<(), SessionError> {
+async fn welcome(
+    shard: &Rc<Shard>,
+    link: &Rc<TunnelLink>,
+    hello: Hello,
+) -> Result<(), SessionError> {
     // An agent that we have told that we drain looks for our successor. One that was started again
     // meanwhile has nobody else.
     let draining = *shard.phase.borrow() != Phase::Running;
@@ -152,7 +157,7 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
     shard
         .links
         .borrow_mut()
-        .insert(link.info.id, Link::Quic(link.clone()));
+        .insert(link.info.id, Link::Tunnel(link.clone()));
     let offered = hello.offer.len();
     let serves = hello.serves_while_draining();
     let serves_while_draining = &link.info.serves_while_draining;
@@ -168,11 +173,11 @@ async fn welcome(shard: &Rc<Shard>, link: &Rc<QuicLink>, hello: Hello) -> Result
     };
     report(shard, &link.info.identity, &verdict.refused);
     tracing::info!(
-        agent = %link.info.identity, remote = %link.connection.remote_address(), instance = %hello.instance_id,
+        agent = %link.info.identity, remote = %link.connection.remote(), instance = %hello.instance_id,
         version = %hello.software_version, offered, accepted = verdict.accepted.len(),
         "agent connected"
     );
-    let (info, remote) = (&link.info, link.connection.remote_address());
+    let (info, remote) = (&link.info, link.connection.remote());
     audit::agent_connected(
         &info.identity,
         remote,
@@ -207,13 +212,4 @@ pub(super) fn report(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
         agent = %identity, refused = refused.len(), claims = claims.join(" "), why = %first.why,
         "claims refused; `cpc status` shows all"
     );
-}
-
-/// Returns the reason of the end of a session.
-pub(super) fn reason_of(end: &ControlEnd) -> CloseReason {
-    match end {
-        ControlEnd::Session(e) => e.reason(),
-        ControlEnd::Connection(e) => link_reason(e),
-        ControlEnd::Closed => CloseReason::ProtocolError,
-    }
 }

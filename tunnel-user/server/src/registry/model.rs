@@ -16,9 +16,9 @@ use tokio::sync::Notify;
 use tunnel_proto::preface::Host;
 
 use super::*;
-use crate::routes::{Path, Probe};
 use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
+use cpc_transport::tunnel::{Path, Probe};
 
 /// An agent that may connect, any number of times.
 #[derive(Debug)]
@@ -331,7 +331,7 @@ impl Run {
             since_packet: Duration::ZERO,
             since_data: Duration::ZERO,
         };
-        let probe = Probe(Box::new(move || path));
+        let probe = Probe::new(move || path);
         let place = (LinkId(self.last), 0);
         let info = LinkInfo::new(place, agent.kind, (identity, agent.trust), probe);
         if agent.kind == TunnelKind::Quic {

@@ -1,7 +1,8 @@
 use super::*;
-use crate::routes::{Path, Probe, RouteError};
+use crate::routes::RouteError;
 use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
+use cpc_transport::tunnel::{Path, Probe};
 use futures_util::FutureExt;
 use ipnet::IpNet;
 use std::sync::atomic::Ordering;
@@ -84,7 +85,7 @@ fn link_over(
         since_packet: unheard,
         since_data: unheard,
     };
-    let probe = Probe(Box::new(move || path));
+    let probe = Probe::new(move || path);
     LinkInfo::new((LinkId(id), 0), kind, (identity, trust), probe)
 }
 
@@ -526,12 +527,12 @@ fn agents_are_counted_by_what_each_strategy_may_choose() {
     // Another stream of the same agent is no other agent.
     let info = &registry.sessions().next().unwrap().info;
     let (identity, trust) = (info.identity.clone(), info.trust);
-    let path = (info.probe.0)();
+    let path = info.probe.path();
     let again = LinkInfo::new(
         (LinkId(2), 0),
         TunnelKind::Konnectivity,
         (identity, trust),
-        Probe(Box::new(move || path)),
+        Probe::new(move || path),
     );
     registry.connect(again, InstanceId([1; 16]), both(), now);
     assert_eq!(counts(&registry), (1, vec![1, 1, 1]));

@@ -29,6 +29,7 @@ mod send_scheduler;
 pub mod steering;
 mod stream;
 mod timers;
+mod tunnel;
 pub mod udp;
 mod validation;
 mod waiting;
@@ -37,12 +38,9 @@ pub use connection::{Connection, PathView};
 pub use endpoint::{Endpoint, Incoming};
 pub use ledger::MemoryBounds;
 pub use quinn_proto::{ConnectError, ConnectionError, VarInt};
-pub use stream::{HeadError, Recv, Send};
+pub use stream::{Ended, Recv, Send};
 
 use tunnel_proto::close::CloseReason;
-
-use cpc_identity::Identity;
-use cpc_identity::identity::IdentityError;
 
 /// Returns the wire form of a reason: a QUIC application error code.
 pub fn error_code(reason: CloseReason) -> VarInt {
@@ -65,16 +63,6 @@ pub fn link_reason(error: &ConnectionError) -> CloseReason {
         ConnectionError::LocallyClosed => CloseReason::Shutdown,
         _ => CloseReason::LinkLost,
     }
-}
-
-/// Returns the peer's identity, from the certificate that the verifier has accepted.
-///
-/// # Errors
-/// [`IdentityError`]; the verifier reads the same, so this takes a bug.
-pub fn peer_identity(connection: &Connection) -> Result<Identity, IdentityError> {
-    let leaf = connection.peer_certificate();
-    let leaf = leaf.ok_or_else(|| IdentityError::Malformed("there is none".into()))?;
-    Identity::from_certificate(&leaf)
 }
 
 #[cfg(test)]

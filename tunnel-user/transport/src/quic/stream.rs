@@ -4,19 +4,20 @@
 //! by itself: a half that is neither finished nor reset would stay open until the connection ends.
 
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
-use quinn_proto::{ConnectionError, FinishError, StreamId, WriteError};
+use bytes::Bytes;
+use quinn_proto::{FinishError, StreamId, WriteError};
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::preface::PrefaceError;
 
 use super::connection::{Inner, State};
 use super::reassembly::{Read, Reassembly};
 use super::send_scheduler::Turn;
 use super::waiting::Interest;
 use super::{error_code, link_reason, reason_of};
+use crate::tunnel::{TunnelError, TunnelRecv, TunnelSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// The sending half; resets on drop unless finished.
@@ -38,10 +39,17 @@ impl Send {
             turn: Turn::default(),
         }
     }
+}
 
-    /// Gives the stream the highest priority, without turns. The connection is of no use without this
-    /// stream.
-    pub fn go_first(&mut self) {
+impl TunnelSend for Send {
+    type Ended = Ended;
+
+    fn ended(&self) -> Ended {
+        Ended(self.connection.clone(), self.id)
+    }
+
+    /// Gives the stream the highest priority, without turns.
+    fn go_first(&mut self) {
         let priority = self.turn.go_first();
         let mut state = self.connection.state();
         state.vital = Some(self.id);
@@ -49,9 +57,8 @@ impl Send {
         let _ = state.proto.send_stream(self.id).set_priority(priority);
     }
 
-    /// Returns the error that ended the connection, if it has ended.
-    pub fn connection_error(&self) -> Option<ConnectionError> {
-        self.connection.state().check().err()
+    fn tunnel_error(&self) -> Option<TunnelError> {
+        self.connection.state().check().err().map(TunnelError::from)
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<Result<(), SendEnd>> {
@@ -138,17 +145,19 @@ impl SendHalf for Send {
     }
 
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {
-        let ended = Ended(self.connection.clone(), self.id);
-        poll_fn(move |cx| ended.poll(cx))
+        self.ended()
     }
 }
 
 /// A future that waits for the end of a sending half.
-struct Ended(Rc<Inner>, StreamId);
+#[derive(Debug)]
+pub struct Ended(Rc<Inner>, StreamId);
 
-impl Ended {
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<SendEnd> {
-        let &Self(ref connection, id) = self;
+impl Future for Ended {
+    type Output = SendEnd;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<SendEnd> {
+        let &Self(ref connection, id) = &*self;
         let mut state = connection.state();
         if state.still_waits(id, Interest::Ended, cx.waker()) {
             return Poll::Pending;
@@ -202,17 +211,6 @@ pub struct Recv {
     reassembly: Reassembly,
 }
 
-/// Reason why there is no head.
-#[derive(Debug, thiserror::Error)]
-pub enum HeadError {
-    /// The peer sent something else.
-    #[error(transparent)]
-    Malformed(#[from] PrefaceError),
-    /// The stream ended before its head.
-    #[error("the stream ended early")]
-    End(RecvEnd),
-}
-
 impl Recv {
     pub(super) fn new(connection: Rc<Inner>, id: StreamId) -> Self {
         Self {
@@ -226,69 +224,8 @@ impl Recv {
         }
     }
 
-    /// Returns the error that ended the connection, if it has ended.
-    pub fn connection_error(&self) -> Option<ConnectionError> {
-        self.connection.state().check().err()
-    }
-
-    /// Reads the head of the stream. Later bytes can then be received. Cancelling loses the bytes read
-    /// so far: give up the stream then.
-    ///
-    /// # Errors
-    /// [`HeadError`].
-    pub async fn read_head<T>(
-        &mut self,
-        decode: impl Fn(&[u8]) -> Result<Option<(T, usize)>, PrefaceError>,
-    ) -> Result<T, HeadError> {
-        // `decode` bounds it: a head that is too long is malformed.
-        let mut head = BytesMut::new();
-        loop {
-            let mut chunks = Vec::new();
-            self.recv(&mut chunks).await.map_err(HeadError::End)?;
-            chunks
-                .iter()
-                .for_each(|chunk| head.extend_from_slice(chunk));
-            if let Some((message, used)) = decode(&head)? {
-                let rest = head.freeze().slice(used..);
-                if !rest.is_empty() {
-                    self.unread = Some(Box::new(rest));
-                }
-                return Ok(message);
-            }
-        }
-    }
-
-    /// Takes the available bytes, and last the end.
-    fn poll_next(
-        &mut self,
-        cx: &mut Context<'_>,
-        into: &mut Vec<Bytes>,
-    ) -> Poll<Result<(), RecvEnd>> {
-        if let Some(unread) = self.unread.take() {
-            into.push(*unread);
-            return Poll::Ready(Ok(()));
-        }
-        if let Some(end) = self.end {
-            return Poll::Ready(Err(end));
-        }
-        let before = into.len();
-        let polled = self.poll_recv(cx, into);
-        let some = into.len() > before;
-        match polled {
-            Poll::Ready(end) => {
-                if !matches!(end, RecvEnd::Link(_)) {
-                    self.ended = true;
-                    self.end = Some(end);
-                }
-                Poll::Ready(if some { Ok(()) } else { Err(end) })
-            }
-            Poll::Pending if some => Poll::Ready(Ok(())),
-            Poll::Pending => Poll::Pending,
-        }
-    }
-
     /// Takes the available bytes; `Pending` when there are none.
-    fn poll_recv(&mut self, cx: &mut Context<'_>, into: &mut Vec<Bytes>) -> Poll<RecvEnd> {
+    fn poll_available(&mut self, cx: &mut Context<'_>, into: &mut Vec<Bytes>) -> Poll<RecvEnd> {
         let mut state = self.connection.state();
         // A relay is polled for either direction: one that has no news costs next to nothing.
         if self.is_empty && state.still_waits(self.id, Interest::Read, cx.waker()) {
@@ -326,40 +263,11 @@ impl Recv {
 
 impl RecvHalf for Recv {
     fn recv(&mut self, into: &mut Vec<Bytes>) -> impl Future<Output = Result<(), RecvEnd>> {
-        poll_fn(|cx| self.poll_next(cx, into))
+        poll_fn(|cx| self.poll_recv(cx, into))
     }
 
-    async fn reset(&mut self) -> CloseReason {
-        if self.ended {
-            return std::future::pending().await;
-        }
-        // There may be bytes without a reader.
-        self.is_empty = false;
-        let reason = poll_fn(|cx| {
-            let mut state = self.connection.state();
-            if let Some(reason) = state.ended(self.id) {
-                return Poll::Ready(reason);
-            }
-            match state.proto.recv_stream(self.id).received_reset() {
-                Ok(Some(code)) => {
-                    state.ledger.stopped(self.id);
-                    // Credit for another stream.
-                    self.connection.note(&mut state);
-                    Poll::Ready(reason_of(code))
-                }
-                Ok(None) => {
-                    if state.check().is_ok() {
-                        state.wait(self.id, Interest::Read, cx.waker());
-                    }
-                    Poll::Pending
-                }
-                Err(_) => Poll::Pending,
-            }
-        })
-        .await;
-        self.ended = true;
-        self.end = Some(RecvEnd::Reset(reason));
-        reason
+    fn reset(&mut self) -> impl Future<Output = CloseReason> {
+        poll_fn(|cx| self.poll_reset(cx))
     }
 
     fn stop(&mut self, reason: CloseReason) {
@@ -376,6 +284,76 @@ impl RecvHalf for Recv {
 
     fn is_charged(&self) -> bool {
         true
+    }
+}
+
+impl TunnelRecv for Recv {
+    /// Takes the available bytes, and last the end.
+    fn poll_recv(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut Vec<Bytes>,
+    ) -> Poll<Result<(), RecvEnd>> {
+        if let Some(unread) = self.unread.take() {
+            into.push(*unread);
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(end) = self.end {
+            return Poll::Ready(Err(end));
+        }
+        let before = into.len();
+        let polled = self.poll_available(cx, into);
+        let some = into.len() > before;
+        match polled {
+            Poll::Ready(end) => {
+                if !matches!(end, RecvEnd::Link(_)) {
+                    self.ended = true;
+                    self.end = Some(end);
+                }
+                Poll::Ready(if some { Ok(()) } else { Err(end) })
+            }
+            Poll::Pending if some => Poll::Ready(Ok(())),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<CloseReason> {
+        if self.ended {
+            return Poll::Pending;
+        }
+        // There may be bytes without a reader.
+        self.is_empty = false;
+        let mut state = self.connection.state();
+        let reason = match state.ended(self.id) {
+            Some(reason) => reason,
+            None => match state.proto.recv_stream(self.id).received_reset() {
+                Ok(Some(code)) => {
+                    state.ledger.stopped(self.id);
+                    // Credit for another stream.
+                    self.connection.note(&mut state);
+                    reason_of(code)
+                }
+                Ok(None) => {
+                    if state.check().is_ok() {
+                        state.wait(self.id, Interest::Read, cx.waker());
+                    }
+                    return Poll::Pending;
+                }
+                Err(_) => return Poll::Pending,
+            },
+        };
+        drop(state);
+        self.ended = true;
+        self.end = Some(RecvEnd::Reset(reason));
+        Poll::Ready(reason)
+    }
+
+    fn put_back(&mut self, bytes: Bytes) {
+        self.unread = Some(Box::new(bytes));
+    }
+
+    fn tunnel_error(&self) -> Option<TunnelError> {
+        self.connection.state().check().err().map(TunnelError::from)
     }
 }
 

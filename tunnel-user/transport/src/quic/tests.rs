@@ -21,6 +21,7 @@ use super::config::Setup;
 use super::secret::Secret;
 use super::steering::Spread;
 use super::*;
+use crate::tunnel::{Tunnel, TunnelSend};
 use cpc_config::TlsFiles;
 use cpc_config::TransportConfig;
 use cpc_datapath::Budget;
@@ -152,8 +153,8 @@ fn pattern(length: usize, seed: usize) -> Bytes {
 #[test]
 fn both_know_whom_they_speak_to() {
     run(async |pair| {
-        assert_eq!(&*peer_identity(&pair.agent).unwrap().name, "s1");
-        assert_eq!(&*peer_identity(&pair.server).unwrap().name, "w1");
+        assert_eq!(&*pair.agent.peer_identity().unwrap().name, "s1");
+        assert_eq!(&*pair.server.peer_identity().unwrap().name, "w1");
         let address = pair.agents_endpoint.local_addr().unwrap();
         assert_eq!(pair.server.remote_address().port(), address.port());
         assert_eq!(pair.server.path().remote(), pair.server.remote_address());

@@ -6,12 +6,13 @@ use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{DialRequest, DialResponse};
 
-use super::{Answer, BridgeRecv, BridgeSend, Inward, Order, Outward, inward, outward};
-use crate::link::{Link, LinkRecv};
+use super::{BridgeRecv, BridgeSend, Inward, Order, Outward, inward, outward};
+use crate::link::Link;
+use crate::link::answer::Answered;
 use crate::routes::LinkInfo;
 use crate::shard::Shard;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_transport::quic::HeadError;
+use cpc_transport::tunnel::HeadError;
 
 /// Sends `request` on a link of another shard.
 pub(crate) fn open(
@@ -27,18 +28,6 @@ pub(crate) fn open(
         serve(link, &request, outward, inward).await;
     });
     (send, recv)
-}
-
-/// A half on which an agent's answer comes first.
-pub(super) trait Answered: RecvHalf {
-    /// Waits for the answer.
-    async fn answer(&mut self) -> Answer;
-}
-
-impl Answered for LinkRecv {
-    async fn answer(&mut self) -> Answer {
-        LinkRecv::answer(self).await
-    }
 }
 
 /// Opens a stream on `link` and carries data until both directions have ended, or the client's shard

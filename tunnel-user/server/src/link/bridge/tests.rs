@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::{LocalSet, yield_now};
 use tokio::time::timeout;
+use tunnel_proto::preface::DialResponse;
 
 use super::*;
 
@@ -100,7 +101,7 @@ impl RecvHalf for Half {
     }
 }
 
-impl far::Answered for Half {
+impl Answered for Half {
     async fn answer(&mut self) -> Answer {
         self.0.find(|s| s.answer.borrow_mut().take()).await
     }

@@ -12,7 +12,6 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::server_end::{DialId, Event, InUse, ServerEnd};
 use tunnel_proto::preface::DialRequest;
 
-use super::stream::{KonnectivityRecv, KonnectivitySend, halves};
 use crate::routes::LinkInfo;
 use cpc_observe::konnectivity::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
 use cpc_transport::grpc::{Code, Outbox, Status};
@@ -76,14 +75,11 @@ impl KonnectivityLink {
         link
     }
 
-    /// Sends `request`.
+    /// Sends `request`. Returns the id of the dial, and the notification of its changes.
     ///
     /// # Errors
     /// The reason why the link is gone.
-    pub(crate) fn open(
-        self: &Rc<Self>,
-        request: &DialRequest,
-    ) -> Result<(KonnectivitySend, KonnectivityRecv), CloseReason> {
+    pub(super) fn dial(&self, request: &DialRequest) -> Result<(DialId, Rc<Waiting>), CloseReason> {
         if let Some(reason) = self.closed.get() {
             return Err(reason);
         }
@@ -100,7 +96,7 @@ impl KonnectivityLink {
         {
             dial = DialId(dial.0.wrapping_add(1) & i64::MAX);
         }
-        Ok(halves(self.clone(), dial, waiting))
+        Ok((dial, waiting))
     }
 
     /// Ends the link and everything on it. The first reason counts.

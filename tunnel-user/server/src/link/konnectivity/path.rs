@@ -6,12 +6,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use crate::routes::{Path, Probe};
+use cpc_transport::tunnel::{Path, Probe};
 
 /// Creates a probe of a TCP connection's path, which works for as long as the socket is kept elsewhere.
 pub(super) fn probe(remote: SocketAddr, socket: &Arc<OwnedFd>) -> Probe {
     let socket: Weak<OwnedFd> = Arc::downgrade(socket);
-    Probe(Box::new(move || {
+    Probe::new(move || {
         let info = socket.upgrade().and_then(|socket| info(socket.as_fd()));
         let time = |of: fn(&libc::tcp_info) -> Duration| info.as_ref().map(of).unwrap_or_default();
         let since_data = time(|info| Duration::from_millis(info.tcpi_last_data_recv.into()));
@@ -23,7 +23,7 @@ pub(super) fn probe(remote: SocketAddr, socket: &Arc<OwnedFd>) -> Probe {
             since_packet: since_data.min(since_ack),
             since_data,
         }
-    }))
+    })
 }
 
 /// Returns the kernel's information about a connection (`TCP_INFO`, tcp(7)).
@@ -60,10 +60,10 @@ mod tests {
         server.read_exact(&mut [0]).unwrap();
         let socket = Arc::new(OwnedFd::from(server));
         let probe = probe(remote, &socket);
-        let path = (probe.0)();
+        let path = probe.path();
         assert!(path.rtt > Duration::ZERO, "{path:?}");
         assert!(path.since_packet <= path.since_data, "{path:?}");
         drop(socket);
-        assert_eq!((probe.0)().rtt, Duration::ZERO);
+        assert_eq!(probe.path().rtt, Duration::ZERO);
     }
 }

@@ -316,7 +316,7 @@ impl Session<'_> {
         let info: &Arc<LinkInfo> = &link.info;
         self.registered = true;
         // Before the routes are in force: a dial may come at once.
-        let entry = Link::Konnectivity(link.clone());
+        let entry = Link::Foreign(link.clone());
         shard.links.borrow_mut().insert(info.id, entry);
         let offer = introduction.identifiers.claims();
         let offered = offer.len();

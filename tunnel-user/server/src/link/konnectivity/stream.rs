@@ -3,17 +3,20 @@
 //! Invariant: a connection leaves nothing behind, whatever happens to its halves. A finished one is
 //! closed in order even without a waiting task, any other is reset with its halves.
 
+use std::future::ready;
 use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
+use futures_util::future::LocalBoxFuture;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::server_end::{Answer, DialId, ReadEnd, WriteEnd};
 use tunnel_proto::konnectivity::{MAX_DATA, text};
-use tunnel_proto::preface::DialResponse;
+use tunnel_proto::preface::{DialRequest, DialResponse};
 
 use super::link::{KonnectivityLink, Waiting};
+use crate::link::{self, AgentLink, Answered, LinkRecv, LinkSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_transport::quic::HeadError;
+use cpc_transport::tunnel::HeadError;
 
 /// State that the halves share; dropped with the last of them.
 #[derive(Debug)]
@@ -52,14 +55,30 @@ impl Drop for Connection {
     }
 }
 
-/// Creates the halves of a requested dial.
-pub(super) fn halves(
-    link: Rc<KonnectivityLink>,
-    dial: DialId,
-    waiting: Rc<Waiting>,
-) -> (KonnectivitySend, KonnectivityRecv) {
+impl AgentLink for KonnectivityLink {
+    fn open<'a>(
+        self: Rc<Self>,
+        request: &'a DialRequest,
+    ) -> LocalBoxFuture<'a, Result<(LinkSend, LinkRecv), CloseReason>> {
+        let opened = open(&self, request);
+        Box::pin(ready(opened.map(|(send, recv)| {
+            (LinkSend::foreign(send), LinkRecv::foreign(recv))
+        })))
+    }
+
+    fn close(&self, reason: CloseReason) {
+        self.close(reason);
+    }
+}
+
+/// Sends `request` on a link.
+fn open(
+    link: &Rc<KonnectivityLink>,
+    request: &DialRequest,
+) -> Result<(KonnectivitySend, KonnectivityRecv), CloseReason> {
+    let (dial, waiting) = link.dial(request)?;
     let connection = Rc::new(Connection {
-        link,
+        link: link.clone(),
         dial,
         waiting,
     });
@@ -71,7 +90,7 @@ pub(super) fn halves(
         connection,
         ended: false,
     };
-    (send, recv)
+    Ok((send, recv))
 }
 
 /// The half towards the target; resets on drop unless finished.
@@ -147,12 +166,9 @@ pub(crate) struct KonnectivityRecv {
     ended: bool,
 }
 
-impl KonnectivityRecv {
+impl Answered for KonnectivityRecv {
     /// Waits for the agent's answer. Cancelling loses nothing.
-    ///
-    /// # Errors
-    /// [`HeadError::End`]: there will be none.
-    pub(crate) async fn answer(&mut self) -> Result<DialResponse, HeadError> {
+    async fn answer(&mut self) -> link::Answer {
         let dial = self.connection.dial;
         let answer = self
             .connection
@@ -243,9 +259,10 @@ mod tests {
     use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
     use super::*;
-    use crate::routes::{LinkId, LinkInfo, Path, Probe, Trust};
+    use crate::routes::{LinkId, LinkInfo, Trust};
     use cpc_config::TunnelKind;
     use cpc_identity::{Identity, Role};
+    use cpc_transport::tunnel::{Path, Probe};
 
     fn link() -> Rc<KonnectivityLink> {
         let path = Path {
@@ -260,13 +277,13 @@ mod tests {
             (LinkId(1), 0),
             TunnelKind::Konnectivity,
             (identity, Trust::Granted),
-            Probe(Box::new(move || path)),
+            Probe::new(move || path),
         );
         KonnectivityLink::new(info, Default::default(), false)
     }
 
     /// A dial whose `random` is its id.
-    fn open(link: &Rc<KonnectivityLink>, id: u8) -> (KonnectivitySend, KonnectivityRecv) {
+    fn dial(link: &Rc<KonnectivityLink>, id: u8) -> (KonnectivitySend, KonnectivityRecv) {
         let mut name = [0; 16];
         name[15] = id;
         let request = DialRequest {
@@ -276,7 +293,7 @@ mod tests {
             deadline: Duration::from_secs(1),
             attempt: 0,
         };
-        link.open(&request).unwrap()
+        open(link, &request).unwrap()
     }
 
     fn receive(link: &KonnectivityLink, packet: Packet) {
@@ -305,7 +322,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_sent_before_the_close_arrives_before_the_end() {
         let link = link();
-        let (mut send, mut recv) = open(&link, 1);
+        let (mut send, mut recv) = dial(&link, 1);
         answer(&link, 1, "");
         assert_eq!(recv.answer().await.unwrap(), DialResponse::Connected);
         let stopped = send.stopped();
@@ -329,7 +346,7 @@ mod tests {
     #[tokio::test]
     async fn a_failed_dial_is_sorted_by_its_words() {
         let link = link();
-        let (_send, mut recv) = open(&link, 1);
+        let (_send, mut recv) = dial(&link, 1);
         let text = "dial tcp 10.99.1.2:10250: connect: connection refused";
         answer(&link, 1, text);
         let refused = DialResponse::Refused {
@@ -342,7 +359,7 @@ mod tests {
     #[tokio::test]
     async fn a_sender_without_credit_hears_of_the_end() {
         let link = link();
-        let (mut send, _recv) = open(&link, 1);
+        let (mut send, _recv) = dial(&link, 1);
         answer(&link, 1, "");
         // The outbox has no driver: it fills up.
         let mut much = Bytes::from(vec![0; 1 << 20]);
@@ -362,8 +379,8 @@ mod tests {
     #[tokio::test]
     async fn finished_connections_are_acknowledged_and_others_leave_nothing() {
         let link = link();
-        let (mut send, recv) = open(&link, 1);
-        let dropped = open(&link, 2);
+        let (mut send, recv) = dial(&link, 1);
+        let dropped = dial(&link, 2);
         answer(&link, 1, "");
         answer(&link, 2, "");
         drop(dropped);
@@ -402,8 +419,8 @@ mod tests {
     #[tokio::test]
     async fn a_lost_link_ends_dials_and_connections() {
         let link = link();
-        let (send, mut recv) = open(&link, 1);
-        let (_sending, mut dialling) = open(&link, 2);
+        let (send, mut recv) = dial(&link, 1);
+        let (_sending, mut dialling) = dial(&link, 2);
         answer(&link, 1, "");
         let reset = recv.reset();
         link.close(CloseReason::LinkLost);
