@@ -123,7 +123,7 @@ impl Plan {
         self.leases = count.map(|count| count.max(1));
     }
 
-    /// Returns the ways to dial now. Each is then under way until [`failed`](Self::failed) or
+    /// Returns the endpoints to dial now. Each is then under way until [`failed`](Self::failed) or
     /// [`welcomed`](Self::welcomed).
     pub fn due(&mut self, now: Instant) -> Vec<ServerEndpoint> {
         let is_due = |(endpoint, candidate): (&ServerEndpoint, &Candidate)| {
@@ -266,7 +266,7 @@ impl Plan {
             .or_default();
         // What leads to another process of that name has had its time.
         held.retain(|held| held.instance == instance);
-        if held.len() >= most
+        while held.len() >= most
             && let Some(silent) = held.iter().position(|held| !held.live)
         {
             held.remove(silent);
@@ -365,7 +365,7 @@ impl Plan {
         }
     }
 
-    /// Whether `way` is not needed, because there are enough live tunnels to `server`. Those to a
+    /// Whether `endpoint` is not needed, because there are enough live tunnels to `server`. Those to a
     /// server that drains count at their own address: elsewhere its successor may be found.
     fn is_full(&self, endpoint: ServerEndpoint, server: &str) -> bool {
         let held = self.held(endpoint.kind).get(server).into_iter().flatten();
@@ -413,7 +413,7 @@ impl Plan {
         }
     }
 
-    /// Returns the time of the next dial of a way; `None` while it is not needed.
+    /// Returns the time of the next dial of an endpoint; `None` while it is not needed.
     fn at(&self, endpoint: &ServerEndpoint, candidate: &Candidate) -> Option<Instant> {
         if !candidate.resolved || candidate.dialling {
             return None;

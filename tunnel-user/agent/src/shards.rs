@@ -49,8 +49,8 @@ impl Dispatch {
         }
         let load = |index: &usize| (there[*index], self.0[*index].tunnels.in_use());
         let index = (0..self.0.len()).min_by_key(load).unwrap_or_default();
-        let entered = self.0.get(index).and_then(|queue| queue.tunnels.acquire());
-        (index, entered)
+        let permit = self.0.get(index).and_then(|queue| queue.tunnels.acquire());
+        (index, permit)
     }
 
     /// Sends a task to shard `index`. A shard that has ended drops it: then the process is ending.

@@ -4,7 +4,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tunnel_proto::close::CloseReason;
 
 use super::plan::{ServerEndpoint, ServerInfo};
@@ -24,49 +24,49 @@ pub(super) struct TunnelTask {
     pub number: u64,
     /// Address and protocol.
     pub endpoint: ServerEndpoint,
-    /// Server name that the way was resolved from.
+    /// Server name that the endpoint was resolved from.
     pub server: Option<Arc<str>>,
     /// Number of the tunnel among those at this address.
     pub spread: (Spread, u8),
-    /// Receiver of the events.
-    pub events: mpsc::UnboundedSender<Event>,
+    /// Receiver of the events, each with the number of the tunnel.
+    pub events: mpsc::UnboundedSender<(u64, TaskEvent)>,
+    /// Commands for the tunnel.
+    pub commands: mpsc::UnboundedReceiver<TunnelCommand>,
     /// Permit on the shard.
-    pub place: Permit,
+    pub permit: Option<Permit>,
 }
 
 /// Event of a task, for the connector.
-pub(super) enum Event {
-    /// A server has shown its certificate. The answer tells whether to send Hello.
-    Reached(ServerEndpoint, u64, Arc<str>, oneshot::Sender<bool>),
+pub(super) enum TaskEvent {
+    /// A server has shown its certificate, with this name. Waits for [`TunnelCommand::Proceed`] before
+    /// Hello.
+    Reached(Arc<str>),
     /// The dial failed.
-    Failed(ServerEndpoint, u64, String),
-    /// The server has welcomed the agent.
-    Welcomed(Box<Welcomed>),
+    Failed(String),
+    /// The server has welcomed the agent. Waits for [`TunnelCommand::Proceed`] before serving.
+    Welcomed(ServerInfo, Established),
     /// The server fell silent, drains, or is heard again.
-    Changed(u64),
+    Changed,
     /// A kept tunnel has ended.
-    Ended(u64, End),
+    Ended(End),
 }
 
-/// A fresh tunnel, with handles for the connector.
-pub(super) struct Welcomed {
-    /// Number of the tunnel.
-    pub number: u64,
+/// An established tunnel, for status and metrics.
+#[derive(Debug)]
+pub(super) struct Established {
     /// Description of the tunnel.
     pub info: TunnelInfo,
-    /// Server that the tunnel leads to.
-    pub server_info: ServerInfo,
     /// Probe of the path, where the protocol measures it.
     pub probe: Option<Probe>,
-    /// Sender of orders.
-    pub commands: mpsc::UnboundedSender<TunnelCommand>,
-    /// Sender of the decision whether to keep the tunnel.
-    pub keep: oneshot::Sender<bool>,
 }
 
 /// Command for a tunnel.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum TunnelCommand {
+    /// Go on, after [`TaskEvent::Reached`] and [`TaskEvent::Welcomed`].
+    Proceed,
+    /// End, after either.
+    Decline,
     /// End at once, with everything on the tunnel.
     Close(CloseReason),
     /// End with the last stream.
@@ -83,57 +83,52 @@ pub(super) async fn run(worker: Worker, mut tasks: mpsc::UnboundedReceiver<Tunne
 }
 
 impl TunnelTask {
-    async fn run(self, worker: &Rc<Worker>) {
-        let Self {
-            number,
-            endpoint,
-            events,
-            place: _place,
-            ..
-        } = &self;
-        // The connector outlives its tasks, except at the very end.
-        let tell = |event| drop(events.send(event));
+    async fn run(mut self, worker: &Rc<Worker>) {
+        let _permit = self.permit.take();
         let dialled = match self.dial(worker).await {
             Ok(Some(dialled)) => dialled,
             Ok(None) => return,
-            Err(error) => return tell(Event::Failed(*endpoint, *number, report(&error))),
+            Err(error) => return self.tell(TaskEvent::Failed(report(&error))),
         };
         let tunnel = dialled.tunnel();
-        let (commands, told) = mpsc::unbounded_channel();
-        let (keep, kept) = oneshot::channel();
-        tell(Event::Welcomed(Box::new(Welcomed {
-            number: *number,
+        let established = Established {
             info: tunnel.info().clone(),
-            server_info: dialled.server_info(),
             probe: tunnel.probe(),
-            commands,
-            keep,
-        })));
-        if !kept.await.unwrap_or(false) {
+        };
+        self.tell(TaskEvent::Welcomed(dialled.server_info(), established));
+        if !self.may_proceed().await {
             let reason = CloseReason::DuplicateServer;
             return dialled.decline(worker.clone(), reason).await;
         }
-        let changed = || tell(Event::Changed(*number));
+        let (number, events) = (self.number, self.events.clone());
+        let changed = || drop(events.send((number, TaskEvent::Changed)));
         let revoked = revoked(worker, tunnel.clone());
         let end = tokio::select! {
             end = dialled.serve(worker.clone(), changed) => end,
-            end = run_commands(tunnel, told) => end,
+            end = run_commands(tunnel, &mut self.commands) => end,
             end = revoked => end,
         };
-        tell(Event::Ended(*number, end));
+        self.tell(TaskEvent::Ended(end));
+    }
+
+    /// Tells the connector, which outlives its tasks except at the very end.
+    fn tell(&self, event: TaskEvent) {
+        let _ = self.events.send((self.number, event));
+    }
+
+    /// Waits for the connector's answer.
+    async fn may_proceed(&mut self) -> bool {
+        matches!(self.commands.recv().await, Some(TunnelCommand::Proceed))
     }
 
     /// Dials. Returns `None` if the connector does not want the tunnel any more.
-    async fn dial(&self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
+    async fn dial(&mut self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
         let ServerEndpoint { address, kind } = self.endpoint;
         match (kind, &worker.material, &worker.konnectivity, &self.server) {
             (TunnelKind::Quic, Some(material), _, _) => {
                 let reached = quic::reach(material, &worker.setup, address, self.spread).await?;
-                let (introduce, wanted) = oneshot::channel();
-                let server = reached.identity.name.clone();
-                let reached_it = Event::Reached(self.endpoint, self.number, server, introduce);
-                let _ = self.events.send(reached_it);
-                if !wanted.await.unwrap_or(false) {
+                self.tell(TaskEvent::Reached(reached.identity.name.clone()));
+                if !self.may_proceed().await {
                     reached.decline(CloseReason::DuplicateServer).await;
                     return Ok(None);
                 }
@@ -161,12 +156,17 @@ async fn revoked(worker: &Worker, tunnel: Tunnel) -> End {
     End::new(reason, revoked)
 }
 
-/// Executes orders without end: the tunnel itself reports its end.
-async fn run_commands(tunnel: Tunnel, mut told: mpsc::UnboundedReceiver<TunnelCommand>) -> End {
-    while let Some(order) = told.recv().await {
-        match order {
+/// Runs commands without end: the tunnel itself reports its end.
+async fn run_commands(
+    tunnel: Tunnel,
+    commands: &mut mpsc::UnboundedReceiver<TunnelCommand>,
+) -> End {
+    while let Some(command) = commands.recv().await {
+        match command {
             TunnelCommand::Close(reason) => tunnel.close_when_heard(reason).await,
             TunnelCommand::Retire => drop(tokio::task::spawn_local(tunnel.clone().retire())),
+            // Answers to questions, which have been asked.
+            TunnelCommand::Proceed | TunnelCommand::Decline => {}
         }
     }
     std::future::pending().await

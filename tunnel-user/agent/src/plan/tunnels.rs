@@ -1,6 +1,6 @@
 //! The tunnels that a plan holds.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,7 +23,7 @@ pub(super) struct TunnelEntry {
 }
 
 /// Tunnels by server; a server without tunnels has no entry.
-pub(super) type Tunnels = HashMap<Arc<str>, Vec<TunnelEntry>>;
+pub(super) type Tunnels = BTreeMap<Arc<str>, Vec<TunnelEntry>>;
 
 /// Iterates over all tunnels with their server.
 pub(super) fn all(tunnels: &Tunnels) -> impl Iterator<Item = (&Arc<str>, &TunnelEntry)> {
