@@ -1,0 +1,106 @@
+//! The first stage: files are read, sockets are bound, and capabilities are gone.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::SystemTime;
+
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::Signal;
+use tunnel_proto::route::Claim;
+
+use crate::agent_identity::AgentIdentity;
+use crate::error::AgentError;
+use crate::offer;
+use crate::policy::Policy;
+use crate::worker::{CONNECTIONS, STALLED_BYTES};
+use cpc_config::AgentConfig;
+use cpc_datapath::Engines;
+use cpc_host::descriptors::{Listeners, Shares};
+use cpc_host::host;
+use cpc_host::lifecycle;
+use cpc_host::privileges::{self, CapabilitySet};
+use cpc_observe::konnectivity::ProxyAgentMetrics;
+use cpc_observe::limits::LimitMetrics;
+use cpc_observe::metrics::{DialMetrics, ours};
+use cpc_observe::reload::ReloadMetrics;
+
+/// An agent that has what it needs and serves nothing yet.
+pub(crate) struct Prepared {
+    pub(super) config: AgentConfig,
+    /// SIGHUP, from now on: it would end the process otherwise.
+    pub(super) hangups: Signal,
+    /// Descriptors for each kind of connection.
+    pub(super) shares: Shares,
+    pub(super) identity: AgentIdentity,
+    /// Claims beyond the node addresses.
+    pub(super) claims: Vec<Claim>,
+    pub(super) policy: Policy,
+    pub(super) admin: TcpListener,
+    /// Listener of `health`.
+    pub(super) probes: Option<TcpListener>,
+    pub(super) engines: Engines,
+    pub(super) registry: Registry,
+    pub(super) proxy_metrics: ProxyAgentMetrics,
+    pub(super) dials: DialMetrics,
+    pub(super) reloads: ReloadMetrics,
+    pub(super) limits: LimitMetrics,
+}
+
+impl Prepared {
+    /// Checks the configuration, reads every file that it names, binds every socket, and gives back all
+    /// capabilities.
+    ///
+    /// # Errors
+    /// [`AgentError`] naming the key, file or socket.
+    pub(crate) fn new(mut config: AgentConfig) -> Result<Self, AgentError> {
+        crate::check(&config)?;
+        let hangups = lifecycle::hangups()?;
+        host::raise_file_limit();
+        let http = if config.health.is_some() { 2 } else { 1 };
+        let shares = Shares::of_process(Listeners { http, tls: 0 });
+        let connections = &mut config.limits.connections;
+        *connections = host::fit_connections(*connections, shares.connections);
+        let identity = AgentIdentity::load(&config)?;
+        let claims = offer::claims(&config.serve)?;
+        let policy = Policy::new(config.allow.clone(), identity.clone());
+        let admin = listen(config.admin)?;
+        let probes = config.health.map(listen).transpose()?;
+
+        let mut registry = Registry::default();
+        let proxy_metrics = ProxyAgentMetrics::default();
+        if config.konnectivity.is_some() {
+            proxy_metrics.register(&mut registry);
+        }
+        let dials = DialMetrics::register(ours(&mut registry));
+        let reloads = ReloadMetrics::register(ours(&mut registry), SystemTime::now());
+        let engines = Engines::choose(config.datapath.engine, config.shards);
+        engines.register(ours(&mut registry));
+        let limits = LimitMetrics::register(
+            ours(&mut registry),
+            [
+                (CONNECTIONS, u64::try_from(config.limits.connections).ok()),
+                (STALLED_BYTES, Some(config.limits.stalled_bytes)),
+            ],
+        );
+        privileges::finish(CapabilitySet::empty(), "")?;
+        Ok(Self {
+            config,
+            hangups,
+            shares,
+            identity,
+            claims,
+            policy,
+            admin,
+            probes,
+            engines,
+            registry,
+            proxy_metrics,
+            dials,
+            reloads,
+            limits,
+        })
+    }
+}
+
+fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {
+    cpc_host::listen::tcp(addr).map_err(|why| AgentError::Admin { addr, why })
+}
