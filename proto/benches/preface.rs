@@ -1,4 +1,4 @@
-//! What each connection costs on the wire's edge: the heads of its stream and of its CONNECT.
+//! Cost per connection at the edge of the wire: the head of its stream, and that of its CONNECT.
 
 // A benchmark that can't be set up should stop.
 #![allow(clippy::expect_used, missing_docs)]

@@ -1,7 +1,7 @@
-//! Asking for a certificate and getting one, over a tunnel that there is ([`crate::session`]) or before the
-//! first ([`crate::join`]).
+//! Requests for certificates and their answers, over a tunnel ([`crate::session`]) or before the
+//! first one ([`crate::join`]).
 //!
-//! What is in the requests and certificates is not read here; only how many bytes they may be is told.
+//! This module does not read the content of requests and certificates; it bounds their sizes.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ pub const MAX_TOKEN: usize = 16 * 1024;
 /// The most addresses of a node that joins.
 pub const MAX_ADDRESSES: usize = 64;
 
-/// A certificate, and whom its owner is to trust; X.509, DER.
+/// Certificate, with the CAs that its owner trusts; X.509, DER.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Issued {
     /// The certificate first. Never empty.
@@ -34,20 +34,20 @@ pub struct Issued {
 /// The answer to a request: a certificate, or why there is none.
 pub type Answer = Result<Issued, String>;
 
-/// Somebody without a certificate wants to be an agent.
+/// Request of a worker without a certificate to become an agent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Join {
     /// Proof that they may.
     pub token: String,
     /// The node's name, at most [`MAX_TEXT`](crate::session::MAX_TEXT) bytes and without control characters.
     pub node: String,
-    /// Its addresses.
+    /// Addresses of the node.
     pub addresses: Vec<IpAddr>,
     /// PKCS #10, DER.
     pub csr: Vec<u8>,
 }
 
-/// Without the token, which is nobody else's to read.
+/// Writes the request without the token, which is a secret.
 impl fmt::Debug for Join {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Join")
@@ -73,7 +73,7 @@ impl From<&Answer> for CertificateAnswer {
     }
 }
 
-/// What an answer says.
+/// Reads an answer.
 pub(crate) fn from_answer(wire: CertificateAnswer) -> Result<Answer, MessageError> {
     for list in [&wire.chain, &wire.roots] {
         if list.len() > MAX_CERTIFICATES {
@@ -89,7 +89,7 @@ pub(crate) fn from_answer(wire: CertificateAnswer) -> Result<Answer, MessageErro
     }))
 }
 
-/// What a request says.
+/// Reads a request.
 pub(crate) fn from_request(wire: CertificateRequest) -> Result<Vec<u8>, MessageError> {
     csr(wire.csr)
 }

@@ -1,37 +1,38 @@
-//! Why a connection or a session ended: one closed set for the wire, the metrics and the logs.
+//! The closed set of reasons why a connection or a session ends, for the wire, the metrics and the
+//! logs.
 //!
-//! A reason's code travels as QUIC application error code (RESET_STREAM, STOP_SENDING,
-//! CONNECTION_CLOSE; RFC 9000, section 20.2) and in the dial response; its label is the metric
-//! label and the log field; its `Display` is a sentence for people. Codes are grouped in ranges of
-//! 256, the [`CloseClass`]: what a peer may do next depends on the class alone.
+//! The code of a reason travels as QUIC application error code (RESET_STREAM, STOP_SENDING,
+//! CONNECTION_CLOSE; RFC 9000, section 20.2) and in the dial response. The label is the metric
+//! label and the log field, and `Display` writes a sentence for people. Codes are grouped in ranges
+//! of 256, the [`CloseClass`]. The class alone decides what a peer may do next.
 //!
-//! Codes are never used again for something else.
+//! A released code never gets another meaning.
 
 use std::fmt;
 
 use crate::varint::VarInt;
 
-/// What a [`CloseReason`] means for what to do next: the code's high byte.
+/// Class of a [`CloseReason`], which decides the next step of the peer: the high byte of the code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CloseClass {
-    /// In order: both directions came to their end.
+    /// Orderly end: both directions have ended.
     Finished,
     /// The target was not dialled: another agent may be tried.
     NotDialled,
-    /// The target was dialled in vain: another agent would not do better.
+    /// The target was dialled without success: another agent would not do better.
     DialFailed,
     /// The connection broke while it was in use.
     Reset,
     /// The connection was ended because a side is leaving.
     Drained,
-    /// The session between agent and server could not be kept.
+    /// The session between agent and server could not continue.
     Session,
 }
 
-/// Declares the set, so that code, label and sentence of a reason stand in one place.
+/// Declares the set, so that code, label and sentence of a reason are in one place.
 macro_rules! close_reasons {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $class:ident, $label:literal, $text:literal;)*) => {
-        /// Why a connection or a session ended.
+        /// Reason why a connection or a session ended.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[repr(u16)]
         pub enum CloseReason {
@@ -42,7 +43,7 @@ macro_rules! close_reasons {
             /// Every reason, by ascending code.
             pub const ALL: &[Self] = &[$(Self::$name),*];
 
-            /// The reason with this code; `None` if it is not one of ours.
+            /// Returns the reason with this code; `None` if this release has none.
             #[must_use]
             pub fn from_code(code: u64) -> Option<Self> {
                 match code {
@@ -51,7 +52,7 @@ macro_rules! close_reasons {
                 }
             }
 
-            /// The metric label and log field: lower case words joined by underscores.
+            /// Returns the metric label and log field: lower-case words joined by underscores.
             #[must_use]
             pub fn label(self) -> &'static str {
                 match self {
@@ -59,7 +60,7 @@ macro_rules! close_reasons {
                 }
             }
 
-            /// What to do next.
+            /// Returns the class, which decides the next step.
             #[must_use]
             pub fn class(self) -> CloseClass {
                 match self {
@@ -77,7 +78,7 @@ macro_rules! close_reasons {
 }
 
 close_reasons! {
-    /// Both directions came to their end.
+    /// Both directions have ended.
     Finished = 0x000, Finished, "finished", "the connection ended in order";
 
     /// No claim covers the destination.
@@ -94,7 +95,7 @@ close_reasons! {
     UnsupportedKind = 0x105, NotDialled, "unsupported_kind", "the agent does not support this kind of stream";
     /// The dial request could not be read.
     MalformedDial = 0x106, NotDialled, "malformed_dial", "the dial request could not be read";
-    /// Who asked for the connection went away before the target was dialled.
+    /// The client left before the target was dialled.
     Cancelled = 0x107, NotDialled, "cancelled", "the caller went away before the target was dialled";
     /// Dials of the destination keep timing out: it is not dialled for a while.
     CircuitOpen = 0x108, NotDialled, "circuit_open", "dials of this destination keep timing out; it is tried again later";
@@ -116,25 +117,25 @@ close_reasons! {
     PeerReset = 0x300, Reset, "peer_reset", "the other socket was reset";
     /// The sender's socket takes no more bytes, because its peer has closed it.
     PeerGone = 0x301, Reset, "peer_gone", "the other socket no longer takes bytes";
-    /// The tunnel that carried the connection is gone.
+    /// The tunnel that carried the connection was lost.
     LinkLost = 0x302, Reset, "link_lost", "the tunnel was lost";
-    /// Nothing moved for longer than the idle timeout.
+    /// No byte moved for longer than the idle timeout.
     IdleTimeout = 0x303, Reset, "idle_timeout", "nothing moved for longer than the idle timeout";
     /// The process is ending at once.
     Aborted = 0x304, Reset, "aborted", "the process is ending";
-    /// A fault of ours; the log says more.
+    /// Internal fault; the log has the details.
     Internal = 0x305, Reset, "internal", "an internal fault; see the log of the side that closed";
-    /// Its reader took nothing for so long that it held up the other connections of its tunnel.
+    /// The reader took no data for so long that it blocked the other connections of its tunnel.
     Stalled = 0x306, Reset, "stalled", "its reader took nothing and held up the other connections of the tunnel";
-    /// A memory limit refused what its peer had sent and nobody had taken.
+    /// A memory limit refused data of the peer that was not read yet.
     MemoryLimit = 0x307, Reset, "memory_limit", "it held more unread data than a memory limit allows";
 
     /// The connection outlived the deadline of a drain.
     Drained = 0x400, Drained, "drained", "the drain deadline passed";
-    /// The process was told to end.
+    /// The process was asked to end.
     Shutdown = 0x401, Drained, "shutdown", "the process was told to end";
 
-    /// The peer sent what the protocol does not allow.
+    /// The peer violated the protocol.
     ProtocolError = 0x500, Session, "protocol_error", "the peer broke the protocol";
     /// The peer speaks another major version.
     UnsupportedVersion = 0x501, Session, "unsupported_version", "the peer speaks another major version of the protocol";
@@ -149,7 +150,7 @@ close_reasons! {
 }
 
 impl CloseReason {
-    /// The code on the wire.
+    /// Returns the code on the wire.
     #[must_use]
     pub fn code(self) -> u64 {
         u64::from(self as u16)
@@ -215,7 +216,7 @@ mod tests {
         }
     }
 
-    /// The codes are on the wire and in people's dashboards: a change here is a change of protocol.
+    /// Codes are on the wire, and labels in dashboards: a change here is a change of protocol.
     #[test]
     fn codes_and_labels_do_not_change() {
         let table: Vec<_> = CloseReason::ALL

@@ -1,8 +1,8 @@
 //! The messages of the control stream (`tunnel.proto`, package `cpc.v1`) and their framing.
 //!
-//! The types here are what is on the wire, unchecked: strings of any length, absent fields, text
-//! that names no address. [`crate::session`] checks them and hands out its own types; nothing else
-//! should need these.
+//! The types here have the form of the wire, unchecked: strings of any length, absent fields, texts
+//! that are not addresses. [`crate::session`] checks them and returns its own types; only that
+//! module uses these.
 
 mod frame;
 

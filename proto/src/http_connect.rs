@@ -1,12 +1,12 @@
 //! The HTTP `CONNECT` request (RFC 9110, section 9.3.6; RFC 9112) and its answers.
 //!
-//! Reads the one form that a proxy gets: a request line with the target in authority form, header
-//! fields, an empty line. The target alone says where to; the Host field is ignored, as
-//! kube-apiserver sends `Host: 127.0.0.1` whatever it wants. Everything behind the head belongs to
-//! the tunnel, so a request that announces a body is refused.
+//! The parser accepts the one form that a proxy receives: a request line with the target in
+//! authority form, header fields, an empty line. The target alone is the destination. The Host
+//! field is ignored: kube-apiserver always sends `Host: 127.0.0.1`. Every byte after the head
+//! belongs to the tunnel, so a request that announces a body is refused.
 //!
-//! Stricter than RFC 9112 asks: lines end in CR LF, there is no line folding, and no white space
-//! but the two spaces of the request line.
+//! The parser is stricter than RFC 9112: lines end in CR LF, there is no line folding, and no white
+//! space but the two spaces of the request line.
 
 use bytes::Bytes;
 use thiserror::Error;
@@ -31,7 +31,7 @@ const METHOD: &[u8] = b"CONNECT ";
 /// A request to be connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectRequest {
-    /// Where to: the request's target.
+    /// Destination: the request's target.
     pub destination: Destination,
     /// The header fields, in order: name in lower case, value without white space around it.
     pub headers: Vec<(String, String)>,
@@ -74,7 +74,7 @@ impl From<DestinationError> for ConnectError {
 }
 
 impl ConnectError {
-    /// The status code of the answer.
+    /// Returns the status code of the answer.
     #[must_use]
     pub fn status(&self) -> u16 {
         match self {
@@ -86,8 +86,8 @@ impl ConnectError {
     }
 }
 
-/// Reads a request from the head of `buf`, and tells how many bytes it took. `None`: more bytes are
-/// needed.
+/// Reads a request from the head of `buf`, and returns it with the number of its bytes. `None`:
+/// more bytes are needed.
 ///
 /// # Errors
 /// [`ConnectError`]. A method other than CONNECT is refused at its first differing byte, so that a
@@ -105,7 +105,7 @@ pub fn parse(buf: &[u8]) -> Result<Option<(ConnectRequest, usize)>, ConnectError
     }
 }
 
-/// `head` is without the CR LF of its last line and the empty line.
+/// Parses `head`, which lacks the CR LF of its last line and the empty line.
 fn parse_head(head: &[u8]) -> Result<ConnectRequest, ConnectError> {
     let head = str::from_utf8(head).map_err(|_| ConnectError::Header)?;
     let mut lines = head.split("\r\n");
@@ -158,13 +158,13 @@ fn parse_header(line: &str) -> Result<(String, String), ConnectError> {
     Ok((name.to_ascii_lowercase(), value.to_owned()))
 }
 
-/// RFC 9110, section 5.6.2.
+/// Whether `text` is a token (RFC 9110, section 5.6.2).
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-/// An answer. [`ESTABLISHED`] for status 200; else `reason` as reason phrase and as body, for the
-/// person who reads either, and the connection is to be closed behind it.
+/// Returns an answer: [`ESTABLISHED`] for status 200; otherwise one with `reason` as reason phrase
+/// and body, for people, after which the connection closes.
 ///
 /// Of `reason` the first [`MAX_REASON`] characters are used; what is not visible ASCII becomes `?`.
 /// A status that is neither 200 nor an error is sent as 500.
@@ -183,10 +183,10 @@ pub fn response(status: u16, reason: &str) -> Bytes {
     response_with(status, reason, &fields, &body)
 }
 
-/// A refusal with header fields and a body of its own, for clients that were made for another
-/// proxy. `status` and `reason` are as for [`response`]; `fields`, in this order, and `body` are
-/// used as they are, so no line may end within a field. Without `Content-Length` the body ends with
-/// the connection.
+/// Returns a refusal with other header fields and another body, for clients of another proxy.
+/// `status` and `reason` are as for [`response`]; `fields`, in this order, and `body` are used as
+/// they are, so no line may end within a field. Without `Content-Length` the body ends with the
+/// connection.
 #[must_use]
 pub fn response_with(status: u16, reason: &str, fields: &[(&str, &str)], body: &str) -> Bytes {
     let status = match status {
@@ -388,7 +388,7 @@ mod tests {
             check_incremental(format!("CONNECT {tail}").as_bytes(), parse)?;
         }
 
-        /// Whatever a reason holds, the answer stays one answer.
+        /// An answer stays one answer, with any content of the reason.
         #[test]
         fn any_reason(status: u16, reason: String) {
             let answer = response(status, &reason);

@@ -1,5 +1,5 @@
-//! Joining, without I/O: one request, one answer, over TLS that the worker has checked by the hash of
-//! the CA's key. The frames are those of the control stream.
+//! Joining, without I/O: one request and one answer over TLS. The worker has checked the server by
+//! the hash of the CA's key. The frames are those of the control stream.
 
 use bytes::Bytes;
 
@@ -11,7 +11,7 @@ use crate::session::{MessageError, SessionError};
 /// Application protocol of the join listener (RFC 7301).
 pub const ALPN: &[u8] = b"cpc-join/1";
 
-/// The request, as it is sent.
+/// Returns the request in the form of the wire.
 ///
 /// # Errors
 /// [`FrameError::TooLong`].
@@ -19,7 +19,7 @@ pub fn request(join: &Join) -> Result<Bytes, FrameError> {
     frame(Message::JoinRequest(join.into()))
 }
 
-/// The answer, as it is sent.
+/// Returns the answer in the form of the wire.
 ///
 /// # Errors
 /// [`FrameError::TooLong`].
@@ -33,14 +33,14 @@ fn frame(message: Message) -> Result<Bytes, FrameError> {
     })
 }
 
-/// Puts together what arrives; at most one message is kept.
+/// Assembler of the received bytes; holds one message at most.
 #[derive(Debug, Default)]
 pub struct Reader {
     frames: FrameDecoder,
 }
 
 impl Reader {
-    /// The request, once `bytes` has its end; what follows it is ignored.
+    /// Returns the request, once `bytes` has its end. Later bytes are ignored.
     ///
     /// # Errors
     /// [`SessionError`]: it is none.
@@ -51,7 +51,7 @@ impl Reader {
         })
     }
 
-    /// The answer, once `bytes` has its end.
+    /// Returns the answer, once `bytes` has its end.
     ///
     /// # Errors
     /// [`SessionError`]: it is none.

@@ -1,13 +1,13 @@
 //! Konnectivity, Kubernetes' own tunnel (apiserver-network-proxy): its packets, their framing, and
 //! the metadata and texts that go with them.
 //!
-//! Frontends (kube-apiserver) and agents each hold one bidirectional gRPC stream to a proxy server.
-//! On an agent's stream lie all connections of that agent, each named by a number; there is no
-//! credit of a connection's own and no half-close, but for one between two of ours
+//! Frontends (kube-apiserver) and agents each hold one bidirectional gRPC stream to a proxy-server.
+//! The stream of an agent carries all its connections, each with a number. A connection has no
+//! credit of its own and no half-close, except between a server and an agent of this program
 //! ([`metadata::HALVES`]).
 //!
-//! [`Packet`] is what was on the wire, checked for form alone: its texts may be of any length up to
-//! [`MAX_MESSAGE`], its numbers of any value.
+//! [`Packet`] is the content of the wire, checked for form alone: a text may have any length up to
+//! [`MAX_MESSAGE`], and a number any value.
 
 pub mod agent_end;
 mod frame;
@@ -38,10 +38,11 @@ pub mod metadata {
     pub const SERVER_ID: &str = "serverid";
     /// Server to agent, exactly one: how many servers there are, in decimal.
     pub const SERVER_COUNT: &str = "servercount";
-    /// Agent to server and back, `1`, between two of ours alone: DATA without data ends a connection's
-    /// direction towards the target, and not the connection. An agent offers it, a server takes it up.
+    /// Agent to server and back, `1`, between programs of ours alone: DATA without data ends the
+    /// direction of a connection towards the target, and not the connection. An agent offers the
+    /// feature, and a server accepts the offer.
     pub const HALVES: &str = "cpc-half-close";
-    /// What stands before a token.
+    /// Prefix of a token.
     pub const BEARER: &str = "Bearer ";
 }
 

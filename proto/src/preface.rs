@@ -1,4 +1,4 @@
-//! What stands at the head of each tunnelled stream.
+//! The head of each tunnelled stream.
 //!
 //! The server opens the stream and writes a [`DialRequest`]; the client's bytes follow at once.
 //! The agent answers with a [`DialResponse`], then the target's bytes follow.
@@ -11,12 +11,12 @@
 //! response:  code (varint; 0: connected)   length (varint, at most 256)   detail (UTF-8)
 //! ```
 //!
-//! Integers of fixed size are in network byte order. What follows the last known field of a
-//! request's body is ignored: a later release may add fields there. The kind comes first and its
+//! Integers of fixed size are in network byte order. Bytes after the last known field of a
+//! request's body are ignored: a later release may add fields there. The kind comes first and its
 //! body carries its own length, so that an agent can name a kind that it does not know.
 //!
-//! Both decoders take the bytes read so far from the head of the stream and can be called again
-//! with more; every limit is checked before the bytes that it speaks of have arrived.
+//! Both decoders take the bytes read so far from the head of the stream, and a caller can repeat
+//! the call with more. They check every limit before the bytes in question have arrived.
 
 mod destination;
 mod request;
@@ -30,7 +30,7 @@ pub use self::request::{ConnectionId, DialRequest, MAX_DEADLINE, StreamKind};
 pub use self::response::{DialResponse, MAX_DETAIL};
 use crate::close::CloseReason;
 
-/// Why a request or a response could not be read.
+/// Failure to read a request or a response.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum PrefaceError {
     /// The stream is of a kind that this release does not know.
@@ -48,7 +48,7 @@ pub enum PrefaceError {
     /// The host's name can't be one.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// There is no port 0 to dial.
+    /// Port 0 can't be dialled.
     #[error("port 0 can't be dialled")]
     PortZero,
     /// The deadline is further away than allowed; in milliseconds.
@@ -60,8 +60,8 @@ pub enum PrefaceError {
 }
 
 impl PrefaceError {
-    /// What to close the stream with. A bad request was not dialled, so it may be sent elsewhere;
-    /// behind a bad response there may be a connection.
+    /// Returns the reason with which to close the stream. A bad request was not dialled, so another
+    /// agent may be tried; behind a bad response there may be a connection.
     #[must_use]
     pub fn reason(&self) -> CloseReason {
         match self {

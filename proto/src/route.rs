@@ -1,4 +1,4 @@
-//! What an agent claims to serve: the typed form of the wire's [`Offer`].
+//! Claims of an agent: the typed form of the wire's [`Offer`].
 //!
 //! Claims have one form each (IPv4-mapped addresses become IPv4, networks lose their host bits,
 //! names are lower case), so that equal claims compare equal. Whether a claim is granted is the
@@ -20,7 +20,7 @@ pub const MAX_CLAIMS: usize = 1024;
 /// The longest claim, in bytes of its text.
 pub const MAX_CLAIM_LEN: usize = 253;
 
-/// One thing that an agent claims to serve. `Display` gives the text as on the wire.
+/// One claim of an agent. `Display` writes the text of the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Claim {
     /// A single address.
@@ -29,7 +29,7 @@ pub enum Claim {
     Cidr(IpNet),
     /// A DNS name, or all names below one.
     Name(NamePattern),
-    /// Whatever no other agent serves.
+    /// Every destination that no other agent serves.
     DefaultRoute,
 }
 
@@ -63,7 +63,7 @@ pub enum ClaimError {
 }
 
 impl NamePattern {
-    /// Whether `name` is one of the names that this pattern stands for.
+    /// Whether the pattern matches `name`.
     #[must_use]
     pub fn matches(&self, name: &Name) -> bool {
         match self {
@@ -72,7 +72,7 @@ impl NamePattern {
         }
     }
 
-    /// Whether every name that `other` stands for is one that this pattern stands for.
+    /// Whether the pattern matches every name that `other` matches.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
@@ -150,7 +150,7 @@ pub fn from_offer(offer: &Offer) -> Result<Vec<Claim>, ClaimError> {
         .collect()
 }
 
-/// The offer of these claims, in the order that [`from_offer`] gives.
+/// Returns the offer of these claims, in the order of [`from_offer`].
 #[must_use]
 pub fn to_offer<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Offer {
     let mut offer = Offer::default();
@@ -179,7 +179,7 @@ fn cidr(text: &str) -> Result<Claim, ClaimError> {
     Ok(Claim::Cidr(canonical(network)))
 }
 
-/// Without host bits, and IPv4 where the network lies within ::ffff:0:0/96.
+/// Returns the network without host bits, and in IPv4 where it lies within ::ffff:0:0/96.
 #[must_use]
 pub fn canonical(network: IpNet) -> IpNet {
     let network = network.trunc();

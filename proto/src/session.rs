@@ -12,17 +12,17 @@
 //!                                  <-    CertificateAnswer
 //! ```
 //!
-//! [`AgentSession`] and [`ServerSession`] decide; a driver moves the bytes and keeps the time. It
-//! gives bytes to `handle_bytes`, calls `handle_timeout` when the instant of `poll_timeout` has
-//! come, and after each call of either, or of a command, takes what there is from `poll_event` and
-//! `poll_transmit`. A [`SessionError`] ends the session: the driver closes the connection with its
-//! reason and text and drops the machine.
+//! [`AgentSession`] and [`ServerSession`] decide; a driver moves the bytes and keeps the time. The
+//! driver passes bytes to `handle_bytes`, calls `handle_timeout` at the time of `poll_timeout`, and
+//! after each call or command takes everything from `poll_event` and `poll_transmit`. A
+//! [`SessionError`] ends the session: the driver closes the connection with its reason and text and
+//! drops the machine.
 //!
-//! Bounds: one incomplete message is kept, at most [`MAX_QUEUED`] bytes wait to be sent, and the
-//! events that one call can cause are bounded by the bytes that it was given.
+//! Bounds: one incomplete message, at most [`MAX_QUEUED`] bytes that wait to be sent, and a number
+//! of events per call that the length of the input bounds.
 //!
-//! Who the peer is, whether a claim is granted and which agent is chosen are decided elsewhere: a
-//! machine believes what its peer says of itself no further than to hand it on.
+//! The identity of the peer, the grant of a claim and the choice of an agent are decided elsewhere:
+//! a machine only passes on the statements of its peer.
 
 mod agent;
 mod error;

@@ -1,9 +1,9 @@
-//! Texts on the wire. What a name is made of is checked strictly, since it becomes a key; free text is
-//! made fit instead, since nobody should lose a session over the wording of a refusal.
+//! Texts on the wire. Names become keys, so their content is checked strictly. Free text is
+//! repaired instead: the wording of a refusal must not end a session.
 
 use crate::session::{MAX_TEXT, MessageError};
 
-/// A name: at most [`MAX_TEXT`] bytes, no control characters.
+/// Checks a name: at most [`MAX_TEXT`] bytes, no control characters.
 pub(crate) fn name(field: &'static str, text: String) -> Result<String, MessageError> {
     if text.len() > MAX_TEXT {
         return Err(MessageError::TextTooLong {
@@ -17,7 +17,7 @@ pub(crate) fn name(field: &'static str, text: String) -> Result<String, MessageE
     Ok(text)
 }
 
-/// Free text, cut to [`MAX_TEXT`] bytes, its control characters replaced.
+/// Repairs free text: cuts it to [`MAX_TEXT`] bytes and replaces its control characters.
 pub(crate) fn made_fit(text: &str) -> String {
     let text = &text[..text.floor_char_boundary(MAX_TEXT)];
     text.replace(char::is_control, "?")

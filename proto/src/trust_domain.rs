@@ -1,16 +1,17 @@
-//! The name of who vouches for an identity.
+//! The name of a trust domain.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// A trust domain: who vouches for an identity. It is also the tenant that the identity belongs
-/// to. Lower-case letters, digits, `.`, `-` and `_`, 1 to 255 of them (SPIFFE-ID section 2.1).
+/// Trust domain: the name space of identities that one set of CAs vouches for. It is also the
+/// tenant of the identity. Lower-case letters, digits, `.`, `-` and `_`, 1 to 255 of them
+/// (SPIFFE-ID section 2.1).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -19,7 +19,7 @@ impl VarInt {
     /// The largest value: 2^62 - 1.
     pub const MAX: Self = Self((1 << 62) - 1);
 
-    /// The value.
+    /// Returns the value.
     #[must_use]
     pub fn into_inner(self) -> u64 {
         self.0
@@ -36,8 +36,8 @@ impl VarInt {
         out.put_uint(self.0 | (tag << (8 * size - 2)), size);
     }
 
-    /// Reads an integer from the head of `buf`, and tells how many bytes it took. `None`: the
-    /// integer is longer than `buf`.
+    /// Reads an integer from the head of `buf`, and returns it with the number of its bytes.
+    /// `None`: the integer is longer than `buf`.
     #[must_use]
     pub fn decode(buf: &[u8]) -> Option<(Self, usize)> {
         let first = *buf.first()?;

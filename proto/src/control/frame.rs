@@ -13,7 +13,7 @@ use crate::varint::VarInt;
 /// The longest message, in bytes, without its length.
 pub const MAX_FRAME: usize = 64 * 1024;
 
-/// Why a message could not be framed or read.
+/// Failure to frame or read a message.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum FrameError {
     /// The message is too long.
@@ -30,7 +30,7 @@ impl From<prost::DecodeError> for FrameError {
     }
 }
 
-/// A message with its length in front.
+/// Returns a message with its length in front.
 ///
 /// # Errors
 /// [`FrameError::TooLong`].
@@ -54,8 +54,8 @@ pub struct FrameDecoder {
 }
 
 impl FrameDecoder {
-    /// Takes the next message from the head of `input`, together with what earlier calls left
-    /// incomplete. `None`: `input` is used up and more bytes are needed.
+    /// Takes the next message from the head of `input`, together with the incomplete rest of
+    /// earlier calls. `None`: `input` is used up and more bytes are needed.
     ///
     /// # Errors
     /// [`FrameError`]. The stream can't be read further: the borders of messages are lost.
@@ -82,7 +82,7 @@ impl FrameDecoder {
 enum Missing {
     /// The message is complete behind `header` bytes of length.
     Nothing { header: usize },
-    /// At least this many bytes are missing, and no more than these may be taken.
+    /// At least this number of bytes is missing, and the decoder may take no more.
     Bytes(usize),
 }
 
@@ -114,7 +114,7 @@ mod tests {
         }
     }
 
-    /// Everything in `input`, given in pieces that end at `cuts`.
+    /// Decodes everything in `input`, in pieces that end at `cuts`.
     fn decode_all(input: &[u8], cuts: &[usize]) -> Result<Vec<Envelope>, FrameError> {
         let mut cuts: Vec<_> = cuts.iter().map(|cut| cut % (input.len() + 1)).collect();
         cuts.sort_unstable();

@@ -12,17 +12,18 @@
 //!                             <-    DRAIN
 //! ```
 //!
-//! A driver hands packets to [`handle`](AgentEnd::handle), does what it is told, reports what
-//! becomes of targets, and after each call sends what [`poll_transmit`](AgentEnd::poll_transmit)
-//! has, in order with the DATA of targets, which do not pass through here.
+//! A driver hands packets to [`handle`](AgentEnd::handle), executes the returned commands, reports
+//! the events of targets, and after each call sends the packets of
+//! [`poll_transmit`](AgentEnd::poll_transmit), in order with the DATA of targets, which bypass this
+//! machine.
 //!
-//! All connections share the stream, which has no flow control of its own. So while a connection
-//! has [`MAX_QUEUED`] bytes waiting for its target the driver reads no further packet
-//! ([`is_blocked`](AgentEnd::is_blocked)); a target that takes nothing for [`STALL_TIMEOUT`] then
+//! All connections share the stream, which has no flow control of its own. While a connection has
+//! [`MAX_QUEUED`] bytes waiting for its target, the driver reads no further packet
+//! ([`is_blocked`](AgentEnd::is_blocked)). A target that takes no data for [`STALL_TIMEOUT`] then
 //! loses its connection, and the others go on.
 //!
-//! Bounds: one entry for each dial and connection, as many as the limits say; each call causes one
-//! packet at most.
+//! Bounds: one entry for each dial and connection, within the limits; each call causes one packet
+//! at most.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -34,25 +35,25 @@ use super::text;
 use crate::close::CloseReason;
 use crate::preface::Destination;
 
-/// How long a dial may take, as with Konnectivity's own agent.
+/// Timeout of a dial, as in Konnectivity's own agent.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The bytes that may wait for one target, each packet's [`PACKET_COST`] included; only the last
 /// packet may lie beyond.
 pub const MAX_QUEUED: usize = 1 << 20;
 
-/// What a packet that waits for its target counts beside its bytes: its place in memory.
+/// Cost of a packet that waits for its target, beside its bytes: its entry in memory.
 pub const PACKET_COST: usize = 64;
 
-/// How long a target may take nothing while everything behind its bytes waits.
+/// Maximum time for which a target may take no data while everything behind its bytes waits.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How much one stream may hold.
+/// Bounds of one stream.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Dials under way.
+    /// Maximum number of concurrent dials.
     pub dials: usize,
-    /// Dials under way and connections.
+    /// Maximum number of concurrent dials and connections.
     pub connections: usize,
 }
 
@@ -65,7 +66,7 @@ impl Default for Limits {
     }
 }
 
-/// What the driver is to do. `id` is the connect id.
+/// Command to the driver. `id` is the connect id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Dial, within [`DIAL_TIMEOUT`], and report by [`AgentEnd::dialled`] or
@@ -73,34 +74,34 @@ pub enum Command {
     Dial {
         /// The connection that it becomes.
         id: i64,
-        /// What the server calls the dial.
+        /// Number of the dial at the server.
         random: i64,
-        /// Where to.
+        /// Requested destination.
         destination: Destination,
     },
     /// Queue this for the target, and report by [`AgentEnd::taken`].
     Deliver {
-        /// Which connection.
+        /// Connect id.
         id: i64,
-        /// Not empty.
+        /// The bytes, at least one.
         data: Bytes,
     },
-    /// The server's half has ended: what was delivered still reaches the target, then the end of file.
-    /// What the target sends is taken as before.
+    /// The server's half has ended: the target gets the bytes delivered before, then the end of
+    /// file. The driver goes on to send data of the target.
     FinishHalf {
-        /// Which connection.
+        /// Connect id.
         id: i64,
     },
-    /// The connection is closed: what was delivered still reaches the target, then the end of file.
+    /// The connection is closed: the target gets the bytes delivered before, then the end of file.
     Finish {
-        /// Which connection.
+        /// Connect id.
         id: i64,
     },
-    /// The dial or the connection ends now, without the rest of what was delivered.
+    /// The dial or the connection ends at once, without the rest of the delivered bytes.
     Abort {
-        /// Which connection.
+        /// Connect id.
         id: i64,
-        /// Why.
+        /// Reason of the end.
         reason: CloseReason,
     },
 }
@@ -132,7 +133,7 @@ struct Connection {
 enum State {
     Dialling,
     Open,
-    /// The target takes no more, or its end of file has come: what comes for it is dropped.
+    /// The target takes no more, or its end of file has arrived: later data for it is dropped.
     Deaf,
 }
 
@@ -144,7 +145,7 @@ struct Blocked {
 }
 
 impl AgentEnd {
-    /// A fresh stream.
+    /// Creates the end of a new stream.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         Self {
@@ -153,8 +154,8 @@ impl AgentEnd {
         }
     }
 
-    /// The same with a server that knows of halves, if `halves`: DATA without data is the end of its
-    /// half.
+    /// Creates the end of a new stream to a server that supports halves, if `halves`: DATA without
+    /// data is then the end of its half.
     #[must_use]
     pub fn with_halves(mut self, halves: bool) -> Self {
         self.halves = halves;
@@ -191,13 +192,13 @@ impl AgentEnd {
         self.blocked.is_some()
     }
 
-    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    /// Returns the next time at which to call [`handle_timeout`](Self::handle_timeout).
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.blocked.as_ref().map(|blocked| blocked.until)
     }
 
-    /// Does what is due by `now`; nothing if nothing is.
+    /// Does everything due by `now`.
     pub fn handle_timeout(&mut self, now: Instant) -> Option<Command> {
         let Blocked { id, .. } = *self.blocked.as_ref().filter(|b| b.until <= now)?;
         let reason = CloseReason::Stalled;
@@ -205,12 +206,12 @@ impl AgentEnd {
         Some(Command::Abort { id, reason })
     }
 
-    /// The next packet for the stream.
+    /// Returns the next packet for the stream.
     pub fn poll_transmit(&mut self) -> Option<Packet> {
         self.transmits.pop_front()
     }
 
-    /// A target was reached. Without effect when its dial has been given up.
+    /// Reports that a target was reached. Without effect after the dial was cancelled.
     pub fn dialled(&mut self, id: i64) {
         if let Some(connection) = self.dialling(id) {
             connection.state = State::Open;
@@ -220,7 +221,7 @@ impl AgentEnd {
         }
     }
 
-    /// A target was not reached; `error` is for the server's caller.
+    /// Reports that a target was not reached; `error` is for the server's caller.
     pub fn dial_failed(&mut self, id: i64, error: String) {
         if let Some(random) = self.dialling(id).map(|connection| connection.random) {
             self.forget(id);
@@ -228,7 +229,7 @@ impl AgentEnd {
         }
     }
 
-    /// A target has taken `bytes`, and with them the rest of so many packets.
+    /// Reports that a target has taken `bytes`, and with them the rest of so many packets.
     pub fn taken(&mut self, id: i64, bytes: usize, packets: usize, now: Instant) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
@@ -244,7 +245,7 @@ impl AgentEnd {
         }
     }
 
-    /// A target takes no more, but may still send.
+    /// Reports that a target takes no more; it may still send.
     pub fn stop(&mut self, id: i64) {
         if let Some(connection) = self.connections.get_mut(&id) {
             if connection.state == State::Open {
@@ -255,14 +256,15 @@ impl AgentEnd {
         }
     }
 
-    /// A target has ended, and all that it sent is on the stream.
+    /// Reports that a target has ended, and that all its data is on the stream.
     pub fn finish(&mut self, id: i64) {
         if self.close(id) {
             self.close_response(id, "");
         }
     }
 
-    /// A target or its connection is broken. A dial is no connection yet: it is answered.
+    /// Reports that a target or its connection is broken. A dial is no connection yet: the server
+    /// gets an answer.
     pub fn reset(&mut self, id: i64, error: &str) {
         if self.dialling(id).is_some() {
             self.dial_failed(id, error.to_owned());
@@ -271,14 +273,14 @@ impl AgentEnd {
         }
     }
 
-    /// Tells the server, once, to choose others for new dials.
+    /// Asks the server, once, to prefer other agents for new dials.
     pub fn drain(&mut self) {
         if !std::mem::replace(&mut self.draining, true) {
             self.transmits.push_back(Packet::Drain);
         }
     }
 
-    /// Dials under way and connections.
+    /// Returns the number of concurrent dials and connections.
     #[must_use]
     pub fn len(&self) -> usize {
         self.connections.len()
@@ -315,7 +317,7 @@ impl AgentEnd {
         })
     }
 
-    /// Where to, or why not.
+    /// Returns the destination of a permitted request, or the reason of the refusal.
     fn admit(&self, protocol: &str, address: &str) -> Result<Destination, String> {
         if protocol != "tcp" {
             return Err("dial: unknown network; this agent dials tcp alone".to_owned());

@@ -1,8 +1,9 @@
-//! gRPC's framing: each message is preceded by a flag, which is 0, and by its length in four bytes,
+//! gRPC's framing: before each message a flag, which is 0, and its length in four bytes,
 //! big-endian.
 //!
-//! A message over [`MAX_MESSAGE`] is refused when its length is read. The decoder keeps at most one
-//! message, and only one that came in pieces; any other payload stays where it was received.
+//! The decoder refuses a message over [`MAX_MESSAGE`] when it reads the length. It stores at most
+//! one message, and only one that arrived in pieces; any other payload stays in the buffer that
+//! received it.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
@@ -12,7 +13,7 @@ use thiserror::Error;
 use super::Packet;
 use super::generated::{self as wire, PacketType};
 
-/// The longest message, in bytes, without its frame: what grpc-go accepts unless told otherwise.
+/// Maximum length of a message, in bytes, without its frame: the default of grpc-go.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
 /// The most bytes of a connection that we put in one packet.
@@ -28,7 +29,7 @@ const CONNECT_ID: u8 = 1 << 3;
 const PAYLOAD: u8 = 3 << 3 | LENGTH_DELIMITED;
 const LENGTH_DELIMITED: u8 = 2;
 
-/// Why a stream of packets can't be read further.
+/// Reason why a stream of packets can't be read further.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum DecodeError {
     /// The message is too long.
@@ -65,8 +66,8 @@ fn put_header(out: &mut BytesMut, length: usize) {
     out.put_u32(length as u32);
 }
 
-/// Everything of a DATA packet that comes before its payload of `length` bytes ([`MAX_DATA`] at
-/// most, not 0), so that the payload need not be copied.
+/// Returns everything of a DATA packet before its payload of `length` bytes (from 1 to
+/// [`MAX_DATA`]), so that the payload need not be copied.
 #[must_use]
 pub fn data_head(connect_id: i64, length: usize) -> Bytes {
     let id = connect_id as u64;
@@ -93,13 +94,13 @@ pub fn data_head(connect_id: i64, length: usize) -> Bytes {
 /// Cuts a stream of bytes into packets.
 #[derive(Debug, Default)]
 pub struct Decoder {
-    /// The head of a message of which not everything has come.
+    /// Head of an incomplete message.
     partial: BytesMut,
 }
 
 impl Decoder {
-    /// Takes the next packet from the head of `input`, together with what earlier calls left
-    /// incomplete. `None`: `input` is used up and more bytes are needed.
+    /// Takes the next packet from the head of `input`, together with the incomplete rest of earlier
+    /// calls. `None`: `input` is used up and more bytes are needed.
     ///
     /// # Errors
     /// [`DecodeError`]. The stream can't be read further.
@@ -144,7 +145,7 @@ impl Decoder {
 enum Missing {
     /// The message, of this length, is complete.
     Nothing { length: usize },
-    /// At least this many bytes are missing, and no more than these may be taken.
+    /// At least this number of bytes is missing, and the decoder may take no more.
     Bytes(usize),
 }
 

@@ -1,8 +1,9 @@
-//! What an agent says it serves, in one field of its metadata: a URL query with the keys `ipv4`,
-//! `ipv6`, `host` and `cidr`, each as often as wanted, and `default-route`.
+//! Identifiers of an agent: its served destinations, in one field of its metadata. The field is a
+//! URL query with the keys `ipv4`, `ipv6`, `host` and `cidr`, each any number of times, and
+//! `default-route`.
 //!
-//! Upstream compares texts, and so takes any text under any of `ipv4`, `ipv6` and `host`. Here each
-//! of these keys may hold an address of either kind or a name, and the value counts as what it is.
+//! Upstream compares texts, and so accepts any text for `ipv4`, `ipv6` and `host`. Here each of
+//! these keys accepts an address of either family or a name, whose form decides its kind.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +16,7 @@ use thiserror::Error;
 use crate::preface::{Host, Name, NameError};
 use crate::route::{Claim, MAX_CLAIM_LEN, MAX_CLAIMS, NamePattern, canonical};
 
-/// The most identifiers of one agent; what comes behind them is ignored.
+/// Maximum number of identifiers of one agent; later ones are ignored.
 pub const MAX_IDENTIFIERS: usize = MAX_CLAIMS;
 
 /// The identifiers of one agent, in canonical form. `Display` gives the text of the metadata.
@@ -29,14 +30,14 @@ pub struct Identifiers {
     pub host: Vec<Name>,
     /// Networks.
     pub cidr: Vec<IpNet>,
-    /// Whatever no other agent serves.
+    /// Every destination that no other agent serves.
     pub default_route: bool,
 }
 
 /// A part of the identifiers that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum IdentifierError {
-    /// The key is none of ours.
+    /// The key is unknown.
     #[error("there are no identifiers {0:?}; write ipv4, ipv6, host, cidr or default-route")]
     UnknownKey(String),
     /// Not a URL query.
@@ -48,7 +49,7 @@ pub enum IdentifierError {
     /// Not a network.
     #[error("{0:?} is not a network: write address/prefix, such as 10.244.1.0/24")]
     Cidr(String),
-    /// There are too many.
+    /// There are more than [`MAX_IDENTIFIERS`].
     #[error("more than {MAX_IDENTIFIERS} identifiers; name networks instead of addresses")]
     TooMany,
 }
@@ -60,7 +61,7 @@ impl From<NameError> for IdentifierError {
 }
 
 impl Identifiers {
-    /// Reads them as a server does: what can't be used is left out and told.
+    /// Reads the identifiers as a server does: unusable ones are skipped and returned.
     #[must_use]
     pub fn parse_lenient(text: &str) -> (Self, Vec<IdentifierError>) {
         let mut identifiers = Self::default();
@@ -94,8 +95,8 @@ impl Identifiers {
         (identifiers, unusable)
     }
 
-    /// Reads them as an agent reads its own option: a bad value is left out and told, as by
-    /// [`parse_lenient`](Self::parse_lenient), and all else is an error.
+    /// Reads the identifiers as an agent reads its own option: a bad value is skipped and returned,
+    /// as by [`parse_lenient`](Self::parse_lenient), and any other fault is an error.
     ///
     /// # Errors
     /// [`IdentifierError`]: an unknown key, bad encoding, or too many of them.
@@ -110,7 +111,7 @@ impl Identifiers {
         }
     }
 
-    /// The claims that they amount to.
+    /// Returns the claims that the identifiers stand for.
     #[must_use]
     pub fn claims(&self) -> Vec<Claim> {
         let ipv4 = self.ipv4.iter().map(|&ip| Claim::Address(ip.into()));
@@ -147,7 +148,8 @@ fn pairs(text: &str) -> impl Iterator<Item = &str> {
     text.split('&').filter(|pair| !pair.is_empty())
 }
 
-/// As Go's url.ParseQuery, which refuses what other parsers take literally.
+/// Decodes a part of a query like Go's url.ParseQuery, which refuses texts that other parsers take
+/// literally.
 fn decode(pair: &str) -> Result<(Cow<'_, str>, Cow<'_, str>), IdentifierError> {
     let mut behind_percent = pair.split('%').skip(1);
     let escaped = behind_percent.all(|rest| {
@@ -160,12 +162,12 @@ fn decode(pair: &str) -> Result<(Cow<'_, str>, Cow<'_, str>), IdentifierError> {
         .ok_or_else(|| IdentifierError::Encoding(excerpt(pair)))
 }
 
-/// As Go's strconv.ParseBool; what is no such text is false.
+/// Parses a boolean like Go's strconv.ParseBool; any other text is false.
 fn is_true(value: &str) -> bool {
     matches!(value, "1" | "t" | "T" | "true" | "TRUE" | "True")
 }
 
-/// For an error's text.
+/// Shortens a text for an error.
 fn excerpt(text: &str) -> String {
     text[..text.floor_char_boundary(MAX_CLAIM_LEN)].to_owned()
 }

@@ -1,4 +1,4 @@
-//! The packets, as the rest of the program sees them.
+//! The packets of a stream, in checked form.
 
 use bytes::{Bytes, BytesMut};
 use prost::Message;
@@ -8,8 +8,8 @@ use super::generated as wire;
 use super::generated::PacketType;
 use super::generated::packet::Payload;
 
-/// Payloads below this are copied out of the buffer that they came in: a byte that waits to be
-/// written must not hold all that arrived beside it.
+/// Size below which a payload is copied out of its receive buffer: a byte that waits to be written
+/// must not hold the whole buffer.
 const COPY_BELOW: usize = 2 << 10;
 
 /// One message of a stream.
@@ -19,14 +19,14 @@ pub enum Packet {
     DialRequest {
         /// The network, "tcp" as a rule.
         protocol: String,
-        /// Where to: host:port.
+        /// Destination, as host:port.
         address: String,
         /// Names the dial until it is answered.
         random: i64,
     },
     /// DIAL_RSP: the answer.
     DialResponse {
-        /// Why there is no connection; empty where there is one.
+        /// Error text; empty for an established connection.
         error: String,
         /// Names the connection; 0 where there is none.
         connect_id: i64,
@@ -35,24 +35,24 @@ pub enum Packet {
     },
     /// DATA: bytes of a connection.
     Data {
-        /// Which connection; 0 is none.
+        /// Connect id; 0 means none.
         connect_id: i64,
         /// The bytes.
         data: Bytes,
     },
     /// CLOSE_REQ: the connection is to end.
     CloseRequest {
-        /// Which connection.
+        /// Connect id.
         connect_id: i64,
     },
     /// CLOSE_RSP: the connection has ended.
     CloseResponse {
-        /// What went wrong; empty in an orderly close.
+        /// Error text; empty in an orderly close.
         error: String,
-        /// Which connection.
+        /// Connect id.
         connect_id: i64,
     },
-    /// DIAL_CLS: the dial is no longer wanted.
+    /// DIAL_CLS: the server cancels the dial.
     CloseDial {
         /// The number in its request.
         random: i64,
@@ -64,7 +64,7 @@ pub enum Packet {
 }
 
 impl Packet {
-    /// The packet as it is sent, its gRPC frame included.
+    /// Returns the bytes of the packet, with its gRPC frame.
     #[must_use]
     pub fn frame(&self) -> Bytes {
         if let Self::Data { connect_id, data } = self {

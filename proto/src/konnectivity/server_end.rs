@@ -1,38 +1,41 @@
-//! The server's end of an agent's stream, without I/O: dials, the connections that come of them,
-//! and what tells a living agent from a wedged one.
+//! The server's end of an agent's stream, without I/O: dials, their connections, and the
+//! distinction between a living agent and a stuck one.
 //!
 //! One stream carries everything, in order and without flow control of its own, and the agent
 //! handles packets one at a time. Three things follow.
 //!
-//! **The barrier.** A CLOSE_REQ for a connection that can't exist (ids count up from 1, ours are
-//! below 0) is answered by every agent, in turn. Its answer says that all that was sent before has
-//! been taken off the stream. So it is the heartbeat as well: [`Event::Silent`] after
-//! [`SILENT_AFTER`] without an answer, [`Event::Alive`] at the next, and the end after [`LOST_AFTER`].
-//! A fresh agent counts as silent until it has answered once.
+//! **The barrier.** Every agent answers, in turn, a CLOSE_REQ for a connection that can't exist:
+//! ids count up from 1, and barriers use ids below 0. The answer proves that the agent has taken
+//! everything before it off the stream. So a barrier is the heartbeat as well: [`Event::Silent`]
+//! after [`SILENT_AFTER`] without an answer, [`Event::Alive`] at the next one, and the end after
+//! [`LOST_AFTER`]. A new agent counts as silent until its first answer.
 //!
-//! **Closing.** An agent that is told to close throws away what it has yet to write to the target, and
-//! the protocol knows no half-close. So a client's end of file is not passed on at once. First a barrier,
-//! then the target gets the time to take what the agent may hold of it, at [`SLOWEST_TARGET`]. A client
-//! that reads no more ([`ServerEnd::stop`]) waits for nothing else, nor does one whose last word ends a
-//! session ([`ServerEnd::says_goodbye`]): CLOSE_REQ follows. For one that is known to read on
-//! ([`ServerEnd::finish_half`]), and one whose bytes the target has not answered, answers are taken for
-//! [`LINGER`]. Of any other it is not known whether it reads on: the rest of its answer is taken until the
-//! target has been quiet for [`QUIET`]. What is lost all the same: what a slower target has not taken, and
-//! an answer that comes later than that. What comes from the target is never lost: the agent sends it
-//! before CLOSE_RSP, and it can be read after that.
+//! **Closing.** An agent that receives CLOSE_REQ discards the bytes that it has yet to write to the
+//! target, and the protocol has no half-close. So this end delays a client's end of file. A barrier
+//! comes first, then a delay in which the target can take, at [`SLOWEST_TARGET`], the bytes that
+//! the agent may hold for it. CLOSE_REQ follows at once for a client that reads no more
+//! ([`ServerEnd::stop`]), and for one whose last bytes end a session
+//! ([`ServerEnd::is_session_end`]). A client that is known to read on ([`ServerEnd::finish_half`]),
+//! and one whose bytes the target has not answered, get answers for [`LINGER`]. Of any other client
+//! this end does not know whether it reads on: that client gets the rest of its answer until the
+//! target has been quiet for [`QUIET`]. Two things are lost: bytes that a slower target has not
+//! taken, and an answer that comes later than that. Bytes of the target are never lost: the agent
+//! sends them before CLOSE_RSP, and they can be read after that.
 //!
-//! **Halves.** An agent of ours says that it knows of them ([`ServerEnd::with_halves`]): to it DATA
-//! without data is the end of file, behind all that was sent, and the target may go on. CLOSE_REQ follows
-//! when nothing of that is read any more. So nothing is waited for.
+//! **Halves.** An agent of ours announces that it supports halves ([`ServerEnd::with_halves`]). For
+//! such an agent DATA without data is the end of file, behind everything sent before, and the
+//! target may go on. CLOSE_REQ follows when the client reads no more. So nothing has to be delayed.
 //!
-//! **Slow readers.** A connection holds at most [`RECEIVE_QUEUE`] bytes and one packet that nobody
-//! has read. Beyond, nothing more is to be taken off the stream ([`ServerEnd::wants_packets`]),
-//! which stops its neighbours as well. A reader that takes nothing for [`STALLED_AFTER`] then loses
-//! its connection, and the others go on. Clocks that run against the agent stand still meanwhile.
+//! **Slow readers.** A connection holds at most [`RECEIVE_QUEUE`] unread bytes and one packet.
+//! Above that the driver must take no further packet off the stream ([`ServerEnd::wants_packets`]),
+//! which blocks the other connections as well. A reader that takes no data for [`STALLED_AFTER`]
+//! then loses its connection, and the others go on. Timeouts that count against the agent stop
+//! meanwhile.
 //!
-//! Bounds: what is kept is what our own dials opened, plus [`MAX_CLOSING`] ids. Every dial ends, by
-//! its answer or when it is given up, which is the caller's to do in time. Who may be dialled, when
-//! packets are written and what a connection is otherwise known by (`W`) is left to the driver.
+//! Bounds: one entry for each dial of this server, plus [`MAX_CLOSING`] ids. Every dial ends, by
+//! its answer or by its caller, who must cancel it in time. The driver decides which destinations
+//! may be dialled and when packets are written, and chooses the value by which it knows a
+//! connection (`W`).
 
 mod backlog;
 mod barrier;
@@ -56,7 +59,7 @@ pub use self::connection::{Answer, ReadEnd, WriteEnd};
 /// Bytes of one connection that may wait to be read before the stream is held.
 pub const RECEIVE_QUEUE: usize = 1 << 20;
 
-/// A held stream goes on at the expense of the reader that takes nothing for so long.
+/// Time after which a reader that takes no data and so blocks the stream loses its connection.
 pub const STALLED_AFTER: Duration = Duration::from_secs(10);
 
 /// Between an answered barrier and the next, while there are connections.
@@ -68,31 +71,32 @@ pub const HEARTBEAT_IDLE: Duration = Duration::from_secs(10);
 /// An agent that has not answered a barrier for so long gets no new dials.
 pub const SILENT_AFTER: Duration = Duration::from_secs(5);
 
-/// One that has not answered for so long is lost: only a new stream gets past what blocks it. Long,
-/// since the target that blocks it may still go on, and with it everybody on the stream.
+/// Time without an answer after which the agent is lost: only a new stream gets past the cause. It
+/// is long, because the target that blocks the stream may still go on, and with it every
+/// connection.
 pub const LOST_AFTER: Duration = Duration::from_secs(300);
 
-/// A target that has sent nothing for so long has no more to say to a client that may have left.
+/// Time after which a quiet target has no more data for a client that may have left.
 pub const QUIET: Duration = Duration::from_millis(500);
 
-/// What a target is taken to read at least, in bytes a second: for so long it is left what the agent
-/// may hold of what was sent to it.
+/// Assumed minimum speed of a target's reads, in bytes a second. It decides how long a target keeps
+/// its connection for the bytes that the agent may hold.
 pub const SLOWEST_TARGET: u32 = 1 << 20;
 
-/// The most that an agent holds for one target: 150 packets of ours.
+/// Maximum number of bytes that an agent holds for one target: 150 packets of this server.
 const AGENT_QUEUE: usize = 150 * MAX_DATA;
 
-/// For so long answers are taken after a client's end of file.
+/// Time for which answers are taken after a client's end of file.
 pub const LINGER: Duration = Duration::from_secs(10);
 
-/// A connection that the agent was told to close is given up when it has not said for so long that
-/// it has, though it answers barriers.
+/// Time without CLOSE_RSP after which a closed connection is given up, though the agent answers
+/// barriers.
 pub const CLOSED_AFTER: Duration = Duration::from_secs(30);
 
-/// Ids that the agent has been told to close and may not have closed yet.
+/// Maximum number of ids with a CLOSE_REQ but no CLOSE_RSP yet.
 pub const MAX_CLOSING: usize = 16 * 1024;
 
-/// A dial, and the connection that comes of it: what the wire calls `random`.
+/// Number of a dial and of its connection: `random` on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DialId(pub i64);
 
@@ -101,7 +105,7 @@ pub struct DialId(pub i64);
 #[error("dial id {} is in use on this stream", .0.0)]
 pub struct InUse(pub DialId);
 
-/// Why a stream can't go on.
+/// Reason why a stream can't continue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum StreamError {
     /// The agent handles no packets any more.
@@ -110,13 +114,13 @@ pub enum StreamError {
         LOST_AFTER.as_secs()
     )]
     Lost,
-    /// The agent goes on about connections that it was told to close.
+    /// The agent keeps sending for connections that this server has closed.
     #[error("the agent names more than {MAX_CLOSING} connections that are not known here")]
     Flood,
 }
 
 impl StreamError {
-    /// What it is in the closed set.
+    /// Returns the reason in the closed set.
     #[must_use]
     pub fn reason(self) -> CloseReason {
         match self {
@@ -126,12 +130,13 @@ impl StreamError {
     }
 }
 
-/// What the driver is told.
+/// Event for the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<W> {
-    /// Something about this connection has changed: whoever waits for it may look again.
+    /// The state of this connection has changed: its waiting tasks must look again.
     Changed(W),
-    /// Its reader took nothing for [`STALLED_AFTER`] and held up the others: it was reset.
+    /// The reader took no data for [`STALLED_AFTER`] and blocked the others: the connection was
+    /// reset.
     Stalled(W),
     /// The agent answers: at first, and after each [`Event::Silent`].
     Alive,
@@ -141,17 +146,17 @@ pub enum Event<W> {
     Draining,
 }
 
-/// The server's end of one agent's stream. After each call the driver takes what there is from
+/// The server's end of one agent's stream. After each call the driver takes everything from
 /// [`poll_transmit`](Self::poll_transmit) and [`poll_event`](Self::poll_event).
 #[derive(Debug)]
 pub struct ServerEnd<W> {
     connections: HashMap<DialId, Connection<W>>,
-    /// What the agent's ids stand for.
+    /// Owners of the agent's ids.
     ids: HashMap<i64, Holder>,
     /// Ids that are being closed, oldest first, with the last barrier that was sent before.
     closing: VecDeque<(u64, i64)>,
     barriers: Barriers,
-    /// When connections that linger want to be looked at.
+    /// Lingering connections, by the time of their next check.
     lingering: BinaryHeap<Reverse<(Instant, DialId)>>,
     held: Option<Held>,
     /// Whether the agent knows of halves.
@@ -160,11 +165,11 @@ pub struct ServerEnd<W> {
     events: VecDeque<Event<W>>,
 }
 
-/// What an agent's id stands for.
+/// Owner of an agent's id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
     Connection(DialId),
-    /// Told to close, after this many barriers; what still comes of it is dropped.
+    /// Closed, after this number of barriers; later packets for it are dropped.
     Closing(u64),
 }
 
@@ -176,7 +181,7 @@ struct Held {
 }
 
 impl<W: Clone> ServerEnd<W> {
-    /// An end that asks its first question at once.
+    /// Creates an end that sends its first barrier at once.
     #[must_use]
     pub fn new(now: Instant) -> Self {
         let mut end = Self {
@@ -194,7 +199,7 @@ impl<W: Clone> ServerEnd<W> {
         end
     }
 
-    /// The same for an agent that knows of halves, if `halves`.
+    /// Creates an end for an agent that supports halves, if `halves`.
     #[must_use]
     pub fn with_halves(mut self, halves: bool) -> Self {
         self.halves = halves;
@@ -218,19 +223,19 @@ impl<W: Clone> ServerEnd<W> {
         Ok(())
     }
 
-    /// What the agent said to a dial; `None` while it has said nothing.
+    /// Returns the agent's answer to a dial; `None` before it.
     #[must_use]
     pub fn answer(&self, dial: DialId) -> Option<Answer> {
         self.connections.get(&dial)?.answer()
     }
 
-    /// The id that DATA towards the target carries; `None` before the answer and after the end.
+    /// Returns the id for DATA towards the target; `None` before the answer and after the end.
     #[must_use]
     pub fn connect_id(&self, dial: DialId) -> Option<i64> {
         self.connections.get(&dial)?.sends_as()
     }
 
-    /// Appends some of what the target has sent; `Ok(false)`: there is nothing yet.
+    /// Appends a part of the target's data; `Ok(false)`: there is none yet.
     ///
     /// # Errors
     /// [`ReadEnd`] once everything has been read.
@@ -250,7 +255,7 @@ impl<W: Clone> ServerEnd<W> {
         Ok(read)
     }
 
-    /// Why nothing that waits to be read counts any more; `None` unless the connection was reset.
+    /// Returns why unread data no longer counts; `None` unless the connection was reset.
     #[must_use]
     pub fn reset_reason(&self, dial: DialId) -> Option<CloseReason> {
         match self.connections.get(&dial)?.read_end()? {
@@ -259,13 +264,13 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Why nothing more can be sent to the target; `None` while it can.
+    /// Returns why the target gets no more data; `None` while it does.
     #[must_use]
     pub fn write_end(&self, dial: DialId) -> Option<WriteEnd> {
         self.connections.get(&dial)?.write_end()
     }
 
-    /// `bytes` of DATA were sent to the target.
+    /// Reports that `bytes` of DATA were sent to the target.
     pub fn sent(&mut self, dial: DialId, bytes: usize, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.backlog.add(bytes, now);
@@ -273,21 +278,21 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// What was sent last ends a session within the connection: it wants no answer.
+    /// Reports that the bytes sent last end a session within the connection, which needs no answer.
     pub fn says_goodbye(&mut self, dial: DialId) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.awaits = Await::Nothing;
         }
     }
 
-    /// Nothing more will be sent to the target: it is told when it has had time to take what was, and
-    /// to answer where an answer may be waited for.
+    /// Reports that the target gets no more data. CLOSE_REQ follows once the target has had time to
+    /// take the earlier bytes, and to answer where an answer may follow.
     pub fn finish(&mut self, dial: DialId, now: Instant) {
         let awaits = self.connections.get(&dial).map(|c| c.awaits);
         self.finish_awaiting(dial, awaits.unwrap_or(Await::Rest), now);
     }
 
-    /// As [`finish`](Self::finish), of a client that is known to read on.
+    /// Does the same as [`finish`](Self::finish) for a client that is known to read on.
     pub fn finish_half(&mut self, dial: DialId, now: Instant) {
         self.finish_awaiting(dial, Await::Answer, now);
     }
@@ -311,7 +316,7 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Nothing more of what the target sends will be read.
+    /// Reports that the target's further data has no reader.
     pub fn stop(&mut self, dial: DialId, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.discard();
@@ -324,7 +329,7 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Gives a connection or a dial up: what is under way may be lost.
+    /// Cancels a connection or a dial; data under way may be lost.
     pub fn reset(&mut self, dial: DialId, reason: CloseReason, now: Instant) {
         let Some(connection) = self.connections.get_mut(&dial) else {
             return;
@@ -352,8 +357,8 @@ impl<W: Clone> ServerEnd<W> {
         self.made_room(dial, now);
     }
 
-    /// Nobody asks after this connection any more. One that was finished is still closed in order,
-    /// any other is reset.
+    /// Releases a connection that has no user any more. A finished one still closes in order, any
+    /// other is reset.
     pub fn release(&mut self, dial: DialId, now: Instant) {
         let Some(connection) = self.connections.get_mut(&dial) else {
             return;
@@ -367,7 +372,7 @@ impl<W: Clone> ServerEnd<W> {
         self.connections.remove(&dial);
     }
 
-    /// The link is gone, and every connection with it.
+    /// Ends every connection, because the link is lost.
     pub fn close_all(&mut self, reason: CloseReason) {
         self.ids.clear();
         self.lingering.clear();
@@ -392,7 +397,7 @@ impl<W: Clone> ServerEnd<W> {
         self.connections.is_empty()
     }
 
-    /// Does what is due by `now`; nothing if nothing is.
+    /// Does everything due by `now`.
     ///
     /// # Errors
     /// [`StreamError::Lost`]: end the stream.
@@ -421,7 +426,7 @@ impl<W: Clone> ServerEnd<W> {
         Ok(())
     }
 
-    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    /// Returns the next time at which to call [`handle_timeout`](Self::handle_timeout).
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
         if let Some(held) = self.held {
@@ -432,17 +437,18 @@ impl<W: Clone> ServerEnd<W> {
         lingering.map_or(barrier, |at| at.min(barrier))
     }
 
-    /// The next packet for the stream.
+    /// Returns the next packet for the stream.
     pub fn poll_transmit(&mut self) -> Option<Packet> {
         self.transmit.pop_front()
     }
 
-    /// The next thing to know.
+    /// Returns the next event.
     pub fn poll_event(&mut self) -> Option<Event<W>> {
         self.events.pop_front()
     }
 
-    /// A connection that lingers is told to close when it is due, and given up when it does not.
+    /// Sends CLOSE_REQ for a lingering connection when that is due, and gives the connection up
+    /// when no answer follows.
     fn linger(&mut self, dial: DialId, now: Instant) {
         let connection = self.connections.get_mut(&dial);
         let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
@@ -468,7 +474,7 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Tells the agent to close a connection for good.
+    /// Sends CLOSE_REQ for a connection.
     fn tell(&mut self, dial: DialId, now: Instant) {
         let connection = self.connections.get_mut(&dial);
         let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
@@ -490,7 +496,7 @@ impl<W: Clone> ServerEnd<W> {
         self.reset(dial, CloseReason::Stalled, now);
     }
 
-    /// The agent has been told to close `id`.
+    /// Notes that CLOSE_REQ for `id` was sent.
     fn close(&mut self, id: i64) {
         let after = self.barriers.sent();
         self.ids.insert(id, Holder::Closing(after));
@@ -511,7 +517,7 @@ impl<W: Clone> ServerEnd<W> {
         self.barriers.heard() + interval
     }
 
-    /// Something of `dial` was read or thrown away.
+    /// Notes that data of `dial` was read or dropped.
     fn made_room(&mut self, dial: DialId, now: Instant) {
         let Some(held) = self.held.as_mut().filter(|held| held.dial == dial) else {
             return;

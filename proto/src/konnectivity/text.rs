@@ -1,4 +1,5 @@
-//! The texts that stand for reasons: Konnectivity has no codes, and its programs look for words.
+//! Texts that stand for reasons: Konnectivity has no codes, and its programs search texts for
+//! words.
 
 use crate::close::CloseReason;
 
@@ -14,7 +15,7 @@ pub const CLOSE_BEFORE_DIAL: &str = "backend uninitialized";
 /// CLOSE_RSP of a server: the frontend sends before it has dialled.
 pub const DATA_BEFORE_DIAL: &str = "backend not initialized";
 
-/// CLOSE_RSP of a server: the agent can't be told that the connection is to end.
+/// CLOSE_RSP of a server that can't ask the agent to end the connection.
 pub const CLOSE_FAILED: &str = "CLOSE_REQ to backend failed";
 
 /// CLOSE_RSP of a server: the frontend has sent for two connections on one stream.
@@ -26,7 +27,7 @@ pub const UNRECOGNIZED_CONNECTION: &str = "unrecognized connectID";
 /// CLOSE_RSP of an agent: CLOSE_REQ for a connection that it does not have.
 pub const UNKNOWN_CONNECTION: &str = "Unknown connectID";
 
-/// Words in the errors of Go's dialler, and what each means; the first that fits counts.
+/// Words in the errors of Go's dialler, with the meaning of each. The first match counts.
 const WORDS: [(&str, CloseReason); 10] = [
     ("too many open files", CloseReason::Overloaded),
     ("connection refused", CloseReason::ConnectionRefused),
@@ -40,7 +41,7 @@ const WORDS: [(&str, CloseReason); 10] = [
     ("network is down", CloseReason::NetworkUnreachable),
 ];
 
-/// What the error of a DIAL_RSP means.
+/// Returns the meaning of the error of a DIAL_RSP.
 #[must_use]
 pub fn reason(error: &str) -> CloseReason {
     let error = error.to_ascii_lowercase();
@@ -50,8 +51,8 @@ pub fn reason(error: &str) -> CloseReason {
         .map_or(CloseReason::DialFailed, |&(_, reason)| reason)
 }
 
-/// The error of a DIAL_RSP, in the form of Go's dialler, which servers and their clients look for
-/// words in. `detail` is said where Go has no words for the reason.
+/// Returns the error of a DIAL_RSP, in the form of Go's dialler, which servers and their clients
+/// search for words. `detail` is the text where Go has no words for the reason.
 #[must_use]
 pub fn go_error(destination: &str, reason: CloseReason, detail: &str) -> String {
     match reason {

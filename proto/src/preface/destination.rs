@@ -1,4 +1,4 @@
-//! Where a connection goes: an IP address or a DNS name, and a port.
+//! Destination of a connection: an IP address or a DNS name, and a port.
 //!
 //! Every value has one form: names are lower case without a trailing dot, and an IPv4-mapped IPv6
 //! address is the IPv4 address. So values can be compared, looked up and checked against a policy
@@ -38,7 +38,7 @@ impl Name {
     /// The longest name, in bytes.
     pub const MAX_LEN: usize = 253;
 
-    /// The name.
+    /// Returns the name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -114,7 +114,7 @@ impl From<Name> for Host {
 impl FromStr for Host {
     type Err = NameError;
 
-    /// An address without brackets, or a name.
+    /// Parses an address without brackets, or a name.
     fn from_str(text: &str) -> Result<Self, NameError> {
         match text.parse::<IpAddr>() {
             Ok(address) => Ok(address.into()),
@@ -180,13 +180,13 @@ pub struct Destination {
 /// The text is not a destination.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum DestinationError {
-    /// There is no `:port` behind the host.
+    /// The host has no `:port`.
     #[error("the port is missing: write host:port, or [address]:port for IPv6")]
     MissingPort,
     /// The port is not a number from 1 to 65535.
     #[error("the port must be a number from 1 to 65535")]
     BadPort,
-    /// What stands in brackets is not an IPv6 address.
+    /// The text in brackets is not an IPv6 address.
     #[error("only an IPv6 address stands in brackets, and without brackets none does")]
     BadBrackets,
     /// The host is neither an address nor a name.
@@ -195,7 +195,7 @@ pub enum DestinationError {
 }
 
 impl Destination {
-    /// A destination of this host and port; an IPv4-mapped address becomes an IPv4 address.
+    /// Creates a destination; an IPv4-mapped address becomes an IPv4 address.
     #[must_use]
     pub fn new(host: impl Into<Host>, port: u16) -> Self {
         Self {

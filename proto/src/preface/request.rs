@@ -1,4 +1,4 @@
-//! The dial request: what the server asks of an agent.
+//! The dial request of a server to an agent.
 
 use std::fmt;
 use std::time::Duration;
@@ -14,7 +14,7 @@ pub(super) const MAX_BODY: u64 = 512;
 /// The longest deadline of a dial.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(600);
 
-/// What a stream carries.
+/// Content of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StreamKind {
     /// The bytes of one TCP connection.
@@ -49,15 +49,15 @@ impl fmt::Display for ConnectionId {
 /// The head of a stream that the server opened: connect me to this.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DialRequest {
-    /// What the stream carries.
+    /// Content of the stream.
     pub kind: StreamKind,
     /// The connection's name in logs.
     pub id: ConnectionId,
-    /// Where to.
+    /// Requested destination.
     pub destination: Destination,
-    /// How long the dial may take from now on. Sent in whole milliseconds, [`MAX_DEADLINE`] at most.
+    /// Remaining time for the dial. Sent in whole milliseconds, [`MAX_DEADLINE`] at most.
     pub deadline: Duration,
-    /// How many agents were asked before this one.
+    /// Number of agents asked before this one.
     pub attempt: u8,
 }
 
@@ -78,8 +78,8 @@ impl DialRequest {
         out.put_slice(&body);
     }
 
-    /// Reads a request from the head of `buf`, and tells how many bytes it took. `None`: more bytes
-    /// are needed.
+    /// Reads a request from the head of `buf`, and returns it with the number of its bytes. `None`:
+    /// more bytes are needed.
     ///
     /// # Errors
     /// [`PrefaceError`], as soon as the bytes at hand can't become a valid request.

@@ -1,4 +1,4 @@
-//! The dial response: what the agent answers.
+//! The dial response of an agent.
 
 use bytes::{BufMut, BytesMut};
 
@@ -14,13 +14,13 @@ pub const MAX_DETAIL: usize = 256;
 pub enum DialResponse {
     /// The target is connected; its bytes follow.
     Connected,
-    /// There will be no connection.
+    /// There is no connection.
     Refused {
-        /// Why; its class tells whether another agent may be tried. `Finished`, whose code on the
-        /// wire says connected, is sent as `Internal`.
+        /// Reason; its class decides whether another agent may be tried. `Finished`, whose code on
+        /// the wire means connected, is sent as `Internal`.
         reason: CloseReason,
-        /// For a person to read, such as the operating system's error. [`MAX_DETAIL`] bytes at
-        /// most; the rest is not sent. May hold any character: escape it before it is printed.
+        /// Text for people, such as the operating system's error. [`MAX_DETAIL`] bytes at most; the
+        /// rest is not sent. The text may hold any character: escape it before printing.
         detail: String,
     },
 }
@@ -42,8 +42,8 @@ impl DialResponse {
         out.put_slice(detail.as_bytes());
     }
 
-    /// Reads a response from the head of `buf`, and tells how many bytes it took. `None`: more
-    /// bytes are needed.
+    /// Reads a response from the head of `buf`, and returns it with the number of its bytes.
+    /// `None`: more bytes are needed.
     ///
     /// A code that this release does not know counts as [`CloseReason::DialFailed`], whatever its
     /// range: that is never tried again. A detail that is not UTF-8 is read as far as it is.
@@ -78,7 +78,7 @@ impl DialResponse {
     }
 }
 
-/// The head of `detail` that fits.
+/// Returns the head of `detail` that fits.
 fn cut(detail: &str) -> &str {
     &detail[..detail.floor_char_boundary(MAX_DETAIL)]
 }

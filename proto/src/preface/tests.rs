@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::varint::VarInt;
 
-/// What every decoder of the head of a stream owes: it takes no more than it is given, and the
-/// answer that it gives, by value or by error, does not depend on how much arrived at once.
+/// Checks what every decoder of the head of a stream must do: it takes no more than its input, and
+/// its result, value or error, does not depend on how the bytes arrived.
 pub(crate) fn check_incremental<T, E>(
     bytes: &[u8],
     decode: impl Fn(&[u8]) -> Result<Option<(T, usize)>, E>,
@@ -103,7 +103,7 @@ fn encoded_response(response: &DialResponse) -> Vec<u8> {
     out.to_vec()
 }
 
-/// A request around this body.
+/// Returns a request with this body.
 fn with_body(body: &[u8]) -> Vec<u8> {
     let mut bytes = vec![1];
     VarInt::from(body.len() as u16).encode(&mut bytes);
@@ -352,7 +352,7 @@ proptest! {
         check_incremental(&with_body(&body), DialRequest::decode)?;
     }
 
-    /// A valid request with one byte changed reaches further into the decoder than noise does.
+    /// A valid request with one changed byte reaches further into the decoder than noise does.
     #[test]
     fn damaged_requests(request in any_request(), at: prop::sample::Index, byte: u8) {
         let mut bytes = encoded(&request);

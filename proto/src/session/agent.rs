@@ -15,30 +15,30 @@ use crate::control::envelope::Message;
 use crate::control::{CertificateRequest, Routes, Statistics};
 use crate::route::{Claim, to_offer};
 
-/// What an agent's driver is told.
+/// Event for an agent's driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AgentEvent {
     /// The server took the agent in. Once, before any other event.
     Welcomed(Welcome),
-    /// The answer to an [`offer`](AgentSession::offer); answers come in the order of the offers.
+    /// Answer to an [`offer`](AgentSession::offer); answers come in the order of the offers.
     Verdict {
         /// The part of the offer that connections will be sent for.
         accepted: Vec<Claim>,
-        /// Why the rest is not; see [`Welcome::refused`].
+        /// Refused claims with the cause; see [`Welcome::refused`].
         refused: Vec<Refusal>,
     },
-    /// The answer to a [`request_certificate`](AgentSession::request_certificate); answers come in the
+    /// Answer to a [`request_certificate`](AgentSession::request_certificate); answers come in the
     /// order of the requests.
     Certificate(Answer),
-    /// Nothing was heard of the server for too long.
+    /// The server has been silent for too long.
     Silent,
-    /// The silent server was heard again.
+    /// The silent server has sent again.
     Alive,
     /// The server is about to leave.
     Draining {
-        /// When it will close what is left.
+        /// Time at which the server closes the remaining streams.
         deadline: Instant,
-        /// Why.
+        /// Reason of the drain.
         reason: CloseReason,
     },
 }
@@ -59,7 +59,7 @@ enum Phase {
 }
 
 impl AgentSession {
-    /// A session that begins by sending `hello`.
+    /// Creates a session that begins with `hello`.
     ///
     /// # Errors
     /// [`SessionError::Unsendable`] if the offer does not fit into a message.
@@ -85,7 +85,7 @@ impl AgentSession {
         self.close_on_error(result)
     }
 
-    /// Does what is due by `now`; nothing if nothing is.
+    /// Does everything due by `now`.
     ///
     /// # Errors
     /// [`SessionError`]: the session is over.
@@ -102,7 +102,7 @@ impl AgentSession {
         self.close_on_error(result)
     }
 
-    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    /// Returns the next time at which to call [`handle_timeout`](Self::handle_timeout).
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
@@ -112,18 +112,17 @@ impl AgentSession {
         }
     }
 
-    /// The next bytes for the control stream.
+    /// Returns the next bytes for the control stream.
     pub fn poll_transmit(&mut self) -> Option<Bytes> {
         self.line.poll_transmit()
     }
 
-    /// The next thing to know.
+    /// Returns the next event.
     pub fn poll_event(&mut self) -> Option<AgentEvent> {
         self.events.pop_front()
     }
 
-    /// Offers to serve these, in place of what was offered before. Before the Welcome it waits for
-    /// that.
+    /// Offers these claims in place of the earlier ones. Before the Welcome the offer waits for it.
     ///
     /// # Errors
     /// [`SessionError::Unsendable`] if the offer does not fit into a message; the session goes on.
@@ -134,8 +133,8 @@ impl AgentSession {
         }))
     }
 
-    /// Tells the server that the agent is about to leave: new streams had better go elsewhere, and
-    /// what lives may go on for `deadline`.
+    /// Announces to the server that the agent drains: new streams should use other agents, and open
+    /// ones may go on for `deadline`.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].
@@ -143,7 +142,7 @@ impl AgentSession {
         self.line.drain(deadline, reason)
     }
 
-    /// Tells the server how the agent does.
+    /// Sends statistics of the agent.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].
@@ -151,8 +150,9 @@ impl AgentSession {
         self.line.send(Message::Statistics(statistics))
     }
 
-    /// Asks for another certificate, with a PKCS #10 of at most
-    /// [`MAX_CSR`](crate::certificate::MAX_CSR) bytes. A server of an earlier release does not answer.
+    /// Requests another certificate, with a PKCS #10 of at most
+    /// [`MAX_CSR`](crate::certificate::MAX_CSR) bytes. A server of an earlier release does not
+    /// answer.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].
@@ -161,18 +161,18 @@ impl AgentSession {
             .send(Message::CertificateRequest(CertificateRequest { csr }))
     }
 
-    /// A stream was opened or bytes moved: for a while, silence is noticed sooner.
+    /// Notes a new stream or moved bytes: for a while the session detects silence sooner.
     pub fn note_traffic(&mut self, now: Instant) {
         self.line.note_traffic(now);
     }
 
-    /// The smoothed round-trip time of Pings; `None` before the first answer.
+    /// Returns the smoothed round-trip time of Pings; `None` before the first answer.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
         self.line.liveness().rtt()
     }
 
-    /// When something was last heard of the server.
+    /// Returns the time of the server's last life sign.
     #[must_use]
     pub fn last_heard(&self) -> Instant {
         self.line.liveness().last_heard()

@@ -1,4 +1,4 @@
-//! Why a session ends.
+//! Reasons why a session ends.
 
 use thiserror::Error;
 
@@ -12,7 +12,7 @@ use crate::route::ClaimError;
 /// The end of a session, except for [`Unsendable`](Self::Unsendable), which leaves it as it was.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SessionError {
-    /// What the peer sent is no message.
+    /// Bytes of the peer are not a message.
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// The peer's message breaks a rule of its fields.
@@ -38,21 +38,21 @@ pub enum SessionError {
     /// The peer causes messages and does not read them.
     #[error("over {MAX_QUEUED} bytes of control messages wait for a peer that does not read them")]
     Backlog,
-    /// A message of ours is too long, so it was not sent.
+    /// A message of this side is too long, so it was not sent.
     #[error("not sent: {0}; claim fewer, larger networks")]
     Unsendable(FrameError),
     /// The driver refused the agent.
     #[error("refused: {text}")]
     Refused {
-        /// What to close the connection with.
+        /// Reason with which to close the connection.
         reason: CloseReason,
-        /// For a person to read.
+        /// Text for people.
         text: String,
     },
 }
 
 impl SessionError {
-    /// What to close the connection with.
+    /// Returns the reason with which to close the connection.
     #[must_use]
     pub fn reason(&self) -> CloseReason {
         match self {

@@ -1,4 +1,4 @@
-//! What the two ends of a session have in common: framing both ways, life signs, Ping, Drain.
+//! The common part of the two ends of a session: framing both ways, life signs, Ping, Drain.
 
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,8 @@ impl Line {
         self.outbox.introduce(message)
     }
 
-    /// Both sides are introduced: what was said early may leave, and life signs count from now.
+    /// Establishes the session: messages that were queued early may leave, and life signs count
+    /// from now.
     pub(super) fn establish(&mut self, heartbeat_wish: Duration, now: Instant) {
         self.outbox.establish();
         self.liveness.heard(now);
@@ -45,7 +46,7 @@ impl Line {
         self.liveness.heard(now)
     }
 
-    /// The next message that this release knows.
+    /// Returns the next message that this release knows.
     pub(super) fn receive(&mut self, input: &mut &[u8]) -> Result<Option<Message>, SessionError> {
         while let Some(envelope) = self.frames.decode(input)? {
             if envelope.message.is_some() {
@@ -106,7 +107,8 @@ impl Line {
     }
 }
 
-/// When a drain ends, and why it is. A reason that this release does not know is `Drained`.
+/// Returns the end of a drain, and its reason. A reason that this release does not know is
+/// `Drained`.
 pub(super) fn from_drain(drain: Drain, now: Instant) -> (Instant, CloseReason) {
     let deadline = now + Duration::from_millis(drain.deadline_ms.into());
     (

@@ -1,29 +1,32 @@
-//! Life signs: when to ask, and when to call the peer silent. The same on both ends.
+//! Life signs: when to send a Ping, and when to call the peer silent. The same on both ends.
 //!
-//! Whatever is heard is a life sign and puts off the next Ping; when nothing was heard for the
-//! heartbeat interval, a Ping goes out, and another after each further interval. Two ends with one
-//! interval so ask by turns, and each measures the round trip. The peer is silent when nothing was
-//! heard for a while, a shorter one where connections are in use, and alive again at the next byte.
-//! Who has a reason to doubt the peer asks at once, and waits no longer than that reason allows.
+//! Any received byte is a life sign and delays the next Ping. After a heartbeat interval without
+//! one a Ping goes out, and another one after each further interval. So two ends with one interval
+//! take turns, and each measures the round trip. The peer is silent after some time without a life
+//! sign, a shorter one where connections are in use, and alive again at the next byte. An end with
+//! a reason to doubt the peer sends a Ping at once, and waits no longer than that reason allows.
 //!
-//! Silence is a reason to choose another agent, not to close: the transport's idle timeout does that.
+//! Silence is a reason to choose another agent, not to close: the transport's idle timeout does
+//! that.
 
 use std::time::{Duration, Instant};
 
-/// For how long after [`note_traffic`](super::ServerSession::note_traffic) a link counts as in use.
+/// Time for which a link counts as in use after
+/// [`note_traffic`](super::ServerSession::note_traffic).
 pub const BUSY_WINDOW: Duration = Duration::from_secs(10);
 
 /// The shortest heartbeat interval: a peer can't ask for more.
 pub const MIN_HEARTBEAT: Duration = Duration::from_millis(100);
 
-/// How long a session waits for what.
+/// Timeouts of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timers {
-    /// For the peer's first message.
+    /// Timeout of the peer's first message.
     pub hello_timeout: Duration,
-    /// For any life sign before a Ping is sent; at least [`MIN_HEARTBEAT`].
+    /// Time without a life sign after which a Ping is sent; at least [`MIN_HEARTBEAT`].
     pub heartbeat: Duration,
-    /// For any life sign before the peer is silent, with traffic in the last [`BUSY_WINDOW`].
+    /// Time without a life sign after which the peer is silent, with traffic in the last
+    /// [`BUSY_WINDOW`].
     pub silent_busy: Duration,
     /// The same without traffic.
     pub silent_idle: Duration,
@@ -48,15 +51,15 @@ pub(super) struct Liveness {
     next_ping: Instant,
     /// The last Ping's number; 0 before the first.
     seq: u64,
-    /// When the last Ping was sent, until it is answered.
+    /// Time of the last Ping, until its answer.
     asked: Option<Instant>,
     rtt: Option<Duration>,
     silent: bool,
-    /// The peer is silent at this time unless something is heard before.
+    /// Time at which the peer becomes silent unless a life sign comes first.
     challenge: Option<Instant>,
 }
 
-/// What is to be done at a timeout.
+/// Actions due at a timeout.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Due {
     /// Send a Ping with this number.
@@ -81,7 +84,7 @@ impl Liveness {
         }
     }
 
-    /// The peer wishes for this interval. It is met where it is shorter than ours: a longer one
+    /// Applies the interval that the peer requests, where that is shorter than ours: a longer one
     /// could make us call a living peer silent.
     pub(super) fn wish(&mut self, heartbeat: Duration) {
         if !heartbeat.is_zero() {
@@ -99,7 +102,7 @@ impl Liveness {
         std::mem::take(&mut self.silent)
     }
 
-    /// Asks for a life sign at once: a Ping is due, and the peer is silent unless something is heard
+    /// Requests a life sign at once: a Ping is due, and the peer is silent without a life sign
     /// within `limit`, or within three round trips where these take longer. A challenge under way
     /// stays as it is.
     pub(super) fn challenge(&mut self, limit: Duration, now: Instant) {
@@ -110,7 +113,7 @@ impl Liveness {
         }
     }
 
-    /// A Pong arrived. Only the answer to the last Ping counts, and once.
+    /// Notes a Pong. Only the answer to the last Ping counts, and once.
     pub(super) fn answered(&mut self, seq: u64, now: Instant) {
         if seq != self.seq {
             return;
@@ -146,7 +149,7 @@ impl Liveness {
         Due { ping, silent }
     }
 
-    /// When the peer becomes silent unless something is heard.
+    /// Returns the time at which the peer becomes silent without a life sign.
     fn silent_at(&self) -> Instant {
         let at = self.silent_by_timers();
         self.challenge.map_or(at, |challenge| challenge.min(at))

@@ -1,4 +1,5 @@
-//! The messages that carry more than numbers, in checked form, and the way to and from the wire.
+//! Messages that carry more than numbers, in checked form, and their conversion to and from the
+//! wire.
 
 use std::fmt;
 use std::time::Duration;
@@ -20,7 +21,7 @@ pub const MAX_FEATURES: usize = 64;
 /// The feature of an agent that takes dials while it drains. Earlier releases refuse them.
 pub const SERVES_WHILE_DRAINING: &str = "serves-while-draining";
 
-/// Random bytes that a process chooses when it starts: tells a restart from a second tunnel.
+/// Random bytes of one process, which distinguish a restart from a second tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(pub [u8; 16]);
 
@@ -47,7 +48,7 @@ pub struct Hello {
     pub software_version: String,
     /// Abilities beyond the version's, at most [`MAX_FEATURES`].
     pub features: Vec<String>,
-    /// What the agent offers to serve.
+    /// Claims that the agent offers.
     pub offer: Vec<Claim>,
     /// An earlier process of the agent that has certainly ended.
     pub predecessor: Option<InstanceId>,
@@ -66,30 +67,30 @@ impl Hello {
 pub struct Welcome {
     /// The version that the server speaks: [`VERSION`] for this release.
     pub version: Version,
-    /// Which server this is; as an agent's texts.
+    /// Server id; a text as those of agents.
     pub server_id: String,
-    /// How many servers there are, at least 1.
+    /// Number of servers, at least 1.
     pub server_count: u32,
     /// The server's process.
     pub instance_id: InstanceId,
     /// The part of the offer that connections will be sent for.
     pub accepted: Vec<Claim>,
-    /// Why the rest is not. Where all would not fit into a message, the last are not sent: what is
-    /// not accepted is refused, listed or not.
+    /// Refused claims with the cause. Where not all fit into a message, the last are not sent: a
+    /// claim that is not accepted is refused, listed or not.
     pub refused: Vec<Refusal>,
-    /// After how long without a word from the server the agent should send a Ping, in whole
-    /// milliseconds. Zero: as the agent sees fit.
+    /// Interval without a life sign of the server after which the agent should send a Ping, in
+    /// whole milliseconds. Zero: the agent chooses.
     pub heartbeat: Duration,
 }
 
-/// A claim that a server did not accept.
+/// Claim that a server did not accept.
 ///
 /// Texts are cut to [`MAX_TEXT`] and control characters in them replaced on their way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The claim's text.
     pub claim: String,
-    /// What is missing, and where to grant it.
+    /// Missing grant, and the place to add it.
     pub why: String,
 }
 
@@ -178,7 +179,7 @@ impl TryFrom<control::Welcome> for Welcome {
     }
 }
 
-/// The answer to an offer.
+/// Returns the answer to an offer.
 pub(super) fn verdict(accepted: &[Claim], refused: &[Refusal]) -> control::RoutesVerdict {
     let mut wire = control::RoutesVerdict {
         accepted: Some(to_offer(accepted)),
@@ -188,7 +189,7 @@ pub(super) fn verdict(accepted: &[Claim], refused: &[Refusal]) -> control::Route
     wire
 }
 
-/// What `verdict` says.
+/// Reads the answer to an offer.
 pub(super) fn from_verdict(
     wire: control::RoutesVerdict,
 ) -> Result<(Vec<Claim>, Vec<Refusal>), SessionError> {
@@ -199,7 +200,7 @@ pub(super) fn from_verdict(
     Ok((accepted, refusals(wire.refused)))
 }
 
-/// What `Routes` says.
+/// Reads an offer.
 pub(super) fn from_routes(wire: control::Routes) -> Result<Vec<Claim>, SessionError> {
     claims(wire.offer).map_err(|error| SessionError::Invalid {
         message: "Routes",
@@ -207,7 +208,7 @@ pub(super) fn from_routes(wire: control::Routes) -> Result<Vec<Claim>, SessionEr
     })
 }
 
-/// The name of a message, for errors.
+/// Returns the name of a message, for errors.
 pub(crate) fn message_name(message: &Message) -> &'static str {
     match message {
         Message::Hello(_) => "Hello",
@@ -224,7 +225,7 @@ pub(crate) fn message_name(message: &Message) -> &'static str {
     }
 }
 
-/// The longest duration that the wire can tell is 49 days.
+/// Returns milliseconds for the wire, whose longest duration is 49 days.
 pub(super) fn milliseconds(duration: Duration) -> u32 {
     duration.as_millis().try_into().unwrap_or(u32::MAX)
 }
@@ -267,9 +268,9 @@ fn refusals(wire: Vec<control::Refusal>) -> Vec<Refusal> {
         .collect()
 }
 
-/// As many refusals as a message that has `used` bytes without them has room for.
+/// Returns as many refusals as a message that has `used` bytes without them has room for.
 fn refusals_that_fit(refusals: &[Refusal], used: usize) -> Vec<control::Refusal> {
-    /// What a tag and a length take at most: around the message, and around each refusal in it.
+    /// Maximum size of a tag and a length: around the message, and around each refusal in it.
     const OVERHEAD: usize = 1 + 3;
     let mut used = used + OVERHEAD;
     let refusals = refusals

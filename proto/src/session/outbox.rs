@@ -1,7 +1,7 @@
 //! Messages that wait to be sent.
 //!
-//! Until the session is established only the introduction leaves; what is said before that waits
-//! behind it, so that a driver need not care when it speaks.
+//! Until the session is established only the introduction leaves. Earlier messages wait behind it,
+//! so that a driver may send at any time.
 
 use std::collections::VecDeque;
 
@@ -17,7 +17,7 @@ pub const MAX_QUEUED: usize = 256 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     ready: VecDeque<Bytes>,
-    /// Said too early.
+    /// Messages queued before the session was established.
     held: VecDeque<Bytes>,
     established: bool,
     queued: usize,
@@ -31,7 +31,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// Both sides are introduced.
+    /// Establishes the session: the queued messages may leave.
     pub(super) fn establish(&mut self) {
         self.established = true;
         self.ready.append(&mut self.held);

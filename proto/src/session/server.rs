@@ -15,7 +15,7 @@ use crate::control::Statistics;
 use crate::control::envelope::Message;
 use crate::route::Claim;
 
-/// What a server's driver is told.
+/// Event for a server's driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerEvent {
     /// The agent introduced itself. Once, before any other event; to be answered with
@@ -24,20 +24,20 @@ pub enum ServerEvent {
     /// The agent offers these in place of its last offer; to be answered with
     /// [`verdict`](ServerSession::verdict).
     Offer(Vec<Claim>),
-    /// How the agent does.
+    /// Statistics of the agent.
     Statistics(Statistics),
-    /// The agent asks for another certificate, with this PKCS #10; to be answered with
+    /// The agent requests another certificate, with this PKCS #10; answer with
     /// [`certificate`](ServerSession::certificate).
     CertificateRequest(Vec<u8>),
-    /// Nothing was heard of the agent for too long.
+    /// The agent has been silent for too long.
     Silent,
-    /// The silent agent was heard again.
+    /// The silent agent has sent again.
     Alive,
     /// The agent is about to leave: dials should go elsewhere where they can.
     Draining {
-        /// When it will close what is left.
+        /// Time at which the agent closes the remaining streams.
         deadline: Instant,
-        /// Why.
+        /// Reason of the drain.
         reason: CloseReason,
     },
 }
@@ -62,7 +62,7 @@ enum Phase {
 }
 
 impl ServerSession {
-    /// A session that waits for the agent's Hello.
+    /// Creates a session that waits for the agent's Hello.
     #[must_use]
     pub fn new(timers: Timers, now: Instant) -> Self {
         Self {
@@ -83,7 +83,7 @@ impl ServerSession {
         self.close_on_error(result)
     }
 
-    /// Does what is due by `now`; nothing if nothing is.
+    /// Does everything due by `now`.
     ///
     /// # Errors
     /// [`SessionError`]: the session is over.
@@ -100,7 +100,7 @@ impl ServerSession {
         self.close_on_error(result)
     }
 
-    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    /// Returns the next time at which to call [`handle_timeout`](Self::handle_timeout).
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
@@ -110,12 +110,12 @@ impl ServerSession {
         }
     }
 
-    /// The next bytes for the control stream.
+    /// Returns the next bytes for the control stream.
     pub fn poll_transmit(&mut self) -> Option<Bytes> {
         self.line.poll_transmit()
     }
 
-    /// The next thing to know.
+    /// Returns the next event.
     pub fn poll_event(&mut self) -> Option<ServerEvent> {
         self.events.pop_front()
     }
@@ -166,7 +166,8 @@ impl ServerSession {
         self.line.send(Message::CertificateAnswer(answer.into()))
     }
 
-    /// Tells the agent that the server is about to leave: what lives may go on for `deadline`. Before the Welcome it waits for that.
+    /// Announces to the agent that the server drains: open streams may go on for `deadline`. Before
+    /// the Welcome the message waits for it.
     ///
     /// # Errors
     /// [`SessionError::Backlog`].
@@ -174,27 +175,27 @@ impl ServerSession {
         self.line.drain(deadline, reason)
     }
 
-    /// A stream was opened or bytes moved: for a while, silence is noticed sooner.
+    /// Notes a new stream or moved bytes: for a while the session detects silence sooner.
     pub fn note_traffic(&mut self, now: Instant) {
         self.line.note_traffic(now);
     }
 
-    /// Asks the agent for a life sign at once. [`ServerEvent::Silent`] follows unless one comes within
-    /// `limit`, or within three round trips where these take longer. Without effect before the
-    /// Welcome.
+    /// Requests a life sign of the agent at once. [`ServerEvent::Silent`] follows unless one comes
+    /// within `limit`, or within three round trips where these take longer. Without effect before
+    /// the Welcome.
     pub fn challenge(&mut self, limit: Duration, now: Instant) {
         if matches!(self.phase, Phase::Established) {
             self.line.challenge(limit, now);
         }
     }
 
-    /// The smoothed round-trip time of Pings; `None` before the first answer.
+    /// Returns the smoothed round-trip time of Pings; `None` before the first answer.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
         self.line.liveness().rtt()
     }
 
-    /// When something was last heard of the agent.
+    /// Returns the time of the agent's last life sign.
     #[must_use]
     pub fn last_heard(&self) -> Instant {
         self.line.liveness().last_heard()

@@ -1,4 +1,4 @@
-//! Two ends in virtual time: [`pair`] is the world they live in.
+//! Two ends in virtual time; [`pair`] connects them.
 
 mod pair;
 mod scripts;

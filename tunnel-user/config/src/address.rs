@@ -1,6 +1,6 @@
 //! Server addresses: `host:port`.
 
-/// Splits `host:port`; an IPv6 address stands in brackets.
+/// Splits `host:port`. An IPv6 address stands in brackets.
 pub fn split(address: &str) -> Option<(&str, u16)> {
     let (host, port) = address.rsplit_once(':')?;
     let host = match host.strip_prefix('[') {

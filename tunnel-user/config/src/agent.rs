@@ -20,16 +20,16 @@ use cpc_host::{cores, memory};
 /// The most tunnels to one server: two processes of an agent, as in a rollout, find room for theirs.
 pub const MAX_TUNNELS: u8 = 16;
 
-/// Everything an agent is told.
+/// Configuration of an agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentConfig {
     /// Version of the schema.
     pub version: Version,
-    /// Servers. Names are resolved anew every 10 s.
+    /// Servers. The agent resolves their names every 10 s.
     #[serde(deserialize_with = "super::section")]
     pub servers: Vec<ServerAddress>,
-    /// Our certificate, and whom we trust. Not needed where every server is a proxy-server.
+    /// Certificate of the agent and its CAs. Optional where every server is a proxy-server.
     #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
     /// Packets of the tunnel.
@@ -62,7 +62,7 @@ pub struct AgentConfig {
     pub allow: Option<Vec<AllowRule>>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
-    /// Address of health and metrics as Konnectivity's programs tell them.
+    /// Address of health and metrics in the form of Konnectivity's programs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<SocketAddr>,
     /// Bounds.
@@ -71,7 +71,7 @@ pub struct AgentConfig {
     /// Logging.
     #[serde(deserialize_with = "super::section")]
     pub log: LogConfig,
-    /// The record of who reached what.
+    /// Record of connections and decisions.
     #[serde(deserialize_with = "super::section")]
     pub audit: AuditConfig,
 }
@@ -99,7 +99,7 @@ impl Default for AgentConfig {
     }
 }
 
-/// One server, or several behind one name: `host:port`, or that with a protocol.
+/// Address of a server, or a name behind which several servers stand, with or without a protocol.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "ServerKeys", into = "ServerKeys")]
 pub struct ServerAddress {
@@ -113,7 +113,7 @@ pub struct ServerAddress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// Ours, with `cpc server`.
+    /// Our protocol, of `cpc server`.
     Quic,
     /// Konnectivity's, with a proxy-server.
     Konnectivity,
@@ -180,17 +180,17 @@ impl AgentConfig {
     }
 }
 
-/// `serve`: what is offered. The server cuts it to what it grants.
+/// `serve`: the offer. The server reduces it to the grants of the agent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServeConfig {
-    /// Address ranges; a single address may stand without its prefix length.
+    /// Address ranges. A single address needs no prefix length.
     #[serde(deserialize_with = "rule::nets")]
     pub cidrs: Vec<IpNet>,
     /// DNS names, `*.suffix` among them.
     #[serde(deserialize_with = "super::section")]
     pub names: Vec<String>,
-    /// Everything that nobody else serves.
+    /// Every destination that no other agent serves.
     pub default_route: bool,
 }
 
@@ -240,12 +240,13 @@ impl AgentConfig {
         }
     }
 
-    /// Makes every path absolute: it means the same wherever it is read then.
+    /// Makes every path absolute, so that it does not depend on the working directory of its
+    /// reader.
     pub fn make_absolute(&mut self, working_directory: &Path) {
         self.resolve(working_directory);
     }
 
-    /// Checks what serde can't.
+    /// Checks what serde can't check.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key.

@@ -10,13 +10,13 @@ use tunnel_proto::route::NamePattern;
 
 use super::rule::{PortRange, PortRangeError, Rule, RuleError};
 
-/// One entry of an allow-list. `Display` gives it back as text.
+/// Entry of an allow-list. `Display` writes it as text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
 pub enum AllowRule {
-    /// Destinations that are asked for by address, and what names resolve to.
+    /// Destinations requested by address, and addresses to which requested names resolve.
     Addresses(Rule),
-    /// Destinations that are asked for by name.
+    /// Destinations requested by name.
     Names(NameRule),
 }
 
@@ -43,7 +43,7 @@ impl fmt::Display for NameRule {
     }
 }
 
-/// The keys of either kind, as they stand in the file.
+/// Keys of both kinds, as the file has them.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Keys {
@@ -80,8 +80,8 @@ pub enum AllowError {
     Ports(#[from] PortRangeError),
 }
 
-/// Reads an allow-list. One that names nothing may be meant for one that is not there, which lets more
-/// through than an empty one.
+/// Reads an allow-list. Rejects a key without a value: its author may mean an empty list, and a
+/// missing key allows more.
 pub(super) fn list<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Vec<AllowRule>>, D::Error> {
     let list = Option::deserialize(d)?;
     list.map(Some).ok_or_else(|| {
@@ -177,7 +177,7 @@ mod tests {
         assert!(!below.covers(&"xsvc".parse().unwrap(), 1));
     }
 
-    /// A text that a resolver takes for an address must not pass for a name.
+    /// A text that a resolver reads as an address does not pass for a name.
     #[test]
     fn what_is_neither_is_refused() {
         for wrong in [

@@ -1,12 +1,14 @@
-//! Allow-lists: what may be reached, of an agent's dials and of what a frontend's clients ask for.
+//! Allow-lists: the destinations that an agent dials, or that the clients of a frontend may
+//! request.
 //!
-//! A destination is asked for by address or by name, and a rule of the one kind says nothing of the
-//! other: an address is never allowed by a name's rule, nor a name by an address's. What a name
-//! resolves to is a second question, for whoever resolves it: [`AllowList::allows_resolved`].
+//! A client requests a destination by address or by name, and rules of one kind decide nothing
+//! about the other: the rule of a name never allows an address, and the rule of an address never
+//! allows a name. [`AllowList::allows_resolved`] decides about the addresses to which a name
+//! resolves.
 //!
-//! Loopback, link-local, multicast, unspecified, reserved and cloud metadata addresses, and those in
-//! which an IPv4 address hides, are allowed only by a rule that lies within such a range, never by a
-//! wide one: `0.0.0.0/0` does not open 169.254.169.254, and no name does, whatever it resolves to.
+//! Loopback, link-local, multicast, unspecified, reserved and cloud metadata addresses, and those
+//! that contain an IPv4 address, are guarded. Only a rule within such a range allows them, never a
+//! wider one: neither `0.0.0.0/0` nor a name that resolves to 169.254.169.254 opens that address.
 
 use std::net::IpAddr;
 use std::sync::LazyLock;
@@ -59,13 +61,13 @@ const GUARDED: [&str; 30] = [
 static GUARDED_NETS: LazyLock<Vec<IpNet>> =
     LazyLock::new(|| GUARDED.iter().filter_map(|net| net.parse().ok()).collect());
 
-/// The narrowest range that keeps `addr` from being opened by a wide rule, if one does.
+/// Returns the narrowest guarded range that contains `addr`, if there is one.
 pub fn guard(addr: IpAddr) -> Option<&'static IpNet> {
     let guards = GUARDED_NETS.iter().filter(|net| net.contains(&addr));
     guards.max_by_key(|net| net.prefix_len())
 }
 
-/// Rules that allow every address, what is guarded too.
+/// Returns rules that allow every address, including the guarded ones.
 pub fn everything() -> Vec<AllowRule> {
     let rule = |net: &&str| {
         let cidr = net.parse().ok()?;
@@ -81,7 +83,7 @@ pub fn everything() -> Vec<AllowRule> {
 pub struct AllowList(Vec<AllowRule>);
 
 impl AllowList {
-    /// Of configured rules; without any it allows nothing.
+    /// Creates a list of configured rules. An empty list allows nothing.
     pub fn new(rules: Vec<AllowRule>) -> Self {
         Self(rules)
     }
@@ -105,7 +107,8 @@ impl AllowList {
         })
     }
 
-    /// Whether what a client asks for is allowed, as far as can be said without resolving it.
+    /// Whether the list allows the destination that a client requests, as far as that is known
+    /// without resolving it.
     pub fn allows(&self, destination: &Destination) -> bool {
         match &destination.host {
             Host::Ip(addr) => self.allows_address(*addr, destination.port),
@@ -113,8 +116,8 @@ impl AllowList {
         }
     }
 
-    /// Whether `addr`, to which the host of `destination` has been resolved, may be dialled: as an
-    /// address, or, where it is not guarded, by the name that was asked for.
+    /// Whether the agent may dial `addr`, to which the host of `destination` resolves: because a
+    /// rule allows the address or, unless the address is guarded, the requested name.
     pub fn allows_resolved(&self, destination: &Destination, addr: IpAddr) -> bool {
         let by_name = || match &destination.host {
             Host::Ip(_) => false,
@@ -123,7 +126,7 @@ impl AllowList {
         self.allows_address(addr, destination.port) || by_name()
     }
 
-    /// The rules, for people.
+    /// Returns the rules as text.
     pub fn rules(&self) -> impl Iterator<Item = String> {
         self.0.iter().map(ToString::to_string)
     }

@@ -1,4 +1,4 @@
-//! `audit`: where the record of who reached what is kept.
+//! `audit`: the files of the audit.
 
 use std::path::{Path, PathBuf};
 
@@ -9,18 +9,18 @@ use super::ConfigError;
 /// Smallest file: the records of one write must fit well into it.
 const SMALLEST: u64 = 1 << 20;
 
-/// `audit`: the record of who reached what, and of what was decided. Without either it is not kept.
+/// `audit`: the record of connections and decisions. Off without `directory` and `journal`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditConfig {
     /// Directory of its files, one a day (UTC) or more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<PathBuf>,
-    /// Of how many days they are kept.
+    /// Number of days for which files stay.
     pub keep: usize,
-    /// Bytes that all of them may have, at least 1 MiB.
+    /// Maximum bytes of all files, at least 1 MiB.
     pub max_bytes: u64,
-    /// To systemd's journal, as `cpc-audit`.
+    /// Writes to systemd's journal, as `cpc-audit`.
     pub journal: bool,
 }
 
@@ -48,6 +48,8 @@ impl AuditConfig {
         }
     }
 
+    /// Checks the bounds.
+    ///
     /// # Errors
     /// [`ConfigError::Value`].
     pub(super) fn check(&self) -> Result<(), ConfigError> {

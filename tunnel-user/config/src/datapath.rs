@@ -1,4 +1,4 @@
-//! `datapath`: how bytes are moved between sockets.
+//! `datapath`: the engine that moves bytes between sockets.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! `frontends`: ways in, beside the redirect.
+//! `frontends`: the listeners for clients, beside the redirect.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -58,7 +58,7 @@ impl FrontendsConfig {
     }
 }
 
-/// One listener: a Unix socket, or TCP with mutual TLS.
+/// Listener on a Unix socket, or on TCP with mutual TLS.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "FrontendKeys", into = "FrontendKeys")]
 pub enum FrontendConfig {
@@ -69,7 +69,7 @@ pub enum FrontendConfig {
 }
 
 impl FrontendConfig {
-    /// Form of refusals of HTTP CONNECT.
+    /// Returns the form of HTTP CONNECT refusals.
     pub fn answers(&self) -> Answers {
         match self {
             Self::Unix(frontend) => frontend.answers,
@@ -94,7 +94,7 @@ impl FrontendConfig {
     }
 }
 
-/// The keys of either kind, as they stand in the file.
+/// Keys of both kinds, as the file has them.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FrontendKeys {
@@ -134,10 +134,10 @@ struct FrontendKeys {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answers {
-    /// Each kind of failure has its status; the reason phrase says why.
+    /// Each kind of failure has its own status, and the reason phrase names the cause.
     #[default]
     Detailed,
-    /// As Konnectivity's proxy-server does, but for the reason phrase, which says why.
+    /// The status of Konnectivity's proxy-server, with a reason phrase that names the cause.
     Konnectivity,
 }
 
@@ -237,7 +237,8 @@ pub struct UnixFrontend {
     pub unix: PathBuf,
     /// Mode of the socket's file.
     pub mode: u32,
-    /// Replaces a socket at which another process answers. Without it only a dead socket is replaced.
+    /// Replaces a socket on which another process listens. Otherwise the server replaces only a
+    /// dead socket.
     pub takeover: bool,
     /// Tenant of the callers; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
@@ -257,7 +258,7 @@ pub struct TcpFrontend {
     /// PEM key of `cert`.
     pub key: PathBuf,
     /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
-    /// `client`: an agent's certificate is no way in.
+    /// `client`; an agent is refused.
     pub client_ca: PathBuf,
     /// TLS that the listener accepts. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for gRPC, as
     /// Konnectivity's proxy-server does.
@@ -273,8 +274,8 @@ pub struct TcpFrontend {
 /// The mode of a Unix socket when none is configured.
 const DEFAULT_MODE: u32 = 0o660;
 
-/// Reads a mode in octal. It begins with 0: YAML reads 0640 as a number in octal or in decimal, by its
-/// version, and passes 416 on, which nobody may take for octal then.
+/// Parses an octal mode. The text must begin with 0: YAML reads 0640 as octal or decimal, depending
+/// on its version, and passes 416 on, which is then no octal mode.
 fn parse_mode(text: &str) -> Result<u32, String> {
     let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'));
     let digits = digits.filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));

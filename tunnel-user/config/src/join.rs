@@ -1,4 +1,4 @@
-//! `join` of a server: workers without a certificate get one.
+//! `join`: certificates for workers that have none.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -111,6 +111,8 @@ impl JoinConfig {
         }
     }
 
+    /// Checks that the needed keys are there.
+    ///
     /// # Errors
     /// [`ConfigError::Value`].
     pub(super) fn check(&self) -> Result<(), ConfigError> {

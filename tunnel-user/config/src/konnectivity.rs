@@ -1,5 +1,5 @@
-//! `konnectivity`: what a server and an agent need to know of Konnectivity, whose agents the one
-//! may serve and whose servers the other may dial.
+//! `konnectivity`: the agents of Konnectivity that a server serves, and the proxy-servers that an
+//! agent dials.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub struct KonnectivityConfig {
     /// PEM key of `cert`; `tls.key` when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
-    /// PEM roots that vouch for agents. A certificate is asked for only when they are given.
+    /// PEM roots that vouch for agents. The server requests a certificate only where they are set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
     /// Agents show a service account's token. Not together with `client_ca`.
@@ -44,8 +44,8 @@ pub struct KonnectivityConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub token: Option<TokenConfig>,
-    /// Trusts the identifiers that agents announce, as Konnectivity does. Otherwise an agent serves what
-    /// its identity is granted.
+    /// Trusts the identifiers that agents announce, as Konnectivity does. Otherwise an agent serves
+    /// the grants of its identity.
     pub believe_identifiers: bool,
     /// Server ids that are presented, 1 to 8: an agent opens a stream to each, and connections on
     /// different streams can't stop each other.
@@ -153,7 +153,7 @@ impl TokenConfig {
 }
 
 impl LeaseConfig {
-    /// The labels that a server's leases bear.
+    /// Returns the labels of a server's leases.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
@@ -187,7 +187,7 @@ impl LeaseConfig {
 }
 
 impl KonnectivityConfig {
-    /// The server ids that a server of the name `server_id` presents: that one first.
+    /// Returns the server ids that the server presents, beginning with `server_id`.
     pub fn ids(&self, server_id: &str) -> impl Iterator<Item = String> {
         (1..=self.server_ids).map(move |n| match n {
             1 => server_id.to_owned(),
@@ -246,7 +246,7 @@ pub struct ProxyServerConfig {
     /// PEM key of `cert`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
-    /// A file with a service account's token, read anew for each connection.
+    /// File with a service account's token. The agent reads it for each connection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
     /// The name in the proxy-server's certificate; the host that is dialled when missing.
@@ -263,13 +263,13 @@ pub struct ProxyServerConfig {
     /// Names offered in ALPN beside `h2`.
     #[serde(deserialize_with = "super::section")]
     pub alpn: Vec<String>,
-    /// Servers are counted by their leases, not by what the last one says.
+    /// Leases by which the agent counts servers, in place of the latest report of a server.
     #[serde(
         deserialize_with = "super::optional_section",
         skip_serializing_if = "Option::is_none"
     )]
     pub leases: Option<LeaseConfig>,
-    /// With leases: what counts.
+    /// Numbers that count where leases are configured.
     pub server_count: CountSource,
 }
 
@@ -277,10 +277,10 @@ pub struct ProxyServerConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CountSource {
-    /// Leases alone.
+    /// The number of leases alone.
     #[default]
     Leases,
-    /// Leases, or what proxy-servers say: the larger number.
+    /// The larger of the number of leases and the number that proxy-servers report.
     Max,
 }
 

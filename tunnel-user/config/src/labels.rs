@@ -1,4 +1,4 @@
-//! Labels by which leases are told from others: a server's ([`Labels`]) and the selectors of agents
+//! Labels that identify leases: those of a server ([`Labels`]) and the selectors of agents
 //! ([`Selector`]), in the syntax of Kubernetes (labels and selectors).
 
 use std::collections::BTreeMap;
@@ -104,7 +104,7 @@ fn is_requirement(text: &str) -> bool {
     is_key(key) && matched
 }
 
-/// A name, perhaps behind a DNS subdomain and a slash.
+/// Whether the text is a label key: a name, optionally behind a DNS subdomain and a slash.
 fn is_key(key: &str) -> bool {
     let (prefix, name) = match key.split_once('/') {
         Some((prefix, name)) => (Some(prefix), name),
@@ -131,13 +131,13 @@ fn is_value(value: &str) -> bool {
 }
 
 impl Labels {
-    /// As they stand on an object.
+    /// Returns the labels in the form of an object's metadata.
     pub fn to_map(&self) -> BTreeMap<String, String> {
         self.0.clone()
     }
 }
 
-/// A selector for what bears all of them.
+/// Writes a selector of the objects that have all of the labels.
 impl fmt::Display for Labels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (key, value)) in self.0.iter().enumerate() {

@@ -1,8 +1,9 @@
-//! Configuration: a YAML file, then the environment (`CPC_*`), then flags; the later wins.
+//! Configuration: a YAML file, then the environment (`CPC_*`), then flags. Later values override
+//! earlier ones.
 //!
-//! Unknown keys are errors that name their line. Paths in a file are relative to the file. What
-//! comes out has been checked and does not change; what can change without a restart (TLS files,
-//! and on SIGHUP the policy, allow-lists, capture sets and the log filter) is read again as a whole.
+//! Unknown keys are errors that name their line. Paths in a file are relative to the file. A loaded
+//! configuration is checked and immutable. A reload reads everything again that may change without
+//! a restart: TLS files and, on SIGHUP, the policy, allow-lists, capture sets and the log filter.
 
 pub mod address;
 pub mod agent;
@@ -49,13 +50,12 @@ pub use write::to_yaml;
 /// UDP port of the tunnel, and TCP port of the health answer beside it.
 pub const TUNNEL_PORT: u16 = 8132;
 
-/// Reads a section of the file, or a list, whose key may stand without anything: `limits:` is the same
-/// as `limits: {}`.
+/// Reads a section or a list whose key may have no value: `limits:` is the same as `limits: {}`.
 fn section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(d: D) -> Result<T, D::Error> {
     Option::deserialize(d).map(Option::unwrap_or_default)
 }
 
-/// The same of a section that is in force only where its key stands.
+/// Reads a section that is in force only where its key is present, with or without a value.
 fn optional_section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     d: D,
 ) -> Result<Option<T>, D::Error> {
@@ -99,7 +99,7 @@ pub enum ConfigError {
         /// Error of the system call.
         why: io::Error,
     },
-    /// Not YAML, or not in our schema. The text names line and column.
+    /// The file is not YAML, or not in our schema. The text names line and column.
     #[error("{}: {why}", path.display())]
     Parse {
         /// The file.
@@ -124,14 +124,14 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// Says what is wrong with a key's value.
+    /// Returns the error about the value of a key.
     pub fn value(key: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Self {
         let (key, why) = (key.into(), why.into());
         Self::Value { key, why }
     }
 
-    /// Names the file that a value comes from, where one was read, and the line of its key, where it
-    /// stands there.
+    /// Adds the file of a value, where one was read, and the line of its key, where the file has
+    /// the key.
     pub fn within(self, path: Option<&Path>) -> Self {
         match (self, path) {
             (Self::Value { key, why }, Some(path)) => {
@@ -191,7 +191,7 @@ impl<'de> Deserialize<'de> for Version {
     }
 }
 
-/// `tls`: our own certificate, and whom we trust.
+/// `tls`: certificate of this process, and its CAs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
@@ -210,17 +210,18 @@ pub struct TlsConfig {
     /// List of revoked identities and serial numbers, one per line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revoked: Option<PathBuf>,
-    /// An agent asks a server for another certificate when two thirds of this one's life are over.
+    /// Agents request the next certificate from a server after two thirds of the lifetime of this
+    /// one.
     pub renew: bool,
 }
 
-/// One further trust domain.
+/// Another trust domain.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrustConfig {
     /// Name of the trust domain.
     pub domain: TrustDomain,
-    /// PEM roots that vouch for it, and for it alone.
+    /// PEM roots that vouch for this domain alone.
     pub ca: PathBuf,
 }
 
@@ -240,7 +241,7 @@ pub struct TlsFiles {
 }
 
 impl TlsConfig {
-    /// The files, all of them named.
+    /// Returns the files, if all are named.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key that is missing.
@@ -277,7 +278,7 @@ impl TlsConfig {
     }
 }
 
-/// `log`: what is written where.
+/// `log`: level, format and content of the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
@@ -285,7 +286,7 @@ pub struct LogConfig {
     pub filter: String,
     /// Format of lines.
     pub format: LogFormat,
-    /// One line for each connection.
+    /// Writes one line per connection.
     pub access: bool,
 }
 
@@ -303,14 +304,14 @@ impl Default for LogConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// For people.
+    /// Lines for people.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The directory that relative paths of a configuration file start from.
+/// Returns the directory to which the paths of a configuration file are relative.
 fn base_of(path: Option<&Path>) -> PathBuf {
     path.and_then(Path::parent)
         .map_or_else(PathBuf::new, Path::to_path_buf)
@@ -379,7 +380,7 @@ mod tests {
         }
     }
 
-    /// 0640 in octal is 416, which is no mode that anybody means to write.
+    /// 0640 in octal is the number 416, which no operator writes as a mode.
     #[test]
     fn a_mode_is_octal_beyond_doubt() {
         let mode = |text: &str| {
@@ -410,7 +411,7 @@ mod tests {
         }
     }
 
-    /// As it is left where everything in it is commented out.
+    /// Comments may stand for every key of a section.
     #[test]
     fn a_section_needs_no_keys() {
         let tls = "tls: {cert: a, key: b, ca: c}\n";

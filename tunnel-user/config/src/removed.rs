@@ -1,4 +1,4 @@
-//! Explains keys that earlier versions had: an error about one says more than that it is unknown.
+//! Explains keys of earlier versions, which would otherwise be unknown keys.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! The program that a configuration file is for.
+//! Program that reads a configuration file.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ pub enum Role {
     Agent,
 }
 
-/// Keys at the top of a file that a server alone has.
+/// Top-level keys that only a server has.
 const OF_SERVERS: [&str; 9] = [
     "frontends",
     "join",
@@ -29,11 +29,12 @@ const OF_SERVERS: [&str; 9] = [
     "server_id",
 ];
 
-/// Keys at the top of a file that an agent alone has.
+/// Top-level keys that only an agent has.
 const OF_AGENTS: [&str; 4] = ["allow", "serve", "servers", "tunnels"];
 
 impl Role {
-    /// Tells the role from the keys of a file; `None` where there are keys of both roles, or of neither.
+    /// Returns the role to which the keys of a file belong; `None` where the file has keys of both
+    /// roles, or of neither.
     ///
     /// # Errors
     /// [`ConfigError`] when it can't be read, or is not YAML with keys.

@@ -24,7 +24,7 @@ impl PortRange {
         last: u16::MAX,
     };
 
-    /// One port.
+    /// Returns the range of one port.
     pub fn one(port: u16) -> Self {
         Self {
             first: port,
@@ -47,7 +47,7 @@ impl PortRange {
         text.split(',').map(str::parse).collect()
     }
 
-    /// Writes what follows an address range or a name.
+    /// Writes ports behind an address range or a name.
     pub(super) fn fmt_list(ranges: &[Self], f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, range) in ranges.iter().enumerate() {
             write!(f, "{}{range}", if i == 0 { " ports " } else { "," })?;
@@ -56,7 +56,7 @@ impl PortRange {
     }
 }
 
-/// Text that is no port range. Port 0 alone is none: nobody connects to it.
+/// Text that is not a port range. Port 0 alone is not one: no client connects to it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no port range: 10250 and 1-1024 are")]
 pub struct PortRangeError(String);
@@ -119,7 +119,7 @@ impl<'de> Deserialize<'de> for PortRange {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Addresses; a single address may stand without its prefix length.
+    /// Addresses. A single address needs no prefix length.
     #[serde(deserialize_with = "net")]
     pub cidr: IpNet,
     /// Ports; none listed means every port.
@@ -182,7 +182,7 @@ fn net<'de, D: serde::Deserializer<'de>>(d: D) -> Result<IpNet, D::Error> {
     parse_net(&String::deserialize(d)?).map_err(D::Error::custom)
 }
 
-/// A list of address ranges, which may be left empty.
+/// Reads a list of address ranges. The key may have no value.
 pub(super) fn nets<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<IpNet>, D::Error> {
     let texts: Vec<String> = super::section(d)?;
     let nets = texts.iter().map(|text| parse_net(text));

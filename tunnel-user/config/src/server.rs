@@ -23,7 +23,7 @@ use cpc_host::listen::everywhere;
 use cpc_host::source_limiter::Bounds;
 use cpc_host::{cores, memory};
 
-/// Everything a server is told.
+/// Configuration of a server.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
@@ -31,7 +31,7 @@ pub struct ServerConfig {
     pub version: Version,
     /// UDP address of the tunnel; the same on TCP answers `/readyz` for load balancers.
     pub listen: SocketAddr,
-    /// Our name for agents of Konnectivity; the one in the certificate of `tls` when missing.
+    /// Server id for agents of Konnectivity; the one in the certificate of `tls` when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_id: Option<String>,
     /// Number of servers that an agent must find.
@@ -40,8 +40,8 @@ pub struct ServerConfig {
     pub shards: usize,
     /// Directory of the persisted secret.
     pub state_dir: PathBuf,
-    /// Our certificate, and whom we trust. Without it no tunnel over QUIC is served, which makes
-    /// sense only beside `konnectivity`.
+    /// Certificate of the server and its CAs. Without it the server accepts no tunnel over QUIC,
+    /// which makes sense only beside `konnectivity`.
     #[serde(deserialize_with = "super::section")]
     pub tls: TlsConfig,
     /// Packets of the tunnel.
@@ -74,7 +74,7 @@ pub struct ServerConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub join: Option<JoinConfig>,
-    /// Leases that tell agents how many servers there are.
+    /// Leases that tell agents the number of servers.
     #[serde(
         deserialize_with = "super::optional_section",
         skip_serializing_if = "Option::is_none"
@@ -82,7 +82,7 @@ pub struct ServerConfig {
     pub leases: Option<LeaseConfig>,
     /// Address of health, metrics and status.
     pub admin: SocketAddr,
-    /// Address of health and metrics as Konnectivity's programs tell them.
+    /// Address of health and metrics in the form of Konnectivity's programs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<SocketAddr>,
     /// Bounds.
@@ -91,7 +91,7 @@ pub struct ServerConfig {
     /// Logging.
     #[serde(deserialize_with = "super::section")]
     pub log: LogConfig,
-    /// The record of who reached what.
+    /// Record of connections and decisions.
     #[serde(deserialize_with = "super::section")]
     pub audit: AuditConfig,
 }
@@ -124,7 +124,7 @@ impl Default for ServerConfig {
     }
 }
 
-/// `policy`: who may serve what, beyond the node addresses in its certificate.
+/// `policy`: claims that an identity may have beyond the node addresses in its certificate.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
@@ -137,15 +137,15 @@ pub struct PolicyConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GrantConfig {
-    /// A URI, in which `*` stands for any characters but `/`.
+    /// URI, in which `*` stands for any characters but `/`.
     pub identity: String,
-    /// Address ranges; a single address may stand without its prefix length.
+    /// Address ranges. A single address needs no prefix length.
     #[serde(deserialize_with = "rule::nets")]
     pub cidrs: Vec<IpNet>,
     /// DNS names, `*.suffix` among them.
     #[serde(deserialize_with = "super::section")]
     pub names: Vec<String>,
-    /// Everything that nobody else serves.
+    /// Every destination that no other agent serves.
     pub default_route: bool,
 }
 
@@ -153,7 +153,7 @@ pub struct GrantConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {
-    /// Asked in this order; the first that knows an agent decides.
+    /// Strategies in the order in which they apply; the first that finds an agent decides.
     #[serde(deserialize_with = "super::section")]
     pub strategies: Vec<Strategy>,
 }
@@ -166,11 +166,11 @@ impl Default for RoutingConfig {
     }
 }
 
-/// One way to choose an agent, in Konnectivity's terms.
+/// Way to choose an agent, by its name in Konnectivity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Strategy {
-    /// Any agent that may serve everything, whatever the destination.
+    /// Any agent that may serve every destination.
     Default,
     /// An agent that serves the destination by its address, a range or its name.
     DestHost,
@@ -179,7 +179,7 @@ pub enum Strategy {
 }
 
 impl Strategy {
-    /// As it stands in a configuration, and in metrics.
+    /// Returns the name in configurations and metrics.
     pub fn label(self) -> &'static str {
         match self {
             Self::Default => "default",
@@ -247,13 +247,13 @@ impl RedirectConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum GroupConfig {
-    /// By number.
+    /// Number of the group.
     Id(u32),
-    /// By name.
+    /// Name of the group.
     Name(String),
 }
 
-/// One attachment of the redirect.
+/// Attachment of the redirect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachmentConfig {
@@ -282,12 +282,12 @@ pub struct AttachmentConfig {
     /// Destinations that stay direct although `capture` covers them. Loopback always stays direct.
     #[serde(default, deserialize_with = "super::section")]
     pub exclude: Vec<Rule>,
-    /// Treatment of captured connections while the server is dead or stuck.
+    /// Fate of captured connections while the server is dead or stuck.
     #[serde(default)]
     pub fail: FailMode,
 }
 
-/// Treatment of captured connections while the server is dead or stuck.
+/// Fate of captured connections while the server is dead or stuck.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {
@@ -298,11 +298,11 @@ pub enum FailMode {
     Open,
 }
 
-/// With as many routes, those of 20,000 departed agents and the default routes of each tenant the
-/// kernel's table (65,536) still has room.
+/// Maximum number of routes. Beside them the kernel's table (65,536) has room for the routes of
+/// 20,000 departed agents and the default routes of each tenant.
 pub const MAX_ROUTES: usize = 44_000;
 
-/// `limits`: bounds, and how long things may take.
+/// `limits`: bounds and timeouts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
@@ -324,7 +324,7 @@ pub struct LimitsConfig {
     /// Connections over one tunnel at once, below [`MAX_DIALS`].
     ///
     pub connections_per_tunnel: usize,
-    /// Dials under way at once.
+    /// Maximum number of concurrent dials.
     pub dials: usize,
     /// The same for each tenant, if it is to be less.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -338,7 +338,8 @@ pub struct LimitsConfig {
     pub agents_per_tenant: Option<usize>,
     /// Routes at once, names among them, at most [`MAX_ROUTES`]; the default route counts twice.
     pub routes: usize,
-    /// The same for each tenant, if it is to be less than three quarters of what the others leave.
+    /// Maximum number of routes of each tenant, where it is less than three quarters of what the
+    /// other tenants leave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub routes_per_tenant: Option<usize>,
     /// The same for each identity; for each process of Konnectivity's agents.
@@ -351,7 +352,7 @@ pub struct LimitsConfig {
     /// The same for each tunnel; a quarter of `stalled_bytes` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stalled_bytes_per_tunnel: Option<u64>,
-    /// Handshakes, at each port that strangers come to.
+    /// Bounds on handshakes, at each port that unauthenticated peers reach.
     #[serde(deserialize_with = "super::section")]
     pub handshakes: HandshakesConfig,
     /// Dials of a destination that time out in a row before it is not dialled for a while; 0: it
@@ -365,15 +366,15 @@ pub struct LimitsConfig {
     pub breaker_max_retry: Duration,
 }
 
-/// `limits.handshakes`: how many strangers a port takes in, from everywhere and from one source.
+/// `limits.handshakes`: handshakes of unauthenticated peers at a port, in total and per source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HandshakesConfig {
-    /// Under way at once, from everywhere.
+    /// Maximum number of concurrent handshakes of all sources.
     pub at_once: usize,
-    /// Of a source in the long run.
+    /// Long-term rate of one source, per second.
     pub per_second: u32,
-    /// Of a source that has long been quiet.
+    /// Burst of a source that was quiet before.
     pub burst: u32,
     /// Length of the prefix that is a source of IPv4.
     pub ipv4_prefix: u8,
@@ -397,7 +398,7 @@ impl Default for HandshakesConfig {
 }
 
 impl HandshakesConfig {
-    /// The same with at most `most` under way at once.
+    /// Returns the same bounds with at most `most` concurrent handshakes.
     pub fn at_most(&self, most: usize) -> Self {
         Self {
             at_once: self.at_once.min(most),
@@ -405,7 +406,7 @@ impl HandshakesConfig {
         }
     }
 
-    /// As a port keeps them.
+    /// Returns the bounds for the limiter of a port.
     pub fn bounds(&self) -> Bounds {
         Bounds {
             at_once: self.at_once,
@@ -529,12 +530,13 @@ impl Default for LimitsConfig {
 }
 
 impl ServerConfig {
-    /// Whether a part of Konnectivity is configured, so that its metrics are exposed beside ours.
+    /// Whether a part of Konnectivity is configured, so that the server exposes its metrics beside
+    /// ours.
     pub fn is_konnectivity(&self) -> bool {
         self.konnectivity.is_some() || self.leases.is_some() || !self.frontends.grpc.is_empty()
     }
 
-    /// The trust domains that peers may be of; the server itself is of `own`.
+    /// Returns the trust domains of possible peers. The server belongs to `own`.
     pub fn tenants(&self, own: &TrustDomain) -> HashSet<TrustDomain> {
         let frontends = &self.frontends;
         let frontends = frontends.http_connect.iter().chain(&frontends.grpc);
@@ -563,7 +565,7 @@ impl ServerConfig {
         Ok(config)
     }
 
-    /// Checks what serde can't.
+    /// Checks what serde can't check.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key.
@@ -631,7 +633,8 @@ impl ServerConfig {
         self.redirect.check()
     }
 
-    /// Makes every path absolute, the redirect's too: it means the same wherever it is read then.
+    /// Makes every path absolute, including those of the redirect, so that it does not depend on
+    /// the working directory of its reader.
     pub fn make_absolute(&mut self, working_directory: &Path) {
         self.resolve(working_directory);
         let redirect = &mut self.redirect;

@@ -1,4 +1,4 @@
-//! `transport`: how packets travel between an agent and a server. Each side's own sending.
+//! `transport`: the packets that a process sends between an agent and a server.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -11,11 +11,11 @@ use super::ConfigError;
 /// Connections that a server may hold open over one tunnel at once.
 pub const MAX_DIALS: u32 = 8192;
 
-/// Sizes that an IP packet may be told to have. What IPv6 promises on every path is enough for
-/// QUIC's floor of 1200 bytes of payload; more than 65535 does not fit an IP header.
+/// Permitted sizes of an IP packet. The minimum of IPv6 on every path is enough for QUIC's 1200
+/// bytes of payload; an IP header counts up to 65535.
 const MTUS: RangeInclusive<u16> = 1280..=u16::MAX;
 
-/// Packets that the other side may be told to gather before it acknowledges them.
+/// Permitted numbers of packets that the peer may gather before it acknowledges them.
 const ACK_EVERY: RangeInclusive<u32> = 1..=64;
 
 /// `transport`: how packets travel between an agent and a server.
@@ -44,7 +44,7 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// Checks what serde can't.
+    /// Checks what serde can't check.
     ///
     /// # Errors
     /// [`ConfigError::Value`] naming the key.

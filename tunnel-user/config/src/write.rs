@@ -1,4 +1,4 @@
-//! Writes a configuration as the YAML that it can be read from again.
+//! Writes a configuration as YAML that reads back as the same configuration.
 
 use serde::Serialize;
 

@@ -1,4 +1,4 @@
-//! The agent's end against the facts of the protocol, and against whatever a server may send.
+//! The agent's end against the rules of the protocol, and against any packets of a server.
 
 use std::collections::{HashMap, HashSet};
 
@@ -46,7 +46,7 @@ fn sent(agent: &mut AgentEnd) -> Vec<Packet> {
     std::iter::from_fn(|| agent.poll_transmit()).collect()
 }
 
-/// An agent with open connections 1 to `n`, their dials named 101 and on.
+/// Returns an agent with open connections 1 to `n`, whose dials have the numbers from 101 on.
 fn open(n: i64, now: Instant) -> AgentEnd {
     let mut agent = AgentEnd::default();
     for id in 1..=n {
@@ -57,7 +57,8 @@ fn open(n: i64, now: Instant) -> AgentEnd {
     agent
 }
 
-/// A server of ours ends its half alone; the target goes on until it ends, or nobody reads it.
+/// A server of ours ends its half alone. The target goes on until its end, or until its data has no
+/// reader.
 #[test]
 fn a_half_ends_without_the_other() {
     let now = Instant::now();
@@ -352,7 +353,7 @@ fn what_is_not_for_an_agent_is_ignored() {
     assert_eq!(agent.len(), 1);
 }
 
-/// What a server, a target or the clock does.
+/// One event of a server, a target or the clock.
 #[derive(Debug, Clone)]
 enum Step {
     Packet(Packet),
@@ -383,8 +384,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever happens: dials are answered once, connections end once, nothing is delivered to one
-    /// that has ended, every close is answered, the books balance, and nobody blocks for ever.
+    /// For any order of events: dials get one answer, connections end once, no data reaches an
+    /// ended one, every close gets an answer, the counts balance, and the stream is not blocked
+    /// without end.
     #[test]
     fn any_order_of_events(steps in proptest::collection::vec(step(), 0..200)) {
         let limits = Limits { dials: 3, connections: 6 };

@@ -31,7 +31,7 @@ fn any_packet() -> impl Strategy<Value = Packet> {
     ]
 }
 
-/// Everything in `input`, given in pieces that end at `cuts`.
+/// Decodes everything in `input`, in pieces that end at `cuts`.
 fn decode_all(input: &Bytes, cuts: &[usize]) -> (Vec<Packet>, Result<(), DecodeError>) {
     let mut cuts: Vec<_> = cuts.iter().map(|cut| cut % (input.len() + 1)).collect();
     cuts.sort_unstable();
@@ -63,7 +63,7 @@ fn error(bytes: &'static [u8]) -> DecodeError {
     decode_all(&Bytes::from_static(bytes), &[]).1.unwrap_err()
 }
 
-/// What kube-apiserver and the agents of upstream put on the wire, byte for byte.
+/// The bytes of kube-apiserver and the agents of upstream.
 #[test]
 fn the_bytes_on_the_wire() {
     for (packet, bytes) in [

@@ -1,22 +1,22 @@
-//! How long a target may still need for what was sent to it.
+//! Estimate of the time that a target needs for the bytes sent to it.
 
 use std::time::{Duration, Instant};
 
 use super::{AGENT_QUEUE, SLOWEST_TARGET};
 
-/// What an agent may hold for a target that reads [`SLOWEST_TARGET`] bytes a second, as the moment
-/// when it has read all of it.
+/// Bytes that an agent may hold for a target that reads [`SLOWEST_TARGET`] bytes a second, as the
+/// time at which it has read all of them.
 #[derive(Debug, Default)]
 pub(super) struct Backlog(Option<Instant>);
 
 impl Backlog {
-    /// `bytes` more were sent.
+    /// Adds `bytes` that were sent.
     pub(super) fn add(&mut self, bytes: usize, now: Instant) {
         let most = now + duration(AGENT_QUEUE);
         self.0 = Some((self.written(now) + duration(bytes)).min(most));
     }
 
-    /// When all is read; now if nothing is held.
+    /// Returns the time at which everything is read; now if nothing is held.
     pub(super) fn written(&self, now: Instant) -> Instant {
         self.0.map_or(now, |at| at.max(now))
     }

@@ -1,4 +1,4 @@
-//! Barriers: questions that the agent answers in turn, and what its silence means.
+//! Barriers: questions that the agent answers in turn, and the meaning of its silence.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -10,10 +10,10 @@ pub(super) struct Barriers {
     /// The last one's number.
     sent: u64,
     unanswered: VecDeque<Barrier>,
-    /// When the last answer came.
+    /// Time of the last answer.
     heard: Instant,
-    /// Since when the stream is read, after it was held. Answers that stood behind what nobody
-    /// took are no fault of the agent's.
+    /// Time at which the driver resumed reading the stream. Answers that were held behind unread
+    /// data are not late by the agent's fault.
     resumed: Instant,
     silent: bool,
 }
@@ -27,7 +27,7 @@ struct Barrier {
 }
 
 impl Barriers {
-    /// Of an agent that has yet to be heard.
+/// Creates the barriers of an agent without an answer so far.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             sent: 0,
@@ -38,7 +38,7 @@ impl Barriers {
         }
     }
 
-    /// One more, to be sent as a CLOSE_REQ for the id that this returns.
+    /// Returns the id of another barrier, for its CLOSE_REQ.
     pub(super) fn ask(&mut self, dial: Option<DialId>, now: Instant) -> i64 {
         self.sent += 1;
         self.unanswered.push_back(Barrier {
@@ -49,8 +49,8 @@ impl Barriers {
         0_i64.saturating_sub_unsigned(self.sent)
     }
 
-    /// The agent has handled all that was sent before barrier `seq`. Gives the connections that
-    /// waited for it; `None` if it was not asked, or answered before.
+    /// Notes that the agent has handled everything before barrier `seq`. Returns the connections
+    /// that waited for it; `None` if the barrier was not sent, or was answered before.
     pub(super) fn answered(&mut self, seq: u64, now: Instant) -> Option<Vec<DialId>> {
         let first = self.unanswered.front()?.seq;
         if !(first..=self.sent).contains(&seq) {
@@ -64,7 +64,7 @@ impl Barriers {
         Some(passed)
     }
 
-    /// The stream was held, and is read again.
+    /// Notes that the driver resumes reading the stream.
     pub(super) fn resume(&mut self, now: Instant) {
         self.resumed = now;
     }
@@ -104,7 +104,8 @@ impl Barriers {
             .is_some_and(|at| now >= at + LOST_AFTER)
     }
 
-    /// When the oldest unanswered one means more; `None` if there is none.
+    /// Returns the next time at which the oldest unanswered barrier means more; `None` if there is
+    /// none.
     pub(super) fn timeout(&self) -> Option<Instant> {
         let patience = if self.silent {
             LOST_AFTER

@@ -1,4 +1,4 @@
-//! One dial and the connection that comes of it.
+//! One dial and its connection.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -12,71 +12,71 @@ use crate::close::CloseReason;
 /// The most that is read at once, in chunks: one vectored write's worth.
 const CHUNKS: usize = 32;
 
-/// The longest text of an agent that is kept, in bytes.
+/// Maximum length of an agent's text that is stored, in bytes.
 const MAX_TEXT: usize = 4096;
 
-/// What a chunk counts beside its bytes: an agent may send them one by one.
+/// Cost of a chunk beside its bytes: an agent may send single bytes.
 const CHUNK_COST: usize = 64;
 
-/// What an agent said to a dial.
+/// Answer of an agent to a dial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// The target is connected.
     Connected,
-    /// It is not, for the reason that the agent gives.
+    /// The dial failed, for this reason of the agent.
     Failed(String),
-    /// There will be no answer.
+    /// No answer will follow.
     Ended(ReadEnd),
 }
 
-/// Why nothing more will come from the target.
+/// Reason why the target sends no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadEnd {
-    /// The target closed, or did as it was told.
+    /// The target closed, by itself or at CLOSE_REQ.
     Finished,
-    /// The connection was given up, by either side.
+    /// The connection was cancelled, by either side.
     Reset(CloseReason),
-    /// The stream is gone.
+    /// The stream was lost.
     Link(CloseReason),
 }
 
-/// Why nothing more can be sent to the target.
+/// Reason why the target gets no more data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WriteEnd {
-    /// It was told to close, and did.
+    /// It has closed at CLOSE_REQ.
     Closed,
     /// It has closed by itself.
     Gone,
-    /// The connection was given up, by either side.
+    /// The connection was cancelled, by either side.
     Reset(CloseReason),
-    /// The stream is gone.
+    /// The stream was lost.
     Link(CloseReason),
 }
 
-/// How far the direction towards the target has come.
+/// State of the direction towards the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sending {
     /// More may follow.
     Open,
-    /// Nothing more follows; the agent may not have taken all of it off the stream.
+    /// The client has ended; the agent may not have taken everything off the stream.
     Barrier(Await),
-    /// It has: now the target is to have its time.
+    /// The agent has taken everything, and the target has time for it.
     Linger {
-        /// What else is waited for.
+        /// Further data to wait for.
         awaits: Await,
-        /// When its time is over, whatever comes.
+        /// Latest end of the wait.
         until: Instant,
     },
-    /// The target was told of the end of file by an agent that knows of halves: it may still send.
+    /// An agent that supports halves has received the end of file: the target may still send.
     Half,
     /// CLOSE_REQ was sent, at this moment.
     Told(Instant),
 }
 
-/// What a client may still wait for that sends no more.
+/// Data that a client without further bytes may still receive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Await {
-    /// Nothing: only that the target takes what was sent.
+    /// None: only the target's reading of the earlier bytes counts.
     Nothing,
     /// The rest of an answer that has begun.
     Rest,
@@ -90,13 +90,13 @@ pub(super) struct Connection<W> {
     /// The agent's name for it, once it is connected.
     pub(super) connect_id: Option<i64>,
     pub(super) sending: Sending,
-    /// What the target may have yet to take.
+    /// Bytes that the target may have yet to read.
     pub(super) backlog: Backlog,
-    /// What a client that sends no more may wait for, as far as its bytes tell.
+    /// Data that a client without further bytes may receive, as far as its bytes tell.
     pub(super) awaits: Await,
-    /// When the target last sent something.
+    /// Time of the target's last data.
     heard: Option<Instant>,
-    /// Nobody asks after it any more.
+    /// The connection has no user any more.
     pub(super) released: bool,
     failure: Option<String>,
     unread: VecDeque<Bytes>,
@@ -136,14 +136,14 @@ impl<W> Connection<W> {
         }
     }
 
-    /// The agent could not connect.
+    /// Notes that the agent could not connect.
     pub(super) fn fail(&mut self, mut text: String) {
         text.truncate(text.floor_char_boundary(MAX_TEXT));
         self.failure = Some(text);
         self.end(ReadEnd::Reset(CloseReason::DialFailed));
     }
 
-    /// The id for DATA, for as long as any may be sent.
+    /// Returns the id for DATA while data may be sent.
     pub(super) fn sends_as(&self) -> Option<i64> {
         let open = self.sending == Sending::Open && self.end.is_none();
         self.connect_id.filter(|_| open)
@@ -158,7 +158,8 @@ impl<W> Connection<W> {
         }
     }
 
-    /// When a connection that lingers is to be told; `resumed` is since when its stream is read.
+    /// Returns the time for CLOSE_REQ of a lingering connection; `resumed` is the time since which
+    /// the driver reads the stream.
     pub(super) fn due(&self, now: Instant, resumed: Instant) -> Option<Instant> {
         let Sending::Linger { awaits, until } = self.sending else {
             return None;
@@ -192,7 +193,7 @@ impl<W> Connection<W> {
         Ok(true)
     }
 
-    /// Drops what is unread, and what will come.
+    /// Drops unread and future data.
     pub(super) fn discard(&mut self) {
         self.discarding = true;
         self.unread = VecDeque::new();
@@ -203,7 +204,7 @@ impl<W> Connection<W> {
         self.discarding
     }
 
-    /// The first end stands.
+    /// Ends the connection. The first end stays.
     pub(super) fn end(&mut self, end: ReadEnd) {
         self.end.get_or_insert(end);
     }

@@ -1,4 +1,4 @@
-//! What each packet of the agent's means.
+//! Handling of each packet of an agent.
 
 use std::time::Instant;
 
@@ -13,8 +13,8 @@ use crate::close::CloseReason;
 use crate::konnectivity::Packet;
 
 impl<W: Clone> ServerEnd<W> {
-    /// Takes a packet off the stream. What does not fit to anything is answered as the peer's server
-    /// does, or ignored.
+    /// Handles a packet of the stream. One that fits nothing is answered as proxy-server does, or
+    /// ignored.
     ///
     /// # Errors
     /// [`StreamError::Flood`]: end the stream.
@@ -137,7 +137,7 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Ends a connection of which nothing more will come.
+    /// Ends a connection for which no more packets come.
     fn end(&mut self, dial: DialId, end: ReadEnd, now: Instant) {
         let Some(connection) = self.connections.get_mut(&dial) else {
             return;
@@ -151,7 +151,7 @@ impl<W: Clone> ServerEnd<W> {
         }
     }
 
-    /// Closes what nobody here asked for.
+    /// Closes a connection that this server did not request.
     fn refuse(&mut self, id: i64) -> Result<(), StreamError> {
         if self.closing.len() >= MAX_CLOSING {
             return Err(StreamError::Flood);

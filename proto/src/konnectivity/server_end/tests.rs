@@ -1,4 +1,5 @@
-//! Scripts on a virtual clock, and random interleavings with an agent that does as agents do.
+//! Scripts on a virtual clock, and random interleavings with an agent that behaves like the real
+//! one.
 
 mod closing;
 mod dials;
@@ -12,7 +13,7 @@ use bytes::Bytes;
 
 use super::*;
 
-/// A server's end, and everything that it has said.
+/// A server's end, and all its packets and events.
 struct Bench {
     now: Instant,
     end: ServerEnd<&'static str>,
@@ -22,7 +23,7 @@ const ONE: DialId = DialId(1);
 const TWO: DialId = DialId(2);
 
 impl Bench {
-    /// Of a fresh stream.
+    /// Creates the end of a new stream.
     fn new() -> Self {
         // The only use of a clock: there is no other way to an Instant.
         let now = Instant::now();
@@ -32,7 +33,7 @@ impl Bench {
         }
     }
 
-    /// Of an agent that has answered, with [`ONE`] connected as 1 and [`TWO`] as 2.
+    /// Creates the end of an agent that has answered, with [`ONE`] connected as 1 and [`TWO`] as 2.
     fn connected() -> Self {
         let mut bench = Self::new();
         bench.receive(closed(-1));
@@ -50,7 +51,7 @@ impl Bench {
         self.end.handle_packet(packet, self.now).unwrap();
     }
 
-    /// What was sent since the last call, without heartbeats.
+    /// Returns the packets since the last call, without heartbeats.
     fn sent(&mut self) -> Vec<Packet> {
         std::iter::from_fn(|| self.end.poll_transmit())
             .filter(
@@ -59,12 +60,12 @@ impl Bench {
             .collect()
     }
 
-    /// What happened since the last call.
+    /// Returns the events since the last call.
     fn events(&mut self) -> Vec<Event<&'static str>> {
         std::iter::from_fn(|| self.end.poll_event()).collect()
     }
 
-    /// Lets time pass, from one thing that is due to the next.
+    /// Lets time pass, from one due event to the next.
     fn pass(&mut self, time: Duration) -> Result<(), StreamError> {
         let until = self.now + time;
         while self.end.poll_timeout() <= until {
@@ -75,7 +76,7 @@ impl Bench {
         Ok(())
     }
 
-    /// The same with an agent that answers each barrier.
+    /// Lets time pass with an agent that answers each barrier.
     fn pass_answered(&mut self, time: Duration) {
         let until = self.now + time;
         loop {

@@ -36,15 +36,15 @@ pub(super) fn welcome() -> Welcome {
     }
 }
 
-/// One direction of a stream: it keeps order and loses nothing, but may stand still or end.
+/// One direction of a stream: it keeps order and loses nothing, but may stop or end.
 #[derive(Debug, Default)]
 pub(super) struct Pipe {
     in_flight: VecDeque<(Instant, Vec<u8>)>,
-    /// Nothing arrives, as on a path that is down: it does when the path is up again.
+    /// Nothing arrives, as on a path that is down, until the path is up again.
     pub(super) stalled: bool,
-    /// Nothing arrives ever again, as after the end of the process.
+    /// Nothing arrives from now on, as after the end of the process.
     pub(super) dead: bool,
-    /// How many bytes arrive at a time.
+    /// Number of bytes that arrive at a time.
     pub(super) piece: usize,
 }
 
@@ -64,7 +64,7 @@ impl Pipe {
     }
 }
 
-/// What happened, with the time since the start.
+/// Events, with the time since the start.
 type Log<E> = Vec<(Duration, E)>;
 
 pub(super) struct Pair {
@@ -104,7 +104,7 @@ impl Pair {
         }
     }
 
-    /// After the introductions, with the events of these taken away.
+    /// Returns a pair after the introductions, without the events of these.
     pub(super) fn established(piece: usize) -> Self {
         let mut pair = Self::new(piece);
         pair.run(3 * LATENCY).unwrap();
@@ -118,8 +118,8 @@ impl Pair {
         pair
     }
 
-    /// Lets time pass, from one thing that is due to the next. Ends early with the error of the
-    /// side whose session ends.
+    /// Lets time pass, from one due event to the next. Ends early with the error of the side whose
+    /// session ends.
     pub(super) fn run(&mut self, time: Duration) -> Result<(), SessionError> {
         let end = self.now + time;
         loop {

@@ -1,4 +1,4 @@
-//! Arbitrary scripts of what may befall a session, and what holds whatever befalls it. proptest
+//! Arbitrary scripts of events in a session, and the properties that hold for all of them. proptest
 //! prints the shortest script that fails, with its seed.
 
 use std::time::Duration;
@@ -47,7 +47,7 @@ fn claim(octet: u8) -> Vec<Claim> {
     vec![Claim::Address([10, 0, 0, octet].into())]
 }
 
-/// What one side said or the other heard, in order, apart from the signs of life.
+/// Messages that one side sent or the other received, in order, apart from life signs.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Told {
     offers: Vec<Vec<Claim>>,
@@ -57,7 +57,7 @@ struct Told {
     server_drains: usize,
 }
 
-/// The signs of life that one side was told of: when, and whether the other fell silent.
+/// Life signs of one side: their times, and whether the other side fell silent.
 #[derive(Debug, Default)]
 struct Signs(Vec<(Duration, bool)>);
 
@@ -81,7 +81,7 @@ impl Signs {
     }
 }
 
-/// A session under test, and what was said in it.
+/// A session under test, and its messages.
 struct Session {
     pair: Pair,
     said: Told,
@@ -139,7 +139,7 @@ impl Session {
         pair.run(Duration::ZERO)
     }
 
-    /// What was heard, and whether the server and the agent think that the other is silent.
+    /// Returns the received messages, and whether the server and the agent call the other silent.
     fn heard(&self) -> Result<(Told, bool, bool), TestCaseError> {
         let mut told = Told::default();
         let (mut server, mut agent) = (Signs::default(), Signs::default());
@@ -172,7 +172,7 @@ impl Session {
         Ok((told, server.check()?, agent.check()?))
     }
 
-    /// With the path up, all that was said arrives, and both sides are content.
+    /// With the path up, all messages arrive, and both sides are alive.
     fn end_well(mut self) -> Result<(), TestCaseError> {
         self.pair.to_server.stalled = false;
         self.pair.to_agent.stalled = false;
@@ -184,8 +184,8 @@ impl Session {
         Ok(())
     }
 
-    /// The agent's process is killed: the server is left with a silent agent, and with nothing
-    /// that was not said.
+    /// The agent's process is killed: the server sees a silent agent, and no message that was not
+    /// sent.
     fn agent_dies(mut self) -> Result<(), TestCaseError> {
         self.pair.to_server.dead = true;
         self.pair.to_agent.dead = true;
@@ -199,7 +199,7 @@ impl Session {
 }
 
 proptest! {
-    /// Several sessions after each other, as when the agent is restarted.
+    /// Several sessions in sequence, as when the agent is restarted.
     #[test]
     fn whatever_befalls_a_session(
         lives in prop::collection::vec(prop::collection::vec(any_step(), 0..40), 1..4),
@@ -215,8 +215,8 @@ proptest! {
         }
     }
 
-    /// All messages of one direction are lost, from some time on: the side that hears nothing
-    /// notices within its limit, the other goes on hearing.
+    /// All messages of one direction are lost, from some time on: the side that receives nothing
+    /// notices within its limit, the other goes on.
     #[test]
     fn loss_of_all_messages(before in 0..30_000_u64, traffic: bool, to_server: bool) {
         let mut pair = Pair::established(usize::MAX);
@@ -238,7 +238,7 @@ proptest! {
         prop_assert_eq!(pair.agent_events, Vec::from_iter(agent_events));
     }
 
-    /// Any bytes, whether or not the session has begun: an error or none, never a panic, and the
+    /// Any bytes, before or after the introduction, give an error or none, never a panic, and the
     /// same however they are divided.
     #[test]
     fn any_bytes(bytes: Vec<u8>, piece in 1..20_usize, established: bool) {

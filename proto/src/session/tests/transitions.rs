@@ -24,7 +24,7 @@ fn claims(count: usize) -> Vec<Claim> {
     names.map(Claim::Name).collect()
 }
 
-/// What the server says to a session that begins with these bytes.
+/// Returns the server's reply to a session that begins with these bytes.
 fn server_error(bytes: &[u8]) -> SessionError {
     let mut pair = Pair::new(usize::MAX);
     pair.server.handle_bytes(bytes, pair.now).unwrap_err()

@@ -169,7 +169,7 @@ fn read<T: DeserializeOwned + Default>(text: &str) -> T {
     crate::load(Some(&file)).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
-/// Reads what was written, which has to be the same configuration. Returns it as JSON.
+/// Reads a written configuration, which has to equal the original. Returns it as JSON.
 fn comes_back<T>(config: &T) -> Value
 where
     T: Serialize + DeserializeOwned + Default + PartialEq + Debug,
@@ -207,8 +207,8 @@ fn every_key_is_read_back() {
     all_differ(&comes_back(&read::<AgentConfig>(usual)), &set, "agent");
 }
 
-/// A section that is in force only where its key stands, and a list that is empty, differ from those
-/// that are not there.
+/// A section that is in force where its key is present, and an empty list, differ from missing
+/// ones.
 #[test]
 fn what_is_there_stays_apart_from_what_is_not() {
     for text in [

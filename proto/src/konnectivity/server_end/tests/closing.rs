@@ -1,4 +1,4 @@
-//! How connections end, from either side.
+//! The end of connections, from either side.
 
 use super::*;
 
@@ -35,7 +35,7 @@ fn a_close_with_an_error_is_a_reset() {
 
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// Of a client of which it is not known whether it reads on, and whose target had begun to answer.
+/// The client may or may not read on, and its target has begun to answer.
 #[test]
 fn the_rest_of_an_answer_is_waited_for_until_the_target_is_quiet() {
     let mut bench = Bench::connected();
@@ -66,7 +66,7 @@ fn the_rest_of_an_answer_is_waited_for_until_the_target_is_quiet() {
     assert_eq!(bench.read(ONE), Err(ReadEnd::Finished));
 }
 
-/// All that comes in the time that is documented, however late it begins and whatever its pauses.
+/// All data within the documented time counts, with any delay and any pauses.
 #[test]
 fn an_answer_is_waited_for_where_none_has_come() {
     for known_to_read in [false, true] {
@@ -126,7 +126,7 @@ fn nothing_is_waited_for_where_nothing_is_under_way() {
     }
 }
 
-/// Who lingers and is then left by its client waits no longer.
+/// A lingering connection whose client leaves waits no longer.
 #[test]
 fn a_client_that_leaves_ends_the_wait() {
     let mut bench = Bench::connected();
@@ -143,7 +143,7 @@ fn a_client_that_leaves_ends_the_wait() {
     assert_eq!(bench.end.connections.len(), 1);
 }
 
-/// A session that had ended within the connection, and goes on, does ask for answers.
+/// A session that ended within the connection and goes on does expect answers.
 #[test]
 fn what_follows_a_goodbye_is_a_request() {
     let mut bench = Bench::connected();
@@ -179,7 +179,8 @@ fn a_target_has_time_for_what_the_agent_may_hold() {
     }
 }
 
-/// An agent that knows of halves is told at once, and of the whole when nobody reads.
+/// An agent that supports halves learns of the half at once, and of the whole when there is no
+/// reader.
 #[test]
 fn an_agent_that_knows_of_halves_is_told_at_once() {
     let connected = || {

@@ -1,4 +1,4 @@
-//! Dials: every one ends, and what fits to none is answered or ignored.
+//! Dials: each ends, and packets that fit no dial are answered or ignored.
 
 use super::*;
 

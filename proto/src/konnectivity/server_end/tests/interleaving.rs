@@ -17,7 +17,7 @@ enum Step {
     Connect(u8, bool),
     TargetSends(u8, u16),
     TargetCloses(u8),
-    /// The server takes a packet, if it wants one.
+    /// The server takes a packet, if it takes any.
     Take,
     Read(u8),
     Finish(u8),
@@ -46,12 +46,12 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the server's user knows of a dial.
+/// A user of a dial, with its knowledge.
 #[derive(Debug, Default)]
 struct Client {
     read: Vec<u8>,
     end: Option<ReadEnd>,
-    /// It threw something away, or gave up.
+    /// The client dropped or cancelled something.
     careless: bool,
 }
 
@@ -59,10 +59,10 @@ struct Client {
 #[derive(Debug)]
 struct Target {
     dial: DialId,
-    /// Everything it has sent.
+    /// All its sent bytes.
     sent: Vec<u8>,
     open: bool,
-    /// How often it was to be closed.
+    /// Number of CLOSE_REQ for it.
     told: usize,
 }
 
@@ -73,11 +73,11 @@ struct World {
     next_dial: i64,
     next_id: i64,
     clients: BTreeMap<DialId, Client>,
-    /// The agent's dials under way.
+    /// Concurrent dials of the agent.
     dialling: Vec<(DialId, i64)>,
     targets: BTreeMap<i64, Target>,
     answered: BTreeMap<DialId, usize>,
-    /// The agent sends what agents don't.
+    /// The agent sends packets that real agents don't send.
     strays: bool,
 }
 
@@ -165,7 +165,7 @@ impl World {
         self.settle();
     }
 
-    /// Takes what the server's end has to say, and checks what must always hold.
+    /// Takes the output of the server's end, and checks the invariants.
     fn settle(&mut self) {
         let end = &mut self.bench.end;
         self.to_agent
@@ -279,7 +279,7 @@ impl World {
         }
     }
 
-    /// Lets everything come to its end.
+    /// Lets everything end.
     fn wind_down(&mut self) {
         // The clients go on reading, and finish what they have not finished.
         let dials: Vec<_> = self.clients.keys().copied().collect();
@@ -338,7 +338,7 @@ impl World {
     }
 }
 
-/// What an agent sends that is confused, about connections that it never had.
+/// Packet of a confused agent, for connections that it never had.
 fn stray(kind: u8, id: i64) -> Packet {
     // Far from those in use.
     let connect_id = if id > 0 { id + 100_000 } else { id };
@@ -391,7 +391,7 @@ proptest! {
     }
 }
 
-/// Any packet whatever, with small numbers so that some of them fit to something.
+/// Any packet, with small numbers so that some of them fit an existing connection.
 fn any_packet() -> impl Strategy<Value = Packet> {
     let id = || prop_oneof![(-4_i64..8), any::<i64>()];
     prop_oneof![

@@ -1,10 +1,10 @@
-//! Readers that are slow, or stop.
+//! Slow and stopped readers.
 
 use super::*;
 
 const CHUNK: &[u8] = &[7; 4096];
 
-/// Fills the queue of [`ONE`], and returns how many bytes went in.
+/// Fills the queue of [`ONE`], and returns the number of bytes.
 fn fill(bench: &mut Bench) -> usize {
     let mut filled = 0;
     while bench.end.wants_packets() {

@@ -1,4 +1,4 @@
-//! Agents that are wedged, and agents that only have nothing to say.
+//! Stuck agents, and idle ones.
 
 use super::*;
 
