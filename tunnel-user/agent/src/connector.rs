@@ -21,7 +21,7 @@ use self::notice::Notice;
 use super::plan::{Health, Plan, ServerEndpoint, ServerInfo, Verdict};
 use super::tunnel::End;
 use cpc_config::agent::Protocol;
-use cpc_observe::complaint::Complaint;
+use cpc_observe::error_dedup::Complaint;
 
 /// Event for the connector. Numbers are those of [`Action::Dial`].
 #[derive(Debug)]

@@ -26,7 +26,7 @@ use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 use cpc_config::TlsFiles;
 use cpc_host::report::report;
-use cpc_observe::complaint::Complaint;
+use cpc_observe::error_dedup::Complaint;
 
 /// Polling interval of the files.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);

@@ -5,13 +5,13 @@
 pub mod access;
 pub mod admin;
 pub mod audit;
-pub mod complaint;
+pub mod error_dedup;
 pub mod exposition;
 mod journal;
 pub mod konnectivity;
 pub mod limits;
 mod line_end;
-mod lines;
+mod line_writer;
 pub mod logging;
 pub mod metrics;
 pub mod process;

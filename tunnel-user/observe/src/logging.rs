@@ -21,7 +21,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use super::audit::{AUDIT, Audit, AuditError};
 use super::journal::{self, Prioritised};
-use super::lines::Lines;
+use super::line_writer::Lines;
 use super::throttle::{self, Throttle};
 use cpc_config::{AuditConfig, LogConfig, LogFormat};
 use cpc_host::report::report;

@@ -27,7 +27,7 @@ struct Barrier {
 }
 
 impl Barriers {
-/// Creates the barriers of an agent without an answer so far.
+    /// Creates the barriers of an agent without an answer so far.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             sent: 0,

@@ -18,7 +18,7 @@ use super::held_for;
 use crate::client::{CallError, call, outcome};
 use crate::delays::{Delays, apart};
 use cpc_host::report::report;
-use cpc_observe::complaint::Complaint;
+use cpc_observe::error_dedup::Complaint;
 use cpc_observe::konnectivity::LeaseReads;
 
 /// Time after which the API server ends a watch, in seconds.

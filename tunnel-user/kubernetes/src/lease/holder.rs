@@ -16,7 +16,7 @@ use crate::client::{CallError, call, outcome};
 use crate::delays::Delays;
 use cpc_config::labels::Labels;
 use cpc_host::report::report;
-use cpc_observe::complaint::Complaint;
+use cpc_observe::error_dedup::Complaint;
 use cpc_observe::konnectivity::LeaseCalls;
 
 /// Duration of a lease without renewal, in seconds.

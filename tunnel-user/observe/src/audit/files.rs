@@ -14,7 +14,7 @@ use std::time::SystemTime;
 
 use super::Counts;
 use super::tail::{Tail, Unwritten};
-use crate::lines::line_count;
+use crate::line_writer::line_count;
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
 

@@ -33,7 +33,7 @@ use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use self::sink::Sink;
-use super::lines::Lines;
+use super::line_writer::Lines;
 use super::logging::ACCESS;
 use super::throttle::{self, Throttle};
 use cpc_config::AuditConfig;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::files::{Bounds, Files};
 use super::{AuditError, Counts, SERIES};
-use crate::lines::line_count;
+use crate::line_writer::line_count;
 use cpc_config::AuditConfig;
 use cpc_host::directory::with_remedy;
 use cpc_host::report::report;

@@ -8,7 +8,7 @@ use tokio_rustls::TlsAcceptor;
 use super::listener::Protocol;
 use cpc_config::frontend::TcpFrontend;
 use cpc_host::report::report;
-use cpc_identity::callers::Callers;
+use cpc_identity::caller_verifier::Callers;
 use cpc_identity::floor::{Accepted, accepted};
 use cpc_identity::lifetime::{Certificates, Lifetime, Purpose};
 use cpc_identity::material::{MaterialError, fingerprint, load_anchors, load_key, watch};

@@ -10,7 +10,7 @@ use tokio_rustls::TlsAcceptor;
 use cpc_config::konnectivity::KonnectivityConfig;
 use cpc_config::tls_floor::TlsFloor;
 use cpc_host::report::report;
-use cpc_identity::callers::Callers;
+use cpc_identity::caller_verifier::Callers;
 use cpc_identity::floor::{Accepted, accepted};
 use cpc_identity::lifetime::{Certificates, Lifetime, Purpose};
 use cpc_identity::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
