@@ -66,7 +66,7 @@ impl From<&Answer> for CertificateAnswer {
                 refused: String::new(),
             },
             Err(why) => Self {
-                refused: text::made_fit(why),
+                refused: text::sanitized(why),
                 ..Self::default()
             },
         }
@@ -81,7 +81,7 @@ pub(crate) fn from_answer(wire: CertificateAnswer) -> Result<Answer, MessageErro
         }
     }
     if wire.chain.is_empty() {
-        return Ok(Err(text::made_fit(&wire.refused)));
+        return Ok(Err(text::sanitized(&wire.refused)));
     }
     Ok(Ok(Issued {
         chain: wire.chain,
@@ -117,7 +117,7 @@ impl TryFrom<JoinRequest> for Join {
         }
         let address = |text: &String| match text.parse::<IpAddr>() {
             Ok(address) => Ok(address.to_canonical()),
-            Err(_) => Err(MessageError::Address(text::made_fit(text))),
+            Err(_) => Err(MessageError::Address(text::sanitized(text))),
         };
         Ok(Self {
             token: wire.token,

@@ -18,7 +18,7 @@ pub(crate) fn name(field: &'static str, text: String) -> Result<String, MessageE
 }
 
 /// Repairs free text: cuts it to [`MAX_TEXT`] bytes and replaces its control characters.
-pub(crate) fn made_fit(text: &str) -> String {
+pub(crate) fn sanitized(text: &str) -> String {
     let text = &text[..text.floor_char_boundary(MAX_TEXT)];
     text.replace(char::is_control, "?")
 }

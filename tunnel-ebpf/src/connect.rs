@@ -124,7 +124,7 @@ fn connect(ctx: &SockAddrContext, destination: Endpoint) -> Result<Option<Endpoi
             if let Some(reason) = reason {
                 count(reason);
             }
-            origin::forget(ctx);
+            origin::remove(ctx);
             Ok(None)
         }
         Decision::Redirect {
@@ -137,7 +137,7 @@ fn connect(ctx: &SockAddrContext, destination: Endpoint) -> Result<Option<Endpoi
                 attachment,
                 refused,
             };
-            if !origin::remember(ctx, origin) {
+            if !origin::store(ctx, origin) {
                 return Err(refuse(ctx, destination, Counter::NoMemory));
             }
             if refused == 0 {

@@ -11,7 +11,7 @@ use crate::maps::{ORIGINS, attachment_id};
 
 /// Remembers where a socket wanted to go. False when the kernel has no memory for it.
 #[inline(always)]
-pub(crate) fn remember(ctx: &SockAddrContext, mut origin: Origin) -> bool {
+pub(crate) fn store(ctx: &SockAddrContext, mut origin: Origin) -> bool {
     // SAFETY: `ctx` is the hook's context, whose socket is never null.
     let stored = unsafe { ORIGINS.get_or_insert_ptr_mut(ctx, Some(&mut origin)) };
     if stored.is_null() {
@@ -25,7 +25,7 @@ pub(crate) fn remember(ctx: &SockAddrContext, mut origin: Origin) -> bool {
 
 /// Forgets an earlier attempt of this attachment's: this one takes the ordinary route.
 #[inline(always)]
-pub(crate) fn forget(ctx: &SockAddrContext) {
+pub(crate) fn remove(ctx: &SockAddrContext) {
     if of_context(ctx).is_some() {
         // SAFETY: `ctx` is the hook's context, whose socket is never null.
         let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };

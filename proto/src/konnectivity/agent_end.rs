@@ -134,7 +134,7 @@ enum State {
     Dialling,
     Open,
     /// The target takes no more, or its end of file has arrived: later data for it is dropped.
-    Deaf,
+    Discarding,
 }
 
 /// The connection that everything waits for: one at most, since nothing is read meanwhile.
@@ -249,7 +249,7 @@ impl AgentEnd {
     pub fn stop(&mut self, id: i64) {
         if let Some(connection) = self.connections.get_mut(&id) {
             if connection.state == State::Open {
-                connection.state = State::Deaf;
+                connection.state = State::Discarding;
             }
             connection.queued = 0;
             self.unblock(id);
@@ -346,14 +346,14 @@ impl AgentEnd {
             self.close_response(id, text::UNRECOGNIZED_CONNECTION);
             return None;
         };
-        if connection.state == State::Deaf {
+        if connection.state == State::Discarding {
             return None;
         }
         if data.is_empty() {
             if !self.halves {
                 return None;
             }
-            connection.state = State::Deaf;
+            connection.state = State::Discarding;
             return Some(Command::FinishHalf { id });
         }
         connection.queued += data.len() + PACKET_COST;

@@ -15,7 +15,7 @@
 //! comes first, then a delay in which the target can take, at [`SLOWEST_TARGET`], the bytes that
 //! the agent may hold for it. CLOSE_REQ follows at once for a client that reads no more
 //! ([`ServerEnd::stop`]), and for one whose last bytes end a session
-//! ([`ServerEnd::is_session_end`]). A client that is known to read on ([`ServerEnd::finish_half`]),
+//! ([`ServerEnd::note_session_end`]). A client that is known to read on ([`ServerEnd::finish_half`]),
 //! and one whose bytes the target has not answered, get answers for [`LINGER`]. Of any other client
 //! this end does not know whether it reads on: that client gets the rest of its answer until the
 //! target has been quiet for [`QUIET`]. Two things are lost: bytes that a slower target has not
@@ -152,13 +152,13 @@ pub enum Event<W> {
 pub struct ServerEnd<W> {
     connections: HashMap<DialId, Connection<W>>,
     /// Owners of the agent's ids.
-    ids: HashMap<i64, Holder>,
+    ids: HashMap<i64, IdOwner>,
     /// Ids that are being closed, oldest first, with the last barrier that was sent before.
     closing: VecDeque<(u64, i64)>,
     barriers: Barriers,
     /// Lingering connections, by the time of their next check.
     lingering: BinaryHeap<Reverse<(Instant, DialId)>>,
-    held: Option<Held>,
+    slow_reader: Option<SlowReader>,
     /// Whether the agent knows of halves.
     halves: bool,
     transmit: VecDeque<Packet>,
@@ -167,7 +167,7 @@ pub struct ServerEnd<W> {
 
 /// Owner of an agent's id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Holder {
+enum IdOwner {
     Connection(DialId),
     /// Closed, after this number of barriers; later packets for it are dropped.
     Closing(u64),
@@ -175,7 +175,7 @@ enum Holder {
 
 /// The connection whose reader is waited for.
 #[derive(Debug, Clone, Copy)]
-struct Held {
+struct SlowReader {
     dial: DialId,
     until: Instant,
 }
@@ -190,7 +190,7 @@ impl<W: Clone> ServerEnd<W> {
             closing: VecDeque::new(),
             barriers: Barriers::new(now),
             lingering: BinaryHeap::new(),
-            held: None,
+            slow_reader: None,
             halves: false,
             transmit: VecDeque::new(),
             events: VecDeque::new(),
@@ -250,7 +250,7 @@ impl<W: Clone> ServerEnd<W> {
         };
         let read = connection.read(into)?;
         if read {
-            self.made_room(dial, now);
+            self.note_space(dial, now);
         }
         Ok(read)
     }
@@ -279,7 +279,7 @@ impl<W: Clone> ServerEnd<W> {
     }
 
     /// Reports that the bytes sent last end a session within the connection, which needs no answer.
-    pub fn says_goodbye(&mut self, dial: DialId) {
+    pub fn note_session_end(&mut self, dial: DialId) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.awaits = Await::Nothing;
         }
@@ -312,7 +312,7 @@ impl<W: Clone> ServerEnd<W> {
             self.transmit.push_back(Packet::Data { connect_id, data });
         }
         if connection.is_discarding() {
-            self.tell(dial, now);
+            self.send_close(dial, now);
         }
     }
 
@@ -320,9 +320,9 @@ impl<W: Clone> ServerEnd<W> {
     pub fn stop(&mut self, dial: DialId, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.discard();
-            self.made_room(dial, now);
+            self.note_space(dial, now);
             match self.connections.get(&dial).map(|c| c.sending) {
-                Some(Sending::Half) => self.tell(dial, now),
+                Some(Sending::Half) => self.send_close(dial, now),
                 Some(Sending::Linger { .. }) => self.linger(dial, now),
                 _ => {}
             }
@@ -337,7 +337,7 @@ impl<W: Clone> ServerEnd<W> {
         if connection.read_end().is_none() {
             match connection.connect_id {
                 Some(id) => {
-                    if !matches!(connection.sending, Sending::Told(_)) {
+                    if !matches!(connection.sending, Sending::CloseSent(_)) {
                         self.transmit
                             .push_back(Packet::CloseRequest { connect_id: id });
                     }
@@ -354,7 +354,7 @@ impl<W: Clone> ServerEnd<W> {
             self.events
                 .push_back(Event::Changed(connection.waker.clone()));
         }
-        self.made_room(dial, now);
+        self.note_space(dial, now);
     }
 
     /// Releases a connection that has no user any more. A finished one still closes in order, any
@@ -376,7 +376,7 @@ impl<W: Clone> ServerEnd<W> {
     pub fn close_all(&mut self, reason: CloseReason) {
         self.ids.clear();
         self.lingering.clear();
-        self.held = None;
+        self.slow_reader = None;
         self.connections.retain(|_, connection| {
             connection.end(ReadEnd::Link(reason));
             self.events
@@ -388,7 +388,7 @@ impl<W: Clone> ServerEnd<W> {
     /// Whether a packet may be taken off the stream now.
     #[must_use]
     pub fn wants_packets(&self) -> bool {
-        self.held.is_none()
+        self.slow_reader.is_none()
     }
 
     /// Whether no connection and no dial is open.
@@ -402,7 +402,7 @@ impl<W: Clone> ServerEnd<W> {
     /// # Errors
     /// [`StreamError::Lost`]: end the stream.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), StreamError> {
-        if let Some(held) = self.held {
+        if let Some(held) = self.slow_reader {
             if now >= held.until {
                 self.reset_stalled(held.dial, now);
             }
@@ -429,7 +429,7 @@ impl<W: Clone> ServerEnd<W> {
     /// Returns the next time at which to call [`handle_timeout`](Self::handle_timeout).
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
-        if let Some(held) = self.held {
+        if let Some(held) = self.slow_reader {
             return held.until;
         }
         let lingering = self.lingering.peek().map(|Reverse((at, _))| *at);
@@ -454,7 +454,7 @@ impl<W: Clone> ServerEnd<W> {
         let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
             return;
         };
-        if let Sending::Told(at) = connection.sending {
+        if let Sending::CloseSent(at) = connection.sending {
             let released = connection.released;
             let due = self.barriers.resumed().max(at) + CLOSED_AFTER;
             if due > now || self.barriers.awaits() {
@@ -470,18 +470,18 @@ impl<W: Clone> ServerEnd<W> {
         match connection.due(now, self.barriers.resumed()) {
             None => {}
             Some(due) if due > now => self.lingering.push(Reverse((due, dial))),
-            Some(_) => self.tell(dial, now),
+            Some(_) => self.send_close(dial, now),
         }
     }
 
     /// Sends CLOSE_REQ for a connection.
-    fn tell(&mut self, dial: DialId, now: Instant) {
+    fn send_close(&mut self, dial: DialId, now: Instant) {
         let connection = self.connections.get_mut(&dial);
         let Some(connection) = connection.filter(|c| c.read_end().is_none()) else {
             return;
         };
         if let Some(connect_id) = connection.connect_id {
-            connection.sending = Sending::Told(now);
+            connection.sending = Sending::CloseSent(now);
             self.transmit.push_back(Packet::CloseRequest { connect_id });
             self.lingering.push(Reverse((now + CLOSED_AFTER, dial)));
         }
@@ -499,7 +499,7 @@ impl<W: Clone> ServerEnd<W> {
     /// Notes that CLOSE_REQ for `id` was sent.
     fn close(&mut self, id: i64) {
         let after = self.barriers.sent();
-        self.ids.insert(id, Holder::Closing(after));
+        self.ids.insert(id, IdOwner::Closing(after));
         self.closing.push_back((after, id));
     }
 
@@ -518,14 +518,14 @@ impl<W: Clone> ServerEnd<W> {
     }
 
     /// Notes that data of `dial` was read or dropped.
-    fn made_room(&mut self, dial: DialId, now: Instant) {
-        let Some(held) = self.held.as_mut().filter(|held| held.dial == dial) else {
+    fn note_space(&mut self, dial: DialId, now: Instant) {
+        let Some(held) = self.slow_reader.as_mut().filter(|held| held.dial == dial) else {
             return;
         };
         if self.connections.get(&dial).is_some_and(Connection::is_full) {
             held.until = now + STALLED_AFTER;
         } else {
-            self.held = None;
+            self.slow_reader = None;
             self.barriers.resume(now);
         }
     }

@@ -38,7 +38,7 @@ impl Line {
     pub(super) fn establish(&mut self, heartbeat_wish: Duration, now: Instant) {
         self.outbox.establish();
         self.liveness.heard(now);
-        self.liveness.wish(heartbeat_wish);
+        self.liveness.apply_peer_interval(heartbeat_wish);
     }
 
     /// Bytes arrived. Whether the peer was silent until now.

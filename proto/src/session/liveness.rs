@@ -52,7 +52,7 @@ pub(super) struct Liveness {
     /// The last Ping's number; 0 before the first.
     seq: u64,
     /// Time of the last Ping, until its answer.
-    asked: Option<Instant>,
+    ping_sent: Option<Instant>,
     rtt: Option<Duration>,
     silent: bool,
     /// Time at which the peer becomes silent unless a life sign comes first.
@@ -77,7 +77,7 @@ impl Liveness {
             last_traffic: None,
             next_ping: now + timers.heartbeat,
             seq: 0,
-            asked: None,
+            ping_sent: None,
             rtt: None,
             silent: false,
             challenge: None,
@@ -86,7 +86,7 @@ impl Liveness {
 
     /// Applies the interval that the peer requests, where that is shorter than ours: a longer one
     /// could make us call a living peer silent.
-    pub(super) fn wish(&mut self, heartbeat: Duration) {
+    pub(super) fn apply_peer_interval(&mut self, heartbeat: Duration) {
         if !heartbeat.is_zero() {
             let heartbeat = heartbeat.max(MIN_HEARTBEAT);
             self.timers.heartbeat = self.timers.heartbeat.min(heartbeat);
@@ -118,8 +118,8 @@ impl Liveness {
         if seq != self.seq {
             return;
         }
-        if let Some(asked) = self.asked.take() {
-            let sample = now.saturating_duration_since(asked);
+        if let Some(ping_sent) = self.ping_sent.take() {
+            let sample = now.saturating_duration_since(ping_sent);
             // RFC 9002, section 5.3.
             self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
         }
@@ -142,7 +142,7 @@ impl Liveness {
         self.silent |= silent;
         let ping = (now >= self.next_ping).then(|| {
             self.seq += 1;
-            self.asked = Some(now);
+            self.ping_sent = Some(now);
             self.next_ping = now + self.timers.heartbeat;
             self.seq
         });

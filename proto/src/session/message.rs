@@ -10,7 +10,7 @@ use super::{MessageError, SessionError};
 use crate::control::envelope::Message;
 use crate::control::{self, MAX_FRAME, Offer, VERSION, Version};
 use crate::route::{Claim, MAX_CLAIMS, from_offer, to_offer};
-use crate::text::{made_fit, name};
+use crate::text::{name, sanitized};
 
 /// The longest text in a message (a name, a release, a refusal), in bytes.
 pub const MAX_TEXT: usize = 253;
@@ -262,8 +262,8 @@ fn refusals(wire: Vec<control::Refusal>) -> Vec<Refusal> {
     let refusals = wire.iter().take(MAX_CLAIMS);
     refusals
         .map(|refusal| Refusal {
-            claim: made_fit(&refusal.claim),
-            why: made_fit(&refusal.why),
+            claim: sanitized(&refusal.claim),
+            why: sanitized(&refusal.why),
         })
         .collect()
 }
@@ -277,8 +277,8 @@ fn refusals_that_fit(refusals: &[Refusal], used: usize) -> Vec<control::Refusal>
         .iter()
         .take(MAX_CLAIMS)
         .map(|refusal| control::Refusal {
-            claim: made_fit(&refusal.claim),
-            why: made_fit(&refusal.why),
+            claim: sanitized(&refusal.claim),
+            why: sanitized(&refusal.why),
         });
     refusals
         .take_while(|refusal| {

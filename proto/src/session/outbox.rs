@@ -18,7 +18,7 @@ pub const MAX_QUEUED: usize = 256 * 1024;
 pub(super) struct Outbox {
     ready: VecDeque<Bytes>,
     /// Messages queued before the session was established.
-    held: VecDeque<Bytes>,
+    early: VecDeque<Bytes>,
     established: bool,
     queued: usize,
 }
@@ -34,7 +34,7 @@ impl Outbox {
     /// Establishes the session: the queued messages may leave.
     pub(super) fn establish(&mut self) {
         self.established = true;
-        self.ready.append(&mut self.held);
+        self.ready.append(&mut self.early);
     }
 
     /// Queues any other message.
@@ -43,7 +43,7 @@ impl Outbox {
         if self.established {
             &mut self.ready
         } else {
-            &mut self.held
+            &mut self.early
         }
         .push_back(frame);
         Ok(())

@@ -21,7 +21,7 @@ use self::notice::Notice;
 use super::plan::{Health, Plan, ServerEndpoint, ServerInfo, Verdict};
 use super::tunnel::End;
 use cpc_config::agent::Protocol;
-use cpc_observe::error_dedup::Complaint;
+use cpc_observe::error_dedup::ErrorDedup;
 
 /// Event for the connector. Numbers are those of [`Action::Dial`].
 #[derive(Debug)]
@@ -86,7 +86,7 @@ struct Connector {
     plan: Plan,
     dialling: BTreeMap<u64, Dial>,
     tunnels: BTreeMap<u64, KeptTunnel>,
-    complaints: BTreeMap<ServerEndpoint, Complaint>,
+    complaints: BTreeMap<ServerEndpoint, ErrorDedup>,
     /// Protocol and addresses of each server name.
     names: BTreeMap<Arc<str>, (Protocol, Vec<SocketAddr>)>,
     unresolved: BTreeSet<Arc<str>>,
@@ -342,7 +342,7 @@ impl Connector {
     fn complain(&mut self, endpoint: ServerEndpoint, error: &dyn fmt::Display) {
         let error = error.to_string();
         let complaint = self.complaints.entry(endpoint).or_default();
-        if !complaint.is_news(&error) {
+        if !complaint.is_new(&error) {
             return;
         }
         let mut kept = self.tunnels.values();

@@ -19,7 +19,7 @@ use tunnel_proto::join::{self, Reader};
 use super::happy_eyeballs::{in_turn, race};
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
-use cpc_identity::credential::{Credential, CredentialError, Draft, Expected};
+use cpc_identity::credential::{Credential, CredentialError, Expected, PendingCredential};
 use cpc_identity::pin::PinnedVerifier;
 use cpc_identity::{KeyHash, provider};
 
@@ -111,7 +111,7 @@ pub async fn join(joining: &Joining) -> Result<Joined, JoinError> {
         return Err(JoinError::Exists(file));
     }
     make_directory(&joining.out)?;
-    let draft = Draft::kept_in(&pending)?;
+    let draft = PendingCredential::load_or_generate(&pending)?;
     let csr = draft.request(&joining.node)?;
     let answer = ask_until_answered(joining, csr).await?;
     let issued = answer.map_err(|why| JoinError::Refused {

@@ -130,7 +130,7 @@ pub(super) async fn reach(
     spread: (Spread, u8),
 ) -> Result<Reached, DialError> {
     let (opened, config) = config::client(address, material, spread, setup)?;
-    host::complain(&opened.complaints);
+    host::warn_once(&opened.complaints);
     let endpoint = opened.endpoint;
     // Never checked: a server is known by its identity.
     let connecting = endpoint.connect(config, address, "cpc.invalid")?;

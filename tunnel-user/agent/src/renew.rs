@@ -13,7 +13,9 @@ use tunnel_proto::certificate::Answer;
 
 use self::pace::{CLOCK_HOLD, Moment, Pace, clock_error};
 use cpc_host::report::report;
-use cpc_identity::credential::{Credential, CredentialError, Draft, Expected, validity};
+use cpc_identity::credential::{
+    Credential, CredentialError, Expected, PendingCredential, validity,
+};
 use cpc_identity::material::RELOAD_INTERVAL;
 use cpc_identity::{Material, provider};
 
@@ -145,7 +147,7 @@ async fn renew(
     renewals: &Renewals,
 ) -> Result<(Arc<str>, Credential), RenewError> {
     let (me, files) = (material.identity(), material.files());
-    let draft = Draft::generate()?;
+    let draft = PendingCredential::generate()?;
     let (server, answer) = renewals.ask(draft.request(&me.name)?).await?;
     let issued = answer.map_err(RenewError::Refused)?;
     let expected = Expected::Renewal {

@@ -77,7 +77,7 @@ impl Budget {
         Stalled(self)
     }
 
-    /// Returns how much of this budget a holder of `held` bytes may use up.
+    /// Returns how much of this budget a holder of `held` bytes may use.
     fn most_for(&self, held: u64) -> u64 {
         match self.0.most {
             most if held <= LITTLE => most,

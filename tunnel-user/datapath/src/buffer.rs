@@ -28,12 +28,12 @@ thread_local! {
 /// Those of `read`.
 pub(super) fn read_owned(read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<Bytes> {
     BUFFERS.with_borrow_mut(|buffers| {
-        let mut room = buffers.take();
-        let read = read(&mut room.bytes).map(|n| match n {
-            n if n < COPY_BELOW => Bytes::copy_from_slice(&room.bytes[..n]),
-            n => room.part(n, n).freeze(),
+        let mut buffer = buffers.take();
+        let read = read(&mut buffer.bytes).map(|n| match n {
+            n if n < COPY_BELOW => Bytes::copy_from_slice(&buffer.bytes[..n]),
+            n => buffer.part(n, n).freeze(),
         });
-        buffers.give_back(room);
+        buffers.give_back(buffer);
         read
     })
 }
@@ -45,8 +45,8 @@ mod tests {
     #[test]
     fn short_and_long_reads_come_out_whole() {
         for n in [0, 1, COPY_BELOW - 1, COPY_BELOW, READ_SIZE] {
-            let bytes = read_owned(|room| {
-                room[..n].fill(7);
+            let bytes = read_owned(|buffer| {
+                buffer[..n].fill(7);
                 Ok(n)
             });
             assert_eq!(bytes.unwrap(), vec![7; n]);

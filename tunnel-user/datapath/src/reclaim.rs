@@ -13,7 +13,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Number of bytes that is not worth the walk through the heaps.
 const FEW: u64 = 16 << 20;
 
-/// Returns free memory whenever half of the bytes held for peers has gone. Never ends.
+/// Returns free memory whenever peers hold half as many bytes as before. Never ends.
 pub async fn give_back(budget: Budget) {
     let mut most = 0;
     loop {

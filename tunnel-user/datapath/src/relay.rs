@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 
 use super::budget::{Budget, Charge};
-use super::socket::{Departure, LocalSocket};
+use super::socket::{LocalSocket, PeerClose};
 use super::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// Maximum time for which a socket stays open for a peer that still takes bytes, after everything else
@@ -71,7 +71,7 @@ pub enum ClosedBy {
 
 /// End of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ending {
+pub struct RelayEnd {
     /// Side that ended it: in an orderly close the side that finished first.
     pub by: ClosedBy,
     /// Reason of the end; `Finished` is the orderly close.
@@ -85,12 +85,12 @@ enum DirectionEnd {
     Finished,
     /// The receiving side takes no more bytes but may still send.
     Refused,
-    /// The end of file was not passed on yet: the local peer reads nothing more either.
-    Left,
+    /// The end of file was not passed on yet: the local peer reads no more either.
+    Withheld,
 }
 
-/// Relays until both directions have ended. `local` must have reset-on-close set. The caller drops it
-/// and the halves afterwards, which closes whatever is still open.
+/// Relays until both directions have ended. `local` must have reset-on-close set. The caller drops
+/// it and the halves afterwards, which closes the open ones.
 pub fn relay<'a>(
     local: &'a impl LocalSocket,
     send: &'a mut impl SendHalf,
@@ -98,7 +98,7 @@ pub fn relay<'a>(
     start: &'a mut Outbound,
     budget: &'a Budget,
     meter: &'a impl Meter,
-) -> impl Future<Output = Ending> {
+) -> impl Future<Output = RelayEnd> {
     let state = RelayState {
         local,
         budget,
@@ -158,9 +158,9 @@ async fn close(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     recv: &mut impl RecvHalf,
-) -> Result<Ending, Ending> {
+) -> Result<RelayEnd, RelayEnd> {
     let (mut out, inn) = (state.out.get(), state.inn.get());
-    if out == Some(DirectionEnd::Left) {
+    if out == Some(DirectionEnd::Withheld) {
         recv.stop(CloseReason::PeerGone);
         out = Some(send_rest(Box::pin(send.stopped()).await, state)?);
     } else if inn.is_none() {
@@ -170,7 +170,7 @@ async fn close(
         // It had sent its end of file: it wants no answer, but what it sent still arrives.
         recv.stop(CloseReason::PeerGone);
     }
-    let ending = Ending {
+    let ending = RelayEnd {
         by: state.first.get().unwrap_or(ClosedBy::Remote),
         reason: CloseReason::Finished,
     };
@@ -181,19 +181,19 @@ async fn close(
     Ok(ending)
 }
 
-const RESET_BY_LOCAL: Ending = Ending {
+const RESET_BY_LOCAL: RelayEnd = RelayEnd {
     by: ClosedBy::Local,
     reason: CloseReason::PeerReset,
 };
 
 /// Ending where the budget refuses the charge of the connection.
-const TOO_MUCH: Ending = Ending {
+const BUDGET_EXCEEDED: RelayEnd = RelayEnd {
     by: ClosedBy::Link,
     reason: CloseReason::MemoryLimit,
 };
 
-fn reset_by_remote(reason: CloseReason) -> Ending {
-    Ending {
+fn reset_by_remote(reason: CloseReason) -> RelayEnd {
+    RelayEnd {
         by: ClosedBy::Remote,
         reason,
     }
@@ -205,7 +205,7 @@ fn outward(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     next: &mut Outbound,
-) -> impl Future<Output = Result<(), Ending>> {
+) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
         let end = {
             let mut stopped = pin!(send.stopped());
@@ -221,12 +221,12 @@ fn outward(
                 state.meter.outbound(n);
                 if next.eof {
                     state.note(ClosedBy::Local);
-                    match departure(state.local, send) {
-                        Departure::Half => send.finish_half(),
-                        Departure::Unknown => send.finish(),
-                        Departure::Whole => {
+                    match peer_close(state.local, send) {
+                        PeerClose::Half => send.finish_half(),
+                        PeerClose::Unknown => send.finish(),
+                        PeerClose::Full => {
                             send.finish();
-                            state.out.set(Some(DirectionEnd::Left));
+                            state.out.set(Some(DirectionEnd::Withheld));
                             return Ok(());
                         }
                     }
@@ -249,11 +249,11 @@ fn outward(
 }
 
 /// Returns the meaning of the end of file that was read, where it makes a difference to the link.
-fn departure(local: &impl LocalSocket, send: &impl SendHalf) -> Departure {
+fn peer_close(local: &impl LocalSocket, send: &impl SendHalf) -> PeerClose {
     if send.lingers() {
-        local.departure()
+        local.peer_close()
     } else {
-        Departure::Unknown
+        PeerClose::Unknown
     }
 }
 
@@ -262,20 +262,20 @@ async fn send_all(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
     pending: &mut Bytes,
-) -> Result<Result<(), SendEnd>, Ending> {
+) -> Result<Result<(), SendEnd>, RelayEnd> {
     let mut charge = Charge::new(state.budget.clone());
     if !charge.set(pending.len() as u64) {
-        return Err(TOO_MUCH);
+        return Err(BUDGET_EXCEEDED);
     }
     tokio::select! {
         biased;
         sent = send.send(pending) => Ok(sent),
         // Without credit there is no read, which would detect a reset.
-        () = state.local.revoked() => Err(RESET_BY_LOCAL),
+        () = state.local.broken_before_eof() => Err(RESET_BY_LOCAL),
     }
 }
 
-fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<DirectionEnd, Ending> {
+fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<DirectionEnd, RelayEnd> {
     match end {
         SendEnd::Acknowledged => Ok(DirectionEnd::Finished),
         SendEnd::Stopped(CloseReason::PeerGone) => {
@@ -283,7 +283,7 @@ fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<Directi
             Ok(DirectionEnd::Refused)
         }
         SendEnd::Stopped(reason) => Err(reset_by_remote(reason)),
-        SendEnd::Link(reason) => Err(Ending {
+        SendEnd::Link(reason) => Err(RelayEnd {
             by: ClosedBy::Link,
             reason,
         }),
@@ -294,7 +294,7 @@ fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<Directi
 fn inward(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
-) -> impl Future<Output = Result<(), Ending>> {
+) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
         let rest = loop {
             // A waiting future needs no room for chunks.
@@ -312,7 +312,7 @@ fn inward(
                 Err(RecvEnd::Finished) => Box::pin(state.local.finish()).await,
                 Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
                 Err(RecvEnd::Link(reason)) => {
-                    return Err(Ending {
+                    return Err(RelayEnd {
                         by: ClosedBy::Link,
                         reason,
                     });
@@ -348,7 +348,7 @@ async fn write_all(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     recv: &mut impl RecvHalf,
     mut chunks: Vec<Bytes>,
-) -> Result<io::Result<()>, Ending> {
+) -> Result<io::Result<()>, RelayEnd> {
     let is_charged = recv.is_charged();
     let written = async {
         let mut done = 0;
@@ -371,8 +371,8 @@ async fn write_all(
     }
 }
 
-/// Writes as much as the socket takes without waiting: some whole chunks, and a part of the next, which
-/// is split off.
+/// Writes as much as the socket takes without waiting: some whole chunks, and a part of the next
+/// one.
 fn write_now(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     chunks: &mut [Bytes],
@@ -405,7 +405,7 @@ async fn wait_for(
     local: &impl LocalSocket,
     budget: &Budget,
     is_charged: bool,
-) -> Result<io::Result<()>, Ending> {
+) -> Result<io::Result<()>, RelayEnd> {
     let mut writable = pin!(local.writable());
     tokio::select! {
         biased;
@@ -415,7 +415,7 @@ async fn wait_for(
     let _stalled = budget.stall();
     let mut charge = Charge::new(budget.clone());
     if !is_charged && !charge.set(STALLED) {
-        return Err(TOO_MUCH);
+        return Err(BUDGET_EXCEEDED);
     }
     Ok(writable.await)
 }

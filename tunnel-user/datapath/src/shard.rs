@@ -78,7 +78,7 @@ impl Shards {
         })
     }
 
-    /// Waits for the threads of the shards, which must have been told to end.
+    /// Waits for the threads of the shards, which must be ending.
     pub fn join(self) {
         for thread in self.threads {
             // One that has panicked has said so.

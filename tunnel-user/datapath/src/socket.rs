@@ -21,13 +21,13 @@ use tokio_rustls::server::TlsStream;
 
 use super::buffer::read_owned;
 
-/// Behaviour of a peer towards further data, after its end of file.
+/// What a peer does after its end of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Departure {
-    /// The peer reads on.
+pub enum PeerClose {
+    /// The peer goes on reading.
     Half,
-    /// The peer has closed, and reads nothing more.
-    Whole,
+    /// The peer has closed, and reads no more.
+    Full,
     /// TCP does not distinguish the two.
     Unknown,
 }
@@ -37,33 +37,33 @@ pub trait LocalSocket {
     /// Waits for bytes; empty is the end of file. Holds no buffer while waiting. Cancelling loses
     /// nothing.
     fn read(&self) -> impl Future<Output = io::Result<Bytes>>;
-    /// Writes as much of `slices` as possible, and returns the number of bytes; `Ok(None)` when it
-    /// would block.
+    /// Writes as many bytes of `slices` as possible without waiting, and returns their number;
+    /// `Ok(None)` when the call would block.
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>>;
-    /// Whether the bytes that [`try_write`](Self::try_write) took are on their way. A TLS session holds
-    /// records of its own while the socket takes none.
+    /// Whether the kernel has all bytes that [`try_write`](Self::try_write) took. A TLS session
+    /// holds records while the socket takes none.
     fn is_flushed(&self) -> bool {
         true
     }
-    /// Waits until a write is possible, and earlier bytes are on their way.
+    /// Waits until a write is possible and the kernel has all earlier bytes.
     fn writable(&self) -> impl Future<Output = io::Result<()>>;
-    /// Tells the peer that no more will follow.
+    /// Ends the direction to the peer.
     fn finish(&self) -> impl Future<Output = io::Result<()>>;
     /// Waits until the peer has reset the connection, without reading.
     fn broken(&self) -> impl Future<Output = ()>;
     /// Waits as [`broken`](Self::broken) does, but never completes for a reset that follows the
     /// peer's end of file: earlier data can still be read then, and counts.
-    fn revoked(&self) -> impl Future<Output = ()>;
-    /// Returns the meaning of the end of file that was read.
-    fn departure(&self) -> Departure {
-        Departure::Unknown
+    fn broken_before_eof(&self) -> impl Future<Output = ()>;
+    /// Returns the meaning of the peer's end of file.
+    fn peer_close(&self) -> PeerClose {
+        PeerClose::Unknown
     }
-    /// Waits, after the peer's end of file, until the peer has closed, as far as the socket can tell
-    /// that from a half-close.
-    fn departed(&self) -> impl Future<Output = ()> {
+    /// Waits, after the peer's end of file, until the peer has closed, as far as the socket can
+    /// tell that from a half-close.
+    fn peer_closed(&self) -> impl Future<Output = ()> {
         self.broken()
     }
-    /// Waits until the connection must be cut, whatever its state.
+    /// Waits until the connection must end, in any state.
     fn cut(&self) -> impl Future<Output = ()> {
         std::future::pending()
     }
@@ -80,7 +80,7 @@ pub trait LocalSocket {
 /// A socket that can move to another thread: it leaves one reactor and joins another. The move loses
 /// nothing of the connection. A socket dropped in between is closed, by reset or not as it was set.
 pub trait Portable: LocalSocket + Sized + 'static {
-    /// The socket on its way.
+    /// The socket during its move.
     type Packed: Send + 'static;
 
     /// Leaves the current runtime.
@@ -183,9 +183,9 @@ pub(super) async fn error_ready<S>(ready: impl Future<Output = io::Result<S>>) {
     let _ = ready.await;
 }
 
-/// Takes the error of a broken socket: it is `EPIPE` when the peer had ended its half before (tcp_reset
-/// in CLOSE_WAIT). A later read finds the end of file in its place, so only a caller that gives up the
-/// socket at any other error may use this.
+/// Takes the error of a broken socket: `EPIPE` when the peer had ended its half before (tcp_reset
+/// in CLOSE_WAIT). A later read finds the end of file instead, so only a caller that gives the
+/// socket up at any other error may use this.
 pub(super) async fn unless_ended(error: io::Result<Option<io::Error>>) {
     match error {
         Ok(Some(error)) if error.kind() != io::ErrorKind::BrokenPipe => {}
@@ -208,7 +208,7 @@ pub(super) fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>
     }
 }
 
-pub(super) fn outq(fd: &impl std::os::fd::AsRawFd) -> usize {
+pub(super) fn unsent_bytes(fd: &impl std::os::fd::AsRawFd) -> usize {
     let mut unsent: libc::c_int = 0;
     // SAFETY: TIOCOUTQ (the same as SIOCOUTQ) writes one int, to a place that lives through the call.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
@@ -268,13 +268,13 @@ macro_rules! stream_socket {
             error_ready(self.ready(Interest::ERROR)).await;
         }
 
-        async fn revoked(&self) {
+        async fn broken_before_eof(&self) {
             self.broken().await;
             unless_ended(self.take_error()).await;
         }
 
         fn unsent(&self) -> usize {
-            outq(self)
+            unsent_bytes(self)
         }
     };
 }
@@ -293,7 +293,7 @@ impl LocalSocket for UnixStream {
 
     /// Waits for `EPOLLHUP`: the kernel distinguishes a closed peer from one that has shut down its
     /// half (unix_poll).
-    async fn departed(&self) {
+    async fn peer_closed(&self) {
         // With a readiness of its own: clearing the stream's would stop its writers.
         let watched = self.as_fd().try_clone_to_owned();
         let Ok(watched) = watched.and_then(|fd| Self::from_std(fd.into())) else {
@@ -313,11 +313,11 @@ impl LocalSocket for UnixStream {
 
     /// Returns whether the peer has closed: the kernel shuts down both directions then
     /// (unix_release_sock).
-    fn departure(&self) -> Departure {
+    fn peer_close(&self) -> PeerClose {
         match polled(self, PollFlags::POLLHUP) {
-            Some(true) => Departure::Whole,
-            Some(false) => Departure::Half,
-            None => Departure::Unknown,
+            Some(true) => PeerClose::Full,
+            Some(false) => PeerClose::Half,
+            None => PeerClose::Unknown,
         }
     }
 
@@ -444,10 +444,10 @@ impl LocalSocket for TlsSocket {
     }
 
     /// Returns a half-close: a peer that ends its half alone sends close_notify and keeps TCP open.
-    fn departure(&self) -> Departure {
+    fn peer_close(&self) -> PeerClose {
         match polled(&self.tcp, PollFlags::from_bits_retain(libc::POLLRDHUP)) {
-            Some(true) => Departure::Whole,
-            _ => Departure::Unknown,
+            Some(true) => PeerClose::Full,
+            _ => PeerClose::Unknown,
         }
     }
 
@@ -461,8 +461,8 @@ impl LocalSocket for TlsSocket {
         self.tcp.broken().await;
     }
 
-    async fn revoked(&self) {
-        self.tcp.revoked().await;
+    async fn broken_before_eof(&self) {
+        self.tcp.broken_before_eof().await;
     }
 
     fn cut(&self) -> impl Future<Output = ()> {

@@ -13,7 +13,7 @@ pub enum SendEnd {
     Acknowledged,
     /// The peer reads no more.
     Stopped(CloseReason),
-    /// The link is gone.
+    /// The link was lost.
     Link(CloseReason),
 }
 
@@ -24,7 +24,7 @@ pub enum RecvEnd {
     Finished,
     /// The peer reset the stream.
     Reset(CloseReason),
-    /// The link is gone.
+    /// The link was lost.
     Link(CloseReason),
 }
 
@@ -39,8 +39,8 @@ pub trait SendHalf {
     fn lingers(&self) -> bool {
         false
     }
-    /// Ends the half while the other one goes on: the answer of the far side is still wanted. Where
-    /// nothing [lingers](Self::lingers) this is [`finish`](Self::finish).
+    /// Ends the half while the other one goes on: the far side may still answer. Without
+    /// [lingering](Self::lingers) this is [`finish`](Self::finish).
     fn finish_half(&mut self) {
         self.finish();
     }
@@ -50,7 +50,7 @@ pub trait SendHalf {
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<Self>;
 }
 
-/// The receiving half of a stream. Dropped before its end, the peer must be told to stop.
+/// The receiving half of a stream. Dropped before its end, it must send a stop to the peer.
 pub trait RecvHalf {
     /// Waits for bytes and appends the available ones, in order. Cancelling loses nothing.
     fn recv<'a>(

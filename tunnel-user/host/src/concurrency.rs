@@ -40,8 +40,8 @@ impl ConcurrencyLimit {
         self.in_use.load(Ordering::Relaxed) & !CLOSED
     }
 
-    /// Closes the limit for good if no permit is in use. Returns whether the limit is closed: then
-    /// nothing is under way, and nothing will be.
+    /// Closes the limit permanently if no permit is in use. Returns whether the limit is closed:
+    /// then no work is under way, and none will start.
     pub fn close_if_empty(&self) -> bool {
         let order = (Ordering::Acquire, Ordering::Relaxed);
         let closed = self.in_use.compare_exchange(0, CLOSED, order.0, order.1);

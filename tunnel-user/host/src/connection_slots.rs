@@ -28,7 +28,7 @@ pub struct SlotId {
 #[derive(Debug)]
 pub struct ConnectionSlots {
     most: usize,
-    inside: usize,
+    in_use: usize,
     last: u64,
     /// Connections of each source, the oldest first.
     sources: HashMap<Source, VecDeque<u64>>,
@@ -39,46 +39,45 @@ impl ConnectionSlots {
     pub fn new(most: usize) -> Self {
         Self {
             most: most.max(1),
-            inside: 0,
+            in_use: 0,
             last: 0,
             sources: HashMap::new(),
         }
     }
 
-    /// Admits a connection. Returns its slot, and the slot of the connection that is evicted for
-    /// it, which has left already.
-    pub fn enter(&mut self, address: IpAddr) -> (SlotId, Option<SlotId>) {
+    /// Admits a connection. Returns its slot and, if it replaces a connection, the slot of that
+    /// one, which is free already.
+    pub fn acquire(&mut self, address: IpAddr) -> (SlotId, Option<SlotId>) {
         let source = source(address);
-        let evicted = if self.inside < self.most {
+        let evicted = if self.in_use < self.most {
             None
         } else {
-            self.heaviest(source)
-                .and_then(|heaviest| self.evict(heaviest))
+            self.largest(source).and_then(|largest| self.evict(largest))
         };
         self.last += 1;
-        self.inside += 1;
+        self.in_use += 1;
         self.sources.entry(source).or_default().push_back(self.last);
         let number = self.last;
         (SlotId { source, number }, evicted)
     }
 
     /// Forgets a connection that has ended. An evicted one has no effect.
-    pub fn leave(&mut self, slot: SlotId) {
+    pub fn release(&mut self, slot: SlotId) {
         let Some(own) = self.sources.get_mut(&slot.source) else {
             return;
         };
         if let Ok(at) = own.binary_search(&slot.number) {
             own.remove(at);
-            self.inside -= 1;
+            self.in_use -= 1;
         }
         if own.is_empty() {
             self.sources.remove(&slot.source);
         }
     }
 
-    /// Returns the source that gives up a connection for one of `newcomer`: the one with the most
-    /// connections, and among equals the one that came first.
-    fn heaviest(&self, newcomer: Source) -> Option<Source> {
+    /// Returns the source that loses a connection to `newcomer`: the one with the most connections,
+    /// and among equals the one with the oldest connection.
+    fn largest(&self, newcomer: Source) -> Option<Source> {
         let reserved = self.most.div_ceil(LOOPBACK_PART);
         let may_go = |source: Source, held: usize| {
             source != Source::Loopback || newcomer == Source::Loopback || held > reserved
@@ -88,17 +87,17 @@ impl ConnectionSlots {
             .iter()
             .filter(|(source, own)| may_go(**source, own.len()));
         // The oldest connection has the lowest number.
-        let heaviest = candidates.max_by_key(|(_, own)| {
+        let largest = candidates.max_by_key(|(_, own)| {
             let oldest = own.front().copied().unwrap_or_default();
             (own.len(), std::cmp::Reverse(oldest))
         });
-        heaviest.map(|(source, _)| *source)
+        largest.map(|(source, _)| *source)
     }
 
     fn evict(&mut self, source: Source) -> Option<SlotId> {
         let number = *self.sources.get(&source)?.front()?;
         let slot = SlotId { source, number };
-        self.leave(slot);
+        self.release(slot);
         Some(slot)
     }
 }
@@ -124,7 +123,7 @@ mod tests {
     }
 
     fn fill(slots: &mut ConnectionSlots, address: &str, count: usize) -> Vec<SlotId> {
-        (0..count).map(|_| slots.enter(ip(address)).0).collect()
+        (0..count).map(|_| slots.acquire(ip(address)).0).collect()
     }
 
     #[test]
@@ -133,13 +132,13 @@ mod tests {
         let few = fill(&mut slots, "192.0.2.1", 2);
         let many = fill(&mut slots, "198.51.100.1", 6);
         for oldest in &many[..4] {
-            assert_eq!(slots.enter(ip("203.0.113.1")).1, Some(*oldest));
+            assert_eq!(slots.acquire(ip("203.0.113.1")).1, Some(*oldest));
         }
         // Two, two and four: those who came last have the most now.
-        let evicted = slots.enter(ip("198.51.100.1")).1.unwrap();
+        let evicted = slots.acquire(ip("198.51.100.1")).1.unwrap();
         assert_eq!(evicted.source, source(ip("203.0.113.1")));
         assert!(!few.contains(&evicted));
-        assert_eq!(slots.inside, 8);
+        assert_eq!(slots.in_use, 8);
     }
 
     #[test]
@@ -148,7 +147,7 @@ mod tests {
         fill(&mut slots, "192.0.2.1", 1);
         for n in 2..200 {
             let address = ip(&format!("198.51.100.{n}"));
-            let evicted = slots.enter(address).1;
+            let evicted = slots.acquire(address).1;
             assert!(evicted.is_none_or(|gone| gone.source == source(address)));
         }
         let v6 = source(ip("2001:db8:0:12ff::1"));
@@ -162,25 +161,25 @@ mod tests {
         let mut slots = ConnectionSlots::new(8);
         let own = fill(&mut slots, "127.0.0.1", 2);
         for n in 0..100 {
-            let evicted = slots.enter(ip(&format!("10.0.{n}.1"))).1;
+            let evicted = slots.acquire(ip(&format!("10.0.{n}.1"))).1;
             assert!(evicted.is_none_or(|gone| !own.contains(&gone)));
         }
-        assert!(slots.enter(ip("::1")).1.is_some(), "it always comes in");
+        assert!(slots.acquire(ip("::1")).1.is_some(), "it always comes in");
         // Beyond its reserved part loopback is a source like any other.
         let mut slots = ConnectionSlots::new(8);
         let own = fill(&mut slots, "127.0.0.1", 8);
-        assert_eq!(slots.enter(ip("10.0.0.1")).1, Some(own[0]));
+        assert_eq!(slots.acquire(ip("10.0.0.1")).1, Some(own[0]));
     }
 
     #[test]
     fn room_is_there_again_when_somebody_leaves() {
         let mut slots = ConnectionSlots::new(2);
         let ids = fill(&mut slots, "192.0.2.1", 2);
-        slots.leave(ids[0]);
-        slots.leave(ids[0]);
-        assert_eq!(slots.enter(ip("192.0.2.1")).1, None);
-        assert_eq!(slots.enter(ip("192.0.2.1")).1, Some(ids[1]));
-        slots.leave(ids[1]);
-        assert_eq!(slots.inside, 2);
+        slots.release(ids[0]);
+        slots.release(ids[0]);
+        assert_eq!(slots.acquire(ip("192.0.2.1")).1, None);
+        assert_eq!(slots.acquire(ip("192.0.2.1")).1, Some(ids[1]));
+        slots.release(ids[1]);
+        assert_eq!(slots.in_use, 2);
     }
 }

@@ -32,7 +32,7 @@ pub struct Shares {
     pub connections: usize,
     /// Clients whose request has not arrived yet.
     pub waiting: usize,
-    /// Handshakes under way at a TCP port.
+    /// Concurrent handshakes at a TCP port.
     pub handshakes: usize,
     /// Connections of an HTTP listener.
     pub http: usize,
@@ -98,20 +98,20 @@ pub fn set_spare_aside() {
     }
 }
 
-/// Closes the spare descriptor for the sake of what `take` opens. Returns `None` if there is no spare.
-/// The next [`set_spare_aside`] opens it again.
+/// Closes the spare descriptor, so that `take` can open another one. Returns `None` without a
+/// spare. The next [`set_spare_aside`] opens it again.
 pub fn lend_spare<T>(take: impl FnOnce() -> T) -> Option<T> {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     spare.take()?;
     Some(take())
 }
 
-/// Returns the number of connections that were refused for want of a descriptor.
+/// Returns the number of connections that were refused because no descriptor was left.
 pub fn refused() -> u64 {
     REFUSED.load(Ordering::Relaxed)
 }
 
-/// Whether a call failed for want of a descriptor.
+/// Whether a call failed because no descriptor was left.
 pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }

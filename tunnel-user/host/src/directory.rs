@@ -92,7 +92,7 @@ impl Directory {
         self.look(name).is_ok()
     }
 
-    /// Opens the entry `name` for its metadata alone; a symbolic link is opened itself.
+    /// Opens the entry `name` for its metadata alone, without following a symbolic link.
     ///
     /// # Errors
     /// The error of the system call.
@@ -245,8 +245,8 @@ impl Directory {
         Ok(file)
     }
 
-    /// Rejects another user's file, before root writes to it in place: the owner of the directory may
-    /// have made a hard link to it.
+    /// Rejects another user's file before root writes to it: the owner of the directory may have
+    /// linked it there.
     fn not_another_ones(&self, name: &str, file: File) -> io::Result<File> {
         let metadata = file.metadata()?;
         match self.owner {
@@ -269,7 +269,7 @@ impl Directory {
     }
 }
 
-/// Adds the remedy to an error that says that the file system is full.
+/// Adds the remedy to the error of a full file system.
 pub fn with_remedy(error: io::Error) -> io::Error {
     let remedy = match error.kind() {
         io::ErrorKind::StorageFull => "make room on its file system (`df`, `df -i`)",

@@ -1,4 +1,4 @@
-//! Checks of the host at start: each complaint names a limit that is too small, and the remedy.
+//! Checks of the host at start: each warning names a limit that is too small, and the remedy.
 
 use std::sync::Once;
 
@@ -8,9 +8,9 @@ use super::descriptors;
 
 use crate::report::report;
 
-/// Wanted limit of open files. A connection takes one descriptor, and a burst of them should not end at
-/// the soft limit.
-const WANTED_FILES: u64 = 65_536;
+/// Recommended limit of open files. A connection takes one descriptor, and a burst of connections
+/// should not end at the soft limit.
+const RECOMMENDED_FILES: u64 = 65_536;
 
 /// Raises the soft limit of open files to the hard one, and opens the spare descriptor.
 pub fn raise_file_limit() {
@@ -23,11 +23,11 @@ pub fn raise_file_limit() {
     descriptors::set_spare_aside();
 }
 
-/// Returns how many of `wanted` connections fit into the `most` that there are descriptors for, and
-/// logs a warning if those are too few.
+/// Returns the number of connections, at most `wanted`, for which `most` descriptors are enough.
+/// Logs a warning if that is less than `wanted`.
 pub fn fit_connections(wanted: usize, most: usize) -> usize {
     if most < wanted {
-        let needed = (wanted as u64 * 5 / 4 + 1024).min(WANTED_FILES);
+        let needed = (wanted as u64 * 5 / 4 + 1024).min(RECOMMENDED_FILES);
         tracing::warn!(
             limit = descriptors::limit(),
             "few open files are allowed for {wanted} connections: {most} are taken at once; set \
@@ -37,14 +37,14 @@ pub fn fit_connections(wanted: usize, most: usize) -> usize {
     wanted.min(most)
 }
 
-/// Logs complaints about the socket of a tunnel, once per process. They hold for every socket on this
+/// Logs warnings about the socket of a tunnel, once per process. They hold for every socket on this
 /// host, and an agent opens one for each dial.
-pub fn complain(complaints: &[String]) {
-    static SAID: Once = Once::new();
-    if !complaints.is_empty() {
-        SAID.call_once(|| {
-            for complaint in complaints {
-                tracing::warn!("{complaint}");
+pub fn warn_once(warnings: &[String]) {
+    static WARNED: Once = Once::new();
+    if !warnings.is_empty() {
+        WARNED.call_once(|| {
+            for warning in warnings {
+                tracing::warn!("{warning}");
             }
         });
     }

@@ -17,7 +17,7 @@ pub enum Phase {
     /// Open connections may go on until the instant. New ones are served where no other process would
     /// serve them.
     Draining(Instant),
-    /// Everything ends now.
+    /// The process ends at once.
     Ended,
 }
 

@@ -78,7 +78,7 @@ pub fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
 mod tests {
     use super::*;
 
-    /// A host with IPv4 alone, or with nothing.
+    /// Binds as on a host with IPv4 alone, or without any address.
     fn open(addr: SocketAddr) -> io::Result<SocketAddr> {
         match (addr.is_ipv4(), addr.port()) {
             (_, 0) => Err(io::ErrorKind::AddrInUse.into()),

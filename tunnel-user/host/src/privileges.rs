@@ -40,7 +40,7 @@ pub fn begin(for_start: CapabilitySet) -> Result<(), PrivilegeError> {
     keep(for_start)
 }
 
-/// Drops all capabilities except those in `kept`, and logs them. `why` is for people.
+/// Drops all capabilities except those in `kept`, and logs them with `why`.
 ///
 /// # Errors
 /// As [`begin`].

@@ -33,7 +33,7 @@ mod tests {
         Same(#[from] Box<Outer>),
     }
 
-    /// The sources of all crates of user space and of the protocol's, with their paths.
+    /// Returns the sources of all user-space crates and of the protocol's, with their paths.
     fn sources() -> Vec<(PathBuf, String)> {
         let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let mut folders = vec![crates.join("../proto/src"), crates];

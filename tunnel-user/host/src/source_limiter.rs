@@ -75,7 +75,7 @@ pub enum Overload {
     /// All places are taken.
     #[error("too many handshakes are under way (limits.handshakes.at_once)")]
     Full,
-    /// The source has as many places as are left for others.
+    /// The source uses as many places as it leaves for other sources.
     #[error("the peer's network has its share of handshakes under way (limits.handshakes.at_once)")]
     Share,
     /// The bucket of the source is empty.
@@ -135,7 +135,7 @@ impl SourceLimiter {
         }
     }
 
-    /// Returns the number of handshakes under way.
+    /// Returns the number of concurrent handshakes.
     pub fn in_use(&self) -> usize {
         self.0.in_use.load(Ordering::Relaxed)
     }
@@ -187,8 +187,8 @@ impl HandshakePermit {
         Self { of, slots }
     }
 
-    /// Charges this handshake to the bucket of its source: before it begins, or after its failure where
-    /// peers with a certificate may come as often as they like.
+    /// Charges this handshake to the bucket of its source: before its start, or after its failure
+    /// where peers with a certificate may come at any rate.
     pub fn charge(&self, now: Instant) {
         let (of, slots) = (&self.of, self.slots);
         let full_at = of.full_at(slots).max(of.since(now)) + of.period;

@@ -1,7 +1,8 @@
-//! Callers of a listener that has a CA of its own: programs with and without an identity of ours.
+//! Verification of the callers of a listener with its own CA: programs with and without an identity
+//! of ours.
 //!
-//! Where one CA serves everything, a stolen certificate must open only the listener that it was made
-//! for.
+//! Where one CA serves everything, a stolen certificate must open only the listener that it was
+//! issued for.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::verify::unknown_issuer;
 
 /// A verifier of callers by CA. It rejects certificates of another role or tenant.
 #[derive(Debug)]
-pub struct Callers {
+pub struct CallerVerifier {
     anchors: Anchors,
     hints: Vec<DistinguishedName>,
     provider: Arc<CryptoProvider>,
@@ -30,7 +31,7 @@ pub struct Callers {
     revocations: Arc<Revocations>,
 }
 
-impl Callers {
+impl CallerVerifier {
     /// Creates a verifier for callers that `anchors` vouch for and `revocations` do not name. Those
     /// with an identity must have `role` and belong to `tenant`.
     pub fn new(
@@ -76,7 +77,7 @@ impl From<Refusal> for Error {
     }
 }
 
-impl ClientCertVerifier for Callers {
+impl ClientCertVerifier for CallerVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &self.hints
     }

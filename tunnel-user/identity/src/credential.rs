@@ -1,7 +1,7 @@
-//! A key of this process and the certificate for it: requested, checked, and kept in one file.
+//! A key of this process and its certificate: requested, checked, and stored in one file.
 //!
-//! One file can be replaced in one step. With two, a crash between the writes would leave neither of
-//! use.
+//! One file can be replaced in one step. With two, a crash between the writes would leave neither
+//! usable.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ pub enum CredentialError {
         /// Error of the system call.
         why: io::Error,
     },
-    /// The key can't be made.
+    /// The key can't be generated.
     #[error("the key: {0}")]
     Key(rcgen::Error),
     /// The certificate has no identity.
@@ -91,10 +91,10 @@ impl From<rustls::Error> for CredentialError {
     }
 }
 
-/// A key without certificate.
-pub struct Draft(KeyPair);
+/// A key that waits for its certificate.
+pub struct PendingCredential(KeyPair);
 
-impl Draft {
+impl PendingCredential {
     /// Generates a key (ECDSA with P-256).
     ///
     /// # Errors
@@ -108,7 +108,7 @@ impl Draft {
     ///
     /// # Errors
     /// [`CredentialError`].
-    pub fn kept_in(file: &Path) -> Result<Self, CredentialError> {
+    pub fn load_or_generate(file: &Path) -> Result<Self, CredentialError> {
         let read = Directory::of(file).and_then(|(directory, name)| directory.read(name));
         match read {
             Ok(pem) => Ok(Self(
@@ -122,9 +122,9 @@ impl Draft {
                 })?,
             )),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let draft = Self::generate()?;
-                write(file, &draft.0.serialize_pem(), 0o600)?;
-                Ok(draft)
+                let pending = Self::generate()?;
+                write(file, &pending.0.serialize_pem(), 0o600)?;
+                Ok(pending)
             }
             Err(why) => Err(CredentialError::File {
                 path: file.into(),
@@ -371,14 +371,17 @@ mod tests {
         let ca = place.path().join("ca");
         let authority = authority(&ca, "cluster.local");
         let pending = place.path().join("pending");
-        let csr = Draft::kept_in(&pending).unwrap().request("w1").unwrap();
+        let csr = PendingCredential::load_or_generate(&pending)
+            .unwrap()
+            .request("w1")
+            .unwrap();
         // Asked again, the key is the same.
-        let draft = Draft::kept_in(&pending).unwrap();
-        let again = SigningRequest::read(&draft.request("w1").unwrap()).unwrap();
+        let pending = PendingCredential::load_or_generate(&pending).unwrap();
+        let again = SigningRequest::read(&pending.request("w1").unwrap()).unwrap();
         assert_eq!(SigningRequest::read(&csr).unwrap().key(), again.key());
         let issued = issue(&authority, &ca, "w1", &csr);
         let pins = [pin(&ca)];
-        let credential = draft.complete(issued, &join("w1", &pins), &provider());
+        let credential = pending.complete(issued, &join("w1", &pins), &provider());
         let credential = credential.unwrap();
         let (file, roots) = (place.path().join("agent.pem"), place.path().join("ca.crt"));
         credential.save(&file, &roots).unwrap();
@@ -399,17 +402,20 @@ mod tests {
         let (ca, other_ca) = (place.path().join("ca"), place.path().join("other"));
         let authority = authority(&ca, "cluster.local");
         self::authority(&other_ca, "cluster.local");
-        let draft = Draft::generate().unwrap();
-        let csr = draft.request("w1").unwrap();
+        let pending = PendingCredential::generate().unwrap();
+        let csr = pending.request("w1").unwrap();
         let good = issue(&authority, &ca, "w1", &csr);
         let pins = [pin(&ca)];
         let refused = |issued: Issued, name| {
             let expected = join(name, &pins);
-            draft.complete(issued, &expected, &provider()).is_err()
+            pending.complete(issued, &expected, &provider()).is_err()
         };
         assert!(!refused(good.clone(), "w1"));
         assert!(refused(good.clone(), "w2"), "another name");
-        let foreign = Draft::generate().unwrap().request("w1").unwrap();
+        let foreign = PendingCredential::generate()
+            .unwrap()
+            .request("w1")
+            .unwrap();
         assert!(
             refused(issue(&authority, &ca, "w1", &foreign), "w1"),
             "another key"
@@ -430,7 +436,7 @@ mod tests {
         assert!(refused(Issued { chain, ..good }, "w1"), "garbage");
     }
 
-    /// A server shows its own certificate: that proves no CA of its own.
+    /// A server shows its own certificate, which proves no CA of its own.
     #[test]
     fn a_server_brings_no_ca_of_its_own() {
         let place = tempfile::tempdir().unwrap();
@@ -439,8 +445,8 @@ mod tests {
         let old = authority(&ca, "cluster.local");
         let new = authority(&new_ca, "cluster.local");
         let foreign = authority(&foreign_ca, "other.local");
-        let draft = Draft::generate().unwrap();
-        let csr = draft.request("w1").unwrap();
+        let pending = PendingCredential::generate().unwrap();
+        let csr = pending.request("w1").unwrap();
         let read = |folder: &Path| certificates(&folder.join("ca.crt")).unwrap();
         let first = issue(&old, &ca, "w1", &csr);
         let leaf = CertificateDer::from(first.chain[0].clone());
@@ -458,7 +464,7 @@ mod tests {
         };
         let both = [read(&ca), read(&new_ca)].concat();
         for expected in [renewal, join("w1", &pins)] {
-            let complete = |issued| draft.complete(issued, &expected, &provider());
+            let complete = |issued| pending.complete(issued, &expected, &provider());
             // A CA of its own, alone or beside the one that is trusted, and of another domain.
             let by_new = issue(&new, &new_ca, "w1", &csr);
             assert!(complete(by_new.clone()).is_err());
@@ -487,7 +493,7 @@ mod tests {
             identity: &other,
             anchors: &anchors,
         };
-        assert!(draft.complete(first, &renewal, &provider()).is_err());
+        assert!(pending.complete(first, &renewal, &provider()).is_err());
         // Only a CA of the same trust domain can be signed.
         assert!(old.cross_sign(&read(&foreign_ca)[0]).is_err());
         assert!(old.cross_sign(&leaf).is_err());
@@ -495,7 +501,10 @@ mod tests {
 
     #[test]
     fn a_request_that_was_tampered_with_is_refused() {
-        let mut csr = Draft::generate().unwrap().request("w1").unwrap();
+        let mut csr = PendingCredential::generate()
+            .unwrap()
+            .request("w1")
+            .unwrap();
         assert!(SigningRequest::read(&csr).is_ok());
         let last = csr.len() - 1;
         csr[last] ^= 1;

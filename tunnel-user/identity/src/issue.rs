@@ -41,7 +41,7 @@ pub enum IssueError {
     /// A file exists already and would be lost.
     #[error("{} exists: nothing was written; remove it first if it is to be replaced", .0.display())]
     Exists(PathBuf),
-    /// A name can't stand in a certificate.
+    /// A name is invalid in a certificate.
     #[error(transparent)]
     Name(#[from] IdentityError),
     /// The files of the CA hold no CA of ours.
@@ -61,7 +61,7 @@ pub enum IssueError {
     /// This CA can't vouch for the other one.
     #[error("this CA can't vouch for that one: {0}")]
     CrossSign(String),
-    /// The certificate can't be made.
+    /// The certificate can't be created.
     #[error("the certificate could not be made: {0}")]
     Rcgen(rcgen::Error),
     /// The system has no random numbers.
@@ -109,7 +109,8 @@ pub struct Request {
     pub not_after: SystemTime,
 }
 
-/// A CA, kept as `ca.crt` and `ca.key` in one directory. The URI of the CA names its trust domain.
+/// A CA, in the files `ca.crt` and `ca.key` of one directory. The URI of the CA names its trust
+/// domain.
 #[derive(Debug)]
 pub struct Authority {
     trust_domain: TrustDomain,
@@ -139,9 +140,9 @@ impl Authority {
         set_validity(&mut params, not_after);
         let key = KeyPair::generate()?;
         let cert = params.self_signed(&key)?;
-        let room = Room::open(dir)?;
-        room.put("ca.key", &key.serialize_pem(), 0o600)?;
-        room.put_or_take_back("ca.crt", &cert.pem(), &["ca.key"])
+        let output = OutputDirectory::open(dir)?;
+        output.put("ca.key", &key.serialize_pem(), 0o600)?;
+        output.put_or_undo("ca.crt", &cert.pem(), &["ca.key"])
     }
 
     /// Opens the CA in `dir`.
@@ -207,9 +208,9 @@ impl Authority {
         Ok(certificate.der().clone())
     }
 
-    /// Signs the certificate of the CA `other`, of the same trust domain, once more. A peer that trusts
-    /// this CA accepts the other one from a server that shows it (RFC 4210 section 4.4, "new with
-    /// old").
+    /// Signs the certificate of the CA `other`, of the same trust domain. A peer that trusts this
+    /// CA accepts the other one from a server that shows the result (RFC 4210 section 4.4, "new
+    /// with old").
     ///
     /// # Errors
     /// [`IssueError::CrossSign`]: peers would not accept the result.
@@ -315,9 +316,9 @@ impl Authority {
     /// # Errors
     /// [`IssueError`]; no existing file is overwritten.
     pub fn issue(&self, request: &Request, out: &Path) -> Result<Identity, IssueError> {
-        let made = self.make(request)?;
-        made.save(&made.room_in(out)?)?;
-        Ok(made.identity)
+        let credential = self.make(request)?;
+        credential.save(&credential.output_directory(out)?)?;
+        Ok(credential.identity)
     }
 }
 
@@ -330,8 +331,8 @@ pub struct UnsavedCredential {
     ca: String,
 }
 
-/// A directory that is free for the files of a certificate.
-pub struct Room {
+/// A directory without the files of a certificate.
+pub struct OutputDirectory {
     path: PathBuf,
     directory: Directory,
 }
@@ -346,16 +347,16 @@ impl UnsavedCredential {
     ///
     /// # Errors
     /// [`IssueError::Exists`]: there is a certificate or a key already.
-    pub fn room_in(&self, out: &Path) -> Result<Room, IssueError> {
-        let room = Room::open(out)?;
+    pub fn output_directory(&self, out: &Path) -> Result<OutputDirectory, IssueError> {
+        let output = OutputDirectory::open(out)?;
         // A key alone would be in the way of the next try.
         match self
             .names()
             .into_iter()
-            .find(|name| room.directory.has(name))
+            .find(|name| output.directory.has(name))
         {
             Some(there) => Err(IssueError::Exists(out.join(there))),
-            None => Ok(room),
+            None => Ok(output),
         }
     }
 
@@ -364,11 +365,11 @@ impl UnsavedCredential {
     /// # Errors
     /// [`IssueError`]; no existing file is overwritten, and no new file is left to obstruct the next
     /// attempt.
-    pub fn save(&self, room: &Room) -> Result<(), IssueError> {
+    pub fn save(&self, output: &OutputDirectory) -> Result<(), IssueError> {
         let [certificate, key] = self.names();
-        room.put(&key, &self.key, 0o600)?;
-        room.put_or_take_back(&certificate, &self.certificate.pem(), &[&key])?;
-        match room.put_or_take_back("ca.crt", &self.ca, &[&key, &certificate]) {
+        output.put(&key, &self.key, 0o600)?;
+        output.put_or_undo(&certificate, &self.certificate.pem(), &[&key])?;
+        match output.put_or_undo("ca.crt", &self.ca, &[&key, &certificate]) {
             Err(IssueError::Exists(_)) => Ok(()),
             put => put,
         }
@@ -379,7 +380,7 @@ impl UnsavedCredential {
     }
 }
 
-impl Room {
+impl OutputDirectory {
     fn open(path: &Path) -> Result<Self, IssueError> {
         let opened = Directory::create(path, 0o755).map_err(|why| IssueError::Io {
             path: path.into(),
@@ -393,12 +394,7 @@ impl Room {
 
     /// Writes a file that every user may read. On failure, as on a full disk, removes those `before`
     /// it.
-    fn put_or_take_back(
-        &self,
-        name: &str,
-        content: &str,
-        before: &[&str],
-    ) -> Result<(), IssueError> {
+    fn put_or_undo(&self, name: &str, content: &str, before: &[&str]) -> Result<(), IssueError> {
         let put = self.put(name, content, 0o644);
         if let Err(IssueError::Io { .. }) = put {
             for name in before {
@@ -442,7 +438,7 @@ fn serial() -> Result<SerialNumber, IssueError> {
     Ok(SerialNumber::from_slice(&octets))
 }
 
-/// Returns the subject as it stands in a certificate, if it consists of text.
+/// Returns the subject of a certificate, if it consists of text.
 fn subject(certificate: &X509Certificate<'_>) -> Option<DistinguishedName> {
     let mut name = DistinguishedName::new();
     for part in certificate.subject().iter_attributes() {

@@ -128,7 +128,7 @@ impl Lifetime {
             State::Expired
         } else if now < self.not_before {
             State::NotYet
-        } else if self.left(now) < self.ahead() {
+        } else if self.left(now) < self.notice_period() {
             State::Ending
         } else {
             State::Valid
@@ -139,9 +139,9 @@ impl Lifetime {
         self.not_after.duration_since(now).unwrap_or_default()
     }
 
-    /// Returns the time before the end at which it is announced: a quarter of the validity, because
-    /// renewal comes at two thirds.
-    fn ahead(&self) -> Duration {
+    /// Returns the time before the end from which the end is announced: a quarter of the validity,
+    /// because renewal happens at two thirds.
+    fn notice_period(&self) -> Duration {
         let life = self.not_after.duration_since(self.not_before);
         let most = match self.kind {
             Kind::Own => OWN_AHEAD,
@@ -254,11 +254,11 @@ impl Announcer {
         let mut due = Vec::new();
         for life in all {
             let state = life.state(now);
-            let is_said = |(said, until): &(State, SystemTime)| {
+            let is_logged = |(said, until): &(State, SystemTime)| {
                 // A clock that was set back silences nothing for longer.
                 *said == state && now < *until && *until <= now + REMINDER.max(life.left(now))
             };
-            if state == State::Valid || self.said.get(life).is_some_and(is_said) {
+            if state == State::Valid || self.said.get(life).is_some_and(is_logged) {
                 continue;
             }
             let again = match state {

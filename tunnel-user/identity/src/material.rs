@@ -26,7 +26,7 @@ use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 use cpc_config::TlsFiles;
 use cpc_host::report::report;
-use cpc_observe::error_dedup::Complaint;
+use cpc_observe::error_dedup::ErrorDedup;
 
 /// Polling interval of the files.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
@@ -292,29 +292,29 @@ impl Material {
             }
             Ok(())
         };
-        let complain = |error: &MaterialError| {
+        let on_error = |error: &MaterialError| {
             tracing::warn!(
                 error = report(error),
                 "certificates not reloaded, the old ones stay"
             );
             changed(Err(error));
         };
-        watch(reload, complain).await;
+        watch(reload, on_error).await;
     }
 }
 
-/// Calls `reload` every [`RELOAD_INTERVAL`], without end, and `complain` once for each kind of failure.
+/// Calls `reload` every [`RELOAD_INTERVAL`], without end, and `on_error` once for each kind of failure.
 pub async fn watch(
     mut reload: impl FnMut() -> Result<(), MaterialError>,
-    complain: impl Fn(&MaterialError),
+    on_error: impl Fn(&MaterialError),
 ) {
-    let mut complaint = Complaint::default();
+    let mut dedup = ErrorDedup::default();
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
         match reload() {
-            Ok(()) => complaint.clear(),
-            Err(error) if complaint.is_news(&error.to_string()) => {
-                complain(&error);
+            Ok(()) => dedup.clear(),
+            Err(error) if dedup.is_new(&error.to_string()) => {
+                on_error(&error);
             }
             Err(_) => {}
         }

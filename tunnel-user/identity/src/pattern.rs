@@ -68,7 +68,7 @@ mod tests {
         }
     }
 
-    /// A match that tried every place for every `*` would not end here.
+    /// A match that tried every position for every `*` would not end here.
     #[test]
     fn many_stars_are_matched_at_once() {
         let pattern = "*-".repeat(250) + "x";

@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::material::MaterialError;
 
-/// Modes that let users read or write a file who are neither its owner nor of its group.
+/// Mode bits that let users other than the owner and the group read or write a file.
 const EXPOSED: u32 = 0o006;
 
 /// Reads the certificates in `path`, at least one.
@@ -69,28 +69,28 @@ fn read(path: &Path) -> Result<Vec<u8>, MaterialError> {
 }
 
 fn parse_certificates(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemError> {
-    let wrong = |error| diagnose(bytes, Wanted::Certificate, Some(error));
+    let wrong = |error| diagnose(bytes, Expected::Certificate, Some(error));
     let read = CertificateDer::pem_slice_iter(bytes).collect::<Result<Vec<_>, _>>();
     let certificates = read.map_err(wrong)?;
     match certificates.is_empty() {
-        true => Err(diagnose(bytes, Wanted::Certificate, None)),
+        true => Err(diagnose(bytes, Expected::Certificate, None)),
         false => Ok(certificates),
     }
 }
 
 fn parse_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
-    let wrong = |error| diagnose(bytes, Wanted::Key, Some(error));
+    let wrong = |error| diagnose(bytes, Expected::Key, Some(error));
     PrivateKeyDer::from_pem_slice(bytes).map_err(wrong)
 }
 
 /// Expected content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
+enum Expected {
     Certificate,
     Key,
 }
 
-impl Wanted {
+impl Expected {
     fn name(self) -> &'static str {
         match self {
             Self::Certificate => "a certificate",
@@ -118,13 +118,13 @@ impl Wanted {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 enum PemError {
     #[error("the file is empty; {} in PEM is needed", .0.name())]
-    Empty(Wanted),
+    Empty(Expected),
     #[error(
         "the file is binary, not PEM: `{}` converts DER, `openssl pkcs12 -in FILE -out NEW -nodes` \
          PKCS #12",
         .0.command()
     )]
-    Binary(Wanted),
+    Binary(Expected),
     #[error(
         "the PEM has lost its line ends: each -----BEGIN ..----- and each -----END ..----- stands on a \
          line of its own, between them base64 in lines"
@@ -138,9 +138,9 @@ enum PemError {
     )]
     Encrypted,
     #[error("the file is no PEM: {} begins with the line -----BEGIN {}-----", .0.name(), .0.label())]
-    NoSection(Wanted),
-    #[error("the file holds {found}, but not {}", wanted.name())]
-    Another { found: String, wanted: Wanted },
+    NoSection(Expected),
+    #[error("the file holds {found}, but not {}", expected.name())]
+    Another { found: String, expected: Expected },
     #[error("the file is cut off: a section has no -----END ..----- line")]
     NoEnd,
     #[error("the text between the -----BEGIN and -----END lines is not base64")]
@@ -157,14 +157,14 @@ impl PemError {
 }
 
 /// Diagnoses `bytes` without usable content. `error` is the parser's.
-fn diagnose(bytes: &[u8], wanted: Wanted, error: Option<pem::Error>) -> PemError {
+fn diagnose(bytes: &[u8], expected: Expected, error: Option<pem::Error>) -> PemError {
     const BEGIN: &str = "-----BEGIN ";
     let text = match std::str::from_utf8(bytes) {
         Ok(text) if !text.contains('\0') => text.trim_start_matches('\u{feff}'),
-        _ => return PemError::Binary(wanted),
+        _ => return PemError::Binary(expected),
     };
     if text.trim().is_empty() {
-        return PemError::Empty(wanted);
+        return PemError::Empty(expected);
     }
     let mut labels = Vec::new();
     for line in text.lines() {
@@ -183,7 +183,7 @@ fn diagnose(bytes: &[u8], wanted: Wanted, error: Option<pem::Error>) -> PemError
         }
     }
     let is_encrypted = |label: &String| label == "ENCRYPTED PRIVATE KEY";
-    if wanted == Wanted::Key
+    if expected == Expected::Key
         && (labels.iter().any(is_encrypted) || text.contains("Proc-Type: 4,ENCRYPTED"))
     {
         return PemError::Encrypted;
@@ -195,10 +195,10 @@ fn diagnose(bytes: &[u8], wanted: Wanted, error: Option<pem::Error>) -> PemError
     }
     labels.dedup();
     match labels.is_empty() {
-        true => PemError::NoSection(wanted),
+        true => PemError::NoSection(expected),
         false => PemError::Another {
             found: labels.join(", "),
-            wanted,
+            expected,
         },
     }
 }

@@ -181,14 +181,14 @@ impl Revocations {
             }
             Ok(())
         };
-        let complain = |error: &MaterialError| {
+        let on_error = |error: &MaterialError| {
             tracing::error!(
                 error = report(error),
                 "list of revoked peers not reloaded, the old one stays"
             );
             changed(Err(error));
         };
-        material::watch(reload, complain).await;
+        material::watch(reload, on_error).await;
     }
 }
 
@@ -354,7 +354,7 @@ mod tests {
         );
     }
 
-    /// The author of such a line believes that a peer is shut out.
+    /// The author of such a line believes that it revokes a peer.
     #[test]
     fn what_can_match_nobody_is_named_with_its_line() {
         let long = format!("serial:{}", "1".repeat(129));
@@ -426,7 +426,7 @@ mod tests {
         }
     }
 
-    /// The one thing that a list can't know to be wrong.
+    /// The list itself can't show that a trust domain is misspelt.
     #[test]
     fn a_misspelt_trust_domain_is_noticed() {
         let text = "spiffe://c/agent/w1\nspiffe://d/agent/w1\nserial:01\nspiffe://cc/agent/w2\n";

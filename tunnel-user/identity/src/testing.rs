@@ -13,7 +13,8 @@ pub(crate) type Ca = CertifiedIssuer<'static, KeyPair>;
 
 pub(crate) const DAY: Duration = Duration::from_secs(86_400);
 
-/// A CA's parameters: named `name`, of the trust domain `c`, valid from yesterday for ten days.
+/// Returns the parameters of a CA: named `name`, of the trust domain `c`, valid from yesterday for
+/// ten days.
 pub(crate) fn ca_params(name: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, name);
@@ -25,22 +26,22 @@ pub(crate) fn ca_params(name: &str) -> CertificateParams {
     params
 }
 
-/// A CA that signs itself.
+/// Returns a CA that signs itself.
 pub(crate) fn root(params: CertificateParams) -> Ca {
     Ca::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// A CA that `issuer` signs.
+/// Returns a CA that `issuer` signs.
 pub(crate) fn below(issuer: &Ca, params: CertificateParams) -> Ca {
     Ca::signed_by(params, KeyPair::generate().unwrap(), issuer).unwrap()
 }
 
-/// `ca` once more, signed by `issuer`.
+/// Returns `ca`, signed by `issuer`.
 pub(crate) fn cross(issuer: &Ca, ca: &Ca, params: &CertificateParams) -> CertificateDer<'static> {
     params.signed_by(ca.key(), issuer).unwrap().der().clone()
 }
 
-/// A leaf's parameters: of the agent `w1`, valid from yesterday for ten days.
+/// Returns the parameters of a leaf: of the agent `w1`, valid from yesterday for ten days.
 pub(crate) fn leaf_params() -> CertificateParams {
     let mut params = CertificateParams::default();
     params.subject_alt_names = vec![SanType::URI("spiffe://c/agent/w1".try_into().unwrap())];
@@ -50,7 +51,7 @@ pub(crate) fn leaf_params() -> CertificateParams {
     params
 }
 
-/// A leaf of the agent `w1`.
+/// Returns a leaf of the agent `w1`.
 pub(crate) fn leaf(issuer: &Issuer<'_, KeyPair>) -> CertificateDer<'static> {
     let key = KeyPair::generate().unwrap();
     leaf_params().signed_by(&key, issuer).unwrap().der().clone()

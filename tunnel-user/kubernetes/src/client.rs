@@ -37,7 +37,7 @@ pub enum AccessError {
     /// The process does not run in a pod.
     #[error("this is no pod ({0}): name a kubeconfig, or run as a pod with a service account")]
     Pod(InClusterError),
-    /// The client can't be made from the kubeconfig or the pod's files.
+    /// The kubeconfig or the files of the pod give no client.
     #[error("the Kubernetes API can't be used: {0}")]
     Client(Error),
     /// The rate allows no request.
@@ -132,7 +132,7 @@ impl CallError {
         }
     }
 
-    /// Whether the fault is in this request alone: Bad Request, Content Too Large, Unprocessable.
+    /// Whether this request alone is at fault: Bad Request, Content Too Large, Unprocessable.
     pub(super) fn is_bad_request(&self) -> bool {
         matches!(self, Self::Refused(status) if matches!(status.code, 400 | 413 | 422))
     }

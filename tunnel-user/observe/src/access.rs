@@ -1,4 +1,4 @@
-//! One record per connection: the request, its outcome, who ended it, and the reason.
+//! One record per connection: the request, its outcome, the side that ended it, and the reason.
 //!
 //! Destinations appear in this record and nowhere else. Carried bytes appear nowhere.
 

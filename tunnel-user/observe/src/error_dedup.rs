@@ -1,14 +1,14 @@
 //! Deduplication of repeated errors: a lasting error is logged when it begins and when it changes, not
 //! at every attempt.
 
-/// The error that was logged last.
+/// The last logged error of one task.
 #[derive(Clone, Debug, Default)]
-pub struct Complaint(Option<String>);
+pub struct ErrorDedup(Option<String>);
 
-impl Complaint {
-    /// Whether `text` is an error that was not logged last. Texts that differ only in words with digits
-    /// (an address, an id or a time) are equal.
-    pub fn is_news(&mut self, text: &str) -> bool {
+impl ErrorDedup {
+    /// Whether `text` differs from the last logged error. Texts that differ only in words with
+    /// digits (an address, an id or a time) are equal.
+    pub fn is_new(&mut self, text: &str) -> bool {
         let kind = kind_of(text);
         if self.0.as_ref() == Some(&kind) {
             return false;
@@ -17,7 +17,7 @@ impl Complaint {
         true
     }
 
-    /// Forgets the error after a success: the same error will be news.
+    /// Forgets the error after a success: the same error is then new.
     pub fn clear(&mut self) {
         self.0 = None;
     }
@@ -41,17 +41,17 @@ mod tests {
 
     #[test]
     fn numbers_make_no_other_trouble() {
-        let mut complaint = Complaint::default();
-        for (text, is_news) in [
+        let mut dedup = ErrorDedup::default();
+        for (text, is_new) in [
             ("10.0.0.1:8132: no answer after 5.02 s (id 7f3a)", true),
             ("10.0.0.1:8132: no answer after 4.97 s (id 0b91)", false),
             ("10.0.0.1:8132: refused", true),
             ("10.0.0.1:8132: no answer after 5.02 s (id 7f3a)", true),
         ] {
-            assert_eq!(complaint.is_news(text), is_news, "{text}");
+            assert_eq!(dedup.is_new(text), is_new, "{text}");
         }
-        complaint.clear();
-        assert!(complaint.is_news("10.0.0.1:8132: no answer after 5 s (id 7f3a)"));
+        dedup.clear();
+        assert!(dedup.is_new("10.0.0.1:8132: no answer after 5 s (id 7f3a)"));
         assert_eq!(kind_of("a1 b\u{e4}, 22c-d "), "# b\u{e4}, #-d ");
     }
 }

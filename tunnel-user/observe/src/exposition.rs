@@ -23,7 +23,7 @@ pub enum Format {
 impl Format {
     /// Chooses the format by the values of a request's Accept fields (RFC 9110, section 12.5.1):
     /// OpenMetrics where one names it and prefers no kind of text to it.
-    pub fn asked_for<'a>(accept: impl IntoIterator<Item = &'a str>) -> Self {
+    pub fn accepted<'a>(accept: impl IntoIterator<Item = &'a str>) -> Self {
         let (mut text, mut open_metrics) = (0.0, 0.0);
         for range in accept.into_iter().flat_map(|field| field.split(',')) {
             let mut parts = range.split(';').map(str::trim);

@@ -11,7 +11,7 @@ pub(super) struct LineEnd {
 
 /// Outcome of writing lines.
 #[derive(Debug)]
-pub(super) struct Written {
+pub(super) struct WriteOutcome {
     /// Number of written bytes, including the end of a line that was cut before.
     pub bytes: usize,
     /// Bytes of the lines that were written whole.
@@ -29,13 +29,13 @@ impl LineEnd {
     }
 
     /// Writes lines, the first one on a line of its own.
-    pub(super) fn write(&mut self, to: &mut impl Write, lines: &[u8]) -> Written {
+    pub(super) fn write(&mut self, to: &mut impl Write, lines: &[u8]) -> WriteOutcome {
         let mut ended = 0;
         if self.is_cut && !lines.is_empty() {
             let (n, outcome) = write_counted(to, b"\n");
             if outcome.is_err() {
                 let (bytes, whole, cut) = (n, 0, 0);
-                return Written {
+                return WriteOutcome {
                     bytes,
                     whole,
                     cut,
@@ -47,7 +47,7 @@ impl LineEnd {
         let (n, outcome) = write_counted(to, lines);
         let whole = whole_lines(&lines[..n]);
         self.is_cut |= n > whole;
-        Written {
+        WriteOutcome {
             bytes: ended + n,
             whole,
             cut: n - whole,
@@ -56,7 +56,7 @@ impl LineEnd {
     }
 
     /// Notes that the cut line was truncated.
-    pub(super) fn taken_back(&mut self) {
+    pub(super) fn note_truncated(&mut self) {
         self.is_cut = false;
     }
 }

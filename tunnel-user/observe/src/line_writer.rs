@@ -11,7 +11,7 @@ use super::line_end::LineEnd;
 
 /// Pause of the writing thread after each write. Lines logged meanwhile wake no thread and go out in
 /// one call. With one line per connection, a wake-up for each costs more than the line.
-const REST: Duration = Duration::from_millis(5);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Maximum size of one write, in bytes.
 const BATCH: usize = 32 << 10;
@@ -21,14 +21,14 @@ const BATCH: usize = 32 << 10;
 ///
 /// Lines go out when the writing thread finds no further one, which is when it flushes. Lines that
 /// can't be written are counted. A partly written line does not swallow the following ones.
-pub(super) struct Lines<W> {
+pub(super) struct LineWriter<W> {
     batch: Vec<u8>,
     to: W,
     end: LineEnd,
     lost: Arc<AtomicU64>,
 }
 
-impl<W: Write> Lines<W> {
+impl<W: Write> LineWriter<W> {
     /// Creates a log that writes to `to`.
     pub(super) fn new(to: W) -> Self {
         Self {
@@ -61,7 +61,7 @@ pub(super) fn line_count(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-impl<W: Write> Write for Lines<W> {
+impl<W: Write> Write for LineWriter<W> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let line = String::from_utf8_lossy(event);
         self.batch.extend_from_slice(one_line(&line).as_bytes());
@@ -74,7 +74,7 @@ impl<W: Write> Write for Lines<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.write_out()?;
         self.to.flush()?;
-        thread::sleep(REST);
+        thread::sleep(PAUSE);
         Ok(())
     }
 }
@@ -137,11 +137,11 @@ mod tests {
 
     #[test]
     fn a_line_that_was_cut_swallows_no_other() {
-        let mut lines = Lines::new(Disk {
+        let mut lines = LineWriter::new(Disk {
             written: Vec::new(),
             room: 6,
         });
-        let log = |lines: &mut Lines<Disk>, text: &str, room| {
+        let log = |lines: &mut LineWriter<Disk>, text: &str, room| {
             lines.to.room += room;
             for event in text.split_inclusive('\n') {
                 lines.write_all(event.as_bytes()).unwrap();
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn lines_go_out_together() {
-        let mut lines = Lines::new(Vec::new());
+        let mut lines = LineWriter::new(Vec::new());
         lines.write_all(b"a\n").unwrap();
         lines.write_all(b"b\x07\n").unwrap();
         assert!(lines.to.is_empty());

@@ -21,12 +21,12 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use super::audit::{AUDIT, Audit, AuditError};
 use super::journal::{self, Prioritised};
-use super::line_writer::Lines;
+use super::line_writer::LineWriter;
 use super::throttle::{self, Throttle};
 use cpc_config::{AuditConfig, LogConfig, LogFormat};
 use cpc_host::report::report;
 
-/// Interval of the reports about lines that were left out.
+/// Interval of the reports about suppressed lines.
 const REPORT: Duration = Duration::from_secs(10);
 
 /// Target of the access log, for filters: `cpc::access=off`.
@@ -42,11 +42,11 @@ pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
     audit: Option<Audit>,
     throttle: Throttle,
-    lost: Lost,
+    lost: LostLines,
     _writer: Arc<WorkerGuard>,
 }
 
-/// A text that is not a filter, or a logger that is gone.
+/// Text that is not a filter, or a logger that has ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{filter:?} is no log filter: {why}; `info` and `info,cpc=debug` are")]
 pub struct FilterError {
@@ -55,7 +55,7 @@ pub struct FilterError {
 }
 
 impl LogHandle {
-    /// Reports every `REPORT` which lines were left out, in the log and in the audit.
+    /// Reports the suppressed lines every `REPORT`, in the log and in the audit.
     pub async fn keep_reporting(self) {
         loop {
             tokio::time::sleep(REPORT).await;
@@ -63,7 +63,7 @@ impl LogHandle {
         }
     }
 
-    /// Reports which lines were left out since the last call.
+    /// Reports the suppressed lines since the last call.
     pub fn report(&self) {
         for lines in self.throttle.take_suppressed() {
             tracing::warn!(
@@ -115,12 +115,12 @@ impl LogHandle {
 
 /// Counter of lines that were not written.
 #[derive(Clone, Debug)]
-struct Lost {
+struct LostLines {
     lost: Arc<AtomicU64>,
     overflow: ErrorCounter,
 }
 
-impl Lost {
+impl LostLines {
     fn count(&self) -> u64 {
         let overflow = u64::try_from(self.overflow.dropped_lines()).unwrap_or(u64::MAX);
         overflow.saturating_add(self.lost.load(Ordering::Relaxed))
@@ -128,7 +128,7 @@ impl Lost {
 }
 
 #[derive(Debug)]
-struct LogMetrics(Throttle, Lost);
+struct LogMetrics(Throttle, LostLines);
 
 impl Collector for LogMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), text::Error> {
@@ -183,7 +183,7 @@ fn subscriber(
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
     // A thread of its own writes: a reader of the log that is stuck must not stop the tunnels. What
     // it has no room for is dropped.
-    let lines = Lines::new(io::stderr());
+    let lines = LineWriter::new(io::stderr());
     let lost = lines.lost();
     let (writer, guard) = NonBlockingBuilder::default().lossy(true).finish(lines);
     let overflow = writer.error_counter();
@@ -226,7 +226,7 @@ fn subscriber(
         filter: handle,
         audit,
         throttle,
-        lost: Lost { lost, overflow },
+        lost: LostLines { lost, overflow },
         _writer: Arc::new(guard),
     };
     Ok((tracing_subscriber::registry().with(layers), log))
@@ -278,7 +278,7 @@ fn is_every_crate(directive: &str) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['=', '[']))
 }
 
-/// Parses a filter, in which modules of this program stand below `cpc`.
+/// Parses a filter, in which the modules of this program are below `cpc`.
 fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
     let mut directives: Vec<_> = filter.split(',').map(str::trim).collect();
     // Of equal targets the last one counts: what `cpc` stands for must not replace what is named.
@@ -296,7 +296,7 @@ fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
 mod tests {
     use super::*;
 
-    /// There is a span for each packet and each frame, which must cost nothing unless it is asked for.
+    /// Each packet and each frame has a span, which must cost nothing unless a filter selects it.
     #[test]
     fn what_is_not_logged_is_not_recorded() {
         let directory = tempfile::tempdir().unwrap();

@@ -48,7 +48,7 @@ pub enum Closer {
     Tunnel,
     /// The agent, before it reached the target.
     Agent,
-    /// The server, before it asked an agent.
+    /// The server, before it sent a dial request.
     Server,
 }
 

@@ -29,7 +29,7 @@ use super::logging::ACCESS;
 /// Number of counters of all buckets, 8 bytes each.
 const BUCKETS: usize = 16_384;
 
-/// Number of kinds of lines with a count of their own when they are left out; the program has fewer.
+/// Number of kinds of lines with their own count of suppressed lines; the program has fewer.
 const MAX_KINDS: usize = 1024;
 
 /// Rate of the lines of one bucket.
@@ -47,9 +47,9 @@ pub struct Rates {
     /// Lines of one kind about one source.
     pub source: Rate,
     /// Lines of one kind about all proven identities.
-    pub known: Rate,
+    pub identities: Rate,
     /// Lines of one kind about all addresses.
-    pub strangers: Rate,
+    pub networks: Rate,
 }
 
 const fn rate(burst: u32, period: Duration) -> Rate {
@@ -59,15 +59,15 @@ const fn rate(burst: u32, period: Duration) -> Rate {
 /// Rates of the log: a source writes 12 lines of a kind per minute.
 pub const LOG: Rates = Rates {
     source: rate(100, Duration::from_secs(5)),
-    known: rate(1000, Duration::from_millis(500)),
-    strangers: rate(500, Duration::from_secs(1)),
+    identities: rate(1000, Duration::from_millis(500)),
+    networks: rate(500, Duration::from_secs(1)),
 };
 
 /// Rates of the audit. Its records stay for weeks, and whole fleets may connect at once.
 pub const AUDIT: Rates = Rates {
     source: rate(100, Duration::from_secs(60)),
-    known: rate(20_000, Duration::from_secs(2)),
-    strangers: rate(1000, Duration::from_secs(2)),
+    identities: rate(20_000, Duration::from_secs(2)),
+    networks: rate(1000, Duration::from_secs(2)),
 };
 
 /// A filter that admits a bounded number of lines. Clones share the bounds.
@@ -86,7 +86,7 @@ struct Shared {
     total: AtomicU64,
 }
 
-/// Lines of one kind that were left out.
+/// Suppressed lines of one kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Suppressed {
     /// Text of the lines.
@@ -115,8 +115,8 @@ impl Throttle {
     fn admits(&self, kind: impl Hash, name: &str, source: &Source<'_>, now: Instant) -> bool {
         let shared = &self.0;
         let all = match source {
-            Source::Own | Source::Identity(_) => shared.rates.known,
-            Source::Network(_) => shared.rates.strangers,
+            Source::Own | Source::Identity(_) => shared.rates.identities,
+            Source::Network(_) => shared.rates.networks,
         };
         let now = shared.since(now);
         let of_source = shared.slots(&(&kind, source));
@@ -133,13 +133,13 @@ impl Throttle {
         false
     }
 
-    /// Returns the lines that were left out since the last call.
+    /// Returns the suppressed lines since the last call.
     pub fn take_suppressed(&self) -> Vec<Suppressed> {
         let mut suppressed = self.0.lock();
         suppressed.drain().map(|(_, lines)| lines).collect()
     }
 
-    /// Returns the number of all lines that were left out.
+    /// Returns the number of all suppressed lines.
     pub fn total(&self) -> u64 {
         self.0.total.load(Ordering::Relaxed)
     }

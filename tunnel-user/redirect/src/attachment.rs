@@ -16,7 +16,7 @@ use super::{
 pub enum Linked {
     /// The programs were not in this cgroup.
     Created,
-    /// Programs were there; ours have replaced them.
+    /// Earlier programs existed; new ones have replaced them.
     Replaced,
 }
 

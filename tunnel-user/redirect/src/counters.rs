@@ -16,7 +16,7 @@ pub struct Count {
     pub attachment: String,
     /// Kind of the counter.
     pub counter: Counter,
-    /// Value since the attachment was made; continues over restarts of the connector.
+    /// Value since the attachment was created; continues over restarts of the connector.
     pub value: u64,
 }
 

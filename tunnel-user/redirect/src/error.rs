@@ -8,7 +8,7 @@ use tunnel_ebpf_common::{MAX_ATTACHMENTS, MAX_RANGES, MAX_ROUTES, NAME_LENGTH};
 
 use super::LinkState;
 
-/// Reason why a redirect could not be made, changed or read.
+/// Reason why a redirect could not be created, changed or read.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
     /// See [`super::object()`].

@@ -25,8 +25,7 @@ use cpc_host::report::report;
 /// Presence of the cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
-    /// The cgroup exists, with this number (its inode number), which is another one each time it is
-    /// made.
+    /// The cgroup exists, with this inode number, which changes with each creation.
     Present(u64),
     /// The cgroup does not exist.
     Absent,

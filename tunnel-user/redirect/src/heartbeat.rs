@@ -41,8 +41,8 @@ impl Heartbeat {
         })
     }
 
-    /// Makes `listener` the one of its family that the kernel programs redirect to, from the next beat
-    /// on. They accept no other socket for it, whatever is bound to its port.
+    /// Makes the kernel programs redirect to `listener`, for its family, from the next beat on.
+    /// They accept no other socket in its place, even on the same port.
     pub fn listen(&mut self, listener: &TcpListener) -> Result<(), RedirectError> {
         let unknown = |error: io::Error| failed("LISTENERS")(MapError::IoError(error));
         let address = listener.local_addr().map_err(unknown)?;

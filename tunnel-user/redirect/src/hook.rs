@@ -16,8 +16,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// All hooks in the order of attaching: the needs of a redirected socket come before the redirect
-    /// itself. Detaching uses the reverse order.
+    /// All hooks in the order of attaching: the hooks that a redirected socket needs come before
+    /// the redirect itself. Detaching uses the reverse order.
     pub const ALL: [Self; 5] = [
         Self::Established,
         Self::Getpeername4,

@@ -63,7 +63,7 @@ pub use routes::Routes;
 pub use settings::CAPTURE_SET;
 pub use spec::{AttachmentSpec, FailMode, Rule, check_name, tenant_number};
 pub use status::{LinkState, Status};
-pub use survey::Found;
+pub use survey::FoundAttachment;
 pub use tunnel_ebpf_common::{Counter, HEARTBEAT_STALE_NS, Verdict};
 
 use std::path::PathBuf;
@@ -176,7 +176,7 @@ impl Redirect {
 
     /// Returns every visible attachment of this program: those on this BPF file system, in any pin
     /// directory, and with CAP_SYS_ADMIN all others.
-    pub fn survey(&self) -> Vec<Found> {
+    pub fn survey(&self) -> Vec<FoundAttachment> {
         survey::all(&self.pin)
     }
 
@@ -189,7 +189,7 @@ impl Redirect {
         &self,
         spec: &AttachmentSpec,
         configured: &[&str],
-    ) -> Result<Vec<Found>, RedirectError> {
+    ) -> Result<Vec<FoundAttachment>, RedirectError> {
         let rivals = survey::rivals(&self.pin, spec, configured)?;
         let text: Vec<_> = rivals.iter().map(ToString::to_string).collect();
         let text = (!text.is_empty()).then(|| text.join(", "));
@@ -205,7 +205,7 @@ impl Redirect {
     ///
     /// # Errors
     /// The error of removing one; those before it are gone.
-    pub fn detach_all(&self) -> Result<Vec<Found>, RedirectError> {
+    pub fn detach_all(&self) -> Result<Vec<FoundAttachment>, RedirectError> {
         survey::detach_all(&self.pin)
     }
 

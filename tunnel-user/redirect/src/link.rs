@@ -51,7 +51,8 @@ impl Cgroup {
         Ok(Self { directory, id })
     }
 
-    /// Returns the kernel's number of the cgroup: another one after it was removed and made again.
+    /// Returns the kernel's number of the cgroup, which changes when the cgroup is removed and
+    /// created again.
     pub(super) fn id(&self) -> u64 {
         self.id
     }
@@ -87,7 +88,7 @@ pub(super) fn open_pin(path: &Path, access: Access) -> io::Result<OwnedFd> {
 pub(super) struct LinkInfo {
     /// Number of the program.
     pub(super) program: u32,
-    /// Number of the cgroup, 0 when that is gone.
+    /// Number of the cgroup, 0 after its removal.
     pub(super) cgroup: u64,
 }
 

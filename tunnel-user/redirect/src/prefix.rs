@@ -19,7 +19,8 @@ use tunnel_ebpf_common::{Address, Family, PREFIX_BITS, Prefix};
 
 use super::maps::is_full;
 
-/// A prefix and how many bits of it count, scope and family included. Shorter ones come first.
+/// A prefix and its number of significant bits, including scope and family. Shorter ones come
+/// first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
     bits: u32,
@@ -178,7 +179,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// The kernel's lookup, done the slow way.
+    /// Implements the kernel's lookup by linear search.
     pub(in super::super) fn lookup<V>(table: &Table<V>, scope: u32, address: IpAddr) -> Option<&V> {
         let wanted = Prefix::of(scope, address.into());
         let covers = |key: &Key| {

@@ -131,7 +131,7 @@ pub(super) fn remove(pin: &Pin, id: u32) -> Result<(), RedirectError> {
         .map_err(failed("ATTACHMENTS"))
 }
 
-/// Removes the state that an earlier attachment left under this number.
+/// Removes the state of an earlier attachment with this number.
 fn reset(pin: &Pin, id: u32) -> Result<(), RedirectError> {
     maps::heartbeats(pin, Access::Write)?
         .set(id, Heartbeat::NONE, 0)

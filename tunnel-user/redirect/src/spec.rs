@@ -12,7 +12,7 @@ use tunnel_ebpf_common::NAME_LENGTH;
 
 use super::RedirectError;
 
-/// Treatment of captured connections while the connector is dead or stuck.
+/// Fate of captured connections while the connector is dead or stuck.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {

@@ -37,7 +37,7 @@ const MAX_CGROUPS: usize = 50_000;
 
 /// One attachment of this program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Found {
+pub struct FoundAttachment {
     /// Pin directory; `None` when it is pinned on another file system, or not at all.
     pub pin: Option<PathBuf>,
     /// Name, where it is pinned.
@@ -51,7 +51,7 @@ pub struct Found {
     netns: Option<Vec<u64>>,
 }
 
-impl Found {
+impl FoundAttachment {
     /// Returns the command that removes it, in backquotes.
     pub fn remedy(&self) -> String {
         match (&self.name, &self.pin) {
@@ -64,7 +64,7 @@ impl Found {
     }
 }
 
-impl fmt::Display for Found {
+impl fmt::Display for FoundAttachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.name, &self.pin) {
             (Some(name), Some(pin)) => {
@@ -88,10 +88,10 @@ pub(super) fn is_hidden(note: &str) -> bool {
 
 /// Returns every attachment on the BPF file system of `pin` and, where this process may see them, in
 /// the kernel.
-pub(super) fn all(pin: &Pin) -> Vec<Found> {
+pub(super) fn all(pin: &Pin) -> Vec<FoundAttachment> {
     let mut found = pinned(pin);
     let known: HashSet<u32> = found.iter().flat_map(|it| &it.programs).copied().collect();
-    found.extend(loaded(&known));
+    found.extend(unpinned(&known));
     found
 }
 
@@ -102,7 +102,7 @@ pub(super) fn rivals(
     pin: &Pin,
     spec: &AttachmentSpec,
     configured: &[&str],
-) -> Result<Vec<Found>, RedirectError> {
+) -> Result<Vec<FoundAttachment>, RedirectError> {
     let (_, own) = maps::attached(pin, &spec.name)?;
     let mut others = all(pin);
     others.retain(|it| {
@@ -122,7 +122,7 @@ pub(super) fn rivals(
 }
 
 /// Detaches every attachment and removes its pins. Connections take the ordinary route from then on.
-pub(super) fn detach_all(pin: &Pin) -> Result<Vec<Found>, RedirectError> {
+pub(super) fn detach_all(pin: &Pin) -> Result<Vec<FoundAttachment>, RedirectError> {
     let found = all(pin);
     let mut directories: Vec<_> = found.iter().filter_map(|it| it.pin.clone()).collect();
     directories.sort();
@@ -164,7 +164,7 @@ pub(super) fn detach_all(pin: &Pin) -> Result<Vec<Found>, RedirectError> {
 }
 
 /// Returns the content of pin directories.
-fn pinned(pin: &Pin) -> Vec<Found> {
+fn pinned(pin: &Pin) -> Vec<FoundAttachment> {
     let mut directories = Vec::new();
     if let Some(root) = root(pin.path()) {
         pin_directories(&root, MAX_DEPTH, &mut directories);
@@ -176,7 +176,7 @@ fn pinned(pin: &Pin) -> Vec<Found> {
     attachments.collect()
 }
 
-fn one(directory: &Path, name: String) -> Option<Found> {
+fn one(directory: &Path, name: String) -> Option<FoundAttachment> {
     let pin = Pin::new(directory.to_owned());
     let links = Hook::ALL.map(|hook| Link::open(&pin.link(&name, hook)).ok().flatten());
     let infos: Vec<_> = { links.iter().flatten() }
@@ -185,7 +185,7 @@ fn one(directory: &Path, name: String) -> Option<Found> {
     if infos.is_empty() {
         return None;
     }
-    Some(Found {
+    Some(FoundAttachment {
         netns: namespaces(directory, &name),
         pin: Some(directory.to_owned()),
         name: Some(name),
@@ -210,7 +210,7 @@ fn namespaces(directory: &Path, name: &str) -> Option<Vec<u64>> {
 }
 
 /// Returns links of our programs that are not among the `known` ones.
-fn loaded(known: &HashSet<u32>) -> Vec<Found> {
+fn unpinned(known: &HashSet<u32>) -> Vec<FoundAttachment> {
     let Ok(links) = Link::all() else {
         return Vec::new();
     };
@@ -219,7 +219,7 @@ fn loaded(known: &HashSet<u32>) -> Vec<Found> {
     if infos.is_empty() {
         return Vec::new();
     }
-    let mut found: Vec<Found> = Vec::new();
+    let mut found: Vec<FoundAttachment> = Vec::new();
     for program in loaded_programs().flatten() {
         let is_hook = |name| Hook::ALL.iter().any(|hook| hook.name() == name);
         if !program.name_as_str().is_some_and(is_hook) {
@@ -248,7 +248,7 @@ fn loaded(known: &HashSet<u32>) -> Vec<Found> {
                         other.netns.clone_from(&netns);
                     }
                 }
-                None => found.push(Found {
+                None => found.push(FoundAttachment {
                     pin: None,
                     name: None,
                     cgroup,

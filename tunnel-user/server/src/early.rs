@@ -110,7 +110,7 @@ impl EarlyBytes {
                 return event;
             }
             if self.eof {
-                Box::pin(local.departed()).await;
+                Box::pin(local.peer_closed()).await;
                 return EarlyEvent::ClientGone;
             }
             if self.len >= KEPT || self.is_full {

@@ -135,7 +135,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
             setup,
         } = &tunnel;
         let opened = config::server(udp, material, secret, index, setup)?;
-        host::complain(&opened.complaints);
+        host::warn_once(&opened.complaints);
         tokio::task::spawn_local(link::quic::accept(shard.clone(), opened.endpoint.clone()));
         endpoint = Some(opened.endpoint);
     }

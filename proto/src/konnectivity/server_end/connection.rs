@@ -70,7 +70,7 @@ pub(super) enum Sending {
     /// An agent that supports halves has received the end of file: the target may still send.
     Half,
     /// CLOSE_REQ was sent, at this moment.
-    Told(Instant),
+    CloseSent(Instant),
 }
 
 /// Data that a client without further bytes may still receive.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::connection::Sending;
 use super::{
-    DialId, Event, Held, Holder, LINGER, MAX_CLOSING, ReadEnd, STALLED_AFTER, ServerEnd,
+    DialId, Event, IdOwner, LINGER, MAX_CLOSING, ReadEnd, STALLED_AFTER, ServerEnd, SlowReader,
     StreamError,
 };
 use crate::close::CloseReason;
@@ -48,20 +48,20 @@ impl<W: Clone> ServerEnd<W> {
 
     fn handle_data(&mut self, id: i64, data: Bytes, now: Instant) -> Result<(), StreamError> {
         match self.ids.get(&id) {
-            Some(Holder::Connection(dial)) => {
+            Some(IdOwner::Connection(dial)) => {
                 let dial = *dial;
                 if let Some(connection) = self.connections.get_mut(&dial) {
                     connection.receive(data, now);
                     self.events
                         .push_back(Event::Changed(connection.waker.clone()));
-                    if connection.is_full() && self.held.is_none() {
+                    if connection.is_full() && self.slow_reader.is_none() {
                         let until = now + STALLED_AFTER;
-                        self.held = Some(Held { dial, until });
+                        self.slow_reader = Some(SlowReader { dial, until });
                     }
                 }
                 Ok(())
             }
-            Some(Holder::Closing(_)) => Ok(()),
+            Some(IdOwner::Closing(_)) => Ok(()),
             // "None" on the wire, and what only barriers are.
             None if id <= 0 => Ok(()),
             None => self.refuse(id),
@@ -71,8 +71,8 @@ impl<W: Clone> ServerEnd<W> {
     fn handle_closed(&mut self, id: i64, error: &str, now: Instant) {
         match self.ids.get(&id) {
             // An agent may name an id again that it has closed: it stays until the next barrier.
-            None | Some(Holder::Closing(_)) => {}
-            Some(Holder::Connection(dial)) => {
+            None | Some(IdOwner::Closing(_)) => {}
+            Some(IdOwner::Connection(dial)) => {
                 let dial = *dial;
                 self.ids.remove(&id);
                 let end = if error.is_empty() {
@@ -103,7 +103,7 @@ impl<W: Clone> ServerEnd<W> {
             connection.fail(format!("the agent named it {id}, which it may not"));
         } else {
             connection.connect_id = Some(id);
-            self.ids.insert(id, Holder::Connection(dial));
+            self.ids.insert(id, IdOwner::Connection(dial));
         }
         Ok(())
     }
@@ -131,7 +131,7 @@ impl<W: Clone> ServerEnd<W> {
             && after < seq
         {
             self.closing.pop_front();
-            if self.ids.get(&id) == Some(&Holder::Closing(after)) {
+            if self.ids.get(&id) == Some(&IdOwner::Closing(after)) {
                 self.ids.remove(&id);
             }
         }
@@ -147,7 +147,7 @@ impl<W: Clone> ServerEnd<W> {
             .push_back(Event::Changed(connection.waker.clone()));
         if connection.released {
             self.connections.remove(&dial);
-            self.made_room(dial, now);
+            self.note_space(dial, now);
         }
     }
 

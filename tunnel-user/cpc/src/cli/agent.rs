@@ -76,7 +76,7 @@ fn server(text: &str) -> Result<String, String> {
     }
 }
 
-/// Checks what a start checks before it opens anything.
+/// Checks the configuration as a start does before it opens anything.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the key.
@@ -90,8 +90,8 @@ impl Args {
         self.checked_by(AgentConfig::check)
     }
 
-    /// The configuration of a start. Read again later, less of it may keep the rest from being put in
-    /// force.
+    /// Returns the configuration of a start. A reload checks less, so that one wrong value does not
+    /// block the others.
     ///
     /// # Errors
     /// [`ConfigError`], with the place of the wrong value.
@@ -124,7 +124,7 @@ impl Args {
             self.renew.then_some(true),
         );
         self.log.apply(&mut overlay, &mut config.log);
-        check(&config).map_err(|error| overlay.place(error, file))?;
+        check(&config).map_err(|error| overlay.locate(error, file))?;
         Ok(config)
     }
 

@@ -22,8 +22,9 @@ impl Overlay {
         }
     }
 
-    /// Says where a wrong value comes from: the line of `file`, or not from there at all.
-    pub(super) fn place(&self, error: ConfigError, file: Option<&Path>) -> ConfigError {
+    /// Adds the source of a wrong value: the line of `file`, or the note that a flag or the
+    /// environment has it.
+    pub(super) fn locate(&self, error: ConfigError, file: Option<&Path>) -> ConfigError {
         let is_given = |key: &str| {
             let list = key.split('[').next().unwrap_or_default();
             self.0.contains(&list)

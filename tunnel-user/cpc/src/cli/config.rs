@@ -104,7 +104,7 @@ fn show(role: Option<Role>, file: Option<&Path>, flags: Vec<OsString>) -> anyhow
     Ok(())
 }
 
-/// The role that was named, or else the one that the file's keys tell.
+/// Returns the role that the command names, or that of the file's keys.
 fn role_of(role: Option<Role>, file: Option<&Path>) -> anyhow::Result<Role> {
     if let Some(role) = role {
         return Ok(role);

@@ -164,14 +164,14 @@ impl Args {
             let end = humantime::format_rfc3339_seconds(authority.not_after());
             eprintln!("warning: its CA ends at {end}, and the certificate with it");
         }
-        let made = authority.make(&request)?;
-        let room = made.room_in(&common.out)?;
+        let credential = authority.make(&request)?;
+        let output = credential.output_directory(&common.out)?;
         if role == Role::Agent {
             // Before the certificate is used: a server that issues from this CA has to know it.
-            record(&common.dir, &request, made.certificate())?;
+            record(&common.dir, &request, credential.certificate())?;
         }
-        made.save(&room)?;
-        println!("{} in {}", made.identity, common.out.display());
+        credential.save(&output)?;
+        println!("{} in {}", credential.identity, common.out.display());
         Ok(())
     }
 }
@@ -190,8 +190,8 @@ fn record(
         until: validity(certificate).map_or(request.not_after, |(_, until)| until),
         token: "pki".into(),
     };
-    IssueLog::of_ca(ca).change(|pages| {
-        pages.record(&request.name, holder);
+    IssueLog::of_ca(ca).change(|records| {
+        records.record(&request.name, holder);
         Ok::<_, IssueLogError>(())
     })?;
     Ok(())

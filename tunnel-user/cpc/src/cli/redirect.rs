@@ -15,7 +15,7 @@ use cpc_host::report::report;
 use cpc_host::{lifecycle, privileges};
 use cpc_identity::{Material, Role, provider};
 use cpc_observe::logging;
-use cpc_redirect::{Found, Redirect};
+use cpc_redirect::{FoundAttachment, Redirect};
 use cpc_server::Attachments;
 
 /// Attach, detach and look at the eBPF redirect
@@ -151,7 +151,7 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
         }
         let rivals = redirect.rivals(&spec, &names)?;
         if !rivals.is_empty() {
-            remedies.extend(rivals.iter().map(Found::remedy));
+            remedies.extend(rivals.iter().map(FoundAttachment::remedy));
             shared.push(format!(
                 "{name} shares its connections with {}",
                 listed(&rivals)
@@ -171,7 +171,7 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
 }
 
 /// Lists other attachments, for people.
-fn listed(rivals: &[Found]) -> String {
+fn listed(rivals: &[FoundAttachment]) -> String {
     let rivals: Vec<_> = rivals.iter().map(ToString::to_string).collect();
     rivals.join(", ")
 }

@@ -49,7 +49,7 @@ pub(super) struct Args {
     log: LogArgs,
 }
 
-/// Checks what a start checks before it opens anything.
+/// Checks the configuration as a start does before it opens anything.
 ///
 /// # Errors
 /// [`ConfigError::Value`] naming the key.
@@ -63,8 +63,8 @@ impl Args {
         self.checked_by(ServerConfig::check)
     }
 
-    /// The configuration of a start. Read again later, less of it may keep the rest from being put in
-    /// force.
+    /// Returns the configuration of a start. A reload checks less, so that one wrong value does not
+    /// block the others.
     ///
     /// # Errors
     /// [`ConfigError`], with the place of the wrong value.
@@ -87,7 +87,7 @@ impl Args {
         overlay.put("datapath.engine", &mut config.datapath.engine, self.engine);
         self.tls.apply(&mut overlay, &mut config.tls);
         self.log.apply(&mut overlay, &mut config.log);
-        check(&config).map_err(|error| overlay.place(error, file))?;
+        check(&config).map_err(|error| overlay.locate(error, file))?;
         Ok(config)
     }
 

@@ -135,12 +135,12 @@ impl Args {
                 };
                 let id = token.id().to_owned();
                 // Nothing is forgotten here, where the clock may be wrong for all that is known.
-                let doubt = log.change(|pages| {
-                    pages.tokens.insert(id, ticket);
-                    Ok::<_, IssueLogError>(doubt(pages, now))
+                let warning = log.change(|records| {
+                    records.tokens.insert(id, ticket);
+                    Ok::<_, IssueLogError>(clock_warning(records, now))
                 })?;
-                if let Some(doubt) = doubt {
-                    eprintln!("cpc: {doubt}");
+                if let Some(warning) = warning {
+                    eprintln!("cpc: {warning}");
                 }
                 if quiet {
                     println!("{}", token.reveal());
@@ -176,8 +176,9 @@ impl Args {
             Command::Revoke { id } => {
                 // The operator may have passed the whole token.
                 let id = id.split('.').next().unwrap_or_default().to_owned();
-                let found =
-                    log.change(|pages| Ok::<_, IssueLogError>(pages.tokens.remove(&id).is_some()))?;
+                let found = log.change(|records| {
+                    Ok::<_, IssueLogError>(records.tokens.remove(&id).is_some())
+                })?;
                 if !found {
                     bail!("there is no token {id}; `cpc token list` shows those that there are");
                 }
@@ -205,9 +206,9 @@ fn is_single(net: &IpNet) -> bool {
 }
 
 /// Returns a warning about the clock: a recorded time must not be in the future.
-fn doubt(pages: &IssueRecords, now: SystemTime) -> Option<String> {
-    let made = pages.tokens.values().filter_map(|ticket| ticket.created);
-    let issued = pages.holders().map(|(_, holder)| holder.since);
+fn clock_warning(records: &IssueRecords, now: SystemTime) -> Option<String> {
+    let made = records.tokens.values().filter_map(|ticket| ticket.created);
+    let issued = records.holders().map(|(_, holder)| holder.since);
     let newest = made.chain(issued).max()?;
     (newest > now + SKEW).then(|| {
         format!(
@@ -219,18 +220,18 @@ fn doubt(pages: &IssueRecords, now: SystemTime) -> Option<String> {
 }
 
 fn list(log: &IssueLog, json: bool) -> anyhow::Result<()> {
-    let pages = log.read()?;
+    let records = log.read()?;
     let now = SystemTime::now();
     let time = |at| humantime::format_rfc3339_seconds(at).to_string();
     let addresses = |ticket: &Ticket| -> Vec<_> {
         let nets = ticket.addresses.iter();
         nets.map(ToString::to_string).collect()
     };
-    if let Some(doubt) = doubt(&pages, now) {
-        eprintln!("cpc: {doubt}");
+    if let Some(warning) = clock_warning(&records, now) {
+        eprintln!("cpc: {warning}");
     }
     if json {
-        let tokens = pages.tokens.iter().map(|(id, ticket)| {
+        let tokens = records.tokens.iter().map(|(id, ticket)| {
             json!({
                 "id": id,
                 "nodes": ticket.nodes,
@@ -253,7 +254,7 @@ fn list(log: &IssueLog, json: bool) -> anyhow::Result<()> {
         "EXPIRES",
         "USED BY",
     ]);
-    for (id, ticket) in &pages.tokens {
+    for (id, ticket) in &records.tokens {
         let expires = match ticket.expires <= now {
             true => "expired".into(),
             false => time(ticket.expires),

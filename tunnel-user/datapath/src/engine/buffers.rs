@@ -13,9 +13,9 @@ use bytes::{Buf, BytesMut};
 use io_uring::types::BufRingEntry;
 use io_uring::{IoUring, cqueue};
 
-use crate::buffers::{Buffers, Room};
+use crate::buffers::{Buffers, ReceiveBuffer};
 
-/// Size below which a receive is copied out: a short chunk that is kept must not hold a whole buffer.
+/// Size below which a receive is copied out: a short chunk must not hold a whole buffer.
 const COPY_BELOW: usize = 8 << 10;
 
 /// `IOU_PBUF_RING_INC` of linux/io_uring.h, which the crate does not export.
@@ -45,7 +45,7 @@ pub(super) struct Provided {
     layout: Layout,
     tail: u16,
     /// Buffers by the number that the kernel knows them by.
-    rooms: Vec<Room>,
+    rooms: Vec<ReceiveBuffer>,
     buffers: Buffers,
 }
 
@@ -98,7 +98,7 @@ impl Provided {
         let number = cqueue::buffer_select(flags);
         let room = number.and_then(|number| self.rooms.get(usize::from(number)));
         let length = usize::try_from(result).unwrap_or(0).saturating_sub(skip);
-        length >= COPY_BELOW && room.is_some_and(Room::is_lent)
+        length >= COPY_BELOW && room.is_some_and(ReceiveBuffer::is_pooled)
     }
 
     /// Takes `length` received bytes of a completion, behind the first `skip` ones. Returns `None` if

@@ -62,14 +62,14 @@ impl fmt::Display for Engine {
 #[derive(Debug)]
 pub struct Engines {
     engine: Engine,
-    /// Rings, one for each shard. All are made before the first shard runs, so that a socket which
+    /// Rings, one for each shard. All exist before the first shard runs, so that a socket which
     /// moves to another shard finds the same engine.
     rings: Vec<Ring>,
 }
 
 impl Engines {
-    /// Chooses the engine of `shards` shards. Logs once, with the remedy, that the wanted one is not
-    /// available.
+    /// Chooses the engine of `shards` shards. Logs once, with the remedy, that the configured one
+    /// is not available.
     pub fn choose(wanted: EngineChoice, shards: usize) -> Self {
         let rings = match wanted {
             // What `auto` picks, and why: docs/adr/0021.

@@ -30,7 +30,7 @@ const COMPLETIONS: u32 = 2048;
 /// Maximum number of calls per turn: a delivered completion may cause further requests.
 const CALLS: usize = 16;
 
-/// Buffers for TCP: as much as the kernel may receive before the process reacts.
+/// Buffers for TCP: as many bytes as the kernel may receive before the process reacts.
 const TCP: Shape = Shape {
     group: 0,
     entries: 4,
@@ -102,7 +102,7 @@ impl Group {
     }
 }
 
-/// A ring, made on any thread and enabled on the one that it then belongs to.
+/// A ring, created on any thread and enabled on its own.
 pub struct Ring {
     uring: ManuallyDrop<RefCell<IoUring>>,
     slots: RefCell<Slots>,

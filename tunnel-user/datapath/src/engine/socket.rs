@@ -67,8 +67,8 @@ impl LocalSocket for Socket {
         either!(self, socket => socket.broken().await);
     }
 
-    async fn revoked(&self) {
-        either!(self, socket => socket.revoked().await);
+    async fn broken_before_eof(&self) {
+        either!(self, socket => socket.broken_before_eof().await);
     }
 
     fn reset_on_close(&self, reset: bool) {

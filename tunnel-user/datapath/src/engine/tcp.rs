@@ -28,11 +28,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::ring::{Completion, Group, Operation, Ring, Sink};
 use crate::LocalSocket;
-use crate::socket::{error_ready, outq, unless_ended, would_block};
+use crate::socket::{error_ready, unless_ended, unsent_bytes, would_block};
 
 /// Approximate number of bytes received ahead of the reader. Data that the kernel has put into buffers
 /// before it sees the cancellation comes on top.
-const AHEAD: usize = 64 << 10;
+const RECEIVE_AHEAD: usize = 64 << 10;
 
 /// A connected TCP socket on the current thread's ring.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl Sink for Received {
             Ok(_) => {
                 let bytes = bytes.filter(|_| !self.is_closed.get());
                 self.push(bytes.unwrap_or_default().freeze());
-                if self.bytes.get() >= AHEAD {
+                if self.bytes.get() >= RECEIVE_AHEAD {
                     self.give_up(ring);
                 }
             }
@@ -262,7 +262,7 @@ impl LocalSocket for RingSocket {
         .await;
     }
 
-    async fn revoked(&self) {
+    async fn broken_before_eof(&self) {
         let mut told = pin!(async {
             error_ready(self.fd.ready(Interest::ERROR)).await;
             unless_ended(self.fd.get_ref().take_error()).await;
@@ -282,7 +282,7 @@ impl LocalSocket for RingSocket {
     }
 
     fn unsent(&self) -> usize {
-        outq(self.fd.get_ref())
+        unsent_bytes(self.fd.get_ref())
     }
 }
 

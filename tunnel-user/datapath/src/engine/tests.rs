@@ -90,7 +90,7 @@ fn what_came_before_an_end_comes_first() {
             drop(peer);
             if reset {
                 local.broken().await;
-                local.revoked().await;
+                local.broken_before_eof().await;
             }
             assert_eq!(local.read().await.unwrap(), "last words");
             let end = local.read().await;
@@ -101,7 +101,7 @@ fn what_came_before_an_end_comes_first() {
     });
 }
 
-/// A reset behind the end of file is none for who has yet to read.
+/// Unread data survives a reset behind the end of file.
 #[test]
 fn a_reset_behind_the_end_of_file_revokes_nothing() {
     on_ring(async || {
@@ -115,7 +115,7 @@ fn a_reset_behind_the_end_of_file_revokes_nothing() {
             .try_write(&[std::io::IoSlice::new(b"is anybody there?")])
             .unwrap();
         local.broken().await;
-        let mut revoked = std::pin::pin!(local.revoked());
+        let mut revoked = std::pin::pin!(local.broken_before_eof());
         assert!(is_pending(revoked.as_mut()).await);
     });
 }
@@ -243,7 +243,7 @@ fn what_the_kernel_refuses_is_replaced_by_epoll() {
     }
 }
 
-/// A seccomp filter for the running thread, as a container may have it.
+/// Installs a seccomp filter without io_uring on this thread, as a container may have it.
 fn refuse_io_uring() {
     let step = |code: u32, k: u32, yes, no| libc::sock_filter {
         code: code as u16,

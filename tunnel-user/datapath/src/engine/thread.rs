@@ -33,7 +33,8 @@ pub(crate) fn before_park() {
 }
 
 /// Runs `main` with `ring` as the thread's engine, on a `LocalSet` of a current-thread runtime that
-/// calls [`before_park`]. When the `LocalSet` has gone, and all sockets with it, [`leave`] is due.
+/// calls [`before_park`]. After the `LocalSet` and all its sockets have been dropped, call
+/// [`leave`].
 pub(crate) async fn run<T>(ring: Option<Ring>, main: impl AsyncFnOnce() -> T) -> io::Result<T> {
     let Some(ring) = ring else {
         return Ok(main().await);

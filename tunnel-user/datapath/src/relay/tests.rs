@@ -1,4 +1,4 @@
-//! Every end that either side can come to, between a real socket and a stream held in memory.
+//! Every end of either side, between a real socket and a stream in memory.
 //!
 //! The peer of the socket and the far side of the stream are the test; what the kernel does with
 //! resets and unread bytes is the kernel's.
@@ -52,7 +52,7 @@ impl Far {
         changed
     }
 
-    /// Waits until `look` sees what it looks for.
+    /// Waits until `look` succeeds.
     async fn until<T>(&self, mut look: impl FnMut(&mut State) -> Option<T>) -> T {
         loop {
             let changed = self.changed.notified();
@@ -143,7 +143,7 @@ impl Meter for Rc<Far> {
 /// A relay at work.
 struct Rig {
     far: Rc<Far>,
-    relay: JoinHandle<Ending>,
+    relay: JoinHandle<RelayEnd>,
 }
 
 impl Rig {
@@ -193,7 +193,7 @@ impl Rig {
         self.far.until(|it| it.finished.then_some(())).await;
     }
 
-    /// Waits for the end, and says how it was and how the halves of the stream were given up.
+    /// Waits for the end. Returns it, with the ends of both halves of the stream.
     async fn end(self) -> (ClosedBy, CloseReason, GivenUp) {
         let ending = self.relay.await.expect("the relay panicked");
         let given_up = self.far.change(|it| GivenUp {
@@ -238,7 +238,7 @@ async fn pair() -> (TcpStream, Socket) {
     (peer.unwrap(), local)
 }
 
-/// A relay and the peer of its socket.
+/// Returns a relay and the peer of its socket.
 async fn rig() -> (Rig, TcpStream) {
     let (peer, local) = pair().await;
     (Rig::start(local, Outbound::default()), peer)
@@ -269,7 +269,7 @@ async fn assert_reset(peer: &mut TcpStream) {
     assert_eq!(end, Some(ErrorKind::ConnectionReset));
 }
 
-/// More than the kernel buffers between a peer that does not read and us.
+/// Returns more than the kernel buffers between us and a peer that does not read.
 fn much() -> Vec<u8> {
     (0..16u32 << 20).map(|n| (n % 251) as u8).collect()
 }
@@ -365,8 +365,8 @@ fn a_local_reset_is_a_reset_also_while_there_is_no_credit() {
     });
 }
 
-/// The peer has sent everything and left; what is written to it provokes a reset, which takes
-/// nothing of that back.
+/// The peer has sent everything and left. Bytes written to it provoke a reset, and the peer's data
+/// still counts.
 #[test]
 fn a_reset_behind_an_end_of_file_takes_nothing_back() {
     on_each(async || {
@@ -531,7 +531,7 @@ fn a_reset_of_a_peer_that_is_not_heard_any_more_is_seen() {
     });
 }
 
-/// Data that waits for credit, or for a stopped reader, is charged, and refused where there is no room.
+/// Data that waits for credit, or for a stopped reader, is charged, and refused above the budget.
 #[test]
 fn what_the_budget_has_no_room_for_is_reset() {
     on_each(async || {
@@ -580,8 +580,7 @@ fn a_lost_link_is_a_reset() {
     });
 }
 
-/// A link that is lost behind an answer that has arrived whole does not take it from a reader
-/// that is slow.
+/// A link that is lost behind a complete answer does not take the answer from a slow reader.
 #[test]
 fn what_has_arrived_outlives_the_link() {
     on_each(async || {

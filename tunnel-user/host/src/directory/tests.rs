@@ -10,7 +10,8 @@ use super::*;
 /// A user without privileges: `nobody`, or any other number.
 const USER: u32 = 65_534;
 
-/// A directory that belongs to [`USER`], in one that does not. `None`, with a word, unless root runs this.
+/// Returns a directory that belongs to [`USER`], inside one that does not; `None`, with a note,
+/// unless root runs the test.
 fn users() -> Option<(TempDir, PathBuf)> {
     if !geteuid().is_root() {
         assert!(std::env::var_os("CI").is_none(), "CI runs tests as root");
@@ -151,7 +152,7 @@ fn links_of_roots_own_are_followed() {
     }
 }
 
-/// A key that was cut would be in the way of the next attempt, and taken for one.
+/// A truncated key would obstruct the next attempt, and pass for a key.
 #[test]
 fn a_file_that_does_not_fit_is_not_left_there() {
     if !geteuid().is_root() {

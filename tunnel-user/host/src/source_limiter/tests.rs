@@ -12,7 +12,7 @@ const BOUNDS: Bounds = Bounds {
     ipv6_prefix: 56,
 };
 
-/// Handshakes that begin and end at once, until one is not let in.
+/// Starts and ends handshakes until the limiter refuses one.
 fn until_refused(
     sources: &SourceLimiter,
     address: &str,
@@ -99,7 +99,7 @@ fn those_who_are_not_charged_come_as_often_as_they_like() {
     }
 }
 
-/// Places that a source holds, at a number of them.
+/// Returns the permits that a source gets for a number of handshakes.
 fn hold(sources: &SourceLimiter, address: &str, now: Instant) -> Vec<HandshakePermit> {
     let address = address.parse().unwrap();
     let next = || match sources.judge(address, true, now) {
@@ -154,8 +154,8 @@ fn a_busy_port_wants_addresses_proven() {
 }
 
 proptest! {
-    /// Whatever comes in whatever order: no source gets more than its burst and its rate, nothing is
-    /// counted that has ended, and the total is kept.
+    /// For any order of events: no source gets more than its burst and its rate, ended handshakes
+    /// do not count, and the total stays within its bound.
     #[test]
     fn bounds_are_kept(steps in prop::collection::vec((0_u8..4, any::<bool>(), 0_u64..300, any::<bool>()), 1..400)) {
         let start = Instant::now();

@@ -32,7 +32,7 @@ fn with(change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
     params
 }
 
-/// Otherwise the key of a leaf that stands in a `ca` file could issue certificates.
+/// Otherwise the key of a leaf in a `ca` file could issue certificates.
 #[test]
 fn only_a_ca_is_an_anchor() {
     let ca = root(ca_params("CA"));

@@ -17,15 +17,16 @@ use crate::pattern::matches;
 /// Minimum interval between renewals of a node's certificate.
 const RENEWED_AFTER: Duration = Duration::from_secs(60);
 
-/// Number of valid certificates from which on renewals are rarer: see [`RARELY`].
-const MANY: usize = 8;
+/// Number of valid certificates from which on renewals are rarer: see [`MAX_RARE`].
+const RARE_FROM: usize = 8;
 
-/// Maximum number of renewals in the life of a certificate beyond [`MANY`].
-const RARELY: u32 = 30;
+/// Maximum number of renewals in the life of a certificate beyond [`RARE_FROM`].
+const MAX_RARE: u32 = 30;
 
-/// Reason of a refusal, for the requester. It tells no more than the holder of the token may know.
+/// Reason of a refusal, for the requester. It reveals no more than the holder of the token may
+/// know.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum Refusal {
     /// The token is unknown, wrong, expired or revoked. The requester does not learn which of them.
     #[error("the token is unknown, has expired or was revoked: `cpc token create` makes another")]
     Token,
@@ -37,7 +38,7 @@ pub enum Refused {
         "the token is used up by another key of this node: wait for its next one, or make another pod"
     )]
     PodUsedUp,
-    /// A repeated request asks for something else.
+    /// A repeated request has other addresses.
     #[error(
         "with this token the key got a certificate for {addresses:?}: ask for the same, or use another token"
     )]
@@ -45,9 +46,9 @@ pub enum Refused {
         /// Addresses in the first certificate.
         addresses: Vec<IpAddr>,
     },
-    /// A repeated request asks for a certificate that has ended.
+    /// A repeated request is for a certificate that has ended.
     #[error("the certificate of this token can't be issued again: use another token")]
-    Over,
+    Ended,
     /// The name is invalid.
     #[error(transparent)]
     Name(#[from] IdentityError),
@@ -113,9 +114,9 @@ pub enum Refused {
     TooSoon(Duration),
 }
 
-/// Content of a request.
+/// Request for a certificate, as decisions see it.
 #[derive(Clone, Debug)]
-pub struct Asked<'a> {
+pub struct AdmitRequest<'a> {
     /// Name of the node.
     pub node: &'a str,
     /// Addresses of the node.
@@ -130,7 +131,7 @@ pub enum Admitted {
     /// A certificate, for one use of the token.
     First,
     /// The certificate (DER) of an earlier request.
-    Again(Vec<u8>),
+    Existing(Vec<u8>),
     /// A replacement of a certificate that a fast clock dated ahead.
     Redated,
 }
@@ -152,25 +153,25 @@ impl IssueRecords {
     /// Decides about a request with `token`. Counts nothing: [`Self::used`] does.
     ///
     /// # Errors
-    /// [`Refused`].
+    /// [`Refusal`].
     pub fn by_token(
         &self,
         token: &Token,
-        asked: &Asked<'_>,
+        request: &AdmitRequest<'_>,
         time: Time,
-    ) -> Result<Admitted, Refused> {
-        let ticket = self.ticket(token, time.now).ok_or(Refused::Token)?;
+    ) -> Result<Admitted, Refusal> {
+        let ticket = self.ticket(token, time.now).ok_or(Refusal::Token)?;
         let terms = Terms {
             nodes: &ticket.nodes,
             addresses: &ticket.addresses,
             kind: Kind::Token,
         };
-        if let Some(before) = ticket.used.iter().find(|it| it.is_of(asked)) {
-            return self.again(before, &terms, asked, time);
+        if let Some(before) = ticket.used.iter().find(|it| it.is_of(request)) {
+            return self.repeat(before, &terms, request, time);
         }
-        self.check(&terms, asked, time)?;
+        self.check(&terms, request, time)?;
         match ticket.uses {
-            0 => Err(Refused::UsedUp),
+            0 => Err(Refusal::UsedUp),
             _ => Ok(Admitted::First),
         }
     }
@@ -192,29 +193,31 @@ impl IssueRecords {
         }
     }
 
-    /// Decides about a request of a pod on the node `asked.node`, whose token `id` is good for one
+    /// Decides about a request of a pod on the node `request.node`, whose token `id` is good for one
     /// certificate.
     ///
     /// # Errors
-    /// [`Refused`].
+    /// [`Refusal`].
     pub fn by_pod(
         &self,
         id: &str,
         addresses: &[IpNet],
-        asked: &Asked<'_>,
+        request: &AdmitRequest<'_>,
         time: Time,
-    ) -> Result<Admitted, Refused> {
+    ) -> Result<Admitted, Refusal> {
         let terms = Terms {
-            nodes: asked.node,
+            nodes: request.node,
             addresses,
             kind: Kind::Pod,
         };
         match self.pods.get(id).map(|ticket| &ticket.used) {
-            Some(before) if before.is_of(asked) => return self.again(before, &terms, asked, time),
-            Some(_) => return Err(Refused::PodUsedUp),
+            Some(before) if before.is_of(request) => {
+                return self.repeat(before, &terms, request, time);
+            }
+            Some(_) => return Err(Refusal::PodUsedUp),
             None => {}
         }
-        self.check(&terms, asked, time)?;
+        self.check(&terms, request, time)?;
         Ok(Admitted::First)
     }
 
@@ -222,42 +225,42 @@ impl IssueRecords {
     /// valid for `validity`.
     ///
     /// # Errors
-    /// [`Refused::TooSoon`], [`Refused::Replaced`].
+    /// [`Refusal::TooSoon`], [`Refusal::Replaced`].
     pub fn renewal(
         &self,
         node: &str,
         serial: &str,
         validity: Duration,
         time: Time,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), Refusal> {
         let known = self.issued.get(node);
         let holders = || known.into_iter().flatten();
         if self.released.get(serial).is_some_and(|it| it.whole)
             && holders().any(|it| it.serial != serial && self.holds_name(it, time))
         {
-            return Err(Refused::Replaced(node.into()));
+            return Err(Refusal::Replaced(node.into()));
         }
         // A certificate of the future was issued by a clock that was ahead. It is no reason to wait.
         let ages = holders().filter_map(|it| time.now.duration_since(it.since).ok());
         let valid = holders().filter(|it| time.now < it.until).count();
         let wait = match valid {
-            MANY.. => (validity / RARELY).max(RENEWED_AFTER),
+            RARE_FROM.. => (validity / MAX_RARE).max(RENEWED_AFTER),
             _ => RENEWED_AFTER,
         };
         match ages.min() {
-            Some(age) if age < wait => Err(Refused::TooSoon(wait)),
+            Some(age) if age < wait => Err(Refusal::TooSoon(wait)),
             _ => Ok(()),
         }
     }
 
     /// Decides about a repeated request: it gets the earlier certificate and nothing else.
-    fn again(
+    fn repeat(
         &self,
         before: &Use,
         terms: &Terms<'_>,
-        asked: &Asked<'_>,
+        request: &AdmitRequest<'_>,
         time: Time,
-    ) -> Result<Admitted, Refused> {
+    ) -> Result<Admitted, Refusal> {
         let sorted = |addresses: &[IpAddr]| {
             let mut sorted = addresses.to_vec();
             sorted.sort();
@@ -265,57 +268,62 @@ impl IssueRecords {
             sorted
         };
         if before.certificate.is_empty() {
-            return Err(Refused::Over);
+            return Err(Refusal::Ended);
         }
-        if sorted(&before.addresses) != sorted(asked.addresses) {
+        if sorted(&before.addresses) != sorted(request.addresses) {
             let addresses = before.addresses.clone();
-            return Err(Refused::Otherwise { addresses });
+            return Err(Refusal::Otherwise { addresses });
         }
-        let (_, holder) = self.by_serial(&before.serial).ok_or(Refused::Over)?;
+        let (_, holder) = self.by_serial(&before.serial).ok_or(Refusal::Ended)?;
         if time.now >= holder.until {
-            return Err(Refused::Over);
+            return Err(Refusal::Ended);
         }
         if time.now + SKEW < holder.since {
             // A new certificate. What was taken from the first, by revocation too, does not come back by it.
             if self.released.contains_key(&before.serial) {
-                return Err(Refused::Over);
+                return Err(Refusal::Ended);
             }
-            self.check(terms, asked, time)?;
+            self.check(terms, request, time)?;
             return Ok(Admitted::Redated);
         }
         let certificate = STANDARD.decode(&before.certificate);
-        certificate.map_or(Err(Refused::Over), |der| Ok(Admitted::Again(der)))
+        certificate.map_or(Err(Refusal::Ended), |der| Ok(Admitted::Existing(der)))
     }
 
-    fn check(&self, terms: &Terms<'_>, asked: &Asked<'_>, time: Time) -> Result<(), Refused> {
-        let node = asked.node;
+    fn check(
+        &self,
+        terms: &Terms<'_>,
+        request: &AdmitRequest<'_>,
+        time: Time,
+    ) -> Result<(), Refusal> {
+        let node = request.node;
         identity::check_name(node)?;
         if !matches(terms.nodes, node) {
-            return Err(Refused::Node {
+            return Err(Refusal::Node {
                 nodes: terms.nodes.into(),
                 node: node.into(),
             });
         }
         let beyond = |addr: &&IpAddr| !terms.addresses.iter().any(|net| net.contains(*addr));
-        if let Some(address) = asked.addresses.iter().find(beyond) {
+        if let Some(address) = request.addresses.iter().find(beyond) {
             return Err(match terms.kind {
-                Kind::Token => Refused::Address(*address),
-                Kind::Pod => Refused::PodAddress(*address),
+                Kind::Token => Refusal::Address(*address),
+                Kind::Pod => Refusal::PodAddress(*address),
             });
         }
         if terms.nodes != node
-            && let Some(holder) = self.name_holder(node, &asked.key.to_string(), time)
+            && let Some(holder) = self.name_holder(node, &request.key.to_string(), time)
         {
-            return Err(Refused::Taken {
+            return Err(Refusal::Taken {
                 node: node.into(),
                 until: holder.until,
             });
         }
-        for address in asked.addresses {
+        for address in request.addresses {
             let is_named =
                 terms.kind == Kind::Token && terms.addresses.contains(&IpNet::from(*address));
             if !is_named && let Some((other, holder)) = self.address_holder(node, address, time) {
-                return Err(Refused::AddressTaken {
+                return Err(Refusal::AddressTaken {
                     address: *address,
                     node: other.into(),
                     until: holder.until,
@@ -327,8 +335,8 @@ impl IssueRecords {
 }
 
 impl Use {
-    fn is_of(&self, asked: &Asked<'_>) -> bool {
-        self.node == asked.node && self.key == asked.key.to_string()
+    fn is_of(&self, request: &AdmitRequest<'_>) -> bool {
+        self.node == request.node && self.key == request.key.to_string()
     }
 }
 

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant, SystemTime};
 const TOLERANCE: Duration = Duration::from_secs(60);
 
 /// Time after which a clock that was set is trusted.
-const BELIEVED_AFTER: Duration = Duration::from_secs(3600);
+const TRUSTED_AFTER: Duration = Duration::from_secs(3600);
 
 /// Time for which the clock must have been right before expired entries are forgotten.
 const STEADY: Duration = Duration::from_secs(24 * 3600);
 
 /// Distance from the last settled time at which a clock counts as far ahead, after an ordinary
 /// downtime.
-const FAR: Duration = Duration::from_secs(24 * 3600);
+const FAR_AHEAD: Duration = Duration::from_secs(24 * 3600);
 
 /// Maximum difference of the clocks of two hosts, or of one clock at two times.
 pub const SKEW: Duration = Duration::from_secs(300);
@@ -29,14 +29,14 @@ pub const SKEW: Duration = Duration::from_secs(300);
 pub struct Time {
     /// Time of the clock.
     pub now: SystemTime,
-    /// Same or earlier time: whatever has expired by it has expired.
+    /// Same or earlier time: anything expired at this time has expired.
     pub settled: SystemTime,
     /// Whether expired entries may be forgotten.
     pub is_steady: bool,
 }
 
 impl Time {
-    /// Creates a time from the clock alone. Nothing is forgotten by it.
+    /// Creates a time from the clock alone, which expires no entry.
     pub fn of(now: SystemTime) -> Self {
         Self {
             now,
@@ -50,16 +50,16 @@ impl Time {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Into the future.
-    Ahead(Duration),
+    Forward(Duration),
     /// Into the past.
-    Back(Duration),
+    Backward(Duration),
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (by, where_to) = match self {
-            Self::Ahead(by) => (by, "ahead"),
-            Self::Back(by) => (by, "back"),
+            Self::Forward(by) => (by, "ahead"),
+            Self::Backward(by) => (by, "back"),
         };
         let by = Duration::from_secs(by.as_secs());
         write!(f, "{} {where_to}", humantime::format_duration(by))
@@ -68,16 +68,16 @@ impl fmt::Display for Step {
 
 /// A clock that is checked at each read.
 #[derive(Debug)]
-pub struct Clock(Mutex<Watch>);
+pub struct Clock(Mutex<ClockState>);
 
 impl Clock {
     /// Creates a clock from the time that an earlier process last called `settled`. The length of the
     /// downtime is unknown: a clock far from that time counts as set, which is logged.
     pub fn resume(settled: Option<SystemTime>) -> Self {
-        let (watch, step) = Watch::resume(settled, SystemTime::now(), Instant::now());
+        let (state, step) = ClockState::resume(settled, SystemTime::now(), Instant::now());
         match step {
             None => {}
-            Some(Step::Ahead(by)) if by < FAR => tracing::info!(
+            Some(Step::Forward(by)) if by < FAR_AHEAD => tracing::info!(
                 "the last settled time on record is {} ago: certificates that ended since keep names and \
                  addresses for another hour",
                 humantime::format_duration(Duration::from_secs(by.as_secs()))
@@ -89,13 +89,13 @@ impl Clock {
                  addresses for another hour"
             ),
         }
-        Self(Mutex::new(watch))
+        Self(Mutex::new(state))
     }
 
     /// Reads the time. Logs that the clock was set.
     pub fn read(&self) -> Time {
-        let mut watch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (time, step) = watch.look(SystemTime::now(), Instant::now());
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (time, step) = state.observe(SystemTime::now(), Instant::now());
         if let Some(step) = step {
             tracing::warn!(
                 %step,
@@ -108,7 +108,7 @@ impl Clock {
 }
 
 #[derive(Debug)]
-struct Watch {
+struct ClockState {
     /// Instant since which the clock agrees with the monotonic time.
     since: Instant,
     last: (SystemTime, Instant),
@@ -116,7 +116,7 @@ struct Watch {
     set: Option<(SystemTime, Instant)>,
 }
 
-impl Watch {
+impl ClockState {
     fn new(now: SystemTime, at: Instant) -> Self {
         Self {
             since: at,
@@ -132,15 +132,15 @@ impl Watch {
         else {
             return (Self::new(now, at), None);
         };
-        let watch = Self {
+        let state = Self {
             since: at,
             last: known,
             set: Some((now, at)),
         };
-        (watch, Some(step))
+        (state, Some(step))
     }
 
-    fn look(&mut self, now: SystemTime, at: Instant) -> (Time, Option<Step>) {
+    fn observe(&mut self, now: SystemTime, at: Instant) -> (Time, Option<Step>) {
         let step = match step(self.last, (now, at)) {
             None => {
                 (self.last, self.set) = ((now, at), None);
@@ -155,7 +155,7 @@ impl Watch {
         };
         let unseen = match self.set {
             Some(set) if self::step(set, (now, at)).is_none() => {
-                if at.saturating_duration_since(set.1) >= BELIEVED_AFTER {
+                if at.saturating_duration_since(set.1) >= TRUSTED_AFTER {
                     *self = Self::new(now, at);
                     return (Time::of(now), None);
                 }
@@ -167,7 +167,7 @@ impl Watch {
             }
         };
         let time = Time {
-            settled: now.min(passed(self.last, at)),
+            settled: now.min(expected_time(self.last, at)),
             ..Time::of(now)
         };
         (time, unseen)
@@ -175,15 +175,15 @@ impl Watch {
 }
 
 /// Returns the time that the clock would show had it not been set.
-fn passed((then, since): (SystemTime, Instant), at: Instant) -> SystemTime {
+fn expected_time((then, since): (SystemTime, Instant), at: Instant) -> SystemTime {
     then + at.saturating_duration_since(since)
 }
 
 fn step(last: (SystemTime, Instant), (now, at): (SystemTime, Instant)) -> Option<Step> {
-    let expected = passed(last, at);
+    let expected = expected_time(last, at);
     let step = match now.duration_since(expected) {
-        Ok(by) => (by, Step::Ahead(by)),
-        Err(error) => (error.duration(), Step::Back(error.duration())),
+        Ok(by) => (by, Step::Forward(by)),
+        Err(error) => (error.duration(), Step::Backward(error.duration())),
     };
     (step.0 > TOLERANCE).then_some(step.1)
 }
@@ -202,30 +202,30 @@ mod tests {
     #[test]
     fn a_clock_that_is_ahead_for_seconds_ends_nothing() {
         let (wall, at) = start();
-        let mut watch = Watch::new(wall, at);
-        let (time, step) = watch.look(wall + 60 * DAY, at + SECOND);
-        assert_eq!(step, Some(Step::Ahead(60 * DAY - SECOND)));
+        let mut state = ClockState::new(wall, at);
+        let (time, step) = state.observe(wall + 60 * DAY, at + SECOND);
+        assert_eq!(step, Some(Step::Forward(60 * DAY - SECOND)));
         assert_eq!(time.settled, wall + SECOND);
         assert_eq!(time.now, wall + 60 * DAY);
         // Said once; a further step is another one.
-        assert_eq!(watch.look(wall + 60 * DAY, at + SECOND).1, None);
-        let (time, step) = watch.look(wall + 200 * DAY, at + 2 * SECOND);
+        assert_eq!(state.observe(wall + 60 * DAY, at + SECOND).1, None);
+        let (time, step) = state.observe(wall + 200 * DAY, at + 2 * SECOND);
         assert!(step.is_some() && time.settled == wall + 2 * SECOND);
-        let (time, step) = watch.look(wall + 3 * SECOND, at + 3 * SECOND);
+        let (time, step) = state.observe(wall + 3 * SECOND, at + 3 * SECOND);
         assert_eq!((time, step), (Time::of(wall + 3 * SECOND), None));
     }
 
     #[test]
     fn a_clock_that_was_set_is_believed_when_it_stays_so() {
         let (wall, at) = start();
-        let mut watch = Watch::new(wall, at);
+        let mut state = ClockState::new(wall, at);
         let set = wall + 60 * DAY;
-        assert!(watch.look(set, at).1.is_some());
-        let nearly = BELIEVED_AFTER - SECOND;
-        let (time, step) = watch.look(set + nearly, at + nearly);
+        assert!(state.observe(set, at).1.is_some());
+        let nearly = TRUSTED_AFTER - SECOND;
+        let (time, step) = state.observe(set + nearly, at + nearly);
         assert_eq!((time.settled, step), (wall + nearly, None));
-        let (time, step) = watch.look(set + BELIEVED_AFTER, at + BELIEVED_AFTER);
-        assert_eq!((time, step), (Time::of(set + BELIEVED_AFTER), None));
+        let (time, step) = state.observe(set + TRUSTED_AFTER, at + TRUSTED_AFTER);
+        assert_eq!((time, step), (Time::of(set + TRUSTED_AFTER), None));
     }
 
     /// The clock was ahead before the server was there to see it step.
@@ -233,26 +233,26 @@ mod tests {
     fn a_clock_that_is_ahead_at_a_start_is_believed_when_it_stays_so() {
         let (known, at) = start();
         let ahead = known + 60 * DAY;
-        let (mut watch, step) = Watch::resume(Some(known), ahead, at);
-        assert_eq!(step, Some(Step::Ahead(60 * DAY)));
-        let (time, step) = watch.look(ahead + SECOND, at + SECOND);
+        let (mut state, step) = ClockState::resume(Some(known), ahead, at);
+        assert_eq!(step, Some(Step::Forward(60 * DAY)));
+        let (time, step) = state.observe(ahead + SECOND, at + SECOND);
         assert_eq!((time.settled, step), (known + SECOND, None));
         assert_eq!(time.now, ahead + SECOND);
-        let nearly = BELIEVED_AFTER - SECOND;
+        let nearly = TRUSTED_AFTER - SECOND;
         assert_eq!(
-            watch.look(ahead + nearly, at + nearly).0.settled,
+            state.observe(ahead + nearly, at + nearly).0.settled,
             known + nearly
         );
-        let (time, step) = watch.look(ahead + BELIEVED_AFTER, at + BELIEVED_AFTER);
-        assert_eq!((time, step), (Time::of(ahead + BELIEVED_AFTER), None));
+        let (time, step) = state.observe(ahead + TRUSTED_AFTER, at + TRUSTED_AFTER);
+        assert_eq!((time, step), (Time::of(ahead + TRUSTED_AFTER), None));
 
         // Put right: so long no server ran.
-        let (mut watch, _) = Watch::resume(Some(known), ahead, at);
+        let (mut state, _) = ClockState::resume(Some(known), ahead, at);
         let right = known + DAY;
-        let (time, step) = watch.look(right, at + SECOND);
+        let (time, step) = state.observe(right, at + SECOND);
         assert!(step.is_some() && time.settled == known + SECOND);
-        let (time, _) = watch.look(right + BELIEVED_AFTER, at + SECOND + BELIEVED_AFTER);
-        assert_eq!(time.settled, right + BELIEVED_AFTER);
+        let (time, _) = state.observe(right + TRUSTED_AFTER, at + SECOND + TRUSTED_AFTER);
+        assert_eq!(time.settled, right + TRUSTED_AFTER);
     }
 
     #[test]
@@ -264,22 +264,22 @@ mod tests {
             Some(now - TOLERANCE),
             Some(now + TOLERANCE),
         ] {
-            let (mut watch, step) = Watch::resume(settled, now, at);
+            let (mut state, step) = ClockState::resume(settled, now, at);
             assert_eq!(step, None);
-            assert_eq!(watch.look(now, at), (Time::of(now), None));
+            assert_eq!(state.observe(now, at), (Time::of(now), None));
         }
         // Behind what was settled: nothing ends by it.
-        let (mut watch, step) = Watch::resume(Some(now + DAY), now, at);
-        assert_eq!(step, Some(Step::Back(DAY)));
-        assert_eq!(watch.look(now, at).0.settled, now);
+        let (mut state, step) = ClockState::resume(Some(now + DAY), now, at);
+        assert_eq!(step, Some(Step::Backward(DAY)));
+        assert_eq!(state.observe(now, at).0.settled, now);
     }
 
     #[test]
     fn a_clock_that_is_set_back_ends_nothing_either() {
         let (wall, at) = start();
-        let mut watch = Watch::new(wall, at);
-        let (time, step) = watch.look(wall - 60 * DAY, at);
-        assert_eq!(step, Some(Step::Back(60 * DAY)));
+        let mut state = ClockState::new(wall, at);
+        let (time, step) = state.observe(wall - 60 * DAY, at);
+        assert_eq!(step, Some(Step::Backward(60 * DAY)));
         assert_eq!(step.unwrap().to_string(), "1month 29days 13h 26m 24s back");
         assert_eq!(time.settled, wall - 60 * DAY);
     }
@@ -287,25 +287,26 @@ mod tests {
     #[test]
     fn things_are_forgotten_after_a_steady_day() {
         let (wall, at) = start();
-        let mut watch = Watch::new(wall, at);
-        let steady = |watch: &mut Watch, after| watch.look(wall + after, at + after).0.is_steady;
-        assert!(!steady(&mut watch, STEADY - SECOND));
-        assert!(steady(&mut watch, STEADY));
+        let mut state = ClockState::new(wall, at);
+        let steady =
+            |state: &mut ClockState, after| state.observe(wall + after, at + after).0.is_steady;
+        assert!(!steady(&mut state, STEADY - SECOND));
+        assert!(steady(&mut state, STEADY));
         // Slow as it is, a clock that is put right all the time is steady.
         for n in 1..1000 {
             let after = STEADY + 60 * n * SECOND;
             assert!(
-                watch
-                    .look(wall + after + n * SECOND, at + after)
+                state
+                    .observe(wall + after + n * SECOND, at + after)
                     .0
                     .is_steady
             );
         }
-        watch.look(wall + 60 * DAY, at + 2 * DAY);
+        state.observe(wall + 60 * DAY, at + 2 * DAY);
         let again = 3 * DAY - SECOND;
         assert!(
-            !watch
-                .look(wall + again + 1000 * SECOND, at + again)
+            !state
+                .observe(wall + again + 1000 * SECOND, at + again)
                 .0
                 .is_steady
         );

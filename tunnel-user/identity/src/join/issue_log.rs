@@ -61,7 +61,8 @@ impl IssueLog {
         Ok(log)
     }
 
-    /// Returns the list of what `cpc pki` issued from the CA in `directory`, without reading it yet.
+    /// Returns the list of certificates that `cpc pki` issued from the CA in `directory`, without
+    /// reading it yet.
     pub fn of_ca(directory: &Path) -> Self {
         Self {
             directory: directory.into(),
@@ -90,9 +91,9 @@ impl IssueLog {
         let locked = directory.lock(lock);
         let _lock = locked.map_err(|error| self.error(lock, &error))?;
         let before = self.text_in(&directory)?;
-        let mut pages = self.parse(before.as_deref())?;
-        let done = change(&mut pages)?;
-        let written = serde_json::to_vec_pretty(&pages)
+        let mut records = self.parse(before.as_deref())?;
+        let done = change(&mut records)?;
+        let written = serde_json::to_vec_pretty(&records)
             .map_err(io::Error::from)
             .and_then(|text| match before.as_ref() == Some(&text) {
                 true => Ok(()),
@@ -116,9 +117,9 @@ impl IssueLog {
     }
 
     fn parse(&self, text: Option<&[u8]>) -> Result<IssueRecords, IssueLogError> {
-        let pages = text.map(serde_json::from_slice).transpose();
-        let pages = pages.map_err(|error| self.error(self.names.file, &error))?;
-        Ok(pages.unwrap_or_default())
+        let records = text.map(serde_json::from_slice).transpose();
+        let records = records.map_err(|error| self.error(self.names.file, &error))?;
+        Ok(records.unwrap_or_default())
     }
 
     fn error(&self, file: &str, why: &dyn std::fmt::Display) -> IssueLogError {
@@ -162,8 +163,8 @@ mod tests {
                 scope.spawn(move || {
                     let log = IssueLog::open(directory).unwrap();
                     for m in 0..5 {
-                        let changed = log.change(|pages| {
-                            pages.tokens.insert(format!("{n}-{m}"), ticket(n));
+                        let changed = log.change(|records| {
+                            records.tokens.insert(format!("{n}-{m}"), ticket(n));
                             Ok::<_, IssueLogError>(())
                         });
                         changed.unwrap();
@@ -171,9 +172,9 @@ mod tests {
                 });
             }
         });
-        let pages = IssueLog::open(&directory).unwrap().read().unwrap();
-        assert_eq!(pages.tokens.len(), 40);
-        assert_eq!(pages.tokens["3-4"], ticket(3));
+        let records = IssueLog::open(&directory).unwrap().read().unwrap();
+        assert_eq!(records.tokens.len(), 40);
+        assert_eq!(records.tokens["3-4"], ticket(3));
         let left: Vec<_> = fs::read_dir(&directory).unwrap().collect();
         assert_eq!(left.len(), 2, "{left:?}");
     }
@@ -185,8 +186,8 @@ mod tests {
         // A file that is replaced is another one.
         let file = || fs::metadata(place.path().join(FILE)).unwrap().ino();
         let put = |uses| {
-            let changed = log.change(|pages| {
-                pages.tokens.insert("x".into(), ticket(uses));
+            let changed = log.change(|records| {
+                records.tokens.insert("x".into(), ticket(uses));
                 Ok::<_, IssueLogError>(())
             });
             changed.unwrap();
@@ -204,8 +205,8 @@ mod tests {
     fn a_change_that_fails_leaves_no_trace_and_a_broken_book_is_not_written_over() {
         let place = tempfile::tempdir().unwrap();
         let log = IssueLog::open(place.path()).unwrap();
-        let failed = log.change(|pages| {
-            pages.tokens.insert("x".into(), ticket(1));
+        let failed = log.change(|records| {
+            records.tokens.insert("x".into(), ticket(1));
             Err::<(), _>(log.error("", &"no"))
         });
         assert!(failed.is_err());

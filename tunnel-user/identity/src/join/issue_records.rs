@@ -52,7 +52,7 @@ pub struct Ticket {
     pub addresses: Vec<IpNet>,
     /// Number of further nodes that may use the token.
     pub uses: u32,
-    /// Creation time. Missing where an earlier release made the token.
+    /// Creation time. Missing where an earlier release created the token.
     #[serde(default, with = "humantime_serde")]
     pub created: Option<SystemTime>,
     /// End of the token.
@@ -74,7 +74,7 @@ impl PartialEq for Ticket {
 /// A used token of Kubernetes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PodTicket {
-    /// Time until which the entry has to stay.
+    /// Time until which the entry must stay.
     #[serde(with = "humantime_serde")]
     pub expires: SystemTime,
     /// The use.
@@ -288,11 +288,14 @@ mod tests {
                 "since": "2026-11-01T00:00:00Z", "until": "2026-12-01T00:00:00Z", "token": "0123abcd"
             }}
         }"#;
-        let pages: IssueRecords = serde_json::from_str(text).unwrap();
-        assert_eq!(pages.by_serial("4A").unwrap().0, "w1");
-        let used = &pages.tokens["0123abcd"].used[0];
+        let records: IssueRecords = serde_json::from_str(text).unwrap();
+        assert_eq!(records.by_serial("4A").unwrap().0, "w1");
+        let used = &records.tokens["0123abcd"].used[0];
         assert_eq!((&*used.node, &*used.key), ("w1", "sha256:01"));
-        let again = serde_json::to_string(&pages).unwrap();
-        assert_eq!(serde_json::from_str::<IssueRecords>(&again).unwrap(), pages);
+        let again = serde_json::to_string(&records).unwrap();
+        assert_eq!(
+            serde_json::from_str::<IssueRecords>(&again).unwrap(),
+            records
+        );
     }
 }

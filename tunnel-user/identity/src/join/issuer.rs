@@ -14,7 +14,7 @@ use tokio::task::JoinError;
 use tokio::time::MissedTickBehavior;
 use tunnel_proto::certificate::{Answer, Issued, Join};
 
-use super::admit::{Admitted, Asked, Refused};
+use super::admit::{AdmitRequest, Admitted, Refusal};
 use super::clock::{Clock, Time};
 use super::issue_records::{Holder, IssueRecords, PodTicket, Use};
 use super::metrics::{JoinMetrics, Outcome};
@@ -50,13 +50,13 @@ pub struct Pods {
 }
 
 /// Maximum age of the recorded settled time while a server runs.
-const TIME_KEPT_EVERY: Duration = Duration::from_secs(3600);
+const TIME_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Maximum number of jobs at once. Most of a job runs under the lock of the file, so more jobs would
 /// wait there, each on a thread.
 const MAX_JOBS: usize = 8;
 
-/// Bound on the jobs on files and signatures, including those whose caller has gone.
+/// Bound on the jobs on files and signatures, including those whose caller has left.
 #[derive(Clone)]
 pub struct Jobs(Arc<Semaphore>);
 
@@ -67,16 +67,16 @@ impl Default for Jobs {
 }
 
 impl Jobs {
-    /// Runs `job` on a thread of its own when it is its turn. A caller that gives up earlier takes no
-    /// thread.
+    /// Runs `job` on a blocking thread, once a permit is free. A caller that gives up earlier takes
+    /// no thread.
     async fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, JoinError> {
         // It is never closed.
-        let turn = self.0.clone().acquire_owned().await.ok();
+        let permit = self.0.clone().acquire_owned().await.ok();
         tokio::task::spawn_blocking(move || {
-            let _turn = turn;
+            let _permit = permit;
             job()
         })
         .await
@@ -110,7 +110,7 @@ pub struct Issuer {
 enum IssuerError {
     /// The rules refuse it.
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refusal(#[from] Refusal),
     /// The peer is revoked.
     #[error(transparent)]
     Revoked(#[from] Revoked),
@@ -167,7 +167,7 @@ impl From<JoinError> for IssuerError {
 }
 
 impl IssuerError {
-    /// Whether the fault is ours. The requester learns nothing about such a fault.
+    /// Whether the server is at fault. The requester learns nothing about such a fault.
     fn is_ours(&self) -> bool {
         let by_api = matches!(
             self,
@@ -180,23 +180,23 @@ impl IssuerError {
     /// Whether another node holds the name or address.
     fn is_taken(&self) -> bool {
         let taken =
-            |it: &Refused| matches!(it, Refused::Taken { .. } | Refused::AddressTaken { .. });
-        matches!(self, Self::Refused(refused) if taken(refused))
+            |it: &Refusal| matches!(it, Refusal::Taken { .. } | Refusal::AddressTaken { .. });
+        matches!(self, Self::Refusal(refused) if taken(refused))
     }
 }
 
 /// An issued certificate, for the record.
-struct Done {
+struct Issuance {
     identity: String,
     serial: String,
     until: SystemTime,
     issued: Issued,
-    /// Whether it was issued just now, rather than returned once more.
+    /// Whether it was issued just now. Otherwise an earlier certificate was returned.
     is_new: bool,
 }
 
 /// A request without a certificate.
-struct Ask {
+struct JoinRequest {
     node: String,
     addresses: Vec<IpAddr>,
     csr: Vec<u8>,
@@ -205,7 +205,7 @@ struct Ask {
 
 /// Proof of the right to join.
 enum Proof {
-    /// A token of ours.
+    /// A join token of this server.
     Token(Token),
     /// A token of Kubernetes.
     Pod {
@@ -216,10 +216,10 @@ enum Proof {
     },
 }
 
-/// A certificate whose holder is gone.
-struct Gone {
+/// A certificate whose node no longer exists or has other addresses.
+struct StaleHolder {
     serial: String,
-    /// The address that is free; `None` for all.
+    /// The free address; `None` for all.
     address: Option<IpAddr>,
 }
 
@@ -227,27 +227,32 @@ impl Issuer {
     /// Answers a worker without a certificate. The file, the CA and Kubernetes may take their time.
     pub async fn join(self: &Arc<Self>, join: Join, remote: SocketAddr) -> Answer {
         let node = join.node.clone();
-        let done = self.admitted(join).await;
-        self.metrics.join(outcome(&done));
-        match done {
-            Ok((done, by)) => {
-                if done.is_new {
+        let issuance = self.process_join(join).await;
+        self.metrics.join(outcome(&issuance));
+        match issuance {
+            Ok((issuance, by)) => {
+                if issuance.is_new {
                     tracing::info!(
-                        agent = done.identity, %remote, token = by, serial = done.serial,
-                        until = %humantime::format_rfc3339_seconds(done.until), "agent joined"
+                        agent = issuance.identity, %remote, token = by, serial = issuance.serial,
+                        until = %humantime::format_rfc3339_seconds(issuance.until), "agent joined"
                     );
                 } else {
                     tracing::debug!(
-                        agent = done.identity, %remote, token = by, serial = done.serial,
+                        agent = issuance.identity, %remote, token = by, serial = issuance.serial,
                         "an agent got its certificate once more"
                     );
                 }
-                audit::joined(&done.identity, remote, &by, (&done.serial, done.until));
-                Ok(done.issued)
+                audit::joined(
+                    &issuance.identity,
+                    remote,
+                    &by,
+                    (&issuance.serial, issuance.until),
+                );
+                Ok(issuance.issued)
             }
             Err(error) => {
                 audit::peer_refused(Listener::Join, remote, &error);
-                Err(told(&error, &node, Some(remote)))
+                Err(public_reason(&error, &node, Some(remote)))
             }
         }
     }
@@ -261,30 +266,30 @@ impl Issuer {
     ) -> Answer {
         let name = agent.name.clone();
         let serial = leaf.map(|leaf| serial_of(&leaf)).unwrap_or_default();
-        let done = self
-            .apart(move |issuer| issuer.by_tunnel(&agent, &serial, &csr))
+        let issuance = self
+            .run_blocking(move |issuer| issuer.by_tunnel(&agent, &serial, &csr))
             .await;
-        self.metrics.renewal(outcome(&done));
-        match done {
-            Ok(done) => {
+        self.metrics.renewal(outcome(&issuance));
+        match issuance {
+            Ok(issuance) => {
                 tracing::info!(
-                    agent = done.identity, serial = done.serial,
-                    until = %humantime::format_rfc3339_seconds(done.until), "certificate renewed"
+                    agent = issuance.identity, serial = issuance.serial,
+                    until = %humantime::format_rfc3339_seconds(issuance.until), "certificate renewed"
                 );
-                audit::renewed(&done.identity, (&done.serial, done.until));
-                Ok(done.issued)
+                audit::renewed(&issuance.identity, (&issuance.serial, issuance.until));
+                Ok(issuance.issued)
             }
-            Err(error) => Err(told(&error, &name, None)),
+            Err(error) => Err(public_reason(&error, &name, None)),
         }
     }
 
     /// Records the settled time for the next start, at once and then periodically.
     pub async fn keep_time(self: Arc<Self>) {
-        let mut tick = tokio::time::interval(TIME_KEPT_EVERY);
+        let mut tick = tokio::time::interval(TIME_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            if let Err(error) = self.apart(Self::note_time).await {
+            if let Err(error) = self.run_blocking(Self::note_time).await {
                 tracing::warn!(
                     error = report(&error),
                     "the time is not on record: the next start compares its clock with an earlier one"
@@ -294,17 +299,17 @@ impl Issuer {
     }
 
     fn note_time(&self) -> Result<(), IssuerError> {
-        self.log.change(|pages| {
+        self.log.change(|records| {
             let settled = self.clock.read().settled;
             let since = settled.duration_since(SystemTime::UNIX_EPOCH);
             let seconds = since.unwrap_or_default().as_secs();
-            pages.settled = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+            records.settled = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
             Ok(())
         })
     }
 
     /// Runs a job on files and signatures, so that it blocks nothing else.
-    async fn apart<T: Send + 'static>(
+    async fn run_blocking<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, IssuerError> + Send + 'static,
     ) -> Result<T, IssuerError> {
@@ -312,7 +317,7 @@ impl Issuer {
         self.jobs.run(move || work(&issuer)).await?
     }
 
-    async fn admitted(self: &Arc<Self>, join: Join) -> Result<(Done, String), IssuerError> {
+    async fn process_join(self: &Arc<Self>, join: Join) -> Result<(Issuance, String), IssuerError> {
         let mut addresses: Vec<_> = { join.addresses.iter() }
             .map(IpAddr::to_canonical)
             .collect();
@@ -322,32 +327,35 @@ impl Issuer {
             (Ok(token), _) => Proof::Token(token),
             (Err(error), None) => return Err(error.into()),
             (Err(_), Some(pods)) => {
-                self.reviewed(pods, join.token.trim(), &join.node, &addresses)
+                self.verify_pod_token(pods, join.token.trim(), &join.node, &addresses)
                     .await?
             }
         };
-        let ask = Arc::new(Ask {
+        let ask = Arc::new(JoinRequest {
             node: join.node,
             addresses,
             csr: join.csr,
             proof,
         });
         let asked = ask.clone();
-        let first = self.apart(move |issuer| issuer.admit(&asked, &[])).await;
+        let first = self
+            .run_blocking(move |issuer| issuer.admit(&asked, &[]))
+            .await;
         match (&first, &self.pods) {
             (Err(error), Some(pods)) if error.is_taken() => {
-                let gone = self.gone(pods, &ask).await?;
+                let gone = self.stale_holders(pods, &ask).await?;
                 if gone.is_empty() {
                     return first;
                 }
-                self.apart(move |issuer| issuer.admit(&ask, &gone)).await
+                self.run_blocking(move |issuer| issuer.admit(&ask, &gone))
+                    .await
             }
             _ => first,
         }
     }
 
     /// Returns the proof of a Kubernetes token: the node of its pod, whose addresses are checked.
-    async fn reviewed(
+    async fn verify_pod_token(
         &self,
         pods: &Pods,
         token: &str,
@@ -357,7 +365,7 @@ impl Issuer {
         let account = pods.reviewer.review(token).await?;
         let of = account.node.ok_or(IssuerError::NoNode)?;
         if of != node {
-            return Err(Refused::Node {
+            return Err(Refusal::Node {
                 nodes: of,
                 node: node.into(),
             }
@@ -365,7 +373,7 @@ impl Issuer {
         }
         let known = pods.nodes.addresses(node).await?.unwrap_or_default();
         if let Some(address) = addresses.iter().find(|address| !known.contains(address)) {
-            return Err(Refused::NotOfNode {
+            return Err(Refusal::NotOfNode {
                 address: *address,
                 node: node.into(),
             }
@@ -377,11 +385,17 @@ impl Issuer {
         })
     }
 
-    /// Returns the certificates that hold a name or address of `ask` and whose nodes are gone or have
-    /// other addresses now. Only nodes that joined by Kubernetes are considered.
-    async fn gone(self: &Arc<Self>, pods: &Pods, ask: &Arc<Ask>) -> Result<Vec<Gone>, IssuerError> {
+    /// Returns the certificates that hold a name or address of `ask` and whose nodes no longer
+    /// exist or have other addresses. Only nodes that joined by Kubernetes are considered.
+    async fn stale_holders(
+        self: &Arc<Self>,
+        pods: &Pods,
+        ask: &Arc<JoinRequest>,
+    ) -> Result<Vec<StaleHolder>, IssuerError> {
         let asked = ask.clone();
-        let held = self.apart(move |issuer| issuer.in_the_way(&asked)).await?;
+        let held = self
+            .run_blocking(move |issuer| issuer.conflicting_holders(&asked))
+            .await?;
         let mut gone = Vec::new();
         for (node, holder) in held.into_iter().take(MAX_LOOKUPS) {
             let known = match pods.nodes.addresses(&node).await {
@@ -397,30 +411,34 @@ impl Issuer {
             let serial = holder.serial;
             let Some(known) = known else {
                 let address = None;
-                gone.push(Gone { serial, address });
+                gone.push(StaleHolder { serial, address });
                 continue;
             };
             let has = |address: &&IpAddr| holder.addresses.contains(address);
             let moved = ask.addresses.iter().filter(has);
-            gone.extend(moved.filter(|it| !known.contains(it)).map(|address| Gone {
-                serial: serial.clone(),
-                address: Some(*address),
-            }));
+            gone.extend(
+                moved
+                    .filter(|it| !known.contains(it))
+                    .map(|address| StaleHolder {
+                        serial: serial.clone(),
+                        address: Some(*address),
+                    }),
+            );
         }
         Ok(gone)
     }
 
-    fn in_the_way(&self, ask: &Ask) -> Result<Vec<(String, Holder)>, IssuerError> {
+    fn conflicting_holders(&self, ask: &JoinRequest) -> Result<Vec<(String, Holder)>, IssuerError> {
         let key = SigningRequest::read(&ask.csr)
             .map_err(IssuerError::Csr)?
             .key();
         let (key, time) = (key.to_string(), self.clock.read());
-        let pages = self.log.read()?;
+        let records = self.log.read()?;
         let is_in_the_way = |node: &str, holder: &Holder| match node == ask.node {
-            true => holder.key != key && pages.holds_name(holder, time),
-            false => { ask.addresses.iter() }.any(|it| pages.holds_address(holder, it, time)),
+            true => holder.key != key && records.holds_name(holder, time),
+            false => { ask.addresses.iter() }.any(|it| records.holds_address(holder, it, time)),
         };
-        let held = pages
+        let held = records
             .holders()
             .filter(|(node, holder)| holder.token == BY_KUBERNETES && is_in_the_way(node, holder));
         Ok(held
@@ -428,10 +446,14 @@ impl Issuer {
             .collect())
     }
 
-    fn admit(&self, ask: &Ask, gone: &[Gone]) -> Result<(Done, String), IssuerError> {
+    fn admit(
+        &self,
+        ask: &JoinRequest,
+        gone: &[StaleHolder],
+    ) -> Result<(Issuance, String), IssuerError> {
         let csr = SigningRequest::read(&ask.csr).map_err(IssuerError::Csr)?;
         let (node, addresses) = (&ask.node, &ask.addresses);
-        let asked = Asked {
+        let asked = AdmitRequest {
             node,
             addresses,
             key: csr.key(),
@@ -442,55 +464,60 @@ impl Issuer {
         };
         // Who has no token does not get to the lock, which all others wait for.
         if let Proof::Token(token) = &ask.proof {
-            let pages = self.log.read()?;
-            let known = pages.ticket(token, self.clock.read().now);
-            known.ok_or(Refused::Token)?;
+            let records = self.log.read()?;
+            let known = records.ticket(token, self.clock.read().now);
+            known.ok_or(Refusal::Token)?;
         }
-        self.change(|pages, time| {
+        self.change(|records, time| {
             for gone in gone {
                 match gone.address {
-                    Some(address) => pages.release_address(&gone.serial, address),
-                    None => pages.release(&gone.serial),
+                    Some(address) => records.release_address(&gone.serial, address),
+                    None => records.release(&gone.serial),
                 }
             }
             let admitted = match &ask.proof {
-                Proof::Token(token) => pages.by_token(token, &asked, time)?,
+                Proof::Token(token) => records.by_token(token, &asked, time)?,
                 Proof::Pod { id, .. } => {
                     let allowed = self.pods.as_ref().map(|pods| &pods.addresses[..]);
-                    pages.by_pod(id, allowed.unwrap_or_default(), &asked, time)?
+                    records.by_pod(id, allowed.unwrap_or_default(), &asked, time)?
                 }
             };
-            if let Admitted::Again(leaf) = &admitted {
+            if let Admitted::Existing(leaf) = &admitted {
                 let leaf = CertificateDer::from(&leaf[..]);
                 return Ok((self.issued_before(&leaf)?, by.to_owned()));
             }
-            let (done, holder) = self.issue(node, addresses, &csr, (by, time.now))?;
+            let (issuance, holder) = self.issue(node, addresses, &csr, (by, time.now))?;
             let got = Use {
                 node: node.clone(),
                 key: holder.key.clone(),
                 addresses: addresses.clone(),
                 serial: holder.serial.clone(),
-                certificate: STANDARD.encode(&done.issued.chain[0]),
+                certificate: STANDARD.encode(&issuance.issued.chain[0]),
             };
             match &ask.proof {
-                Proof::Token(token) if admitted == Admitted::Redated => pages.redated(token, got),
-                Proof::Token(token) => pages.used(token, got),
+                Proof::Token(token) if admitted == Admitted::Redated => records.redated(token, got),
+                Proof::Token(token) => records.used(token, got),
                 Proof::Pod { id, expires } => {
                     let expires = (*expires).max(time.now);
                     let ticket = PodTicket { expires, used: got };
-                    pages.pods.insert(id.clone(), ticket);
+                    records.pods.insert(id.clone(), ticket);
                 }
             }
-            pages.joined(node, holder, time);
-            Ok((done, by.to_owned()))
+            records.joined(node, holder, time);
+            Ok((issuance, by.to_owned()))
         })
     }
 
-    fn by_tunnel(&self, agent: &Identity, serial: &str, csr: &[u8]) -> Result<Done, IssuerError> {
+    fn by_tunnel(
+        &self,
+        agent: &Identity,
+        serial: &str,
+        csr: &[u8],
+    ) -> Result<Issuance, IssuerError> {
         self.revocations.check(&Peer::issued(agent.uri(), serial))?;
         let csr = SigningRequest::read(csr).map_err(IssuerError::Csr)?;
-        self.change(|pages, time| {
-            pages.renewal(&agent.name, serial, self.validity, time)?;
+        self.change(|records, time| {
+            records.renewal(&agent.name, serial, self.validity, time)?;
             let ours = self.authority()?;
             if *ours.trust_domain() != agent.trust_domain {
                 return Err(IssuerError::Domain {
@@ -498,14 +525,14 @@ impl Issuer {
                     theirs: agent.trust_domain.to_string(),
                 });
             }
-            let last = || pages.issued.get(&*agent.name)?.last();
-            let by = pages.by_serial(serial).map(|(_, holder)| holder);
+            let last = || records.issued.get(&*agent.name)?.last();
+            let by = records.by_serial(serial).map(|(_, holder)| holder);
             let by = by.or_else(last);
             let by = by.map_or_else(|| "elsewhere".into(), |holder| holder.token.clone());
-            let addresses = pages.still_of(&agent.name, &agent.addresses, time);
-            let (done, holder) = self.issue(&agent.name, &addresses, &csr, (&by, time.now))?;
-            pages.record(&agent.name, holder);
-            Ok(done)
+            let addresses = records.still_of(&agent.name, &agent.addresses, time);
+            let (issuance, holder) = self.issue(&agent.name, &addresses, &csr, (&by, time.now))?;
+            records.record(&agent.name, holder);
+            Ok(issuance)
         })
     }
 
@@ -514,32 +541,32 @@ impl Issuer {
         &self,
         change: impl FnOnce(&mut IssueRecords, Time) -> Result<T, IssuerError>,
     ) -> Result<T, IssuerError> {
-        self.log.change(|pages| {
+        self.log.change(|records| {
             let time = self.clock.read();
-            pages.by_hand = IssueLog::of_ca(&self.ca).read()?.issued;
+            records.by_hand = IssueLog::of_ca(&self.ca).read()?.issued;
             let domain = &self.material.identity().trust_domain;
             let is_revoked = |node: &str, holder: &Holder| {
                 let uri = identity::uri(domain, Role::Agent, node);
                 let peer = Peer::issued(uri, &holder.serial);
                 self.revocations.check(&peer).is_err()
             };
-            let revoked = pages
+            let revoked = records
                 .holders()
                 .filter(|(node, holder)| is_revoked(node, holder));
             let revoked: Vec<_> = revoked.map(|(_, holder)| holder.serial.clone()).collect();
-            revoked.iter().for_each(|serial| pages.release(serial));
-            let done = change(pages, time)?;
+            revoked.iter().for_each(|serial| records.release(serial));
+            let issuance = change(records, time)?;
             if time.is_steady {
-                pages.forget(time.settled);
+                records.forget(time.settled);
             }
-            Ok(done)
+            Ok(issuance)
         })
     }
 
-    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Done, IssuerError> {
+    fn issued_before(&self, leaf: &CertificateDer<'_>) -> Result<Issuance, IssuerError> {
         self.revocations.check(&Peer::of(leaf))?;
         let (_, until) = validity(leaf).unwrap_or((SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH));
-        Ok(Done {
+        Ok(Issuance {
             identity: Identity::from_certificate(leaf)?.uri(),
             serial: serial_of(leaf),
             until,
@@ -566,7 +593,7 @@ impl Issuer {
         addresses: &[IpAddr],
         csr: &SigningRequest,
         (by, now): (&str, SystemTime),
-    ) -> Result<(Done, Holder), IssuerError> {
+    ) -> Result<(Issuance, Holder), IssuerError> {
         let authority = self.authority()?;
         let identity = identity::uri(authority.trust_domain(), Role::Agent, node);
         self.revocations.check(&Peer::called(identity.clone()))?;
@@ -592,27 +619,28 @@ impl Issuer {
             until,
             token: by.into(),
         };
-        let done = Done {
+        let issuance = Issuance {
             identity,
             serial,
             until,
             issued: self.with_roots(&leaf),
             is_new: true,
         };
-        Ok((done, holder))
+        Ok((issuance, holder))
     }
 }
 
-fn outcome<T>(done: &Result<T, IssuerError>) -> Outcome {
-    match done {
+fn outcome<T>(issuance: &Result<T, IssuerError>) -> Outcome {
+    match issuance {
         Ok(_) => Outcome::Issued,
         Err(error) if error.is_ours() => Outcome::Failed,
         Err(_) => Outcome::Refused,
     }
 }
 
-/// Returns the reason for the worker. The log alone has Kubernetes' answer about a token.
-fn told(error: &IssuerError, node: &str, remote: Option<SocketAddr>) -> String {
+/// Logs the error, and returns the reason for the worker. The log alone has Kubernetes' answer
+/// about a token.
+fn public_reason(error: &IssuerError, node: &str, remote: Option<SocketAddr>) -> String {
     let remote = remote.map(tracing::field::display);
     if error.is_ours() {
         tracing::error!(

@@ -23,7 +23,7 @@ pub struct Token {
     secret: String,
 }
 
-/// The text is not a token of ours.
+/// Text that is not a join token.
 #[derive(Debug, thiserror::Error)]
 #[error("not a join token: ID.SECRET is one, as `cpc token create` prints it")]
 pub struct TokenError;

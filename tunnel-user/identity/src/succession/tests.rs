@@ -32,7 +32,7 @@ fn judged(present: &[&Ca], offered: &[&CertificateDer<'static>]) -> Vec<bool> {
     offered.iter().map(counts).collect()
 }
 
-/// A server's key, without a CA's, brings none.
+/// The key of a server, without that of a CA, proves no other CA.
 #[test]
 fn what_nobody_vouches_for_does_not_count() {
     let (old, new) = (root(ours()), root(ours()));

@@ -1,8 +1,7 @@
 //! An agent's count of the servers.
 //!
-//! Invariant: a count is a fact. It comes from a list, and from the changes since. While the API server
-//! is away it stays as it was, so that its absence does not look like that of the servers.
-
+//! Invariant: a count comes from a list and the changes since. While the API server is away the
+//! count stays, so that its absence does not look like that of the servers.
 use std::collections::HashMap;
 use std::pin::pin;
 use std::time::{Duration, SystemTime};
@@ -16,23 +15,23 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::held_for;
 use crate::client::{CallError, call, outcome};
-use crate::delays::{Delays, apart};
+use crate::delays::{Delays, jittered};
 use cpc_host::report::report;
-use cpc_observe::error_dedup::Complaint;
+use cpc_observe::error_dedup::ErrorDedup;
 use cpc_observe::konnectivity::LeaseReads;
 
 /// Time after which the API server ends a watch, in seconds.
-const WATCH: u32 = 240;
+const WATCH_SECONDS: u32 = 240;
 
 /// Time after which the agent ends a watch that the API server did not end.
-const WATCH_AT_MOST: Duration = Duration::from_secs(WATCH as u64 + 10);
+const WATCH_TIMEOUT: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 
 /// Minimum delay of a list after a watch, half of the maximum: all agents see the end of a server at
 /// once.
-const LIST_AGAIN: Duration = Duration::from_secs(2);
+const RELIST_DELAY: Duration = Duration::from_secs(2);
 
 /// Leases by name.
-type Known = HashMap<String, Lease>;
+type LeasesByName = HashMap<String, Lease>;
 
 /// Counter of the servers that hold a lease.
 pub struct LeaseCounter {
@@ -64,13 +63,13 @@ impl LeaseCounter {
     /// Counts without end.
     pub async fn run(self) {
         let mut delays = Delays::default();
-        let mut complaint = Complaint::default();
+        let mut dedup = ErrorDedup::default();
         loop {
             let Err(error) = self.follow(&mut delays).await else {
-                sleep(apart(LIST_AGAIN)).await;
+                sleep(jittered(RELIST_DELAY)).await;
                 continue;
             };
-            if complaint.is_news(&error.to_string()) {
+            if dedup.is_new(&error.to_string()) {
                 tracing::warn!(
                     error = report(&error),
                     "servers can't be counted by their leases, retrying"
@@ -89,43 +88,45 @@ impl LeaseCounter {
         self.calls.listed(outcome(&listed), asked.elapsed());
         let listed = listed?;
         let version = listed.metadata.resource_version.unwrap_or_default();
-        let mut known: Known = listed
+        let mut by_name: LeasesByName = listed
             .items
             .into_iter()
             .map(|l| (l.name_any(), l))
             .collect();
-        let mut first_end = self.publish(&known);
+        let mut first_end = self.publish(&by_name);
 
-        let since = WatchParams::default().labels(&self.selector).timeout(WATCH);
-        let begun = Instant::now();
+        let since = WatchParams::default()
+            .labels(&self.selector)
+            .timeout(WATCH_SECONDS);
+        let started = Instant::now();
         let watched = call(self.leases.watch(&since, &version)).await;
         self.calls.watched(outcome(&watched));
         let mut events = pin!(watched?);
         *delays = Delays::default();
         loop {
             // When a lease runs out by what we were told, we may just not have been told.
-            let until = first_end.unwrap_or(WATCH_AT_MOST).min(WATCH_AT_MOST);
-            let until = (Instant::now() + until).min(begun + WATCH_AT_MOST);
+            let until = first_end.unwrap_or(WATCH_TIMEOUT).min(WATCH_TIMEOUT);
+            let until = (Instant::now() + until).min(started + WATCH_TIMEOUT);
             let Ok(event) = timeout_at(until, events.try_next()).await else {
                 return Ok(());
             };
             match event? {
                 Some(WatchEvent::Added(lease) | WatchEvent::Modified(lease)) => {
-                    known.insert(lease.name_any(), lease);
+                    by_name.insert(lease.name_any(), lease);
                 }
-                Some(WatchEvent::Deleted(lease)) => drop(known.remove(&lease.name_any())),
+                Some(WatchEvent::Deleted(lease)) => drop(by_name.remove(&lease.name_any())),
                 Some(WatchEvent::Bookmark(_)) => {}
                 Some(WatchEvent::Error(status)) => return Err(CallError::Refused(status)),
                 None => return Ok(()),
             }
-            first_end = self.publish(&known);
+            first_end = self.publish(&by_name);
         }
     }
 
     /// Publishes the number of held leases. Returns the time until the first of them runs out.
-    fn publish(&self, known: &Known) -> Option<Duration> {
+    fn publish(&self, by_name: &LeasesByName) -> Option<Duration> {
         let now = SystemTime::now();
-        let held: Vec<_> = known.values().filter_map(|l| held_for(l, now)).collect();
+        let held: Vec<_> = by_name.values().filter_map(|l| held_for(l, now)).collect();
         // We have been told of a server, so there is one.
         let count = u32::try_from(held.len()).unwrap_or(u32::MAX).max(1);
         self.count.send_if_modified(|last| {

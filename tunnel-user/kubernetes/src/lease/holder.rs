@@ -16,7 +16,7 @@ use crate::client::{CallError, call, outcome};
 use crate::delays::Delays;
 use cpc_config::labels::Labels;
 use cpc_host::report::report;
-use cpc_observe::error_dedup::Complaint;
+use cpc_observe::error_dedup::ErrorDedup;
 use cpc_observe::konnectivity::LeaseCalls;
 
 /// Duration of a lease without renewal, in seconds.
@@ -26,7 +26,7 @@ const DURATION: i32 = 30;
 const INTERVAL: Duration = Duration::from_secs(15);
 
 /// Maximum time for deleting the own leases at the end.
-const GOODBYE: Duration = Duration::from_secs(3);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Holder of the leases of one server.
 pub struct LeaseHolder {
@@ -60,11 +60,11 @@ impl LeaseHolder {
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let hold = join_all(self.server_ids.iter().map(|id| self.hold(id)));
         tokio::select! {
-            _ = join(hold, self.clear()) => {}
+            _ = join(hold, self.delete_expired()) => {}
             () = stop => {}
         }
-        let given_up = join_all(self.server_ids.iter().map(|id| self.give_up(id)));
-        if timeout(GOODBYE, given_up).await.is_err() {
+        let released = join_all(self.server_ids.iter().map(|id| self.release(id)));
+        if timeout(DELETE_TIMEOUT, released).await.is_err() {
             tracing::warn!(
                 "leases not deleted in time; agents count this server for {DURATION} s more"
             );
@@ -104,26 +104,26 @@ impl LeaseHolder {
     /// Renews a lease whose state was `last`; without that reads it, or creates it.
     async fn renew(&self, server_id: &str, last: Option<Lease>) -> Result<Lease, CallError> {
         let name = name(server_id);
-        let there = match last {
+        let existing = match last {
             Some(lease) => Some(lease),
             None => call(self.leases.get_opt(&name)).await?,
         };
-        let how = PostParams::default();
-        match there {
+        let params = PostParams::default();
+        match existing {
             Some(lease) => {
-                let lease = self.held(lease, server_id);
-                call(self.leases.replace(&name, &how, &lease)).await
+                let lease = self.renewed(lease, server_id);
+                call(self.leases.replace(&name, &params, &lease)).await
             }
             None => {
                 let mut lease = Lease::default();
                 lease.metadata.name = Some(name);
-                call(self.leases.create(&how, &self.held(lease, server_id))).await
+                call(self.leases.create(&params, &self.renewed(lease, server_id))).await
             }
         }
     }
 
     /// Returns `lease` with a renewed hold.
-    fn held(&self, mut lease: Lease, server_id: &str) -> Lease {
+    fn renewed(&self, mut lease: Lease, server_id: &str) -> Lease {
         lease.metadata.labels = Some(self.labels.to_map());
         let spec = lease.spec.get_or_insert_default();
         spec.holder_identity = Some(server_id.to_owned());
@@ -132,9 +132,9 @@ impl LeaseHolder {
         lease
     }
 
-    async fn give_up(&self, server_id: &str) {
-        let (name, how) = (name(server_id), DeleteParams::default());
-        match call(self.leases.delete(&name, &how)).await {
+    async fn release(&self, server_id: &str) {
+        let (name, params) = (name(server_id), DeleteParams::default());
+        match call(self.leases.delete(&name, &params)).await {
             Err(error) if !error.is_not_found() => {
                 tracing::warn!(server_id, error = report(&error), "lease not deleted");
             }
@@ -143,12 +143,12 @@ impl LeaseHolder {
     }
 
     /// Deletes expired leases periodically.
-    async fn clear(&self) {
-        let mut complaint = Complaint::default();
+    async fn delete_expired(&self) {
+        let mut dedup = ErrorDedup::default();
         loop {
-            match self.clear_once().await {
-                Ok(()) => complaint.clear(),
-                Err(error) if complaint.is_news(&error.to_string()) => {
+            match self.delete_expired_once().await {
+                Ok(()) => dedup.clear(),
+                Err(error) if dedup.is_new(&error.to_string()) => {
                     tracing::warn!(error = report(&error), "expired leases not deleted");
                 }
                 Err(_) => {}
@@ -157,7 +157,7 @@ impl LeaseHolder {
         }
     }
 
-    async fn clear_once(&self) -> Result<(), CallError> {
+    async fn delete_expired_once(&self) -> Result<(), CallError> {
         let asked = Instant::now();
         let all = ListParams::default().labels(&self.labels.to_string());
         let listed = call(self.leases.list(&all)).await;

@@ -45,7 +45,7 @@ mod tests {
         client(&access).await.unwrap()
     }
 
-    /// A lease that was renewed some seconds ago, as it stands in the API.
+    /// Returns the API's form of a lease that was renewed some seconds ago.
     pub(super) fn lease(name: &str, label: &str, ago: i64, seconds: i32) -> Value {
         let renewed = Timestamp::now() - Duration::from_secs(ago.unsigned_abs());
         json!({

@@ -88,7 +88,7 @@ mod tests {
         }
     }
 
-    fn told(status: TokenReviewStatus) -> String {
+    fn text_of(status: TokenReviewStatus) -> String {
         judge(status, &rules()).unwrap_err().to_string()
     }
 
@@ -113,16 +113,19 @@ mod tests {
     #[test]
     fn each_rule_has_its_text() {
         let nobody = TokenReviewStatus::default();
-        assert_eq!(told(nobody), "lookup failed: service account jwt not valid");
+        assert_eq!(
+            text_of(nobody),
+            "lookup failed: service account jwt not valid"
+        );
         let mut unsure = status(GOOD);
         unsure.error = Some("token has expired".into());
-        assert_eq!(told(unsure), "lookup failed: token has expired");
+        assert_eq!(text_of(unsure), "lookup failed: token has expired");
         let mut foreign = status(GOOD);
         foreign.audiences = Some(vec!["others".into()]);
-        assert!(told(foreign).contains("audience \"us\""));
+        assert!(text_of(foreign).contains("audience \"us\""));
         let mut unaware = status(GOOD);
         unaware.audiences = None;
-        assert!(told(unaware).contains("audience \"us\""));
+        assert!(text_of(unaware).contains("audience \"us\""));
         for (username, text) in [
             ("admin", "lookup failed: unexpected username format"),
             (
@@ -138,7 +141,7 @@ mod tests {
                 "lookup failed: incoming request from \"x\" service account. Expected \"agent\"",
             ),
         ] {
-            assert_eq!(told(status(username)), text);
+            assert_eq!(text_of(status(username)), text);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Review of tokens by the API server (`TokenReview`), with a short-lived cache.
 //!
-//! Invariants: a token admits its holder for at most [`GRANTED_FOR`] after its review, and never past
+//! Invariants: a token admits its holder for at most [`GRANT_TTL`] after its review, and never past
 //! its own expiry. One token has one review at a time, however many requests need it, and the number of
 //! concurrent reviews is bounded. Tokens are stored as digests.
 
@@ -27,16 +27,16 @@ use judge::judge;
 use verdicts::{CachedVerdict, Lookup, Verdicts};
 
 /// Time for which a granted token needs no further review.
-pub const GRANTED_FOR: Duration = Duration::from_secs(60);
+pub const GRANT_TTL: Duration = Duration::from_secs(60);
 
 /// Time for which a refused token gets no further review.
-const REFUSED_FOR: Duration = Duration::from_secs(10);
+const REFUSAL_TTL: Duration = Duration::from_secs(10);
 
 /// Timeout of a review with all its retries. An agent waits no longer than that.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Maximum number of concurrent reviews at the API server.
-const AT_ONCE: usize = 16;
+const MAX_REVIEWS: usize = 16;
 
 /// The service account of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +103,7 @@ struct Inner {
     reviews: Api<TokenReview>,
     rules: TokenRules,
     verdicts: Mutex<Verdicts>,
-    turns: Semaphore,
+    permits: Semaphore,
     pause: Mutex<Pause>,
     home: Handle,
 }
@@ -123,7 +123,7 @@ impl TokenReviewer {
             reviews: Api::all(client),
             rules,
             verdicts: Mutex::default(),
-            turns: Semaphore::new(AT_ONCE),
+            permits: Semaphore::new(MAX_REVIEWS),
             pause: Mutex::default(),
             home: Handle::current(),
         }))
@@ -136,8 +136,8 @@ impl TokenReviewer {
     pub async fn review(&self, token: &str) -> Verdict {
         let lookup = lock(&self.0.verdicts).look_up(token, Instant::now());
         let mut slot = match lookup {
-            Lookup::Known(slot) => slot,
-            Lookup::New { settle, slot } => {
+            Lookup::Cached(slot) => slot,
+            Lookup::Missing { settle, slot } => {
                 // A task of its own: the first caller may go away while others wait.
                 let asked = self.0.clone().settle(token.to_owned(), settle);
                 self.0.home.spawn(asked);
@@ -150,7 +150,7 @@ impl TokenReviewer {
         };
         let settled = slot.wait_for(Option::is_some).await;
         match settled.ok().as_deref() {
-            Some(Some(kept)) => kept.verdict.clone(),
+            Some(Some(cached)) => cached.verdict.clone(),
             _ => Err(ReviewError::Unavailable("the review was given up".into())),
         }
     }
@@ -163,9 +163,9 @@ impl Inner {
             Err(error) => Err(error),
         };
         let keep = match &verdict {
-            Ok(_) => left(&token).map_or(GRANTED_FOR, |left| left.min(GRANTED_FOR)),
+            Ok(_) => left(&token).map_or(GRANT_TTL, |left| left.min(GRANT_TTL)),
             Err(ReviewError::Unavailable(_)) => Duration::ZERO,
-            Err(_) => REFUSED_FOR,
+            Err(_) => REFUSAL_TTL,
         };
         let until = Instant::now() + keep;
         settle.send_replace(Some(CachedVerdict { verdict, until }));
@@ -173,7 +173,7 @@ impl Inner {
 
     /// Retries the request until the API server answers.
     async fn ask(&self, token: &str) -> Result<TokenReviewStatus, ReviewError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REVIEW_TIMEOUT;
         let review = TokenReview {
             spec: TokenReviewSpec {
                 audiences: Some(vec![self.rules.audience.clone()]),
@@ -183,7 +183,7 @@ impl Inner {
         };
         let answered = timeout_at(deadline, async {
             // The semaphore is never closed.
-            let _turn = self.turns.acquire().await.ok();
+            let _permit = self.permits.acquire().await.ok();
             loop {
                 self.rest(deadline).await?;
                 let since = Instant::now();

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::Verdict;
 
-/// Maximum number of known tokens: each agent has one, and one more during a renewal.
-const MOST: usize = 16_384;
+/// Maximum number of cached tokens: each agent has one, and another one during a renewal.
+const MAX_TOKENS: usize = 16_384;
 
 /// SHA-256 of a token.
 type Key = [u8; 32];
@@ -33,15 +33,15 @@ pub(super) type Slot = watch::Receiver<Option<CachedVerdict>>;
 #[derive(Debug)]
 pub(super) enum Lookup {
     /// A valid or pending verdict.
-    Known(Slot),
+    Cached(Slot),
     /// No verdict: the caller has to review.
-    New {
+    Missing {
         /// Takes the verdict.
         settle: watch::Sender<Option<CachedVerdict>>,
         /// Gives the verdict.
         slot: Slot,
     },
-    /// Too many reviews are under way.
+    /// Too many concurrent reviews.
     Full,
 }
 
@@ -55,26 +55,26 @@ impl Verdicts {
         let mut key = Key::default();
         key.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
         if let Some(slot) = self.0.get(&key).filter(|slot| is_good(slot, now)) {
-            return Lookup::Known(slot.clone());
+            return Lookup::Cached(slot.clone());
         }
         self.0.remove(&key);
-        if self.0.len() >= MOST {
+        if self.0.len() >= MAX_TOKENS {
             self.0
                 .retain(|_, slot| is_good(slot, now) && !is_refused(slot));
         }
-        if self.0.len() >= MOST {
+        if self.0.len() >= MAX_TOKENS {
             return Lookup::Full;
         }
         let (settle, slot) = watch::channel(None);
         self.0.insert(key, slot.clone());
-        Lookup::New { settle, slot }
+        Lookup::Missing { settle, slot }
     }
 }
 
 /// Whether a verdict is valid or pending.
 fn is_good(slot: &Slot, now: Instant) -> bool {
     match &*slot.borrow() {
-        Some(kept) => now < kept.until,
+        Some(cached) => now < cached.until,
         // The reviewing task may have been dropped.
         None => slot.has_changed().is_ok(),
     }
@@ -108,7 +108,7 @@ mod tests {
 
     fn settle(verdicts: &mut Verdicts, token: &str, verdict: Verdict, until: Instant) {
         match verdicts.look_up(token, Instant::now()) {
-            Lookup::New { settle, .. } => {
+            Lookup::Missing { settle, .. } => {
                 settle.send_replace(Some(CachedVerdict { verdict, until }));
             }
             other => panic!("{token}: {other:?}"),
@@ -121,9 +121,12 @@ mod tests {
         let now = Instant::now();
         let until = now + Duration::from_secs(5);
         settle(&mut verdicts, "t", granted(), until);
-        assert!(matches!(verdicts.look_up("t", now), Lookup::Known(_)));
-        assert!(matches!(verdicts.look_up("u", now), Lookup::New { .. }));
-        assert!(matches!(verdicts.look_up("t", until), Lookup::New { .. }));
+        assert!(matches!(verdicts.look_up("t", now), Lookup::Cached(_)));
+        assert!(matches!(verdicts.look_up("u", now), Lookup::Missing { .. }));
+        assert!(matches!(
+            verdicts.look_up("t", until),
+            Lookup::Missing { .. }
+        ));
     }
 
     #[test]
@@ -131,9 +134,9 @@ mod tests {
         let mut verdicts = Verdicts::default();
         let now = Instant::now();
         let first = verdicts.look_up("t", now);
-        assert!(matches!(verdicts.look_up("t", now), Lookup::Known(_)));
+        assert!(matches!(verdicts.look_up("t", now), Lookup::Cached(_)));
         drop(first);
-        assert!(matches!(verdicts.look_up("t", now), Lookup::New { .. }));
+        assert!(matches!(verdicts.look_up("t", now), Lookup::Missing { .. }));
     }
 
     #[test]
@@ -141,19 +144,23 @@ mod tests {
         let mut verdicts = Verdicts::default();
         let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(60));
         settle(&mut verdicts, "good", granted(), later);
-        for n in 1..MOST {
+        for n in 1..MAX_TOKENS {
             let refused = Err(ReviewError::NotValid);
             settle(&mut verdicts, &n.to_string(), refused, later);
         }
-        assert!(matches!(verdicts.look_up("next", now), Lookup::New { .. }));
-        assert!(matches!(verdicts.look_up("good", now), Lookup::Known(_)));
+        assert!(matches!(
+            verdicts.look_up("next", now),
+            Lookup::Missing { .. }
+        ));
+        assert!(matches!(verdicts.look_up("good", now), Lookup::Cached(_)));
 
         let mut waiting = Vec::new();
-        while let Lookup::New { settle, .. } = verdicts.look_up(&waiting.len().to_string(), now) {
+        while let Lookup::Missing { settle, .. } = verdicts.look_up(&waiting.len().to_string(), now)
+        {
             waiting.push(settle);
         }
-        assert!(waiting.len() < MOST);
+        assert!(waiting.len() < MAX_TOKENS);
         assert!(matches!(verdicts.look_up("more", now), Lookup::Full));
-        assert!(matches!(verdicts.look_up("good", now), Lookup::Known(_)));
+        assert!(matches!(verdicts.look_up("good", now), Lookup::Cached(_)));
     }
 }

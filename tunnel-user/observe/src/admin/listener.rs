@@ -33,35 +33,35 @@ const MAX_REQUESTS: u32 = 100;
 /// A listener with a bounded number of connections.
 pub(super) struct Listener {
     listener: TcpListener,
-    inside: Arc<Mutex<Inside>>,
+    connections: Arc<Mutex<Connections>>,
 }
 
 /// Open connections.
-struct Inside {
+struct Connections {
     slots: ConnectionSlots,
-    /// Senders that tell each connection of its eviction.
+    /// Senders that notify each connection of its eviction.
     evict: HashMap<SlotId, oneshot::Sender<()>>,
 }
 
 impl Listener {
     /// Wraps a listener of the current runtime, with slots for `most` connections.
     pub(super) fn new(listener: TcpListener, most: usize) -> Self {
-        let inside = Inside {
+        let connections = Connections {
             slots: ConnectionSlots::new(most),
             evict: HashMap::new(),
         };
         Self {
             listener,
-            inside: Arc::new(Mutex::new(inside)),
+            connections: Arc::new(Mutex::new(connections)),
         }
     }
 
-    fn take_in(&self, stream: TcpStream, peer: SocketAddr) -> Connection {
+    fn admit(&self, stream: TcpStream, peer: SocketAddr) -> Connection {
         let (evict, evicted) = oneshot::channel();
-        let mut inside = lock(&self.inside);
-        let (slot, other) = inside.slots.enter(peer.ip());
-        inside.evict.insert(slot, evict);
-        if let Some(other) = other.and_then(|other| inside.evict.remove(&other)) {
+        let mut connections = lock(&self.connections);
+        let (slot, other) = connections.slots.acquire(peer.ip());
+        connections.evict.insert(slot, evict);
+        if let Some(other) = other.and_then(|other| connections.evict.remove(&other)) {
             // One that has ended meanwhile leaves by itself.
             let _ = other.send(());
         }
@@ -70,18 +70,18 @@ impl Listener {
             idle: Box::pin(sleep(IDLE)),
             life: Box::pin(sleep(LIFE)),
             evicted,
-            progress: Progress::Between,
+            progress: Progress::Idle,
             requests: 0,
-            _place: Slot {
-                inside: self.inside.clone(),
+            _slot: Slot {
+                connections: self.connections.clone(),
                 slot,
             },
         }
     }
 }
 
-fn lock(inside: &Mutex<Inside>) -> MutexGuard<'_, Inside> {
-    inside.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(connections: &Mutex<Connections>) -> MutexGuard<'_, Connections> {
+    connections.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl axum::serve::Listener for Listener {
@@ -91,7 +91,7 @@ impl axum::serve::Listener for Listener {
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
             let error = match self.listener.accept().await {
-                Ok((stream, peer)) => return (self.take_in(stream, peer), peer),
+                Ok((stream, peer)) => return (self.admit(stream, peer), peer),
                 Err(error) => error,
             };
             // Health is asked for when a process is in trouble.
@@ -99,7 +99,7 @@ impl axum::serve::Listener for Listener {
                 && let Some(Ok(accepted)) = descriptors::lend_spare(|| self.accept_now())
             {
                 let (stream, peer) = accepted;
-                return (self.take_in(stream, peer), peer);
+                return (self.admit(stream, peer), peer);
             }
             descriptors::after_failed_accept(&self.listener, "HTTP", &error, b"").await;
         }
@@ -126,9 +126,9 @@ impl Listener {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
     /// No request is under way.
-    Between,
+    Idle,
     /// A request is being read.
-    Asked,
+    Reading,
     /// An answer is being written.
     Answering,
 }
@@ -142,20 +142,20 @@ pub(super) struct Connection {
     progress: Progress,
     requests: u32,
     /// Must be the last field: the slot is free once the socket is closed.
-    _place: Slot,
+    _slot: Slot,
 }
 
 /// The slot of one connection, until dropped.
 struct Slot {
-    inside: Arc<Mutex<Inside>>,
+    connections: Arc<Mutex<Connections>>,
     slot: SlotId,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut inside = lock(&self.inside);
-        inside.slots.leave(self.slot);
-        inside.evict.remove(&self.slot);
+        let mut connections = lock(&self.connections);
+        connections.slots.release(self.slot);
+        connections.evict.remove(&self.slot);
         // The connection may have had the spare one, and is closed by now.
         descriptors::set_spare_aside();
     }
@@ -194,7 +194,7 @@ impl Connection {
 
     /// Whether the connection takes no further request.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
-        self.progress == Progress::Between
+        self.progress == Progress::Idle
             && (self.requests >= MAX_REQUESTS || self.life.as_mut().poll(cx).is_ready())
     }
 }
@@ -211,8 +211,8 @@ impl AsyncRead for Connection {
         }
         let before = buf.filled().len();
         let done = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before && self.progress == Progress::Between {
-            self.progress = Progress::Asked;
+        if buf.filled().len() > before && self.progress == Progress::Idle {
+            self.progress = Progress::Reading;
             self.requests += 1;
         }
         self.patiently(cx, done)
@@ -245,7 +245,7 @@ impl AsyncWrite for Connection {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // Called when an answer has been written to its end.
         if self.progress == Progress::Answering {
-            self.progress = Progress::Between;
+            self.progress = Progress::Idle;
         }
         Pin::new(&mut self.stream).poll_flush(cx)
     }

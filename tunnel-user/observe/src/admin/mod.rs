@@ -35,7 +35,7 @@ use crate::process;
 use cpc_host::descriptors;
 use cpc_host::report::report;
 
-/// Counter of connections refused for want of a file descriptor.
+/// Counter of connections that were refused because no file descriptor was left.
 #[derive(Debug)]
 struct Refused;
 
@@ -131,7 +131,7 @@ fn metrics() -> MethodRouter<Admin> {
 async fn write_metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     admin.source.refresh();
     let accept = headers.get_all(header::ACCEPT).into_iter();
-    let format = Format::asked_for(accept.filter_map(|value| value.to_str().ok()));
+    let format = Format::accepted(accept.filter_map(|value| value.to_str().ok()));
     match format.page(&admin.registry) {
         Ok(page) => ([(header::CONTENT_TYPE, format.content_type())], page).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),

@@ -130,7 +130,7 @@ pub fn ca_refused(server: &str, ca: &str, key: &dyn Display, why: &(dyn Error + 
     tracing::info!(target: AUDIT, event = "ca_refused", server, ca, %key, why = report(why));
 }
 
-/// Records that too many records of one kind came, and how many were left out.
+/// Records the number of records of one kind that were suppressed because there were too many.
 pub(super) fn suppressed(of: &str, records: u64, last: &str) {
     tracing::info!(target: AUDIT, event = "suppressed", suppressed = records, of, last);
 }

@@ -33,7 +33,7 @@ use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use self::sink::Sink;
-use super::line_writer::Lines;
+use super::line_writer::LineWriter;
 use super::logging::ACCESS;
 use super::throttle::{self, Throttle};
 use cpc_config::AuditConfig;
@@ -60,9 +60,9 @@ pub struct AuditError {
 
 /// The audit of a process. Dropping the last handle writes the pending records.
 #[derive(Clone)]
-pub struct Audit(Arc<Kept>);
+pub struct Audit(Arc<Shared>);
 
-struct Kept {
+struct Shared {
     counts: Arc<Counts>,
     overflow: Vec<ErrorCounter>,
     throttle: Throttle,
@@ -97,14 +97,14 @@ impl Audit {
             let (writer, guard) = NonBlockingBuilder::default()
                 .lossy(true)
                 .thread_name("audit")
-                .finish(Lines::new(sink));
+                .finish(LineWriter::new(sink));
             overflow.push(writer.error_counter());
             writers.push(guard);
             let wanted = filter_fn(move |metadata| metadata.target() == target);
             let wanted = wanted.with_max_level_hint(LevelFilter::INFO);
             layers.push(records(writer, wanted.and(throttle.clone())));
         }
-        let audit = Self(Arc::new(Kept {
+        let audit = Self(Arc::new(Shared {
             counts,
             overflow,
             throttle,
@@ -113,7 +113,7 @@ impl Audit {
         Ok((audit, layers))
     }
 
-    /// Records which decisions were left out since the last call.
+    /// Records the suppressed decisions since the last call.
     pub fn report(&self) {
         for lines in self.0.throttle.take_suppressed() {
             events::suppressed(&lines.kind, lines.lines, &lines.last);
@@ -138,7 +138,7 @@ impl Audit {
         self.0.counts.removed.load(Ordering::Relaxed)
     }
 
-    /// Returns the number of records that were left out, because too many came of one kind.
+    /// Returns the number of suppressed records.
     pub fn suppressed(&self) -> u64 {
         self.0.throttle.total()
     }

@@ -18,14 +18,14 @@ use cpc_host::report::report;
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// Minimum interval between log lines about lost records.
-const COMPLAIN_AFTER: Duration = Duration::from_secs(60);
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A sink that counts lines and never fails: it logs its errors instead.
 pub(super) struct Sink {
     files: Option<Files>,
     journal: Option<UnixDatagram>,
     counts: Arc<Counts>,
-    complained: Option<Instant>,
+    reported: Option<Instant>,
 }
 
 impl Sink {
@@ -57,7 +57,7 @@ impl Sink {
             files: files.transpose()?,
             journal: journal.transpose()?,
             counts,
-            complained: None,
+            reported: None,
         })
     }
 
@@ -83,10 +83,10 @@ impl Sink {
         (missing, error)
     }
 
-    fn complain(&mut self, why: &io::Error) {
-        let is_news = |at: Instant| at.elapsed() >= COMPLAIN_AFTER;
-        if self.complained.is_none_or(is_news) {
-            self.complained = Some(Instant::now());
+    fn report_loss(&mut self, why: &io::Error) {
+        let is_due = |at: Instant| at.elapsed() >= REPORT_INTERVAL;
+        if self.reported.is_none_or(is_due) {
+            self.reported = Some(Instant::now());
             tracing::error!(
                 why = report(why),
                 "audit records are lost (cpc_audit_records_lost_total)"
@@ -99,7 +99,7 @@ impl Write for Sink {
     fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
         let (missing, error) = self.put(lines);
         if let Some(error) = error {
-            self.complain(&error);
+            self.report_loss(&error);
         }
         let written = line_count(lines).saturating_sub(missing);
         self.counts.written.fetch_add(written, Ordering::Relaxed);
@@ -144,7 +144,7 @@ mod tests {
             files,
             journal,
             counts: Arc::default(),
-            complained: None,
+            reported: None,
         }
     }
 

@@ -72,7 +72,7 @@ impl<F: Medium> Tail<F> {
             return Ok(());
         };
         if written.cut > 0 && self.take_back(written.cut as u64).is_ok() {
-            self.end.taken_back();
+            self.end.note_truncated();
         }
         let whole = written.whole;
         Err(Unwritten { whole, why })

@@ -29,7 +29,8 @@ fn registry() -> Registry {
     registry
 }
 
-/// Every counter's family bears `_total` where its samples do, and bounds are those of Go.
+/// The family of a counter has the suffix `_total` where its samples have it, and bounds are those
+/// of Go.
 #[test]
 fn the_text_format_is_what_gos_parser_reads() {
     let page = Format::Text.page(&registry()).unwrap();
@@ -108,7 +109,7 @@ fn open_metrics_is_for_those_who_ask_for_it() {
         (&[",;,=;q"], Format::Text),
     ] {
         assert_eq!(
-            Format::asked_for(accept.iter().copied()),
+            Format::accepted(accept.iter().copied()),
             expected,
             "{accept:?}"
         );

@@ -10,8 +10,8 @@ use super::*;
 
 const RATES: Rates = Rates {
     source: rate(3, Duration::from_secs(10)),
-    known: rate(5, Duration::from_secs(1)),
-    strangers: rate(4, Duration::from_secs(1)),
+    identities: rate(5, Duration::from_secs(1)),
+    networks: rate(4, Duration::from_secs(1)),
 };
 
 fn identity(name: &str) -> Source<'_> {

@@ -1,4 +1,4 @@
-//! What is redirected, and what is left alone.
+//! The sockets and connections that the redirect captures, and those that it ignores.
 
 use std::net::UdpSocket;
 
@@ -91,8 +91,8 @@ fn a_connect_by_the_first_write_is_redirected() {
     assert_eq!(it.count(Counter::Redirected), 1);
 }
 
-/// Which sockets are redirected was decided when they were made. Whoever uses one, in whatever cgroup,
-/// changes nothing: one that was made outside takes the ordinary route, and one made inside does not.
+/// The creation of a socket decides whether it is redirected. Its user and their cgroup don't
+/// matter: a socket created outside takes the ordinary route, and one created inside does not.
 #[test]
 fn sockets_keep_the_cgroup_in_which_they_were_made() {
     let Some(it) = Attached::new() else { return };

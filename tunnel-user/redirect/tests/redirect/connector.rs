@@ -1,4 +1,4 @@
-//! A connector as far as the redirect sees it: it listens, beats, and takes origins.
+//! A connector as the redirect sees it: it listens, beats, and takes origins.
 
 use std::{
     io::{self, Write},
@@ -15,7 +15,7 @@ use cpc_redirect::{Flows, Heartbeat, Redirect, listen};
 
 use crate::lab::{Netns, settle};
 
-/// A v4 and a v6 listener, not served by anybody yet.
+/// An IPv4 and an IPv6 listener without a server yet.
 pub(crate) struct Listeners(pub(crate) TcpListener, pub(crate) TcpListener);
 
 impl Listeners {
@@ -26,13 +26,13 @@ impl Listeners {
         Self(open("127.0.0.1:0"), open("[::1]:0"))
     }
 
-    /// Opens them where other ones were.
+    /// Opens listeners at the addresses of earlier ones.
     pub(crate) fn reopen(netns: &Netns, [v4, v6]: [SocketAddr; 2]) -> Self {
         let open = |address| listen(Some(&netns.path()), address).expect("listener");
         Self(open(v4), open(v6))
     }
 
-    /// Makes them the attachment's.
+    /// Makes them the listeners of the attachment.
     pub(crate) fn announce(&self, heartbeat: &mut Heartbeat) {
         for listener in [&self.0, &self.1] {
             heartbeat.listen(listener).unwrap();
@@ -44,7 +44,7 @@ impl Listeners {
     }
 }
 
-/// Serves connections until it is dropped: tells each where it had wanted to go.
+/// A server that answers each connection with its requested destination, until dropped.
 pub(crate) struct Connector {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,

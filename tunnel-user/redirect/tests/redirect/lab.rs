@@ -1,9 +1,9 @@
-//! A host of its own for a test: namespaces, a cgroup, a BPF file system, and a network of which
-//! a part is captured.
+//! A host for one test: namespaces, a cgroup, a BPF file system, and a network of which a part is
+//! captured.
 //!
 //! The namespaces have a loopback interface and nothing else. Captured networks are routed to it,
 //! so that a connection that escapes reaches a decoy instead of failing for another reason.
-//! Everything goes when the laboratory is dropped.
+//! Dropping the laboratory removes everything.
 
 use std::{
     fs::{self, File},
@@ -50,7 +50,7 @@ pub(crate) const OTHER_V4: &str = "10.98.1.2";
 /// Number of the tenant.
 pub(crate) const TENANT: u32 = 7;
 
-/// The laboratory, or `None` where it can't be had. In CI that is a failure.
+/// Returns the laboratory; `None` where the host can't have one, which fails in CI.
 pub(crate) fn lab() -> Option<Lab> {
     let missing = if !Uid::effective().is_root() {
         "needs root"
@@ -63,7 +63,7 @@ pub(crate) fn lab() -> Option<Lab> {
     None
 }
 
-/// Says why a test can't run. In CI that is a failure.
+/// Prints why a test can't run, which fails in CI.
 pub(crate) fn skip(missing: &str) {
     assert!(
         std::env::var_os("CI").is_none(),
@@ -72,8 +72,8 @@ pub(crate) fn skip(missing: &str) {
     eprintln!("skipped: {missing}");
 }
 
-/// The laboratory of a test that expects errnos of connect(2), which the kernel lets a program choose
-/// from Linux 6.1 on.
+/// Returns the laboratory of a test that expects errnos of connect(2). The kernel lets a program
+/// choose them since Linux 6.1.
 pub(crate) fn lab_with_errno() -> Option<Lab> {
     if !kernel::is_since((6, 1)) {
         skip(&format!(
@@ -130,7 +130,7 @@ pub(crate) fn rule(cidr: &str) -> Rule {
     }
 }
 
-/// A network namespace that lives as long as this handle.
+/// A network namespace that lasts as long as this handle.
 pub(crate) struct Netns(File);
 
 impl Netns {
@@ -158,12 +158,12 @@ impl Netns {
         format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
 
-    /// Runs something inside.
+    /// Runs `work` in the namespace.
     pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> T {
         within(Some(&self.path()), work).unwrap()
     }
 
-    /// Listens where connections arrive that were not redirected, and answers them so.
+    /// Listens at the destination of connections that escape the redirect, and answers "decoy".
     pub(crate) fn decoy(&self, port: u16) {
         let listener = self.within(|| TcpListener::bind((IpAddr::from([0_u16; 8]), port)));
         thread::spawn(move || {
@@ -178,7 +178,7 @@ impl Netns {
 /// A cgroup of version 2.
 pub(crate) struct Cgroup {
     path: PathBuf,
-    /// Where the hierarchy had to be mounted for it.
+    /// Mount of the hierarchy, where the host had none.
     _mount: Option<Mount>,
 }
 
@@ -220,7 +220,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// Removes a cgroup and what a test has left in it.
+/// Removes a cgroup and the cgroups that a test has left in it.
 fn remove_tree(path: &Path) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -230,7 +230,7 @@ fn remove_tree(path: &Path) {
     remove_cgroup(path);
 }
 
-/// Removes a cgroup whose last process may still be on its way out.
+/// Removes a cgroup whose last process may still be exiting.
 pub(crate) fn remove_cgroup(path: &Path) {
     for _ in 0..200 {
         match fs::remove_dir(path) {
@@ -244,7 +244,7 @@ pub(crate) fn remove_cgroup(path: &Path) {
     eprintln!("{}: still in use", path.display());
 }
 
-/// A file system on a directory of its own.
+/// A file system mounted on a temporary directory.
 struct Mount(TempDir);
 
 impl Mount {
@@ -273,16 +273,16 @@ impl Drop for Mount {
     }
 }
 
-/// Held while a new process still has copies of our descriptors.
+/// Lock held while a new process still has copies of our descriptors.
 static FORKING: Mutex<()> = Mutex::new(());
 
-/// Waits until what was closed is closed everywhere.
+/// Waits until every process has closed its copies of closed descriptors.
 pub(crate) fn settle() {
     drop(FORKING.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
-/// A process in a cgroup and a namespace that makes sockets for the test: what happens to a
-/// socket depends on where it was made, not on who uses it.
+/// A process in a cgroup and a namespace that creates sockets for the test: the place of its
+/// creation decides about a socket, and not its user.
 pub(crate) struct Factory {
     channel: UnixStream,
     child: Pid,
@@ -337,7 +337,7 @@ impl Factory {
         Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
     }
 
-    /// Moves the process, and not the sockets that it has made.
+    /// Moves the process without the sockets that it has created.
     pub(crate) fn move_to(&self, cgroup: &Path) {
         fs::write(cgroup.join("cgroup.procs"), self.child.to_string()).unwrap();
     }

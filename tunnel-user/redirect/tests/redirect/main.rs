@@ -41,7 +41,7 @@ use lab::{
 };
 use socket2::{Domain, Socket, Type};
 
-/// A laboratory with an attachment whose connector runs, all captured addresses served.
+/// A laboratory with an attachment and a running connector that serves all captured addresses.
 struct Attached {
     redirect: Redirect,
     spec: AttachmentSpec,
@@ -55,7 +55,7 @@ impl Attached {
         Self::with(lab()?, |redirect| redirect)
     }
 
-    /// Of a test that expects errnos.
+    /// Returns the laboratory of a test that expects errnos.
     fn with_errno() -> Option<Self> {
         Self::with(lab_with_errno()?, |redirect| redirect)
     }
@@ -138,8 +138,7 @@ fn connect(factory: &Factory, to: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// What the other side says of itself: where the connection had wanted to go, or "decoy".
-/// Time that an answer may take.
+/// Timeout of an answer: the requested destination, or "decoy".
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn answer(socket: Socket) -> io::Result<String> {
@@ -153,7 +152,7 @@ fn ask(factory: &Factory, to: SocketAddr) -> io::Result<String> {
     answer(connect(factory, to)?)
 }
 
-/// The errno with which connecting fails.
+/// Returns the errno of a failed connect.
 fn errno(factory: &Factory, to: SocketAddr) -> i32 {
     match connect(factory, to) {
         Ok(socket) => panic!("{to}: connected to {:?}", answer(socket)),

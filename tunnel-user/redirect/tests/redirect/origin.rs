@@ -1,4 +1,4 @@
-//! What the accepting side learns.
+//! Origins, as the accepting side gets them.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What is refused, and how.
+//! Refused connections, and their errors.
 
 use std::process::Command;
 
@@ -108,7 +108,7 @@ fn a_stuck_connector_is_refused() {
     assert_eq!(status[0].counters["refused_stuck"], 2);
 }
 
-/// The connector is gone, its last beat still counts, and another program has its port.
+/// The connector has ended, its last beat still counts, and another program has its port.
 #[test]
 fn a_stranger_on_the_connectors_port_gets_nothing() {
     let Some(it) = Attached::with_errno() else {

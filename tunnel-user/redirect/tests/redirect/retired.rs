@@ -108,7 +108,7 @@ fn a_retired_program_goes_with_the_next_attach() {
     assert_eq!(ask(&it.client, at(V4)).unwrap(), at(V4).to_string());
 }
 
-/// An earlier version left its maps where it detached.
+/// An earlier version left its maps when it detached.
 #[test]
 fn retired_maps_go_where_nothing_is_attached() {
     let Some(it) = Attached::new() else { return };

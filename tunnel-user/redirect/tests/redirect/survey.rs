@@ -1,4 +1,4 @@
-//! Attachments that others have left: they are found, named, and taken away.
+//! Attachments of other processes: the survey finds and names them, and a command removes them.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -10,7 +10,7 @@ impl Attached {
         self.redirect.verify(&self.spec.name, cgroup)
     }
 
-    /// Waits until the connector has told the kernel where it listens.
+    /// Waits until the kernel knows the listeners of the connector.
     fn wait_for_a_beat(&self) {
         let beats = || {
             self.redirect.status().unwrap()[0]
@@ -22,7 +22,7 @@ impl Attached {
         }
     }
 
-    /// Names of those that decide over the same connections.
+    /// Returns the names of the attachments that decide over the same connections.
     fn rivals(&self) -> Vec<String> {
         let rivals = self.redirect.rivals(&self.spec, &[&self.spec.name]);
         let mut names: Vec<_> = { rivals.unwrap().into_iter() }

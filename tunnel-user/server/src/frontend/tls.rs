@@ -8,7 +8,7 @@ use tokio_rustls::TlsAcceptor;
 use super::listener::Protocol;
 use cpc_config::frontend::TcpFrontend;
 use cpc_host::report::report;
-use cpc_identity::caller_verifier::Callers;
+use cpc_identity::caller_verifier::CallerVerifier;
 use cpc_identity::floor::{Accepted, accepted};
 use cpc_identity::lifetime::{Certificates, Lifetime, Purpose};
 use cpc_identity::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
@@ -110,7 +110,7 @@ fn read(
     let mut lifetimes = Lifetime::cas(Purpose::Frontend, &anchors, &config.client_ca);
     lifetimes.extend(Lifetime::own(Purpose::Frontend, &key, &config.cert));
     let whom = (Role::Client, tenant.clone());
-    let callers = Callers::new(anchors, provider.clone(), whom, revocations.clone());
+    let callers = CallerVerifier::new(anchors, provider.clone(), whom, revocations.clone());
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)
         .map_err(|e| file(&config.cert, e.to_string()))?

@@ -113,7 +113,7 @@ fn nothing_is_waited_for_where_nothing_is_under_way() {
     };
     let goodbye = |bench: &mut Bench| {
         bench.end.sent(ONE, 5, bench.now);
-        bench.end.says_goodbye(ONE);
+        bench.end.note_session_end(ONE);
         bench.end.finish(ONE, bench.now);
     };
     let ways: [&dyn Fn(&mut Bench); 4] = [&idle, &left, &left_before, &goodbye];
@@ -147,7 +147,7 @@ fn a_client_that_leaves_ends_the_wait() {
 #[test]
 fn what_follows_a_goodbye_is_a_request() {
     let mut bench = Bench::connected();
-    bench.end.says_goodbye(ONE);
+    bench.end.note_session_end(ONE);
     bench.end.sent(ONE, 5, bench.now);
     bench.end.finish(ONE, bench.now);
     bench.pass_answered(LINGER - MOMENT);

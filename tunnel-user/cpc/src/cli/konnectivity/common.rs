@@ -41,13 +41,13 @@ pub(super) struct Base {
 }
 
 impl Base {
-    /// The file, where one is named.
+    /// Returns the file, if the command names one.
     pub(super) fn file(&self) -> Option<&Path> {
         let file = self.config.as_deref();
         file.filter(|file| !file.as_os_str().is_empty())
     }
 
-    /// Log configuration.
+    /// Applies the flags of the log.
     pub(super) fn apply_log(&self, log: &mut LogConfig) {
         if let Some(level) = self.v {
             log.filter = filter(level).into();
@@ -56,7 +56,7 @@ impl Base {
     }
 
     /// Returns one sentence about all flags without effect.
-    pub(super) fn in_vain(&self, mut flags: Vec<String>) -> Option<String> {
+    pub(super) fn unused_note(&self, mut flags: Vec<String>) -> Option<String> {
         flags.extend(self.ignored.iter().map(|argument| format!("{argument:?}")));
         (!flags.is_empty()).then(|| format!("without effect here: {}", flags.join(" ")))
     }
@@ -77,13 +77,13 @@ pub(super) fn wrong(flag: &'static str, why: impl Into<String>) -> ConfigError {
 }
 
 /// Returns `None` for an empty text, as Go does.
-pub(super) fn given(text: &Option<String>) -> Option<&str> {
+pub(super) fn non_empty(text: &Option<String>) -> Option<&str> {
     text.as_deref().filter(|text| !text.is_empty())
 }
 
 /// Returns the file that a flag names.
 pub(super) fn path(text: &Option<String>) -> Option<PathBuf> {
-    given(text).map(PathBuf::from)
+    non_empty(text).map(PathBuf::from)
 }
 
 /// Returns the files of the flags of a certificate and its key: both or neither.
@@ -108,7 +108,7 @@ pub(super) fn pair(
 /// [`ConfigError::Value`] naming the first flag whose file is missing.
 pub(super) fn exist(files: &[(&'static str, &Option<String>)]) -> Result<(), ConfigError> {
     for (flag, file) in files {
-        if let Some(file) = given(file)
+        if let Some(file) = non_empty(file)
             && let Err(error) = std::fs::metadata(file)
         {
             return Err(wrong(flag, format!("{file}: {error}")));

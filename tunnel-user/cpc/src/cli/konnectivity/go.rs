@@ -1,4 +1,4 @@
-//! Values as Go programs write them on their command lines (packages `strconv` and `time`).
+//! Values in the syntax of Go's command lines (packages `strconv` and `time`).
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(super) enum GoError {
     Positive(String),
 }
 
-/// A length of time, as `time.ParseDuration` reads it, but never below zero.
+/// Parses a duration like `time.ParseDuration`, but rejects negative ones.
 ///
 /// # Errors
 /// [`GoError::Duration`], [`GoError::Negative`].
@@ -60,7 +60,7 @@ fn is_number(c: char) -> bool {
     c == '.' || c.is_ascii_digit()
 }
 
-/// `None`: no number, no unit, or too long.
+/// Returns `None` for an invalid number or unit, and for too long a duration.
 fn nanoseconds(number: &str, unit: &str) -> Option<u64> {
     let unit: u64 = match unit {
         "ns" => 1,
@@ -90,7 +90,7 @@ fn nanoseconds(number: &str, unit: &str) -> Option<u64> {
     whole.checked_mul(unit)?.checked_add(tenths.sum())
 }
 
-/// `strconv.ParseBool`.
+/// Parses a boolean like `strconv.ParseBool`.
 ///
 /// # Errors
 /// [`GoError::Bool`].
@@ -102,7 +102,8 @@ pub(super) fn boolean(text: &str) -> Result<bool, GoError> {
     }
 }
 
-/// `strconv.ParseInt` with base 0: `8091`, `0x1f9b`, `0o17`, `017`, `0b1`, `1_000`.
+/// Parses an integer like `strconv.ParseInt` with base 0: `8091`, `0x1f9b`, `0o17`, `017`, `0b1`,
+/// `1_000`.
 ///
 /// # Errors
 /// [`GoError::Integer`].
@@ -126,7 +127,7 @@ pub(super) fn integer(text: &str) -> Result<i64, GoError> {
         .ok_or_else(|| GoError::Integer(text.into()))
 }
 
-/// An integer above zero.
+/// Parses an integer above zero.
 ///
 /// # Errors
 /// [`GoError::Integer`], [`GoError::Positive`].

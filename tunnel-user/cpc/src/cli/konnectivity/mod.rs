@@ -3,7 +3,7 @@
 //!
 //! Flags, defaults, environment variables and checks are Konnectivity's; each command translates
 //! them into the configuration of our server or agent, on top of a file if one is named, and runs
-//! that. What has no meaning here is taken and said once ([`unused`]).
+//! that. Flags without effect are accepted and logged once ([`unused`]).
 
 mod common;
 mod go;

@@ -29,7 +29,7 @@ pub(in crate::cli) struct Args {
     #[command(flatten)]
     counting: Counting,
     #[command(flatten)]
-    pages: Pages,
+    pages: HttpPorts,
     #[command(flatten)]
     own: Own,
     #[command(flatten)]
@@ -120,7 +120,7 @@ struct Counting {
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Health and metrics")]
-struct Pages {
+struct HttpPorts {
     /// Port of /healthz, /readyz, /ready and /metrics
     #[arg(long, default_value = "8093", value_parser = go::integer, value_name = "PORT")]
     health_server_port: i64,
@@ -198,7 +198,7 @@ impl Args {
         self.lay_over(&mut config, &mut notes)?;
         self.base.apply_log(&mut config.log);
         let in_vain = [self.fixed()?, self.unused.given()].concat();
-        notes.extend(self.base.in_vain(in_vain));
+        notes.extend(self.base.unused_note(in_vain));
         config
             .check()
             .map_err(|error| error.within(self.base.file()))?;

@@ -28,7 +28,7 @@ pub(in crate::cli) struct Args {
     #[command(flatten)]
     server: Server,
     #[command(flatten)]
-    pages: Pages,
+    pages: HttpPorts,
     #[command(flatten)]
     own: Own,
     #[command(flatten)]
@@ -165,7 +165,7 @@ struct Server {
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Health and metrics")]
-struct Pages {
+struct HttpPorts {
     /// Port of /healthz, /readyz, /ready and /metrics, 1024 to 49151
     #[arg(long, default_value = "8092", value_parser = go::integer, value_name = "PORT")]
     health_port: i64,
@@ -240,7 +240,7 @@ impl Args {
         let mut config = ServerConfig::load(self.base.file())?;
         self.lay_over(&mut config, &mut notes)?;
         self.base.apply_log(&mut config.log);
-        notes.extend(self.base.in_vain(self.unused.given()));
+        notes.extend(self.base.unused_note(self.unused.given()));
         config
             .check()
             .map_err(|error| error.within(self.base.file()))?;

@@ -12,11 +12,11 @@ use cpc_identity::join::issue_records::{Holder, IssueRecords};
 use cpc_identity::join::{IssueLog, IssueLogError};
 
 pub(super) fn list(log: &IssueLog, by_hand: &IssueLog, json: bool) -> anyhow::Result<()> {
-    let mut pages = log.read()?;
-    pages.by_hand = by_hand.read()?.issued;
+    let mut records = log.read()?;
+    records.by_hand = by_hand.read()?.issued;
     let time = Time::of(SystemTime::now());
     let shown = |at| humantime::format_rfc3339_seconds(at).to_string();
-    let valid = || pages.holders().filter(|(_, it)| time.now < it.until);
+    let valid = || records.holders().filter(|(_, it)| time.now < it.until);
     if json {
         let holders = valid().map(|(node, holder)| {
             json!({
@@ -26,8 +26,8 @@ pub(super) fn list(log: &IssueLog, by_hand: &IssueLog, json: bool) -> anyhow::Re
                 "since": shown(holder.since),
                 "until": shown(holder.until),
                 "token": holder.token,
-                "holds_name": pages.holds_name(holder, time),
-                "holds_addresses": held(&pages, holder, time),
+                "holds_name": records.holds_name(holder, time),
+                "holds_addresses": held(&records, holder, time),
             })
         });
         println!("{:#}", json!(holders.collect::<Vec<_>>()));
@@ -39,8 +39,8 @@ pub(super) fn list(log: &IssueLog, by_hand: &IssueLog, json: bool) -> anyhow::Re
             let lines: Vec<_> = addresses.iter().map(ToString::to_string).collect();
             lines.join("\n")
         };
-        let held = held(&pages, holder, time);
-        let holds = match pages.holds_name(holder, time) {
+        let held = held(&records, holder, time);
+        let holds = match records.holds_name(holder, time) {
             false => "released".into(),
             true if held == holder.addresses => "all".into(),
             true if held.is_empty() => "its name".into(),
@@ -68,24 +68,26 @@ pub(super) fn release(
     let addresses: Vec<_> = addresses.iter().map(IpAddr::to_canonical).collect();
     let by_hand = by_hand.read()?.issued;
     let time = Time::of(SystemTime::now());
-    let released = log.change(|pages| {
-        pages.by_hand = by_hand;
+    let released = log.change(|records| {
+        records.by_hand = by_hand;
         let is_meant = |of: &str, holder: &Holder| {
             node.is_none_or(|node| node == of)
                 && match addresses.is_empty() {
-                    true => pages.holds_name(holder, time),
-                    false => { addresses.iter() }.any(|it| pages.holds_address(holder, it, time)),
+                    true => records.holds_name(holder, time),
+                    false => { addresses.iter() }.any(|it| records.holds_address(holder, it, time)),
                 }
         };
-        let meant = pages.holders().filter(|(of, holder)| is_meant(of, holder));
+        let meant = records
+            .holders()
+            .filter(|(of, holder)| is_meant(of, holder));
         let meant: Vec<_> = meant
             .map(|(of, holder)| (of.to_owned(), holder.clone()))
             .collect();
         for (_, holder) in &meant {
             let named = addresses.iter().filter(|it| holder.addresses.contains(it));
-            named.for_each(|address| pages.release_address(&holder.serial, *address));
+            named.for_each(|address| records.release_address(&holder.serial, *address));
             if addresses.is_empty() {
-                pages.release(&holder.serial);
+                records.release(&holder.serial);
             }
         }
         Ok::<_, IssueLogError>(meant)
@@ -105,7 +107,7 @@ pub(super) fn release(
     Ok(())
 }
 
-fn held(pages: &IssueRecords, holder: &Holder, time: Time) -> Vec<IpAddr> {
+fn held(records: &IssueRecords, holder: &Holder, time: Time) -> Vec<IpAddr> {
     let addresses = holder.addresses.iter().copied();
-    { addresses.filter(|it| pages.holds_address(holder, it, time)) }.collect()
+    { addresses.filter(|it| records.holds_address(holder, it, time)) }.collect()
 }

@@ -8,7 +8,7 @@ use super::*;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A holder that renews ten times a second, and what stops it.
+/// Starts a holder that renews ten times a second. Returns its task, and the sender that stops it.
 async fn holder(api: &FakeKubernetes, ids: &[&str]) -> (JoinHandle<()>, oneshot::Sender<()>) {
     let labels = "app=us".parse().unwrap();
     let ids = ids.iter().map(|&id| id.into()).collect();
@@ -102,5 +102,8 @@ async fn an_end_without_an_api_server_does_not_take_long() {
     until(|| !api.leases().is_empty()).await;
     drop(api);
     stop.send(()).unwrap();
-    timeout(GOODBYE + SOON / 2, running).await.unwrap().unwrap();
+    timeout(DELETE_TIMEOUT + SOON / 2, running)
+        .await
+        .unwrap()
+        .unwrap();
 }

@@ -18,7 +18,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head, text};
 
 use cpc_datapath::LocalSocket;
-use cpc_datapath::socket::Departure;
+use cpc_datapath::socket::PeerClose;
 use cpc_observe::konnectivity::{ClientTraffic, PacketKind};
 use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 
@@ -386,7 +386,7 @@ impl LocalSocket for &ProxySocket {
 
     /// Waits for a reset, except one behind the end of the client or the target, which is the usual end
     /// of a call.
-    async fn revoked(&self) {
+    async fn broken_before_eof(&self) {
         self.reset().await;
         if self.closed.get() || self.finished.get() {
             std::future::pending().await
@@ -394,8 +394,8 @@ impl LocalSocket for &ProxySocket {
     }
 
     /// Returns the end of both directions: the protocol has no half-close.
-    fn departure(&self) -> Departure {
-        Departure::Whole
+    fn peer_close(&self) -> PeerClose {
+        PeerClose::Full
     }
 
     fn reset_on_close(&self, reset: bool) {

@@ -160,7 +160,7 @@ impl KonnectivityLink {
         let mut end = self.end.borrow_mut();
         end.sent(dial, bytes, Instant::now());
         if is_goodbye {
-            end.says_goodbye(dial);
+            end.note_session_end(dial);
         }
     }
 

@@ -10,7 +10,7 @@ use tokio_rustls::TlsAcceptor;
 use cpc_config::konnectivity::KonnectivityConfig;
 use cpc_config::tls_floor::TlsFloor;
 use cpc_host::report::report;
-use cpc_identity::caller_verifier::Callers;
+use cpc_identity::caller_verifier::CallerVerifier;
 use cpc_identity::floor::{Accepted, accepted};
 use cpc_identity::lifetime::{Certificates, Lifetime, Purpose};
 use cpc_identity::material::{MaterialError, fingerprint, load_anchors, load_key, watch};
@@ -131,7 +131,7 @@ fn read(files: &Files) -> Result<Loaded, MaterialError> {
             lifetimes.extend(Lifetime::cas(Purpose::Konnectivity, &anchors, ca));
             let whom = (Role::Agent, files.tenant.clone());
             let revocations = files.revocations.clone();
-            let agents = Callers::new(anchors, provider, whom, revocations);
+            let agents = CallerVerifier::new(anchors, provider, whom, revocations);
             builder.with_client_cert_verifier(agents)
         }
         None => builder.with_client_cert_verifier(Arc::new(NoClientAuth)),

@@ -110,9 +110,9 @@ impl EpollUdp {
             }
         };
         moved.count(meta[..count].iter());
-        let is_lent = room.is_lent();
+        let is_pooled = room.is_pooled();
         for meta in &meta[..count] {
-            if is_lent {
+            if is_pooled {
                 let bytes = room.part(SEGMENT, meta.len);
                 received.batches.push_back((*meta, bytes));
                 continue;

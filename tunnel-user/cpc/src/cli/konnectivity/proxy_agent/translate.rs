@@ -8,7 +8,7 @@ use std::time::Duration;
 use tunnel_proto::konnectivity::Identifiers;
 
 use super::Args;
-use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, port, wrong};
+use crate::cli::konnectivity::common::{keepalive, listen, non_empty, pair, path, port, wrong};
 use cpc_config::agent::ServerAddress;
 use cpc_config::allow_list;
 use cpc_config::konnectivity::{CountSource, LeaseConfig, ProxyServerConfig};
@@ -83,7 +83,7 @@ impl Args {
                 .iter()
                 .map(|error| format!("--agent-identifiers: {error}")),
         );
-        let agent_id = given(&self.agent.agent_id).map(str::to_owned);
+        let agent_id = non_empty(&self.agent.agent_id).map(str::to_owned);
         let agent_id = agent_id.or(kept.agent_id.clone());
         let alpn = self.server.alpn_proto.iter();
         Ok(ProxyServerConfig {
@@ -127,7 +127,7 @@ impl Args {
     fn pages(&self, config: &mut AgentConfig) -> Result<(), ConfigError> {
         let flags = &self.pages;
         let health = port("--health-server-port", flags.health_server_port, PORTS)?;
-        let host = given(&flags.health_server_host).unwrap_or_default();
+        let host = non_empty(&flags.health_server_host).unwrap_or_default();
         config.health = Some(listen("--health-server-host", host, health)?);
         let admin = port("--admin-server-port", flags.admin_server_port, PORTS)?;
         config.admin = listen("--admin-bind-address", &flags.admin_bind_address, admin)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tunnel_proto::preface::MAX_DEADLINE;
 
 use super::{Args, Mode};
-use crate::cli::konnectivity::common::{given, keepalive, listen, pair, path, port, wrong};
+use crate::cli::konnectivity::common::{keepalive, listen, non_empty, pair, path, port, wrong};
 use cpc_config::frontend::{Answers, FrontendConfig, TcpFrontend, UnixFrontend};
 use cpc_config::konnectivity::{KonnectivityConfig, LeaseConfig, TokenConfig};
 use cpc_config::kubernetes::Rate;
@@ -32,7 +32,7 @@ const CBC_SUITES: [&str; 4] = [
     "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA",
 ];
 
-/// Suites that Go always offers, whatever the list.
+/// Suites that Go always offers, with any list.
 const TLS13_SUITES: [&str; 3] = [
     "TLS_AES_128_GCM_SHA256",
     "TLS_AES_256_GCM_SHA384",
@@ -109,7 +109,7 @@ impl Args {
         let needed = "is needed without --uds-name: kube-apiserver is let in by certificate";
         let (cert, key) = tls.ok_or_else(|| wrong("--server-cert", needed))?;
         let client_ca = client_ca.ok_or_else(|| wrong("--server-ca-cert", needed))?;
-        let host = given(&flags.server_bind_address).unwrap_or_default();
+        let host = non_empty(&flags.server_bind_address).unwrap_or_default();
         Ok(FrontendConfig::Tcp(TcpFrontend {
             tcp: listen("--server-bind-address", host, port)?,
             cert,
@@ -130,7 +130,7 @@ impl Args {
     ) -> Result<KonnectivityConfig, ConfigError> {
         let flags = &self.agents;
         let port = port("--agent-port", flags.agent_port, PORTS)?;
-        let host = given(&flags.agent_bind_address).unwrap_or_default();
+        let host = non_empty(&flags.agent_bind_address).unwrap_or_default();
         let listen = listen("--agent-bind-address", host, port)?;
         let tls = pair(
             ("--cluster-cert", &flags.cluster_cert),
@@ -175,14 +175,14 @@ impl Args {
     fn token(&self) -> Result<Option<TokenConfig>, ConfigError> {
         let flags = &self.agents;
         let all = [
-            ("--agent-namespace", given(&flags.agent_namespace)),
+            ("--agent-namespace", non_empty(&flags.agent_namespace)),
             (
                 "--agent-service-account",
-                given(&flags.agent_service_account),
+                non_empty(&flags.agent_service_account),
             ),
             (
                 "--authentication-audience",
-                given(&flags.authentication_audience),
+                non_empty(&flags.authentication_audience),
             ),
         ];
         if all.iter().all(|(_, value)| value.is_none()) {
@@ -226,7 +226,7 @@ impl Args {
     }
 
     fn identity(&self, config: &mut ServerConfig) -> Result<(), ConfigError> {
-        let id = given(&self.server.server_id).map(str::to_owned);
+        let id = non_empty(&self.server.server_id).map(str::to_owned);
         config.server_id = id.or(config.server_id.take());
         if config.server_id.is_none() {
             config.server_id = Some(uuid::Uuid::new_v4().to_string());
@@ -250,7 +250,7 @@ impl Args {
     fn pages(&self, config: &mut ServerConfig) -> Result<(), ConfigError> {
         let flags = &self.pages;
         let health = port("--health-port", flags.health_port, PORTS)?;
-        let host = given(&flags.health_bind_address).unwrap_or_default();
+        let host = non_empty(&flags.health_bind_address).unwrap_or_default();
         config.health = Some(listen("--health-bind-address", host, health)?);
         let admin = port("--admin-port", flags.admin_port, PORTS)?;
         let host = match flags.admin_bind_address.as_str() {
@@ -262,7 +262,7 @@ impl Args {
     }
 
     fn floor(&self, notes: &mut Vec<String>) -> Result<TlsFloor, ConfigError> {
-        let min_version = match given(&self.server.tls_min_version) {
+        let min_version = match non_empty(&self.server.tls_min_version) {
             Some("VersionTLS13") => TlsVersion::Tls13,
             None | Some("VersionTLS12") => TlsVersion::Tls12,
             Some(old @ ("VersionTLS10" | "VersionTLS11")) => {

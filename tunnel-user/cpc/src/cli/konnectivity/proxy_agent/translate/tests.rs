@@ -15,7 +15,7 @@ fn translate(flags: &[&str]) -> Result<Translated<AgentConfig>, String> {
     args.translate().map_err(|error| error.to_string())
 }
 
-/// A command line that is right, with more at its end.
+/// Returns a valid command line with additional arguments.
 fn with(flags: &[&str]) -> Result<Translated<AgentConfig>, String> {
     translate(&[&["--ca-cert=ca.crt"], flags].concat())
 }

@@ -13,7 +13,7 @@ fn translate(flags: &[&str]) -> Result<Translated<ServerConfig>, String> {
     args.translate().map_err(|error| error.to_string())
 }
 
-/// A command line that is right, with more at its end.
+/// Returns a valid command line with additional arguments.
 fn with(flags: &[&str]) -> Result<Translated<ServerConfig>, String> {
     let usual = [
         "--uds-name=/run/k.sock",
@@ -37,8 +37,8 @@ fn konnectivity(flags: &[&str]) -> KonnectivityConfig {
     config(flags).konnectivity.unwrap()
 }
 
-/// The command line that Kubernetes' documentation gives for kubeadm clusters; the installers of
-/// k0s and Kamaji have others of the kind.
+/// The command line of Kubernetes' documentation for kubeadm clusters; the installers of k0s and
+/// Kamaji have similar ones.
 #[test]
 fn with_tokens_on_a_unix_socket() {
     for (flags, agent_port) in [
@@ -125,7 +125,8 @@ fn with_tokens_on_a_unix_socket() {
     }
 }
 
-/// kOps' and GKE's: HTTP CONNECT, over TCP or on a Unix socket, and certificates of agents.
+/// The command lines of kOps and GKE: HTTP CONNECT over TCP or on a Unix socket, and certificates
+/// of agents.
 #[test]
 fn with_certificates_and_http_connect() {
     let flags = [
