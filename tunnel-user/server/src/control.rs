@@ -1,5 +1,7 @@
 //! The control task: owns the registry, and publishes snapshots of the routes to the shards, to the
-//! kernel and to readiness. It makes all decisions that concern all shards.
+//! kernel and to readiness. It makes all decisions that concern all shards ([`batch`]).
+
+mod batch;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,9 +13,10 @@ use tokio::time::sleep;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
+use self::batch::{Batch, Change, Effect, Snapshot, pause_after};
 use super::grants::Grants;
 use super::limits::Limit;
-use super::registry::{Backends, Registry, Verdict};
+use super::registry::{Backends, Registry, Session, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
 use cpc_identity::Identity;
 
@@ -22,17 +25,6 @@ const QUEUE: usize = 1024;
 
 /// Interval between removals of expired memories.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Pause after a change of the routes, as a multiple of its duration: changes meanwhile count as one.
-/// So agents that change their offers all the time get a fifth of one core, however many they are.
-const PAUSE_FACTOR: u32 = 4;
-
-/// Maximum pause.
-const MAX_PAUSE: Duration = Duration::from_millis(500);
-
-fn pause_after(work: Duration) -> Duration {
-    (work * PAUSE_FACTOR).min(MAX_PAUSE)
-}
 
 /// A session, for status.
 #[derive(Debug)]
@@ -45,23 +37,20 @@ pub struct SessionView {
     pub refused: Vec<Refusal>,
 }
 
+impl SessionView {
+    fn new(session: &Session) -> Self {
+        Self {
+            info: session.info.clone(),
+            claims: session.claims.clone(),
+            refused: session.refused.clone(),
+        }
+    }
+}
+
 enum Request {
-    Connect {
-        info: Arc<LinkInfo>,
-        instance: InstanceId,
-        predecessor: Option<InstanceId>,
-        offer: Vec<Claim>,
-        reply: oneshot::Sender<Verdict>,
-    },
-    Offer {
-        link: LinkId,
-        offer: Vec<Claim>,
-        reply: oneshot::Sender<Verdict>,
-    },
-    Changed(LinkId),
+    /// A change, and the receiver of the verdict.
+    Change(Change, Option<oneshot::Sender<Verdict>>),
     Holds(Identity, InstanceId, oneshot::Sender<bool>),
-    Disconnect(LinkId),
-    SetGrants(Box<Grants>),
     View(oneshot::Sender<Vec<SessionView>>),
 }
 
@@ -146,33 +135,34 @@ impl ControlHandle {
         (instance, predecessor): (InstanceId, Option<InstanceId>),
         offer: Vec<Claim>,
     ) -> Option<Verdict> {
-        let (reply, verdict) = oneshot::channel();
-        self.requests
-            .send(Request::Connect {
-                info,
-                instance,
-                predecessor,
-                offer,
-                reply,
-            })
-            .await
-            .ok()?;
-        verdict.await.ok()
+        let connect = Change::Connect {
+            info,
+            instance,
+            predecessor,
+            offer,
+        };
+        self.judge(connect).await
     }
 
     /// Replaces a session's offer. Returns `None` if the session is gone, or the process is ending.
     pub async fn offer(&self, link: LinkId, offer: Vec<Claim>) -> Option<Verdict> {
+        self.judge(Change::Offer(link, offer)).await
+    }
+
+    async fn judge(&self, change: Change) -> Option<Verdict> {
         let (reply, verdict) = oneshot::channel();
-        self.requests
-            .send(Request::Offer { link, offer, reply })
-            .await
-            .ok()?;
+        let request = Request::Change(change, Some(reply));
+        self.requests.send(request).await.ok()?;
         verdict.await.ok()
+    }
+
+    async fn apply(&self, change: Change) {
+        let _ = self.requests.send(Request::Change(change, None)).await;
     }
 
     /// Notes that a link became available, or ceased to be.
     pub async fn changed(&self, link: LinkId) {
-        let _ = self.requests.send(Request::Changed(link)).await;
+        self.apply(Change::Availability(link)).await;
     }
 
     /// Whether there is a session of that process.
@@ -184,12 +174,12 @@ impl ControlHandle {
 
     /// Notes the end of a session.
     pub async fn disconnect(&self, link: LinkId) {
-        let _ = self.requests.send(Request::Disconnect(link)).await;
+        self.apply(Change::Disconnect(link)).await;
     }
 
     /// Replaces the policy.
     pub async fn set_grants(&self, grants: Grants) {
-        let _ = self.requests.send(Request::SetGrants(grants.into())).await;
+        self.apply(Change::Grants(grants.into())).await;
     }
 
     /// Returns all sessions, for status.
@@ -212,8 +202,6 @@ pub struct Control {
     handle: ControlHandle,
     published: watch::Sender<()>,
     publish: Publish,
-    /// New links, and the processes that theirs know to have ended.
-    arrived: Vec<(LinkId, Option<InstanceId>)>,
 }
 
 impl Control {
@@ -234,7 +222,6 @@ impl Control {
             handle,
             published,
             publish,
-            arrived: Vec::new(),
         }
     }
 
@@ -245,100 +232,60 @@ impl Control {
 
     /// Runs without end.
     pub async fn run(mut self) {
-        self.publish();
+        let first = batch::snapshot(&mut self.registry);
+        self.publish(first);
         let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
-        let mut batch = Vec::new();
+        let mut requests = Vec::new();
         loop {
             tokio::select! {
-                _ = self.requests.recv_many(&mut batch, QUEUE) => {}
+                _ = self.requests.recv_many(&mut requests, QUEUE) => {}
                 _ = expire.tick() => {}
             }
             let began = Instant::now();
-            let mut changed = self.registry.expire(began);
-            // Answered after the routes are in force: who is welcomed can be reached.
-            let mut verdicts = Vec::new();
-            for request in batch.drain(..) {
-                changed |= self.handle_request(request, &mut verdicts);
-            }
-            if changed {
-                self.publish();
-            }
-            // What ends now is dialled again over those that have come.
-            for (link, predecessor) in self.arrived.drain(..) {
-                self.registry.succeed(link, predecessor);
-            }
-            for (reply, verdict) in verdicts {
-                // The requester may have gone.
-                let _ = oneshot::Sender::send(reply, verdict);
-            }
-            if changed {
+            if self.run_batch(requests.drain(..), began) {
                 sleep(pause_after(began.elapsed())).await;
             }
         }
     }
 
-    /// Handles a request. Returns whether routes may have changed.
-    fn handle_request(
-        &mut self,
-        request: Request,
-        verdicts: &mut Vec<(oneshot::Sender<Verdict>, Verdict)>,
-    ) -> bool {
-        let now = Instant::now();
-        match request {
-            Request::Connect {
-                info,
-                instance,
-                predecessor,
-                offer,
-                reply,
-            } => {
-                self.arrived.push((info.id, predecessor));
-                let verdict = self.registry.connect(info, instance, offer, now);
-                verdicts.push((reply, verdict));
-            }
-            Request::Offer { link, offer, reply } => {
-                let Some(verdict) = self.registry.offer(link, offer, now) else {
-                    return false;
-                };
-                let is_new = verdict.is_new;
-                verdicts.push((reply, verdict));
-                return is_new;
-            }
-            Request::Changed(link) => self.registry.changed(link, now),
-            Request::Holds(identity, instance, reply) => {
-                let mut sessions = self.registry.sessions();
-                let holds = sessions.any(|session| {
-                    let own = &session.info.identity;
-                    let own = (&own.trust_domain, &own.name, session.instance);
-                    own == (&identity.trust_domain, &identity.name, instance)
-                });
-                let _ = reply.send(holds);
-                return false;
-            }
-            Request::Disconnect(link) => self.registry.disconnect(link, now),
-            Request::SetGrants(grants) => self.registry.set_grants(*grants, now),
-            Request::View(reply) => {
-                let view = self.registry.sessions().map(|session| SessionView {
-                    info: session.info.clone(),
-                    claims: session.claims.clone(),
-                    refused: session.refused.clone(),
-                });
-                let _ = reply.send(view.collect());
-                return false;
+    /// Handles requests. Returns whether routes may have changed.
+    fn run_batch(&mut self, requests: impl Iterator<Item = Request>, now: Instant) -> bool {
+        let mut batch = Batch::new(&mut self.registry, now);
+        for request in requests {
+            match request {
+                Request::Change(change, reply) => batch.apply(change, reply),
+                Request::Holds(identity, instance, reply) => {
+                    let _ = reply.send(batch.registry().holds(&identity, instance));
+                }
+                Request::View(reply) => {
+                    let view = batch.registry().sessions().map(SessionView::new);
+                    let _ = reply.send(view.collect());
+                }
             }
         }
-        true
+        let (changed, effects) = batch.finish();
+        for effect in effects {
+            match effect {
+                Effect::Publish(snapshot) => self.publish(*snapshot),
+                Effect::Succeed(link, predecessor) => self.registry.succeed(link, predecessor),
+                // The requester may have gone.
+                Effect::Answer(reply, verdict) => drop(oneshot::Sender::send(reply, verdict)),
+            }
+        }
+        changed
     }
 
-    fn publish(&mut self) {
-        let routes = Arc::new(self.registry.routes());
+    fn publish(&mut self, snapshot: Snapshot) {
+        let Snapshot {
+            routes,
+            usage,
+            backends,
+        } = snapshot;
         // The shards first: what the kernel lets through can then be served.
         self.handle.routes.store(routes.clone());
         self.published.send_replace(());
         (self.publish)(&routes);
-        self.handle.route_usage.set(self.registry.take_usage());
-        self.handle
-            .backends
-            .store(Arc::new(self.registry.backends()));
+        self.handle.route_usage.set(usage);
+        self.handle.backends.store(Arc::new(backends));
     }
 }

@@ -28,7 +28,7 @@ use super::limits::Limit;
 use super::routes::{Absence, Departed, LinkId, LinkInfo, Routes, Trust};
 use cpc_config::TunnelKind;
 use cpc_config::server::{LimitsConfig, Strategy};
-use cpc_identity::TrustDomain;
+use cpc_identity::{Identity, TrustDomain};
 
 /// Maximum number of tunnels of one identity: a few for each process, and several processes in a
 /// rollout.
@@ -470,6 +470,16 @@ impl Registry {
     /// Iterates over the sessions, oldest first.
     pub fn sessions(&self) -> impl Iterator<Item = &Session> {
         self.sessions.values()
+    }
+
+    /// Whether there is a session of process `instance` of an agent.
+    pub fn holds(&self, identity: &Identity, instance: InstanceId) -> bool {
+        let mut sessions = self.sessions.values();
+        sessions.any(|session| {
+            let own = &session.info.identity;
+            let own = (&own.trust_domain, &own.name, session.instance);
+            own == (&identity.trust_domain, &identity.name, instance)
+        })
     }
 
     /// Returns the number of agents that are available now: in all, and for each strategy.
