@@ -1,7 +1,7 @@
 //! An accepted tunnel of any kind, from its handshake to its end: the identity of the agent, the session,
 //! and what remains to do afterwards.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -12,6 +12,7 @@ use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::session::{ServerSession, Timers};
 
+use super::registration::unregister;
 use super::session;
 use super::tunnel::TunnelLink;
 use crate::handshakes::HandshakeFailure;
@@ -65,7 +66,6 @@ pub(super) async fn serve(
         session,
         info,
         place: RefCell::default(),
-        asked: Cell::default(),
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);
@@ -81,9 +81,8 @@ pub(super) async fn serve(
             (CloseReason::IdentityRefused, revoked.to_string())
         }
     };
-    shard.links.borrow_mut().remove(&link.info.id);
     link.place.take();
-    shard.control.disconnect(link.info.id).await;
+    unregister(&shard, &link.info).await;
     tracing::info!(
         agent = %link.info.identity, remote = %connection.remote(),
         reason = reason.label(), %why, "agent disconnected"

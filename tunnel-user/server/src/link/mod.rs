@@ -11,6 +11,7 @@ pub(super) mod bridge;
 mod foreign;
 pub(super) mod konnectivity;
 pub(super) mod quic;
+mod registration;
 mod session;
 mod stream;
 mod tunnel;

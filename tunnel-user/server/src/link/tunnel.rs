@@ -1,6 +1,6 @@
 //! An agent over a tunnel: a stream of its own for each dial.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,8 +25,6 @@ pub(crate) struct TunnelLink {
     pub info: Arc<LinkInfo>,
     /// Permit among all tunnels, once the agent is welcome.
     pub(super) place: RefCell<Option<TunnelPermit>>,
-    /// Time of its last certificate request.
-    pub(super) asked: Cell<Option<Instant>>,
 }
 
 impl TunnelLink {

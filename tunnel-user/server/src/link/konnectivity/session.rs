@@ -4,7 +4,6 @@
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::task::coop;
@@ -22,7 +21,7 @@ use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
 use crate::handshakes::HandshakeFailure;
 use crate::link::Link;
-use crate::link::session::report;
+use crate::link::registration::{register, set_draining, set_silent, unregister};
 use crate::routes::LinkInfo;
 use cpc_config::TunnelKind;
 use cpc_host::lifecycle::Phase;
@@ -285,20 +284,15 @@ impl Session<'_> {
         match news {
             AgentNews::Alive if !self.registered => return self.register().await,
             AgentNews::Alive => {
-                tracing::info!(agent = %info.identity, "agent is heard again");
-                info.silent.store(false, Ordering::Relaxed);
+                set_silent(info, false);
             }
             AgentNews::Silent => {
-                tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
-                info.silent.store(true, Ordering::Relaxed);
-                info.silenced.notify_waiters();
+                set_silent(info, true);
             }
             AgentNews::Draining => {
-                // An agent may say so again and again.
-                if info.draining.swap(true, Ordering::Relaxed) {
+                if !set_draining(info, None) {
                     return Ok(());
                 }
-                tracing::info!(agent = %info.identity, "agent is draining");
             }
         }
         if self.registered {
@@ -315,18 +309,13 @@ impl Session<'_> {
         let shard = &self.agents.shard;
         let info: &Arc<LinkInfo> = &link.info;
         self.registered = true;
-        // Before the routes are in force: a dial may come at once.
-        let entry = Link::Foreign(link.clone());
-        shard.links.borrow_mut().insert(info.id, entry);
         let offer = introduction.identifiers.claims();
         let offered = offer.len();
-        let connect = shard
-            .control
-            .connect(info.clone(), (introduction.instance(), None), offer);
-        let Some(verdict) = connect.await else {
+        let entry = Link::Foreign(link.clone());
+        let process = (introduction.instance(), None);
+        let Some(verdict) = register(shard, info, entry, process, offer).await else {
             return Err(End::Told(CloseReason::Shutdown));
         };
-        report(shard, &info.identity, &verdict.refused);
         if let Some(first) = introduction.unusable.first() {
             tracing::warn!(
                 agent = %info.identity, unusable = introduction.unusable.len(), why = %first,
@@ -354,8 +343,7 @@ impl Session<'_> {
             return self.never_came(end);
         }
         let shard = &self.agents.shard;
-        shard.links.borrow_mut().remove(&info.id);
-        shard.control.disconnect(info.id).await;
+        unregister(shard, info).await;
         tracing::info!(
             agent = %info.identity, remote = %self.peer.remote, server_id = self.server_id.id(),
             reason = reason.label(), why = %end, "agent disconnected"
