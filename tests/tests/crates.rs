@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// The crates below `tunnel-user/`, each with the crates of this project that it may depend on: the table
 /// in ARCHITECTURE.md.
-const PERMITTED: [(&str, &[&str]); 11] = [
+const PERMITTED: [(&str, &[&str]); 12] = [
     ("cpc-host", &[]),
     ("cpc-config", &["cpc-host", "tunnel-proto"]),
     ("cpc-observe", &["cpc-config", "cpc-host", "tunnel-proto"]),
@@ -25,6 +25,7 @@ const PERMITTED: [(&str, &[&str]); 11] = [
         ],
     ),
     ("cpc-redirect", &["cpc-host", "tunnel-ebpf-common"]),
+    ("cpc-session", &["tunnel-proto"]),
     (
         "cpc-datapath",
         &["cpc-config", "cpc-host", "cpc-observe", "tunnel-proto"],

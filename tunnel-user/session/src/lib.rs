@@ -1,0 +1,37 @@
+//! Sessions: connections that outlive the tunnel that carries them. Sans-IO.
+//!
+//! A session has two ends, at the server and at the agent. Each end takes bytes from its local socket
+//! and sends them on a stream of the present tunnel. It keeps every byte until the other end *confirms*
+//! that its own kernel has accepted it. An acknowledgement of QUIC does not say that: it only says that
+//! the byte has arrived. So when a tunnel is lost, both ends know the same thing, and a stream on the
+//! next tunnel continues where the confirmations end.
+//!
+//! ```text
+//!  socket -> take -> [unconfirmed] -> stream ==tunnel==> receive -> write -> socket
+//!                         ^                                           |
+//!                         '----------------- confirm -----------------'
+//! ```
+//!
+//! The data on a stream carries no frames: a position in the stream, and the offset at which the stream
+//! began, are the offset of a byte. [`Confirmation`]s and [`Resumption`]s travel beside the data, those
+//! of all sessions together.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | [`id`] | the secret that names a session |
+//! | [`message`] | what two ends tell each other |
+//! | [`outbound`], [`inbound`] | one direction at its sender and at its receiver |
+//! | [`session`] | both directions, their ends, the loss of a tunnel and the resumption |
+//! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
+
+pub mod id;
+pub mod inbound;
+pub mod message;
+pub mod outbound;
+pub mod session;
+pub mod unconfirmed;
+
+pub use id::SessionId;
+pub use message::{Confirmation, Resumption};
+pub use session::{Effect, Resumed, Role, Session, Violation};
+pub use unconfirmed::Unconfirmed;

@@ -1,0 +1,262 @@
+//! Both directions of a session at one end: ends, the loss of a tunnel, and the resumption.
+
+use std::time::Instant;
+
+use tunnel_proto::close::CloseReason;
+
+use super::id::SessionId;
+use super::inbound::Inbound;
+use super::message::{Confirmation, Resumption, Status};
+use super::outbound::Outbound;
+
+/// The end at which a [`Session`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The end that dialled: it may dial again what has not begun.
+    Server,
+    /// The end that was dialled.
+    Agent,
+}
+
+/// What no honest end says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// The other end confirms bytes that it was not sent.
+    #[error("the peer confirms bytes that it was not sent")]
+    TooMuch,
+    /// The other end takes back a confirmation.
+    #[error("the peer takes back a confirmation")]
+    Backwards,
+    /// The other end confirms an end of file that there is not.
+    #[error("the peer confirms an end that it was not sent")]
+    NoEnd,
+    /// The other end asks for bytes that it had confirmed, or that are not kept.
+    #[error("the peer can't be sent what it asks for")]
+    NotKept,
+}
+
+/// What an end has to do after a message of the other one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effect {
+    /// Number of kept bytes to release.
+    pub release: u64,
+    /// Whether to reset the local socket, and the reason.
+    pub reset: Option<CloseReason>,
+}
+
+/// What becomes of a session on another tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resumed {
+    /// Both ends go on. Holds the number of kept bytes to release; the next byte to send follows them.
+    Continues(u64),
+    /// The other end does not know the session, and no byte has left: the dial may be repeated.
+    NotBegun,
+    /// Nothing is left to do: the session is over, in order or by the reset that both ends know of.
+    Over,
+    /// The session can't go on: reset the local socket.
+    Lost(CloseReason),
+}
+
+/// One end of a session.
+#[derive(Clone, Debug)]
+pub struct Session {
+    id: SessionId,
+    role: Role,
+    /// Direction from the local socket.
+    pub outbound: Outbound,
+    /// Direction to the local socket.
+    pub inbound: Inbound,
+    abort: Option<Abort>,
+    /// Whether the other end has said that it is settled.
+    is_peer_settled: bool,
+    /// Time at which the tunnel was lost, while there is none.
+    detached: Option<Instant>,
+    /// State that the other end was told last on the present tunnel.
+    told: Option<Confirmation>,
+}
+
+/// How the session was given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Abort {
+    /// By this end; the other one may not know.
+    Begun(CloseReason),
+    /// By either end, and both know, or will be told by the next confirmation.
+    Agreed,
+}
+
+impl Session {
+    /// Creates an end without bytes, on a tunnel.
+    pub fn new(id: SessionId, role: Role) -> Self {
+        Self {
+            id,
+            role,
+            outbound: Outbound::default(),
+            inbound: Inbound::default(),
+            abort: None,
+            is_peer_settled: false,
+            detached: None,
+            told: Some(Confirmation::default()),
+        }
+    }
+
+    /// Returns the name.
+    pub fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// Returns the time at which the tunnel was lost, while there is none.
+    pub fn detached(&self) -> Option<Instant> {
+        self.detached
+    }
+
+    /// Whether the session was given up.
+    pub fn is_aborted(&self) -> bool {
+        self.abort.is_some()
+    }
+
+    /// Gives the session up. The caller resets the local socket. The first reason counts.
+    pub fn abort(&mut self, reason: CloseReason) {
+        self.abort.get_or_insert(Abort::Begun(reason));
+    }
+
+    /// Whether both directions have ended and the other end has confirmed everything.
+    fn is_settled(&self) -> bool {
+        self.outbound.is_done() && self.inbound.is_done()
+    }
+
+    /// Whether the end needs to remember nothing more, once its last confirmation is sent.
+    pub fn is_over(&self) -> bool {
+        match self.abort {
+            Some(Abort::Agreed) => true,
+            Some(Abort::Begun(_)) => false,
+            None => self.is_settled() && self.is_peer_settled,
+        }
+    }
+
+    fn state(&self) -> Confirmation {
+        let status = match self.abort {
+            Some(Abort::Begun(reason)) => Status::Aborted(reason),
+            Some(Abort::Agreed) => Status::Acknowledged,
+            None if self.is_settled() => Status::Settled,
+            None => Status::Open,
+        };
+        Confirmation {
+            accepted: self.inbound.accepted(),
+            status,
+        }
+    }
+
+    /// Returns the confirmation that the other end lacks, if any. It counts as told.
+    pub fn confirmation(&mut self) -> Option<Confirmation> {
+        let state = self.state();
+        let is_news = self.detached.is_none() && self.told != Some(state);
+        is_news.then(|| {
+            self.told = Some(state);
+            state
+        })
+    }
+
+    /// Takes in a confirmation.
+    ///
+    /// # Errors
+    /// [`Violation`]; the caller then [aborts](Self::abort).
+    pub fn confirmed(&mut self, peer: &Confirmation) -> Result<Effect, Violation> {
+        match peer.status {
+            Status::Aborted(reason) => {
+                let reset = self.abort.is_none().then_some(reason);
+                self.abort = Some(Abort::Agreed);
+                return Ok(Effect {
+                    release: self.outbound.kept(),
+                    reset,
+                });
+            }
+            Status::Acknowledged => {
+                // Without an abort of ours the peer breaks the protocol: the session is lost all the same.
+                let reset = self.abort.is_none().then_some(CloseReason::PeerReset);
+                self.abort = Some(Abort::Agreed);
+                self.told = Some(self.state());
+                let release = self.outbound.kept();
+                return Ok(Effect { release, reset });
+            }
+            Status::Open => {}
+            Status::Settled => self.is_peer_settled = true,
+        }
+        if self.abort.is_some() {
+            return Ok(Effect::default());
+        }
+        let release = self.outbound.confirm(&peer.accepted)?;
+        Ok(Effect {
+            release,
+            reset: None,
+        })
+    }
+
+    /// Whether the session survives the loss of its tunnel.
+    pub fn is_safe(&self) -> bool {
+        self.abort.is_none() && self.outbound.is_safe()
+    }
+
+    /// Notes the loss of the tunnel. A session that is not [safe](Self::is_safe) is given up with
+    /// `reason`; returns whether it was.
+    pub fn detach(&mut self, reason: CloseReason, now: Instant) -> bool {
+        self.detached.get_or_insert(now);
+        self.told = None;
+        if self.abort.is_some() || self.outbound.is_safe() {
+            return false;
+        }
+        self.abort(reason);
+        true
+    }
+
+    /// Prepares the session for another tunnel. Returns the state to tell there, and the number of
+    /// received bytes to drop: the other end sends them again.
+    pub fn resumption(&mut self) -> (Resumption, u64) {
+        let drop = self.inbound.resume();
+        let state = self.state();
+        self.told = Some(state);
+        let resumption = Resumption {
+            id: self.id,
+            state: Some(state),
+        };
+        (resumption, drop)
+    }
+
+    /// Continues on another tunnel, on which this end has told its [`resumption`](Self::resumption), and
+    /// the other end is in `peer`'s state.
+    ///
+    /// # Errors
+    /// [`Violation`]; the caller then [aborts](Self::abort).
+    pub fn resume(&mut self, peer: Option<&Confirmation>) -> Result<Resumed, Violation> {
+        let Some(peer) = peer else {
+            return Ok(self.unknown());
+        };
+        self.detached = None;
+        let Effect { release, reset } = self.confirmed(peer)?;
+        if let Some(reason) = reset {
+            return Ok(Resumed::Lost(reason));
+        }
+        if self.abort.is_none() && !self.outbound.is_safe() {
+            return Err(Violation::NotKept);
+        }
+        self.outbound.resume();
+        Ok(Resumed::Continues(release))
+    }
+
+    /// Decides about a session that the other end does not know: it has forgotten the session, or lost
+    /// it with its process.
+    fn unknown(&mut self) -> Resumed {
+        if self.abort.is_some() || self.is_settled() {
+            self.abort.get_or_insert(Abort::Agreed);
+            return Resumed::Over;
+        }
+        let is_untouched = self.outbound.is_untouched() && self.inbound.accepted().written == 0;
+        if self.role == Role::Server && is_untouched && self.inbound.unwritten() == 0 {
+            return Resumed::NotBegun;
+        }
+        self.abort = Some(Abort::Agreed);
+        Resumed::Lost(CloseReason::LinkLost)
+    }
+}
+
+#[cfg(test)]
+mod tests;

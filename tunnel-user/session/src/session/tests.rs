@@ -1,0 +1,449 @@
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use proptest::collection::vec;
+use proptest::prelude::{Strategy, TestCaseError, any, prop_oneof, proptest};
+use proptest::{prop_assert, prop_assert_eq};
+
+use super::*;
+use crate::unconfirmed::Unconfirmed;
+
+/// What the program behind an end does next.
+#[derive(Clone, Debug)]
+enum Act {
+    Write(u8),
+    End,
+    Reset,
+}
+
+/// One step of the world. `Side` is 0 for the server and 1 for the agent.
+#[derive(Clone, Debug)]
+enum Step {
+    Act(usize),
+    Keep(usize),
+    Send(usize, u8),
+    Receive(usize),
+    Write(usize, u8),
+    Tell(usize),
+    Hear(usize),
+    Cut,
+    Connect,
+}
+
+/// Data on a stream.
+#[derive(Debug)]
+enum Datum {
+    Bytes(Bytes),
+    End,
+}
+
+/// What travels beside the data.
+#[derive(Debug)]
+enum Message {
+    Resume(Resumption),
+    Confirm(Confirmation),
+}
+
+/// One way of a tunnel.
+#[derive(Debug, Default)]
+struct Way {
+    data: VecDeque<Datum>,
+    messages: VecDeque<Message>,
+    is_end_sent: bool,
+}
+
+/// How the output of an end ended, as the program behind it sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Finished,
+    Reset,
+}
+
+struct End {
+    /// `None` once it is forgotten.
+    session: Option<Session>,
+    kept: Unconfirmed,
+    script: VecDeque<Act>,
+    input: Vec<u8>,
+    is_input_ended: bool,
+    unwritten: VecDeque<u8>,
+    output: Vec<u8>,
+    ending: Option<Ending>,
+    /// Whether the present tunnel carries the session for this end.
+    is_carried: bool,
+}
+
+impl End {
+    fn new(role: Role, script: Vec<Act>) -> Self {
+        let id = SessionId::new([7; 16]);
+        Self {
+            session: Some(Session::new(id, role)),
+            kept: Unconfirmed::default(),
+            script: script.into(),
+            input: Vec::new(),
+            is_input_ended: false,
+            unwritten: VecDeque::new(),
+            output: Vec::new(),
+            ending: None,
+            is_carried: true,
+        }
+    }
+
+    fn reset(&mut self) {
+        self.ending = Some(Ending::Reset);
+        self.unwritten.clear();
+    }
+
+    /// Whether both directions of the local socket have ended in order: nothing can reset it any more.
+    fn is_closed(&self) -> bool {
+        self.is_input_ended && self.ending == Some(Ending::Finished)
+    }
+
+    /// Returns whether the program has reset its socket.
+    fn act(&mut self) -> bool {
+        if self.ending == Some(Ending::Reset) || self.is_input_ended {
+            return false;
+        }
+        let Some(session) = &mut self.session else {
+            return false;
+        };
+        match self.script.pop_front() {
+            Some(Act::Write(n)) => {
+                let start = self.input.len();
+                let bytes: Vec<u8> = (start..start + usize::from(n)).map(|i| i as u8).collect();
+                self.input.extend(&bytes);
+                session.outbound.take(n.into());
+                // Kept or not, what has not been sent is at hand.
+                self.kept.push(bytes.into());
+            }
+            Some(Act::End) | None => {
+                session.outbound.end();
+                self.is_input_ended = true;
+            }
+            Some(Act::Reset) => {
+                session.abort(CloseReason::PeerReset);
+                self.reset();
+                return true;
+            }
+        }
+        false
+    }
+}
+
+struct World {
+    ends: [End; 2],
+    tunnel: Option<[Way; 2]>,
+    now: Instant,
+    /// Whether a program has reset its socket.
+    is_reset: bool,
+}
+
+impl World {
+    fn new(scripts: [Vec<Act>; 2], is_kept: bool) -> Self {
+        let [server, agent] = scripts;
+        let mut ends = [End::new(Role::Server, server), End::new(Role::Agent, agent)];
+        if is_kept {
+            for end in &mut ends {
+                end.session.as_mut().unwrap().outbound.keep();
+            }
+        }
+        Self {
+            ends,
+            tunnel: Some(Default::default()),
+            now: Instant::now(),
+            is_reset: false,
+        }
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
+        match *step {
+            Step::Act(side) => self.is_reset |= self.ends[side].act(),
+            Step::Keep(side) => {
+                if let Some(session) = &mut self.ends[side].session {
+                    session.outbound.keep();
+                }
+            }
+            Step::Send(side, n) => self.send(side, n),
+            Step::Receive(side) => self.receive(side),
+            Step::Write(side, n) => self.write(side, n),
+            Step::Tell(side) => self.tell(side),
+            Step::Hear(side) => self.hear(side)?,
+            Step::Cut => self.cut(),
+            Step::Connect => self.connect(),
+        }
+        self.check()
+    }
+
+    fn send(&mut self, side: usize, n: u8) {
+        let end = &mut self.ends[side];
+        let (Some(ways), Some(session)) = (&mut self.tunnel, &mut end.session) else {
+            return;
+        };
+        if !end.is_carried || session.is_aborted() {
+            return;
+        }
+        let out = &mut session.outbound;
+        let wanted = out.unsent().min(n.into()) as usize;
+        let bytes: Vec<u8> = end.kept.from(out.sent()).flatten().take(wanted).collect();
+        assert_eq!(bytes.len(), wanted, "what is unsent is at hand");
+        let way = &mut ways[side];
+        if wanted > 0 {
+            out.send(wanted as u64);
+            way.data.push_back(Datum::Bytes(bytes.into()));
+        }
+        if out.is_at_end() && !way.is_end_sent {
+            way.is_end_sent = true;
+            way.data.push_back(Datum::End);
+        }
+    }
+
+    /// `side` receives what the other one sent.
+    fn receive(&mut self, side: usize) {
+        let end = &mut self.ends[side];
+        let (Some(ways), Some(session)) = (&mut self.tunnel, &mut end.session) else {
+            return;
+        };
+        if !end.is_carried {
+            return;
+        }
+        match ways[1 - side].data.pop_front() {
+            Some(Datum::Bytes(bytes)) => {
+                session.inbound.receive(bytes.len() as u64);
+                if end.ending.is_none() {
+                    end.unwritten.extend(&bytes);
+                }
+            }
+            Some(Datum::End) => session.inbound.end(),
+            None => {}
+        }
+    }
+
+    fn write(&mut self, side: usize, n: u8) {
+        let end = &mut self.ends[side];
+        let Some(session) = &mut end.session else {
+            return;
+        };
+        if end.ending.is_some() || session.is_aborted() {
+            return;
+        }
+        let n = end.unwritten.len().min(n.into());
+        end.output.extend(end.unwritten.drain(..n));
+        session.inbound.write(n as u64);
+        if session.inbound.is_at_end() {
+            end.ending = Some(Ending::Finished);
+            session.inbound.finish();
+        }
+    }
+
+    fn tell(&mut self, side: usize) {
+        let end = &mut self.ends[side];
+        let Some(session) = &mut end.session else {
+            return;
+        };
+        if let Some(ways) = &mut self.tunnel
+            && end.is_carried
+            && let Some(confirmation) = session.confirmation()
+        {
+            ways[side]
+                .messages
+                .push_back(Message::Confirm(confirmation));
+        }
+        if session.is_over() && (self.tunnel.is_none() || end.is_carried) {
+            end.session = None;
+        }
+    }
+
+    fn hear(&mut self, side: usize) -> Result<(), TestCaseError> {
+        let Some(ways) = &mut self.tunnel else {
+            return Ok(());
+        };
+        let end = &mut self.ends[side];
+        let message = ways[1 - side].messages.pop_front();
+        match (message, &mut end.session) {
+            (Some(Message::Confirm(confirmation)), Some(session)) => {
+                let effect = session.confirmed(&confirmation);
+                let Effect { release, reset } =
+                    effect.map_err(|e| TestCaseError::fail(format!("{e}")))?;
+                end.kept.release(release);
+                if reset.is_some() && !end.is_closed() {
+                    end.reset();
+                }
+            }
+            (Some(Message::Resume(peer)), Some(session)) => {
+                let resumed = session.resume(peer.state.as_ref());
+                match resumed.map_err(|e| TestCaseError::fail(format!("{e}")))? {
+                    Resumed::Continues(release) => {
+                        end.kept.release(release);
+                        end.is_carried = true;
+                    }
+                    // The agent has not lost its state: it must not be dialled again.
+                    Resumed::NotBegun => prop_assert!(false, "a request would run twice"),
+                    Resumed::Over => end.session = None,
+                    Resumed::Lost(_) => {
+                        end.is_carried = true;
+                        end.reset();
+                    }
+                }
+            }
+            // Forgotten here: the other end is told.
+            (Some(Message::Resume(peer)), None) if peer.state.is_some() => {
+                let unknown = Resumption {
+                    state: None,
+                    ..peer
+                };
+                ways[side].messages.push_back(Message::Resume(unknown));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn cut(&mut self) {
+        if self.tunnel.take().is_none() {
+            return;
+        }
+        for end in &mut self.ends {
+            end.is_carried = false;
+            if let Some(session) = &mut end.session
+                && session.detach(CloseReason::LinkLost, self.now)
+            {
+                end.reset();
+            }
+        }
+    }
+
+    fn connect(&mut self) {
+        if self.tunnel.is_some() {
+            return;
+        }
+        let mut ways: [Way; 2] = Default::default();
+        for (end, way) in self.ends.iter_mut().zip(&mut ways) {
+            if let Some(session) = &mut end.session {
+                let (resumption, drop) = session.resumption();
+                assert!(end.ending.is_some() || drop == end.unwritten.len() as u64);
+                end.unwritten.clear();
+                way.messages.push_back(Message::Resume(resumption));
+            }
+        }
+        self.tunnel = Some(ways);
+    }
+
+    fn check(&self) -> Result<(), TestCaseError> {
+        for (side, end) in self.ends.iter().enumerate() {
+            let input = &self.ends[1 - side].input;
+            prop_assert!(input.starts_with(&end.output), "a prefix of what was sent");
+            if end.ending == Some(Ending::Finished) {
+                prop_assert_eq!(input, &end.output, "a clean end is behind the last byte");
+                prop_assert!(self.ends[1 - side].is_input_ended);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets everything come to its end, over a tunnel that is not cut any more.
+    fn settle(&mut self) -> Result<(), TestCaseError> {
+        for _ in 0..400 {
+            self.step(&Step::Connect)?;
+            for side in 0..2 {
+                for step in [
+                    Step::Keep(side),
+                    Step::Act(side),
+                    Step::Send(side, 255),
+                    Step::Hear(side),
+                    Step::Receive(side),
+                    Step::Write(side, 255),
+                    Step::Tell(side),
+                ] {
+                    self.step(&step)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        20 => (1..9_u8).prop_map(Act::Write),
+        2 => any::<()>().prop_map(|()| Act::End),
+        1 => any::<()>().prop_map(|()| Act::Reset),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let side = 0..2_usize;
+    prop_oneof![
+        4 => side.clone().prop_map(Step::Act),
+        1 => side.clone().prop_map(Step::Keep),
+        6 => (side.clone(), 1..9_u8).prop_map(|(side, n)| Step::Send(side, n)),
+        6 => side.clone().prop_map(Step::Receive),
+        6 => (side.clone(), 1..9_u8).prop_map(|(side, n)| Step::Write(side, n)),
+        4 => side.clone().prop_map(Step::Tell),
+        4 => side.prop_map(Step::Hear),
+        1 => any::<()>().prop_map(|()| Step::Cut),
+        2 => any::<()>().prop_map(|()| Step::Connect),
+    ]
+}
+
+/// An agent that was killed has lost its sessions. What may have run there is never dialled again.
+#[test]
+fn a_session_that_the_peer_has_lost_is_dialled_again_only_untouched() {
+    let id = SessionId::new([1; 16]);
+    let unknown = |mut session: Session| session.resume(None).unwrap();
+    let mut session = Session::new(id, Role::Server);
+    session.outbound.keep();
+    session.outbound.take(3);
+    assert_eq!(unknown(session.clone()), Resumed::NotBegun);
+    session.outbound.send(1);
+    let lost = Resumed::Lost(CloseReason::LinkLost);
+    assert_eq!(unknown(session), lost);
+    let mut answered = Session::new(id, Role::Server);
+    answered.inbound.receive(1);
+    assert_eq!(unknown(answered), lost);
+    assert_eq!(unknown(Session::new(id, Role::Agent)), lost);
+}
+
+#[test]
+fn a_session_without_kept_bytes_ends_with_its_tunnel() {
+    let mut session = Session::new(SessionId::new([1; 16]), Role::Agent);
+    let now = Instant::now();
+    assert!(session.clone().detach(CloseReason::LinkLost, now));
+    session.outbound.keep();
+    assert!(session.is_safe());
+    assert!(!session.detach(CloseReason::LinkLost, now));
+    assert_eq!(session.detached(), Some(now));
+    assert_eq!(session.confirmation(), None, "there is no tunnel");
+}
+
+proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(1000))]
+
+    /// Whatever happens, and however often the tunnel is cut: each program reads a prefix of what the
+    /// other one wrote; a clean end follows the last byte; without a reset everything arrives; and in the
+    /// end neither end remembers anything.
+    #[test]
+    fn the_streams_are_exact_over_any_number_of_tunnels(
+        scripts in [vec(act(), 0..12), vec(act(), 0..12)],
+        is_kept in any::<bool>(),
+        steps in vec(step(), 0..200),
+    ) {
+        let mut world = World::new(scripts, is_kept);
+        for step in &steps {
+            world.step(step)?;
+        }
+        world.settle()?;
+        let [server, agent] = &world.ends;
+        prop_assert!(server.session.is_none(), "the server remembers {:?}", server.session);
+        prop_assert!(agent.session.is_none(), "the agent remembers {:?}", agent.session);
+        prop_assert!(server.ending.is_some() && agent.ending.is_some());
+        let resets = world.ends.iter().filter(|end| end.ending == Some(Ending::Reset));
+        let resets = resets.count();
+        if is_kept && !world.is_reset {
+            prop_assert_eq!(resets, 0);
+        }
+        if resets == 0 {
+            prop_assert_eq!(&server.input, &agent.output);
+            prop_assert_eq!(&agent.input, &server.output);
+        }
+    }
+}
