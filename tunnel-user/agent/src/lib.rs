@@ -29,6 +29,7 @@ mod worker;
 pub use error::AgentError;
 
 use cpc_config::{AgentConfig, ConfigError};
+use cpc_host::environment::Environment;
 use cpc_observe::logging::LogHandle;
 use start::{Prepared, Serving};
 
@@ -50,6 +51,20 @@ pub async fn run(
     log: LogHandle,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
-    let serving = Serving::start(Prepared::new(config)?, log).await?;
+    run_in(Environment::process(), config, log, reread).await
+}
+
+/// Runs an agent in `environment`, on the current `LocalSet` where that is an embedded one.
+///
+/// # Errors
+/// [`AgentError`], before any server is dialled.
+pub async fn run_in(
+    environment: Environment,
+    config: AgentConfig,
+    log: LogHandle,
+    reread: impl Fn() -> Result<AgentConfig, ConfigError>,
+) -> Result<(), AgentError> {
+    let prepared = Prepared::new(config, environment)?;
+    let serving = Serving::start(prepared, log).await?;
     serving.until_stopped(reread).await
 }

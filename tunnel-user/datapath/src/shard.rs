@@ -1,5 +1,6 @@
 //! Shards: threads with a runtime of their own each, and everything that belongs to their tunnels.
-//! Values on a shard are `!Send` and never leave it.
+//! Values on a shard are `!Send` and never leave it. Where several processes share a thread, as in the
+//! simulation, a shard is a task on the thread of its process.
 
 use std::future::poll_fn;
 use std::io;
@@ -19,6 +20,8 @@ use cpc_host::report::report;
 #[derive(Debug, Default)]
 pub struct Shards {
     threads: Vec<JoinHandle<()>>,
+    /// Whether the shards are tasks on the current thread.
+    is_local: bool,
     /// Channels that close with their shard, however it ends.
     alive: Vec<watch::Receiver<()>>,
     /// Life signs of the shards.
@@ -36,6 +39,19 @@ impl Shards {
         }
     }
 
+    /// Creates an empty set whose shards are tasks on the current thread's `LocalSet`.
+    pub fn on_this_thread() -> Self {
+        Self {
+            is_local: true,
+            ..Self::default()
+        }
+    }
+
+    /// Returns the engines of the shards that are not started yet.
+    pub fn engines(&self) -> &Engines {
+        &self.engines
+    }
+
     /// Starts another shard. `main` runs on its thread, may `spawn_local`, and ends the shard by
     /// returning.
     ///
@@ -43,19 +59,24 @@ impl Shards {
     /// The thread can't be started.
     pub fn spawn<F>(&mut self, main: impl FnOnce() -> F + Send + 'static) -> io::Result<()>
     where
-        F: Future<Output = ()>,
+        F: Future<Output = ()> + 'static,
     {
         let (alive, ended) = watch::channel(());
         let pulse = Pulse::default();
         self.pulses.push(pulse.clone());
         self.alive.push(ended);
-        let name = format!("shard-{}", self.threads.len());
-        let ring = self.engines.next_ring();
-        self.threads.push(spawn(&name, ring, move || async move {
+        let main = move || async move {
             let _alive = alive;
             pulse.start();
             main().await;
-        })?);
+        };
+        if self.is_local {
+            tokio::task::spawn_local(main());
+            return Ok(());
+        }
+        let name = format!("shard-{}", self.threads.len());
+        let ring = self.engines.next_ring();
+        self.threads.push(spawn(&name, ring, main)?);
         Ok(())
     }
 
@@ -78,8 +99,13 @@ impl Shards {
         })
     }
 
-    /// Waits for the threads of the shards, which must be ending.
-    pub fn join(self) {
+    /// Waits for the end of all shards, which must be ending.
+    pub async fn join(self) {
+        if self.is_local {
+            for alive in self.alive {
+                ended(alive).await;
+            }
+        }
         for thread in self.threads {
             // One that has panicked has said so.
             let _ = thread.join();
@@ -146,6 +172,6 @@ mod tests {
         drop(first);
         any.await;
         drop(second);
-        shards.join();
+        shards.join().await;
     }
 }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::environment::{Reloads, Stops};
 use crate::report::report;
 
 /// Phase in the life of a process.
@@ -24,22 +24,19 @@ pub enum Phase {
 /// Maximum configured length of a drain, and the length that peers learn of a drain without an end.
 pub const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
-/// Waits for SIGTERM or SIGINT, then drains for `drain` or until `idle` completes. A second signal ends
-/// the drain at once. Without `drain` only `idle` or a second signal ends it.
+/// Waits for the first of `stops`, SIGTERM or SIGINT, then drains for `drain` or until `idle` completes. A
+/// second signal ends the drain at once. Without `drain` only `idle` or a second signal ends it.
 ///
 /// # Errors
 /// The signal handlers can't be installed.
 pub async fn until_stopped(
     phase: &watch::Sender<Phase>,
+    stops: Stops,
     drain: Option<Duration>,
     idle: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
-    let mut term = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let mut stops = stops.listen()?;
+    stops.next().await;
     notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!(
         seconds = drain.map(|drain| drain.as_secs()),
@@ -57,8 +54,7 @@ pub async fn until_stopped(
     };
     tokio::select! {
         () = done => {}
-        _ = term.recv() => {}
-        _ = interrupt.recv() => {}
+        () = stops.next() => {}
     }
     phase.send_replace(Phase::Ended);
     Ok(())
@@ -165,19 +161,11 @@ pub async fn watchdog(pulses: Vec<Pulse>) {
     }
 }
 
-/// Starts to catch SIGHUP, which would end the process.
-///
-/// # Errors
-/// The signal handler can't be installed.
-pub fn hangups() -> std::io::Result<Signal> {
-    signal(SignalKind::hangup())
-}
-
-/// Calls `reload` at each of `hangups` until dropped, and notifies systemd of the beginning and end of
+/// Calls `reload` at each of `requests`, SIGHUP, until dropped, and notifies systemd of the beginning and end of
 /// each, as `Type=notify-reload` (systemd 253) requires.
-pub async fn on_hangup(hangups: &mut Signal, mut reload: impl AsyncFnMut()) {
+pub async fn on_reload(requests: &mut Reloads, mut reload: impl AsyncFnMut()) {
     loop {
-        hangups.recv().await;
+        requests.next().await;
         // Fails only where the kernel has no CLOCK_MONOTONIC.
         if let Ok(now) = sd_notify::NotifyState::monotonic_usec_now() {
             notify(&[sd_notify::NotifyState::Reloading, now]);

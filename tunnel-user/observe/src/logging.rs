@@ -163,6 +163,16 @@ pub enum LogError {
     Audit(#[from] AuditError),
 }
 
+impl LogHandle {
+    /// Returns the handle of a log that no event reaches, for programs that embed a server or an agent.
+    ///
+    /// # Errors
+    /// The filter is invalid.
+    pub fn detached(config: &LogConfig) -> Result<Self, LogError> {
+        subscriber(config, &AuditConfig::default()).map(|(_, handle)| handle)
+    }
+}
+
 /// Starts logging and the audit. Called once per process.
 ///
 /// # Errors

@@ -16,6 +16,7 @@ use nix::unistd::{Gid, Group};
 pub(super) use self::health::Health;
 use self::health::{LinkError, Look, Watch, no_cgroup};
 use crate::frontend::Scope;
+use crate::frontend::redirect::Origins;
 use crate::routes;
 use cpc_config::server::{AttachmentConfig, FailMode, GroupConfig, RedirectConfig};
 use cpc_host::inherited::{self, Inherited};
@@ -25,7 +26,7 @@ use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_observe::audit::events as audit;
 use cpc_redirect::{
-    self, AddressWatch, Attachment, AttachmentSpec, Flows, Follower, Heartbeat, Presence, Redirect,
+    self, AddressWatch, Attachment, AttachmentSpec, Follower, Heartbeat, Presence, Redirect,
     RedirectError, Routes, Verdict, tenant_number,
 };
 
@@ -76,11 +77,33 @@ pub(super) struct Accepting {
     /// Listeners of redirected connections.
     pub listeners: Vec<TcpListener>,
     /// Origins of the connections.
-    pub flows: Flows,
-    /// Heartbeat of this server.
-    pub heartbeat: Heartbeat,
+    pub origins: Box<dyn Origins>,
+    /// Heartbeat of this server, for the kernel programs.
+    pub heartbeat: Option<Heartbeat>,
     /// Whether the service manager keeps the listeners open after the end of this process.
     pub listeners_kept: bool,
+}
+
+impl Accepting {
+    /// Opens the listeners of an attachment to which no kernel program leads.
+    ///
+    /// # Errors
+    /// [`AttachError::Listen`].
+    pub(super) fn embedded(
+        attachment: &AttachmentConfig,
+        own: &TrustDomain,
+        origins: Box<dyn Origins>,
+    ) -> Result<Self, AttachError> {
+        let (listeners, listeners_kept) = listeners(attachment, &mut Inherited::default())?;
+        Ok(Self {
+            name: attachment.name.clone(),
+            scope: Scope::of_attachment(attachment, own),
+            listeners,
+            origins,
+            heartbeat: None,
+            listeners_kept,
+        })
+    }
 }
 
 /// Attachments that this value keeps in place, and whose pins outlive it.
@@ -195,7 +218,7 @@ impl Attachments {
                 heartbeat.listen(listener).map_err(failed)?;
             }
             heartbeat.beat().map_err(failed)?;
-            let flows = redirect.flows(name).map_err(failed)?;
+            let origins = Box::new(redirect.flows(name).map_err(failed)?);
             running.link(&redirect, &names).map_err(failed)?;
             health.add(name);
             attached.push(running);
@@ -204,8 +227,8 @@ impl Attachments {
                 name,
                 scope,
                 listeners,
-                flows,
-                heartbeat,
+                origins,
+                heartbeat: Some(heartbeat),
                 listeners_kept,
             });
         }

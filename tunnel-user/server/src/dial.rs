@@ -29,6 +29,7 @@ use super::permits::DialPermit;
 use super::routes::{LinkId, LinkInfo, RouteError};
 use super::shard::{Shard, Target};
 use cpc_datapath::{Budget, LocalSocket, Outbound};
+use cpc_host::random;
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_observe::access::Record;
@@ -203,6 +204,6 @@ impl Dial {
 pub(super) fn connection_id() -> ConnectionId {
     let mut id = [0; 16];
     // Ids are for logs: without random numbers they repeat, and TLS has failed before.
-    let _ = aws_lc_rs::rand::fill(&mut id);
+    let _ = random::fill(&mut id);
     ConnectionId(id)
 }

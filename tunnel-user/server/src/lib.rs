@@ -17,6 +17,7 @@ mod check;
 pub mod control;
 mod dial;
 mod early;
+mod embedding;
 mod error;
 mod faults;
 mod frontend;
@@ -41,10 +42,13 @@ mod usage;
 
 pub use attachments::{AttachError, Attachments, redirect, spec};
 pub use check::check;
+pub use cpc_redirect::RedirectError;
+pub use embedding::{Capture, Origin, Origins, run_embedded};
 pub use error::ServerError;
 pub use privileges::{for_start, kept};
 
 use cpc_config::{ConfigError, ServerConfig};
+use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
 use cpc_observe::logging::LogHandle;
 use start::{Attached, Prepared, Serving, Tunnel};
@@ -59,7 +63,7 @@ pub async fn run(
     inherited: Inherited,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
 ) -> Result<(), ServerError> {
-    let attached = Attached::new(Prepared::new(config, inherited)?)?;
+    let attached = Attached::new(Prepared::new(config, Environment::process(), inherited)?)?;
     let serving = Serving::start(attached, log).await?;
     serving.until_stopped(reread).await
 }

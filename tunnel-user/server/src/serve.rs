@@ -143,13 +143,17 @@ fn open(start: Start) -> Result<Open, ServerError> {
         name,
         scope,
         listeners,
-        flows,
+        origins,
         heartbeat,
         listeners_kept,
     } in start.listeners.accepting
     {
-        let flows = flows.into();
-        let attachment = Rc::new(redirect::Attachment { name, scope, flows });
+        let origins = origins.into();
+        let attachment = Rc::new(redirect::Attachment {
+            name,
+            scope,
+            origins,
+        });
         let mut prepared = Vec::new();
         for listener in listeners {
             prepare_listener(&listener)?;

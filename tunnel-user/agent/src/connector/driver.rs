@@ -19,6 +19,7 @@ use crate::tunnel_views::{TunnelView, Tunnels};
 use cpc_config::agent::Protocol;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::{self, Phase};
+use cpc_host::random;
 use cpc_host::report::report;
 use cpc_transport::quic::steering::Spread;
 
@@ -279,6 +280,6 @@ async fn sleep_until(at: Option<Instant>) {
 fn chance() -> f64 {
     let mut byte = [0];
     // Without random numbers all agents would dial at once, which is no harm to this one.
-    let _ = aws_lc_rs::rand::fill(&mut byte);
+    let _ = random::fill(&mut byte);
     f64::from(byte[0]) / 256.0
 }

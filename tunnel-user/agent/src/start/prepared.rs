@@ -4,7 +4,6 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::SystemTime;
 
 use prometheus_client::registry::Registry;
-use tokio::signal::unix::Signal;
 use tunnel_proto::route::Claim;
 
 use crate::agent_identity::AgentIdentity;
@@ -14,9 +13,10 @@ use crate::policy::Policy;
 use crate::worker::{CONNECTIONS, STALLED_BYTES};
 use cpc_config::AgentConfig;
 use cpc_datapath::Engines;
+use cpc_datapath::shard::Shards;
 use cpc_host::descriptors::{Listeners, Shares};
+use cpc_host::environment::{Environment, Reloads, Stops};
 use cpc_host::host;
-use cpc_host::lifecycle;
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::konnectivity::ProxyAgentMetrics;
 use cpc_observe::limits::LimitMetrics;
@@ -26,8 +26,10 @@ use cpc_observe::reload::ReloadMetrics;
 /// An agent that has what it needs and serves nothing yet.
 pub(crate) struct Prepared {
     pub(super) config: AgentConfig,
+    /// Requests to stop.
+    pub(super) stops: Stops,
     /// SIGHUP, from now on: it would end the process otherwise.
-    pub(super) hangups: Signal,
+    pub(super) reload_requests: Reloads,
     /// Descriptors for each kind of connection.
     pub(super) shares: Shares,
     pub(super) identity: AgentIdentity,
@@ -37,7 +39,8 @@ pub(crate) struct Prepared {
     pub(super) admin: TcpListener,
     /// Listener of `health`.
     pub(super) probes: Option<TcpListener>,
-    pub(super) engines: Engines,
+    /// Shards, none of which is started.
+    pub(super) shards: Shards,
     pub(super) registry: Registry,
     pub(super) proxy_metrics: ProxyAgentMetrics,
     pub(super) dials: DialMetrics,
@@ -47,13 +50,17 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Checks the configuration, reads every file that it names, binds every socket, and gives back all
-    /// capabilities.
+    /// capabilities. An embedded agent has those of its process, and its shards on the current thread.
     ///
     /// # Errors
     /// [`AgentError`] naming the key, file or socket.
-    pub(crate) fn new(mut config: AgentConfig) -> Result<Self, AgentError> {
+    pub(crate) fn new(
+        mut config: AgentConfig,
+        environment: Environment,
+    ) -> Result<Self, AgentError> {
         crate::check(&config)?;
-        let hangups = lifecycle::hangups()?;
+        let is_embedded = environment.is_embedded();
+        let (stops, reload_requests) = environment.into_requests()?;
         host::raise_file_limit();
         let http = if config.health.is_some() { 2 } else { 1 };
         let shares = Shares::of_process(Listeners { http, tls: 0 });
@@ -72,8 +79,11 @@ impl Prepared {
         }
         let dials = DialMetrics::register(ours(&mut registry));
         let reloads = ReloadMetrics::register(ours(&mut registry), SystemTime::now());
-        let engines = Engines::choose(config.datapath.engine, config.shards);
-        engines.register(ours(&mut registry));
+        let shards = match is_embedded {
+            true => Shards::on_this_thread(),
+            false => Shards::new(Engines::choose(config.datapath.engine, config.shards)),
+        };
+        shards.engines().register(ours(&mut registry));
         let limits = LimitMetrics::register(
             ours(&mut registry),
             [
@@ -81,17 +91,20 @@ impl Prepared {
                 (STALLED_BYTES, Some(config.limits.stalled_bytes)),
             ],
         );
-        privileges::finish(CapabilitySet::empty(), "")?;
+        if !is_embedded {
+            privileges::finish(CapabilitySet::empty(), "")?;
+        }
         Ok(Self {
             config,
-            hangups,
+            stops,
+            reload_requests,
             shares,
             identity,
             claims,
             policy,
             admin,
             probes,
-            engines,
+            shards,
             registry,
             proxy_metrics,
             dials,

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::signal::unix::Signal;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tunnel_proto::session::InstanceId;
@@ -26,7 +25,9 @@ use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
 use cpc_host::concurrency::ConcurrencyLimit;
+use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, Phase};
+use cpc_host::random;
 use cpc_identity::Material;
 use cpc_identity::lifetime;
 use cpc_identity::material::{Change, MaterialError};
@@ -52,7 +53,8 @@ pub(crate) struct Serving {
     connector: JoinHandle<()>,
     connections: ConcurrencyLimit,
     phase: watch::Sender<Phase>,
-    hangups: Signal,
+    stops: Stops,
+    reload_requests: Reloads,
     reload: Reload,
 }
 
@@ -64,14 +66,15 @@ impl Serving {
     pub(crate) async fn start(from: Prepared, log: LogHandle) -> Result<Self, AgentError> {
         let Prepared {
             config,
-            hangups,
+            stops,
+            reload_requests,
             shares,
             identity,
             claims,
             policy,
             admin,
             probes,
-            engines,
+            mut shards,
             mut registry,
             proxy_metrics,
             dials,
@@ -86,7 +89,7 @@ impl Serving {
         let setup = setup(&config, &budget, &limits, &mut registry);
         let view = status::View::register(
             ours(&mut registry),
-            (identity.to_string(), config.shards, engines.engine()),
+            (identity.to_string(), config.shards, shards.engines().engine()),
             views.clone(),
             policy.in_force().clone(),
             (budget.clone(), connections.clone(), limits.clone()),
@@ -115,7 +118,6 @@ impl Serving {
             connections: connections.clone(),
             limits,
         };
-        let mut shards = Shards::new(engines);
         let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;
         // It keeps the shards as long as it lives.
         let connector = connector::run(
@@ -159,7 +161,8 @@ impl Serving {
             connector,
             connections,
             phase,
-            hangups,
+            stops,
+            reload_requests,
             reload,
         })
     }
@@ -172,17 +175,20 @@ impl Serving {
         mut self,
         reread: impl Fn() -> Result<AgentConfig, ConfigError>,
     ) -> Result<(), AgentError> {
-        let reload = lifecycle::on_hangup(&mut self.hangups, async || self.reload.run(reread()));
+        let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
+            self.reload.run(reread())
+        });
         let proxies = self.config.konnectivity.is_some();
         let idle = idle(&self.phase, &self.connections, proxies);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
+        let drain = self.config.limits.drain;
         tokio::select! {
-            done = lifecycle::until_stopped(&self.phase, self.config.limits.drain, idle) => done?,
+            done = lifecycle::until_stopped(&self.phase, self.stops, drain, idle) => done?,
             () = reload => {}
             () = lost => return Err(AgentError::Shard),
         }
         let _ = self.connector.await;
-        self.shards.join();
+        self.shards.join().await;
         self.reload.log.report();
         tracing::info!("agent has ended");
         audit::process("ended", "agent", &self.identity);
@@ -210,7 +216,7 @@ fn setup(
 /// Returns a random id of this process.
 fn instance() -> io::Result<InstanceId> {
     let mut instance = [0; 16];
-    aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
+    random::fill(&mut instance)?;
     Ok(InstanceId(instance))
 }
 

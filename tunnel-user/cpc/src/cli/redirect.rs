@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use cpc_config::server::RedirectConfig;
 use cpc_config::{AuditConfig, ServerConfig};
+use cpc_host::environment::Reloads;
 use cpc_host::report::report;
 use cpc_host::{lifecycle, privileges};
 use cpc_identity::{Material, Role, provider};
@@ -191,12 +192,12 @@ fn stay(file: &Config) -> anyhow::Result<()> {
     privileges::finish(kept, why)?;
     attachments.follow()?;
     super::runtime()?.block_on(async {
-        let mut hangups = lifecycle::hangups()?;
+        let mut hangups = Reloads::hangups()?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let watching = tokio::spawn(attachments.watch());
         lifecycle::notify(&[NotifyState::Ready]);
-        let reload = lifecycle::on_hangup(&mut hangups, async || match file.load() {
+        let reload = lifecycle::on_reload(&mut hangups, async || match file.load() {
             Ok(config) => drop(attachments.update(&config.redirect, &own)),
             Err(error) => tracing::warn!(
                 error = report(error.as_ref()),

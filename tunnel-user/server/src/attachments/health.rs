@@ -175,6 +175,10 @@ impl Watch {
 
     /// Checks without end, on a thread where files and the kernel block nothing else.
     pub(super) async fn run(mut self) {
+        if self.attachments.is_empty() {
+            // No thread wakes up once a second for nothing.
+            return std::future::pending().await;
+        }
         let mut tick = tokio::time::interval(INTERVAL);
         for turn in 1_u32.. {
             tick.tick().await;

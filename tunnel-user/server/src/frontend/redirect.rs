@@ -24,7 +24,7 @@ use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
 use cpc_observe::access::Record;
 use cpc_observe::metrics::FrontendKind;
-use cpc_redirect::{Flows, Heartbeat};
+use cpc_redirect::{Flows, Heartbeat, Origin, RedirectError};
 
 /// One attachment, as its listener knows it.
 pub(crate) struct Attachment {
@@ -33,7 +33,30 @@ pub(crate) struct Attachment {
     /// Tenant and allow-list of the clients.
     pub scope: Arc<Scope>,
     /// Origins of the connections.
-    pub flows: RefCell<Flows>,
+    pub origins: RefCell<Box<dyn Origins>>,
+}
+
+/// Origins of accepted connections: the kernel's flows, or those of a program that embeds the server.
+pub trait Origins: Send {
+    /// Takes the origin of the connection from `client` to `listener`: each can be taken once.
+    ///
+    /// # Errors
+    /// The kernel's map can't be read.
+    fn take_origin(
+        &mut self,
+        client: SocketAddr,
+        listener: SocketAddr,
+    ) -> Result<Option<Origin>, RedirectError>;
+}
+
+impl Origins for Flows {
+    fn take_origin(
+        &mut self,
+        client: SocketAddr,
+        listener: SocketAddr,
+    ) -> Result<Option<Origin>, RedirectError> {
+        Self::take_origin(self, client, listener)
+    }
 }
 
 /// Interval of heartbeats, well below the 3 s after which the kernel takes the server for stuck.
@@ -43,13 +66,14 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 /// more, unless the service manager keeps the listeners: then connects may wait in their backlog for
 /// the next process, for as long as the last beat counts.
 pub(crate) struct HeartbeatGuard {
-    heartbeat: Heartbeat,
+    /// `None` where no kernel program reads it.
+    heartbeat: Option<Heartbeat>,
     listeners_kept: bool,
 }
 
 impl HeartbeatGuard {
     /// Starts the heartbeat of listeners that are about to accept.
-    pub(crate) fn new(heartbeat: Heartbeat, listeners_kept: bool) -> Self {
+    pub(crate) fn new(heartbeat: Option<Heartbeat>, listeners_kept: bool) -> Self {
         Self {
             heartbeat,
             listeners_kept,
@@ -57,10 +81,13 @@ impl HeartbeatGuard {
     }
 
     async fn run(mut self) {
+        let Some(heartbeat) = &mut self.heartbeat else {
+            return std::future::pending().await;
+        };
         let mut tick = tokio::time::interval(HEARTBEAT);
         loop {
             tick.tick().await;
-            if let Err(error) = self.heartbeat.beat() {
+            if let Err(error) = heartbeat.beat() {
                 tracing::error!(
                     error = report(&error),
                     "the heartbeat can't be written to the kernel"
@@ -73,7 +100,8 @@ impl HeartbeatGuard {
 impl Drop for HeartbeatGuard {
     fn drop(&mut self) {
         if !self.listeners_kept
-            && let Err(error) = self.heartbeat.stop()
+            && let Some(heartbeat) = &mut self.heartbeat
+            && let Err(error) = heartbeat.stop()
         {
             tracing::error!(
                 error = report(&error),
@@ -155,7 +183,11 @@ fn origin(
     client: SocketAddr,
 ) -> Option<SocketAddr> {
     let listener = socket.local_addr().ok()?;
-    match attachment.flows.borrow_mut().take_origin(client, listener) {
+    match attachment
+        .origins
+        .borrow_mut()
+        .take_origin(client, listener)
+    {
         // On kernels that can't refuse by errno: counted there already.
         Ok(Some(origin)) if origin.refused.is_some() => return None,
         Ok(Some(origin)) => return Some(origin.destination),

@@ -2,7 +2,9 @@
 
 use std::pin::Pin;
 
+use cpc_config::server::RedirectConfig;
 use cpc_datapath::Engines;
+use cpc_datapath::shard::Shards;
 use cpc_host::privileges::finish;
 use cpc_observe::metrics::ours;
 use cpc_redirect::Redirect;
@@ -10,6 +12,7 @@ use cpc_redirect::Redirect;
 use super::prepared::Prepared;
 use crate::attachments::{self, Accepting, Attachments, kernel_routes};
 use crate::control::Publish;
+use crate::embedding::Capture;
 use crate::error::ServerError;
 use crate::privileges::kept;
 
@@ -19,7 +22,8 @@ pub(crate) struct Attached {
     pub(super) attachments: Attachments,
     /// Listeners of the attachments.
     pub(super) accepting: Vec<Accepting>,
-    pub(super) engines: Engines,
+    /// Shards, none of which is started.
+    pub(super) shards: Shards,
     /// Writes routes to the kernel.
     pub(super) publish: Publish,
     /// Passes on what the kernel programs log.
@@ -53,9 +57,40 @@ impl Attached {
             prepared,
             attachments,
             accepting,
-            engines,
+            shards: Shards::new(engines),
             publish,
             kernel_log: Box::pin(kernel_log),
+        })
+    }
+
+    /// Attaches nothing: a program that embeds the server leads the connections of `captures` to it, and
+    /// all shards run on the current thread.
+    ///
+    /// # Errors
+    /// [`ServerError`] naming the attachment whose listener can't be opened.
+    pub(crate) fn embedded(
+        mut prepared: Prepared,
+        captures: Vec<Capture>,
+    ) -> Result<Self, ServerError> {
+        let own = &prepared.identity.trust_domain;
+        let inherited = &mut prepared.inherited;
+        let nothing = RedirectConfig::default();
+        let (attachments, _) = Attachments::attach(&nothing, own, inherited)?;
+        let accepting = captures.into_iter().map(|capture| {
+            let Capture {
+                attachment,
+                origins,
+            } = capture;
+            Accepting::embedded(&attachment, own, origins)
+        });
+        let accepting = accepting.collect::<Result<_, _>>()?;
+        Ok(Self {
+            prepared,
+            attachments,
+            accepting,
+            shards: Shards::on_this_thread(),
+            publish: Box::new(|_| {}),
+            kernel_log: Box::pin(std::future::pending()),
         })
     }
 }

@@ -6,16 +6,15 @@ use std::time::SystemTime;
 use cpc_config::ServerConfig;
 use cpc_datapath::Budget;
 use cpc_host::descriptors::Shares;
+use cpc_host::environment::{Environment, Reloads, Stops};
 use cpc_host::host;
 use cpc_host::inherited::Inherited;
-use cpc_host::lifecycle;
 use cpc_identity::Identity;
 use cpc_identity::revoked::Revocations;
 use cpc_observe::metrics::ours;
 use cpc_observe::reload::ReloadMetrics;
 use cpc_transport::quic::MemoryBounds;
 use prometheus_client::registry::Registry;
-use tokio::signal::unix::Signal;
 
 use super::tunnel::Tunnel;
 use crate::bind::Bound;
@@ -40,8 +39,10 @@ pub(crate) struct Prepared {
     pub(super) identity: Identity,
     pub(super) grants: Grants,
     pub(super) revocations: Arc<Revocations>,
+    /// Requests to stop.
+    pub(super) stops: Stops,
     /// SIGHUP, from now on: it would end the process otherwise.
-    pub(super) hangups: Signal,
+    pub(super) reload_requests: Reloads,
     pub(super) bound: Bound,
     /// Sockets of an earlier process that are not taken over yet.
     pub(super) inherited: Inherited,
@@ -54,6 +55,7 @@ impl Prepared {
     /// [`ServerError`] naming the key, file or socket.
     pub(crate) fn new(
         mut config: ServerConfig,
+        environment: Environment,
         mut inherited: Inherited,
     ) -> Result<Self, ServerError> {
         check(&config)?;
@@ -82,7 +84,7 @@ impl Prepared {
             Some(tunnel) => tunnel.material.revocations(),
             None => Revocations::load(config.tls.revoked.clone())?,
         };
-        let hangups = lifecycle::hangups()?;
+        let (stops, reload_requests) = environment.into_requests()?;
         let own = &identity.trust_domain;
         let bound = Bound::open(&config, own, &revocations, &mut inherited)?;
         Ok(Self {
@@ -96,7 +98,8 @@ impl Prepared {
             identity,
             grants,
             revocations,
-            hangups,
+            stops,
+            reload_requests,
             bound,
             inherited,
         })

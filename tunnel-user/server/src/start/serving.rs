@@ -9,8 +9,10 @@ use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
 use cpc_host::concurrency::ConcurrencyLimit;
+use cpc_host::environment::{Reloads, Stops};
 use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle::{self, Phase};
+use cpc_host::random;
 use cpc_host::report::report;
 use cpc_identity::Identity;
 use cpc_identity::lifetime::{self, Certificates, Lifetimes};
@@ -19,7 +21,6 @@ use cpc_observe::audit::events as audit;
 use cpc_observe::logging::LogHandle;
 use cpc_observe::metrics::ours;
 use cpc_observe::reload::ReloadMetrics;
-use tokio::signal::unix::Signal;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tunnel_proto::session::InstanceId;
@@ -56,7 +57,8 @@ pub(crate) struct Serving {
     scopes: Vec<Arc<Scope>>,
     /// The task that holds this server's leases.
     leases: Option<JoinHandle<()>>,
-    hangups: Signal,
+    stops: Stops,
+    reload_requests: Reloads,
     reloads: ReloadMetrics,
     log: LogHandle,
     /// The tunnel's sockets. The kernel steers packets by their number: each stays until the last shard
@@ -76,7 +78,7 @@ impl Serving {
             prepared,
             attachments,
             accepting,
-            engines,
+            mut shards,
             publish,
             kernel_log,
         } = from;
@@ -91,7 +93,8 @@ impl Serving {
             identity,
             grants,
             revocations,
-            hangups,
+            stops,
+            reload_requests,
             bound,
             inherited,
         } = prepared;
@@ -101,7 +104,7 @@ impl Serving {
         let control = Control::new(routing.bounded(RouteBounds::from(&config.limits)), publish);
         let (phase, phases) = watch::channel(Phase::Running);
         let mut instance = [0; 16];
-        aws_lc_rs::rand::fill(&mut instance).map_err(|_| io::Error::other("no random numbers"))?;
+        random::fill(&mut instance)?;
         let (peers, inboxes) = Peers::new(config.shards);
         let issuer = join::issuer(&config, &identity, material.as_ref()).await?;
         if let Some(issuer) = &issuer {
@@ -138,7 +141,7 @@ impl Serving {
         tokio::spawn(lifetime::watch(lifetimes.clone()));
         let view = {
             let seen = (&common, attachments.health());
-            let (name, engine) = (identity.to_string(), engines.engine());
+            let (name, engine) = (identity.to_string(), shards.engines().engine());
             status::View::register(&mut registry, &config, name, engine, seen, lifetimes)
         };
         for frontend in &bound.tls {
@@ -177,7 +180,6 @@ impl Serving {
         let calls = common.metrics.konnectivity.leases.clone();
         let leases = leases::hold(&config, &common.server_id, calls, phases).await?;
 
-        let mut shards = Shards::new(engines);
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
         let each = inboxes.into_iter().zip(listeners.deal(config.shards));
@@ -245,7 +247,8 @@ impl Serving {
             attachments,
             scopes,
             leases,
-            hangups,
+            stops,
+            reload_requests,
             reloads,
             log,
             _sockets: sockets,
@@ -261,7 +264,7 @@ impl Serving {
         mut self,
         reread: impl Fn() -> Result<ServerConfig, ConfigError>,
     ) -> Result<(), ServerError> {
-        let reload = lifecycle::on_hangup(&mut self.hangups, async || {
+        let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             let is_in_force = match reread() {
                 Ok(config) => {
                     let granted = set_grants(&self.common, &config).await;
@@ -284,12 +287,12 @@ impl Serving {
         let idle = idle(&self.phase, &self.common.connections);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
         tokio::select! {
-            done = lifecycle::until_stopped(&self.phase, Some(self.config.limits.drain), idle) => done?,
+            done = lifecycle::until_stopped(&self.phase, self.stops, Some(self.config.limits.drain), idle) => done?,
             () = reload => {}
             () = lost => return Err(ServerError::Shard),
         }
         // A shard ends its links and returns: that is short.
-        self.shards.join();
+        self.shards.join().await;
         if let Some(leases) = self.leases {
             let _ = leases.await;
         }

@@ -17,8 +17,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use aws_lc_rs::{hmac, rand};
+use aws_lc_rs::hmac;
 use quinn_proto::{ConnectionId, ConnectionIdGenerator, InvalidCid};
+
+use cpc_host::random;
 
 pub(super) const LAYOUT: u8 = 1;
 pub(super) const LEN: usize = 16;
@@ -79,7 +81,7 @@ impl ConnectionIdGenerator for Generator {
         id[SHARD_AT] = self.named.load(Ordering::Relaxed);
         id[2..4].copy_from_slice(&self.server);
         // Without random numbers ids would repeat; quinn then draws again, and TLS fails first.
-        let _ = rand::fill(&mut id[4..TAG_AT]);
+        let _ = random::fill(&mut id[4..TAG_AT]);
         let tag = self.tag(&id[..TAG_AT]);
         id[TAG_AT..].copy_from_slice(&tag);
         ConnectionId::new(&id)

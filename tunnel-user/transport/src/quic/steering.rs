@@ -20,10 +20,10 @@ use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use aws_lc_rs::rand;
 use quinn_proto::ConnectionId;
 
 use super::connection_id::{LAYOUT, LEN, SHARD_AT};
+use cpc_host::random;
 
 /// The destination connection id of a packet with a short header (RFC 9000 section 17.3)..
 const SHORT_ID: u32 = 1;
@@ -142,7 +142,7 @@ impl Spread {
     pub fn random(several: bool) -> Self {
         let mut bytes = [0; 2];
         // Without random numbers TLS has failed before.
-        let _ = rand::fill(&mut bytes);
+        let _ = random::fill(&mut bytes);
         Self {
             first: u16::from_be_bytes(bytes),
             length: if several { PLACED } else { CHOSEN },
@@ -157,7 +157,7 @@ impl Spread {
         Arc::new(move || {
             let mut id = [0; CHOSEN];
             // What must not be guessed is behind it (RFC 9000 section 7.2).
-            let _ = rand::fill(&mut id);
+            let _ = random::fill(&mut id);
             id[..2].copy_from_slice(&number.to_be_bytes());
             ConnectionId::new(&id[..length])
         })
