@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// The crates below `tunnel-user/`, each with the crates of this project that it may depend on: the table
 /// in ARCHITECTURE.md.
-const PERMITTED: [(&str, &[&str]); 12] = [
+const PERMITTED: [(&str, &[&str]); 13] = [
     ("cpc-host", &[]),
     ("cpc-config", &["cpc-host", "tunnel-proto"]),
     ("cpc-observe", &["cpc-config", "cpc-host", "tunnel-proto"]),
@@ -81,10 +81,28 @@ const PERMITTED: [(&str, &[&str]); 12] = [
             "tunnel-proto",
         ],
     ),
+    (
+        "tunnel-simulation",
+        &[
+            "cpc-agent",
+            "cpc-config",
+            "cpc-host",
+            "cpc-identity",
+            "cpc-observe",
+            "cpc-server",
+            "cpc-transport",
+            "tunnel-proto",
+        ],
+    ),
 ];
 
 /// Libraries for tests, on which no crate of a release depends.
-const FOR_TESTS: [&str; 3] = ["criterion", "proptest", "tunnel-fake-kubernetes"];
+const FOR_TESTS: [&str; 4] = [
+    "criterion",
+    "proptest",
+    "tunnel-fake-kubernetes",
+    "tunnel-simulation",
+];
 
 /// Libraries that one crate alone may name.
 const ALONE: [(&str, &str); 6] = [

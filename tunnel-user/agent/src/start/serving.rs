@@ -89,7 +89,11 @@ impl Serving {
         let setup = setup(&config, &budget, &limits, &mut registry);
         let view = status::View::register(
             ours(&mut registry),
-            (identity.to_string(), config.shards, shards.engines().engine()),
+            (
+                identity.to_string(),
+                config.shards,
+                shards.engines().engine(),
+            ),
             views.clone(),
             policy.in_force().clone(),
             (budget.clone(), connections.clone(), limits.clone()),
