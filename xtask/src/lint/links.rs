@@ -188,7 +188,7 @@ fn link_texts(title: &str) -> String {
 }
 
 /// Returns `text` with code spans and fenced code blocks blanked, line for line.
-fn without_code(text: &str) -> String {
+pub(super) fn without_code(text: &str) -> String {
     let mut visible = String::with_capacity(text.len());
     let mut fence: Option<&str> = None;
     let mut paragraph = String::new();

@@ -1,12 +1,13 @@
 //! The checks that read the code and the documentation without running them.
 
+mod language;
 mod links;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 
 use crate::workspace::{self, PROFILE};
 use crate::{ebpf, fuzz, sh};
@@ -19,7 +20,7 @@ pub(crate) fn run() -> Result<()> {
     sh::heading("Formatting");
     sh::run(workspace::cargo().args(["fmt", "--all", "--check"]))?;
 
-    sh::heading("Links of the documentation");
+    sh::heading("Links and language of the documentation");
     documentation()?;
 
     sh::heading("Licences, sources and advisories of the dependencies");
@@ -46,7 +47,8 @@ pub(crate) fn run() -> Result<()> {
     sh::run(doc.args(HOST).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
-/// Checks that every relative link and anchor in the tracked Markdown files resolves.
+/// Checks that every relative link and anchor in the tracked Markdown files resolves, and the words
+/// of these files and of doc comments.
 fn documentation() -> Result<()> {
     let mut list = Command::new("git");
     list.current_dir(workspace::root()).args(["ls-files", "-z"]);
@@ -54,21 +56,39 @@ fn documentation() -> Result<()> {
         .split_terminator('\0')
         .map(str::to_owned)
         .collect();
-    let mut pages = BTreeMap::new();
-    for file in files.iter().filter(|file| file.ends_with(".md")) {
-        let text = fs::read_to_string(workspace::root().join(file))
-            .with_context(|| format!("cannot read {file}"))?;
-        pages.insert(file.clone(), text);
-    }
+    let pages = texts(&files, ".md")?;
     let broken = links::broken(&pages, &files);
     for link in &broken {
         eprintln!("    {link}");
     }
-    if !broken.is_empty() {
-        bail!("{} links of the documentation do not resolve", broken.len());
+    let mut faults = language::in_pages(&pages);
+    faults.extend(language::in_comments(&texts(&files, ".rs")?));
+    for fault in &faults {
+        eprintln!("    {fault}");
     }
+    ensure!(
+        broken.is_empty(),
+        "{} links of the documentation do not resolve",
+        broken.len()
+    );
+    ensure!(
+        faults.is_empty(),
+        "{} words of the documentation break the rules of CONTRIBUTING.md, \"Language\"",
+        faults.len()
+    );
     eprintln!("    {} pages", pages.len());
     Ok(())
+}
+
+/// Reads the files with this suffix.
+fn texts(files: &BTreeSet<String>, suffix: &str) -> Result<BTreeMap<String, String>> {
+    let matching = files.iter().filter(|file| file.ends_with(suffix));
+    let read = matching.map(|file| {
+        let text = fs::read_to_string(workspace::root().join(file))
+            .with_context(|| format!("cannot read {file}"))?;
+        Ok((file.clone(), text))
+    });
+    read.collect()
 }
 
 fn kernel_programs() -> Result<()> {
@@ -85,8 +105,8 @@ fn kernel_programs() -> Result<()> {
     }
 }
 
-/// The advisory database is the one check that needs the network; where it can't be had, that is
-/// said, and what does not need it is checked all the same.
+/// Checks the dependencies. Only the advisory database needs the network: without it the check says
+/// so, and runs the rest.
 fn dependencies() -> Result<()> {
     sh::run(deny().args([
         "check",

@@ -1,0 +1,185 @@
+//! The language of the documentation and of doc comments, as far as a list of words can check it
+//! (CONTRIBUTING.md, "Language"). No I/O.
+//!
+//! Code spans and code blocks are not checked: names of tests may contain any word.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::links::without_code;
+
+/// Words without a subject that a reader can search for, and old ones, with their replacement.
+const WORDS: [(&str, &str); 7] = [
+    ("anew", "write `again`"),
+    ("anybody", "name the party"),
+    ("for ever", "write `without end`"),
+    (
+        "nobody",
+        "name the party: no client, no agent, no other process",
+    ),
+    ("somebody", "name the party"),
+    ("whoever", "name the party"),
+    ("whomever", "name the party"),
+];
+
+/// Words that do not open a doc comment: its first sentence says what the item is or does.
+const OPENINGS: [&str; 19] = [
+    "He", "His", "How", "It", "Its", "She", "Their", "They", "What", "Whatever", "When", "Where",
+    "Which", "Who", "Whoever", "Whom", "Whose", "Why", "Of",
+];
+
+/// Code whose comments are still to be revised: its changes are checked once its line goes.
+const UNREVISED: [&str; 5] = [
+    "tests/tests/",
+    "tunnel-user/agent/",
+    "tunnel-user/konnectivity/",
+    "tunnel-user/server/",
+    "tunnel-user/transport/",
+];
+
+/// A place that breaks the rule.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    file: String,
+    line: usize,
+    word: &'static str,
+    remedy: &'static str,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            file,
+            line,
+            word,
+            remedy,
+        } = self;
+        write!(f, "{file}:{line}: {word}: {remedy}")
+    }
+}
+
+/// Returns the faults of Markdown pages (path and text).
+pub(super) fn in_pages(pages: &BTreeMap<String, String>) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for (page, text) in pages {
+        for (index, line) in without_code(text).lines().enumerate() {
+            faults.extend(words(page, index + 1, line));
+        }
+    }
+    faults
+}
+
+/// Returns the faults of the doc comments of Rust files (path and text).
+pub(super) fn in_comments(files: &BTreeMap<String, String>) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    let revised = |file: &str| !UNREVISED.iter().any(|folder| file.starts_with(folder));
+    for (file, text) in files.iter().filter(|(file, _)| revised(file)) {
+        let mut before = None;
+        for (index, line) in text.lines().enumerate() {
+            let comment = doc_comment(line);
+            if let Some((marker, text)) = comment {
+                faults.extend(words(file, index + 1, &without_code(text)));
+                if before != Some(marker)
+                    && let Some(word) = opening(text)
+                {
+                    faults.push(Fault {
+                        file: file.clone(),
+                        line: index + 1,
+                        word,
+                        remedy: "begin with a noun or a verb in the third person",
+                    });
+                }
+            }
+            before = comment.map(|(marker, _)| marker);
+        }
+    }
+    faults
+}
+
+/// Returns the marker and the text of a line of a doc comment.
+fn doc_comment(line: &str) -> Option<(&'static str, &str)> {
+    let line = line.trim_start();
+    ["///", "//!"]
+        .into_iter()
+        .find_map(|marker| Some((marker, line.strip_prefix(marker)?)))
+}
+
+/// Returns the word that opens `text`, if it is one of [`OPENINGS`].
+fn opening(text: &str) -> Option<&'static str> {
+    let first = text.split_whitespace().next()?;
+    let first = first.trim_end_matches(|c: char| !c.is_alphanumeric());
+    OPENINGS.into_iter().find(|word| *word == first)
+}
+
+fn words(file: &str, line: usize, text: &str) -> Vec<Fault> {
+    let text = text.to_lowercase();
+    let is_whole = |at: usize, word: &str| {
+        let around = |c: Option<char>| c.is_some_and(|c| c == '_' || c.is_alphanumeric());
+        !around(text[..at].chars().next_back()) && !around(text[at + word.len()..].chars().next())
+    };
+    WORDS
+        .into_iter()
+        .filter(|(word, _)| {
+            text.match_indices(word)
+                .any(|(at, word)| is_whole(at, word))
+        })
+        .map(|(word, remedy)| Fault {
+            file: file.to_owned(),
+            line,
+            word,
+            remedy,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(path: &str, text: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([(path.to_owned(), text.to_owned())])
+    }
+
+    fn lines(faults: &[Fault]) -> Vec<(usize, &str)> {
+        faults.iter().map(|it| (it.line, it.word)).collect()
+    }
+
+    #[test]
+    fn words_count_outside_of_code_and_as_whole_words() {
+        let page = "Whoever asks waits for ever.\n\n```sh\nnobody\n```\n\n`nobody` and anewly, `anew`\n\
+                    nobody_is_asked\nNobody.\n";
+        let faults = in_pages(&one("a.md", page));
+        assert_eq!(
+            lines(&faults),
+            [(1, "for ever"), (1, "whoever"), (9, "nobody")]
+        );
+        assert_eq!(
+            faults[0].to_string(),
+            "a.md:1: for ever: write `without end`"
+        );
+    }
+
+    #[test]
+    fn only_the_first_line_of_a_doc_comment_is_an_opening() {
+        let code = [
+            "//! What it does.",
+            "//! It goes on.",
+            "",
+            "    /// Returns.",
+            "    /// It is long.",
+            "    fn a() {}",
+            "/// Of old.",
+            "/// `nobody`",
+            "// nobody, What",
+            "/// Read anew.",
+            "//! Its.",
+            "let nobody = 1;",
+        ]
+        .join("\n");
+        assert_eq!(
+            lines(&in_comments(&one("src/a.rs", &code))),
+            [(1, "What"), (7, "Of"), (10, "anew"), (11, "Its")]
+        );
+        assert_eq!(in_comments(&one("tests/tests/a.rs", &code)), []);
+    }
+}
