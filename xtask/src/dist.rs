@@ -1,9 +1,9 @@
-//! A release in target/dist: the program, its debug information, what it is made of, and the checksums
-//! of all of it.
+//! A release in target/dist: the program, its debug information, the lists of its components, and
+//! the checksums of all of it.
 //!
-//! What it is made of is two lists (SBOM, CycloneDX JSON): of `cpc`, and of the kernel programs that
-//! are within it. cargo-cyclonedx writes them, and each is held against what cargo says that it
-//! builds: a list that leaves something out is worse than none.
+//! Two lists (SBOM, CycloneDX JSON) have the components of `cpc`, and of the kernel programs in it.
+//! cargo-cyclonedx writes the lists, and each is compared with cargo's own account of the build: an
+//! incomplete list is worse than none.
 
 use std::collections::HashSet;
 use std::fs;
@@ -16,15 +16,15 @@ use serde_json::Value;
 use crate::setup::{self, Purpose};
 use crate::{ebpf, sh, workspace};
 
-/// A list of what something is made of.
+/// List of the components of a build.
 struct Sbom {
     /// The package, and its folder.
     package: &'static str,
-    /// What it is built for; this machine where it does not say.
+    /// Target of the build; this machine when missing.
     target: Option<&'static str>,
-    /// What cargo-cyclonedx calls the list, beside the package's manifest.
+    /// File name of cargo-cyclonedx, beside the package's manifest.
     written: &'static str,
-    /// What it is called in a release.
+    /// File name in a release.
     name: &'static str,
 }
 
@@ -46,16 +46,16 @@ const SBOMS: [Sbom; 2] = [
 /// The program, which names its functions but not their lines.
 const PROGRAM: &str = "cpc";
 
-/// Its lines, for a debugger or a profiler: found by the name when it lies beside the program.
+/// Debug information of `cpc`: debuggers and profilers find it by its name beside the program.
 const DEBUG_INFO: &str = "cpc.debug";
 
-/// Licences of what is given away.
+/// Licences of the files in a release.
 const LICENCES: [(&str, &str); 2] = [
     ("LICENSE-APACHE", "LICENSE-APACHE"),
     ("tunnel-ebpf/LICENSE-GPL2", "LICENSE-GPL2"),
 ];
 
-/// Makes all of it.
+/// Builds the release.
 pub(crate) fn run() -> Result<()> {
     setup::ensure(Purpose::Dist)?;
     ebpf::build()?;
@@ -78,7 +78,7 @@ pub(crate) fn run() -> Result<()> {
         copy(&workspace::root().join(from), &dist.join(name))?;
     }
 
-    sh::heading("What it is made of");
+    sh::heading("Components");
     for sbom in &SBOMS {
         fs::write(dist.join(sbom.name), sbom.list()?)?;
     }
@@ -110,7 +110,7 @@ fn split_debug_info(dist: &Path) -> Result<()> {
 }
 
 impl Sbom {
-    /// The list, without the paths of this machine.
+    /// Returns the list, without the paths of this machine.
     fn list(&self) -> Result<String> {
         let manifest = format!("{}/Cargo.toml", self.package);
         let mut cyclonedx = workspace::cargo();
@@ -138,14 +138,14 @@ impl Sbom {
         let missing = missing(&serde_json::from_str(&text)?, &self.built()?);
         ensure!(
             missing.is_empty(),
-            "{} does not name all that is built: {}",
+            "{} lacks packages of the build: {}",
             self.name,
             missing.join(", ")
         );
         Ok(text)
     }
 
-    /// What cargo builds for it, as `name version`.
+    /// Returns the packages that cargo builds, as `name version`.
     fn built(&self) -> Result<Vec<String>> {
         let mut tree = workspace::cargo();
         tree.args(["tree", "--locked", "--package", self.package]);
@@ -178,7 +178,7 @@ fn clean_up() -> Result<()> {
     Ok(())
 }
 
-/// What is built and not in the list.
+/// Returns the built packages that are not in the list.
 fn missing(sbom: &Value, built: &[String]) -> Vec<String> {
     let components = sbom["components"].as_array().into_iter().flatten();
     let listed: HashSet<_> = components

@@ -1,4 +1,4 @@
-//! Building the kernel programs.
+//! Builds the kernel programs.
 //!
 //! They need a compiler with a `core` for `bpfel-unknown-none`, which a stable toolchain does not
 //! have. Two are known: rustup's nightly with the `rust-src` component, which builds `core` on the
@@ -26,12 +26,12 @@ const DEBIAN_CORE: &str = "/usr/lib/rustlib/bpfel-unknown-none/lib";
 pub(crate) enum Toolchain {
     /// `rustup run nightly`, building `core` from the component `rust-src`.
     Nightly,
-    /// `/usr/bin/rustc` with Debian's ready-made `core`.
+    /// `/usr/bin/rustc` with Debian's prebuilt `core`.
     Debian,
 }
 
 impl Toolchain {
-    /// The one that is installed; nightly goes first, because it is what people expect.
+    /// Returns the installed compiler; nightly comes first, because it is the usual one.
     pub(crate) fn installed() -> Option<Self> {
         if nightly_has_source() {
             Some(Self::Nightly)
@@ -42,7 +42,7 @@ impl Toolchain {
         }
     }
 
-    /// What a person calls it.
+    /// Returns the name for people.
     pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::Nightly => "rustup's nightly with rust-src",
@@ -50,7 +50,7 @@ impl Toolchain {
         }
     }
 
-    /// The major version of the LLVM in it: bpf-linker must not be older.
+    /// Returns the major version of its LLVM: bpf-linker must not be older.
     pub(crate) fn llvm_major(self) -> Result<u32> {
         let mut rustc = match self {
             Self::Nightly => rustup_nightly("rustc"),
@@ -69,7 +69,7 @@ impl Toolchain {
             .with_context(|| format!("`rustc -vV` names no LLVM version:\n{version}"))
     }
 
-    /// `cargo SUBCOMMAND` for the kernel programs with this compiler.
+    /// Returns `cargo SUBCOMMAND` for the kernel programs with this compiler.
     fn cargo(self, subcommand: &str, linker: &Path) -> Command {
         let mut cargo = match self {
             Self::Nightly => {
@@ -112,7 +112,7 @@ impl Toolchain {
         cargo
     }
 
-    /// `cargo clippy` for the kernel programs, if this compiler has it.
+    /// Returns `cargo clippy` for the kernel programs, if this compiler has it.
     pub(crate) fn clippy(self, linker: &Path) -> Option<Command> {
         match self {
             Self::Nightly => Some(self.cargo("clippy", linker)),
@@ -123,7 +123,7 @@ impl Toolchain {
     }
 }
 
-/// The compiler and the linker, or what to do to have them.
+/// Returns the compiler and the linker, or the command that installs them.
 pub(crate) fn tools() -> Result<(Toolchain, PathBuf)> {
     let Some(toolchain) = Toolchain::installed() else {
         bail!("no compiler for {TARGET} is installed; `cargo xtask setup` installs one");
@@ -134,12 +134,12 @@ pub(crate) fn tools() -> Result<(Toolchain, PathBuf)> {
     Ok((toolchain, linker))
 }
 
-/// Path of the object, from which the user-space build takes it.
+/// Returns the path of the object, from which the user-space build takes it.
 fn object() -> PathBuf {
     workspace::root().join(format!("target/bpf/{BINARY}.o"))
 }
 
-/// The object, where it has yet to be built.
+/// Returns the path of the object if it is not built yet.
 pub(crate) fn missing() -> Option<PathBuf> {
     Some(object()).filter(|object| !object.exists())
 }
@@ -180,8 +180,7 @@ fn install(code: &[u8], object: &Path) -> Result<()> {
         .with_context(|| format!("cannot write {}", object.display()))
 }
 
-/// `rustup run nightly PROGRAM`, without what the running cargo told its children of its own
-/// toolchain.
+/// Returns `rustup run nightly PROGRAM` without the variables of the toolchain that runs this task.
 pub(crate) fn rustup_nightly(program: &str) -> Command {
     let mut command = Command::new("rustup");
     command.args(["run", "nightly", program]);

@@ -1,5 +1,5 @@
-//! `cargo xtask lab hostile`: hostile programs beside a pair that must not notice, and
-//! docs/hostile-peers.md, which says what the pair noticed.
+//! `cargo xtask lab hostile`: hostile programs beside a pair that must not notice them, and
+//! docs/hostile-peers.md with the effects on the pair.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,21 +15,21 @@ use crate::{ebpf, programs, sh};
 
 const HEAD: &str = "# Hostile peers
 
-What a well-behaved pair notices of others that mean harm. One server with every port that there is, worker 1 with its
-agent; worker 2's certificate is in the wrong hands. Each misdeed is a program of its own (`tests/hostile`), in a network
-namespace of the laboratory, bounded in count and in time. Beside it four clients ask worker 1 without a pause, two through
-the redirect and two through HTTP CONNECT, a connection for each request; and one long stream through the redirect goes
-there and back, 16 KiB at a time. Every answer and every byte is checked, and that each request ran once.
+The effects of hostile peers on a well-behaved pair: one server with every kind of port, and worker 1 with its agent. An
+attacker has the certificate of worker 2. Each misdeed is a separate program (`tests/hostile`), in a network namespace of the
+laboratory, with bounds on count and time. Beside it four clients send requests to worker 1 without a pause, two through the
+redirect and two through HTTP CONNECT, with a connection for each request. One long stream through the redirect goes there
+and back, 16 KiB at a time. The test checks every answer and every byte, and that each request ran once.
 
 ```sh
 sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask lab hostile     # writes this page; --json prints it instead
 cargo xtask test hostile_programs                              # the same, as a test
 ```
 
-The run fails when a request of the pair fails, a byte of the long stream is lost, a misdeed gains anything (a route that is
-not its own, a connection to what must not be dialled, an agent that believes a foreign server), log and audit do not name
-it, or the server's memory grows by over 256 MiB. How fast the pair was is told, not judged: all of them share the machine's
-processors, and a misdeed takes what it can get of them. Compare with the first row.
+The run fails in four cases: a request of the pair fails or the long stream loses a byte; a misdeed gains something (another
+agent's route, a connection to a forbidden destination, an agent that accepts a foreign server); log and audit do not name the
+misdeed; the memory of the server grows by more than 256 MiB. The speed of the pair is recorded, without a threshold: all
+programs share the processors of the machine, and a misdeed takes its part of them. Compare with the first row.
 
 ";
 
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Builds, does, and tells.
+/// Builds the programs, runs them, and prints or writes the result.
 pub(crate) fn hostile(args: &Args) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("the laboratory needs root: run `{AS_ROOT} lab hostile`");
@@ -68,7 +68,7 @@ pub(crate) fn hostile(args: &Args) -> Result<()> {
 
 fn write(rows: &[Row], machine: &Machine) -> Result<PathBuf> {
     let mut text = format!("{HEAD}{}\n\n{}", machine.sentence(), table(rows));
-    text.push_str("\n## What each came to\n\nAs the program itself counted.\n\n");
+    text.push_str("\n## Counts of each misdeed\n\nThe program itself counts.\n\n");
     for row in rows.iter().filter(|row| !row.came_to.is_empty()) {
         writeln!(text, "* {}. {}", row.title, row.sentence())?;
     }

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and a closed terminal: noted, so that a task ends where it can clean up.
+//! Ctrl-C, SIGTERM and a closed terminal: recorded, so that a task ends where it can clean up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,8 +14,8 @@ extern "C" fn note(_: libc::c_int) {
     }
 }
 
-/// From now on a signal ends nothing by itself, but [`check`] tells. A second one ends the process
-/// at once; what it leaves is removed by the next task that builds a laboratory.
+/// Makes a signal end nothing by itself; [`check`] reports it. A second signal ends the process at
+/// once, and the next task that builds a laboratory removes the remains.
 pub(crate) fn catch() -> Result<()> {
     let action = SigAction::new(
         SigHandler::Handler(note),
@@ -29,7 +29,7 @@ pub(crate) fn catch() -> Result<()> {
     Ok(())
 }
 
-/// Fails once a signal has come.
+/// Fails after a signal.
 pub(crate) fn check() -> Result<()> {
     if INTERRUPTED.load(Ordering::Relaxed) {
         bail!("interrupted");

@@ -30,7 +30,7 @@ enum Action {
     Up(Up),
     /// Run a command in it, for example `lab run cp -- curl -k https://10.99.1.2:10250/`.
     Run {
-        /// Which laboratory, where several are up.
+        /// Laboratory, if several exist
         #[arg(long)]
         id: Option<String>,
         /// cp (the control plane, as kube-apiserver), nat (the router), w1, w2, ..
@@ -39,15 +39,15 @@ enum Action {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
-    /// Print what is up.
+    /// Print the existing laboratories
     Status {
         /// Print it as JSON, one object for each laboratory.
         #[arg(long)]
         json: bool,
     },
-    /// Remove it, also what a crash has left.
+    /// Remove the laboratory, also the remains of a crash
     Down {
-        /// Which laboratory, where several are up.
+        /// Laboratory, if several exist
         #[arg(long, conflicts_with = "all")]
         id: Option<String>,
         /// Remove every laboratory on this machine.
@@ -60,10 +60,10 @@ enum Action {
 
 #[derive(clap::Args)]
 struct Up {
-    /// How many workers.
+    /// Number of workers
     #[arg(long, default_value_t = 1)]
     workers: u8,
-    /// How many servers.
+    /// Number of servers
     #[arg(long, default_value_t = 1)]
     servers: u8,
     /// Let the agents dial these as well, for example 10.99.1.0/24:22,8000-8100.
@@ -74,7 +74,7 @@ struct Up {
     json: bool,
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 pub(crate) fn run(args: Args) -> Result<()> {
     match args.action {
         Action::Up(args) => up(args),
@@ -124,7 +124,7 @@ fn down(id: Option<String>, all: bool) -> Result<()> {
     Ok(())
 }
 
-/// The laboratory called `id`, or the only one; those that tests are using do not count.
+/// Returns the laboratory called `id`, or the only one; those of running tests do not count.
 fn pick(id: Option<String>) -> Result<Site> {
     let mut sites = Site::all()?;
     if let Some(id) = id {

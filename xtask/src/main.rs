@@ -1,8 +1,8 @@
-//! The task runner: everything a person or CI does with this repository, one subcommand each.
+//! The task runner: one subcommand for each task of people and CI in this repository.
 //!
-//! `cargo xtask` builds this crate and runs it, so that the only tool anybody needs at first is
-//! cargo. Each subcommand is a module; what several of them share is in [`sh`] (running other
-//! programs) and [`workspace`] (where things are).
+//! `cargo xtask` builds this crate and runs it, so that cargo is the only tool needed at first.
+//! Each subcommand is a module; [`sh`] (running other programs) and [`workspace`] (paths) have the
+//! common parts.
 
 mod bench;
 mod demo;
@@ -37,7 +37,7 @@ struct Cli {
 enum Task {
     /// Install the tools that the other tasks need and that are missing.
     Setup(setup::Args),
-    /// Show what the connector does, on this machine; as root with everything.
+    /// Demonstrate the connector on this machine; as root with the kernel part
     Demo,
     /// Measure the connector beside direct TCP, stock quinn, Konnectivity and OpenVPN; needs root.
     Bench(bench::Args),
@@ -49,7 +49,7 @@ enum Task {
     Lab(lab::Args),
     /// Fuzz the decoders for a while.
     Fuzz(fuzz::Args),
-    /// Make a release in target/dist: the program, what it is made of (SBOM), checksums.
+    /// Build a release in target/dist: the program, its components (SBOM), checksums
     Dist,
     /// Interpret the unit tests of tunnel-proto, where the tool chain has Miri.
     Miri,

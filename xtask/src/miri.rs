@@ -1,8 +1,8 @@
 //! `cargo xtask miri`: the unit tests of tunnel-proto, interpreted.
 //!
-//! tunnel-proto forbids unsafe code, so what is looked for is in what it stands on, `bytes` above
-//! all. Miri is a component of rustup's nightly that not every machine can have; by hand, therefore,
-//! and no part of the tests: it takes most of an hour.
+//! tunnel-proto forbids unsafe code, so Miri checks its dependencies, above all `bytes`. Miri is a
+//! component of rustup's nightly that some machines can't have, and takes most of an hour: so it
+//! runs by hand, and not with the tests.
 
 use std::process::Command;
 
@@ -13,7 +13,7 @@ use crate::{sh, workspace};
 /// Cases of each property test: an interpreter takes a thousand times as long.
 const CASES: &str = "2";
 
-/// Runs them, or says why not.
+/// Runs the tests, or prints why it can't.
 pub(crate) fn run() -> Result<()> {
     sh::heading("Miri on tunnel-proto");
     if !has_miri() {
@@ -40,8 +40,8 @@ pub(crate) fn run() -> Result<()> {
     sh::run(&mut miri)
 }
 
-/// Whether both components are there: cargo-miri would fetch what it lacks, and a tool chain with
-/// rust-src is another one to `build-ebpf`.
+/// Whether both components are installed. cargo-miri would fetch a missing one, and a toolchain
+/// with rust-src is another one to `build-ebpf`.
 fn has_miri() -> bool {
     let mut components = Command::new("rustup");
     components.args(["component", "list", "--toolchain", "nightly", "--installed"]);
@@ -52,7 +52,7 @@ fn has_miri() -> bool {
         .all(|name| listed.lines().any(|line| line.starts_with(name)))
 }
 
-/// rustup's, whatever tool chain runs this.
+/// Returns a command of rustup's nightly, whichever toolchain runs this task.
 fn nightly() -> Command {
     let mut cargo = Command::new("rustup");
     cargo

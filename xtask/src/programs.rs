@@ -1,4 +1,4 @@
-//! Building `cpc` and the laboratory's own programs.
+//! Builds `cpc` and the programs of the laboratory.
 
 use anyhow::Result;
 use tunnel_tests::lab::Programs;
@@ -6,7 +6,7 @@ use tunnel_tests::lab::Programs;
 use crate::workspace::{self, PROFILE};
 use crate::{ebpf, sh};
 
-/// Builds them with the kernel programs that were built last, and says where they are.
+/// Builds the programs with the kernel programs of the last build, and returns their paths.
 pub(crate) fn build() -> Result<Programs> {
     sh::heading("Programs");
     if let Some(object) = ebpf::missing() {

@@ -1,6 +1,6 @@
-//! Running other programs.
+//! Runs other programs.
 //!
-//! What is run is printed first, so that a reader can repeat it by hand, and a failure names the
+//! Each command is printed first, so that a reader can repeat it by hand, and an error names the
 //! command that failed.
 
 use std::ffi::OsStr;
@@ -29,7 +29,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What `command` printed, without its last newline; its standard error stays on the terminal.
+/// Returns the output of `command`, without its last newline; its standard error stays on the
+/// terminal.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command
         .stderr(Stdio::inherit())
@@ -53,8 +54,8 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Where `program` is. Beside the PATH, the administrator's folders are searched (`nft` and `ip`
-/// are often there, and an ordinary user's PATH lacks them), and cargo's own.
+/// Returns the path of `program`. Besides the PATH it searches the administrator's folders (`nft`
+/// and `ip` are often there, and an ordinary user's PATH lacks them), and cargo's own.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -67,7 +68,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         })
 }
 
-/// The command as a shell takes it.
+/// Returns the command in the syntax of a shell.
 pub(crate) fn text(command: &Command) -> String {
     // Cargo tells its children where it is; a reader knows.
     let program = Path::new(command.get_program())
@@ -79,7 +80,7 @@ pub(crate) fn text(command: &Command) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// The variables that are set for it, as they are put before it.
+/// Returns the variables of the command, in the syntax of a shell.
 fn environment(command: &Command) -> String {
     let set = command
         .get_envs()

@@ -1,4 +1,4 @@
-//! Every check, in the order in which a mistake is cheapest to find.
+//! Runs every check, the cheapest first.
 
 use std::env;
 
@@ -15,7 +15,7 @@ pub(crate) struct Args {
     filters: Vec<String>,
 }
 
-/// Runs the checks; the test runner goes last, so that its summary is what is read last.
+/// Runs the checks; the test runner comes last, so that its summary ends the output.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::ensure(Purpose::Test)?;
     ebpf::build()?;
@@ -40,8 +40,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     sh::run(&mut nextest)
 }
 
-/// `cpc`, the laboratory's programs and all tests in one go: asked for apart, cargo would choose
-/// other features for what they share and compile it twice.
+/// Builds `cpc`, the programs of the laboratory and all tests in one call: in separate calls cargo
+/// would choose other features for their common dependencies and compile these twice.
 fn build() -> Result<()> {
     sh::heading("Programs and tests");
     sh::run(workspace::cargo().args(["build", "--all-targets", "--profile", PROFILE]))

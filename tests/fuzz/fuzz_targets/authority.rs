@@ -1,5 +1,5 @@
-//! HTTP/2 of a client without a host to name, whose authority is replaced on the way: dividing the
-//! input changes nothing, and nothing but the header block of a HEADERS frame is changed.
+//! HTTP/2 of a client without a host name, whose authority this program replaces: dividing the
+//! input changes nothing, and only the header block of a HEADERS frame changes.
 #![no_main]
 
 use std::io;
@@ -17,7 +17,7 @@ mod authority;
 
 use authority::AnyAuthority;
 
-/// The client's first words, whatever they are, and the head of a frame.
+/// The client's first bytes and the head of a frame, with any content.
 const PREFACE: usize = 24;
 const HEAD: usize = 9;
 
@@ -54,7 +54,7 @@ fn read(data: &[u8], piece: usize, room: usize) -> Vec<u8> {
     }
 }
 
-/// The whole frames behind the preface: head and payload.
+/// Returns the whole frames behind the preface: head and payload.
 fn frames(bytes: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut rest = bytes.get(PREFACE..).unwrap_or_default();
     let mut frames = Vec::new();

@@ -1,5 +1,4 @@
-//! The identity in a peer's certificate, which is read before anybody has vouched for it: what it
-//! gives is a name of the one form.
+//! The identity in a certificate of an unverified peer: a result is a name in its one form.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

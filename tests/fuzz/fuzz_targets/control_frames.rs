@@ -1,12 +1,12 @@
-//! The framing of the control stream and the messages in it: dividing the input changes nothing,
-//! and what was read can be written and read again.
+//! The framing of the control stream and its messages: dividing the input changes nothing, and a
+//! decoded message can be encoded and decoded again.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::take_byte;
 use tunnel_proto::control::{Envelope, FrameDecoder, FrameError, encode};
 
-/// Of those that were read, so many are written: thousands fit in one input, all of a kind.
+/// Number of decoded messages that are encoded again: thousands fit into one input, all alike.
 const AGAIN: usize = 64;
 
 fn decode_all(data: &[u8], piece: usize) -> (Vec<Envelope>, Result<(), FrameError>) {

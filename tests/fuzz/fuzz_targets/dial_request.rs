@@ -1,4 +1,4 @@
-//! The dial request, and the variable-length integer that it begins with.
+//! The dial request, and the variable-length integer at its head.
 #![no_main]
 
 use bytes::BytesMut;

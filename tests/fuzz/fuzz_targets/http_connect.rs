@@ -1,4 +1,4 @@
-//! The CONNECT request, and the answer that its error leads to.
+//! The CONNECT request, and the answer to an invalid one.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! Joining, the request of a stranger and the answer to a worker: dividing the input changes nothing,
-//! and what was read can be written and read again.
+//! Joining, the request of an unauthenticated peer and the answer to a worker: dividing the input
+//! changes nothing, and a decoded message can be encoded and decoded again.
 #![no_main]
 
 use std::fmt::Debug;

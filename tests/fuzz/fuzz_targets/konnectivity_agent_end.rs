@@ -1,5 +1,5 @@
-//! Our agent's end of a stream to a proxy-server that may say anything at any time, and targets
-//! that do anything at any time.
+//! The agent's end of a stream to a proxy-server that sends anything at any time, with targets that
+//! do anything at any time.
 #![no_main]
 
 use std::collections::{HashMap, HashSet};
@@ -20,12 +20,12 @@ const LIMITS: Limits = Limits {
     connections: 6,
 };
 
-/// What the driver knows of a connection.
+/// Connection, as the driver knows it.
 #[derive(Default)]
 struct Target {
     connected: bool,
     deaf: bool,
-    /// What was delivered and not taken: the length of each packet.
+    /// Lengths of the packets that were delivered and not taken.
     queue: Vec<usize>,
 }
 
@@ -40,7 +40,7 @@ struct Driver {
     now: Instant,
     targets: HashMap<i64, Target>,
     last_id: i64,
-    /// Dials that were asked for, and answers, by their number.
+    /// Requested dials, and answers, by their number.
     asked: HashMap<i64, usize>,
     answered: HashMap<i64, usize>,
     drains: usize,
@@ -104,7 +104,7 @@ impl Driver {
         }
     }
 
-    /// What holds after each call, which may cause `packets` at most.
+    /// Checks what holds after each call, which may cause `packets` at most.
     fn check(&mut self, packets: usize) {
         let mut sent = 0;
         while let Some(packet) = self.end.poll_transmit() {
@@ -129,7 +129,7 @@ impl Driver {
         assert!(self.drains <= 1);
     }
 
-    /// Reports `what` about a target, and keeps the model in step.
+    /// Reports `what` about a target, and updates the model.
     fn report(&mut self, what: u8, id: i64, amount: u8) {
         let dialling = self
             .targets

@@ -1,5 +1,5 @@
-//! The identifiers of Konnectivity's agents, and the texts of dial errors: what is read has one
-//! form, which reads as the same.
+//! The identifiers of Konnectivity's agents, and the texts of dial errors: a parsed value has one
+//! form, which parses to the same value.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

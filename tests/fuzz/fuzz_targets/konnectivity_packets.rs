@@ -1,5 +1,5 @@
-//! The packets of Konnectivity in their frames: dividing the input changes nothing, and what was
-//! read can be written and read again.
+//! The packets of Konnectivity in their frames: dividing the input changes nothing, and a decoded
+//! packet can be encoded and decoded again.
 #![no_main]
 
 use bytes::Bytes;
@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::take_byte;
 use tunnel_proto::konnectivity::{DecodeError, Decoder, Packet};
 
-/// Of those that were read, so many are written: thousands fit in one input, all of a kind.
+/// Number of decoded packets that are encoded again: thousands fit into one input, all alike.
 const AGAIN: usize = 64;
 
 fn decode_all(data: &Bytes, piece: usize) -> (Vec<Packet>, Result<(), DecodeError>) {

@@ -1,5 +1,5 @@
-//! The server's end of a stream of an agent that may say anything at any time: what each reader
-//! gets is what came for it, whole and in order.
+//! The server's end of a stream of an agent that sends anything at any time: each reader gets its
+//! own bytes, complete and in order.
 #![no_main]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,16 +14,16 @@ use tunnel_proto::konnectivity::server_end::{
 };
 use tunnel_proto::konnectivity::{Decoder, Packet};
 
-/// What the driver knows of a dial.
+/// Dial, as the driver knows it.
 #[derive(Default)]
 struct Client {
-    /// What the agent calls it, from its answer to the end of what may come.
+    /// Connect id, from the agent's answer to the last possible packet.
     id: Option<i64>,
-    /// What came for it and was not read: the first byte of each chunk, and its length.
+    /// Unread data: the first byte of each chunk, and its length.
     unread: VecDeque<Bytes>,
-    /// It takes nothing more.
+    /// The client reads no more.
     stopped: bool,
-    /// It is given up.
+    /// The client has cancelled it.
     reset: bool,
 }
 
@@ -77,7 +77,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes what the end has to say; one call causes `packets` at most.
+    /// Takes the output of the end; one call causes `packets` at most.
     fn look(&mut self, packets: usize) {
         let sent = std::iter::from_fn(|| self.end.poll_transmit()).count();
         assert!(sent <= packets, "{sent} packets at once");

@@ -1,4 +1,4 @@
-//! Destinations and claims as text: what is read has one form, which reads as the same.
+//! Destinations and claims as text: a parsed value has one form, which parses to the same value.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

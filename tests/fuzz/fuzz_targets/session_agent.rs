@@ -1,4 +1,4 @@
-//! An agent's session with a server that may say anything at any time.
+//! An agent's session with a server that sends anything at any time.
 #![no_main]
 
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! A server's session with an agent that may say anything at any time.
+//! A server's session with an agent that sends anything at any time.
 #![no_main]
 
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ fn welcome() -> Welcome {
     }
 }
 
-/// Answers what there is to answer, and counts the Hellos.
+/// Answers all requests, and counts the Hellos.
 fn answer(server: &mut ServerSession, now: Instant, hellos: &mut u32) -> Result<(), SessionError> {
     while let Some(event) = server.poll_event() {
         match event {

@@ -1,4 +1,4 @@
-//! The expiry in a token that nobody has verified yet.
+//! The expiry in an unverified token.
 #![no_main]
 
 use std::time::{Duration, SystemTime};

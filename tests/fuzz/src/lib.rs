@@ -1,12 +1,12 @@
-//! What the fuzz targets share.
+//! Common parts of the fuzz targets.
 
 use std::fmt::Debug;
 
 use bytes::Bytes;
 
-/// What every decoder of the head of a stream owes, whatever `data` is: it takes no more than it is
-/// given, it needs all that it takes, and giving it less makes it wait or say the same. Returns
-/// what was decoded.
+/// Checks what every decoder of the head of a stream must do for any `data`: it takes no more than
+/// its input, it needs all that it takes, and with less it waits or returns the same. Returns the
+/// decoded value.
 pub fn decode_head<T, E>(
     data: &[u8],
     decode: impl Fn(&[u8]) -> Result<Option<(T, usize)>, E>,
@@ -38,7 +38,7 @@ pub fn take_byte(data: &mut &[u8]) -> Option<u8> {
     data.split_off_first().copied()
 }
 
-/// Takes as many bytes off the head of `data` as its first byte says, or what there is.
+/// Takes as many bytes off the head of `data` as its first byte says, or the rest.
 pub fn take_piece<'a>(data: &mut &'a [u8]) -> Option<&'a [u8]> {
     let length = usize::from(take_byte(data)?);
     data.split_off(..length.min(data.len()))
@@ -55,7 +55,7 @@ pub fn take_number(data: &mut &[u8]) -> i64 {
     }
 }
 
-/// That many bytes, without a copy. At most 512 KiB.
+/// Returns that many bytes, without a copy; at most 512 KiB.
 pub fn blank(length: usize) -> Bytes {
     static BYTES: [u8; 1 << 19] = [0; 1 << 19];
     Bytes::from_static(&BYTES[..length.min(BYTES.len())])

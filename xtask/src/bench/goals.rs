@@ -1,31 +1,31 @@
-//! The comparisons that the datapath is judged by.
+//! The comparisons by which the datapath is judged.
 //!
 //! Each compares one figure of the connector with the same figure of another path of the same run.
-//! No number here says what is good enough: machines differ.
+//! There are no thresholds: machines differ.
 
 use serde::Serialize;
 use tunnel_tests::bench::run::{Results, Row};
 
-/// How a figure is compared.
+/// Form of a comparison.
 #[derive(Clone, Copy)]
 enum By {
     /// Divided by that of the best of these.
     Ratio(&'static [&'static str]),
     /// Less that of the best of these.
     Difference(&'static [&'static str]),
-    /// As it is.
+    /// The figure as it is.
     Itself,
 }
 
 struct Goal {
-    /// What is compared, as a row of the table.
+    /// Name of the comparison, as a row of the table.
     title: &'static str,
     measure: &'static str,
     figure: &'static str,
     by: By,
     /// Whether more is better.
     more: bool,
-    /// Behind the names of all paths concerned: the wire, where it is not the usual one.
+    /// Suffix of the names of all paths concerned: the wire, where it is not the usual one.
     wire: &'static str,
 }
 
@@ -121,27 +121,27 @@ const GOALS: &[Goal] = &[
     ),
 ];
 
-/// The end of a path's name that tells its wire; nothing for the usual one.
+/// Returns the end of a path's name that names its wire; empty for the usual one.
 fn wire(path: &str) -> &str {
     path.find(", mtu").map_or("", |at| &path[at..])
 }
 
-/// One comparison.
+/// Result of one comparison.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Outcome {
-    /// What is compared.
+    /// Name of the comparison.
     pub(super) title: &'static str,
-    /// Which path of the connector's.
+    /// Path of the connector.
     pub(super) path: String,
-    /// What it came to.
+    /// Value of the comparison.
     pub(super) value: f64,
-    /// In what; empty for a ratio.
+    /// Unit of the value; empty for a ratio.
     pub(super) unit: String,
     /// Whether more is better.
     pub(super) more_is_better: bool,
 }
 
-/// Every comparison for which the run has both figures.
+/// Returns every comparison for which the run has both figures.
 pub(super) fn judge(results: &Results) -> Vec<Outcome> {
     GOALS.iter().flat_map(|goal| goal.judge(results)).collect()
 }
@@ -178,7 +178,7 @@ impl Goal {
             .collect()
     }
 
-    /// The best of the others that were measured: the one that is hardest to beat.
+    /// Returns the best measured figure among the other paths.
     fn best(&self, results: &Results, others: &[&str]) -> Option<f64> {
         let of = |path: &&str| {
             let path = format!("{path}{}", self.wire);

@@ -1,4 +1,4 @@
-//! The machine that was measured on: figures mean nothing without it.
+//! The machine of a run: figures mean nothing without it.
 
 use std::fs;
 use std::process::Command;
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{sh, workspace};
 
-/// What matters of a machine.
+/// Properties of a machine that affect figures.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
     /// Release of the kernel.
@@ -18,18 +18,19 @@ pub(crate) struct Machine {
     pub(super) processors: usize,
     /// Memory, in GiB.
     pub(super) memory: u64,
-    /// How many processes wanted to run in the minute before (proc_loadavg(5)): what else went on.
+    /// Processes that were ready to run in the minute before (proc_loadavg(5)): other work on the
+    /// machine.
     pub(crate) load_before: String,
-    /// What was measured, as git names it.
+    /// Measured commit, as git names it.
     pub(crate) commit: String,
     /// Cargo's profile of everything that is built here.
     pub(super) profile: &'static str,
-    /// When, in seconds since 1970.
+    /// Time of the run, in seconds since 1970.
     pub(super) time: u64,
 }
 
 impl Machine {
-    /// This one, before the run.
+    /// Returns this machine, before the run.
     pub(crate) fn look(release: bool) -> Self {
         let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
         let value = |text: String, key: &str| {
@@ -61,7 +62,7 @@ impl Machine {
         }
     }
 
-    /// One sentence.
+    /// Returns one sentence for people.
     pub(crate) fn sentence(&self) -> String {
         format!(
             "Linux {}, {} ({} processors), {} GiB; load before the run {}; commit {}, profile {}.",

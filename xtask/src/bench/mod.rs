@@ -1,9 +1,8 @@
-//! `cargo xtask bench`: the connector beside what it is compared with, in one run.
+//! `cargo xtask bench`: the connector beside its alternatives, in one run.
 //!
-//! What is measured, and how, is in [`tunnel_tests::bench`]. Here is what is asked for ([`Args`]),
-//! what machine it was ([`machine`]), and how it is told: tables in the terminal ([`table`]), JSON,
-//! or docs/performance.md with plots ([`page`], [`plot`]). [`goals`] are the comparisons that the
-//! datapath is judged by.
+//! [`tunnel_tests::bench`] measures. This module has the options ([`Args`]), the machine
+//! ([`machine`]), and the output: tables in the terminal ([`table`]), JSON, or docs/performance.md
+//! with plots ([`page`], [`plot`]). [`goals`] has the comparisons by which the datapath is judged.
 
 mod goals;
 pub(crate) mod machine;
@@ -43,25 +42,25 @@ pub(crate) struct Args {
     /// Only measures whose names contain one of these, for example `bulk` or `1000 idle`.
     #[arg(long, value_name = "PART")]
     measure: Vec<String>,
-    /// How often each is measured.
+    /// Number of rounds
     #[arg(long)]
     rounds: Option<usize>,
-    /// How long one measurement lasts, about, in seconds.
+    /// Duration of one measurement, in seconds (approximate)
     #[arg(long)]
     seconds: Option<f64>,
-    /// Where performance.md and its plots are put; without it, docs/ for a whole run and nowhere
-    /// for a part of one.
+    /// Folder for performance.md and its plots [default: docs/ for a whole run, none for a part of
+    /// one]
     #[arg(long, value_name = "FOLDER")]
     output: Option<PathBuf>,
     /// Build as for a release and not as for tests, which takes minutes.
     #[arg(long)]
     release: bool,
-    /// Print the names of paths and measures, and what is missing here.
+    /// Print the names of paths and measures, and the missing programs
     #[arg(long)]
     list: bool,
 }
 
-/// A run as it is told.
+/// A run in the form of its output.
 #[derive(Serialize)]
 struct Report {
     machine: Machine,
@@ -72,7 +71,7 @@ struct Report {
     results: Results,
 }
 
-/// Builds, measures and tells.
+/// Builds, measures and prints.
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.list {
         return list(args);
@@ -120,7 +119,7 @@ fn output(args: &Args) -> Option<PathBuf> {
     args.output.clone().or_else(docs)
 }
 
-/// `cpc`, the target and the yardstick, all built alike.
+/// Builds `cpc`, the target and the yardstick, with one profile.
 fn build(release: bool) -> Result<Programs> {
     sh::heading("Programs");
     let profile = if release { "release" } else { PROFILE };

@@ -14,29 +14,30 @@ const PLOTS: &str = "performance";
 
 const HEAD: &str = "# Performance
 
-Run `cargo xtask bench` to have the figures of your machine; `cargo xtask bench --help` for parts of it. Every path was measured in turns in one run; figures are the middle of the rounds, in brackets the least and the most.
-Differences under 10 % are ties. Compare within a table, not across machines.
+`cargo xtask bench` measures your machine; `cargo xtask bench --help` lists the parts. One run measures all paths in turns.
+Figures are the medians of the rounds, with minimum and maximum in brackets. Differences under 10 % are ties. Compare within a
+table, not across machines.
 
 ";
 
 const METHOD: &str = "## How to read it
 
 * **direct** is TCP without a tunnel over the same wire, a veth between two network namespaces. **quinn** is the
-  simplest tunnel over stock quinn (`tests/benches/stock_quinn`), copying or with owned pieces, with the connector's
-  cipher, windows and socket buffers: what plain use of the library gives. **connect** and **redirect** are the
-  connector, by HTTP CONNECT over a Unix socket and redirected in the kernel.
-* **CPU** is user and system time of the server's and the agents' processes, for each GB (10^9 bytes) moved or for
-  each request. Client and target are not counted, though they share the processors. What the kernel does for
-  packets in interrupts is counted where it happens to run.
-* Client and target send from page cache and receive into nowhere, so that they take little of the processors. So
-  direct bulk is not copied at all, which no program in between can reach.
-* A veth passes a large UDP packet whole and so flatters; a network card without UDP segmentation offload costs what
-  the rows *no USO* say.
+  simplest tunnel over stock quinn (`tests/benches/stock_quinn`), with copies or with owned chunks, and with the cipher,
+  windows and socket buffers of the connector: plain use of the library. **connect** and **redirect** are the connector, by
+  HTTP CONNECT over a Unix socket and redirected in the kernel.
+* **CPU** is user and system time of the processes of server and agents, for each GB (10^9 bytes) moved or for each request.
+  Client and target do not count, though they share the processors. The kernel's work in interrupts counts for the process
+  that it interrupts.
+* Client and target send from the page cache and discard received bytes, so that they take little of the processors. So
+  direct bulk copies nothing, which no program in between can reach.
+* A veth passes a large UDP packet whole, which flatters the figures. The rows *no USO* have the cost of a network card
+  without UDP segmentation offload.
 * The access log of the connector is on, as by default; Konnectivity logs nothing (`-v=0`).
-* Memory of idle connections is anonymous resident memory of the processes; the kernel's is the growth of its slabs
-  on the whole machine, for all four sockets of a connection, and whatever else went on.
-* Requests beside 8 bulk streams compete for the processors. What of it is the machine's is seen in the p99 of
-  direct TCP at the same time.
+* Memory of idle connections is anonymous resident memory of the processes. The kernel's memory is the growth of its slabs
+  on the whole machine, for all four sockets of a connection, including other work on the machine.
+* Requests beside 8 bulk streams compete for the processors. The p99 of direct TCP at the same time shows the part of the
+  machine.
 ";
 
 /// Writes page and plots into `folder`.
@@ -108,7 +109,7 @@ fn section(page: &mut String, results: &Results, measure: &str, plots: &Path) ->
     Ok(())
 }
 
-/// The figures of a measure that are worth a picture: the first, and the cost.
+/// Returns the figures of a measure that get a plot: the first one, and the cost.
 fn plotted<'a>(results: &'a Results, measure: &str) -> Vec<&'a str> {
     let of_measure = results.rows.iter().filter(|row| row.measure == measure);
     let mut figures: Vec<&str> = Vec::new();

@@ -18,7 +18,8 @@ const OURS: RGBColor = RGBColor(0x1f, 0x77, 0xb4);
 const OTHERS: RGBColor = RGBColor(0xb0, 0xb0, 0xb0);
 const SPREAD: RGBColor = RGBColor(0x30, 0x30, 0x30);
 
-/// The plot of `rows`, which have one figure of one measure; bars are medians, lines the spread.
+/// Returns the plot of `rows`, which have one figure of one measure; bars are medians, lines the
+/// spread.
 pub(super) fn bars(title: &str, rows: &[&Row]) -> Result<String> {
     let mut svg = String::new();
     let height = FRAME + BAR * u32::try_from(rows.len())?;

@@ -1,4 +1,4 @@
-//! A report in the terminal.
+//! A report as tables in the terminal.
 
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{CellAlignment, Table};
@@ -46,7 +46,7 @@ pub(super) fn print(report: &Report) {
     }
 }
 
-/// The measures of a run, in its order.
+/// Returns the measures of a run, in its order.
 pub(super) fn measures(results: &Results) -> Vec<&str> {
     let mut measures: Vec<&str> = Vec::new();
     for row in &results.rows {
@@ -65,7 +65,7 @@ pub(super) struct Grid {
     pub(super) rows: Vec<Vec<String>>,
 }
 
-/// The grid of `measure`.
+/// Returns the grid of `measure`.
 pub(super) fn grid(results: &Results, measure: &str) -> Grid {
     let of_measure = || results.rows.iter().filter(|row| row.measure == measure);
     let (mut figures, mut paths): (Vec<&Row>, Vec<&str>) = Default::default();
@@ -94,7 +94,7 @@ pub(super) fn grid(results: &Results, measure: &str) -> Grid {
     }
 }
 
-/// What was skipped, one line each.
+/// Returns the skipped measures, one line each.
 pub(super) fn skipped(results: &Results) -> Vec<String> {
     let line = |it: &tunnel_tests::bench::run::Skipped| match &it.measure {
         Some(measure) => format!("{}, {measure}: {}", it.path, it.why),
@@ -106,7 +106,7 @@ pub(super) fn skipped(results: &Results) -> Vec<String> {
     told.map(line).collect()
 }
 
-/// The middle, and in brackets the least and the most, if it was measured more than once.
+/// Returns the median and, if there are several values, in brackets the minimum and the maximum.
 fn spread(row: &Row) -> String {
     if row.values.len() == 1 {
         return number(row.median);
@@ -119,7 +119,7 @@ fn spread(row: &Row) -> String {
     )
 }
 
-/// A value with its unit; a ratio has none.
+/// Returns a value with its unit; a ratio has none.
 pub(super) fn with_unit(value: f64, unit: &str) -> String {
     match unit {
         "" => format!("{value:.2} x"),
@@ -127,7 +127,7 @@ pub(super) fn with_unit(value: f64, unit: &str) -> String {
     }
 }
 
-/// Three digits that say something, and no more.
+/// Returns a number with three significant digits.
 pub(super) fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),

@@ -31,7 +31,7 @@ Control Plane Connector: an API server reaches kubelets that nothing can reach.
 Each column is a network namespace on this machine. Nothing leaves it.
 "#;
 
-/// How long the connector may take to serve again after its server was killed and started.
+/// Maximum time until the connector serves again after its server was killed and started.
 const BACK: Duration = Duration::from_secs(10);
 
 /// Sets up, builds and shows.
@@ -44,7 +44,7 @@ pub(super) fn run() -> Result<()> {
     interrupt::catch()?;
     let shown = show(programs);
     if shown.is_ok() {
-        println!("Every step did what it said. Try it yourself: cargo xtask lab up");
+        println!("Every step passed. Try it yourself: cargo xtask lab up");
     }
     shown
 }
@@ -84,14 +84,14 @@ fn show(programs: Programs) -> Result<()> {
         demo.reachable(say)
     })?;
     step(
-        "Only the API server is redirected, nobody else on the host",
+        "Only the API server is redirected, no other program on the host",
         |say| demo.outsider(say),
     )?;
-    step("What the connector says of itself", |say| demo.status(say))?;
+    step("The status of the connector", |say| demo.status(say))?;
     step("The connection in the access log", |say| {
         demo.access_log(say)
     })?;
-    step("How fast it is", |say| demo.measure(say))?;
+    step("The speed of the connector", |say| demo.measure(say))?;
     step(
         "The server is killed: connections are refused and do not leak",
         |say| demo.killed_server(say),
@@ -112,7 +112,8 @@ struct Demo {
 }
 
 impl Demo {
-    /// What stands for kube-apiserver: an ordinary curl with the API server's client certificate.
+    /// Returns the stand-in for kube-apiserver: an ordinary curl with the API server's client
+    /// certificate.
     fn curl(&self) -> Command {
         let mut curl = Command::new("curl");
         curl.args(["-sSm10", "--cacert", "ca.crt", "--cert", "apiserver.crt"]);
@@ -156,7 +157,7 @@ impl Demo {
         Ok(())
     }
 
-    /// curl does not print why it could not connect; connect(2) says it.
+    /// Checks the errno of connect(2), which curl does not print.
     fn expect_refusal(&self, say: &mut Evidence, kind: ErrorKind) -> Result<()> {
         let destination = (address::node(1), KUBELET_PORT);
         let connect = || Ok(TcpStream::connect(destination).map(drop));

@@ -48,7 +48,7 @@ pub(super) fn run() -> Result<()> {
     println!();
     interrupt::catch()?;
     show(&programs)?;
-    println!("Every step did what it said, as far as it goes without root.");
+    println!("Every step passed, as far as possible without root.");
     Ok(())
 }
 
@@ -69,7 +69,7 @@ fn show(programs: &Programs) -> Result<()> {
     step("The same command, unchanged, reaches the kubelet", |say| {
         say.run(&mut demo.curl())?.expect_success(ANSWER)
     })?;
-    step("What the connector says of itself", |say| {
+    step("The status of the connector", |say| {
         let mut cpc = Command::new(&programs.cpc);
         cpc.args(["status", "--admin", &demo.server.admin.to_string()]);
         say.run(&mut cpc)?.expect_success("w1")
@@ -77,8 +77,8 @@ fn show(programs: &Programs) -> Result<()> {
     step("The connection in the access log", |say| {
         demo.access_log(say)
     })?;
-    step("How fast it is", |say| demo.measure(say))?;
-    step("The agent is stopped: the client is told why", |say| {
+    step("The speed of the connector", |say| demo.measure(say))?;
+    step("The agent is stopped: the client reads why", |say| {
         demo.stopped_agent(say)
     })?;
     step("The agent is started again: the kubelet is back", |say| {
@@ -163,7 +163,8 @@ impl Demo {
         })
     }
 
-    /// An ordinary curl with the API server's client certificate, and the connector as its proxy.
+    /// Returns an ordinary curl with the API server's client certificate, and the connector as its
+    /// proxy.
     fn curl(&self) -> Command {
         let mut curl = Command::new("curl");
         curl.args([
@@ -312,7 +313,7 @@ fn start_targets(
     Ok(started)
 }
 
-/// A loopback address of this process's own, so that two demonstrations do not meet.
+/// Returns a loopback address of this process alone, so that two demonstrations do not meet.
 fn own_address() -> Ipv4Addr {
     let [_, b, c, d] = std::process::id().to_be_bytes();
     // Not 127.0.0.x, which others use, and neither the first nor the last address of a network.

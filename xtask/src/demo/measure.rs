@@ -1,4 +1,4 @@
-//! The tunnel against a direct connection: the same work over both ways, in turns, in one run.
+//! The tunnel beside a direct connection: the same work over both paths, in turns, in one run.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,7 +11,7 @@ use tunnel_tests::target::Behaviour;
 
 use super::story::Evidence;
 
-/// How often each way is measured; the turns alternate, so that both meet the same disturbances.
+/// Number of turns of each path; the turns alternate, so that both meet the same disturbances.
 const TURNS: usize = 3;
 const CONNECTIONS: usize = 50;
 const ROUND_TRIPS: usize = 500;
@@ -38,7 +38,7 @@ impl Duplex for UnixStream {
 /// Opens a connection to a target on the worker.
 pub(super) type Open<'a> = dyn Fn(Behaviour) -> Result<Box<dyn Duplex>> + Sync + 'a;
 
-/// One way, with one value a turn.
+/// One path, with one value per turn.
 #[derive(Default)]
 struct Way {
     /// Microseconds.
@@ -75,10 +75,10 @@ fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-/// A way to run a measurement in the right place, for example in a namespace.
+/// Wrapper that runs a measurement in its place, for example in a namespace.
 pub(super) type Place<'a> = dyn Fn(&mut (dyn FnMut() -> Result<()> + Send)) -> Result<()> + 'a;
 
-/// Measures `direct` and `tunnel` in turns and adds a table; every byte is compared on the way.
+/// Measures `direct` and `tunnel` in turns and adds a table; compares every byte on the way.
 pub(super) fn compare(
     evidence: &mut Evidence,
     direct: (&Place<'_>, &Open<'_>),
@@ -115,7 +115,7 @@ pub(super) fn compare(
     Ok(())
 }
 
-/// The middle, and in brackets the least and the most.
+/// Returns the median, and in brackets the minimum and the maximum.
 fn spread(samples: &mut [f64], unit: &str) -> String {
     samples.sort_by(f64::total_cmp);
     let at = |index: usize| samples.get(index).copied().unwrap_or_default();

@@ -1,8 +1,7 @@
-//! `cargo xtask demo`: what the connector does, shown on this machine, for somebody who has never
-//! seen it.
+//! `cargo xtask demo`: a demonstration of the connector on this machine, for newcomers.
 //!
-//! As root it runs in the laboratory, with the redirect; otherwise the same goes over HTTP CONNECT
-//! on loopback. Whatever happens, nothing is left behind.
+//! As root it runs in the laboratory, with the redirect; otherwise over HTTP CONNECT on loopback.
+//! It removes everything at its end, also after an error.
 
 mod laboratory;
 mod loopback;
@@ -20,7 +19,7 @@ pub(crate) fn run() -> Result<()> {
     }
 }
 
-/// The connector's own line in the access log for a connection to `destination`.
+/// Returns the connector's line in the access log for a connection to `destination`.
 fn access_log_line(log: &str, destination: &str) -> Option<String> {
     let is_it = |line: &&str| line.contains("access") && line.contains(destination);
     log.lines().rev().find(is_it).map(str::to_owned)

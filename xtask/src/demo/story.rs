@@ -1,4 +1,4 @@
-//! How the demonstration is told: one line a step while it is under way, then what it showed.
+//! Output of the demonstration: one line a step while the step runs, then its evidence.
 //!
 //! A step holds only if its check does. The first that does not ends the demonstration.
 
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{interrupt, sh};
 
-/// What was observed, line by line, as it will be printed below the step.
+/// Observations of a step, line by line, printed below it.
 #[derive(Default)]
 pub(super) struct Evidence(Vec<String>);
 
@@ -20,7 +20,7 @@ impl Evidence {
         self.0.extend(text.as_ref().lines().map(str::to_owned));
     }
 
-    /// Runs `command` and adds it with what it printed, as one would see it in a terminal.
+    /// Runs `command` and adds it with its output, as in a terminal.
     pub(super) fn run(&mut self, command: &mut Command) -> Result<Seen> {
         self.note(format!("$ {}", sh::text(command)));
         let output = command
@@ -36,7 +36,7 @@ impl Evidence {
     }
 }
 
-/// What a command did.
+/// Result of a command.
 pub(super) struct Seen {
     /// Whether its exit code was 0.
     pub(super) success: bool,
@@ -66,7 +66,7 @@ impl Seen {
     }
 }
 
-/// Does one step and tells it.
+/// Runs one step and prints it.
 pub(super) fn step<T>(title: &str, work: impl FnOnce(&mut Evidence) -> Result<T>) -> Result<T> {
     let spinner = ProgressBar::new_spinner()
         .with_style(ProgressStyle::with_template(
@@ -85,5 +85,5 @@ pub(super) fn step<T>(title: &str, work: impl FnOnce(&mut Evidence) -> Result<T>
     }
     println!();
     interrupt::check()?;
-    result.with_context(|| format!("this step did not hold: {title}"))
+    result.with_context(|| format!("failed step: {title}"))
 }

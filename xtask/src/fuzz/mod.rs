@@ -1,9 +1,9 @@
-//! Fuzzing the decoders, with the stable compiler.
+//! Fuzzes the decoders, with the stable compiler.
 //!
-//! The targets in `tests/fuzz` are laid out for cargo-fuzz, which needs a nightly compiler. What
-//! libFuzzer really needs is the coverage that LLVM adds, and the stable compiler can be told to
-//! add it. The sanitizers, which it can't be told to, would find little: the decoders have no
-//! unsafe code. What is looked for is panics, overflows, hangs and broken invariants.
+//! The targets in `tests/fuzz` have the layout of cargo-fuzz, which needs a nightly compiler.
+//! libFuzzer itself needs only the coverage that LLVM adds, which the stable compiler can add too.
+//! The sanitizers, which need nightly, would find little: the decoders have no unsafe code. Fuzzing
+//! looks for panics, overflows, hangs and broken invariants.
 
 mod record;
 
@@ -17,11 +17,11 @@ use anyhow::{Context, Result, bail};
 use crate::bench::machine::Machine;
 use crate::{sh, workspace};
 
-/// Seconds for each target in `cargo xtask test`: enough to try what the last change touched.
+/// Seconds for each target in `cargo xtask test`: enough to try the last change.
 const SHORT: u32 = 5;
 
-/// What LLVM adds: a counter at each edge, where each counter is, and both sides of each
-/// comparison.
+/// Instrumentation by LLVM: a counter at each edge, the location of each counter, and both operands
+/// of each comparison.
 const COVERAGE: [&str; 6] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -34,34 +34,34 @@ const COVERAGE: [&str; 6] = [
 /// Options of `cargo xtask fuzz`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which targets; all of them if none is named.
+    /// Targets [default: all]
     targets: Vec<String>,
-    /// How long to fuzz each.
+    /// Seconds for each target
     #[arg(long, default_value_t = 60)]
     seconds: u32,
-    /// How often to run each, at least, however long that takes.
+    /// Minimum number of executions of each target, in any time
     #[arg(long, conflicts_with = "seconds")]
     runs: Option<u64>,
-    /// Write what came of it into docs/fuzzing.md.
+    /// Write the result to docs/fuzzing.md
     #[arg(long)]
     record: bool,
 }
 
-/// When a target has been fuzzed enough.
+/// End condition of a run.
 #[derive(Clone, Copy)]
 enum Until {
     Seconds(u32),
     Runs(u64),
 }
 
-/// What came of fuzzing one target, which has found nothing.
+/// Result of a target without a finding.
 struct Outcome {
     target: String,
     executions: u64,
     elapsed: Duration,
-    /// Edges of the control flow that were seen.
+    /// Reached edges of the control flow.
     edges: u64,
-    /// Inputs that were kept, since each reaches something that no other does.
+    /// Inputs in the corpus, each of which reaches a new edge.
     corpus: u64,
 }
 
@@ -87,12 +87,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     })
 }
 
-/// Every target for a few seconds.
+/// Fuzzes every target for some seconds.
 pub(crate) fn briefly() -> Result<()> {
     fuzz(&targets()?, Until::Seconds(SHORT), |_| Ok(()))
 }
 
-/// Formatting and clippy for the targets.
+/// Checks format and clippy of the targets.
 pub(crate) fn lint() -> Result<()> {
     let mut format = workspace::cargo();
     sh::run(
@@ -104,7 +104,7 @@ pub(crate) fn lint() -> Result<()> {
     sh::run(clippy.args(["--all-targets", "--", "-D", "warnings"]))
 }
 
-/// The package of the targets, which is a workspace of its own: its instrumentation must not reach
+/// Returns the manifest of the targets, a workspace of its own: its instrumentation must not reach
 /// the other crates.
 fn manifest() -> PathBuf {
     workspace::root().join("tests/fuzz/Cargo.toml")
@@ -135,8 +135,8 @@ fn build() -> Result<PathBuf> {
     Ok(folder().join(host).join("release"))
 }
 
-/// `cargo SUBCOMMAND` for the targets. With the host named as the target, flags reach the targets
-/// alone, and not the build scripts, which are not linked with libFuzzer.
+/// Returns `cargo SUBCOMMAND` for the targets. With the host named as the target, flags reach the
+/// targets alone, and not the build scripts, which are not linked with libFuzzer.
 fn cargo(subcommand: &str, host: &str) -> Command {
     let mut cargo = workspace::cargo();
     cargo.args([
@@ -204,7 +204,7 @@ fn fuzz_one(program: &Path, target: &str, until: Until) -> Result<Outcome> {
     })
 }
 
-/// The longest input, in bytes: beyond what lengths a target tells apart, more only takes longer.
+/// Returns the maximum length of an input, in bytes: longer ones take longer and reach nothing new.
 fn longest(target: &str) -> usize {
     match target {
         // A head may have 8 KiB.
@@ -213,7 +213,7 @@ fn longest(target: &str) -> usize {
     }
 }
 
-/// The targets' names, from their files.
+/// Returns the names of the targets, from their files.
 fn targets() -> Result<Vec<String>> {
     let folder = workspace::root().join("tests/fuzz/fuzz_targets");
     let entries =

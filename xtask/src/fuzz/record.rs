@@ -1,7 +1,7 @@
-//! docs/fuzzing.md: what the last recorded run of each target came to.
+//! docs/fuzzing.md: the result of the last recorded run of each target.
 //!
-//! A row is replaced when its target has been run again, so that one target can be recorded alone.
-//! A finding ends the run before its row is written.
+//! A run replaces the row of its target, so that one target can be recorded alone. A finding ends
+//! the run before its row is written.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,17 +14,17 @@ use crate::workspace;
 
 const HEAD: &str = "# Fuzzing
 
-Every decoder of what a peer sends, and every machine that such input drives, has a target in `tests/fuzz`, with a
-corpus beside it. `cargo xtask test` runs each for some seconds; this page is of a long run:
+Every decoder of a peer's input, and every state machine behind one, has a target in `tests/fuzz`, with a corpus beside it.
+`cargo xtask test` runs each target for some seconds. This page records long runs:
 
 ```sh
-nice cargo xtask fuzz --runs 10000000 --record              # all of them, or name some
+nice cargo xtask fuzz --runs 10000000 --record              # all targets, or the named ones
 ```
 
-A finding ends the run and leaves its input in `target/fuzz/artifacts`: whatever has a row here had none, and
-what has no row has not had its long run yet. What counts as one is a panic, an overflow, a broken assertion of the target's, 5 s for one input, or 512 MiB of memory. Edges are
-those of the control flow that were reached, in the target itself and all that it is linked with. The corpus counts the
-inputs that were kept because each reaches something that no other does.
+A finding ends the run and leaves its input in `target/fuzz/artifacts`. A finding is a panic, an overflow, a broken assertion of
+the target, 5 s for one input, or 512 MiB of memory. A target with a row here had no finding; a target without one had no long run
+yet. *Edges* are the reached edges of the control flow, in the target and all of its dependencies. *Corpus* is the number of
+inputs in the corpus, each of which reaches an edge that no other one does.
 
 ";
 
@@ -53,7 +53,7 @@ pub(super) fn write(outcome: &Outcome, machine: &Machine, targets: &[String]) ->
         .map(|target| Ok(format!("* `{target}`: {}\n", purpose(target)?)))
         .collect::<Result<String>>()?;
     let text = format!(
-        "{HEAD}{}\n\n{COLUMNS}{rows}\n## What each target is about\n\n{texts}",
+        "{HEAD}{}\n\n{COLUMNS}{rows}\n## Targets\n\n{texts}",
         machine.sentence()
     );
     fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))
@@ -75,7 +75,7 @@ fn row(outcome: &Outcome, commit: &str) -> String {
     )
 }
 
-/// What its file says that it is for.
+/// Returns the purpose of a target, from the head of its file.
 fn purpose(target: &str) -> Result<String> {
     let file = PathBuf::from("tests/fuzz/fuzz_targets").join(target);
     let file = workspace::root().join(file.with_extension("rs"));

@@ -1,10 +1,10 @@
-//! Installing what is missing, and nothing else.
+//! Installs missing tools, and nothing else.
 //!
-//! Each step first looks whether what it would install is there, in whatever version: a second run
-//! changes nothing and takes no time. Packages come from the distribution where that is Debian or
-//! a relative and this user may install them; elsewhere the step says what to install. Cargo's
-//! tools go where `cargo install` puts them, not below `target/`: the next checkout finds them
-//! too, and `cargo clean` does not cost minutes.
+//! Each step first looks for its tool, in any version: a second run changes nothing and takes no
+//! time. Packages come from the distribution where that is Debian or a relative and this user may
+//! install them; elsewhere the step prints their names. Cargo's tools go into the folder of `cargo
+//! install`, not below `target/`: the next checkout finds them too, and `cargo clean` does not cost
+//! minutes.
 
 mod packages;
 mod tools;
@@ -21,32 +21,32 @@ use packages::Package;
 /// Options of `cargo xtask setup`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Install only what this task needs.
+    /// Install only the tools of this task
     #[arg(long = "for", value_enum, default_value_t = Purpose::Test)]
     purpose: Purpose,
 }
 
-/// What the tools are for.
+/// Purpose of the tools.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Purpose {
-    /// What `cargo xtask demo` needs as root: the laboratory and the kernel programs.
+    /// `cargo xtask demo` as root: the laboratory and the kernel programs
     Demo,
-    /// What `cargo xtask demo` needs without root.
+    /// `cargo xtask demo` without root
     Loopback,
-    /// What `cargo xtask dist` needs.
+    /// `cargo xtask dist`
     Dist,
-    /// Everything that the tests need.
+    /// All tests
     Test,
-    /// What `cargo xtask vm` needs, beside qemu.
+    /// `cargo xtask vm`, without qemu
     Vm,
 }
 
-/// Installs what the task needs and says what was done.
+/// Installs the tools of the task and prints what it did.
 pub(crate) fn run(args: &Args) -> Result<()> {
     ensure(args.purpose)
 }
 
-/// The same, for the tasks that begin with it.
+/// Installs the tools that a task begins with.
 pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     sh::heading("Tools");
     let mut report = Report::default();
@@ -86,7 +86,7 @@ const KERNEL_COMPILER: &[Package<'_>] = &[
     ),
 ];
 
-/// What was there and what was installed.
+/// Tools that were there, and installed ones.
 #[derive(Default)]
 struct Report {
     present: Vec<String>,
@@ -102,8 +102,8 @@ impl Report {
     }
 }
 
-/// A compiler for the kernel programs: the distribution's where it has one, because that leaves
-/// this user's own toolchains alone, else the source of `core` for rustup's nightly.
+/// Installs a compiler for the kernel programs: the distribution's where it has one, because that
+/// leaves this user's toolchains alone, otherwise the source of `core` for rustup's nightly.
 fn kernel_compiler(report: &mut Report) -> Result<()> {
     if let Some(toolchain) = Toolchain::installed() {
         report.present.push(toolchain.describe().to_owned());
@@ -127,7 +127,7 @@ fn kernel_compiler(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The linter that belongs to that compiler; rustup's comes with it.
+/// Installs the linter of that compiler; rustup's comes with it.
 fn kernel_clippy(report: &mut Report) -> Result<()> {
     let clippy = Package {
         program: "/usr/bin/cargo-clippy",

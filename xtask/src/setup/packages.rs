@@ -1,7 +1,7 @@
 //! The distribution's packages.
 //!
-//! What counts is whether a program can be found, not whether a package is installed, so that a
-//! machine of another distribution needs no package names to be ready.
+//! The steps look for programs and not for packages, so that a machine of another distribution
+//! needs no package names to be ready.
 
 use std::path::Path;
 use std::process::Command;
@@ -18,12 +18,12 @@ pub(super) struct Package<'a> {
     pub(super) program: &'a str,
     /// Name of the package.
     pub(super) name: &'a str,
-    /// What the program is for, as it is told to the person at the terminal.
+    /// Purpose of the program, for the person at the terminal.
     pub(super) why: &'a str,
 }
 
 impl<'a> Package<'a> {
-    /// A package that is asked for by name alone.
+    /// Returns a package that is installed by its name alone.
     pub(super) const fn named(name: &'a str, why: &'a str) -> Self {
         Self {
             program: "",
@@ -50,10 +50,10 @@ const OPENSSL: Package<'_> = Package {
     why: "makes the kubelet's certificates",
 };
 
-/// For the demonstration without root.
+/// Packages of the demonstration without root.
 pub(super) const LOOPBACK: &[Package<'_>] = &[NGINX, CURL, OPENSSL];
 
-/// For the laboratory.
+/// Packages of the laboratory.
 pub(super) const LABORATORY: &[Package<'_>] = &[
     Package {
         program: "ip",
@@ -90,7 +90,7 @@ pub(super) const LABORATORY: &[Package<'_>] = &[
     OPENSSL,
 ];
 
-/// For virtual machines, which are made of packages that are only unpacked.
+/// Packages of virtual machines, which are only unpacked.
 pub(super) const VIRTUAL_MACHINE: &[Package<'_>] = &[
     Package {
         program: "mmdebstrap",
@@ -147,7 +147,7 @@ pub(super) fn ensure(packages: &[Package<'_>], report: &mut Report) -> Result<()
     Ok(())
 }
 
-/// Installs `packages` with apt-get, or says why that can't be done here and what to do instead.
+/// Installs `packages` with apt-get, or prints why it can't, and the remedy.
 pub(super) fn install(packages: &[Package<'_>]) -> Result<()> {
     for package in packages {
         eprintln!("    missing: {:<24} {}", package.name, package.why);
@@ -195,8 +195,8 @@ pub(super) fn offered(packages: &[Package<'_>]) -> bool {
             .all(|it| sh::succeeds(Command::new("apt-cache").args(["show", it.name])))
 }
 
-/// The start of a command that runs as root, if this user may without being asked for a password;
-/// variables and the program follow.
+/// Returns the start of a command that runs as root, if this user may without a password; variables
+/// and the program follow.
 fn administrator() -> Option<fn() -> Command> {
     if nix::unistd::geteuid().is_root() {
         Some(|| Command::new("env"))

@@ -1,4 +1,4 @@
-//! Programs of the Rust world: bpf-linker and cargo's sub-commands.
+//! Programs of the Rust ecosystem: bpf-linker and cargo's subcommands.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -20,7 +20,7 @@ pub(super) struct Tool {
     wheels: &'static [&'static str],
 }
 
-/// What runs the tests.
+/// Runner of the tests.
 pub(super) const NEXTEST: Tool = Tool {
     name: "cargo-nextest",
     version: "0.9.148",
@@ -31,7 +31,7 @@ pub(super) const NEXTEST: Tool = Tool {
     ],
 };
 
-/// What the tests need.
+/// Tools of the tests.
 pub(super) const CARGO: &[Tool] = &[
     NEXTEST,
     Tool {
@@ -45,7 +45,7 @@ pub(super) const CARGO: &[Tool] = &[
     },
 ];
 
-/// What a release needs. Nobody offers it built, so that the tests do without it.
+/// Tool of a release. No prebuilt one exists, so the tests do without it.
 pub(super) const CYCLONEDX: Tool = Tool {
     name: "cargo-cyclonedx",
     version: "0.5.9",
@@ -82,8 +82,8 @@ fn compile(tool: &Tool) -> Result<()> {
     sh::run(cargo.args(["install", "--locked", tool.name, "--version", tool.version]))
 }
 
-/// The linker that turns LLVM bitcode into a BPF object. It must know the bitcode of the compiler,
-/// so the LLVM that it is linked with is the compiler's major version.
+/// Installs the linker that turns LLVM bitcode into a BPF object. It must know the bitcode of the
+/// compiler, so it is linked with an LLVM of the compiler's major version.
 pub(super) fn bpf_linker(report: &mut Report) -> Result<()> {
     if sh::find("bpf-linker").is_some() {
         report.present.push("bpf-linker".to_owned());
@@ -124,7 +124,7 @@ pub(super) fn bpf_linker(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Where LLVM `major` is installed, with its headers.
+/// Returns the path of LLVM `major`, if it is installed with its headers.
 fn llvm(major: u32) -> Result<PathBuf> {
     let config = format!("llvm-config-{major}");
     if sh::find(&config).is_none() {

@@ -1,5 +1,5 @@
-//! Debian's archive, with an apt of its own: the packages of other releases, without touching what
-//! this machine has installed or would install.
+//! Debian's archive, with a separate apt: packages of other releases, without any effect on the
+//! packages of this machine.
 //!
 //! The machine's own sources say where the archive is; only the suite's name differs.
 
@@ -36,7 +36,7 @@ pub(super) struct Archive {
     main: String,
 }
 
-/// Which kernels are meant.
+/// Series of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Series {
     /// The newest that there is.
@@ -64,17 +64,17 @@ impl FromStr for Series {
 pub(super) struct Kernel {
     /// `6.1.0-50-cloud-amd64`
     pub(super) version: String,
-    /// Whose root file system it is run with.
+    /// Release of the root file system to run with.
     pub(super) release: Release,
 }
 
-/// A kernel that lies unpacked.
+/// An unpacked kernel.
 pub(super) struct Unpacked {
     /// `6.1.0-50-cloud-amd64`
     pub(super) version: String,
     /// The compressed kernel.
     pub(super) image: PathBuf,
-    /// What has lib/modules in it.
+    /// Folder that contains lib/modules.
     pub(super) base: PathBuf,
 }
 
@@ -122,7 +122,7 @@ impl Archive {
         let archive = Self { config, main };
         // A suite that is gone is an error of apt's, and leaves the others usable.
         if let Err(error) = sh::run(archive.apt("apt-get").args(["-qq", "update"])) {
-            eprintln!("    {error:#}; going on with what there is");
+            eprintln!("    {error:#}; continuing with the present lists");
         }
         Ok(archive)
     }
@@ -133,7 +133,8 @@ impl Archive {
         command
     }
 
-    /// The newest kernel of a series; the cloud flavour, which has what a virtual machine needs.
+    /// Returns the newest kernel of a series; the cloud flavour, which has the drivers of a virtual
+    /// machine.
     pub(super) fn kernel(&self, series: Series) -> Result<Kernel> {
         let mut search = self.apt("apt-cache");
         search.args([
@@ -147,7 +148,7 @@ impl Archive {
             name.strip_prefix("linux-image-")
         });
         let Some(version) = newest(series, versions) else {
-            bail!("no suite has such a kernel; there are\n{found}");
+            bail!("no suite has such a kernel; the suites have\n{found}");
         };
         let mut policy = self.apt("apt-cache");
         policy.arg("madison").arg(format!("linux-image-{version}"));
@@ -216,7 +217,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Makes a tree of a release's packages at `to`.
+    /// Creates a tree of a release's packages at `to`.
     pub(super) fn tree(
         &self,
         variant: &str,
@@ -243,7 +244,7 @@ fn source(repository: &str, suite: &str) -> String {
     format!("deb [signed-by={KEYS}] {repository} {suite} main")
 }
 
-/// Where this machine's apt gets its own release from, and that release's security updates.
+/// Returns the repository of this machine's own release, and that of its security updates.
 fn repositories() -> Result<(String, Option<String>)> {
     let os = fs::read_to_string("/etc/os-release").context("which system is this")?;
     let mut lines = os.lines();
@@ -268,7 +269,7 @@ fn repositories() -> Result<(String, Option<String>)> {
     Ok((main, security))
 }
 
-/// The newest of `versions` in a series.
+/// Returns the newest of `versions` in a series.
 fn newest<'a>(series: Series, versions: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let mut known: Vec<_> = versions
         .map(|version| (numbers(version), version))
@@ -283,7 +284,7 @@ fn newest<'a>(series: Series, versions: impl Iterator<Item = &'a str>) -> Option
     known.pop().map(|(_, version)| version)
 }
 
-/// The numbers of `6.12.117+deb13-cloud-amd64` before its flavour.
+/// Returns the numbers of `6.12.117+deb13-cloud-amd64` before its flavour.
 fn numbers(version: &str) -> Vec<u32> {
     let version = version.split("-cloud").next().unwrap_or_default();
     let parts = version.split(|c: char| !c.is_ascii_digit());

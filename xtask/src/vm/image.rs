@@ -1,5 +1,4 @@
-//! What the machine boots from: an initial RAM disk, a root file system, and the disk of what is
-//! tested.
+//! The disks of the machine: an initial RAM disk, a root file system, and the payload.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +11,7 @@ use super::Release;
 use super::archive::{Archive, Unpacked};
 use crate::sh;
 
-/// What the laboratory, the units and their checks use.
+/// Packages of the laboratory, the units and their checks.
 const PACKAGES: [&str; 18] = [
     "bpftool",
     "conntrack",
@@ -34,7 +33,7 @@ const PACKAGES: [&str; 18] = [
     "udev",
 ];
 
-/// Drivers of what the machine boots from.
+/// Drivers of the boot disks.
 const DRIVERS: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 
 /// Bytes of the root file system, sparse.
@@ -43,7 +42,7 @@ const ROOT: &str = "6G";
 /// Process 1 of the RAM disk.
 const INIT: &str = include_str!("guest/init");
 
-/// The root file system of a release, which is made once.
+/// Returns the root file system of a release, which is created once.
 pub(super) fn root(archive: &Archive, release: Release, folder: &Path) -> Result<PathBuf> {
     let disk = folder.join(format!("{}.ext4", release.name()));
     let made_of = folder.join(format!("{}.packages", release.name()));
@@ -63,7 +62,7 @@ pub(super) fn root(archive: &Archive, release: Release, folder: &Path) -> Result
     Ok(disk)
 }
 
-/// The RAM disk: busybox and the drivers, in the order in which they can be loaded.
+/// Returns the RAM disk: busybox and the drivers, in the order of their dependencies.
 pub(super) fn initrd(archive: &Archive, kernel: &Unpacked, work: &Path) -> Result<PathBuf> {
     let tree = work.join("initrd.tree");
     remove(&tree)?;
@@ -112,7 +111,7 @@ pub(super) fn initrd(archive: &Archive, kernel: &Unpacked, work: &Path) -> Resul
     Ok(initrd)
 }
 
-/// The files of a driver and of those that it needs, these first; none where it is built in.
+/// Returns the files of a driver, behind those that it needs; none where it is built in.
 fn files_of(kernel: &Unpacked, driver: &str) -> Result<Vec<PathBuf>> {
     let mut modprobe = Command::new("modprobe");
     // modprobe(8) looks into DIR/lib/modules.
@@ -125,7 +124,7 @@ fn files_of(kernel: &Unpacked, driver: &str) -> Result<Vec<PathBuf>> {
     Ok(files.map(|file| PathBuf::from(file.trim())).collect())
 }
 
-/// The second disk: what is tested, and the kernel's modules.
+/// Returns the second disk: the payload, and the kernel's modules.
 pub(super) fn payload(tree: &Path, kernel: &Unpacked, work: &Path) -> Result<PathBuf> {
     let modules = tree.join("modules");
     remove(&modules)?;

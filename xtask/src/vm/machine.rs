@@ -1,4 +1,4 @@
-//! The virtual machine: qemu, by software emulation.
+//! The virtual machine: qemu with software emulation.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -20,14 +20,14 @@ const COMMAND_LINE: &str =
     "console=ttyS0 root=/dev/vda rw quiet systemd.show_status=false panic=-1";
 const POLL: Duration = Duration::from_millis(500);
 
-/// qemu: the installed one, or one in a tree of its own, which is run with its own libraries.
+/// An installed qemu, or one in a tree of its own, which runs with its own libraries.
 pub(super) enum Qemu {
     Installed(PathBuf),
     Tree(PathBuf),
 }
 
 impl Qemu {
-    /// Finds it, or puts it into `tree`: Debian's package may collide with what is installed.
+    /// Finds qemu, or puts it into `tree`: Debian's package may conflict with installed ones.
     pub(super) fn find(archive: &Archive, tree: &Path) -> Result<Self> {
         if let Some(program) = sh::find("qemu-system-x86_64") {
             return Ok(Self::Installed(program));
@@ -60,17 +60,17 @@ impl Qemu {
     }
 }
 
-/// What is booted.
+/// Files of a boot.
 pub(super) struct Machine {
     pub(super) kernel: PathBuf,
     pub(super) initrd: PathBuf,
-    /// The root file system and the payload; both stay as they are.
+    /// The root file system and the payload; both stay unchanged.
     pub(super) disks: [PathBuf; 2],
-    /// Where what it wrote to its serial ports is left.
+    /// Folder for the output of the serial ports.
     pub(super) work: PathBuf,
 }
 
-/// A child that does not outlive the value.
+/// A child process that ends with the value.
 struct Running(Child);
 
 impl Drop for Running {
@@ -81,8 +81,8 @@ impl Drop for Running {
 }
 
 impl Machine {
-    /// Runs it until it powers off, and says what it wrote to its second serial port, which is
-    /// printed meanwhile.
+    /// Runs the machine until it powers off, and returns the output of its second serial port,
+    /// which is printed meanwhile.
     pub(super) fn run(&self, qemu: &Qemu, longest: Duration) -> Result<String> {
         let [console, results] = ["console", "results"].map(|it| self.work.join(it));
         let mut command = qemu.command();
@@ -126,7 +126,7 @@ impl Machine {
             }
             if Instant::now() > deadline {
                 bail!(
-                    "it has not finished in {} minutes; {} is its console",
+                    "the machine has not finished in {} minutes; {} is its console",
                     longest.as_secs() / 60,
                     console.display()
                 );
@@ -136,7 +136,7 @@ impl Machine {
         let text = String::from_utf8_lossy(&fs::read(&results)?).replace('\r', "");
         if !text.lines().any(|line| line == "finished") {
             bail!(
-                "it ended before its checks had; {} is its console",
+                "the machine ended before its checks; {} is its console",
                 console.display()
             );
         }
@@ -144,7 +144,7 @@ impl Machine {
     }
 }
 
-/// Prints what the file has beyond `from` bytes, and says how much that was.
+/// Prints the part of the file beyond `from` bytes, and returns its length.
 fn follow(file: &Path, from: u64) -> Result<u64> {
     let mut file = fs::File::open(file)?;
     file.seek(SeekFrom::Start(from))?;

@@ -1,11 +1,11 @@
-//! `cargo xtask vm`: the redirect, the main path and the units on another kernel, under a systemd
-//! that is process 1.
+//! `cargo xtask vm`: the tests of the redirect, the main path and the units on another kernel,
+//! under a systemd that is process 1.
 //!
-//! A virtual machine by software emulation: no KVM, and nothing of it is installed on the host.
-//! [`archive`] fetches a kernel's package from whichever Debian release has it, [`image`] makes a
-//! small root file system of a release and a second disk of what is tested, [`machine`] runs them
-//! under qemu, [`results`] reads what the scripts in `guest/` wrote to the second serial port, and
-//! [`record`] puts it into docs/kernels.md. All files are in target/vm.
+//! The virtual machine runs by software emulation, without KVM and without installing anything.
+//! [`archive`] fetches a kernel's package from a Debian release, [`image`] creates a small root
+//! file system and a second disk with the payload, [`machine`] runs them under qemu, [`results`]
+//! reads the output of the scripts in `guest/`, and [`record`] writes docs/kernels.md. All files
+//! are in target/vm.
 
 mod archive;
 mod image;
@@ -31,23 +31,23 @@ use results::Outcome;
 /// Options of `cargo xtask vm`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Series of the kernel, for example 5.10, 6.1, 6.12, or `newest`. May be repeated.
+    /// Series of the kernel, for example 5.10, 6.1, 6.12, or `newest`; may be repeated
     #[arg(long, value_name = "SERIES", required = true)]
     kernel: Vec<Series>,
-    /// Debian release of the root file system, and so systemd's: bookworm has 252, trixie 257. By
-    /// default the kernel's.
+    /// Debian release of the root file system, and so of systemd: bookworm has 252, trixie 257
+    /// [default: that of the kernel]
     #[arg(long)]
     release: Option<Release>,
-    /// Run only this part.
+    /// Run only this part
     #[arg(long)]
     only: Option<Part>,
-    /// The test programs to run. May be repeated.
+    /// Test programs to run; may be repeated
     #[arg(long = "test", value_name = "NAME", default_values = ["redirect", "connector"])]
     tests: Vec<String>,
-    /// Write what came of it to docs/kernels.md.
+    /// Write the result to docs/kernels.md
     #[arg(long)]
     record: bool,
-    /// Minutes after which a machine that has not finished is ended.
+    /// Minutes after which an unfinished machine is ended
     #[arg(long, default_value_t = 60)]
     minutes: u64,
 }
@@ -70,16 +70,16 @@ impl Release {
     }
 }
 
-/// What is run in the machine.
+/// Part of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// The redirect's tests and the main path's.
+    /// The tests of the redirect and of the main path
     Tests,
-    /// The units, over three boots.
+    /// The units, over three boots
     Units,
 }
 
-/// Runs each kernel, and fails where anything failed.
+/// Runs each kernel, and fails if anything failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("the file systems are made as root: run `{AS_ROOT} vm --kernel 6.1`");
@@ -111,7 +111,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     if !failed.is_empty() {
-        bail!("not everything holds: {}", failed.join("; "));
+        bail!("failed: {}", failed.join("; "));
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! What is tested, as the machine's second disk has it: the checkout at the path of the host, `cpc`,
-//! tests, and the scripts that run them.
+//! The payload on the machine's second disk: the checkout at the path of the host, `cpc`, tests,
+//! and the scripts that run them.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,8 +13,8 @@ use super::image;
 use crate::workspace::{self, PROFILE};
 use crate::{programs, sh};
 
-/// Starts the scripts at each boot; what they write are the results. multi-user.target is not waited
-/// for: a guard keeps the boot from it.
+/// Unit that starts the scripts at each boot; their output are the results. It does not wait for
+/// multi-user.target, which a guard delays.
 const SERVICE: &str = "[Unit]
 Description=Checks of the Control Plane Connector
 After=basic.target network-online.target
@@ -26,8 +26,7 @@ StandardOutput=file:/dev/ttyS1
 StandardError=inherit
 ";
 
-/// Builds what is tested and lays it out in `folder`: the test programs of these names, and the
-/// units if `units`.
+/// Builds the payload in `folder`: the test programs of these names, and the units if `units`.
 pub(super) fn build(folder: &Path, tests: &[String], units: bool) -> Result<PathBuf> {
     let programs = programs::build()?;
     sh::heading("Payload");
@@ -76,7 +75,7 @@ fn copy_checkout(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The test programs, and what cargo-nextest needs to run them without cargo.
+/// Copies the test programs, and the files that cargo-nextest needs to run them without cargo.
 fn copy_tests(folder: &Path, checkout: &Path, tests: &[String]) -> Result<()> {
     let mut list = workspace::cargo();
     list.args(["nextest", "list", "--cargo-profile", PROFILE]);
@@ -110,7 +109,8 @@ fn copy_tests(folder: &Path, checkout: &Path, tests: &[String]) -> Result<()> {
     copy(&nextest, &folder.join("cargo-nextest"))
 }
 
-/// Where a file of the target folder goes: that folder may lie in the checkout or beside it.
+/// Returns the destination of a file of the target folder, which may be in the checkout or beside
+/// it.
 fn place(folder: &Path, checkout: &Path, file: &Path) -> PathBuf {
     let root = workspace::root();
     match (
@@ -123,7 +123,7 @@ fn place(folder: &Path, checkout: &Path, file: &Path) -> PathBuf {
     }
 }
 
-/// A copy without debug information, which is most of a program.
+/// Copies a program without its debug information, which is most of it.
 fn stripped(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to.parent().context("no folder")?)?;
     let mut strip = Command::new("strip");

@@ -1,7 +1,7 @@
-//! docs/kernels.md: what the last recorded run on each kernel came to.
+//! docs/kernels.md: the result of the last recorded run on each kernel.
 //!
-//! A row is replaced when its group has been run again, so that one kernel or one part can be recorded
-//! alone. Each row says of which commit it is.
+//! A run replaces the rows of its groups, so that one kernel or one part can be recorded alone.
+//! Each row has its commit.
 
 use std::fmt::Write;
 use std::fs;
@@ -19,7 +19,7 @@ const COLUMNS: &str = "\
 | --- | ---: | ---: | ---: | ---: | ---: | --- |
 ";
 
-/// Puts the section of `outcome` into the page.
+/// Writes the section of `outcome` into the page.
 pub(super) fn write(outcome: &Outcome, machine: &Machine) -> Result<()> {
     let page = workspace::root().join("docs/kernels.md");
     // Missing at the first time.
@@ -45,7 +45,7 @@ fn with(old: &str, outcome: &Outcome, machine: &Machine) -> Result<String> {
     Ok(text)
 }
 
-/// Series of the kernel and systemd's, which tell sections apart.
+/// Returns the series of the kernel and the version of systemd, which identify a section.
 fn key(section: &str) -> ([u32; 2], u32) {
     let title = section.lines().next().unwrap_or_default();
     let (kernel, systemd) = title.split_once(", systemd ").unwrap_or_default();
@@ -56,7 +56,7 @@ fn key(section: &str) -> ([u32; 2], u32) {
     (series, number(systemd))
 }
 
-/// The section with what the one before has of groups that were not run this time.
+/// Returns the section, with the rows of the old one for groups that did not run this time.
 fn section_with(new: &str, before: &str, outcome: &Outcome) -> String {
     let ran = |line: &str| {
         let group = line.split('`').nth(1).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! What the machine wrote: a line for each check of the units, and cargo-nextest's output.
+//! The output of the machine: a line for each check of the units, and the output of cargo-nextest.
 
 use anyhow::{Context, Result};
 
-/// What came of one run.
+/// Result of one run.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Outcome {
     /// Release of the kernel.
@@ -19,7 +19,7 @@ pub(super) struct Check {
     pub(super) group: String,
     pub(super) name: String,
     pub(super) verdict: Verdict,
-    /// Whole seconds that it took.
+    /// Duration in whole seconds.
     pub(super) seconds: u64,
 }
 
@@ -27,17 +27,17 @@ pub(super) struct Check {
 pub(super) enum Verdict {
     Passed,
     Failed,
-    /// And why.
+    /// Skipped, for this reason.
     Skipped(String),
 }
 
 impl Outcome {
-    /// Reads what was written.
+    /// Reads the output.
     pub(super) fn read(text: &str) -> Result<Self> {
         let machine = text.lines().find_map(|line| line.strip_prefix("machine "));
         let (kernel, systemd) = machine
             .and_then(|line| line.split_once(", systemd "))
-            .context("the machine did not say what it is")?;
+            .context("the output does not name the machine")?;
         let mut checks: Vec<Check> = Vec::new();
         for line in text.lines() {
             if let Some(line) = line.strip_prefix("result ") {
@@ -66,12 +66,13 @@ impl Outcome {
         !self.checks.is_empty() && !self.checks.iter().any(failed)
     }
 
-    /// `Linux 6.1.0-50-cloud-amd64, systemd 252.39`
+    /// Returns a title: `Linux 6.1.0-50-cloud-amd64, systemd 252.39`.
     pub(super) fn title(&self) -> String {
         format!("Linux {}, systemd {}", self.kernel, self.systemd)
     }
 
-    /// The groups, in the order in which they ran, with passed, skipped, failed, and seconds.
+    /// Returns the groups, in the order in which they ran, with the numbers of passed, skipped and
+    /// failed checks, and seconds.
     pub(super) fn groups(&self) -> Vec<(&str, [usize; 3], u64)> {
         let mut groups: Vec<(&str, [usize; 3], u64)> = Vec::new();
         for check in &self.checks {
@@ -91,7 +92,7 @@ impl Outcome {
         groups
     }
 
-    /// Prints the sums, and what did not pass.
+    /// Prints the sums, and the checks that did not pass.
     pub(super) fn print(&self) {
         println!("{}", self.title());
         for (name, [passed, skipped, failed], seconds) in self.groups() {
@@ -109,7 +110,7 @@ impl Outcome {
     }
 }
 
-/// `ok NAME SECONDS`, `failed NAME SECONDS ..`, `skipped NAME SECONDS WHY`
+/// Parses `ok NAME SECONDS`, `failed NAME SECONDS ..` or `skipped NAME SECONDS WHY`.
 fn of_units(line: &str) -> Option<Check> {
     let mut words = line.splitn(4, ' ');
     let verdict = words.next()?;
@@ -128,7 +129,7 @@ fn of_units(line: &str) -> Option<Check> {
     })
 }
 
-/// `PASS [   1.234s] (1/46) cpc-redirect::redirect capture::name`
+/// Parses `PASS [   1.234s] (1/46) cpc-redirect::redirect capture::name`.
 fn of_nextest(line: &str) -> Option<Check> {
     let (verdict, rest) = line.trim_start().split_once(" [")?;
     let verdict = match verdict {
