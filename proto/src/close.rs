@@ -79,7 +79,7 @@ macro_rules! close_reasons {
 
 close_reasons! {
     /// Both directions have ended.
-    Finished = 0x000, Finished, "finished", "the connection ended in order";
+    Finished = 0x000, Finished, "finished", "the connection ended cleanly";
 
     /// No claim covers the destination.
     NoRoute = 0x100, NotDialled, "no_route", "no agent serves this destination";
@@ -96,7 +96,7 @@ close_reasons! {
     /// The dial request could not be read.
     MalformedDial = 0x106, NotDialled, "malformed_dial", "the dial request could not be read";
     /// The client left before the target was dialled.
-    Cancelled = 0x107, NotDialled, "cancelled", "the caller went away before the target was dialled";
+    Cancelled = 0x107, NotDialled, "cancelled", "the client left before the target was dialled";
     /// Dials of the destination keep timing out: it is not dialled for a while.
     CircuitOpen = 0x108, NotDialled, "circuit_open", "dials of this destination keep timing out; it is tried again later";
 
@@ -120,20 +120,20 @@ close_reasons! {
     /// The tunnel that carried the connection was lost.
     LinkLost = 0x302, Reset, "link_lost", "the tunnel was lost";
     /// No byte moved for longer than the idle timeout.
-    IdleTimeout = 0x303, Reset, "idle_timeout", "nothing moved for longer than the idle timeout";
+    IdleTimeout = 0x303, Reset, "idle_timeout", "no packet arrived for longer than the idle timeout";
     /// The process is ending at once.
     Aborted = 0x304, Reset, "aborted", "the process is ending";
     /// Internal fault; the log has the details.
     Internal = 0x305, Reset, "internal", "an internal fault; see the log of the side that closed";
     /// The reader took no data for so long that it blocked the other connections of its tunnel.
-    Stalled = 0x306, Reset, "stalled", "its reader took nothing and held up the other connections of the tunnel";
+    Stalled = 0x306, Reset, "stalled", "the reader stopped and held up the other connections of the tunnel";
     /// A memory limit refused data of the peer that was not read yet.
-    MemoryLimit = 0x307, Reset, "memory_limit", "it held more unread data than a memory limit allows";
+    MemoryLimit = 0x307, Reset, "memory_limit", "the connection held more unread data than a memory limit allows";
 
     /// The connection outlived the deadline of a drain.
     Drained = 0x400, Drained, "drained", "the drain deadline passed";
     /// The process was asked to end.
-    Shutdown = 0x401, Drained, "shutdown", "the process was told to end";
+    Shutdown = 0x401, Drained, "shutdown", "the process was stopped";
 
     /// The peer violated the protocol.
     ProtocolError = 0x500, Session, "protocol_error", "the peer broke the protocol";

@@ -1,4 +1,4 @@
-//! Many agents in one process: sessions with one server that offer routes and then only live.
+//! Many agents in one process: sessions with one server that offer routes and then only stay alive.
 //!
 //! ```text
 //! crowd SERVER FOLDER SESSIONS SESSIONS-OF-ONE-IDENTITY ROUTES
@@ -78,7 +78,7 @@ async fn main() -> Result<()> {
         .await
 }
 
-/// A route of an identity, within the /11 that it is granted.
+/// Returns a route of an identity, within the /11 of its grant.
 fn claim(identity: usize, route: usize) -> Result<Claim> {
     let (identity, route) = (u32::try_from(identity)?, u32::try_from(route)?);
     let network = Ipv4Addr::from(FIRST + (identity << 21) + (route << 6));
@@ -132,7 +132,7 @@ async fn session(
     }
 }
 
-/// With the certificate in `folder`.
+/// Returns the configuration with the certificate in `folder`.
 fn config(folder: &Path) -> Result<ClientConfig> {
     let chain = CertificateDer::pem_file_iter(folder.join("agent.crt"))?;
     let mut roots = RootCertStore::empty();
@@ -157,7 +157,7 @@ fn config(folder: &Path) -> Result<ClientConfig> {
     Ok(config)
 }
 
-/// Checks signatures, not the server's identity: it stands in the benchmark's own namespace.
+/// Checks signatures, not the server's identity: the server is in the benchmark's own namespace.
 #[derive(Debug)]
 struct AnyName(Arc<WebPkiServerVerifier>);
 

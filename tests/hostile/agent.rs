@@ -1,4 +1,4 @@
-//! An agent with a genuine certificate, of a worker that was stolen.
+//! An agent with a genuine certificate, of a stolen worker.
 
 use std::time::{Duration, Instant};
 
@@ -21,10 +21,10 @@ const GARBAGE: u64 = 60;
 const OFFERS: u64 = 200;
 /// Streams that are tried in each direction.
 const OPENED: usize = 100;
-/// How long the server may take for an answer.
+/// Timeout of an answer of the server.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Its own node, and all that it has no business with.
+/// Returns claims of its own node, and of everything else.
 fn greed() -> Offer {
     Offer {
         addresses: vec![
@@ -62,7 +62,7 @@ fn frame(message: Message) -> Result<Bytes> {
     })?)
 }
 
-/// A connection with its control stream.
+/// Opens a connection with its control stream.
 async fn connect(
     aim: &Aim,
     credentials: &Credentials,
@@ -76,7 +76,7 @@ async fn connect(
     Ok((connection, send, recv))
 }
 
-/// The same, introduced with its own node alone, and welcomed.
+/// Opens a connection, introduces itself with its own node alone, and waits for the welcome.
 async fn welcomed(aim: &Aim, dials: u32) -> Result<(Connection, SendStream, RecvStream)> {
     let (connection, mut send, mut recv) = connect(aim, &aim.credentials()?, dials).await?;
     let own = ["10.99.2.2".parse()?, "fd00:99:2::2".parse()?];
@@ -87,7 +87,7 @@ async fn welcomed(aim: &Aim, dials: u32) -> Result<(Connection, SendStream, Recv
     Ok((connection, send, recv))
 }
 
-/// How the server ended it.
+/// Returns how the server ended the connection.
 async fn end(aim: &Aim, connection: &Connection) {
     let ended = peer::ended_by_peer(connection, PATIENCE).await;
     aim.tally.one(match ended {
@@ -170,7 +170,8 @@ impl Noise {
     }
 }
 
-/// Garbage in place of the Hello, after it, within it, twice the Hello, and an end in the middle.
+/// Sends garbage in place of the Hello, after it, within it, the Hello twice, and an end in the
+/// middle.
 pub(crate) async fn garbage(aim: &Aim) -> Result<()> {
     let begun = Instant::now();
     let mut noise = Noise(0x2545_f491_4f6c_dd1d);
@@ -253,7 +254,7 @@ pub(crate) async fn opens(aim: &Aim) -> Result<()> {
     Ok(())
 }
 
-/// Says yes to each dial, sends without an end, and reads nothing.
+/// Accepts each dial, sends without end, and reads nothing.
 pub(crate) async fn pours(aim: &Aim) -> Result<()> {
     let (connection, _send, _recv) = welcomed(aim, 1000).await?;
     let serve = async {

@@ -1,4 +1,4 @@
-//! A client of the frontends that asks for what it must not reach.
+//! A client of the frontends that requests forbidden destinations.
 
 use std::io::{Error, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 
 use crate::{Aim, WHILE};
 
-/// Forbidden to the agent, of no agent, no addresses at all, loopback in every spelling, addresses
-/// that lead to a host itself, and what is no TCP.
+/// Destinations that are forbidden to the agent, of no agent, no addresses at all, loopback in
+/// every spelling, addresses of a host itself, and other protocols than TCP.
 const DESTINATIONS: [&str; 22] = [
     "10.99.1.2:8136",
     "10.99.1.2:8199",
@@ -38,12 +38,13 @@ const DESTINATIONS: [&str; 22] = [
 ];
 /// Rounds over all of them.
 const ROUNDS: usize = 40;
-/// An answer that has not come by then is none.
+/// Timeout of an answer.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A target of which each round gives some up.
 const ABANDONED: &str = "10.99.1.2:7001";
 
-/// `FOLDER` is the Unix socket of HTTP CONNECT. Also connects to what the redirect captures.
+/// Sends the requests. `FOLDER` is the Unix socket of HTTP CONNECT. Also connects to captured
+/// addresses.
 pub(crate) fn frontend(aim: &Aim) -> Result<()> {
     let socket = aim.rest.first().context("which socket?")?;
     let begun = Instant::now();
@@ -88,7 +89,7 @@ fn captured(address: SocketAddr) -> bool {
     matches!(address, SocketAddr::V4(it) if it.ip().octets()[..2] == [10, 99])
 }
 
-/// The status of the answer.
+/// Returns the status of the answer.
 fn ask(socket: &Path, destination: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -14,9 +14,9 @@ use crate::{Aim, WHILE};
 
 /// Frames of one flood at most.
 const FRAMES: usize = 200_000;
-/// Of those, in one write.
+/// Number of frames in one write.
 const BATCH: usize = 200;
-/// How long one flood goes on, and how long a write may wait.
+/// Duration of one flood, and maximum wait of a write.
 const EACH: Duration = Duration::from_millis(700);
 
 const HEADERS: u8 = 1;
@@ -36,8 +36,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Streams opened and reset at once, streams opened and left, pings, settings, headers without an
-/// end, garbage; nothing is ever read but what TLS itself needs.
+/// Floods with streams that are reset at once, streams left open, pings, settings, headers without
+/// end, and garbage. Reads only what TLS itself needs.
 pub(crate) fn floods(aim: &Aim) -> Result<()> {
     let begun = Instant::now();
     type Flood = fn(u32) -> Vec<u8>;

@@ -1,4 +1,4 @@
-//! A server with a certificate that is none of a server of this domain.
+//! A server without a server's certificate of this domain.
 
 use std::net::UdpSocket;
 use std::time::Duration;
@@ -10,8 +10,8 @@ use tokio::time::timeout;
 use crate::peer::{self, Credentials};
 use crate::{Aim, WHILE};
 
-/// For each folder a server, at ports that follow each other: `server.crt` in it, or `agent.crt`.
-/// Counts the agents that believed it.
+/// Starts a server for each folder, at consecutive ports: `server.crt` in it, or `agent.crt`.
+/// Counts the agents that accept it.
 pub(crate) async fn impostor(aim: &Aim) -> Result<()> {
     let mut tasks = Vec::new();
     for (n, folder) in aim.rest.iter().enumerate() {

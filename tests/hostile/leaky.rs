@@ -56,8 +56,8 @@ impl AsyncUdpSocket for Leaky {
     }
 }
 
-/// Makes an endpoint on `socket` that loses what it sends while `loses` is set, and takes nothing for lost.
-/// It sends `window` bytes without hearing what became of them. Needs a running runtime.
+/// Creates an endpoint on `socket` that loses its packets while `loses` is set, and never counts
+/// one as lost. It sends `window` bytes without an acknowledgement. Needs a running runtime.
 ///
 /// # Errors
 ///

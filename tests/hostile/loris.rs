@@ -31,14 +31,14 @@ impl Slow for UnixStream {
     }
 }
 
-/// A connection, and what it is to say in the end.
+/// A connection, and its expected end.
 struct Victim {
     name: String,
     stream: Box<dyn Slow>,
     says: Box<dyn Iterator<Item = u8>>,
 }
 
-/// What a port of that kind would be told first.
+/// Returns the first bytes for a port of that kind.
 fn text(name: &str) -> &'static [u8] {
     match name {
         "connect" => b"CONNECT 10.99.1.2:7001 HTTP/1.1\r\nHost: x\r\n",
@@ -49,7 +49,8 @@ fn text(name: &str) -> &'static [u8] {
     }
 }
 
-/// Each further argument is `KIND=ADDRESS` or `KIND=PATH`: `http`, `connect`, `grpc` or `tls`.
+/// Opens slow connections. Each further argument is `KIND=ADDRESS` or `KIND=PATH`: `http`,
+/// `connect`, `grpc` or `tls`.
 pub(crate) fn slow_loris(aim: &Aim) -> Result<()> {
     let mut victims = Vec::new();
     for place in &aim.rest {
@@ -97,7 +98,7 @@ pub(crate) fn slow_loris(aim: &Aim) -> Result<()> {
     Ok(())
 }
 
-/// Says one byte more; whether the connection is still there.
+/// Sends one more byte. Returns whether the connection still exists.
 fn goes_on(victim: &mut Victim) -> bool {
     let Some(byte) = victim.says.next() else {
         return false;

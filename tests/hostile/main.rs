@@ -33,25 +33,25 @@ use tokio::task::LocalSet;
 
 use crate::peer::Credentials;
 
-/// How long a misdeed goes on at most.
+/// Maximum duration of a misdeed.
 const WHILE: Duration = Duration::from_secs(4);
-/// One that must outlast the server's own time limits.
+/// Duration of a misdeed that must outlast the server's own timeouts.
 const LONG: Duration = Duration::from_secs(18);
-/// How long that takes.
+/// Time for the end of a connection.
 const FAREWELL: Duration = Duration::from_millis(100);
-/// The program ends then, whatever hangs.
+/// Time after which the program ends in any case.
 const END: Duration = Duration::from_secs(30);
 
-/// Whom it is done to, and with what.
+/// Target of a misdeed, with its credentials.
 pub(crate) struct Aim {
     pub(crate) server: SocketAddr,
-    /// What follows on the command line: a certificate's folder, or sockets.
+    /// Rest of the command line: the folder of a certificate, or sockets.
     pub(crate) rest: Vec<PathBuf>,
     pub(crate) tally: Tally,
 }
 
 impl Aim {
-    /// The stolen certificate.
+    /// Returns the stolen certificate.
     pub(crate) fn credentials(&self) -> Result<Credentials> {
         let folder = self.rest.first().context("which certificate?")?;
         Credentials::read(folder, "agent")

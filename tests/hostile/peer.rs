@@ -21,7 +21,7 @@ use tunnel_proto::control::VERSION;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{AgentSession, Hello, InstanceId, Timers};
 
-/// What the connector's two ends say first.
+/// Protocol name of the connector's two ends.
 pub(crate) const ALPN: &[u8] = b"cpc/1";
 
 /// A certificate and its key, as `cpc pki` writes them.
@@ -43,12 +43,12 @@ impl Credentials {
     }
 }
 
-/// A socket for an agent, in the namespace that the caller is in.
+/// Opens a socket for an agent, in the namespace of the caller.
 pub(crate) fn any_port() -> Result<UdpSocket> {
     Ok(UdpSocket::bind("0.0.0.0:0")?)
 }
 
-/// TLS of a client that believes every server, with these credentials or none.
+/// Returns TLS of a client that accepts every server, with these credentials or none.
 pub(crate) fn client_tls(
     credentials: Option<&Credentials>,
     alpn: &[u8],
@@ -65,8 +65,8 @@ pub(crate) fn client_tls(
     Ok(tls)
 }
 
-/// An endpoint that dials servers from `socket` and believes every server. `dials` is how many
-/// streams it lets a server open.
+/// Returns an endpoint that dials servers from `socket` and accepts every server. `dials` is the
+/// number of streams that a server may open.
 pub(crate) fn agent(
     runtime: &Handle,
     socket: UdpSocket,
@@ -85,8 +85,8 @@ pub(crate) fn agent(
     Ok(endpoint)
 }
 
-/// An endpoint that listens on `socket` with these credentials and lets every agent in. `streams`
-/// is how many it lets an agent open.
+/// Returns an endpoint that listens on `socket` with these credentials and accepts every agent.
+/// `streams` is the number of streams that an agent may open.
 pub(crate) fn server(
     runtime: &Handle,
     socket: UdpSocket,
@@ -142,7 +142,7 @@ pub(crate) async fn ended_by_peer(
     }
 }
 
-/// What an honest agent of that name says first, offering `addresses`.
+/// Returns the Hello of an honest agent of that name, with an offer of `addresses`.
 pub(crate) fn introduction(name: &str, addresses: &[IpAddr]) -> Result<Bytes> {
     let hello = Hello {
         version: VERSION,

@@ -1,4 +1,4 @@
-//! Everything that a genuine session has sent, once more.
+//! A replay of everything that a genuine session has sent.
 
 use std::cell::RefCell;
 use std::net::UdpSocket as StdSocket;
@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use crate::peer;
 use crate::{Aim, WHILE};
 
-/// How often all of it is sent again.
+/// Number of replays.
 const ROUNDS: usize = 50;
 /// A session's packets at most.
 const PACKETS: usize = 1000;

@@ -1,4 +1,4 @@
-//! Connections without an end: whole ones, strangers', and halves.
+//! Connections without end: complete ones, those of unauthenticated peers, and half handshakes.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,11 @@ use crate::{Aim, WHILE};
 
 /// Handshakes that are begun.
 const HANDSHAKES: usize = 6000;
-/// Of those, at the same time.
+/// Number of concurrent connections.
 const AT_ONCE: usize = 64;
 /// Handshakes that stop after the first packet.
 const HALVES: usize = 1000;
-/// When a handshake that goes nowhere is let go.
+/// Time after which a handshake without progress is dropped.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connects as often as it can, and closes at once. Without a certificate the server ends it.
@@ -59,7 +59,7 @@ pub(crate) async fn storm(aim: &Aim, credentials: Option<&Credentials>) -> Resul
     Ok(())
 }
 
-/// First packets, each from a port of its own, and nothing more.
+/// Sends first packets, each from another port, and nothing more.
 pub(crate) async fn half(aim: &Aim) -> Result<()> {
     let credentials = aim.credentials()?;
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What a misdeed came to, in numbers.
+//! Counts of a misdeed.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -8,19 +8,19 @@ use std::collections::BTreeMap;
 pub(crate) struct Tally(RefCell<BTreeMap<String, u64>>);
 
 impl Tally {
-    /// One more of these.
+    /// Adds one to a count.
     pub(crate) fn one(&self, what: impl Into<String>) {
         self.add(what, 1);
     }
 
-    /// So many more. Nothing is remembered of a name without a number.
+    /// Adds a number to a count. A count of 0 is not recorded.
     pub(crate) fn add(&self, what: impl Into<String>, count: u64) {
         if count > 0 {
             *self.0.borrow_mut().entry(what.into()).or_default() += count;
         }
     }
 
-    /// As JSON, on one line.
+    /// Returns the counts as JSON, on one line.
     pub(crate) fn json(&self) -> serde_json::Result<String> {
         serde_json::to_string(&*self.0.borrow())
     }

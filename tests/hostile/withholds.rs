@@ -1,4 +1,4 @@
-//! An agent that keeps the first byte of each dialled stream to itself, and sends all that follows.
+//! An agent that withholds the first byte of each dialled stream, and sends all later ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,14 +12,14 @@ use tunnel_proto::preface::DialResponse;
 use crate::peer;
 use crate::{Aim, WHILE, leaky};
 
-/// Bytes that it sends on each stream: all of the server's window but what is withheld.
+/// Bytes sent on each stream: all of the server's window but the withheld byte.
 const BEHIND: usize = (1 << 20) - 1024;
-/// Bytes that it sends without hearing what became of them.
+/// Bytes sent without an acknowledgement.
 const UNHEARD: u64 = 64 << 20;
 /// Time after which written bytes have left.
 const LEAVES: Duration = Duration::from_millis(20);
 
-/// Says yes to each dial, withholds a byte, and sends a window behind it.
+/// Accepts each dial, withholds a byte, and sends a window behind it.
 pub(crate) async fn withholds(aim: &Aim) -> Result<()> {
     let loses = Arc::new(AtomicBool::new(false));
     let endpoint = leaky::agent(

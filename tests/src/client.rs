@@ -1,4 +1,4 @@
-//! What connects to the [targets](crate::target): it checks every byte and measures.
+//! A client of the [targets](crate::target), which checks every byte and measures.
 //!
 //! The functions take a connected stream, so that the same measurement runs over a direct
 //! connection, over the redirect and through HTTP CONNECT.
@@ -15,12 +15,12 @@ use crate::pattern::{self, Checker};
 
 const CHUNK: usize = 64 * 1024;
 
-/// How much was moved in how long.
+/// Moved bytes, and their time.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer {
     /// Bytes of payload.
     pub bytes: u64,
-    /// From the first byte of the request to the last byte of the answer.
+    /// Time from the first byte of the request to the last byte of the answer.
     pub elapsed: Duration,
 }
 
@@ -113,7 +113,7 @@ pub fn round_trips(mut stream: impl Read + Write, count: usize) -> Result<Vec<Du
         .collect()
 }
 
-/// The middle of `samples`; zero when there are none.
+/// Returns the median of `samples`; zero when there are none.
 pub fn median(samples: &mut [Duration]) -> Duration {
     samples.sort_unstable();
     samples.get(samples.len() / 2).copied().unwrap_or_default()
@@ -132,8 +132,8 @@ pub fn connect_through(proxy: &Path, destination: &str) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// Asks the HTTP CONNECT proxy behind `stream` for `destination` (`host:port`); what follows is the
-/// destination's.
+/// Requests `destination` (`host:port`) of the HTTP CONNECT proxy behind `stream`; all later bytes
+/// are those of the destination.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! A strict reader of Prometheus' text format, version 0.0.4: it refuses what the parser of
-//! Prometheus' library for Go refuses, and what would mislead a reader besides.
+//! A strict parser of Prometheus' text format, version 0.0.4. It refuses everything that the parser
+//! of Prometheus' library for Go refuses, and everything that would mislead a reader.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 pub struct Family {
     /// `counter`, `gauge` or `histogram`.
     pub kind: String,
-    /// Its samples: name and labels as they stand there, with the value.
+    /// Samples: name and labels as written, with the value.
     pub samples: HashMap<String, f64>,
     helped: bool,
     histograms: HashMap<String, Histogram>,
@@ -52,7 +52,7 @@ impl Page {
         Ok(page)
     }
 
-    /// The families, by name.
+    /// Returns the families, by name.
     #[must_use]
     pub fn families(&self) -> &HashMap<String, Family> {
         &self.families
@@ -71,7 +71,7 @@ impl Page {
         self.sample(line)
     }
 
-    /// Begins a family, or goes on with it.
+    /// Begins a family, or continues it.
     fn family(&mut self, name: &str) -> Result<&mut Family> {
         ensure!(is_name(name, ":"), "not a name of a metric: {name}");
         if self.current != name {
@@ -176,7 +176,7 @@ fn is_name(name: &str, also: &str) -> bool {
     chars.next().is_some_and(fits) && chars.all(|c| fits(c) || c.is_ascii_digit())
 }
 
-/// As Go reads it; no page of ours has anything that is not a number.
+/// Parses a number as Go does; no page of ours has anything else.
 fn number(text: &str) -> Result<f64> {
     if text == "+Inf" {
         return Ok(f64::INFINITY);
@@ -203,7 +203,7 @@ fn labels(mut rest: &str) -> Result<Vec<(&str, String)>> {
     }
 }
 
-/// Where the quotation mark stands that ends a value.
+/// Returns the position of the quotation mark that ends a value.
 fn end_of(value: &str) -> Option<usize> {
     let mut escaped = false;
     value.bytes().position(|byte| {
@@ -213,7 +213,7 @@ fn end_of(value: &str) -> Option<usize> {
     })
 }
 
-/// Without the backslashes, which stand before one of `escapes` alone.
+/// Removes the backslashes, which stand before one of `escapes` alone.
 fn unescape(text: &str, escapes: &str) -> Result<String> {
     let mut plain = String::new();
     let mut chars = text.chars();

@@ -13,10 +13,10 @@ use socket2::Socket;
 use crate::client;
 use crate::lab::Lab;
 
-/// How long a read or a write may take before it fails: far beyond what a busy machine needs.
+/// Timeout of a read or a write: far beyond the time on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A way in.
+/// Way into the tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frontend {
     /// An ordinary connect(2) of the API server's.
@@ -84,7 +84,7 @@ pub fn patient(socket: Socket) -> Result<Socket> {
     Ok(socket)
 }
 
-/// Closes a TCP connection with a reset, which discards what was not sent yet.
+/// Closes a TCP connection with a reset, which discards unsent bytes.
 ///
 /// # Errors
 ///

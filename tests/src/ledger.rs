@@ -1,5 +1,5 @@
-//! A server that remembers every request that it was asked, on a thread of the test's own process:
-//! what a test compares with what its clients asked.
+//! A server that records every request, on a thread of the test's own process: a test compares the
+//! record with the requests of its clients.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -47,12 +47,12 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// How many connections it has accepted.
+    /// Returns the number of accepted connections.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Every request that has arrived, in order.
+    /// Returns every received request, in order.
     pub fn requests(&self) -> Vec<String> {
         self.requests
             .lock()

@@ -1,4 +1,4 @@
-//! What the end-to-end tests, `cargo xtask lab` and `cargo xtask demo` share.
+//! Common parts of the end-to-end tests, `cargo xtask lab` and `cargo xtask demo`.
 //!
 //! * [`lab`]: the laboratory, a control plane and its workers as network namespaces on one machine;
 //! * [`target`]: the servers that stand on the workers, beside a real nginx;

@@ -17,20 +17,20 @@ use crate::lab::server::ControlPlane;
 
 /// A connect that takes longer has failed.
 const CONNECT: Duration = Duration::from_secs(10);
-/// So has an answer ([`io::ErrorKind::WouldBlock`]): longer than a dial may take.
+/// Timeout of an answer ([`io::ErrorKind::WouldBlock`]): longer than a dial may take.
 const ANSWER: Duration = Duration::from_secs(12);
 /// Between two requests of one client: a loopback address has 28,000 ports, and each is out of use
 /// for a minute.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Why there was no answer.
+/// Reason for a missing answer.
 #[derive(Debug)]
 pub enum Failure {
     /// The connection was refused, in one of many ways.
     Connect(io::Error),
-    /// It broke before the answer was there. An end of file is [`io::ErrorKind::UnexpectedEof`].
+    /// The connection broke before the answer. An end of file is [`io::ErrorKind::UnexpectedEof`].
     Broken(io::Error),
-    /// The proxy said no; its first line.
+    /// The proxy refused; its first line.
     Proxy(String),
 }
 
@@ -50,11 +50,11 @@ impl Failure {
 /// One request.
 #[derive(Debug)]
 pub struct Attempt {
-    /// When it was made.
+    /// Time of the request.
     pub start: Instant,
-    /// When it was over.
+    /// Time of its end.
     pub end: Instant,
-    /// What was asked.
+    /// Text of the request.
     pub request: String,
     /// The answer.
     pub result: Result<String, Failure>,
@@ -75,7 +75,7 @@ pub fn ask(address: SocketAddr, request: &str) -> Result<String, Failure> {
     asked().map_err(Failure::Broken)
 }
 
-/// The same through an HTTP CONNECT proxy on a Unix socket.
+/// Does the same through an HTTP CONNECT proxy on a Unix socket.
 ///
 /// # Errors
 ///
@@ -118,8 +118,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts `clients` of them. Each asks, waits for what becomes of it, and asks again; every
-    /// request is another string.
+    /// Starts `clients` of them. Each sends a request, waits for the answer or the error, and
+    /// repeats; every request is another string.
     ///
     /// # Errors
     ///
@@ -174,7 +174,7 @@ impl Load {
         })
     }
 
-    /// Ends them, and tells what became of every request.
+    /// Ends them, and returns the outcome of every request.
     pub fn stop(mut self) -> Vec<Attempt> {
         self.end();
         std::mem::take(&mut *self.attempts.lock().unwrap_or_else(PoisonError::into_inner))

@@ -1,4 +1,4 @@
-//! A stream of bytes in which every place can be told from every other.
+//! A stream of bytes in which every position can be told from every other.
 //!
 //! The eight bytes at each multiple of eight are a hash of their position, so that a byte that is
 //! lost, doubled, changed or moved shows at once and says where. Nothing is kept but a position.
@@ -29,7 +29,7 @@ pub struct Checker {
 /// The first byte that was not the pattern's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mismatch {
-    /// Where it stands in the stream.
+    /// Position in the stream.
     pub offset: u64,
 }
 
@@ -46,7 +46,7 @@ impl fmt::Display for Mismatch {
 impl std::error::Error for Mismatch {}
 
 impl Checker {
-    /// How many bytes were right so far.
+    /// Returns the number of correct bytes so far.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -75,7 +75,7 @@ impl Checker {
     }
 }
 
-/// The finaliser of SplitMix64: a bijection, so that no two positions look alike.
+/// Computes the finaliser of SplitMix64: a bijection, so that no two positions look alike.
 fn word(index: u64) -> u64 {
     let mut z = index.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -14,19 +14,19 @@ use crate::lab::worker::Worker;
 
 /// The ports that [`Puppet::allow`] opens.
 const PORTS: &str = "8000-8099";
-/// How long a connection may take to come.
+/// Timeout of a connection.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A listener on a worker's node address.
 #[derive(Debug)]
 pub struct Puppet {
-    /// Where it listens.
+    /// Address of the listener.
     pub address: SocketAddr,
     listener: TcpListener,
 }
 
 impl Puppet {
-    /// What a laboratory's agents must be allowed, so that they may dial puppets.
+    /// Returns the rule that lets a laboratory's agents dial puppets.
     ///
     /// # Errors
     ///

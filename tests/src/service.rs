@@ -10,11 +10,11 @@ use crate::lab::Lab;
 use crate::lab::config::TRUST_DOMAIN;
 use crate::ledger::Ledger;
 
-/// Where clients reach it; within what the redirect captures.
+/// Address for clients; within the captured ranges.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 244, 200, 1);
-/// Its port.
+/// Port.
 pub const PORT: u16 = 7100;
-/// What its agents claim.
+/// Claim of its agents.
 pub const NETWORK: &str = "10.244.200.0/24";
 
 /// Address and port.
@@ -52,7 +52,7 @@ pub fn start(lab: &mut Lab) -> Result<Vec<Ledger>> {
     Ok(ledgers)
 }
 
-/// The rule by which an agent may dial it.
+/// Returns the rule that lets an agent dial it.
 pub fn allowed() -> Value {
     json!({"cidr": NETWORK, "ports": [PORT]})
 }

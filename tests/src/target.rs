@@ -13,22 +13,22 @@ use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 
 use crate::pattern;
 
-/// What a connection to [`Behaviour::Banner`] hears first.
+/// First bytes of a connection to [`Behaviour::Banner`].
 pub const BANNER: &str = "220 ready\n";
 
 /// Bytes moved at a time.
 const CHUNK: usize = 64 * 1024;
 
-/// How a port behaves.
+/// Behaviour of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behaviour {
-    /// Sends back what it receives, then ends when the peer ends.
+    /// Sends back received bytes, then ends when the peer ends.
     Echo,
     /// Reads a number and a line feed, sends that many bytes of [`pattern`], and ends.
     Source,
     /// Reads to the end, then answers `BYTES CRC32\n` (decimal, eight hex digits).
     Sink,
-    /// Sends [`BANNER`] before it has heard anything, then behaves as [`Self::Echo`].
+    /// Sends [`BANNER`] before it has received anything, then behaves as [`Self::Echo`].
     Banner,
     /// Accepts and never reads.
     Stuck,
@@ -50,7 +50,7 @@ impl Behaviour {
         Self::HalfClose,
     ];
 
-    /// The port it listens on, TCP, both families.
+    /// Returns its port, TCP, both families.
     pub fn port(self) -> u16 {
         match self {
             Self::Echo => 7001,
@@ -63,7 +63,7 @@ impl Behaviour {
         }
     }
 
-    /// Its name in JSON and in the log.
+    /// Returns its name in JSON and in the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Echo => "echo",

@@ -123,7 +123,7 @@ fn a_server_that_ends_waits_for_its_connections() -> Result<()> {
     Ok(())
 }
 
-/// A connection that does not end by itself is reset when the drain's time is over: a clean end
+/// A connection that does not end by itself is reset when the drain deadline has passed: a clean end
 /// would tell its client that this was all.
 #[test]
 fn the_end_of_a_drain_is_a_reset() -> Result<()> {

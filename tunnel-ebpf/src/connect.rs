@@ -1,11 +1,11 @@
-//! What becomes of a connect(2).
+//! Decisions about connect(2).
 //!
-//! The capture set alone decides what is redirected; routes only turn a captured destination
-//! between *serve* and *refuse*. So nothing captured leaves by the ordinary route, unless the
-//! connector is gone and the attachment was told to fail open.
+//! The capture set alone decides which connections are redirected; routes only turn a captured
+//! destination between *serve* and *refuse*. So no captured connection takes the ordinary route,
+//! unless the connector is dead or stuck and the attachment fails open.
 //!
-//! The context's fields are read whole and up front, with `read_volatile`: LLVM would merge
-//! reads of different fields behind a branch into one through a computed pointer, which the
+//! The programs read the fields of a context whole and up front, with `read_volatile`: LLVM would
+//! merge reads of different fields behind a branch into one through a computed pointer, which the
 //! verifier refuses.
 
 use core::ptr;
@@ -25,9 +25,9 @@ use crate::{
     origin,
 };
 
-/// What a connect hook answers: go on.
+/// Result of a connect hook: go on.
 const ALLOW: i32 = 1;
-/// What a connect hook answers: fail, with EPERM unless an errno was chosen.
+/// Result of a connect hook: fail, with EPERM unless the program has set an errno.
 const REFUSE: i32 = 0;
 
 const SOCK_STREAM: u32 = 1;
@@ -38,21 +38,21 @@ const ENETUNREACH: i32 = 101;
 const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
 
-/// What becomes of one attempt.
+/// Decision about one connect.
 enum Decision {
-    /// It takes the ordinary route.
+    /// The connection takes the ordinary route.
     Pass(Option<Counter>),
-    /// It goes to the listener.
+    /// The connection goes to the listener.
     Redirect {
         attachment: u32,
         listener: Endpoint,
         refused: u32,
     },
-    /// It fails at once.
+    /// The connect fails at once.
     Refuse(Counter),
 }
 
-/// Hook `connect4`.
+/// Handles hook `connect4`.
 #[inline(always)]
 pub(crate) fn v4(ctx: &SockAddrContext) -> i32 {
     let sock = ctx.sock_addr;
@@ -81,8 +81,8 @@ pub(crate) fn v4(ctx: &SockAddrContext) -> i32 {
     }
 }
 
-/// Hook `connect6`. A v4-mapped destination is an IPv4 one, and goes to the IPv4 listener's
-/// v4-mapped address.
+/// Handles hook `connect6`. A v4-mapped destination is an IPv4 one, and goes to the v4-mapped
+/// address of the IPv4 listener.
 #[inline(always)]
 pub(crate) fn v6(ctx: &SockAddrContext) -> i32 {
     let sock = ctx.sock_addr;

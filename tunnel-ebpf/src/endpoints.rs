@@ -1,4 +1,4 @@
-//! Both ends of the connection that a `sock_ops` callback is about.
+//! Both ends of the connection of a `sock_ops` callback.
 
 use core::ptr;
 
@@ -7,7 +7,8 @@ use tunnel_ebpf_common::{Address, Endpoint};
 
 const AF_INET: u32 = 2;
 
-/// Local and remote end. A v4-mapped socket connects over IPv4: the same key either way.
+/// Returns the local and the remote end. A v4-mapped socket connects over IPv4: the key is the same
+/// either way.
 #[inline(always)]
 pub(crate) fn endpoints(ops: *const bpf_sock_ops) -> (Endpoint, Endpoint) {
     // SAFETY: `ops` is the hook's context, which has the fields of both families whatever the

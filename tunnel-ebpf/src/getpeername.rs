@@ -1,4 +1,4 @@
-//! getpeername(2) of a redirected socket names what connect(2) was called with.
+//! getpeername(2) of a redirected socket returns the requested destination.
 
 use core::ptr;
 
@@ -9,7 +9,7 @@ use crate::{connect::write_port, origin};
 /// The only answer these hooks may give.
 const ALLOW: i32 = 1;
 
-/// Hook `getpeername4` (Linux 5.8).
+/// Handles hook `getpeername4` (Linux 5.8).
 #[inline(always)]
 pub(crate) fn v4(ctx: &SockAddrContext) -> i32 {
     if let Some(origin) = origin::of_context(ctx) {
@@ -23,7 +23,7 @@ pub(crate) fn v4(ctx: &SockAddrContext) -> i32 {
     ALLOW
 }
 
-/// Hook `getpeername6` (Linux 5.8). A v4-mapped address stays one.
+/// Handles hook `getpeername6` (Linux 5.8). A v4-mapped address stays v4-mapped.
 #[inline(always)]
 pub(crate) fn v6(ctx: &SockAddrContext) -> i32 {
     if let Some(origin) = origin::of_context(ctx) {

@@ -1,8 +1,8 @@
-//! Whether the connector is there to take a connection.
+//! The search for the connector's listener.
 //!
-//! An open port proves nothing: once the connector is gone, any local program can bind it. So the
-//! connector's own sockets carry a mark in their storage, which only user space with access to
-//! LISTENERS can set, and which goes when the socket goes.
+//! An open port proves nothing: after the end of the connector any local program can bind it. So
+//! the connector's own sockets carry a mark in their storage. Only user space with access to
+//! LISTENERS can set the mark, which ends with the socket.
 
 use core::ptr;
 
@@ -21,7 +21,8 @@ use crate::maps::{HEARTBEATS, LISTENERS};
 /// `BPF_F_CURRENT_NETNS`: the namespace of the hook's socket.
 const CURRENT_NETNS: u64 = -1_i64 as u64;
 
-/// The listener that takes connections of `configured`'s family now, or why none can.
+/// Returns the listener that takes connections of `configured`'s family now, or the reason why none
+/// can.
 #[inline(always)]
 pub(crate) fn find(
     ctx: &SockAddrContext,

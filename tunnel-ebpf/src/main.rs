@@ -1,12 +1,12 @@
 //! The kernel side of the redirect: entry points only, one for each hook of a cgroup.
 //!
-//! `connect4` and `connect6` decide what becomes of a connect(2) and send it to the connector's
-//! listener; `established` tells the accepting side where it had been meant to go;
-//! `getpeername4` and `getpeername6` tell the caller what it asked for. The programs are loaded
-//! once for each attachment and share their maps; user space writes captures, routes and
-//! heartbeats, the programs write origins, flows and counters.
+//! `connect4` and `connect6` decide about a connect(2) and send it to the connector's listener.
+//! `established` passes the requested destination to the accepting side. `getpeername4` and
+//! `getpeername6` return that destination to the caller. User space loads the programs once for
+//! each attachment; all share their maps. User space writes captures, routes and heartbeats; the
+//! programs write origins, flows and counters.
 //!
-//! No CO-RE: only the stable contexts of the hooks are read.
+//! No CO-RE: the programs read only the stable contexts of the hooks.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
@@ -69,6 +69,6 @@ mod entry {
     }
 }
 
-/// The workspace is checked on the host too, where there is nothing to run.
+/// Does nothing: the host's build of the workspace checks this crate, too.
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

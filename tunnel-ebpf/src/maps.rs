@@ -26,22 +26,22 @@ static CHOOSE_ERRNO: Global<u8> = Global::new(0);
 static ATTACHMENTS: HashMap<u32, Attachment> =
     HashMap::with_max_entries(common::MAX_ATTACHMENTS, BPF_F_NO_PREALLOC);
 
-/// What each attachment captures. The longest prefix alone decides.
+/// Captured prefixes of each attachment. The longest prefix alone decides.
 #[map]
 pub(crate) static CAPTURES: LpmTrie<Prefix, PortSet> =
     LpmTrie::with_max_entries(common::MAX_CAPTURES, 0);
 
-/// What each tenant's agents serve: numbers of [`common::Verdict`].
+/// Prefixes that the agents of each tenant serve: numbers of [`common::Verdict`].
 #[map]
 pub(crate) static ROUTES: LpmTrie<Prefix, u32> = LpmTrie::with_max_entries(common::MAX_ROUTES, 0);
 
-/// When each attachment's connector was last alive, and where it listens.
+/// Last beat of each attachment's connector, with the ports of its listeners.
 #[map]
 pub(crate) static HEARTBEATS: Array<Heartbeat> =
     Array::with_max_entries(common::MAX_ATTACHMENTS, 0);
 
-/// The listeners of connectors, each with the number of its attachment, stored in the socket. Whoever
-/// binds a connector's port has a socket without this mark.
+/// Listeners of connectors: the number of the attachment, in the storage of the socket. Another
+/// program's socket on the same port has no such mark.
 #[btf_map]
 pub(crate) static LISTENERS: SkStorage<u32> = SkStorage::new();
 
@@ -50,15 +50,15 @@ pub(crate) static LISTENERS: SkStorage<u32> = SkStorage::new();
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> =
     LruHashMap::with_max_entries(common::MAX_FLOWS, 0);
 
-/// The destination of each redirected socket, stored in the socket: it can't be evicted, and
-/// goes when the socket goes.
+/// Destination of each redirected socket, in the storage of the socket: the kernel can't evict it,
+/// and it ends with the socket.
 #[btf_map]
 pub(crate) static ORIGINS: SkStorage<Origin> = SkStorage::new();
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ENTRIES, 0);
 
-/// The attachment that these programs run for: number and settings.
+/// Returns number and settings of the attachment that these programs run for.
 #[inline(always)]
 pub(crate) fn attachment() -> Option<(u32, &'static Attachment)> {
     let id = ATTACHMENT.load();
@@ -67,7 +67,7 @@ pub(crate) fn attachment() -> Option<(u32, &'static Attachment)> {
     unsafe { ATTACHMENTS.get(id) }.map(|attachment| (id, attachment))
 }
 
-/// Number of the attachment that these programs run for.
+/// Returns the number of the attachment that these programs run for.
 #[inline(always)]
 pub(crate) fn attachment_id() -> u32 {
     ATTACHMENT.load()

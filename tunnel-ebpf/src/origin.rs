@@ -9,7 +9,8 @@ use tunnel_ebpf_common::Origin;
 
 use crate::maps::{ORIGINS, attachment_id};
 
-/// Remembers where a socket wanted to go. False when the kernel has no memory for it.
+/// Stores the requested destination of a socket. Returns false when the kernel has no memory for
+/// it.
 #[inline(always)]
 pub(crate) fn store(ctx: &SockAddrContext, mut origin: Origin) -> bool {
     // SAFETY: `ctx` is the hook's context, whose socket is never null.
@@ -35,14 +36,14 @@ pub(crate) fn remove(ctx: &SockAddrContext) {
     }
 }
 
-/// The origin of the hook's socket, if this attachment redirected it.
+/// Returns the origin of the hook's socket, if this attachment redirected it.
 #[inline(always)]
 pub(crate) fn of_context(ctx: &SockAddrContext) -> Option<&'static Origin> {
     // SAFETY: `ctx` is the hook's context, whose socket is never null.
     own(unsafe { ORIGINS.get_ptr_mut(ctx) })
 }
 
-/// The origin of a socket, if this attachment redirected it.
+/// Returns the origin of a socket, if this attachment redirected it.
 ///
 /// # Safety
 ///
@@ -54,7 +55,8 @@ pub(crate) unsafe fn of_socket(sk: *mut bpf_sock) -> Option<&'static Origin> {
     own(unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), ptr::null_mut(), 0) }.cast())
 }
 
-/// Several attachments may share a cgroup, each in its own namespace.
+/// Returns the origin if this attachment stored it: several attachments may share a cgroup, each in
+/// its own namespace.
 #[inline(always)]
 fn own(origin: *mut Origin) -> Option<&'static Origin> {
     // SAFETY: null or what the helper returned for the socket that this program holds.

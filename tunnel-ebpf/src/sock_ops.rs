@@ -1,4 +1,4 @@
-//! Hands the origin of a redirected socket to the accepting side.
+//! Passes the origin of a redirected socket to the accepting side.
 //!
 //! The callback runs when the SYN-ACK has arrived and before the ACK is sent, so that the flow
 //! is always there when the listener accepts.
@@ -15,10 +15,10 @@ use crate::{
     origin,
 };
 
-/// What every callback here answers.
+/// Result of every callback here.
 const DONE: u32 = 1;
 
-/// Callback `BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB`; all others are left alone.
+/// Handles callback `BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB`, and ignores all others.
 #[inline(always)]
 pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
     if ctx.op() != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {

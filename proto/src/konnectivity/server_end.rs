@@ -115,7 +115,7 @@ pub enum StreamError {
     )]
     Lost,
     /// The agent keeps sending for connections that this server has closed.
-    #[error("the agent names more than {MAX_CLOSING} connections that are not known here")]
+    #[error("the agent names more than {MAX_CLOSING} unknown connections")]
     Flood,
 }
 

@@ -75,7 +75,7 @@ pub enum MessageError {
     TextTooLong {
         /// The field.
         field: &'static str,
-        /// Its length in bytes.
+        /// Length in bytes.
         length: usize,
     },
     /// A text would garble a log.

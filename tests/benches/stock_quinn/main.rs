@@ -58,7 +58,7 @@ async fn main() -> Result<()> {
     }
 }
 
-/// One agent; each connection to `tcp` is one to `destination` from there.
+/// Serves one agent; each connection to `tcp` is one to `destination` from there.
 async fn serve(
     endpoint: &Endpoint,
     tcp: SocketAddr,
@@ -83,7 +83,7 @@ async fn serve(
     }
 }
 
-/// Dials what the server's streams ask for.
+/// Dials the destinations that the server's streams request.
 async fn dial_all(server: &Connection, variant: Variant) -> Result<()> {
     loop {
         let (send, mut recv) = server.accept_bi().await?;
@@ -147,7 +147,7 @@ fn endpoint(udp: SocketAddr, mtu: u16, server: Option<quinn::ServerConfig>) -> R
     Ok(Endpoint::new(config, server, socket, runtime)?)
 }
 
-/// The connector's settings; `mtu` bounds the UDP payload.
+/// Returns the connector's settings; `mtu` bounds the UDP payload.
 fn transport(mtu: u16) -> TransportConfig {
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(mtu);
@@ -162,7 +162,7 @@ fn transport(mtu: u16) -> TransportConfig {
     transport
 }
 
-/// The cipher that the connector negotiates.
+/// Returns the cipher that the connector negotiates.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: vec![TLS13_AES_128_GCM_SHA256],

@@ -1,4 +1,4 @@
-//! Bytes between a socket and a stream, in the two ways that quinn offers.
+//! Bytes between a socket and a stream, in the two ways of quinn.
 
 use std::io::IoSlice;
 
@@ -14,12 +14,12 @@ const CHUNK: usize = 64 << 10;
 /// Received chunks that are written at once.
 const BATCH: usize = 32;
 
-/// How bytes are handed to quinn.
+/// Way to hand bytes to quinn.
 #[derive(Clone, Copy)]
 pub(super) enum Variant {
     /// Through a buffer a direction, as [`tokio::io::copy`] does.
     Copy,
-    /// As owned pieces, allocated when there is something to read.
+    /// Owned chunks, allocated when there is something to read.
     Chunks,
 }
 
@@ -33,7 +33,7 @@ impl Variant {
     }
 }
 
-/// Both directions, until both have ended.
+/// Relays both directions until both have ended.
 pub(super) async fn both(
     socket: TcpStream,
     send: SendStream,

@@ -91,7 +91,7 @@ impl Leases {
         self.events.last().map_or(0, |event| event.version)
     }
 
-    /// What happened after `version`, as lines of a watch, and the version that it leads to.
+    /// Returns the events after `version`, as lines of a watch, and the version to which they lead.
     fn since(&self, version: u64, namespace: &str, selector: &str) -> (Vec<u8>, u64) {
         let new = self.events.iter().filter(|event| {
             event.version > version
@@ -105,8 +105,8 @@ impl Leases {
     }
 }
 
-/// What a watch says first to who asks for everything at once (`sendInitialEvents`): what is there,
-/// and that this was all of it. Gives the version that it leads to, too.
+/// Returns the first events of a watch for everything (`sendInitialEvents`): the existing objects,
+/// and the mark behind them. Returns also the version to which they lead.
 fn initial_events(leases: &Leases, namespace: &str, selector: &str) -> (String, u64) {
     let there = leases.known.iter();
     let there = there.filter(|((of, _), lease)| of == namespace && selects(selector, lease));
@@ -248,7 +248,7 @@ pub(crate) async fn delete(
     Json(json!({"apiVersion": "v1", "kind": "Status", "status": "Success"})).into_response()
 }
 
-/// The refusal when a lease is not there, or has changed since `version` if that is given.
+/// Returns the refusal when a lease does not exist, or has changed since `version` if that is set.
 fn refused(shared: &Shared, key: &Key, version: Option<&str>) -> Option<Response> {
     let inner = shared.lock();
     let Some(lease) = inner.leases.known.get(key) else {

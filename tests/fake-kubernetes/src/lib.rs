@@ -1,5 +1,5 @@
-//! As much of the Kubernetes API as the connector uses, over plain HTTP: token reviews, nodes and leases.
-//! Written from the API's documentation, not from what the connector sends.
+//! The part of the Kubernetes API that the connector uses, over plain HTTP: token reviews, nodes
+//! and leases. Written from the API's documentation, not from the connector's requests.
 //!
 //! It serves on a thread of its own until it is dropped, so that tests with and without a runtime
 //! may use it, in any network namespace: the caller opens the socket.
@@ -32,7 +32,7 @@ pub struct FakeKubernetes {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What its handlers share.
+/// State that the handlers share.
 struct Shared {
     state: Mutex<Inner>,
     /// The version of the last change, for watches.
@@ -100,12 +100,12 @@ impl FakeKubernetes {
         })
     }
 
-    /// Where it serves.
+    /// Returns the address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// A kubeconfig for it.
+    /// Returns a kubeconfig for this API.
     pub fn kubeconfig(&self) -> String {
         let config = json!({
             "apiVersion": "v1",
@@ -118,23 +118,23 @@ impl FakeKubernetes {
         config.to_string()
     }
 
-    /// Fails every request with this status until told otherwise.
+    /// Fails every request with this status until further notice.
     pub fn fail_with(&self, status: impl Into<Option<u16>>) {
         self.shared.lock().failure = status.into();
     }
 
-    /// What it has been asked so far: `GET /path?query`.
+    /// Returns the requests so far: `GET /path?query`.
     pub fn requests(&self) -> Vec<String> {
         self.shared.lock().requests.clone()
     }
 
-    /// How many of its requests contain `text`.
+    /// Returns the number of requests that contain `text`.
     pub fn count(&self, text: &str) -> usize {
         let requests = self.requests();
         requests.iter().filter(|asked| asked.contains(text)).count()
     }
 
-    /// Knows `token`, as `review` says.
+    /// Sets the review of `token`.
     pub fn set_token(&self, token: &str, review: Review) {
         self.shared.lock().reviews.set(token, review);
     }
@@ -157,7 +157,7 @@ impl FakeKubernetes {
         self.shared.lock().nodes.remove(name);
     }
 
-    /// All leases of all namespaces.
+    /// Returns all leases of all namespaces.
     pub fn leases(&self) -> Vec<Value> {
         self.shared.lock().leases.all()
     }
@@ -203,7 +203,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-/// Writes down what is asked, and fails it if told to.
+/// Records a request, and fails it if [`FakeKubernetes::fail_with`] demands that.
 async fn note(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let told = {
         let mut inner = shared.lock();
@@ -217,7 +217,7 @@ async fn note(State(shared): State<Arc<Shared>>, request: Request, next: Next) -
     }
 }
 
-/// A refusal as the API makes it.
+/// Returns a refusal in the API's form.
 fn failure(code: u16, reason: &str) -> Response {
     let status = json!({
         "apiVersion": "v1",

@@ -10,23 +10,23 @@ use serde_json::{Value, json};
 
 use crate::{Shared, failure};
 
-/// What is known of a token.
+/// Account of a token.
 #[derive(Clone, Debug)]
 pub struct Review {
-    /// Whose it is.
+    /// User name of the token.
     pub username: String,
-    /// Whom it is for.
+    /// Audiences of the token.
     pub audiences: Vec<String>,
     /// The node of the pod that it was issued to.
     pub node: Option<String>,
-    /// What tells it apart from other tokens (`JTI=..`).
+    /// Unique id of the token (`JTI=..`).
     pub id: Option<String>,
     /// Instead of all that: why it can't be checked.
     pub error: Option<String>,
 }
 
 impl Review {
-    /// A token of a service account, for one audience.
+    /// Returns a token of a service account, for one audience.
     pub fn of(namespace: &str, service_account: &str, audience: &str) -> Self {
         Self {
             username: format!("system:serviceaccount:{namespace}:{service_account}"),
@@ -37,7 +37,7 @@ impl Review {
         }
     }
 
-    /// A token that can't be checked.
+    /// Returns a token that can't be checked.
     pub fn error(why: &str) -> Self {
         Self {
             username: String::new(),
@@ -58,7 +58,7 @@ impl Reviews {
         self.0.insert(token.to_owned(), review);
     }
 
-    /// The status of a review that asks about `token` for `audiences`.
+    /// Returns the status of a review of `token` for `audiences`.
     fn status(&self, token: &str, audiences: &[String]) -> Value {
         let Some(review) = self.0.get(token) else {
             return json!({"user": {}});

@@ -18,7 +18,7 @@ pub const REQUEST: usize = 100;
 /// A read or a write that takes longer has failed: the path has stalled.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How connections are opened.
+/// Way to open connections.
 #[derive(Clone, Debug)]
 pub enum Dial {
     /// connect(2) to this address.
@@ -27,7 +27,7 @@ pub enum Dial {
     Connect {
         /// The proxy.
         proxy: PathBuf,
-        /// Whom to ask for.
+        /// Requested destination.
         destination: SocketAddr,
     },
 }
@@ -42,7 +42,8 @@ pub struct Connection {
 }
 
 impl Dial {
-    /// Opens one and sends `bytes`, the first of which are an order, unless that comes later.
+    /// Opens a connection and sends `bytes`, the first of which are an order, unless that comes
+    /// later.
     ///
     /// # Errors
     ///
@@ -69,7 +70,7 @@ impl Dial {
         Ok(Connection { socket, tcp })
     }
 
-    /// Opens one and has one byte echoed.
+    /// Opens a connection and has one byte echoed.
     ///
     /// # Errors
     ///

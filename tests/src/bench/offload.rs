@@ -1,4 +1,4 @@
-//! Switching off what a network device does by itself, as `ethtool -K` does.
+//! Switches off the offloads of a network device, as `ethtool -K` does.
 //!
 //! Over an ioctl, so that the benchmark needs no program for it. Sources: linux/ethtool.h and
 //! linux/sockios.h.
@@ -51,7 +51,7 @@ pub(super) fn disable(device: &str, feature: &str) -> Result<()> {
     Ok(())
 }
 
-/// The names of all features, by number.
+/// Returns the names of all features, by number.
 fn names(device: &str) -> Result<Vec<String>> {
     // struct ethtool_sset_info: cmd, reserved, a mask of 64 bits, then a length for each bit.
     let mut info = vec![ETHTOOL_GSSET_INFO, 0, 1 << ETH_SS_FEATURES, 0, 0];
@@ -74,7 +74,7 @@ fn names(device: &str) -> Result<Vec<String>> {
     Ok(bytes.chunks_exact(NAME).map(name).collect())
 }
 
-/// One command, in `words`, which also takes the answer.
+/// Runs one command in `words`, which also takes the answer.
 fn call(device: &str, words: &mut [u32]) -> Result<()> {
     let any = socket(
         AddressFamily::Inet,

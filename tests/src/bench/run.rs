@@ -1,4 +1,4 @@
-//! The run: every measure over every path, in turns, and what came out of it.
+//! The run: every measure over every path, in turns, and the results.
 //!
 //! Paths alternate within a round and rounds follow each other (A B A B), so that all of them meet
 //! the same disturbances.
@@ -14,44 +14,44 @@ use super::measure::{Effort, Figure, Measure};
 use super::path::{Path, Programs, Running};
 use super::scene::{Stage, Wire};
 
-/// What to measure.
+/// Paths and measures of a run.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The programs.
     pub programs: Programs,
     /// The ways.
     pub paths: Vec<Path>,
-    /// What is done over each.
+    /// Measures over each path.
     pub measures: Vec<Measure>,
-    /// How often.
+    /// Number of rounds.
     pub rounds: usize,
-    /// How much each time.
+    /// Amount of work for each.
     pub effort: Effort,
 }
 
-/// What is under way, for the person who waits.
+/// Current work, for people.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// What is done.
+    /// Current measure.
     pub measure: &'a str,
     /// Over which path.
     pub path: &'a str,
-    /// How many measurements are done.
+    /// Number of finished measurements.
     pub done: usize,
-    /// How many there will be.
+    /// Number of all measurements.
     pub of: usize,
 }
 
 /// The values of one figure, one a round.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
-    /// Of which measure.
+    /// Measure of the row.
     pub measure: String,
     /// Over which path.
     pub path: String,
-    /// What it is.
+    /// Name of the figure.
     pub figure: String,
-    /// In what.
+    /// Unit of the figure.
     pub unit: String,
     /// The middle of the values.
     pub median: f64,
@@ -63,28 +63,28 @@ pub struct Row {
     pub values: Vec<f64>,
 }
 
-/// What was not measured.
+/// A skipped measurement.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Skipped {
     /// Over which path.
     pub path: String,
-    /// Which measure; absent: none at all.
+    /// Measure; all of them when missing.
     pub measure: Option<String>,
-    /// Why.
+    /// Cause.
     pub why: String,
 }
 
-/// What came out of a run.
+/// Results of a run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Results {
     /// All figures.
     pub rows: Vec<Row>,
-    /// What there are no figures of.
+    /// Skipped measurements.
     pub skipped: Vec<Skipped>,
 }
 
 impl Results {
-    /// The row of this figure, if it was measured.
+    /// Returns the row of this figure, if it was measured.
     pub fn row(&self, measure: &str, path: &str, figure: &str) -> Option<&Row> {
         self.rows
             .iter()
@@ -133,7 +133,7 @@ impl Results {
     }
 }
 
-/// The middle of sorted values, between the two in the middle where their number is even.
+/// Returns the median of sorted values, between the two in the middle where their number is even.
 pub fn median(sorted: &[f64]) -> f64 {
     let half = sorted.len() / 2;
     match (sorted.len() % 2, sorted.get(half)) {
@@ -152,7 +152,7 @@ struct Runner {
 }
 
 impl Runner {
-    /// The running path; started if it is not up, or if it has to be `fresh`.
+    /// Returns the running path; starts it if it does not run, or must be `fresh`.
     fn up(&mut self, stage: &mut Stage, programs: &Programs, fresh: bool) -> Result<&Running> {
         if fresh {
             self.running = None;
@@ -168,7 +168,7 @@ impl Runner {
     }
 }
 
-/// Carries out `plan`; `watch` is asked before each measurement and may end the run.
+/// Carries out `plan`; `watch` is called before each measurement and may end the run.
 ///
 /// # Errors
 ///
@@ -253,7 +253,7 @@ pub fn run(plan: &Plan, mut watch: impl FnMut(Progress<'_>) -> Result<()>) -> Re
     Ok(results)
 }
 
-/// An error on one line, without the logs that may follow.
+/// Returns an error on one line, without the logs that may follow.
 fn reason(error: &anyhow::Error) -> String {
     let stalled = |cause: &(dyn std::error::Error + 'static)| {
         let io = cause.downcast_ref::<io::Error>();

@@ -1,12 +1,12 @@
-//! Where it all happens: a control plane and a worker, as network namespaces with one wire between
-//! them, and the target on the worker.
+//! The scene of a measurement: a control plane and a worker, as network namespaces with one wire
+//! between them, and the target on the worker.
 //!
 //! ```text
 //!  cp  192.0.2.1 ---- veth ---- 192.0.2.2  w     10.99.N.2, 10.99.N.3: nodes of path N, on w
 //! ```
 //!
-//! There is no route to the nodes, nor to anywhere else: what reaches them came through a tunnel.
-//! The direct way leads to 192.0.2.2. Without root everything is on loopback instead.
+//! There is no route to the nodes, nor to anywhere else: a connection reaches them through a tunnel
+//! only. The direct path leads to 192.0.2.2. Without root everything is on loopback instead.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// What nearly everybody has.
+    /// Usual size of a packet.
     pub const USUAL: Self = Self {
         name: "mtu 1500",
         mtu: 1500,
@@ -64,7 +64,7 @@ impl Wire {
 /// A host: where its programs run. Without a namespace it is this machine.
 #[derive(Clone, Debug, Default)]
 pub struct Place {
-    /// Its namespace, and the group in which its programs are ended.
+    /// Namespace, and the group in which the programs are ended.
     pub inside: Option<(Netns, Cgroup)>,
 }
 
@@ -87,7 +87,7 @@ impl Place {
         }
     }
 
-    /// Runs `work` there; what it starts or opens stays there.
+    /// Runs `work` there; programs and sockets that it starts stay there.
     ///
     /// # Errors
     ///
@@ -103,7 +103,7 @@ impl Place {
 /// One wire with its two ends.
 #[derive(Debug)]
 pub struct Scene {
-    /// What connects the two.
+    /// Connection of the two.
     pub wire: Wire,
     /// The servers' and the clients' host.
     pub control_plane: Place,
@@ -113,7 +113,7 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Where servers listen for agents.
+    /// Returns the address at which servers listen for agents.
     pub fn server(&self) -> Ipv4Addr {
         match self.control_plane.inside {
             Some(_) => Ipv4Addr::new(192, 0, 2, 1),
@@ -121,7 +121,7 @@ impl Scene {
         }
     }
 
-    /// The target without a tunnel.
+    /// Returns the target without a tunnel.
     pub fn direct(&self) -> SocketAddr {
         match self.worker.inside {
             Some(_) => (Ipv4Addr::new(192, 0, 2, 2), target::PORT).into(),
@@ -129,7 +129,7 @@ impl Scene {
         }
     }
 
-    /// The target as the first (0) or second (1) node of path `number`.
+    /// Returns the target as the first (0) or second (1) node of path `number`.
     pub fn node(&self, number: u8, second: u8) -> Ipv4Addr {
         match self.worker.inside {
             Some(_) => Ipv4Addr::new(10, 99, number, 2 + second),
@@ -215,7 +215,7 @@ fn connect(control_plane: &Place, worker: &Place, wire: Wire) -> Result<()> {
 /// All scenes of a run, and their files. Dropping it ends every process and removes everything.
 #[derive(Debug)]
 pub struct Stage {
-    /// In the order of their creation; dropped before the site.
+    /// Scenes in the order of their creation; dropped before the site.
     pub scenes: Vec<Scene>,
     /// Absent without root.
     site: Option<Site>,
@@ -225,7 +225,7 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// With one scene for each of `wires`.
+    /// Creates one scene for each of `wires`.
     ///
     /// # Errors
     ///
@@ -252,7 +252,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// A folder, made if need be.
+    /// Returns a folder, created if needed.
     ///
     /// # Errors
     ///
@@ -269,7 +269,7 @@ impl Stage {
         }
     }
 
-    /// A control group of this run; there is none without root.
+    /// Creates a control group of this run; there is none without root.
     ///
     /// # Errors
     ///
@@ -278,7 +278,7 @@ impl Stage {
         self.site.as_ref().context("needs root")?.cgroup(name)
     }
 
-    /// Where kernel programs are pinned.
+    /// Returns the folder for the pins of kernel programs.
     ///
     /// # Errors
     ///
@@ -292,7 +292,7 @@ impl Stage {
         Ok(folder)
     }
 
-    /// The scene with `wire`.
+    /// Returns the scene with `wire`.
     ///
     /// # Errors
     ///
@@ -313,7 +313,7 @@ impl Drop for Stage {
     }
 }
 
-/// The loopback address with `port`, where servers listen for clients.
+/// Returns the loopback address with `port`, where servers listen for clients.
 pub(super) fn local(port: u16) -> SocketAddr {
     (IpAddr::from(Ipv4Addr::LOCALHOST), port).into()
 }

@@ -25,10 +25,10 @@ pub const TURN: usize = 1 << 20;
 /// The listener's place among the connections.
 const LISTENER: u64 = u64::MAX;
 
-/// What a connection is for.
+/// Work of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Send back what comes.
+    /// Send back received bytes.
     Echo,
     /// Send so many bytes, then end.
     Send(u64),
@@ -39,7 +39,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// As it is sent.
+    /// Returns the bytes of the order.
     pub fn encode(self) -> [u8; ORDER] {
         let (kind, count) = match self {
             Self::Echo => (b'E', 0),
@@ -98,7 +98,7 @@ pub fn serve() -> io::Result<()> {
     }
 }
 
-/// A file of zeros in memory, of [`TURN`] bytes.
+/// Returns a file of zeros in memory, of [`TURN`] bytes.
 ///
 /// # Errors
 ///
@@ -119,7 +119,7 @@ struct Server {
 struct Connection {
     socket: TcpStream,
     order: Option<Order>,
-    /// The part of an order that has come.
+    /// Received part of an order.
     head: Vec<u8>,
 }
 
@@ -157,7 +157,8 @@ impl Server {
 }
 
 impl Connection {
-    /// Does what can be done now. An end is an error like any other: the connection is over.
+    /// Does all work that is possible now. An end is an error like any other: the connection is
+    /// over.
     fn turn(&mut self, epoll: &Epoll, zeros: &OwnedFd, buffer: &mut [u8]) -> io::Result<()> {
         let order = match self.order {
             Some(order) => order,
@@ -196,7 +197,7 @@ impl Connection {
         }
     }
 
-    /// The client waits for each answer, so what it sends fits into the socket's buffer.
+    /// Echoes. The client waits for each answer, so its bytes fit into the socket's buffer.
     fn echo(&mut self, buffer: &mut [u8]) -> io::Result<()> {
         match self.socket.read(buffer)? {
             0 => Err(ErrorKind::UnexpectedEof.into()),

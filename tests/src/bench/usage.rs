@@ -1,4 +1,4 @@
-//! What the programs of a path have used, as the kernel counts it for each process.
+//! Resources used by the programs of a path, as the kernel counts them for each process.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
-/// Processor time of `processes` since they were started, user and system, of all their threads.
+/// Returns the processor time of `processes` since their start, user and system, of all their
+/// threads.
 ///
 /// # Errors
 ///
@@ -22,8 +23,8 @@ pub fn processor_time(processes: &[Pid]) -> Result<Duration> {
     Ok(sum)
 }
 
-/// Memory of `processes` that is theirs alone and not a file's: resident and anonymous, in bytes
-/// (`RssAnon`, proc_pid_status(5)).
+/// Returns the memory of `processes` that is private and not of a file: resident and anonymous, in
+/// bytes (`RssAnon`, proc_pid_status(5)).
 ///
 /// # Errors
 ///
@@ -37,7 +38,8 @@ pub fn memory(processes: &[Pid]) -> Result<u64> {
     Ok(sum << 10)
 }
 
-/// The kernel's own objects on this machine, such as sockets, in bytes (`Slab`, proc_meminfo(5)).
+/// Returns the kernel's own memory on this machine, such as sockets, in bytes (`Slab`,
+/// proc_meminfo(5)).
 ///
 /// # Errors
 ///

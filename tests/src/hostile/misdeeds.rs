@@ -1,6 +1,6 @@
-//! What is done to the connector, and what has to come of it.
+//! The misdeeds against the connector, and their expected effects.
 
-/// Where it is done from.
+/// Place of a misdeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// Worker 2, whose certificate was stolen.
@@ -11,7 +11,7 @@ pub(super) enum Place {
     ApiServer,
 }
 
-/// Whom it is done to, and with what: the arguments of the program.
+/// Target of a misdeed, with the credentials: the arguments of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Aim {
     /// The tunnel, with the certificate of worker 2.
@@ -30,24 +30,24 @@ pub(super) enum Aim {
     Inside,
 }
 
-/// One of them. The names in `some` and `none` are those of the program's counts.
+/// A misdeed. The names in `some` and `none` are those of the program's counts.
 #[derive(Debug)]
 pub(super) struct Misdeed {
-    /// What people call it.
+    /// Name for people.
     pub(super) title: &'static str,
-    /// What the program calls it.
+    /// Name for the program.
     pub(super) name: &'static str,
     pub(super) place: Place,
     pub(super) aim: Aim,
-    /// It has done this, else nothing was shown.
+    /// Counts that must not be zero; otherwise the run shows nothing.
     pub(super) some: &'static [&'static str],
-    /// It must not have managed this.
+    /// Counts that must be zero.
     pub(super) none: &'static [&'static str],
     /// The server's log has a line with all of these.
     pub(super) server_says: &'static [&'static [&'static str]],
     /// Worker 1's agent's log has.
     pub(super) agent_says: &'static [&'static [&'static str]],
-    /// These metrics of the server's have grown.
+    /// Metrics of the server that must have grown.
     pub(super) metrics: &'static [&'static str],
     /// The server's audit has a record with all of these.
     pub(super) audit: &'static [&'static [&'static str]],
@@ -66,7 +66,7 @@ const NOTHING: Misdeed = Misdeed {
     audit: &[],
 };
 
-/// In the order in which they are done.
+/// Misdeeds in their order.
 pub(super) const ALL: &[Misdeed] = &[
     // First: of failed handshakes the log shows ten in ten seconds, and these are to be among them.
     Misdeed {

@@ -32,37 +32,37 @@ use crate::ledger::Ledger;
 use crate::puppet::Puppet;
 use crate::target::Behaviour;
 
-/// How long something may take that takes no time on a machine with nothing else to do.
+/// Timeout of an action that takes no time on an idle machine.
 const SOON: Duration = Duration::from_secs(15);
-/// How long the pair works alone, to compare with.
+/// Time for which the pair works alone, for comparison.
 const ALONE: Duration = Duration::from_secs(4);
-/// The server's memory may grow by so much while a misdeed goes on, in KiB: far above what any of
-/// them needs, far below what the bounds of its configuration would let all of them take together.
+/// Permitted growth of the server's memory during a misdeed, in KiB: far above the need of each,
+/// far below the sum of the configured bounds.
 const GROWTH: u64 = 256 * 1024;
 /// Clients of the agents that pour and withhold: each holds a window of the server's memory.
 const POURED: usize = 50;
-/// Where Konnectivity's agents and gRPC clients come in.
+/// Port of Konnectivity's agents.
 const KONNECTIVITY: u16 = 8091;
 const GRPC: u16 = 8090;
 const JOIN: u16 = 8138;
-/// Where the impostors listen.
+/// First port of the impostors.
 const IMPOSTORS: u16 = 9000;
-/// Ports on which nobody may ever arrive: on loopback, and one that no agent may dial.
+/// Ports to which no connection may arrive: on loopback, and one that no agent may dial.
 const TRAP: u16 = 8099;
 const FORBIDDEN: u16 = 8199;
 
-/// What the pair noticed of one misdeed, and what the misdeed came to.
+/// Effect of one misdeed on the pair, and counts of the misdeed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What was done; the first row is of the pair alone.
+    /// Name of the misdeed; the first row is of the pair alone.
     pub title: String,
-    /// What the program counted, as it says.
+    /// Counts of the program.
     pub came_to: BTreeMap<String, u64>,
     /// Requests of the pair meanwhile.
     pub requests: usize,
-    /// Those of them that failed.
+    /// Number of failed requests.
     pub failures: usize,
-    /// Of the requests, in the middle.
+    /// Median of the requests.
     pub p50: Duration,
     /// All but a hundredth were faster.
     pub p99: Duration,
@@ -73,7 +73,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// The program's counts in one line.
+    /// Returns the program's counts in one line.
     pub fn sentence(&self) -> String {
         let counts = self.came_to.iter().map(|(name, n)| format!("{name}: {n}"));
         counts.collect::<Vec<_>>().join("; ")
@@ -103,7 +103,7 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-/// What was going on, until it can be told how the pair fared.
+/// A past period, until the pair's results for it are known.
 struct Past {
     title: String,
     came_to: BTreeMap<String, u64>,
@@ -113,7 +113,7 @@ struct Past {
     memory: u64,
 }
 
-/// Does all of it, with the program `lab-hostile`.
+/// Runs all misdeeds, with the program `lab-hostile`.
 ///
 /// # Errors
 ///
@@ -173,7 +173,7 @@ pub fn run(programs: Programs, hostile: &Path) -> Result<Vec<Row>> {
 struct Scene {
     lab: Lab,
     hostile: PathBuf,
-    /// Nobody may ever connect to these.
+    /// Ports that must have no connection.
     traps: Vec<Ledger>,
     audit: PathBuf,
 }
@@ -273,7 +273,7 @@ impl Scene {
         })
     }
 
-    /// Does one, and sees that nothing came of it.
+    /// Runs one misdeed, and checks that it had no effect.
     fn beside(&mut self, misdeed: &Misdeed, pair: &Pair) -> Result<Past> {
         let said = self.server().log().len();
         let agent_said = match misdeed.agent_says.is_empty() {
@@ -374,7 +374,7 @@ impl Scene {
         spawned.with_context(|| format!("cannot start {}", self.hostile.display()))
     }
 
-    /// The certificate of a server of another domain.
+    /// Creates the certificate of a server of another domain.
     fn foreign_server(&self) -> Result<PathBuf> {
         let folder = self.lab.folder().join("foreign");
         let out = folder.to_str().context("the folder's name is not UTF-8")?;
@@ -384,7 +384,7 @@ impl Scene {
         Ok(folder)
     }
 
-    /// Clients of worker 2 that read nothing and write as much as is taken.
+    /// Opens clients of worker 2 that read nothing and write as much as possible.
     fn dial_worker_2(&self) -> Result<Vec<UnixStream>> {
         let proxy = &self.lab.control_plane.servers[0].sockets.connect_unix;
         let target = SocketAddr::from((address::node(2), Behaviour::Echo.port()));
@@ -436,8 +436,8 @@ impl Scene {
         })
     }
 
-    /// Nobody was dialled who must not be, nobody serves what is not its own, and both processes
-    /// live.
+    /// Checks that no forbidden destination was dialled, no agent serves a foreign claim, and both
+    /// processes live.
     fn gained_nothing(&mut self) -> Result<()> {
         let trapped: usize = self.traps.iter().map(Ledger::connections).sum();
         ensure!(trapped == 0, "{trapped} connections arrived where none may");
@@ -460,7 +460,7 @@ impl Scene {
     }
 }
 
-/// What the status says that the agents of this worker serve.
+/// Returns the routes of the agents of this worker, by the status.
 fn routes(status: &Value, worker: &str) -> Vec<String> {
     let identity = format!("/agent/{worker}");
     let agents = status["agents"].as_array().into_iter().flatten();
@@ -474,7 +474,7 @@ fn routes(status: &Value, worker: &str) -> Vec<String> {
         .collect()
 }
 
-/// What the program says of itself.
+/// Returns the program's own counts.
 fn outcome(mut program: Child) -> Result<BTreeMap<String, u64>> {
     let status = program.wait()?;
     let mut text = String::new();

@@ -22,9 +22,9 @@ const CLIENTS: usize = 4;
 const PIECE: usize = 16 * 1024;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(5);
-/// A piece that has not come back by then is lost.
+/// Time after which a piece of the long stream counts as lost.
 const PATIENCE: Duration = Duration::from_secs(12);
-/// Where the ledger listens, which the agent may dial.
+/// Address of the ledger, which the agent may dial.
 pub(super) const LEDGER: u16 = 8001;
 
 /// The pair at work.
@@ -60,12 +60,12 @@ impl Pair {
         Ok(Self { load, ledger, long })
     }
 
-    /// Bytes of the long stream that have come back.
+    /// Returns the number of bytes of the long stream that have come back.
     pub(super) fn bytes(&self) -> u64 {
         self.long.bytes.load(Ordering::Relaxed)
     }
 
-    /// Ends it.
+    /// Ends the pair.
     ///
     /// # Errors
     ///
@@ -101,7 +101,7 @@ impl Pair {
     }
 }
 
-/// One connection that lives as long as the pair.
+/// A connection that lasts as long as the pair.
 #[derive(Debug)]
 struct Long {
     stop: Arc<AtomicBool>,
@@ -154,7 +154,7 @@ fn echo(mut stream: TcpStream, stop: &AtomicBool, bytes: &AtomicU64) -> Result<(
     Ok(())
 }
 
-/// How the requests within a window went.
+/// Results of the requests within a window.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Window {
     pub(super) requests: usize,
@@ -164,7 +164,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// Of those that were going on between `from` and `to`.
+    /// Returns the results of the requests between `from` and `to`.
     pub(super) fn of(attempts: &[Attempt], from: Instant, to: Instant) -> Self {
         let within = |attempt: &&Attempt| attempt.end >= from && attempt.start <= to;
         let attempts: Vec<_> = attempts.iter().filter(within).collect();

@@ -1,4 +1,5 @@
-//! Control groups (version 2): which sockets are redirected, and a sure way to end processes.
+//! Control groups (version 2): they decide which sockets are redirected, and end processes
+//! reliably.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -15,9 +16,9 @@ use nix::unistd::Pid;
 
 use crate::client::eventually;
 
-/// Where version 2 is usually mounted: alone, or beside version 1.
+/// Usual mount points of version 2: alone, or beside version 1.
 const USUAL: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-/// Where the laboratory mounts it when nobody has.
+/// Mount point of the laboratory, where the host has none.
 const OWN: &str = "/run/cpc-lab-cgroup2";
 
 /// A group. Dropping the value leaves the group alone.
@@ -27,12 +28,12 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The group at `path`, which may not exist yet.
+    /// Returns the group at `path`, which may not exist yet.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
 
-    /// The root of the hierarchy, mounted if need be.
+    /// Returns the root of the hierarchy, mounted if needed.
     ///
     /// # Errors
     ///
@@ -56,7 +57,7 @@ impl Cgroup {
         Ok(Self::at(OWN))
     }
 
-    /// The group `name` below this one, made if need be.
+    /// Returns the group `name` below this one, created if needed.
     ///
     /// # Errors
     ///
@@ -68,7 +69,7 @@ impl Cgroup {
         Ok(Self { path })
     }
 
-    /// Its directory.
+    /// Returns its directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -98,8 +99,8 @@ impl Cgroup {
         work()
     }
 
-    /// Makes this process a member until the guard is dropped: sockets made meanwhile belong to
-    /// the group. Guards are dropped in the reverse order of their making.
+    /// Makes this process a member until the guard is dropped: sockets created meanwhile belong to
+    /// the group. Drop guards in the reverse order of their creation.
     ///
     /// It moves the whole process with all its threads. Tests run in a process each (nextest), so
     /// nothing else is moved along.
@@ -153,7 +154,7 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// The group of this process.
+    /// Returns the group of this process.
     fn current() -> Result<Self> {
         let list = fs::read_to_string("/proc/self/cgroup")?;
         let path = list.lines().find_map(|line| line.strip_prefix("0::"));
@@ -174,13 +175,13 @@ impl Cgroup {
     }
 }
 
-/// A group whose processes may use so much memory and no more. Dropped, it is removed, and what runs in it
-/// ends.
+/// A group whose processes may use a limited amount of memory. Dropping it removes it and ends its
+/// processes.
 #[derive(Debug)]
 pub struct MemoryGroup(Cgroup);
 
 impl MemoryGroup {
-    /// Makes it, in whichever hierarchy has the memory controller. `None`: no hierarchy has.
+    /// Creates the group, in the hierarchy that has the memory controller. `None`: there is none.
     ///
     /// # Errors
     ///
@@ -225,8 +226,8 @@ impl Drop for MemoryGroup {
     }
 }
 
-/// This process is a member of a group until this is dropped, also by a test that fails: a group
-/// with members can't be removed.
+/// Membership of this process in a group, until dropped, also by a test that fails: a group with
+/// members can't be removed.
 #[derive(Debug)]
 pub struct Membership {
     before: Cgroup,

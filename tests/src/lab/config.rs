@@ -16,7 +16,7 @@ use super::netns::run;
 
 /// The trust domain of every laboratory.
 pub const TRUST_DOMAIN: &str = "cluster.local";
-/// Where a server accepts redirected connections, one address a family.
+/// Addresses at which a server accepts redirected connections, one for each family.
 pub const REDIRECT_LISTENERS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8137),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 8137),
@@ -63,7 +63,7 @@ pub struct ConnectorPki {
 }
 
 impl ConnectorPki {
-    /// Makes the authority in `folder`.
+    /// Creates the authority in `folder`.
     ///
     /// # Errors
     ///
@@ -77,7 +77,7 @@ impl ConnectorPki {
         Ok(pki)
     }
 
-    /// The authority that was made in `folder` before.
+    /// Returns the authority that exists in `folder`.
     pub fn at(cpc: &Path, folder: PathBuf) -> Self {
         Self {
             cpc: cpc.to_owned(),
@@ -99,10 +99,10 @@ impl ConnectorPki {
     }
 }
 
-/// Where server `k` is reached.
+/// Addresses of server `k`.
 #[derive(Clone, Debug)]
 pub struct ServerSockets {
-    /// The agents' way in, UDP.
+    /// Address for agents, UDP.
     pub tunnel: SocketAddr,
     /// Status and metrics.
     pub admin: SocketAddr,
@@ -110,12 +110,13 @@ pub struct ServerSockets {
     pub connect_unix: PathBuf,
     /// HTTP CONNECT on TCP, with client certificates.
     pub connect_tcp: SocketAddr,
-    /// Where redirected connections are accepted; empty without a redirect.
+    /// Addresses for redirected connections; empty without a redirect.
     pub redirect: Vec<SocketAddr>,
 }
 
 impl ServerSockets {
-    /// Those of server `k` (from 1) of a laboratory; the servers share the loopback address.
+    /// Returns those of server `k` (from 1) of a laboratory; the servers share the loopback
+    /// address.
     pub fn of_server(k: u8, folder: &Path) -> Self {
         let shift = 10 * (u16::from(k) - 1);
         Self {
@@ -128,16 +129,16 @@ impl ServerSockets {
     }
 }
 
-/// What a server's configuration says of the redirect.
+/// Redirect of a server's configuration.
 #[derive(Clone, Debug)]
 pub struct Redirect {
-    /// Where programs and maps are pinned.
+    /// Folder of the pinned programs and maps.
     pub pin: PathBuf,
     /// The control group whose sockets are redirected.
     pub cgroup: PathBuf,
 }
 
-/// The configuration of a server whose certificate is in `folder`.
+/// Returns the configuration of a server whose certificate is in `folder`.
 pub fn server(
     folder: &Path,
     sockets: &ServerSockets,
@@ -188,7 +189,7 @@ pub fn server(
     config
 }
 
-/// The configuration of the agent on worker `n`, which dials `servers`.
+/// Returns the configuration of the agent on worker `n`, which dials `servers`.
 pub fn agent(n: u8, servers: &[SocketAddr], allow: &[Allow]) -> Value {
     let own = address::nodes(n)
         .map(host_network)

@@ -1,4 +1,4 @@
-//! Putting the connector into a laboratory: certificates, configuration, servers, agents.
+//! Adds the connector to a laboratory: certificates, configuration, servers, agents.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use super::config::{self, ConnectorPki, ServerSockets};
 use super::daemon::{Daemon, Role};
 use super::server::Server;
 
-/// How long servers and agents may take to find each other.
+/// Time for servers and agents to find each other.
 const READY: Duration = Duration::from_secs(15);
 
 impl Lab {
@@ -131,8 +131,8 @@ impl Lab {
     }
 }
 
-/// How many of those that the rows called `of` in a status name in `by` are live. Each may have
-/// several tunnels.
+/// Returns how many of the rows called `of` in a status, by their name in `by`, are live. Each may
+/// have several tunnels.
 fn live(status: &Value, of: &str, by: &str) -> usize {
     let rows = status[of].as_array().into_iter().flatten();
     let live = rows.filter(|row| row["state"] == "live");

@@ -18,12 +18,12 @@ use super::netns::Netns;
 use super::process::{Process, end_with_parent};
 use crate::client::eventually;
 
-/// How long the admin address may take to answer; a stopped process takes for ever.
+/// Timeout of the admin address; a stopped process never answers.
 const ANSWER: Duration = Duration::from_secs(2);
 /// The largest answer that is read, in bytes.
 const LONGEST_ANSWER: u64 = 16 << 20;
 
-/// Which of the two it is.
+/// Role of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// `cpc server`
@@ -38,7 +38,7 @@ pub enum Role {
 pub struct Daemon {
     /// `s1`, `w1`, ..
     pub name: String,
-    /// Where its admin HTTP listens, in its namespace.
+    /// Admin address, in its namespace.
     pub admin: SocketAddr,
     role: Role,
     cpc: PathBuf,
@@ -46,13 +46,13 @@ pub struct Daemon {
     /// Absent in the demonstration without root.
     place: Option<(Netns, Cgroup)>,
     config: Value,
-    /// Its own `/etc/hosts`, if it has one.
+    /// Own `/etc/hosts`, if it has one.
     hosts: Option<PathBuf>,
     process: Option<Process>,
 }
 
 impl Daemon {
-    /// One that is not running yet; its configuration is written to `folder`.
+    /// Creates one that does not run yet, and writes its configuration to `folder`.
     ///
     /// # Errors
     ///
@@ -83,7 +83,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Its configuration file.
+    /// Returns its configuration file.
     pub fn config_file(&self) -> PathBuf {
         self.folder.join(match self.role {
             Role::Server => "server.yaml",
@@ -91,12 +91,12 @@ impl Daemon {
         })
     }
 
-    /// Its log, which goes on over restarts.
+    /// Returns its log, which continues over restarts.
     pub fn log_file(&self) -> PathBuf {
         self.folder.join(format!("{}.log", self.name))
     }
 
-    /// What it has logged so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_file()).unwrap_or_default()
     }
@@ -120,7 +120,7 @@ impl Daemon {
         })
     }
 
-    /// Its resident memory, in KiB.
+    /// Returns its resident memory, in KiB.
     ///
     /// # Errors
     ///
@@ -132,7 +132,7 @@ impl Daemon {
         Ok(text.parse()?)
     }
 
-    /// How many file descriptors it holds open.
+    /// Returns the number of its open file descriptors.
     ///
     /// # Errors
     ///
@@ -292,7 +292,7 @@ impl Daemon {
         self.running()?.check()
     }
 
-    /// Its process id, while it runs.
+    /// Returns its process id, while it runs.
     pub fn pid(&self) -> Option<Pid> {
         self.process.as_ref().map(Process::pid)
     }
@@ -323,11 +323,11 @@ impl Daemon {
         }
     }
 
-    /// Asks its admin address; gives the status and the body.
+    /// Sends a request to its admin address; returns the status and the body.
     ///
     /// # Errors
     ///
-    /// Nobody listens, or there is no answer in 2 s.
+    /// No process listens, or no answer comes in 2 s.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         match &self.place {
             Some((netns, _)) => netns.enter(|| get(self.admin, path)),
@@ -335,11 +335,11 @@ impl Daemon {
         }
     }
 
-    /// As [`get_with`], from the admin address.
+    /// Does the same as [`get_with`], at the admin address.
     ///
     /// # Errors
     ///
-    /// Nobody listens, or there is no answer in 2 s.
+    /// No process listens, or no answer comes in 2 s.
     pub fn get_with(&self, path: &str, fields: &str) -> Result<(String, Vec<u8>)> {
         match &self.place {
             Some((netns, _)) => netns.enter(|| get_with(self.admin, path, fields)),
@@ -388,11 +388,12 @@ impl Daemon {
     }
 }
 
-/// A GET without a library: the answer ends with the connection. Gives the status and the body.
+/// Sends a GET without a library: the answer ends with the connection. Returns the status and the
+/// body.
 ///
 /// # Errors
 ///
-/// Nobody listens, or there is no answer in 2 s.
+/// No process listens, or no answer comes in 2 s.
 pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let (head, body) = get_with(address, path, "")?;
     let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
@@ -400,8 +401,8 @@ pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     Ok((status, String::from_utf8(body)?))
 }
 
-/// The same with further `fields`, each with its line's end. Gives the answer's head, and its body as
-/// it was sent.
+/// Does the same with further `fields`, each with its line's end. Returns the answer's head, and
+/// its body as sent.
 ///
 /// # Errors
 ///

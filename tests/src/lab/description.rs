@@ -1,5 +1,5 @@
-//! What a laboratory tells of itself, in JSON: for scripts, and for the invocations of
-//! `cargo xtask lab` that come after the one that built it.
+//! The description of a laboratory, in JSON: for scripts, and for later invocations of `cargo xtask
+//! lab`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,9 +17,9 @@ use crate::target::Behaviour;
 /// A laboratory.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Description {
-    /// Its id, which is in the name of everything that it consists of.
+    /// Id, which is in the names of all its parts.
     pub id: String,
-    /// Where its certificates, configuration, logs and sockets are.
+    /// Folder of its certificates, configuration, logs and sockets.
     pub folder: PathBuf,
     /// The control-plane host.
     pub control_plane: ControlPlane,
@@ -27,7 +27,7 @@ pub struct Description {
     pub router: Router,
     /// The workers.
     pub workers: Vec<Worker>,
-    /// The cluster's own certificates, for what runs inside the tunnel.
+    /// Certificates of the cluster, for the connections inside the tunnel.
     pub cluster: Cluster,
 }
 
@@ -45,19 +45,19 @@ pub struct ControlPlane {
 /// A server.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Server {
-    /// Its id.
+    /// Server id.
     pub id: String,
-    /// Its process id; null when it is not running.
+    /// Process id; null when it does not run.
     pub pid: Option<i32>,
-    /// Where agents reach it (UDP).
+    /// Address for agents (UDP).
     pub address: SocketAddr,
     /// Admin HTTP, in the control plane's namespace.
     pub admin: SocketAddr,
     /// The ways in.
     pub frontends: Frontends,
-    /// Its configuration.
+    /// Configuration file.
     pub config: PathBuf,
-    /// Its log.
+    /// Log file.
     pub log: PathBuf,
 }
 
@@ -68,7 +68,7 @@ pub struct Frontends {
     pub connect_unix: PathBuf,
     /// HTTP CONNECT on TCP, with a client certificate.
     pub connect_tcp: SocketAddr,
-    /// Where redirected connections are accepted; empty where it has no redirect.
+    /// Addresses for redirected connections; empty without a redirect.
     pub redirect: Vec<SocketAddr>,
 }
 
@@ -82,15 +82,15 @@ pub struct Router {
 /// A worker.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Worker {
-    /// Its name.
+    /// Name.
     pub name: String,
     /// Name of its network namespace.
     pub netns: String,
-    /// Its IPv4 node address.
+    /// IPv4 node address.
     pub node_address: IpAddr,
     /// All its node addresses.
     pub node_addresses: Vec<IpAddr>,
-    /// Addresses of pods on it; they serve what the node addresses serve.
+    /// Addresses of pods on it; they serve the same as the node addresses.
     pub pod_addresses: Vec<IpAddr>,
     /// The agent's process id; null when it is not running.
     pub agent_pid: Option<i32>,
@@ -98,7 +98,7 @@ pub struct Worker {
     pub agent_admin: Option<SocketAddr>,
     /// The agent's log.
     pub agent_log: Option<PathBuf>,
-    /// TCP ports by what listens on them.
+    /// TCP ports by their server.
     pub ports: BTreeMap<String, u16>,
 }
 
@@ -109,7 +109,7 @@ pub struct Cluster {
     pub ca: PathBuf,
     /// The API server's client certificate, which the kubelets accept.
     pub client_cert: PathBuf,
-    /// Its key.
+    /// Key of the certificate.
     pub client_key: PathBuf,
 }
 
@@ -173,7 +173,7 @@ impl Description {
             .with_context(|| format!("cannot write {}", file.display()))
     }
 
-    /// The description of the laboratory at `site`.
+    /// Reads the description of the laboratory at `site`.
     ///
     /// # Errors
     ///

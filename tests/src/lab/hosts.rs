@@ -1,4 +1,4 @@
-//! A hosts file of a program's own: what it resolves, and nobody else.
+//! A hosts file for one program.
 
 use std::io;
 use std::os::unix::process::CommandExt;

@@ -1,4 +1,4 @@
-//! The cluster's own TLS, which runs inside the tunnel and of which the connector knows nothing:
+//! The cluster's own TLS, which runs inside the tunnel and which the connector does not see:
 //! an nginx in the kubelet's place and the client certificate of the API server.
 //!
 //! As a kubelet does, it asks every client for a certificate and lets one without a certificate
@@ -13,14 +13,14 @@ use anyhow::{Context, Result};
 use super::address::{self, KUBELET_PORT};
 use super::netns::run;
 
-/// The cluster's certificates, made with openssl, in one folder.
+/// Certificates of the cluster, created by openssl, in one folder.
 #[derive(Clone, Debug)]
 pub struct ClusterPki {
     folder: PathBuf,
 }
 
 impl ClusterPki {
-    /// Makes a certificate authority and the API server's client certificate.
+    /// Creates a certificate authority and the API server's client certificate.
     ///
     /// # Errors
     ///
@@ -40,22 +40,22 @@ impl ClusterPki {
         Ok(pki)
     }
 
-    /// Where the certificates are.
+    /// Returns the folder of the certificates.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The authority's certificate.
+    /// Returns the authority's certificate.
     pub fn ca(&self) -> PathBuf {
         self.folder.join("ca.crt")
     }
 
-    /// The API server's client certificate.
+    /// Returns the API server's client certificate.
     pub fn client_cert(&self) -> PathBuf {
         self.folder.join("apiserver.crt")
     }
 
-    /// Its key.
+    /// Returns the key of the client certificate.
     pub fn client_key(&self) -> PathBuf {
         self.folder.join("apiserver.key")
     }

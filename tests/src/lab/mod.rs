@@ -55,11 +55,11 @@ pub fn available() -> Result<bool> {
     Ok(false)
 }
 
-/// What [`kernel_since`] is asked for by tests that expect an errno of a refused connect(2).
+/// Feature of [`kernel_since`] for tests that expect an errno of a refused connect(2).
 pub const ERRNOS: &str = "errnos of refused connects";
 
-/// Whether the kernel is `version` or newer, from which on it has `what`; a test that needs that returns
-/// early where it is not.
+/// Whether the kernel is `version` or newer, and so has `what`; a test that needs that returns
+/// early otherwise.
 ///
 /// # Errors
 ///
@@ -93,7 +93,7 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Those that cargo put into `folder`.
+    /// Returns the programs in cargo's `folder`.
     pub fn in_folder(folder: &Path) -> Self {
         Self {
             cpc: folder.join("cpc"),
@@ -101,7 +101,7 @@ impl Programs {
         }
     }
 
-    /// Those of the same profile as the running test.
+    /// Returns the programs of the same profile as the running test.
     ///
     /// # Errors
     ///
@@ -126,24 +126,24 @@ impl Programs {
     }
 }
 
-/// What to build.
+/// Parts of a laboratory.
 #[derive(Clone, Debug)]
 pub struct LabSpec {
-    /// How many workers, from 1.
+    /// Number of workers, from 1.
     pub workers: u8,
-    /// How many servers, from 1.
+    /// Number of servers, from 1.
     pub servers: u8,
-    /// What the agents may dial beyond their own workers.
+    /// Destinations of the agents beyond their own workers.
     pub allow: Vec<Allow>,
     /// Whether the first server redirects the API server's sockets.
     pub redirect: bool,
-    /// What moves bytes on servers and agents (`datapath.engine`); their default when missing.
+    /// Engine of servers and agents (`datapath.engine`); their default when missing.
     pub engine: Option<Engine>,
     /// The programs to run.
     pub programs: Programs,
 }
 
-/// What moves bytes.
+/// Engine that moves bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// epoll(7)
@@ -156,7 +156,7 @@ impl Engine {
     /// Both of them.
     pub const ALL: [Self; 2] = [Self::Epoll, Self::IoUring];
 
-    /// Its name in configuration and status.
+    /// Returns the name in configuration and status.
     pub fn name(self) -> &'static str {
         match self {
             Self::Epoll => "epoll",
@@ -188,7 +188,7 @@ impl Engine {
 }
 
 impl LabSpec {
-    /// One worker and one server, with the redirect.
+    /// Returns one worker and one server, with the redirect.
     pub fn new(programs: Programs) -> Self {
         Self {
             workers: 1,
@@ -201,7 +201,7 @@ impl LabSpec {
     }
 }
 
-/// A laboratory. Dropping it ends every process in it and removes all that it left.
+/// A laboratory. Dropping it ends every process in it and removes all its remains.
 #[derive(Debug)]
 pub struct Lab {
     /// The control-plane host.
@@ -289,27 +289,27 @@ impl Lab {
         })
     }
 
-    /// What there is, for people and scripts.
+    /// Returns its parts, for people and scripts.
     pub fn describe(&self) -> Description {
         Description::of(self)
     }
 
-    /// The programs that it runs.
+    /// Returns the programs that it runs.
     pub fn programs(&self) -> &Programs {
         &self.spec.programs
     }
 
-    /// Where its files are.
+    /// Returns the folder of its files.
     pub fn folder(&self) -> &Path {
         self.site.folder()
     }
 
-    /// The connector's certificate authority, once the connector has been configured.
+    /// Returns the connector's certificate authority, once the connector is configured.
     pub fn pki(&self) -> ConnectorPki {
         ConnectorPki::at(&self.spec.programs.cpc, self.folder().join("pki"))
     }
 
-    /// The worker `wN`.
+    /// Returns the worker `wN`.
     ///
     /// # Errors
     ///
@@ -319,7 +319,7 @@ impl Lab {
         found.with_context(|| format!("there is no worker {name} in this laboratory"))
     }
 
-    /// One more namespace, with a loopback interface and nothing else.
+    /// Creates another namespace, with a loopback interface and nothing else.
     ///
     /// # Errors
     ///
@@ -328,7 +328,7 @@ impl Lab {
         netns::Netns::create(self.site.netns(name).name())
     }
 
-    /// A small file system at the folder `name` of this laboratory.
+    /// Mounts a small file system at the folder `name` of this laboratory.
     ///
     /// # Errors
     ///
@@ -339,7 +339,7 @@ impl Lab {
         ))
     }
 
-    /// One more control group.
+    /// Creates another control group.
     ///
     /// # Errors
     ///

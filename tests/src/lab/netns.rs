@@ -22,7 +22,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// The namespace called `name`, which may not exist yet.
+    /// Returns the namespace called `name`, which may not exist yet.
     pub fn named(name: impl Into<String>) -> Self {
         Self { name: name.into() }
     }
@@ -51,17 +51,17 @@ impl Netns {
         run(Command::new("ip").args(["netns", "delete", &self.name]), "")
     }
 
-    /// What `ip netns` calls it.
+    /// Returns the name for `ip netns`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that `nsenter --net=` and setns(2) take.
+    /// Returns the file for `nsenter --net=` and setns(2).
     pub fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)
     }
 
-    /// A program that will run inside.
+    /// Returns a program that will run inside.
     ///
     /// # Errors
     ///

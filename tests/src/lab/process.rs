@@ -15,7 +15,7 @@ use nix::unistd::{Pid, setsid};
 
 use crate::client::eventually;
 
-/// How long a program may take to end after SIGTERM before it is killed.
+/// Time for a program to end after SIGTERM before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Lets `command` end (SIGTERM) when the thread that starts it ends, for programs that no control
@@ -63,7 +63,7 @@ impl Process {
         })
     }
 
-    /// Its process id.
+    /// Returns its process id.
     pub fn pid(&self) -> Pid {
         // A process id fits: the kernel's limit is 2^22.
         Pid::from_raw(self.child.id().cast_signed())
@@ -131,7 +131,7 @@ impl Process {
         })
     }
 
-    /// The last lines of what it wrote.
+    /// Returns the last lines of its output.
     pub fn log_tail(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();

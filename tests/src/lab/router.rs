@@ -22,14 +22,14 @@ const GENERATIONS: u32 = 4;
 /// The router of a laboratory.
 #[derive(Debug)]
 pub struct Router {
-    /// Its namespace: interface `cp` towards the control plane, `wN` towards worker N.
+    /// Namespace: interface `cp` towards the control plane, `wN` towards worker N.
     pub netns: Netns,
     generation: u32,
 }
 
 impl Router {
-    /// Makes the router and the control plane's side of it in `control_plane`, with an address for
-    /// each of `servers`.
+    /// Creates the router and the control plane's side of it in `control_plane`, with an address
+    /// for each of `servers`.
     ///
     /// # Errors
     ///
@@ -47,7 +47,7 @@ impl Router {
         Ok(router)
     }
 
-    /// Connects worker `n`, whose only way out this becomes.
+    /// Connects worker `n`; the router is then the worker's only way out.
     ///
     /// # Errors
     ///
@@ -133,7 +133,7 @@ impl Router {
         ))
     }
 
-    /// Forgets every mapping and gives new ones other ports, as a router does that has restarted.
+    /// Drops every mapping and gives new ones other ports, as a restarted router does.
     ///
     /// # Errors
     ///
@@ -144,7 +144,7 @@ impl Router {
         run(self.netns.command("conntrack")?.arg("--flush"), "")
     }
 
-    /// Drops what comes from worker `n` for the control plane; the other way stays open.
+    /// Drops packets from worker `n` for the control plane; the other direction stays open.
     ///
     /// # Errors
     ///
@@ -160,8 +160,8 @@ impl Router {
         ))
     }
 
-    /// How many packets have come from the control plane for a worker by the ordinary route, since
-    /// the start or the last [`Self::remap`]. They were dropped.
+    /// Returns the number of packets from the control plane to a worker by the ordinary route,
+    /// since the start or the last [`Self::remap`]. The router has dropped them.
     ///
     /// # Errors
     ///

@@ -13,9 +13,9 @@ use super::netns::Netns;
 /// The control-plane host of a laboratory.
 #[derive(Debug)]
 pub struct ControlPlane {
-    /// Its namespace, which has a route to the servers' own network and to nothing else.
+    /// Namespace, which has a route to the servers' own network and no other.
     pub netns: Netns,
-    /// The control group that stands for kube-apiserver: its sockets are redirected.
+    /// Control group that stands for kube-apiserver: its sockets are redirected.
     pub apiserver: Cgroup,
     /// The servers, once the connector has been started. They share the authority that issued
     /// their certificates and nothing else; the first has the redirect.
@@ -27,7 +27,7 @@ pub struct ControlPlane {
 pub struct Server {
     /// The program.
     pub daemon: Daemon,
-    /// Its sockets.
+    /// Addresses of the server.
     pub sockets: ServerSockets,
 }
 
@@ -51,8 +51,8 @@ impl ControlPlane {
         self.apiserver.join(|| self.netns.enter(work))
     }
 
-    /// Gives it a default route, to the router: what leaves by it for a worker is dropped there
-    /// and counted ([`Router::leaked`]).
+    /// Adds a default route to the router, which drops and counts packets for a worker
+    /// ([`Router::leaked`]).
     ///
     /// [`Router::leaked`]: super::router::Router::leaked
     ///

@@ -1,12 +1,12 @@
-//! What a laboratory leaves on the machine, and how all of it is found again and removed.
+//! The remains of a laboratory on the machine, and how all of them are found and removed.
 //!
 //! Everything carries the laboratory's id: its folder, its namespaces, its control groups (which
 //! hold every process) and the BPF file system mounted in its folder. So removing needs nothing
 //! but the id, also after a crash in the middle of building.
 //!
-//! Whoever builds a laboratory holds a lock in its folder until it ends. A folder whose lock is
-//! free belongs to nobody any more: the next one to build removes it. A laboratory that is meant
-//! to stay has no lock.
+//! The process that builds a laboratory holds a lock in its folder until it ends. A folder whose lock
+//! is free has no owner any more: the next process that builds one removes it. A laboratory that
+//! stays has no lock.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -23,8 +23,8 @@ const BASE: &str = "/run/cpc-lab";
 /// The group below the root of the hierarchy that holds the groups of all laboratories.
 const GROUP: &str = "cpc-lab";
 
-/// The place of one laboratory. Dropping it removes the laboratory if this process built it and it
-/// is not meant to stay.
+/// Place of one laboratory. Dropping it removes the laboratory if this process built it and it is
+/// not kept.
 #[derive(Debug)]
 pub struct Site {
     id: String,
@@ -34,7 +34,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// A new place, after those that nobody owns any more were removed.
+    /// Creates a new place, after removing those without an owner.
     ///
     /// # Errors
     ///
@@ -60,7 +60,7 @@ impl Site {
         Ok(Self { id, folder, lock })
     }
 
-    /// Every laboratory on this machine.
+    /// Returns every laboratory on this machine.
     ///
     /// # Errors
     ///
@@ -85,12 +85,12 @@ impl Site {
         Ok(sites)
     }
 
-    /// A few characters that no other laboratory on this machine has.
+    /// Returns a few characters that no other laboratory on this machine has.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Where certificates, configuration, logs and sockets are.
+    /// Returns the folder of certificates, configuration, logs and sockets.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -111,12 +111,12 @@ impl Site {
         Ok(())
     }
 
-    /// The namespace of `role`: `cp`, `nat`, `w1`, ..
+    /// Returns the namespace of `role`: `cp`, `nat`, `w1`, ..
     pub fn netns(&self, role: &str) -> Netns {
         Netns::named(format!("{}{role}", self.prefix()))
     }
 
-    /// The control group `name` of this laboratory, made if need be.
+    /// Returns the control group `name` of this laboratory, created if needed.
     ///
     /// # Errors
     ///
@@ -125,7 +125,7 @@ impl Site {
         Cgroup::root()?.child(GROUP)?.child(&self.id)?.child(name)
     }
 
-    /// A folder, made if need be.
+    /// Returns a folder, created if needed.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl Site {
         Ok(path)
     }
 
-    /// A BPF file system of its own: what is pinned there goes when it is unmounted.
+    /// Mounts a separate BPF file system: its pins end when it is unmounted.
     ///
     /// # Errors
     ///
@@ -154,8 +154,8 @@ impl Site {
         Ok(path)
     }
 
-    /// A small file system in memory at the folder `name`, which is made if need be: for what happens where
-    /// it is full.
+    /// Mounts a small file system in memory at the folder `name`, created if needed, for tests of a
+    /// full one.
     ///
     /// # Errors
     ///
@@ -169,7 +169,7 @@ impl Site {
         Ok(path)
     }
 
-    /// Ends every process of the laboratory and removes everything that it left.
+    /// Ends every process of the laboratory and removes all its remains.
     ///
     /// # Errors
     ///
@@ -243,7 +243,7 @@ fn remove_abandoned() -> Result<()> {
     Ok(())
 }
 
-/// Locks the file at `path`; `None` when somebody else has it.
+/// Locks the file at `path`; `None` when another process has it.
 fn exclusive(path: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
     let file = File::create(path).with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, how) {

@@ -1,4 +1,4 @@
-//! A file system that can be filled to its last byte and emptied again.
+//! A file system that a test can fill to its last byte and empty again.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -20,7 +20,7 @@ impl SmallDisk {
         Self(path)
     }
 
-    /// Mount point.
+    /// Returns the mount point.
     pub fn path(&self) -> &Path {
         &self.0
     }

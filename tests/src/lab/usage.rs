@@ -1,4 +1,4 @@
-//! What a process holds, as the kernel counts it.
+//! Resources of a process, as the kernel counts them.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
 
-/// Resident memory of `process`, in bytes (`VmRSS`, proc_pid_status(5)).
+/// Returns the resident memory of `process`, in bytes (`VmRSS`, proc_pid_status(5)).
 ///
 /// # Errors
 ///
@@ -18,7 +18,7 @@ pub fn memory(process: Pid) -> Result<u64> {
     Ok(kib.context("no VmRSS in its status")? << 10)
 }
 
-/// How many file descriptors `process` has open.
+/// Returns the number of open file descriptors of `process`.
 ///
 /// # Errors
 ///
@@ -27,7 +27,8 @@ pub fn open_files(process: Pid) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())
 }
 
-/// Lets this process, and what it starts, open as many files as the machine permits.
+/// Raises the limit of open files of this process, and of its children, as far as the machine
+/// permits.
 ///
 /// # Errors
 ///

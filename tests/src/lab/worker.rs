@@ -15,7 +15,7 @@ use super::process::Process;
 use crate::client::eventually;
 use crate::target::Behaviour;
 
-/// Where a changed worker moves to: the host part of its other address.
+/// Host part of the other address of a worker that moves.
 const OTHER_HOST: u8 = 3;
 
 /// A worker of a laboratory.
@@ -23,11 +23,11 @@ const OTHER_HOST: u8 = 3;
 pub struct Worker {
     /// `w1`, `w2`, ..
     pub name: String,
-    /// Its number, from 1, which is in all of its addresses.
+    /// Number, from 1, which is in all of its addresses.
     pub number: u8,
-    /// Its namespace; interface `eth0` leads to the router.
+    /// Namespace; interface `eth0` leads to the router.
     pub netns: Netns,
-    /// Its agent, once the connector has been started.
+    /// Agent, once the connector has been started.
     pub agent: Option<Daemon>,
     programs: Vec<Process>,
 }
@@ -75,18 +75,18 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Its node addresses, IPv4 first.
+    /// Returns its node addresses, IPv4 first.
     pub fn node_addresses(&self) -> [IpAddr; 2] {
         address::nodes(self.number)
     }
 
-    /// The addresses of a pod on it, IPv4 first.
+    /// Returns the addresses of a pod on it, IPv4 first.
     pub fn pod_addresses(&self) -> [IpAddr; 2] {
         address::pods(self.number)
     }
 
-    /// Moves it to another address of its network, as DHCP may; the node address stays for what
-    /// is served on it. Sockets that are bound to no address notice with their next packet.
+    /// Moves it to another address of its network, as DHCP may; its servers keep the node address.
+    /// Unbound sockets notice with their next packet.
     ///
     /// # Errors
     ///
@@ -102,7 +102,7 @@ impl Worker {
         Ok(other)
     }
 
-    /// The agent.
+    /// Returns the agent.
     ///
     /// # Errors
     ///

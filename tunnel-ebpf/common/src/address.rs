@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-/// The third word of a v4-mapped address, as it lies in memory.
+/// The third word of a v4-mapped address in memory.
 const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// An IPv6 address, or an IPv4 address in v4-mapped form: four words in network order.
@@ -47,13 +47,13 @@ impl From<IpAddr> for Address {
 }
 
 impl From<Address> for IpAddr {
-    /// A v4-mapped address becomes the IPv4 address it stands for.
+    /// Converts an address. A v4-mapped address becomes the IPv4 address that it stands for.
     fn from(address: Address) -> Self {
         Self::V6(Ipv6Addr::from(address.octets())).to_canonical()
     }
 }
 
-/// An address and a TCP port. Port 0 stands for "none".
+/// Address and TCP port. Port 0 means none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {

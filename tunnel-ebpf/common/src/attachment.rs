@@ -1,4 +1,4 @@
-//! What the programs must know of the attachment they run for.
+//! The settings of an attachment, for the programs that run for it.
 
 use crate::Endpoint;
 
@@ -14,18 +14,19 @@ pub mod flags {
     pub const FAIL_OPEN: u32 = 1;
 }
 
-/// One attachment, under its number.
+/// Settings of one attachment, under its number.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// Cookie of the network namespace whose sockets are redirected; all others are left alone.
+    /// Cookie of the network namespace whose sockets are redirected; the programs ignore all
+    /// others.
     pub netns: u64,
-    /// Whose routes decide.
+    /// Tenant whose routes decide.
     pub tenant: u32,
     /// Bits of [`flags`].
     pub flags: u32,
-    /// Where IPv4 connections go. The port is [`crate::Heartbeat`]'s, which says where the connector
-    /// listens now; port 0 here means that the attachment has no such listener.
+    /// Destination of redirected IPv4 connections. The port is that of [`crate::Heartbeat`], which
+    /// names the current listener; port 0 here means that the attachment has no such listener.
     pub listener4: Endpoint,
     /// The same for IPv6.
     pub listener6: Endpoint,

@@ -1,4 +1,4 @@
-//! The ports of a prefix that are redirected.
+//! The captured ports of a prefix.
 
 /// Port ranges that one prefix can hold.
 pub const MAX_RANGES: usize = 16;
@@ -14,7 +14,7 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    /// No port.
+    /// No port, as an exclusion leaves.
     pub const EMPTY: Self = Self { first: 1, last: 0 };
 }
 
@@ -27,7 +27,7 @@ pub struct PortSet {
 }
 
 impl PortSet {
-    /// No port at all: what an exclusion leaves.
+    /// No port, as an exclusion leaves.
     pub const EMPTY: Self = Self {
         ranges: [PortRange::EMPTY; MAX_RANGES],
     };

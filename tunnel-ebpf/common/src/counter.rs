@@ -1,16 +1,16 @@
-//! What the programs count, for each attachment.
+//! The events that the programs count, for each attachment.
 
 use crate::MAX_ATTACHMENTS;
 
-/// What became of a connection attempt. A closed set: metric labels are made of it.
+/// Outcome of a connection attempt. The set is closed: its members are metric labels.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
     /// Sent to the listener.
     Redirected = 0,
-    /// A redirected connection whose handshake with the listener is done.
+    /// The handshake of a redirected connection with the listener is complete.
     Established = 1,
-    /// Not in the capture set: left alone.
+    /// Not in the capture set: takes the ordinary route.
     NotCaptured = 2,
     /// Captured, but the connector was dead or stuck and the attachment fails open.
     FailOpen = 3,
@@ -65,13 +65,13 @@ impl Counter {
         }
     }
 
-    /// The one with this number.
+    /// Returns the counter with this number.
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.get(number as usize).copied()
     }
 }
 
-/// Where a counter of an attachment stands.
+/// Returns the index of a counter of an attachment.
 #[inline(always)]
 pub const fn counter_index(attachment: u32, counter: Counter) -> u32 {
     attachment * Counter::SLOTS + counter as u32

@@ -1,12 +1,12 @@
-//! Where a redirected socket had wanted to go: first by its socket, then by its 4-tuple.
+//! The requested destination of a redirected socket: first by its socket, then by its 4-tuple.
 
 use crate::Endpoint;
 
-/// Kept in the connecting socket for as long as that lives.
+/// Origin of a socket, in the storage of the connecting socket for as long as that exists.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// What connect(2) was called with.
+    /// Destination of the connect(2).
     pub destination: Endpoint,
     /// The attachment that redirected it.
     pub attachment: u32,
@@ -14,7 +14,7 @@ pub struct Origin {
     pub refused: u32,
 }
 
-/// A redirected connection as the accepting side sees it.
+/// Redirected connection as the accepting side sees it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowKey {
@@ -26,14 +26,14 @@ pub struct FlowKey {
     pub listener: Endpoint,
 }
 
-/// What the accepting side finds under a [`FlowKey`].
+/// Value that the accepting side finds under a [`FlowKey`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// When the handshake was done (`CLOCK_MONOTONIC`, nanoseconds).
+    /// Time of the end of the handshake (`CLOCK_MONOTONIC`, nanoseconds).
     pub established: u64,
-    /// What connect(2) was called with.
+    /// Destination of the connect(2).
     pub destination: Endpoint,
-    /// As in [`Origin::refused`].
+    /// Reason of a refusal, as in [`Origin::refused`].
     pub refused: u32,
 }

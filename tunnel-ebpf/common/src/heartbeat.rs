@@ -1,6 +1,6 @@
 //! The connector's sign of life, under the number of its attachment.
 
-/// When the connector was last alive, and the ports on which it accepts.
+/// Time of the connector's last beat, and the ports of its listeners.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heartbeat {

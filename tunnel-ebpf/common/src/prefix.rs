@@ -2,8 +2,8 @@
 
 use crate::Address;
 
-/// Which addresses a prefix covers. A part of the key, ahead of the address, so that `::/0`
-/// covers IPv6 alone although IPv4 addresses are stored in v4-mapped form.
+/// Address family of a prefix. It is part of the key, ahead of the address, so that `::/0` covers
+/// IPv6 alone although IPv4 addresses are stored in v4-mapped form.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {

@@ -1,4 +1,4 @@
-//! What a route says of a captured destination.
+//! The verdict of a route about a captured destination.
 
 /// Whether connections to a prefix are served. No entry at all: there is no route.
 #[repr(u32)]
@@ -6,7 +6,7 @@
 pub enum Verdict {
     /// A live agent serves it.
     Serve = 1,
-    /// It is somebody's, but no live agent is there.
+    /// An agent serves the destination, but none is connected and alive.
     NoAgent = 2,
     /// Policy denies it.
     Denied = 3,

@@ -54,7 +54,8 @@ pub struct AgentConfig {
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
-    /// Allow-list of the agent's dials. When missing: the node addresses in its certificate, port 10250.
+    /// Allow-list of the agent's dials. When missing: the node addresses in its certificate, port
+    /// 10250.
     #[serde(
         deserialize_with = "super::allow::list",
         skip_serializing_if = "Option::is_none"

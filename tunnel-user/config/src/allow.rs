@@ -59,7 +59,7 @@ struct Keys {
 #[derive(Debug, thiserror::Error)]
 pub enum AllowError {
     /// Neither an address range nor a name, or both.
-    #[error("a rule has either `cidr` or `name`, and `ports` if not all are meant")]
+    #[error("a rule has either `cidr` or `name`, and optionally `ports`")]
     Kind,
     /// No address range.
     #[error(transparent)]
@@ -86,7 +86,7 @@ pub(super) fn list<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Vec<AllowRu
     let list = Option::deserialize(d)?;
     list.map(Some).ok_or_else(|| {
         D::Error::custom(
-            "allow names nothing: write [] where nothing may be reached, or leave the key out for the default",
+            "allow has no rules: write [] to allow nothing, or leave the key out for the default",
         )
     })
 }

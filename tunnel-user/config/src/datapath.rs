@@ -15,10 +15,10 @@ pub struct DatapathConfig {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum EngineChoice {
-    /// The one that was measured to be the better one.
+    /// The faster engine by measurement, today epoll.
     #[default]
     Auto,
-    /// Readiness by epoll(7), which is always there.
+    /// Readiness by epoll(7), available everywhere.
     Epoll,
     /// Completions by io_uring(7); epoll where the kernel refuses it.
     IoUring,

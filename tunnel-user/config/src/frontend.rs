@@ -260,8 +260,8 @@ pub struct TcpFrontend {
     /// PEM roots that vouch for callers. A caller whose certificate names a role must be a
     /// `client`; an agent is refused.
     pub client_ca: PathBuf,
-    /// TLS that the listener accepts. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for gRPC, as
-    /// Konnectivity's proxy-server does.
+    /// TLS that the listener accepts. When missing, from 1.3 on for HTTP CONNECT; from 1.2 on for
+    /// gRPC, as Konnectivity's proxy-server does.
     pub tls_floor: Option<TlsFloor>,
     /// Tenant of the callers; the server's own trust domain when missing.
     pub tenant: Option<TrustDomain>,
@@ -282,8 +282,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
     let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok());
     mode.filter(|mode| *mode <= 0o777).ok_or_else(|| {
         format!(
-            "{text:?} is no mode: it has to be octal, begin with 0, and be at most 0777, such as \
-             mode: \"0660\""
+            "{text:?} is not a mode: write an octal number up to 0777 with a leading 0, such as mode: \"0660\""
         )
     })
 }

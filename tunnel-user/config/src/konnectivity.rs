@@ -212,8 +212,7 @@ impl KonnectivityConfig {
         if self.client_ca.is_none() && self.token.is_none() && !self.believe_identifiers {
             return value(
                 "konnectivity",
-                "must name client_ca or token: without either nobody knows who an agent is \
-                 (believe_identifiers: true lets in whoever comes, as Konnectivity does)",
+                "must name client_ca or token, which authenticate agents (believe_identifiers: true admits any agent, as Konnectivity does)",
             );
         }
         if self.cert.is_some() != self.key.is_some() {
@@ -255,7 +254,8 @@ pub struct ProxyServerConfig {
     /// Agent id that the agent announces; random when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<String>,
-    /// Identifiers that the agent announces, URL-query encoded: `ipv4=10.0.0.1&host=w1&default-route=true`.
+    /// Identifiers that the agent announces, URL-query encoded:
+    /// `ipv4=10.0.0.1&host=w1&default-route=true`.
     pub identifiers: String,
     /// Interval of HTTP/2 pings to an idle server, at least 30 s.
     #[serde(with = "humantime_serde")]
@@ -317,7 +317,7 @@ impl ProxyServerConfig {
         if self.keepalive < SHORTEST_KEEPALIVE {
             return value(
                 "konnectivity.keepalive",
-                "must be at least 30 s: a proxy-server hangs up on who pings more often",
+                "must be at least 30 s: a proxy-server disconnects peers that ping more often",
             );
         }
         if let Some(leases) = &self.leases {

@@ -405,7 +405,7 @@ mod tests {
         ] {
             let error = mode(text).unwrap_err().to_string();
             assert!(
-                error.contains("is no mode") && error.contains("0660"),
+                error.contains("is not a mode") && error.contains("0660"),
                 "{text}: {error}"
             );
         }
@@ -467,7 +467,7 @@ mod tests {
             "redirect: {attachments: [{name: a, cgroup: b, capture: [], allow: }]}",
         ] {
             let error = parse(text).unwrap_err().to_string();
-            assert!(error.contains("allow names nothing"), "{text}: {error}");
+            assert!(error.contains("allow has no rules"), "{text}: {error}");
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "serve:\nlimits:\nservers:\n").unwrap();

@@ -225,7 +225,7 @@ impl RedirectConfig {
                 return wrong("name", "must be unique");
             }
             if attachment.capture.is_empty() {
-                return wrong("capture", "must name what is redirected");
+                return wrong("capture", "must name at least one range to redirect");
             }
             let listen = &attachment.listen;
             let families = |v4: bool| listen.iter().filter(|a| a.is_ipv4() == v4).count();

@@ -52,14 +52,14 @@ impl TlsFloor {
             let all = SUITES.join(", ");
             return value(
                 "cipher_suites",
-                format!("{unknown} is no cipher suite that is spoken here; {all} are"),
+                format!("{unknown} is not a supported cipher suite; {all} are"),
             );
         }
         let needs_new = self.min_version == TlsVersion::Tls13 && !self.cipher_suites.is_empty();
         if needs_new && !self.cipher_suites.iter().any(|name| is_of_tls13(name)) {
             return value(
                 "cipher_suites",
-                "none of the cipher suites is one of TLS 1.3, which min_version asks for".into(),
+                "none of the cipher suites is one of TLS 1.3, which min_version requires".into(),
             );
         }
         Ok(())

@@ -21,7 +21,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::buffer::read_owned;
 
-/// What a peer does after its end of file.
+/// Behaviour of a peer after its end of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerClose {
     /// The peer goes on reading.

@@ -251,7 +251,7 @@ impl Directory {
         let metadata = file.metadata()?;
         match self.owner {
             Some((uid, _)) if metadata.uid() != uid.as_raw() && metadata.nlink() > 1 => {
-                let why = format!("{name} is another user's, and has a second name: remove it");
+                let why = format!("{name} is another user's, and has another hard link: remove it");
                 Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
             }
             _ => Ok(file),
@@ -280,7 +280,7 @@ pub fn with_remedy(error: io::Error) -> io::Error {
 }
 
 fn no_file(name: &str) -> io::Error {
-    let why = format!("{name} is a link, or no file: remove it");
+    let why = format!("{name} is a link, or not a file: remove it");
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 

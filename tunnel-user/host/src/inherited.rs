@@ -77,7 +77,7 @@ impl Inherited {
             tracing::warn!(
                 name,
                 ?address,
-                "an inherited socket is not used: no configured address is its own"
+                "an inherited socket is not used: its address is not configured"
             );
         }
     }

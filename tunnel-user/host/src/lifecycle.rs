@@ -49,7 +49,7 @@ pub async fn until_stopped(
             return std::future::pending().await;
         };
         if tokio::time::timeout(drain, idle).await.is_err() {
-            tracing::warn!("the drain's time is over");
+            tracing::warn!("the drain deadline has passed");
         }
     };
     tokio::select! {
@@ -111,7 +111,7 @@ pub async fn ended(mut phase: watch::Receiver<Phase>) {
 /// Notifies systemd, if it started this process with `Type=notify` (sd_notify(3)).
 pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(error = report(&error), "systemd was not told");
+        tracing::debug!(error = report(&error), "systemd was not notified");
     }
 }
 

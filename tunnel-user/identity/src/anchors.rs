@@ -335,7 +335,7 @@ enum ChainError {
          of a server"
     )]
     Usage,
-    #[error("a CA's certificate is shown as a peer's own")]
+    #[error("the peer's own certificate is that of a CA")]
     CaAsLeaf,
     #[error("a CA in the chain allows fewer CAs below it than there are")]
     PathLength,

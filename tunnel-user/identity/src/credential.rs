@@ -115,9 +115,7 @@ impl PendingCredential {
                 KeyPair::from_pem(&String::from_utf8_lossy(&pem)).map_err(|_| {
                     CredentialError::File {
                         path: file.into(),
-                        why: io::Error::other(
-                            "holds no key that cpc made; remove it, and join again",
-                        ),
+                        why: io::Error::other("holds no key of cpc; remove it, and join again"),
                     }
                 })?,
             )),

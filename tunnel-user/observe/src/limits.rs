@@ -34,15 +34,15 @@ impl LimitMetrics {
                 metrics.allowed.get_or_create(&labels).set(gauge(allowed));
             }
         }
-        registry.register("limit", "What a bound allows", metrics.allowed.clone());
+        registry.register("limit", "Value of a limit", metrics.allowed.clone());
         registry.register(
             "limit_used",
-            "How much of a bound is used, by the tenant that uses most where each has its own",
+            "Use of a limit; for a limit per tenant, that of the tenant with the highest use",
             metrics.used.clone(),
         );
         registry.register(
             "limit_refused",
-            "What a bound has refused",
+            "Work that a limit has refused",
             metrics.refused.clone(),
         );
         metrics

@@ -102,7 +102,7 @@ impl DialMetrics {
         };
         registry.register(
             "connections_closed",
-            "Connections that ended, by who ended them and why",
+            "Ended connections, by closing side and reason",
             metrics.closed.clone(),
         );
         registry.register(

@@ -55,7 +55,7 @@ impl Collector for ProcessMetrics {
         )?;
         put(
             "process_max_fds",
-            "The most file descriptors that may be open (RLIMIT_NOFILE).",
+            "Maximum number of open file descriptors (RLIMIT_NOFILE).",
             limit(Resource::RLIMIT_NOFILE),
             false,
         )?;
@@ -67,7 +67,7 @@ impl Collector for ProcessMetrics {
         )?;
         put(
             "process_virtual_memory_max_bytes",
-            "The most virtual memory that may be taken (RLIMIT_AS).",
+            "Maximum virtual memory (RLIMIT_AS).",
             limit(Resource::RLIMIT_AS),
             false,
         )?;
@@ -79,7 +79,7 @@ impl Collector for ProcessMetrics {
         )?;
         put(
             "process_start_time_seconds",
-            "When the process was started, in seconds since 1970-01-01 UTC.",
+            "Start time of the process, in seconds since 1970-01-01 UTC.",
             self.started,
             false,
         )

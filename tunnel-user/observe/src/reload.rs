@@ -21,12 +21,12 @@ impl ReloadMetrics {
         };
         registry.register(
             "config_last_reload_successful",
-            "Whether the last reload of the configuration put all of it in force that a reload can",
+            "Whether the last reload of the configuration put every reloadable setting in force",
             metrics.is_successful.clone(),
         );
         registry.register(
             "config_last_reload_success_timestamp_seconds",
-            "When the configuration was last put in force",
+            "Time at which the configuration last took effect",
             metrics.succeeded_at.clone(),
         );
         metrics.note(true, now);

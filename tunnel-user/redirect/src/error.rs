@@ -76,7 +76,7 @@ pub enum RedirectError {
     },
 
     /// A file or directory below the pin directory can't be used.
-    #[error("{path} can't be made, opened or removed")]
+    #[error("{path} can't be created, opened or removed")]
     Pin {
         /// The file.
         path: PathBuf,
@@ -87,7 +87,7 @@ pub enum RedirectError {
 
     /// The pins can't be given to the group.
     #[error(
-        "{path} can't be given to group {group} (redirect.group): this takes a process that is in it \
+        "{path} can't be given to group {group} (redirect.group): this needs a process that is in it \
          (systemd: `Group=` of cpc-redirect.service), or CAP_CHOWN"
     )]
     Share {
@@ -134,16 +134,14 @@ pub enum RedirectError {
 
     /// The cgroup is another one than when the programs were attached.
     #[error(
-        "the cgroup of attachment {0} was made after the programs were attached: until `cpc redirect attach` \
-         is run again (systemd: `systemctl restart cpc-redirect`), its connections take the ordinary route"
+        "the cgroup of attachment {0} was created after the programs were attached: until `cpc redirect attach` runs again (systemd: `systemctl restart cpc-redirect`), its connections take the ordinary route"
     )]
     OtherCgroup(String),
 
     /// Other attachments of this program decide over the same connections.
     #[error(
         "{0} decides over the same connections, and refuses them while its server is away: \
-         `cpc redirect list` shows it, `cpc redirect detach --pin DIRECTORY NAME` takes it away, or \
-         `cpc redirect detach --all` what is pinned elsewhere. A process that attached and stays notices \
+         `cpc redirect list` shows it, `cpc redirect detach --pin DIRECTORY NAME` removes it, or `cpc redirect detach --all` one that is pinned elsewhere. A process that attached and stays notices \
          within seconds; after `cpc redirect attach` alone attach again"
     )]
     Rivals(String),
@@ -156,7 +154,7 @@ pub enum RedirectError {
     NotOurs,
 
     /// The group does not exist.
-    #[error("there is no group {0} (redirect.group): make it, or name a number")]
+    #[error("there is no group {0} (redirect.group): create it, or use a number")]
     Group(String),
 
     /// More routes than the kernel's table holds.
@@ -175,7 +173,7 @@ pub enum RedirectError {
 
     /// A map can't be opened, read or written.
     #[error(
-        "the map {name} can't be opened, read or written (this takes root or a member of `redirect.group`, and CAP_BPF before Linux 5.19)"
+        "the map {name} can't be opened, read or written (this needs root or a member of `redirect.group`, and CAP_BPF before Linux 5.19)"
     )]
     Map {
         /// Name of the map.
@@ -186,12 +184,12 @@ pub enum RedirectError {
     },
 
     /// The object can't be read, or its maps can't be created.
-    #[error("the kernel programs can't be prepared (this takes CAP_BPF and CAP_NET_ADMIN)")]
+    #[error("the kernel programs can't be prepared (this needs CAP_BPF and CAP_NET_ADMIN)")]
     Prepare(#[source] Box<EbpfError>),
 
     /// The kernel refuses a program.
     #[error(
-        "the kernel refuses the program {name} (this takes Linux 5.15, CAP_BPF, CAP_NET_ADMIN and \
+        "the kernel refuses the program {name} (this needs Linux 5.15, CAP_BPF, CAP_NET_ADMIN and \
          CAP_PERFMON): {why}"
     )]
     Load {
@@ -202,7 +200,7 @@ pub enum RedirectError {
     },
 
     /// The kernel is older than the redirect needs.
-    #[error("the redirect takes Linux 5.15, and this is {release}")]
+    #[error("the redirect needs Linux 5.15, and this is {release}")]
     OldKernel {
         /// Release of the kernel.
         release: String,
@@ -228,6 +226,6 @@ pub enum RedirectError {
     },
 
     /// The programs' log can't be read.
-    #[error("the kernel programs' log can't be read (this takes CAP_SYS_ADMIN)")]
+    #[error("the kernel programs' log can't be read (this needs CAP_SYS_ADMIN)")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),
 }

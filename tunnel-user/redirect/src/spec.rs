@@ -80,8 +80,7 @@ impl AttachmentSpec {
             .into_iter()
             .find(|kind| name.ends_with(kind))?;
         Some(format!(
-            "{} is the cgroup of one {}: it is made again at each start, and the first connects after that \
-             take the ordinary route. Name the slice that holds it (for systemd, `Slice=kube-apiserver.slice` \
+            "{} is the cgroup of one {}: each start recreates it, and the first connects after that take the ordinary route. Name the slice that holds it (for systemd, `Slice=kube-apiserver.slice` \
              in the unit, and kube.slice/kube-apiserver.slice here)",
             self.cgroup.display(),
             kind.trim_start_matches('.')

@@ -43,9 +43,9 @@ pub enum ReadEnd {
 /// Reason why the target gets no more data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WriteEnd {
-    /// It has closed at CLOSE_REQ.
+    /// The target has closed at CLOSE_REQ.
     Closed,
-    /// It has closed by itself.
+    /// The target has closed by itself.
     Gone,
     /// The connection was cancelled, by either side.
     Reset(CloseReason),

@@ -34,7 +34,7 @@ impl<W: Clone> ServerEnd<W> {
                 random,
             } => self.handle_answer(DialId(random), connect_id, error),
             Packet::CloseDial { random } => {
-                let text = "the agent gave the dial up".to_owned();
+                let text = "the agent cancelled the dial".to_owned();
                 self.handle_answer(DialId(random), 0, text)
             }
             Packet::Drain => {
@@ -100,7 +100,9 @@ impl<W: Clone> ServerEnd<W> {
         if !error.is_empty() {
             connection.fail(error);
         } else if id <= 0 || self.ids.contains_key(&id) {
-            connection.fail(format!("the agent named it {id}, which it may not"));
+            connection.fail(format!(
+                "the agent answered with the invalid connect id {id}"
+            ));
         } else {
             connection.connect_id = Some(id);
             self.ids.insert(id, IdOwner::Connection(dial));

@@ -1,4 +1,4 @@
-//! Bulk: how fast bytes go through, and what that takes.
+//! Bulk: the speed of bytes, and its cost.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -16,17 +16,17 @@ use crate::bench::target::{self, Order};
 /// Moved first, to see how fast the path is and to fill its windows, in bytes.
 const TRIAL: u64 = 8 << 20;
 
-/// Which way the bytes go.
+/// Direction of the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// To the client, as a log does.
+    /// To the client, as for a log.
     Down,
     /// To the target.
     Up,
 }
 
 impl Direction {
-    /// What the target is told.
+    /// Returns the order for the target.
     pub(super) fn order(self, bytes: u64) -> Order {
         match self {
             Self::Down => Order::Send(bytes),
@@ -47,8 +47,8 @@ impl Direction {
     }
 }
 
-/// Moves what `streams` connections can move in the time of `effort`; every byte has arrived at the
-/// end, so that what is counted is what was paid for.
+/// Moves as many bytes as `streams` connections can in the time of `effort`. Every byte has arrived
+/// at the end, so that the counted bytes are those whose cost is measured.
 pub(super) fn take(
     path: &Running,
     direction: Direction,

@@ -1,4 +1,4 @@
-//! Opening connections: how long one takes, and how many there can be in a second.
+//! Opening connections: the time of one, and the number in a second.
 
 use std::thread;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::{Effort, Figure, Meter, latency};
 use crate::bench::path::Running;
 
-/// One after another, each from connect(2) to the first byte that comes back.
+/// Opens connections one after another, each from connect(2) to the first byte of the answer.
 pub(super) fn first_byte(path: &Running, effort: &Effort) -> Result<Vec<Figure>> {
     let end = Instant::now() + effort.time;
     let mut times = Vec::new();
@@ -21,7 +21,7 @@ pub(super) fn first_byte(path: &Running, effort: &Effort) -> Result<Vec<Figure>>
     Ok(latency(times))
 }
 
-/// `dialers` open connections, have a byte echoed and close, as fast as they can.
+/// Runs `dialers` that open connections, have a byte echoed and close, as fast as they can.
 pub(super) fn rate(path: &Running, dialers: usize, effort: &Effort) -> Result<Vec<Figure>> {
     let meter = Meter::start(path)?;
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! Connections that are open and do nothing: what each takes of memory, on each side.
+//! Open connections without traffic: the memory of each, on each side.
 
 use std::thread;
 
@@ -8,10 +8,10 @@ use super::{Effort, Figure, memory};
 use crate::bench::path::Running;
 use crate::bench::usage;
 
-/// Who open them.
+/// Number of threads that open connections.
 const DIALERS: usize = 8;
 
-/// `connections` over all nodes of the path. Each has carried one byte.
+/// Measures `connections` over all nodes of the path. Each has carried one byte.
 pub(super) fn take(path: &Running, connections: usize, effort: &Effort) -> Result<Vec<Figure>> {
     let (before, kernel_before) = (memory(path)?, usage::kernel_memory()?);
     let held = thread::scope(|scope| {

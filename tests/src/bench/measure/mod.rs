@@ -1,4 +1,4 @@
-//! A measure: what is done over a path, and the figures that it gives.
+//! A measure: the work over a path, and its figures.
 
 mod bulk;
 mod dial;
@@ -19,46 +19,47 @@ use super::usage;
 pub use bulk::Direction;
 pub use neighbours::Neighbour;
 
-/// What is measured.
+/// Work of a measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
-    /// As many bytes as go through.
+    /// As many bytes as possible.
     Bulk(Direction, usize),
-    /// From connect(2) to the first byte that comes back, one connection after another.
+    /// From connect(2) to the first byte of the answer, one connection after another.
     Dial,
     /// Requests of 100 bytes and answers, on so many connections, each waiting for its answer.
     Requests(usize),
-    /// As many connections as can be opened, used for a byte and closed, by so many dialers.
+    /// As many connections as possible that are opened, used for a byte and closed, by a number of
+    /// dialers.
     Rate(usize),
     /// Memory of so many connections that do nothing.
     Idle(usize),
-    /// A request loop beside somebody else.
+    /// A request loop beside another load.
     Beside(Neighbour),
-    /// What so many agents more cost the server while they do nothing.
+    /// Cost of a number of further agents for the server while they are idle.
     Agents(usize),
-    /// What so many routes more cost.
+    /// Cost of a number of further routes.
     Routes(usize),
 }
 
-/// How much of it.
+/// Amount of work.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// How long one measurement lasts, about.
+    /// Approximate duration of one measurement.
     pub time: Duration,
     /// The most that bulk may move at once, in bytes.
     pub bytes: u64,
-    /// How long thousands of connections are left alone before they are looked at.
+    /// Time for which thousands of connections are idle before the measurement.
     pub settle: Duration,
 }
 
-/// One number.
+/// One figure.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Figure {
-    /// What it is, in words that are the same for all paths.
+    /// Name, the same for all paths.
     pub name: &'static str,
-    /// In what.
+    /// Unit of the value.
     pub unit: &'static str,
-    /// How much.
+    /// Value of the figure.
     pub value: f64,
 }
 
@@ -73,7 +74,7 @@ impl Figure {
 }
 
 impl Measure {
-    /// All of them, in the order of a report.
+    /// Returns all measures, in the order of a report.
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for direction in [Direction::Down, Direction::Up] {
@@ -89,7 +90,7 @@ impl Measure {
         all
     }
 
-    /// The shortest list that says how a path does.
+    /// Returns the shortest list that characterises a path.
     pub fn few() -> Vec<Self> {
         vec![
             Self::Bulk(Direction::Down, 1),
@@ -102,7 +103,7 @@ impl Measure {
         ]
     }
 
-    /// A title for reports, by which it is also chosen.
+    /// Returns a title for reports, which is also the name for selection.
     pub fn name(self) -> String {
         match self {
             Self::Bulk(Direction::Down, 1) => "bulk down, 1 stream".to_owned(),
@@ -121,13 +122,13 @@ impl Measure {
         }
     }
 
-    /// Whether it needs programs that have done nothing yet: memory that was used once and is free
-    /// again would hide what connections take.
+    /// Whether the measure needs new programs: memory that was used once and is free again would
+    /// hide the memory of connections.
     pub fn needs_fresh_path(self) -> bool {
         matches!(self, Self::Idle(_) | Self::Agents(_) | Self::Routes(_))
     }
 
-    /// Why it is not done over this path, if it makes no sense.
+    /// Returns why the measure makes no sense over this path, if so.
     pub fn pointless(self, path: &Path) -> Option<&'static str> {
         let bulk = matches!(self, Self::Bulk(..));
         if matches!(path.wire, Wire::JUMBO | Wire::NO_USO) && !bulk {
@@ -179,7 +180,7 @@ impl<'a> Meter<'a> {
         Ok([of(0)?, of(1)?])
     }
 
-    /// Seconds since the start, for each side; nothing for a way without programs.
+    /// Returns seconds since the start, for each side; nothing for a path without programs.
     fn stop(self) -> Result<Option<[f64; 2]>> {
         let after = Self::read(self.path)?;
         let any = !self.path.processes(0).is_empty();
@@ -188,21 +189,21 @@ impl<'a> Meter<'a> {
     }
 }
 
-/// What each side holds, in bytes.
+/// Returns the memory of each side, in bytes.
 fn memory(path: &Running) -> Result<[u64; 2]> {
     let of = |side| usage::memory(&path.processes(side) as &[Pid]);
     debug_assert_eq!(SIDES.len(), 2);
     Ok([of(0)?, of(1)?])
 }
 
-/// The value below which `part` of the sorted `times` lie.
+/// Returns the value below which `part` of the sorted `times` lie.
 fn percentile(times: &[Duration], part: f64) -> Duration {
     let last = times.len().saturating_sub(1);
     let index = (times.len() as f64 * part) as usize;
     times.get(index.min(last)).copied().unwrap_or_default()
 }
 
-/// The middle and the slow end of `times`.
+/// Returns the median and the slow end of `times`.
 fn latency(mut times: Vec<Duration>) -> Vec<Figure> {
     times.sort_unstable();
     vec![

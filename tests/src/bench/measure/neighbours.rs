@@ -1,4 +1,4 @@
-//! A request loop beside somebody who takes everything, takes little, or takes nothing.
+//! A request loop beside a load that takes everything, takes little, or takes nothing.
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use crate::bench::load::Connection;
 use crate::bench::path::Running;
 use crate::bench::target::{self, Order};
 
-/// How long neighbours are let alone first, so that buffers and windows have filled up.
+/// Time for which neighbours run first, so that buffers and windows are full.
 const HEAD_START: Duration = Duration::from_millis(500);
 /// Streams of a busy neighbour.
 const STREAMS: usize = 8;
@@ -22,7 +22,7 @@ const WITHOUT_END: u64 = 1 << 50;
 /// A neighbour looks so often whether it is over.
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Who is beside the request loop, on the same path.
+/// Load beside the request loop, on the same path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Neighbour {
     /// Eight streams of bulk to the client.
@@ -31,7 +31,7 @@ pub enum Neighbour {
     SlowReader,
     /// A client that reads nothing of it.
     StoppedReader,
-    /// A target that reads nothing of what it is sent.
+    /// A target that reads nothing.
     StoppedTarget,
 }
 
@@ -68,8 +68,8 @@ impl Neighbour {
         Ok(connections)
     }
 
-    /// Keeps one connection as busy as this neighbour is, until `end` is set. What fails is the
-    /// neighbour's own affair.
+    /// Keeps one connection as busy as this neighbour is, until `end` is set. Errors of the
+    /// neighbour do not count.
     fn keep_busy(self, connection: &mut Connection, end: &AtomicBool) -> Result<()> {
         let order = match self {
             Self::StoppedTarget => Order::Stop,
@@ -100,7 +100,8 @@ impl Neighbour {
     }
 }
 
-/// The request loop, and another over the direct way at the same time: what of it is the machine's.
+/// Runs the request loop, and another one over the direct path at the same time, which shows the
+/// part of the machine.
 pub(super) fn take(path: &Running, neighbour: Neighbour, effort: &Effort) -> Result<Vec<Figure>> {
     let end = AtomicBool::new(false);
     let (mut own, mut direct) = (path.dial().open_echo()?, path.direct.open_echo()?);

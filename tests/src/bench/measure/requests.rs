@@ -11,7 +11,7 @@ use super::{Effort, Figure, Meter, latency};
 use crate::bench::load::{Connection, PATIENCE, REQUEST};
 use crate::bench::path::Running;
 
-/// `connections` at once; the first quarter second is not counted.
+/// Runs `connections` at once; the first quarter of a second does not count.
 pub(super) fn take(path: &Running, connections: usize, effort: &Effort) -> Result<Vec<Figure>> {
     let mut open = (0..connections)
         .map(|_| path.dial().open_echo())
@@ -36,7 +36,7 @@ pub(super) fn take(path: &Running, connections: usize, effort: &Effort) -> Resul
     Ok(figures)
 }
 
-/// All connections from one thread, so that threads taking turns are not what is measured.
+/// Sends requests on all connections from one thread, so that context switches are not measured.
 fn ask_all(connections: &mut [Connection], end: Instant) -> Result<Vec<Duration>> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let request = [b'?'; REQUEST];

@@ -1,4 +1,4 @@
-//! What agents and routes cost a server, whether or not they are used.
+//! Cost of agents and routes for a server, whether or not they are used.
 
 use std::thread;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::{Effort, Figure, Meter, latency, memory};
 use crate::bench::path::Running;
 
-/// Lets in agents or routes, leaves them alone, and then dials somebody else.
+/// Adds agents or routes, waits, and then dials another agent.
 pub(super) fn take(
     path: &Running,
     agents: usize,

@@ -110,7 +110,7 @@ pub(super) fn start(
     Ok(running)
 }
 
-/// Says in short that this `cpc` does not know a key of a variant, which is no failure.
+/// Returns a short text that this `cpc` does not know a key of a variant, which is no failure.
 pub(super) fn explain(error: Error) -> Error {
     let text = format!("{error:#}");
     let key = text

@@ -14,7 +14,7 @@ use crate::client::eventually;
 use crate::lab::config::{ConnectorPki, TRUST_DOMAIN};
 use crate::lab::process::Process;
 
-/// What the names of these agents begin with.
+/// Prefix of the names of these agents.
 pub(super) const CROWD: &str = "crowd";
 /// Identities that have routes, at most: each may serve an eighth of 10.0.0.0/8, and the addresses
 /// below 10.128.0.0 are the laboratory's.
@@ -23,10 +23,10 @@ const SERVING: u8 = 4;
 const SESSIONS: usize = 30;
 /// Routes of one session at most; an offer holds 1,024 and a message 64 KiB.
 const ROUTES: usize = 1000;
-/// How long the server may take to let all of them in.
+/// Time for the server to accept all of them.
 const READY: Duration = Duration::from_secs(60);
 
-/// What the server grants them. Each serves parts of what it alone is granted.
+/// Returns the server's grants for them. Each serves parts of a range that it alone is granted.
 pub(super) fn grants() -> Vec<Value> {
     let grant = |number: u8| {
         json!({
@@ -37,7 +37,7 @@ pub(super) fn grants() -> Vec<Value> {
     (0..SERVING).map(grant).collect()
 }
 
-/// Where they come in.
+/// Addresses at which they connect.
 #[derive(Debug)]
 pub(super) struct Gate {
     pub(super) program: PathBuf,
@@ -50,7 +50,7 @@ pub(super) struct Gate {
 /// A crowd that is in. Dropping it ends it.
 #[derive(Debug)]
 pub struct Crowd {
-    /// How long it took from its start until the server had taken all of it in.
+    /// Time from its start until the server had accepted all of it.
     pub admitted: Duration,
     process: Process,
 }

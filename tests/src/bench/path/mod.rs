@@ -27,7 +27,7 @@ use crate::lab::cgroup::{Cgroup, Membership};
 use crate::lab::daemon::Daemon;
 use crate::lab::process::Process;
 
-/// How long a path may take until a byte comes back over it.
+/// Time until a byte comes back over a path.
 const READY: Duration = Duration::from_secs(20);
 
 /// The programs that paths consist of.
@@ -49,7 +49,7 @@ pub struct Programs {
 pub const KONNECTIVITY: &str = "CPC_KONNECTIVITY_BIN";
 
 impl Programs {
-    /// Those that cargo put into `folder`, and those that the environment names.
+    /// Returns the programs in cargo's `folder`, and those of the environment.
     pub fn in_folder(folder: &std::path::Path) -> Self {
         Self {
             cpc: folder.join("cpc"),
@@ -61,7 +61,7 @@ impl Programs {
     }
 }
 
-/// Which way.
+/// Kind of a path.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Way {
     /// TCP without anything in between.
@@ -73,11 +73,11 @@ pub enum Way {
     },
     /// The connector.
     Connector {
-        /// Redirected in the kernel, or asked for by HTTP CONNECT.
+        /// Redirected in the kernel, or requested by HTTP CONNECT.
         redirect: bool,
-        /// What is merged into the server's configuration.
+        /// Additional configuration of the server.
         server: Value,
-        /// What is merged into the agent's.
+        /// Additional configuration of the agent.
         agent: Value,
     },
     /// Konnectivity, by HTTP CONNECT on a Unix socket.
@@ -86,19 +86,19 @@ pub enum Way {
     OpenVpn,
 }
 
-/// A way over a wire.
+/// A path over a wire.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Path {
-    /// Its name in reports.
+    /// Name in reports.
     pub name: String,
-    /// The way.
+    /// Kind of the path.
     pub way: Way,
     /// The wire.
     pub wire: Wire,
 }
 
 impl Path {
-    /// `way` over the usual wire.
+    /// Creates a path over the usual wire.
     pub fn new(name: &str, way: Way) -> Self {
         Self {
             name: name.to_owned(),
@@ -107,7 +107,7 @@ impl Path {
         }
     }
 
-    /// The same over another wire.
+    /// Returns the same path over another wire.
     pub fn over(&self, wire: Wire) -> Self {
         Self {
             name: format!("{}, {}", self.name, wire.name),
@@ -116,8 +116,7 @@ impl Path {
         }
     }
 
-    /// Every path that there is: those that are compared, then the variants of the connector, then
-    /// other wires.
+    /// Returns every path: the compared ones, then the variants of the connector, then other wires.
     pub fn all() -> Vec<Self> {
         let quinn = |chunks| Way::Quinn { chunks };
         let copy = Self::new("quinn copy", quinn(false));
@@ -140,7 +139,7 @@ impl Path {
         paths
     }
 
-    /// Why it can't be had on this machine.
+    /// Returns why this machine can't have the path, if so.
     pub fn missing(&self, programs: &Programs) -> Option<String> {
         let root = nix::unistd::geteuid().is_root();
         let redirect = matches!(self.way, Way::Connector { redirect: true, .. });
@@ -234,7 +233,7 @@ fn variants() -> Vec<Path> {
     ]
 }
 
-/// The connector with its defaults.
+/// Returns the connector with its defaults.
 fn connector(redirect: bool) -> Way {
     Way::Connector {
         redirect,
@@ -247,7 +246,7 @@ fn absent(program: &std::path::Path) -> Option<String> {
     (!program.exists()).then(|| format!("there is no {}", program.display()))
 }
 
-/// Where a path is started.
+/// Place of a path's start.
 struct Start<'a> {
     scene: &'a Scene,
     programs: &'a Programs,
@@ -256,7 +255,7 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    /// A port for this path alone, `base` being far from the others.
+    /// Returns a port for this path alone, with `base` far from the others.
     fn port(&self, base: u16) -> u16 {
         base + 10 * u16::from(self.number)
     }
@@ -278,15 +277,15 @@ impl Start<'_> {
 /// A path that is up. Dropping it ends its programs.
 #[derive(Debug)]
 pub struct Running {
-    /// How connections are opened, one way for each node that the path leads to.
+    /// Ways to open connections, one for each node of the path.
     pub dials: Vec<Dial>,
     /// The direct way over the same wire.
     pub direct: Dial,
-    /// Where the client is.
+    /// Place of the client.
     client: Place,
     /// The group whose sockets are redirected.
     group: Option<Cgroup>,
-    /// Where more agents can come in.
+    /// Entrance for more agents.
     gate: Option<Gate>,
     processes: [Vec<Process>; 2],
     daemons: [Vec<Daemon>; 2],
@@ -308,7 +307,7 @@ impl Running {
         }
     }
 
-    /// The processes of a side: 0 is the server's, 1 the agents'. The direct way has none.
+    /// Returns the processes of a side: 0 is the server's, 1 the agents'. The direct path has none.
     pub fn processes(&self, side: usize) -> Vec<Pid> {
         let processes = self.processes[side].iter().map(Process::pid);
         processes
@@ -316,7 +315,7 @@ impl Running {
             .collect()
     }
 
-    /// The first way to open a connection.
+    /// Returns the first way to open a connection.
     pub fn dial(&self) -> &Dial {
         &self.dials[0]
     }
@@ -352,7 +351,7 @@ impl Running {
         Ok(())
     }
 
-    /// Every node answers.
+    /// Waits until every node answers.
     fn wait_ready(&mut self) -> Result<()> {
         for dial in self.dials.clone() {
             let ready = eventually(READY, || {

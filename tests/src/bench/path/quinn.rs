@@ -11,7 +11,7 @@ use crate::bench::target;
 
 /// The most that quinn looks for on the usual path: its own default.
 const MTU: &str = "1452";
-/// On a larger one: above it, ten packets pass 64 KiB and can't be sent at once.
+/// Packet size on a larger wire: above it, ten packets pass 64 KiB and can't be sent at once.
 const JUMBO: &str = "6500";
 
 pub(super) fn start(place: &Start<'_>, chunks: bool) -> Result<Running> {

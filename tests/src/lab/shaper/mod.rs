@@ -1,4 +1,4 @@
-//! A path that delays, loses, reorders, throttles and swallows packets.
+//! A path that delays, loses, reorders, throttles and drops packets.
 //!
 //! A veth pair of the laboratory gives way to two TUN devices of the same names, one in each
 //! namespace, and a thread of this process carries the packets between them. So everything that is
@@ -31,9 +31,9 @@ pub const SEED: &str = "CPC_LAB_SEED";
 /// A link of the router's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
-    /// That to the control plane, which all workers share.
+    /// Link to the control plane, which all workers share.
     ControlPlane,
-    /// That to a worker (from 1).
+    /// Link to a worker (from 1).
     Worker(u8),
 }
 
@@ -50,13 +50,13 @@ pub enum Direction {
 #[derive(Debug)]
 pub struct Shaper {
     shared: Arc<Shared>,
-    /// Given up when the thread is to end.
+    /// Dropped to end the thread.
     owner: Option<UnixStream>,
     thread: Option<JoinHandle<Result<(), Errno>>>,
 }
 
 impl Impairment {
-    /// A way there and back of `rtt`, half of it in this direction.
+    /// Returns a delay of half of `rtt`, for each direction.
     pub fn of_rtt(rtt: Duration) -> Self {
         Self {
             delay: rtt / 2,
@@ -93,17 +93,17 @@ impl Shaper {
         })
     }
 
-    /// What is done to packets from now on, in both directions.
+    /// Sets the treatment of later packets, in both directions.
     pub fn set(&self, path: Impairment) {
         *lock(&self.shared.path) = [path; 2];
     }
 
-    /// The same in one direction.
+    /// Sets it for one direction.
     pub fn set_one(&self, direction: Direction, path: Impairment) {
         lock(&self.shared.path)[direction as usize] = path;
     }
 
-    /// What has become of a direction's packets.
+    /// Returns the counts of a direction's packets.
     pub fn counts(&self, direction: Direction) -> Counts {
         lock(&self.shared.counts)[direction as usize]
     }
@@ -121,8 +121,8 @@ impl Drop for Shaper {
 }
 
 impl Lab {
-    /// Has the packets of `link` pass through this process. Sockets stay, and find the same
-    /// addresses again. It is for tests: where a laboratory is [kept](Lab::keep), the link is cut.
+    /// Makes the packets of `link` pass through this process. Sockets stay, and find the same
+    /// addresses. It is for tests: where a laboratory is [kept](Lab::keep), the link is cut.
     ///
     /// # Errors
     ///
@@ -143,7 +143,7 @@ impl Lab {
     }
 }
 
-/// The one that is given, or one that changes from run to run.
+/// Returns the given seed, or one that changes from run to run.
 fn seed() -> Result<u64> {
     match std::env::var(SEED) {
         Ok(text) => text

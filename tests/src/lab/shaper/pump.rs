@@ -1,4 +1,4 @@
-//! The thread that moves a link's packets from one device to the other, as the schedules say.
+//! The thread that moves a link's packets from one device to the other, by their schedules.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -19,26 +19,26 @@ const BATCH: usize = 64;
 /// More than a packet has.
 const ROOM: usize = 1 << 16;
 
-/// What the thread and its owner share.
+/// State shared by the thread and its owner.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// What each direction does, as it is configured now.
+    /// Configuration of each direction.
     pub(super) path: Mutex<[Impairment; 2]>,
-    /// What has become of the packets of each.
+    /// Counts of the packets of each direction.
     pub(super) counts: Mutex<[Counts; 2]>,
 }
 
-/// The devices of a link: what is read from one is written to the other.
+/// Devices of a link: packets read from one are written to the other.
 pub(super) struct Pump<'a> {
     pub(super) devices: [File; 2],
     pub(super) schedules: [Schedule; 2],
     pub(super) shared: &'a Shared,
-    /// Whoever holds the other end ends this by dropping it.
+    /// Socket whose other end the owner drops to end the thread.
     pub(super) owner: UnixStream,
 }
 
 impl Pump<'_> {
-    /// Moves packets until the owner has gone.
+    /// Moves packets until the owner has dropped its end.
     pub(super) fn run(mut self) -> Result<(), Errno> {
         let mut buffer = vec![0; ROOM];
         loop {
@@ -55,7 +55,7 @@ impl Pump<'_> {
         }
     }
 
-    /// Takes in what has come from a device. `true`: there may be more.
+    /// Takes packets from a device. `true`: there may be more.
     fn read(&mut self, from: usize, path: &Impairment, buffer: &mut [u8]) -> bool {
         for _ in 0..BATCH {
             match (&self.devices[from]).read(buffer) {
@@ -76,7 +76,7 @@ impl Pump<'_> {
         }
     }
 
-    /// Waits for packets, or until one is due. `true`: the owner has gone.
+    /// Waits for packets, or until one is due. `true`: the owner has dropped its end.
     fn wait(&self) -> Result<bool, Errno> {
         let next = self.schedules.iter().filter_map(Schedule::next).min();
         let now = Instant::now();
@@ -92,7 +92,7 @@ impl Pump<'_> {
     }
 }
 
-/// Nobody panics while holding one of these.
+/// Locks a mutex; no holder panics.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

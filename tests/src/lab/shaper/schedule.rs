@@ -1,4 +1,4 @@
-//! What becomes of each packet, and when: no socket and no clock in here.
+//! The fate of each packet, and its time: without a socket and without a clock.
 //!
 //! A packet passes the parts of a path in this order: the largest size that it carries, what it
 //! loses, a bottleneck with a bounded queue, and the distance. Each kind of decision has random
@@ -9,40 +9,40 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-/// Packets that a path holds at most, in bytes, whatever is configured: what a test can cost.
+/// Maximum bytes of the packets in a path with any configuration: the cost of a test.
 const MOST: usize = 64 << 20;
 
 /// Jitter is another one so often: slower than packets follow each other, as that of a network is,
 /// where queues grow and shrink.
 const JITTER_LASTS: Duration = Duration::from_millis(10);
 
-/// What one direction of a path does to packets. The default does nothing.
+/// Treatment of the packets of one direction. The default changes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Impairment {
-    /// How long each packet takes.
+    /// Delay of each packet.
     pub delay: Duration,
-    /// Up to so much more, in steps; packets stay in order.
+    /// Maximum additional delay, in steps; packets stay in order.
     pub jitter: Duration,
     /// Part of the packets that is lost, 0 to 1.
     pub loss: f64,
-    /// Part of the packets that comes later than it should, 0 to 1.
+    /// Part of the packets that come late, 0 to 1.
     pub reorder: f64,
-    /// How much later, at most.
+    /// Maximum additional delay of late packets.
     pub reorder_by: Duration,
     /// The bottleneck, in bits a second; `None`: there is none.
     pub rate: Option<u64>,
-    /// Bytes that wait before the bottleneck; what comes then is lost.
+    /// Bytes that wait before the bottleneck; further packets are lost.
     pub queue: usize,
     /// The largest packet that passes, in bytes with its IP header; others vanish without a word.
     pub mtu: Option<usize>,
 }
 
-/// What has become of the packets so far.
+/// Counts of the packets so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Packets that came.
+    /// Packets in.
     pub packets: u64,
-    /// Bytes that left again, with their IP headers.
+    /// Bytes out, with their IP headers.
     pub bytes: u64,
     /// Lost at random.
     pub lost: u64,
@@ -54,15 +54,15 @@ pub struct Counts {
     pub held_back: u64,
 }
 
-/// One direction of a path, with the packets that are under way.
+/// One direction of a path, with the packets in it.
 #[derive(Debug)]
 pub struct Schedule {
     loss: Random,
     reorder: Random,
     jitter: Random,
-    /// Up to when the bottleneck is busy with what it has taken.
+    /// Time until which the bottleneck is busy.
     busy: Option<Instant>,
-    /// When the last packet leaves that is in order.
+    /// Time at which the last packet in order leaves.
     last: Option<Instant>,
     /// Part of the jitter in force, and since when.
     unrest: (f64, Option<Instant>),
@@ -73,7 +73,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// An empty path whose decisions follow from `seed`.
+    /// Creates an empty path whose decisions follow from `seed`.
     pub fn new(seed: u64) -> Self {
         let mut seeds = Random(seed);
         let [loss, reorder, jitter] = std::array::from_fn(|_| Random(seeds.next()));
@@ -91,7 +91,7 @@ impl Schedule {
         }
     }
 
-    /// A packet comes in at `now`.
+    /// Takes a packet at `now`.
     pub fn push(&mut self, path: &Impairment, now: Instant, packet: &[u8]) {
         let (is_lost, late) = (self.loss.part() < path.loss, self.reorder.part());
         self.counts.packets += 1;
@@ -123,7 +123,7 @@ impl Schedule {
         self.under_way.push(Reverse(entry));
     }
 
-    /// The next packet that leaves at `now` or has left before.
+    /// Returns the next packet that leaves at `now` or has left before.
     pub fn pop(&mut self, now: Instant) -> Option<Vec<u8>> {
         let Reverse((due, ..)) = self.under_way.peek()?;
         if *due > now {
@@ -135,17 +135,18 @@ impl Schedule {
         Some(packet)
     }
 
-    /// When the next packet leaves.
+    /// Returns the time at which the next packet leaves.
     pub fn next(&self) -> Option<Instant> {
         self.under_way.peek().map(|Reverse((due, ..))| *due)
     }
 
-    /// What has become of the packets so far.
+    /// Returns the counts of the packets so far.
     pub fn counts(&self) -> Counts {
         self.counts
     }
 
-    /// When a packet of `size` bytes has passed the bottleneck; `None` when it does not.
+    /// Returns the time at which a packet of `size` bytes has passed the bottleneck; `None` when it
+    /// does not.
     fn pass_bottleneck(&mut self, path: &Impairment, now: Instant, size: usize) -> Option<Instant> {
         if self.held + size > MOST {
             return None;
@@ -163,7 +164,7 @@ impl Schedule {
         Some(passed)
     }
 
-    /// The part of the jitter that is in force at `now`.
+    /// Returns the part of the jitter in force at `now`.
     fn unrest(&mut self, now: Instant) -> f64 {
         let (_, since) = self.unrest;
         if since.is_none_or(|since| now >= since + JITTER_LASTS) {
@@ -186,7 +187,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// From 0 up to, not including, 1.
+    /// Returns a number from 0 up to, not including, 1.
     fn part(&mut self) -> f64 {
         // 53 bits are what a double holds exactly.
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64

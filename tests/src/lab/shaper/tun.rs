@@ -1,4 +1,4 @@
-//! A TUN device of a namespace: what is sent over it is read from a descriptor, packet by packet.
+//! A TUN device of a namespace: its descriptor returns the sent packets, one by one.
 
 use std::fs::File;
 use std::io;
@@ -12,8 +12,9 @@ use crate::lab::netns::Netns;
 /// Packets that wait for their reader. The default of 500 is less than a burst of TCP's.
 const QUEUE: usize = 10_000;
 
-/// Makes the device `name` in `netns`. It carries IP packets without link layer, and no offloads:
-/// what is larger than its MTU is cut before it is read here. It goes when the file is closed.
+/// Creates the device `name` in `netns`. It carries IP packets without link layer and without
+/// offloads: packets above its MTU are fragmented before they are read here. It ends when the file
+/// is closed.
 pub(super) fn open(netns: &Netns, name: &str) -> Result<File> {
     let file = netns.enter(|| {
         let file = std::fs::OpenOptions::new()

@@ -13,8 +13,8 @@ use cpc_host::privileges::ANY_START;
 /// Run an agent, on a worker
 ///
 /// The agent dials out to every server and holds a tunnel to each. Servers request connections to
-/// targets; the agent dials those that its allow-list names, by default the kubelet of its own node: the
-/// addresses in its certificate, port 10250.
+/// targets; the agent dials those that its allow-list names, by default the kubelet of its own
+/// node: the addresses in its certificate, port 10250.
 ///
 /// SIGTERM drains, a second signal ends the process at once. SIGHUP reloads allow-list, offer and log
 /// filter. Certificates reload when their files change.
@@ -55,7 +55,7 @@ pub(super) struct Args {
     engine: Option<EngineChoice>,
     #[command(flatten)]
     tls: TlsArgs,
-    /// Ask a server for another certificate in time; --cert and --key have to be one file
+    /// Request the next certificate from a server in time; --cert and --key must name one file
     #[arg(long, env = "CPC_TLS_RENEW", help_heading = "TLS")]
     renew: bool,
     #[command(flatten)]

@@ -30,10 +30,9 @@ impl Overlay {
             self.0.contains(&list)
         };
         match error {
-            ConfigError::Value { key, why } if is_given(&key) => ConfigError::value(
-                key,
-                format!("{why} (it was given by a flag or in the environment)"),
-            ),
+            ConfigError::Value { key, why } if is_given(&key) => {
+                ConfigError::value(key, format!("{why} (set by a flag or in the environment)"))
+            }
             error => error.within(file),
         }
     }

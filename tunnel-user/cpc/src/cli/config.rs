@@ -10,7 +10,7 @@ use super::{agent, server};
 use cpc_config::role::Role;
 use cpc_config::{AgentConfig, ServerConfig, to_yaml};
 
-/// Check a configuration file, or show what is in force
+/// Check a configuration file, or print the configuration of a start
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -31,11 +31,12 @@ enum Command {
         /// Configuration file (YAML, version 1)
         file: PathBuf,
     },
-    /// Print the configuration that a start would have, as YAML
+    /// Print the configuration of a start, as YAML
     ///
-    /// The command combines the file, CPC_* in the environment and the flags behind `--`, and checks the
-    /// result as a start does. The output has every default and absolute paths, and is itself a
-    /// configuration file. It contains no secret, only the paths of files that hold secrets.
+    /// The command combines the file, CPC_* in the environment and the flags behind `--`, and
+    /// checks the result as a start does. The output has every default and absolute paths, and is
+    /// itself a configuration file. It contains no secret, only the paths of files that hold
+    /// secrets.
     Show {
         /// Program whose configuration is shown [default: the one whose keys the file has]
         #[arg(long, value_enum)]
@@ -114,7 +115,7 @@ fn role_of(role: Option<Role>, file: Option<&Path>) -> anyhow::Result<Role> {
     };
     Role::of_file(file)?.with_context(|| {
         format!(
-            "{}: its keys do not tell which program reads it: say --role server or --role agent",
+            "{}: its keys do not show which program reads the file: add --role server or --role agent",
             file.display()
         )
     })

@@ -13,10 +13,10 @@ use cpc_identity::KeyHash;
 
 /// Get this node's certificate from a server, with a token
 ///
-/// The key is made here and never leaves this host. The hash of its CA's key authenticates the server;
-/// `cpc token create` prints it with the whole command. The result is two files: agent.pem with key and
-/// certificate, and ca.crt. After a failure run the command again: it uses the same key, which costs the
-/// token no further use.
+/// The command creates the key, which never leaves this host. The hash of its CA's key
+/// authenticates the server; `cpc token create` prints it with the whole command. The result is two
+/// files: agent.pem with key and certificate, and ca.crt. After a failure run the command again: it
+/// uses the same key, which costs the token no further use.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Address of a server's join listener

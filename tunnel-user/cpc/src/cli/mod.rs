@@ -20,9 +20,9 @@ use konnectivity::{proxy_agent, proxy_server};
 /// Control Plane Connector: kube-apiserver reaches kubelets, pods and services in a network
 /// without inbound access.
 ///
-/// `cpc server` runs on the control plane, `cpc agent` on the workers, which dial out to it over
-/// QUIC. Connections of programs on the control-plane host are redirected into the tunnel by eBPF,
-/// or use it by HTTP CONNECT.
+/// An agent (`cpc agent`) on each worker dials out over QUIC to a server (`cpc server`) on the
+/// control plane. An eBPF program redirects connections of programs on the control-plane host into
+/// the tunnel; HTTP CONNECT works without eBPF.
 #[derive(Debug, Parser)]
 #[command(
     name = "cpc",

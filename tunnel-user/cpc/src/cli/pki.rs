@@ -15,10 +15,10 @@ use cpc_identity::{KeyHash, Role, TrustDomain, pem};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// Make a cluster CA and issue certificates
+/// Create a cluster CA and issue certificates
 ///
 /// An identity is the one URI in a certificate: spiffe://TRUST-DOMAIN/server|agent|client/NAME.
-/// Keys are made here and written with mode 0600; no existing file is overwritten. The file issued.json
+/// The command creates keys with mode 0600 and overwrites no file. The file issued.json
 /// beside the CA lists the certificates of agents: servers that issue from the CA (`join`) read it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -28,7 +28,7 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a CA: ca.crt and ca.key
+    /// Create a CA: ca.crt and ca.key
     Init {
         /// Directory for the CA
         #[arg(long, value_name = "DIR")]
@@ -80,7 +80,7 @@ enum Command {
         /// Directory of the CA that agents trust now
         #[arg(long, value_name = "DIR")]
         dir: PathBuf,
-        /// Certificate of the CA that follows
+        /// Certificate of the next CA
         #[arg(long, value_name = "FILE")]
         ca: PathBuf,
         /// File for the certificates
@@ -106,7 +106,7 @@ struct Validity {
     /// Validity in days, up to 100 years
     #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_525))]
     days: u32,
-    /// Last moment of validity, such as 2027-01-01T00:00:00Z
+    /// End of the validity, such as 2027-01-01T00:00:00Z
     #[arg(long, value_name = "TIME", conflicts_with = "days", value_parser = humantime::parse_rfc3339)]
     not_after: Option<SystemTime>,
 }

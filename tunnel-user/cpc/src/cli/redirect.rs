@@ -19,16 +19,17 @@ use cpc_observe::logging;
 use cpc_redirect::{FoundAttachment, Redirect};
 use cpc_server::Attachments;
 
-/// Attach, detach and look at the eBPF redirect
+/// Attach, detach and inspect the eBPF redirect
 ///
-/// Programs and maps are pinned under redirect.pin and outlive every process. While no server
-/// answers, captured connections are refused (or pass, where the attachment fails open).
+/// The command pins programs and maps under redirect.pin, where they outlive every process. While
+/// no server answers, the kernel refuses captured connections (or lets them pass, where the
+/// attachment fails open).
 ///
 /// A `cpc server` with CAP_NET_ADMIN attaches by itself. A server without capabilities uses the
-/// attachments of `attach`, if it is a member of redirect.group. `attach --stay` then starts before it at
-/// each boot and follows cgroups and the host's addresses; the shipped unit cpc-redirect.service does that.
-/// Run `attach` without --stay at each boot, and again for a changed capture set, for a recreated cgroup,
-/// and for a later address of the host.
+/// attachments of `attach`, if it is a member of redirect.group. `attach --stay` then starts before
+/// the server at each boot and follows cgroups and the host's addresses; the shipped unit
+/// cpc-redirect.service runs that command. Run `attach` without --stay at each boot, and again for
+/// a changed capture set, for a recreated cgroup, and for a later address of the host.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -37,7 +38,7 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Put the configured attachments in place, or renew their programs in one step
+    /// Attach the configured attachments, or replace their programs in one step
     ///
     /// Fails while another attachment of cpc decides over the same connections. With --stay the command
     /// logs one line instead, and another one when that attachment is gone.
@@ -58,8 +59,8 @@ enum Command {
         /// Name of one attachment; all of redirect.pin when missing
         #[arg(conflicts_with = "all")]
         name: Option<String>,
-        /// Detach everything that `list` shows, with its maps, of every version and pin directory. Needs no
-        /// configuration
+        /// Detach every attachment of `list`, with its maps, of every version and pin directory.
+        /// Needs no configuration
         #[arg(long)]
         all: bool,
         /// Pin directory, as `list` names it, in place of the configured one. Needs no configuration
@@ -68,8 +69,8 @@ enum Command {
     },
     /// List every attachment of cpc on this host, of any process
     ///
-    /// Reads the BPF file system, and with CAP_SYS_ADMIN all links in the kernel. Needs no configuration:
-    /// without one the command searches /sys/fs/bpf.
+    /// Reads the BPF file system, and with CAP_SYS_ADMIN all links in the kernel. Needs no
+    /// configuration: without one the command searches /sys/fs/bpf.
     List {
         #[command(flatten)]
         config: Config,
@@ -162,8 +163,7 @@ fn attach(config: &ServerConfig) -> anyhow::Result<()> {
     }
     if !shared.is_empty() {
         bail!(
-            "NOT in place: {}. An attachment refuses its connections while its server is away. Take what is not \
-             needed away with {}, then attach again",
+            "NOT in place: {}. An attachment refuses its connections while its server is away. Remove the attachments that are not needed with {}, then attach again",
             shared.join("; "),
             remedies.into_iter().collect::<Vec<_>>().join(" and ")
         );
@@ -211,7 +211,7 @@ fn stay(file: &Config) -> anyhow::Result<()> {
         }
         lifecycle::notify(&[NotifyState::Stopping]);
         tracing::info!(
-            "ends: attachments stay and capture; the host's addresses and cgroups are no longer followed"
+            "ending: attachments stay and capture; no process follows the host's addresses and cgroups any more"
         );
         watching.abort();
         anyhow::Ok(())

@@ -13,13 +13,13 @@ use cpc_host::inherited::Inherited;
 
 /// Run the server, on the control plane
 ///
-/// Agents dial in at `listen` over QUIC. Programs on this host reach what the agents serve through
-/// the frontends: the eBPF redirect, and HTTP CONNECT. The configuration file can hold every setting;
-/// the environment overrides the file, and flags override both.
+/// Agents dial `listen` over QUIC. Programs on this host reach the destinations of agents through
+/// the frontends: the eBPF redirect, and HTTP CONNECT. The configuration file can hold every
+/// setting; the environment overrides the file, and flags override both.
 ///
 /// SIGTERM drains: open connections may go on for limits.drain; a second signal ends the process at
-/// once. SIGHUP reloads policy, allow-lists, capture sets and log filter. Certificates reload when their
-/// files change.
+/// once. SIGHUP reloads policy, allow-lists, capture sets and log filter. Certificates reload when
+/// their files change.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file (YAML, version 1)

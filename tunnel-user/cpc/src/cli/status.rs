@@ -67,7 +67,7 @@ impl Admin {
         let url = format!("http://{}/status", self.admin);
         let mut answer = Self::http().get(&url).call().with_context(|| {
             format!(
-                "nobody answers at {}; is it running, and is that its admin address?",
+                "no answer at {}; is the process running, and is that its admin address?",
                 self.admin
             )
         })?;
@@ -83,7 +83,7 @@ impl Admin {
         let mut answer = Self::http()
             .put(&url)
             .send(body)
-            .with_context(|| format!("nobody answers at {}", self.admin))?;
+            .with_context(|| format!("no answer at {}", self.admin))?;
         let text = answer.body_mut().read_to_string()?;
         if !answer.status().is_success() {
             bail!("{}", text.trim());
@@ -166,7 +166,7 @@ fn render_server(server: &ServerStatus) -> String {
     );
     if server.breakers_open > 0 {
         text += &format!(
-            "{} destinations are not dialled for now: their dials timed out (circuit_open in the \
+            "{} destinations are skipped for now: their dials timed out (circuit_open in the \
              access log)\n",
             server.breakers_open
         );

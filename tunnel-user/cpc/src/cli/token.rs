@@ -21,7 +21,7 @@ use cpc_identity::pem;
 
 mod issued;
 
-/// Make and end the tokens that workers join with
+/// Create and revoke the tokens with which workers join
 ///
 /// A worker presents a token to the join listener of a server (`join` in its configuration) and gets an
 /// agent's certificate. The server's state_dir holds the tokens; a running server sees each change at
@@ -37,14 +37,14 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a token, and print the command that a worker joins with
+    /// Create a token, and print the command with which a worker joins
     Create {
-        /// Name of the node, in which `*` stands for any characters. A token for a name without `*` also
-        /// admits another key while the node's certificate is valid
+        /// Name of the node, in which `*` stands for any characters. A token for a name without `*`
+        /// also admits another key while the node's certificate is valid
         #[arg(long, value_name = "NAME")]
         node: String,
-        /// Address or range for the node's addresses; may be repeated. A token for a single address also
-        /// moves it from another node
+        /// Address or range for the node's addresses; may be repeated. A token for a single address
+        /// also moves it from another node
         #[arg(long, value_name = "CIDR", required = true, value_parser = net)]
         ip: Vec<IpNet>,
         /// Number of nodes that may use the token
@@ -56,7 +56,7 @@ enum Command {
         /// Address of the join listener for workers, for the printed command
         #[arg(long, value_name = "HOST:PORT")]
         server: Option<String>,
-        /// Print the token alone
+        /// Print only the token
         #[arg(long, short)]
         quiet: bool,
     },
@@ -71,9 +71,9 @@ enum Command {
         /// Part of the token before the dot
         id: String,
     },
-    /// Show which nodes have certificates
+    /// Show the nodes with certificates
     ///
-    /// Those that joined here, and those of `cpc pki` from the same CA.
+    /// Lists the nodes that joined here, and those of `cpc pki` from the same CA.
     Issued {
         /// Print JSON
         #[arg(long)]
@@ -81,8 +81,8 @@ enum Command {
     },
     /// Release a node's name and addresses for other nodes
     ///
-    /// For a node that is gone or was installed again. Its certificates stay valid until they expire;
-    /// `tls.revoked` ends them at once, and releases their name and addresses too.
+    /// For a node that no longer exists or was installed again. Its certificates stay valid until
+    /// they expire; `tls.revoked` ends them at once, and releases their name and addresses too.
     Release {
         /// The node's name
         #[arg(required_unless_present = "ip")]
@@ -103,7 +103,7 @@ impl Args {
         config.check().map_err(|error| error.within(file))?;
         let Some(join) = &config.join else {
             bail!(
-                "the configuration has no `join`: then nobody takes tokens (docs/configuration.md)"
+                "the configuration has no `join`, so the server accepts no tokens (docs/configuration.md)"
             );
         };
         let log = IssueLog::open(&config.join_directory())?;
@@ -180,7 +180,7 @@ impl Args {
                     Ok::<_, IssueLogError>(records.tokens.remove(&id).is_some())
                 })?;
                 if !found {
-                    bail!("there is no token {id}; `cpc token list` shows those that there are");
+                    bail!("there is no token {id}; `cpc token list` shows all tokens");
                 }
                 println!("token {id} is revoked");
             }

@@ -72,7 +72,7 @@ pub enum Refusal {
     PodAddress(IpAddr),
     /// The address is not one of the node.
     #[error(
-        "Kubernetes does not say that {node} has the address {address}: it has to stand in the Node's status"
+        "Kubernetes does not say that {node} has the address {address}: the Node's status must list it"
     )]
     NotOfNode {
         /// The address.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a count comes from a list and the changes since. While the API server is away the
 //! count stays, so that its absence does not look like that of the servers.
+
 use std::collections::HashMap;
 use std::pin::pin;
 use std::time::{Duration, SystemTime};

@@ -151,7 +151,7 @@ impl TokenReviewer {
         let settled = slot.wait_for(Option::is_some).await;
         match settled.ok().as_deref() {
             Some(Some(cached)) => cached.verdict.clone(),
-            _ => Err(ReviewError::Unavailable("the review was given up".into())),
+            _ => Err(ReviewError::Unavailable("the review was cancelled".into())),
         }
     }
 }

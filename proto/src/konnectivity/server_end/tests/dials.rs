@@ -43,10 +43,10 @@ fn a_failed_dial_says_why() {
     let taken = |id| dialled(ONE, id);
     for (answer, why) in [
         (failed("connection refused"), "connection refused"),
-        (Packet::CloseDial { random: 1 }, "gave the dial up"),
-        (taken(0), "named it 0"),
-        (taken(-1), "named it -1"),
-        (taken(2), "named it 2"),
+        (Packet::CloseDial { random: 1 }, "cancelled the dial"),
+        (taken(0), "connect id 0"),
+        (taken(-1), "connect id -1"),
+        (taken(2), "connect id 2"),
     ] {
         let mut bench = Bench::new();
         bench.end.dial(TWO, "w1:2".into(), "two").unwrap();

@@ -6,7 +6,8 @@ fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-/// Sends `count` packets of `size` bytes, `gap` apart, and gives when each left, by its number.
+/// Sends `count` packets of `size` bytes, `gap` apart, and returns the time at which each left, by
+/// its number.
 fn send(
     path: &Impairment,
     count: u16,

@@ -25,7 +25,7 @@ pub(super) struct Translated<C> {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Beyond Konnectivity")]
 pub(super) struct Base {
-    /// Configuration file of `cpc` (YAML, version 1) that the flags are laid over: for QUIC, the
+    /// Configuration file of `cpc` (YAML, version 1) that the flags override: for QUIC, the
     /// redirect, grants and limits
     #[arg(long = "cpc-config", env = "CPC_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,

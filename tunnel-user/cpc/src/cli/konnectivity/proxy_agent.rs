@@ -18,7 +18,7 @@ use cpc_host::privileges::ANY_START;
 /// destination, as Konnectivity does; --cpc-allow restricts that. --cpc-config adds all other features
 /// of `cpc agent`.
 ///
-/// The first SIGTERM tells servers to prefer other agents, a second one ends the process.
+/// The first SIGTERM asks servers to prefer other agents; a second one ends the process.
 #[derive(Debug, clap::Args)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct Args {
@@ -81,7 +81,8 @@ struct Agent {
         value_name = "QUERY"
     )]
     agent_identifiers: String,
-    /// Interval of dials while proxy-servers are missing. Only 1s is supported; other values are ignored
+    /// Interval of dials while proxy-servers are missing. Only 1s is supported; other values are
+    /// ignored
     #[arg(long, default_value = "1s", value_parser = go::duration, value_name = "DURATION")]
     sync_interval: Duration,
     /// Maximum interval between attempts. Only 10s is supported; other values are ignored
@@ -156,12 +157,12 @@ impl Tables for ProxyAgent {
         (
             "probe-interval",
             Kind::Duration,
-            "How often connections are looked at",
+            "Interval of checks of connections",
         ),
         (
             "sync-forever",
             Kind::Switch,
-            "Go on looking for servers, as is always done here",
+            "Keep looking for servers; always on here",
         ),
     ];
 }

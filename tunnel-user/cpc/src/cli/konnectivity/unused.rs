@@ -39,12 +39,12 @@ const COMMON: &[Flag] = &[
     (
         "alsologtostderrthreshold",
         Kind::Text,
-        "Severity from which on",
+        "Minimum severity for that",
     ),
     (
         "legacy-stderr-threshold-behavior",
         Kind::Switch,
-        "How --stderrthreshold counts",
+        "Meaning of --stderrthreshold",
     ),
     (
         "log-backtrace-at",
@@ -61,19 +61,23 @@ const COMMON: &[Flag] = &[
     (
         "logtostderr",
         Kind::Switch,
-        "Log to standard error, as is always done here",
+        "Log to standard error; always on here",
     ),
-    ("one-output", Kind::Switch, "One file for each line"),
+    (
+        "one-output",
+        Kind::Switch,
+        "Each line only in the file of its severity",
+    ),
     (
         "skip-headers",
         Kind::Switch,
         "No time and source in log lines",
     ),
-    ("skip-log-headers", Kind::Switch, "No head in log files"),
+    ("skip-log-headers", Kind::Switch, "No headers in log files"),
     (
         "stderrthreshold",
         Kind::Text,
-        "Severity that goes to standard error too",
+        "Minimum severity for standard error",
     ),
     ("vmodule", Kind::Text, "Verbosity by source file"),
     (
@@ -130,7 +134,7 @@ impl<T: Tables> Unused<T> {
 impl<T: Tables> clap::Args for Unused<T> {
     fn augment_args(command: Command) -> Command {
         command
-            .next_help_heading("Taken, and without effect here")
+            .next_help_heading("Accepted, without effect")
             .args(Self::flags().map(arg))
             .mut_arg("enable-contention-profiling", |arg| {
                 arg.requires_if("true", "enable-profiling")

@@ -94,7 +94,7 @@ pub(super) fn release(
     })?;
     if released.is_empty() {
         bail!(
-            "no valid certificate on record holds that; `cpc token issued` shows those that there are"
+            "no valid certificate on record holds that; `cpc token issued` shows all certificates"
         );
     }
     for (node, holder) in released {

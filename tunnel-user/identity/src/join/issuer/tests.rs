@@ -468,7 +468,7 @@ async fn a_revoked_certificate_keeps_nothing() {
     assert!(why.contains("has been revoked"), "{why}");
 }
 
-/// Its tunnel may still be open.
+/// The tunnel of the agent may still be open.
 #[tokio::test]
 async fn a_revoked_certificate_is_not_renewed() {
     let fixture = fixture(None);

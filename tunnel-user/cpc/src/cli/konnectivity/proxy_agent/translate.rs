@@ -37,8 +37,7 @@ impl Args {
         } else if config.allow.is_none() {
             config.allow = Some(allow_list::everything());
             notes.push(
-                "whatever a proxy-server asks for is dialled, loopback and metadata services of \
-                 clouds among it, as with Konnectivity; --cpc-allow names what may be"
+                "the agent dials every requested destination, including loopback and metadata services of clouds, as Konnectivity does; --cpc-allow restricts that"
                     .into(),
             );
         }

@@ -40,9 +40,8 @@ const TLS13_SUITES: [&str; 3] = [
 ];
 
 /// Warning where agents need no proof of their identity.
-const ANYBODY: &str = "whoever reaches --agent-port is taken for an agent, as with Konnectivity; \
-    --cluster-ca-cert, or --agent-namespace, --agent-service-account and \
-    --authentication-audience keep strangers out";
+const ANYBODY: &str = "the server accepts any peer at --agent-port as an agent, as Konnectivity does; \
+    --cluster-ca-cert, or --agent-namespace, --agent-service-account and --authentication-audience restrict that";
 
 impl Args {
     pub(super) fn lay_over(
@@ -106,7 +105,7 @@ impl Args {
             }));
         }
         let port = port("--server-port", flags.server_port, PORTS)?;
-        let needed = "is needed without --uds-name: kube-apiserver is let in by certificate";
+        let needed = "is needed without --uds-name: kube-apiserver authenticates by certificate";
         let (cert, key) = tls.ok_or_else(|| wrong("--server-cert", needed))?;
         let client_ca = client_ca.ok_or_else(|| wrong("--server-ca-cert", needed))?;
         let host = non_empty(&flags.server_bind_address).unwrap_or_default();
@@ -136,12 +135,8 @@ impl Args {
             ("--cluster-cert", &flags.cluster_cert),
             ("--cluster-key", &flags.cluster_key),
         )?;
-        let (cert, key) = tls.ok_or_else(|| {
-            wrong(
-                "--cluster-cert",
-                "is needed: agents are served over TLS alone",
-            )
-        })?;
+        let (cert, key) =
+            tls.ok_or_else(|| wrong("--cluster-cert", "is needed: agents connect over TLS only"))?;
         let client_ca = path(&flags.cluster_ca_cert);
         let token = self.token()?;
         if client_ca.is_some() && token.is_some() {
@@ -152,7 +147,7 @@ impl Args {
         let believe_identifiers = self.own.cpc_believe_identifiers;
         if client_ca.is_none() && token.is_none() {
             if !believe_identifiers {
-                let why = "false needs to know who an agent is: add --cluster-ca-cert, or \
+                let why = "false needs authenticated agents: add --cluster-ca-cert, or \
                            --agent-namespace, --agent-service-account and \
                            --authentication-audience";
                 return Err(wrong("--cpc-believe-identifiers", why));
@@ -267,7 +262,7 @@ impl Args {
             None | Some("VersionTLS12") => TlsVersion::Tls12,
             Some(old @ ("VersionTLS10" | "VersionTLS11")) => {
                 notes.push(format!(
-                    "--tls-min-version={old} is taken as VersionTLS12: what is older is not spoken"
+                    "--tls-min-version={old} counts as VersionTLS12: older versions are not supported"
                 ));
                 TlsVersion::Tls12
             }
@@ -289,10 +284,7 @@ impl Args {
             return Err(wrong("--cipher-suites", why));
         }
         if !weak.is_empty() {
-            notes.push(format!(
-                "cipher suites that are not spoken here: {}",
-                weak.join(",")
-            ));
+            notes.push(format!("unsupported cipher suites: {}", weak.join(",")));
         }
         if !(cipher_suites.is_empty() && weak.is_empty()) {
             cipher_suites.extend(TLS13_SUITES.map(str::to_owned));

@@ -308,7 +308,7 @@ fn cipher_suites_by_their_names() {
 
 #[test]
 fn what_is_weaker_than_it_looks_is_said() {
-    assert!(said(&[]).contains("whoever reaches --agent-port"));
+    assert!(said(&[]).contains("any peer at --agent-port"));
     assert_eq!(said(&["--cluster-ca-cert=ca"]), "");
     assert!(said(&["--tls-min-version=VersionTLS10"]).contains("VersionTLS12"));
     assert!(said(&["--keepalive-time=1s"]).contains("30s"));
