@@ -1,12 +1,13 @@
 //! The plan of dials: which server address to dial next, and over which protocol. Sans-I/O: time and
 //! chance are arguments.
 //!
-//! The aim is a live tunnel to every server, or several over QUIC where that is configured. Server ids
+//! The aim is a live tunnel to every server, or several native ones where that is configured. Server ids
 //! distinguish servers, because several addresses may lead to one server and one address (a virtual IP)
 //! to several. Dialling never ends; only its pace changes.
 //!
-//! Where both protocols are allowed QUIC is preferred: gRPC is dialled a little later, and only while
-//! QUIC does not reach the same server. Once it does, [`Plan::superseded`] names the gRPC tunnels that
+//! Where a native kind and a foreign one are allowed the native one is preferred: the other is dialled a
+//! little later, and only while no native tunnel reaches the same server. Once one does,
+//! [`Plan::superseded`] names the foreign tunnels that
 //! may end with their last connection.
 
 mod endpoint;
@@ -19,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use tunnel_proto::session::InstanceId;
 
-pub use self::endpoint::{Health, ServerEndpoint, ServerInfo, Verdict};
+pub(super) use self::endpoint::{Health, Verdict};
+pub use self::endpoint::{ServerEndpoint, ServerInfo};
 use self::tunnels::{TunnelEntry, Tunnels, all, is_reached, live, reached, take};
 use cpc_config::TunnelKind;
 use cpc_config::agent::Protocol;
@@ -34,20 +36,20 @@ const FASTEST: Duration = Duration::from_secs(1);
 /// instant.
 const SPREAD: Duration = Duration::from_millis(200);
 
-/// Time for QUIC before gRPC is tried where both are allowed.
+/// Time for the preferred kind before another one is tried where both are allowed.
 const HEAD_START: Duration = Duration::from_secs(1);
 
-/// Interval of dials to a proxy-server's address even if no tunnel is missing: later servers are not
+/// Interval of dials to a foreign server's address even if no tunnel is missing: later servers are not
 /// announced to connected agents.
 const RECONCILE: Duration = Duration::from_secs(60);
 
-/// Maximum number of tunnels to proxy-servers, whatever number one reports.
-const MAX_PROXY_SERVERS: usize = 256;
+/// Maximum number of foreign tunnels, whatever number one reports.
+const MAX_FOREIGN_SERVERS: usize = 256;
 
 #[derive(Debug)]
 struct Candidate {
     leads_to: Option<Arc<str>>,
-    /// Whether QUIC is preferred at this address.
+    /// Whether a native kind is preferred at this address.
     fallback: bool,
     resolved: bool,
     dialling: bool,
@@ -60,29 +62,29 @@ struct Candidate {
 
 /// State of addresses and servers.
 #[derive(Debug, Default)]
-pub struct Plan {
+pub(super) struct Plan {
     candidates: BTreeMap<ServerEndpoint, Candidate>,
-    quic: Tunnels,
-    grpc: Tunnels,
-    /// Number of tunnels to one server over QUIC, beyond the first.
+    native: Tunnels,
+    foreign: Tunnels,
+    /// Number of native tunnels to one server, beyond the first.
     further: usize,
     /// Number of servers, as the last one reported.
-    quic_count: u32,
-    grpc_count: u32,
-    /// Number of proxy-servers by their leases, in place of their reports.
+    native_count: u32,
+    foreign_count: u32,
+    /// Number of foreign servers by their leases, in place of their reports.
     leases: Option<u32>,
     /// Whether the larger one of both numbers counts.
     larger: bool,
 }
 
 impl Plan {
-    /// Sets the number of tunnels to each server over QUIC, at least one.
-    pub fn set_tunnels(&mut self, count: usize) {
+    /// Sets the number of native tunnels to each server, at least one.
+    pub(super) fn set_tunnels(&mut self, count: usize) {
         self.further = count.saturating_sub(1);
     }
 
     /// Sets the present addresses of the configured names, and their protocols.
-    pub fn set_addresses(&mut self, addresses: &[(SocketAddr, Protocol)], now: Instant) {
+    pub(super) fn set_addresses(&mut self, addresses: &[(SocketAddr, Protocol)], now: Instant) {
         for candidate in self.candidates.values_mut() {
             candidate.resolved = false;
         }
@@ -112,20 +114,20 @@ impl Plan {
         candidate.resolved = true;
     }
 
-    /// Uses the larger number of leases and of the proxy-servers' reports.
-    pub fn count_both(&mut self) {
+    /// Uses the larger number of leases and of the foreign servers' reports.
+    pub(super) fn count_both(&mut self) {
         self.larger = true;
     }
 
-    /// Sets the number of proxy-servers by their leases; with `None` their reports count.
-    pub fn set_leases(&mut self, count: Option<u32>) {
+    /// Sets the number of foreign servers by their leases; with `None` their reports count.
+    pub(super) fn set_leases(&mut self, count: Option<u32>) {
         // A server without a lease is still a server.
         self.leases = count.map(|count| count.max(1));
     }
 
     /// Returns the endpoints to dial now. Each is then under way until [`failed`](Self::failed) or
     /// [`welcomed`](Self::welcomed).
-    pub fn due(&mut self, now: Instant) -> Vec<ServerEndpoint> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<ServerEndpoint> {
         let is_due = |(endpoint, candidate): (&ServerEndpoint, &Candidate)| {
             let at = self.at(endpoint, candidate)?;
             (at <= now).then_some(*endpoint)
@@ -140,7 +142,7 @@ impl Plan {
     }
 
     /// Returns the time at which [`due`](Self::due) must be called again.
-    pub fn next_timeout(&self) -> Option<Instant> {
+    pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.candidates
             .iter()
             .filter_map(|(endpoint, candidate)| self.at(endpoint, candidate))
@@ -148,7 +150,7 @@ impl Plan {
     }
 
     /// Notes a failed dial. `chance` is in 0..1.
-    pub fn failed(&mut self, endpoint: ServerEndpoint, now: Instant, chance: f64) {
+    pub(super) fn failed(&mut self, endpoint: ServerEndpoint, now: Instant, chance: f64) {
         if let Some(candidate) = self.candidates.get_mut(&endpoint) {
             candidate.dialling = false;
             slow_down(candidate, now, chance);
@@ -158,7 +160,7 @@ impl Plan {
     /// Notes that a dial reached `server`, by its certificate. Returns whether to send Hello: not where
     /// this address is known to lead to it and enough live tunnels do, too, because the server would
     /// send connections into a tunnel that is about to be declined. `chance` is in 0..1.
-    pub fn reached(
+    pub(super) fn reached(
         &mut self,
         endpoint: ServerEndpoint,
         server: &str,
@@ -179,13 +181,13 @@ impl Plan {
     }
 
     /// Whether `tunnel` is one of those held to `server`.
-    pub fn holds(&self, kind: TunnelKind, server: &str, tunnel: u64) -> bool {
+    pub(super) fn holds(&self, kind: TunnelKind, server: &str, tunnel: u64) -> bool {
         let mut held = self.held(kind).get(server).into_iter().flatten();
         held.any(|held| held.tunnel == tunnel)
     }
 
     /// Notes that a dial led to a server. `tunnel` is the number of the tunnel, `chance` is in 0..1.
-    pub fn welcomed(
+    pub(super) fn welcomed(
         &mut self,
         endpoint: ServerEndpoint,
         tunnel: u64,
@@ -201,11 +203,11 @@ impl Plan {
         let candidate = self.candidates.get(&endpoint);
         let fallback = candidate.is_some_and(|candidate| candidate.fallback);
         let superseded = fallback && self.is_superseded(&server, endpoint.address);
-        match endpoint.kind {
-            TunnelKind::Quic => self.quic_count = server_count,
-            // It counts the ids that it presents, not the servers that QUIC reaches.
-            TunnelKind::Konnectivity if superseded => {}
-            TunnelKind::Konnectivity => self.grpc_count = server_count,
+        match endpoint.kind.is_native() {
+            true => self.native_count = server_count,
+            // It counts the ids that it presents, not the servers that native tunnels reach.
+            false if superseded => {}
+            false => self.foreign_count = server_count,
         }
         let verdict = if superseded {
             Verdict::Decline
@@ -245,8 +247,8 @@ impl Plan {
         let mut elsewhere = other.iter().filter(|held| held.address != endpoint.address);
         match elsewhere.next() {
             Some(held) if same.is_empty() => Verdict::Conflict(held.address),
-            _ if endpoint.kind == TunnelKind::Quic || map.contains_key(server) => Verdict::Keep,
-            _ if map.len() >= MAX_PROXY_SERVERS => Verdict::Decline,
+            _ if endpoint.kind.is_native() || map.contains_key(server) => Verdict::Keep,
+            _ if map.len() >= MAX_FOREIGN_SERVERS => Verdict::Decline,
             _ => Verdict::Keep,
         }
     }
@@ -283,7 +285,7 @@ impl Plan {
     }
 
     /// Notes that a server fell silent, drains, or is heard again.
-    pub fn changed(
+    pub(super) fn changed(
         &mut self,
         kind: TunnelKind,
         server: &str,
@@ -305,7 +307,7 @@ impl Plan {
 
     /// Notes the end of a tunnel: its server is dialled at once, unless the tunnel had hardly begun.
     /// `chance` is in 0..1.
-    pub fn ended(
+    pub(super) fn ended(
         &mut self,
         kind: TunnelKind,
         server: &str,
@@ -331,37 +333,37 @@ impl Plan {
         self.hasten(kind, server, address, from, HEAD_START);
     }
 
-    /// Returns the gRPC tunnels to servers that QUIC reaches by now: they are no longer held.
-    pub fn superseded(&mut self) -> Vec<u64> {
+    /// Returns the foreign tunnels to servers that native ones reach by now: they are no longer held.
+    pub(super) fn superseded(&mut self) -> Vec<u64> {
         let superseded = |(server, held): &(&Arc<str>, &TunnelEntry)| {
             held.fallback && self.is_superseded(server, held.address)
         };
-        let superseded = all(&self.grpc).filter(superseded);
+        let superseded = all(&self.foreign).filter(superseded);
         let superseded: Vec<_> = superseded
             .map(|(s, held)| (s.clone(), held.tunnel))
             .collect();
         for (server, tunnel) in &superseded {
-            take(&mut self.grpc, server, *tunnel);
+            take(&mut self.foreign, server, *tunnel);
         }
         superseded.into_iter().map(|(_, tunnel)| tunnel).collect()
     }
 
     /// Returns the number of servers, by their leases or reports; 0 before any report.
-    pub fn server_count(&self) -> u32 {
-        let grpc = self.proxy_servers();
-        match (self.quic.is_empty(), self.grpc.is_empty()) {
-            (false, true) => self.quic_count,
-            (true, false) => grpc,
-            _ => self.quic_count.max(grpc),
+    pub(super) fn server_count(&self) -> u32 {
+        let foreign = self.foreign_servers();
+        match (self.native.is_empty(), self.foreign.is_empty()) {
+            (false, true) => self.native_count,
+            (true, false) => foreign,
+            _ => self.native_count.max(foreign),
         }
     }
 
     /// Returns the maximum number of tunnels to one server.
     fn most(&self, kind: TunnelKind) -> usize {
-        match kind {
-            TunnelKind::Quic => self.further + 1,
-            // Its proxy-servers present an id for each.
-            TunnelKind::Konnectivity => 1,
+        match kind.is_native() {
+            true => self.further + 1,
+            // Foreign servers present an id for each.
+            false => 1,
         }
     }
 
@@ -375,20 +377,20 @@ impl Plan {
     }
 
     fn held(&self, kind: TunnelKind) -> &Tunnels {
-        match kind {
-            TunnelKind::Quic => &self.quic,
-            TunnelKind::Konnectivity => &self.grpc,
+        match kind.is_native() {
+            true => &self.native,
+            false => &self.foreign,
         }
     }
 
     fn held_mut(&mut self, kind: TunnelKind) -> &mut Tunnels {
-        match kind {
-            TunnelKind::Quic => &mut self.quic,
-            TunnelKind::Konnectivity => &mut self.grpc,
+        match kind.is_native() {
+            true => &mut self.native,
+            false => &mut self.foreign,
         }
     }
 
-    /// Brings forward a gRPC dial after QUIC failed to reach `server`: its address is tried after
+    /// Brings forward a foreign dial after a native tunnel failed to reach `server`: its address is tried after
     /// `wait`, and others, where a balancer may lead to it too, not before.
     fn hasten(
         &mut self,
@@ -398,7 +400,7 @@ impl Plan {
         now: Instant,
         wait: Duration,
     ) {
-        if kind != TunnelKind::Quic {
+        if !kind.is_native() {
             return;
         }
         for (endpoint, candidate) in &mut self.candidates {
@@ -421,16 +423,13 @@ impl Plan {
         if self.is_wanted(endpoint, candidate) {
             return Some(candidate.next);
         }
-        let reconciled = endpoint.kind == TunnelKind::Konnectivity
-            && !self.grpc.is_empty()
-            && self.leases.is_none();
+        let reconciled =
+            !endpoint.kind.is_native() && !self.foreign.is_empty() && self.leases.is_none();
         reconciled.then_some(candidate.reconcile)
     }
 
     fn is_wanted(&self, endpoint: &ServerEndpoint, candidate: &Candidate) -> bool {
-        if endpoint.kind == TunnelKind::Konnectivity
-            && reached(&self.grpc).count() >= MAX_PROXY_SERVERS
-        {
+        if !endpoint.kind.is_native() && reached(&self.foreign).count() >= MAX_FOREIGN_SERVERS {
             return false;
         }
         // A virtual address may lead to another one than last time.
@@ -444,44 +443,44 @@ impl Plan {
                 self.is_full(*endpoint, server)
                     || candidate.fallback && self.is_superseded(server, endpoint.address)
             }
-            // The server behind gRPC is unknown, but QUIC reaches one.
+            // The foreign server is unknown, but a native tunnel reaches one.
             None => {
-                candidate.fallback && live(&self.quic).any(|(_, h)| h.address == endpoint.address)
+                candidate.fallback && live(&self.native).any(|(_, h)| h.address == endpoint.address)
             }
         };
         !served || self.is_missing(endpoint.kind, candidate.fallback)
     }
 
-    fn proxy_servers(&self) -> u32 {
+    fn foreign_servers(&self) -> u32 {
         match self.leases {
-            Some(leases) if self.larger => leases.max(self.grpc_count),
+            Some(leases) if self.larger => leases.max(self.foreign_count),
             Some(leases) => leases,
-            None => self.grpc_count,
+            None => self.foreign_count,
         }
     }
 
     /// Whether there are servers without a live tunnel.
     fn is_missing(&self, kind: TunnelKind, fallback: bool) -> bool {
-        let quic_missing = reached(&self.quic).count() < self.quic_count as usize;
-        match kind {
-            TunnelKind::Quic => quic_missing,
-            TunnelKind::Konnectivity if fallback && self.quic_count > 0 && !quic_missing => false,
-            TunnelKind::Konnectivity => {
-                let expected = match self.proxy_servers() {
-                    0 if fallback => self.quic_count,
+        let native_missing = reached(&self.native).count() < self.native_count as usize;
+        match kind.is_native() {
+            true => native_missing,
+            false if fallback && self.native_count > 0 && !native_missing => false,
+            false => {
+                let expected = match self.foreign_servers() {
+                    0 if fallback => self.native_count,
                     expected => expected,
                 };
-                let over_quic = reached(&self.quic).filter(|s| !is_reached(&self.grpc, s));
-                let known = reached(&self.grpc).count() + over_quic.count();
+                let over_native = reached(&self.native).filter(|s| !is_reached(&self.foreign, s));
+                let known = reached(&self.foreign).count() + over_native.count();
                 known < expected as usize
             }
         }
     }
 
-    /// Whether QUIC reaches the server with the id `server` over gRPC at `address`. Servers of ours
-    /// present several ids to proxy agents there: their own, and that with a number.
+    /// Whether a native tunnel reaches the foreign server with the id `server` at `address`. Servers of
+    /// ours present several ids to foreign agents there: their own, and that with a number.
     fn is_superseded(&self, server: &str, address: SocketAddr) -> bool {
-        live(&self.quic).any(|(id, held)| match server.strip_prefix(&**id) {
+        live(&self.native).any(|(id, held)| match server.strip_prefix(&**id) {
             Some("") => true,
             Some(rest) => held.address.ip() == address.ip() && is_number(rest),
             None => false,

@@ -29,7 +29,7 @@ pub struct ServerInfo {
 
 /// State of a tunnel's server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
+pub(crate) enum Health {
     /// The server is heard, and stays.
     Live,
     /// The server is heard, and drains. Until its end it sends connections, so that another tunnel to
@@ -41,7 +41,7 @@ pub enum Health {
 
 /// Decision about a fresh tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The tunnel is served.
     Keep,
     /// Another live tunnel leads to that server.

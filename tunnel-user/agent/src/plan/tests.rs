@@ -46,7 +46,7 @@ fn welcome(
     plan.welcomed(quic(at), tunnel, leads, now, 0.5)
 }
 
-/// By a proxy-server.
+/// By a foreign server.
 fn greet(
     plan: &mut Plan,
     at: ([u8; 4], u16),
@@ -214,7 +214,7 @@ fn walk(plan: &mut Plan, now: &mut Instant, id: &str, tunnel: u64, count: u32) -
 }
 
 #[test]
-fn a_load_balancer_is_walked_until_the_proxy_servers_are_as_many_as_they_say() {
+fn a_load_balancer_is_walked_until_the_foreign_servers_are_as_many_as_they_say() {
     let mut now = Instant::now();
     let start = now;
     let mut plan = plan_of(&[A], Protocol::Konnectivity, now);
@@ -234,7 +234,7 @@ fn a_load_balancer_is_walked_until_the_proxy_servers_are_as_many_as_they_say() {
 }
 
 #[test]
-fn leases_count_in_place_of_what_proxy_servers_say() {
+fn leases_count_in_place_of_what_foreign_servers_say() {
     let mut now = Instant::now();
     let mut plan = plan_of(&[A], Protocol::Konnectivity, now);
     plan.set_leases(Some(0));
@@ -246,7 +246,7 @@ fn leases_count_in_place_of_what_proxy_servers_say() {
 }
 
 #[test]
-fn leases_and_what_proxy_servers_say_may_count_both() {
+fn leases_and_what_foreign_servers_say_may_count_both() {
     let mut now = Instant::now();
     let mut plan = plan_of(&[A], Protocol::Konnectivity, now);
     plan.count_both();
@@ -258,13 +258,13 @@ fn leases_and_what_proxy_servers_say_may_count_both() {
 }
 
 #[test]
-fn however_many_a_proxy_server_speaks_of_the_tunnels_are_bounded() {
+fn however_many_a_foreign_server_speaks_of_the_tunnels_are_bounded() {
     let now = Instant::now();
     let mut plan = plan_of(&[A], Protocol::Konnectivity, now);
-    for tunnel in 0..2 * MAX_PROXY_SERVERS as u64 {
+    for tunnel in 0..2 * MAX_FOREIGN_SERVERS as u64 {
         greet(&mut plan, A, &format!("s{tunnel}"), tunnel, u32::MAX, now);
     }
-    assert_eq!(plan.grpc.len(), MAX_PROXY_SERVERS);
+    assert_eq!(plan.foreign.len(), MAX_FOREIGN_SERVERS);
     assert!(plan.next_timeout().unwrap() - now > RECONCILE / 2);
 }
 
@@ -364,7 +364,7 @@ fn a_namesake_elsewhere_is_another_server() {
 }
 
 #[test]
-fn a_proxy_server_that_was_asked_for_is_held_beside_quic() {
+fn a_foreign_server_that_was_asked_for_is_held_beside_quic() {
     let now = Instant::now();
     let mut plan = Plan::default();
     let both = [Protocol::Quic, Protocol::Konnectivity].map(|p| (A.into(), p));

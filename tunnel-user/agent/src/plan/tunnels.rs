@@ -14,7 +14,7 @@ pub(super) struct TunnelEntry {
     pub instance: Option<InstanceId>,
     pub address: SocketAddr,
     pub since: Instant,
-    /// Whether the tunnel is obsolete once QUIC reaches the same server.
+    /// Whether the tunnel is obsolete once a native one reaches the same server.
     pub fallback: bool,
     /// Whether its server is heard.
     pub live: bool,
