@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow, bail, ensure};
+use cpc_agent::extension;
 use cpc_config::server::AttachmentConfig;
 use cpc_config::{AgentConfig, ServerConfig};
 use cpc_host::environment::{Controller, Environment};
@@ -275,7 +276,7 @@ impl World {
         self.agents[index].start(move |environment| async move {
             let again = config.clone();
             let reread = move || Ok(again.clone());
-            Ok(cpc_agent::run_in(environment, config, log, reread).await?)
+            Ok(cpc_agent::run_in(environment, config, log, extension::none, reread).await?)
         })
     }
 

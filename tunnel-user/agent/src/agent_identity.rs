@@ -1,36 +1,32 @@
-//! Identity of the agent: from its certificate, and without one as it reports itself to proxy-servers.
+//! Identity of the agent: from its certificate, and without one as an extension reports it.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::AgentError;
-use super::konnectivity::Client;
+use super::extension::{Extend, Extension};
 use cpc_config::AgentConfig;
-use cpc_config::agent::Protocol;
 use cpc_identity::lifetime::{Certificates, Lifetimes};
 use cpc_identity::{Material, Role, provider};
 
 /// Identity of the agent.
 #[derive(Clone)]
 pub(super) struct AgentIdentity {
-    /// Our certificate, which QUIC requires.
+    /// Our certificate, which native tunnels require.
     pub material: Option<Arc<Material>>,
-    /// Parameters of dials to proxy-servers.
-    pub konnectivity: Option<Client>,
+    extension: Arc<dyn Extension>,
 }
 
 impl AgentIdentity {
-    /// Loads the files of a checked configuration.
+    /// Loads the files of a checked configuration, and the extension.
     ///
     /// # Errors
     /// [`AgentError`] when files are missing or wrong.
-    pub(super) fn load(config: &AgentConfig) -> Result<Self, AgentError> {
-        let over_quic = config
-            .servers
-            .iter()
-            .any(|server| config.protocol(server) != Protocol::Konnectivity);
-        let material = match over_quic {
+    pub(super) fn load(config: &AgentConfig, extend: impl Extend) -> Result<Self, AgentError> {
+        let kinds = config.servers.iter();
+        let mut kinds = kinds.flat_map(|server| config.protocol(server).kinds());
+        let material = match kinds.any(|kind| kind.is_native()) {
             true => Some(Material::load(
                 config.tls.files()?,
                 Role::Agent,
@@ -38,35 +34,37 @@ impl AgentIdentity {
             )?),
             false => None,
         };
+        let extension = extend(config).map_err(AgentError::Extension)?;
         Ok(Self {
             material,
-            konnectivity: config.konnectivity.as_ref().map(Client::new).transpose()?,
+            extension,
         })
+    }
+
+    /// Returns the extension of the agent.
+    pub(super) fn extension(&self) -> &Arc<dyn Extension> {
+        &self.extension
     }
 
     /// Returns the lifetimes of our certificates and of the trusted CAs.
     pub(super) fn lifetimes(&self) -> Lifetimes {
         let ours = { self.material.iter() }.map(|it| it.clone() as Arc<dyn Certificates>);
-        let theirs = self.konnectivity.iter();
-        let theirs = theirs.map(|it| Arc::new(it.clone()) as Arc<dyn Certificates>);
-        Lifetimes::new(ours.chain(theirs).collect())
+        Lifetimes::new(ours.chain(self.extension.certificates()).collect())
     }
 
     /// Returns the name of the node.
     pub(super) fn name(&self) -> Arc<str> {
-        match (&self.material, &self.konnectivity) {
-            (Some(material), _) => material.identity().name,
-            (None, Some(client)) => client.agent_id().clone(),
-            (None, None) => Arc::default(),
+        match &self.material {
+            Some(material) => material.identity().name,
+            None => self.extension.identity().name,
         }
     }
 
     /// Returns the addresses of the node.
     pub(super) fn addresses(&self) -> Vec<IpAddr> {
-        match (&self.material, &self.konnectivity) {
-            (Some(material), _) => material.identity().addresses,
-            (None, Some(client)) => client.addresses(),
-            (None, None) => Vec::new(),
+        match &self.material {
+            Some(material) => material.identity().addresses,
+            None => self.extension.identity().addresses,
         }
     }
 }

@@ -19,7 +19,7 @@ use tunnel_proto::close::CloseReason;
 pub(super) use self::driver::{Servers, run};
 use self::notice::Notice;
 use super::plan::{Health, Plan, ServerEndpoint, ServerInfo, Verdict};
-use super::tunnel::End;
+use super::tunnel::TunnelEnd;
 use cpc_config::agent::Protocol;
 use cpc_observe::error_dedup::ErrorDedup;
 
@@ -28,8 +28,8 @@ use cpc_observe::error_dedup::ErrorDedup;
 enum Event {
     /// A server's name leads to these addresses, or is not resolved for this reason.
     Resolved(Arc<str>, Result<Vec<SocketAddr>, String>),
-    /// The number of servers by their leases changed.
-    Leases(Option<u32>),
+    /// The number of foreign servers, from a source beside their reports, changed.
+    ForeignServers(Option<u32>),
     /// A dialled server has shown its certificate, which has this name, and waits for an answer.
     Reached(u64, Arc<str>),
     /// A dial failed.
@@ -39,7 +39,7 @@ enum Event {
     /// The server of a kept tunnel fell silent, drains, or is heard again.
     Changed(u64, Health),
     /// A kept tunnel has ended.
-    Ended(u64, End),
+    Ended(u64, TunnelEnd),
     /// The process drains.
     Draining,
     /// The process ends: kept tunnels are closed with this reason.
@@ -75,7 +75,7 @@ struct Dial {
     /// Address and protocol.
     endpoint: ServerEndpoint,
     /// Server name that the address was resolved from.
-    server: Option<Arc<str>>,
+    server: Arc<str>,
     /// Number of the tunnel among those at its address; its successor gets the same number.
     slot: u8,
 }
@@ -108,7 +108,7 @@ struct KeptTunnel {
 impl Connector {
     /// Creates the connector of a starting agent: `names` are "host:port" of each server with its
     /// protocol, `tunnels` the number of native tunnels to each server. `counts_both` selects the larger
-    /// one of leases and reports as the number of foreign servers.
+    /// one of that source and the reports as the number of foreign servers.
     fn new(
         names: impl IntoIterator<Item = (Arc<str>, Protocol)>,
         tunnels: u8,
@@ -133,7 +133,7 @@ impl Connector {
     fn handle(&mut self, event: Event, now: Instant, chance: f64) {
         match event {
             Event::Resolved(server, answer) => self.resolved(server, answer, now),
-            Event::Leases(count) => self.plan.set_leases(count),
+            Event::ForeignServers(count) => self.plan.set_leases(count),
             Event::Reached(number, server) => self.reached(number, &server, now, chance),
             Event::Failed(number, error) => {
                 if let Some(Dial { endpoint, .. }) = self.dialling.remove(&number) {
@@ -224,13 +224,13 @@ impl Connector {
         self.actions.push_back(Action::Dial(dial));
     }
 
-    /// Returns the server name that `endpoint` was resolved from.
-    fn name_of(&self, endpoint: ServerEndpoint) -> Option<Arc<str>> {
+    /// Returns the server name that `endpoint` was resolved from; an empty one if that is no longer so.
+    fn name_of(&self, endpoint: ServerEndpoint) -> Arc<str> {
         let mut names = self.names.iter();
-        let (name, _) = names.find(|(_, (protocol, addresses))| {
+        let name = names.find(|(_, (protocol, addresses))| {
             protocol.kinds().contains(&endpoint.kind) && addresses.contains(&endpoint.address)
-        })?;
-        Some(name.clone())
+        });
+        name.map(|(name, _)| name.clone()).unwrap_or_default()
     }
 
     fn reached(&mut self, number: u64, server: &str, now: Instant, chance: f64) {
@@ -290,7 +290,7 @@ impl Connector {
         }
     }
 
-    fn ended(&mut self, number: u64, end: End, now: Instant, chance: f64) {
+    fn ended(&mut self, number: u64, end: TunnelEnd, now: Instant, chance: f64) {
         let Some(kept) = self.tunnels.remove(&number) else {
             return;
         };

@@ -17,14 +17,15 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
 use super::happy_eyeballs::race;
+use super::observer::ObservedConnection;
 use super::stats::{OnTunnel, TunnelStats};
+use super::tunnel::TunnelInfo;
 use super::worker::{Admitted, ENDING, Worker};
 use cpc_datapath::socket::prepare;
 use cpc_datapath::stream::{RecvHalf, SendEnd, SendHalf};
 use cpc_datapath::{ClosedBy, Outbound, Socket, relay};
 use cpc_host::report::report;
 use cpc_observe::access::{ConnectionMeter, Record};
-use cpc_observe::konnectivity::{Counted, DialTrouble};
 use cpc_observe::metrics::{Closer, FrontendKind};
 use cpc_transport::tunnel::{HeadError, Recv, Send, TunnelRecv};
 
@@ -39,7 +40,7 @@ struct Failure {
 }
 
 /// The half of a stream that answers a server's dial request.
-pub(super) trait Answer: SendHalf {
+pub trait Answer: SendHalf {
     /// Whether the server asks another agent when this one answers that it is ending.
     const ASKS_OTHERS: bool;
 
@@ -110,12 +111,27 @@ async fn ask(
     dial(&worker, &server_id, &request, (send, recv)).await
 }
 
+/// Serves a dial of a server over any tunnel: asks the policy, connects, answers, and relays to the end.
+pub async fn serve_dial<S: Answer, R: RecvHalf>(
+    worker: Rc<Worker>,
+    tunnel: TunnelInfo,
+    request: DialRequest,
+    halves: (S, R),
+) {
+    // What a dial takes is given back before bytes are moved, for days perhaps.
+    let dialled = Box::pin(dial(&worker, &tunnel.server_id, &request, halves)).await;
+    if let Some(mut dialled) = dialled {
+        let on_tunnel = OnTunnel::new(tunnel.stats);
+        dialled.relay(&worker, on_tunnel).await;
+    }
+}
+
 /// A connection whose target is connected.
-pub(super) struct Dialled<S, R> {
+struct Dialled<S, R> {
     record: Record,
     socket: Socket,
     _admitted: Admitted,
-    _open: Counted,
+    _observed: ObservedConnection,
     send: S,
     recv: R,
     /// Bytes that the server has not taken yet.
@@ -123,7 +139,7 @@ pub(super) struct Dialled<S, R> {
 }
 
 /// Dials for a request and answers. Returns `None` if it was refused, or the server gave it up.
-pub(super) async fn dial<S: Answer, R: RecvHalf>(
+async fn dial<S: Answer, R: RecvHalf>(
     worker: &Worker,
     server_id: &Arc<str>,
     request: &DialRequest,
@@ -193,7 +209,7 @@ async fn dial_and_answer<S: Answer, R: RecvHalf>(
         record,
         socket,
         _admitted: admitted,
-        _open: worker.proxy_metrics.endpoint(),
+        _observed: ObservedConnection::new(worker.observer.clone()),
         send,
         recv,
         start: Outbound::default(),
@@ -206,11 +222,7 @@ impl<S: SendHalf, R: RecvHalf> Dialled<S, R> {
         clippy::manual_async_fn,
         reason = "an async fn keeps its arguments twice"
     )]
-    pub(super) fn relay(
-        &mut self,
-        worker: &Worker,
-        on_tunnel: OnTunnel,
-    ) -> impl Future<Output = ()> {
+    fn relay(&mut self, worker: &Worker, on_tunnel: OnTunnel) -> impl Future<Output = ()> {
         async move {
             let Self {
                 record,
@@ -253,13 +265,9 @@ async fn admit_and_connect(
             detail,
         })
     });
-    let metrics = &worker.proxy_metrics;
     match &connected {
-        Ok(_) => metrics.dialled(start.elapsed()),
-        Err(failure) if failure.reason == CloseReason::DialTimeout => {
-            metrics.dial_failed(DialTrouble::Timeout);
-        }
-        Err(_) => metrics.dial_failed(DialTrouble::Unknown),
+        Ok(_) => worker.observer.target_connected(start.elapsed()),
+        Err(failure) => worker.observer.target_failed(failure.reason),
     }
     Ok((connected?, admitted))
 }

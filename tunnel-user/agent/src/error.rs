@@ -3,11 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 
-use super::konnectivity::ClientError;
+use super::tunnel::BoxError;
 use cpc_config::ConfigError;
 use cpc_host::privileges::PrivilegeError;
 use cpc_identity::material::MaterialError;
-use cpc_kubernetes::AccessError;
 
 /// Reason why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -18,12 +17,9 @@ pub enum AgentError {
     /// The certificates are unusable.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// The parameters of proxy-servers are unusable.
+    /// The extension can't start.
     #[error(transparent)]
-    Konnectivity(#[from] ClientError),
-    /// There is no access to the API server, which has the leases.
-    #[error("konnectivity.leases: {0}")]
-    Leases(AccessError),
+    Extension(BoxError),
     /// The capabilities can't be dropped.
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
@@ -41,10 +37,4 @@ pub enum AgentError {
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,
-}
-
-impl From<AccessError> for AgentError {
-    fn from(why: AccessError) -> Self {
-        Self::Leases(why)
-    }
 }

@@ -1,18 +1,20 @@
 //! `cpc agent`: runs on a worker, dials out to every server, and dials targets for them within its own
-//! policy. Towards the control plane it opens only its control stream, or the one stream that a
-//! proxy-server of Konnectivity requires.
+//! policy. Towards the control plane it opens only its control stream. An
+//! [extension](extension::Extension) adds tunnels of foreign protocols.
 
 mod address;
 mod agent_identity;
 mod connector;
 mod dialer;
 mod error;
+pub mod extension;
 mod happy_eyeballs;
 pub mod join;
-mod konnectivity;
-mod leases;
+pub mod konnectivity;
+mod native;
+mod observer;
 mod offer;
-pub mod plan;
+mod plan;
 mod policy;
 mod predecessor;
 mod quic;
@@ -31,6 +33,7 @@ pub use error::AgentError;
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_host::environment::Environment;
 use cpc_observe::logging::LogHandle;
+use extension::Extend;
 use start::{Prepared, Serving};
 
 /// Checks everything of a configuration that can be checked without opening anything.
@@ -42,19 +45,21 @@ pub fn check(config: &AgentConfig) -> Result<(), ConfigError> {
     offer::claims(&config.serve).map(drop)
 }
 
-/// Runs an agent until it is stopped. `reread` reads the configuration on SIGHUP.
+/// Runs an agent until it is stopped. `extend` makes its extension, such as
+/// [`none`](extension::none). `reread` reads the configuration on SIGHUP.
 ///
 /// # Errors
 /// [`AgentError`], before any server is dialled.
 pub async fn run(
     config: AgentConfig,
     log: LogHandle,
+    extend: impl Extend,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
-    run_in(Environment::process(), config, log, reread).await
+    run_in(Environment::process(), config, log, extend, reread).await
 }
 
-/// Runs an agent in `environment`, on the current `LocalSet` where that is an embedded one.
+/// Runs an agent as [`run`] does, in `environment`; on the current `LocalSet` where that is an embedded one.
 ///
 /// # Errors
 /// [`AgentError`], before any server is dialled.
@@ -62,9 +67,10 @@ pub async fn run_in(
     environment: Environment,
     config: AgentConfig,
     log: LogHandle,
+    extend: impl Extend,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
-    let prepared = Prepared::new(config, environment)?;
+    let prepared = Prepared::new(config, environment, extend)?;
     let serving = Serving::start(prepared, log).await?;
     serving.until_stopped(reread).await
 }

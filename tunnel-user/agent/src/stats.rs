@@ -12,26 +12,26 @@ use cpc_observe::access::Totals;
 
 /// Statistics of a tunnel. Its task writes them, any thread reads.
 #[derive(Debug)]
-pub(super) struct TunnelStats {
+pub struct TunnelStats {
     /// Start of the tunnel.
-    pub since: SystemTime,
+    pub(super) since: SystemTime,
     /// Whether the server has not been heard for too long.
-    pub silent: AtomicBool,
+    pub(super) silent: AtomicBool,
     /// Whether the server drains.
-    pub draining: AtomicBool,
+    pub(super) draining: AtomicBool,
     /// Open streams.
-    pub streams: AtomicI64,
+    pub(super) streams: AtomicI64,
     /// Bytes over the tunnel.
-    pub totals: Totals,
+    pub(super) totals: Totals,
     /// Claims that the server refused.
-    pub refused: Mutex<Vec<Refusal>>,
+    pub(super) refused: Mutex<Vec<Refusal>>,
     /// Claims that the server accepted.
-    pub accepted: Mutex<Vec<String>>,
+    pub(super) accepted: Mutex<Vec<String>>,
 }
 
 impl TunnelStats {
     /// Creates the statistics of a fresh tunnel, with the server's verdict on our offer.
-    pub(super) fn new(accepted: &[Claim], refused: Vec<Refusal>) -> Self {
+    pub fn new(accepted: &[Claim], refused: Vec<Refusal>) -> Self {
         let stats = Self {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
@@ -50,6 +50,11 @@ impl TunnelStats {
         let accepted = accepted.iter().map(ToString::to_string).collect();
         *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = accepted;
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = refused;
+    }
+
+    /// Notes that the server, or the agent for its part, drains.
+    pub fn set_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
     }
 
     /// Returns the state of the server.

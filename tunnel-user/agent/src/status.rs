@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+use super::observer::Observer;
 use super::plan::Health;
 use super::tunnel::TunnelInfo;
 use super::tunnel_views::{TunnelView, Tunnels};
@@ -22,7 +23,6 @@ use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
 use cpc_observe::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
-use cpc_observe::konnectivity::ProxyAgentMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::millis;
 
@@ -41,7 +41,7 @@ pub(super) struct View {
     stalled: Gauge,
     lifetimes: Lifetimes,
     certificates: CertificateMetrics,
-    proxy_metrics: ProxyAgentMetrics,
+    observer: Arc<dyn Observer>,
 }
 
 impl View {
@@ -53,7 +53,7 @@ impl View {
         policy: Arc<ArcSwap<AllowList>>,
         (budget, connections, limits): (Budget, ConcurrencyLimit, LimitMetrics),
         phase: watch::Receiver<Phase>,
-        (proxy_metrics, lifetimes): (ProxyAgentMetrics, Lifetimes),
+        (observer, lifetimes): (Arc<dyn Observer>, Lifetimes),
     ) -> Self {
         let certificates = CertificateMetrics::register(registry, lifetimes.clone());
         let (servers, stalled) = (Gauge::default(), Gauge::default());
@@ -81,7 +81,7 @@ impl View {
             stalled,
             lifetimes,
             certificates,
-            proxy_metrics,
+            observer,
         }
     }
 }
@@ -120,7 +120,7 @@ impl Source for View {
         let live = self.tunnels.live_servers();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
         let known = self.tunnels.server_count().max(1);
-        self.proxy_metrics.set_servers(live, known as usize);
+        self.observer.servers_counted(live, known as usize);
         let stalled = self.budget.stalled();
         self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
         self.limits.set_used(STALLED_BYTES, self.budget.used());

@@ -8,32 +8,35 @@ use tokio::sync::mpsc;
 use tunnel_proto::close::CloseReason;
 
 use super::plan::{ServerEndpoint, ServerInfo};
-use super::tunnel::{DialError, Dialled, End, Tunnel, TunnelInfo};
+use super::tunnel::{BoxError, EstablishedTunnel, ServerTunnel, TunnelEnd, TunnelInfo};
 use super::worker::Worker;
-use super::{konnectivity, quic};
-use cpc_config::TunnelKind;
 use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
-use cpc_observe::audit::events as audit;
 use cpc_transport::quic::steering::Spread;
 use cpc_transport::tunnel::Probe;
 
 /// A task for a shard: to dial, and to serve the resulting tunnel.
 pub(super) struct TunnelTask {
-    /// Number of the tunnel.
-    pub number: u64,
-    /// Address and protocol.
-    pub endpoint: ServerEndpoint,
-    /// Server name that the endpoint was resolved from.
-    pub server: Option<Arc<str>>,
-    /// Number of the tunnel among those at this address.
-    pub spread: (Spread, u8),
-    /// Receiver of the events, each with the number of the tunnel.
-    pub events: mpsc::UnboundedSender<(u64, TaskEvent)>,
-    /// Commands for the tunnel.
-    pub commands: mpsc::UnboundedReceiver<TunnelCommand>,
+    /// Server to dial.
+    pub target: DialTarget,
     /// Permit on the shard.
     pub permit: Option<Permit>,
+}
+
+/// A server to dial.
+pub struct DialTarget {
+    /// Number of the tunnel.
+    pub(super) number: u64,
+    /// Address and protocol.
+    pub(super) endpoint: ServerEndpoint,
+    /// Server name that the endpoint was resolved from, "host:port".
+    pub(super) server: Arc<str>,
+    /// Number of the tunnel among those at this address.
+    pub(super) spread: (Spread, u8),
+    /// Receiver of the events, each with the number of the tunnel.
+    pub(super) events: mpsc::UnboundedSender<(u64, TaskEvent)>,
+    /// Commands for the tunnel.
+    pub(super) commands: mpsc::UnboundedReceiver<TunnelCommand>,
 }
 
 /// Event of a task, for the connector.
@@ -48,7 +51,7 @@ pub(super) enum TaskEvent {
     /// The server fell silent, drains, or is heard again.
     Changed,
     /// A kept tunnel has ended.
-    Ended(End),
+    Ended(TunnelEnd),
 }
 
 /// An established tunnel, for status and metrics.
@@ -73,6 +76,11 @@ pub(super) enum TunnelCommand {
     Retire,
 }
 
+/// The configuration lacks the certificates or parameters of the protocol.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration does not say how: `tls` for quic, `konnectivity` for that")]
+struct NotConfigured;
+
 /// Runs tasks until their sender is gone.
 pub(super) async fn run(worker: Worker, mut tasks: mpsc::UnboundedReceiver<TunnelTask>) {
     let worker = Rc::new(worker);
@@ -83,32 +91,60 @@ pub(super) async fn run(worker: Worker, mut tasks: mpsc::UnboundedReceiver<Tunne
 }
 
 impl TunnelTask {
-    async fn run(mut self, worker: &Rc<Worker>) {
-        let _permit = self.permit.take();
-        let dialled = match self.dial(worker).await {
-            Ok(Some(dialled)) => dialled,
+    async fn run(self, worker: &Rc<Worker>) {
+        let Self {
+            mut target,
+            permit: _permit,
+        } = self;
+        let established = match dial(worker, &mut target).await {
+            Ok(Some(established)) => established,
             Ok(None) => return,
-            Err(error) => return self.tell(TaskEvent::Failed(report(&error))),
+            Err(error) => return target.tell(TaskEvent::Failed(report(&*error))),
         };
-        let tunnel = dialled.tunnel();
-        let established = Established {
+        let tunnel = established.tunnel();
+        let view = Established {
             info: tunnel.info().clone(),
             probe: tunnel.probe(),
         };
-        self.tell(TaskEvent::Welcomed(dialled.server_info(), established));
-        if !self.may_proceed().await {
-            let reason = CloseReason::DuplicateServer;
-            return dialled.decline(worker.clone(), reason).await;
+        target.tell(TaskEvent::Welcomed(established.server(), view));
+        if !target.may_proceed().await {
+            return established.decline(CloseReason::DuplicateServer).await;
         }
-        let (number, events) = (self.number, self.events.clone());
-        let changed = || drop(events.send((number, TaskEvent::Changed)));
-        let revoked = revoked(worker, tunnel.clone());
+        let (number, events) = (target.number, target.events.clone());
+        let changed = move || drop(events.send((number, TaskEvent::Changed)));
         let end = tokio::select! {
-            end = dialled.serve(worker.clone(), changed) => end,
-            end = run_commands(tunnel, &mut self.commands) => end,
-            end = revoked => end,
+            end = established.serve(Box::new(changed)) => end,
+            end = run_commands(tunnel, &mut target.commands) => end,
         };
-        self.tell(TaskEvent::Ended(end));
+        target.tell(TaskEvent::Ended(end));
+    }
+}
+
+async fn dial(
+    worker: &Rc<Worker>,
+    target: &mut DialTarget,
+) -> Result<Option<Box<dyn EstablishedTunnel>>, BoxError> {
+    let mut dialers = worker.dialers.iter();
+    let dialer = dialers.find(|dialer| dialer.kind() == target.endpoint.kind);
+    dialer.ok_or(NotConfigured)?.dial(worker, target).await
+}
+
+impl DialTarget {
+    /// Returns address and protocol of the server.
+    pub fn endpoint(&self) -> ServerEndpoint {
+        self.endpoint
+    }
+
+    /// Returns the configured name of the server, "host:port", which was resolved.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// Asks whether the server is wanted whose certificate has this name. An unwanted one is left before
+    /// the agent introduces itself, or it would send connections into a tunnel that is about to end.
+    pub async fn is_wanted(&mut self, name: Arc<str>) -> bool {
+        self.tell(TaskEvent::Reached(name));
+        self.may_proceed().await
     }
 
     /// Tells the connector, which outlives its tasks except at the very end.
@@ -120,50 +156,16 @@ impl TunnelTask {
     async fn may_proceed(&mut self) -> bool {
         matches!(self.commands.recv().await, Some(TunnelCommand::Proceed))
     }
-
-    /// Dials. Returns `None` if the connector does not want the tunnel any more.
-    async fn dial(&mut self, worker: &Worker) -> Result<Option<Dialled>, DialError> {
-        let ServerEndpoint { address, kind } = self.endpoint;
-        match (kind, &worker.material, &worker.konnectivity, &self.server) {
-            (TunnelKind::Quic, Some(material), _, _) => {
-                let reached = quic::reach(material, &worker.setup, address, self.spread).await?;
-                self.tell(TaskEvent::Reached(reached.identity.name.clone()));
-                if !self.may_proceed().await {
-                    reached.decline(CloseReason::DuplicateServer).await;
-                    return Ok(None);
-                }
-                Ok(Some(Dialled::Quic(reached.introduce(worker).await?)))
-            }
-            (TunnelKind::Konnectivity, _, Some(client), Some(server)) => {
-                let metrics = &worker.proxy_metrics.streams;
-                let dialled = konnectivity::dial(client, self.endpoint, server, metrics).await?;
-                Ok(Some(Dialled::Grpc(dialled)))
-            }
-            _ => Err(DialError::NotConfigured),
-        }
-    }
-}
-
-/// Ends a tunnel to a revoked server.
-async fn revoked(worker: &Worker, tunnel: Tunnel) -> End {
-    let (Some(material), Tunnel::Quic(quic)) = (&worker.material, &tunnel) else {
-        return std::future::pending().await;
-    };
-    let revoked = material.revocations().on_revocation(&quic.peer()).await;
-    audit::cut("tunnel", quic.info.endpoint.address, &revoked);
-    let reason = CloseReason::IdentityRefused;
-    tunnel.close(reason);
-    End::new(reason, revoked)
 }
 
 /// Runs commands without end: the tunnel itself reports its end.
 async fn run_commands(
-    tunnel: Tunnel,
+    tunnel: Rc<dyn ServerTunnel>,
     commands: &mut mpsc::UnboundedReceiver<TunnelCommand>,
-) -> End {
+) -> TunnelEnd {
     while let Some(command) = commands.recv().await {
         match command {
-            TunnelCommand::Close(reason) => tunnel.close_when_heard(reason).await,
+            TunnelCommand::Close(reason) => tunnel.close(reason).await,
             TunnelCommand::Retire => drop(tokio::task::spawn_local(tunnel.clone().retire())),
             // Answers to questions, which have been asked.
             TunnelCommand::Proceed | TunnelCommand::Decline => {}

@@ -11,53 +11,50 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
 use super::happy_eyeballs::AnsweredAddresses;
-use super::konnectivity::Client;
+use super::observer::Observer;
 use super::renew::Renewals;
+use super::tunnel::TunnelDialer;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 use cpc_host::lifecycle::{self, Phase};
 use cpc_identity::Material;
-use cpc_observe::konnectivity::ProxyAgentMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::DialMetrics;
-use cpc_transport::quic::config::Setup;
 
 /// State that all tunnels of an agent share. Each shard has a clone.
 #[derive(Clone)]
-pub(super) struct Worker {
-    /// Our certificate, which QUIC requires.
-    pub material: Option<Arc<Material>>,
-    /// Common setup of tunnels over QUIC.
-    pub setup: Setup,
-    /// Parameters of dials to proxy-servers.
-    pub konnectivity: Option<Client>,
+pub struct Worker {
+    /// Our certificate, which native tunnels require.
+    pub(super) material: Option<Arc<Material>>,
+    /// Dialers of tunnels, by kind.
+    pub(super) dialers: Arc<[Arc<dyn TunnelDialer>]>,
     /// Name of the node.
-    pub node: Arc<str>,
+    pub(super) node: Arc<str>,
     /// Id of this process.
-    pub instance: InstanceId,
+    pub(super) instance: InstanceId,
     /// Earlier process that has certainly ended.
-    pub predecessor: Option<InstanceId>,
+    pub(super) predecessor: Option<InstanceId>,
     /// Claims beyond the node addresses in our certificate.
-    pub serve: watch::Receiver<Vec<Claim>>,
+    pub(super) serve: watch::Receiver<Vec<Claim>>,
     /// Queue of renewals of our certificate.
-    pub renewals: Renewals,
+    pub(super) renewals: Renewals,
     /// Allow-list.
-    pub policy: Arc<ArcSwap<AllowList>>,
+    pub(super) policy: Arc<ArcSwap<AllowList>>,
     /// Addresses of destinations' names that have answered.
-    pub answered: Arc<AnsweredAddresses>,
+    pub(super) answered: Arc<AnsweredAddresses>,
     /// Metrics of dials.
-    pub metrics: DialMetrics,
-    /// Metrics under the names of proxy-agent.
-    pub proxy_metrics: ProxyAgentMetrics,
+    pub(super) metrics: DialMetrics,
+    /// Observer of dials.
+    pub(super) observer: Arc<dyn Observer>,
     /// Bound on the memory held for servers and targets.
-    pub budget: Budget,
+    pub(super) budget: Budget,
     /// Phase of the process.
-    pub phase: watch::Receiver<Phase>,
+    pub(super) phase: watch::Receiver<Phase>,
     /// Open connections.
-    pub connections: ConcurrencyLimit,
+    pub(super) connections: ConcurrencyLimit,
     /// Metrics of limits.
-    pub limits: LimitMetrics,
+    pub(super) limits: LimitMetrics,
 }
 
 /// Text for a client whose request came too late.
@@ -70,6 +67,11 @@ pub(super) const CONNECTIONS: &str = "connections";
 pub(super) const STALLED_BYTES: &str = "stalled_bytes";
 
 impl Worker {
+    /// Returns the phase of the process.
+    pub fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.clone()
+    }
+
     /// Returns our offer: the node addresses in our present certificate, and the configured claims.
     pub(super) fn offer(&self) -> Vec<Claim> {
         let material = self.material.as_ref();

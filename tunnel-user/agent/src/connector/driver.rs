@@ -12,9 +12,10 @@ use tunnel_proto::close::CloseReason;
 
 use super::{Action, Connector, Dial, Event};
 use crate::address::{Resolved, keep_resolving};
+use crate::extension::ServerCount;
 use crate::shards::Dispatch;
 use crate::tunnel::{GOODBYE, TunnelInfo};
-use crate::tunnel_task::{Established, TaskEvent, TunnelCommand, TunnelTask};
+use crate::tunnel_task::{DialTarget, Established, TaskEvent, TunnelCommand, TunnelTask};
 use crate::tunnel_views::{TunnelView, Tunnels};
 use cpc_config::agent::Protocol;
 use cpc_host::concurrency::ConcurrencyLimit;
@@ -27,10 +28,8 @@ use cpc_transport::quic::steering::Spread;
 pub(crate) struct Servers {
     /// "host:port" of each server, and its protocol.
     pub addresses: Vec<(Arc<str>, Protocol)>,
-    /// Number of foreign servers by their leases, where those are watched.
-    pub leases: watch::Receiver<Option<u32>>,
-    /// Whether the number that foreign servers report counts as well.
-    pub count_both: bool,
+    /// Number of foreign servers.
+    pub foreign: ServerCount,
     /// Number of native tunnels to each server.
     pub tunnels: u8,
 }
@@ -45,8 +44,7 @@ pub(crate) async fn run(
 ) {
     let Servers {
         addresses,
-        leases,
-        count_both,
+        foreign,
         tunnels,
     } = servers;
     let (answers, resolved) = mpsc::unbounded_channel();
@@ -55,7 +53,7 @@ pub(crate) async fn run(
     }
     let (events, inbox) = mpsc::unbounded_channel();
     let driver = Driver {
-        connector: Connector::new(addresses, tunnels, count_both),
+        connector: Connector::new(addresses, tunnels, foreign.or_reported),
         shards,
         phase,
         spread: Spread::random(tunnels > 1),
@@ -63,7 +61,9 @@ pub(crate) async fn run(
         events,
         view,
     };
-    driver.run(inbox, resolved, leases, connections).await;
+    driver
+        .run(inbox, resolved, foreign.count, connections)
+        .await;
 }
 
 struct Driver {
@@ -91,7 +91,7 @@ impl Driver {
         mut self,
         mut inbox: mpsc::UnboundedReceiver<(u64, TaskEvent)>,
         mut resolved: mpsc::UnboundedReceiver<Resolved>,
-        mut leases: watch::Receiver<Option<u32>>,
+        mut counts: watch::Receiver<Option<u32>>,
         connections: ConcurrencyLimit,
     ) {
         let stopping = lifecycle::stopping(self.phase.clone());
@@ -107,9 +107,9 @@ impl Driver {
                     self.handle(Event::Resolved(server, answer));
                 }
                 () = sleep_until(next) => self.handle(Event::Timeout),
-                Ok(()) = leases.changed() => {
-                    let count = *leases.borrow_and_update();
-                    self.handle(Event::Leases(count));
+                Ok(()) = counts.changed() => {
+                    let count = *counts.borrow_and_update();
+                    self.handle(Event::ForeignServers(count));
                 }
                 () = &mut stopping, if !is_draining => {
                     is_draining = true;
@@ -176,7 +176,7 @@ impl Driver {
             self.connector.handle(Event::Draining, now, chance());
         }
         self.connector.handle(event, now, chance());
-        // Leases change it, a welcome, and a tunnel's end.
+        // The count of foreign servers changes it, a welcome, and a tunnel's end.
         self.view.set_server_count(self.connector.server_count());
         while let Some(action) = self.connector.poll_action() {
             match action {
@@ -213,14 +213,13 @@ impl Driver {
         let (shard, permit) = self.shards.place(address, held);
         tracing::debug!(%address, protocol = endpoint.kind.label(), shard, "dialling");
         let (commands, inbox) = mpsc::unbounded_channel();
-        let task = TunnelTask {
+        let target = DialTarget {
             number,
             endpoint,
             server,
             spread: (self.spread, slot),
             events: self.events.clone(),
             commands: inbox,
-            permit,
         };
         let tunnel = Tunnel {
             address,
@@ -229,7 +228,7 @@ impl Driver {
             established: None,
         };
         self.tunnels.insert(number, tunnel);
-        self.shards.send(shard, task);
+        self.shards.send(shard, TunnelTask { target, permit });
     }
 
     /// Sends a command; no effect on a tunnel that is ending.

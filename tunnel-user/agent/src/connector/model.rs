@@ -35,8 +35,8 @@ enum Step {
     End(Index),
     /// Another process takes the place of a server's.
     Restart(usize),
-    /// Leases are counted.
-    Leases(Option<u32>),
+    /// Foreign servers are counted.
+    Count(Option<u32>),
     /// The agent drains.
     Drain,
     /// The agent ends.
@@ -58,7 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
         60 => (any::<Index>(), health).prop_map(|(tunnel, health)| Step::Change(tunnel, health)),
         20 => any::<Index>().prop_map(Step::End),
         10 => (0..SERVERS).prop_map(Step::Restart),
-        3 => proptest::option::of(0..5_u32).prop_map(Step::Leases),
+        3 => proptest::option::of(0..5_u32).prop_map(Step::Count),
         1 => Just(Step::Drain),
         1 => Just(Step::Stop),
     ]
@@ -158,12 +158,12 @@ impl World {
             Step::End(tunnel) => {
                 if let Some(number) = pick(&self.tunnels, *tunnel) {
                     self.tunnels.remove(&number);
-                    let end = End::new(CloseReason::LinkLost, "test");
+                    let end = TunnelEnd::new(CloseReason::LinkLost, "test");
                     self.handle(Event::Ended(number, end));
                 }
             }
             Step::Restart(server) => self.processes[*server] += 1,
-            Step::Leases(count) => self.handle(Event::Leases(*count)),
+            Step::Count(count) => self.handle(Event::ForeignServers(*count)),
             Step::Drain => {
                 self.is_draining = true;
                 self.handle(Event::Draining);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::plan::ServerEndpoint;
-use crate::tunnel::End;
+use crate::tunnel::TunnelEnd;
 
 /// A log line.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ pub(super) enum Notice {
         /// Address and protocol.
         endpoint: ServerEndpoint,
         /// The end.
-        end: End,
+        end: TunnelEnd,
         /// Whether the agent meant it to end.
         is_intended: bool,
     },

@@ -47,7 +47,7 @@ impl Agent {
     }
 
     fn end(&mut self, number: u64, reason: CloseReason) -> Vec<Action> {
-        self.handle(Event::Ended(number, End::new(reason, "test")))
+        self.handle(Event::Ended(number, TunnelEnd::new(reason, "test")))
     }
 }
 
@@ -82,7 +82,7 @@ fn a_resolved_server_is_dialled_introduced_and_kept() {
     let [Action::Dial(Dial { server, .. })] = &actions[..] else {
         panic!("{actions:?}");
     };
-    assert_eq!(server.as_deref(), Some(NAME));
+    assert_eq!(&**server, NAME);
     let actions = agent.handle(Event::Reached(1, "s1".into()));
     assert!(matches!(actions[..], [Action::Introduce(1)]), "{actions:?}");
     let actions = agent.welcome(1, "s1", 1);

@@ -83,7 +83,7 @@ impl From<IdentifierError> for ClientError {
 
 /// Parameters of dials to proxy-servers.
 #[derive(Clone, Debug)]
-pub(crate) struct Client {
+pub(super) struct Client {
     config: ProxyServerConfig,
     agent_id: Arc<str>,
     identifiers: Identifiers,
@@ -94,7 +94,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub(crate) fn new(config: &ProxyServerConfig) -> Result<Self, ClientError> {
+    pub(super) fn new(config: &ProxyServerConfig) -> Result<Self, ClientError> {
         let (identifiers, unusable) = Identifiers::parse_strict(&config.identifiers)?;
         for error in unusable {
             tracing::warn!(
@@ -123,12 +123,12 @@ impl Client {
     }
 
     /// Returns the id that the agent reports.
-    pub(crate) fn agent_id(&self) -> &Arc<str> {
+    pub(super) fn agent_id(&self) -> &Arc<str> {
         &self.agent_id
     }
 
     /// Returns the addresses that the agent reports.
-    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
         let v4 = self.identifiers.ipv4.iter().copied().map(IpAddr::from);
         let v6 = self.identifiers.ipv6.iter().copied().map(IpAddr::from);
         v4.chain(v6).collect()

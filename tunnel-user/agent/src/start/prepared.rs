@@ -8,6 +8,7 @@ use tunnel_proto::route::Claim;
 
 use crate::agent_identity::AgentIdentity;
 use crate::error::AgentError;
+use crate::extension::Extend;
 use crate::offer;
 use crate::policy::Policy;
 use crate::worker::{CONNECTIONS, STALLED_BYTES};
@@ -18,7 +19,6 @@ use cpc_host::descriptors::{Listeners, Shares};
 use cpc_host::environment::{Environment, Reloads, Stops};
 use cpc_host::host;
 use cpc_host::privileges::{self, CapabilitySet};
-use cpc_observe::konnectivity::ProxyAgentMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::{DialMetrics, ours};
 use cpc_observe::reload::ReloadMetrics;
@@ -42,7 +42,6 @@ pub(crate) struct Prepared {
     /// Shards, none of which is started.
     pub(super) shards: Shards,
     pub(super) registry: Registry,
-    pub(super) proxy_metrics: ProxyAgentMetrics,
     pub(super) dials: DialMetrics,
     pub(super) reloads: ReloadMetrics,
     pub(super) limits: LimitMetrics,
@@ -57,6 +56,7 @@ impl Prepared {
     pub(crate) fn new(
         mut config: AgentConfig,
         environment: Environment,
+        extend: impl Extend,
     ) -> Result<Self, AgentError> {
         crate::check(&config)?;
         let is_embedded = environment.is_embedded();
@@ -66,17 +66,14 @@ impl Prepared {
         let shares = Shares::of_process(Listeners { http, tls: 0 });
         let connections = &mut config.limits.connections;
         *connections = host::fit_connections(*connections, shares.connections);
-        let identity = AgentIdentity::load(&config)?;
+        let identity = AgentIdentity::load(&config, extend)?;
         let claims = offer::claims(&config.serve)?;
         let policy = Policy::new(config.allow.clone(), identity.clone());
         let admin = listen(config.admin)?;
         let probes = config.health.map(listen).transpose()?;
 
         let mut registry = Registry::default();
-        let proxy_metrics = ProxyAgentMetrics::default();
-        if config.konnectivity.is_some() {
-            proxy_metrics.register(&mut registry);
-        }
+        identity.extension().register(&mut registry);
         let dials = DialMetrics::register(ours(&mut registry));
         let reloads = ReloadMetrics::register(ours(&mut registry), SystemTime::now());
         let shards = match is_embedded {
@@ -106,7 +103,6 @@ impl Prepared {
             probes,
             shards,
             registry,
-            proxy_metrics,
             dials,
             reloads,
             limits,

@@ -14,13 +14,15 @@ use super::reload::Reload;
 use crate::agent_identity::AgentIdentity;
 use crate::connector::{self, Servers};
 use crate::error::AgentError;
+use crate::extension::ServerCount;
 use crate::policy::Policy;
+use crate::quic::QuicDialer;
 use crate::renew::{self, Renewals};
 use crate::shards::Dispatch;
+use crate::tunnel::TunnelDialer;
 use crate::tunnel_views::Tunnels;
 use crate::worker::{STALLED_BYTES, Worker};
-use crate::{leases, predecessor, status};
-use cpc_config::konnectivity::CountSource;
+use crate::{predecessor, status};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
@@ -41,9 +43,6 @@ use cpc_transport::quic::config::Setup;
 
 /// Polling interval of a draining agent for the end of its connections.
 const IDLE_POLL: Duration = Duration::from_millis(50);
-
-/// Time for a proxy-server to learn that the agent drains: its requests until then are served.
-const DRAIN_HEARD: Duration = Duration::from_secs(1);
 
 /// An agent at work.
 pub(crate) struct Serving {
@@ -76,7 +75,6 @@ impl Serving {
             probes,
             mut shards,
             mut registry,
-            proxy_metrics,
             dials,
             reloads,
             limits,
@@ -87,6 +85,8 @@ impl Serving {
         let budget = Budget::new(config.limits.stalled_bytes);
         let connections = ConcurrencyLimit::new(config.limits.connections);
         let setup = setup(&config, &budget, &limits, &mut registry);
+        let extension = identity.extension();
+        let observer = extension.observer();
         let view = status::View::register(
             ours(&mut registry),
             (
@@ -98,17 +98,17 @@ impl Serving {
             policy.in_force().clone(),
             (budget.clone(), connections.clone(), limits.clone()),
             phases.clone(),
-            (proxy_metrics.clone(), identity.lifetimes()),
+            (observer.clone(), identity.lifetimes()),
         );
         let instance = instance()?;
         let predecessor = predecessor::take(config.state_dir.as_deref(), instance);
-        let leases = leases::count(&config, proxy_metrics.leases.clone()).await?;
+        let foreign = extension.count_servers().await;
+        let foreign = foreign.map_err(AgentError::Extension)?;
         let renewals = Renewals::default();
         let worker = Worker {
             node: identity.name(),
             material: identity.material.clone(),
-            setup,
-            konnectivity: identity.konnectivity.clone(),
+            dialers: dialers(&identity, setup).collect(),
             instance,
             predecessor,
             serve,
@@ -116,7 +116,7 @@ impl Serving {
             policy: policy.in_force().clone(),
             answered: Arc::default(),
             metrics: dials,
-            proxy_metrics,
+            observer,
             budget: budget.clone(),
             phase: phases.clone(),
             connections: connections.clone(),
@@ -128,14 +128,14 @@ impl Serving {
             dispatch,
             phases,
             connections.clone(),
-            servers(&config, leases),
+            servers(&config, foreign),
             views,
         );
         let connector = tokio::spawn(connector);
 
         let pages = Admin::new(registry, log.clone(), Arc::new(view));
         if let Some(listener) = probes {
-            let pages = admin::konnectivity::agent_router(pages.clone());
+            let pages = extension.health_pages(pages.clone());
             tokio::spawn(admin::serve(listener, pages, shares.http));
         }
         tokio::spawn(admin::serve(admin, pages.router(), shares.http));
@@ -182,8 +182,8 @@ impl Serving {
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             self.reload.run(reread())
         });
-        let proxies = self.config.konnectivity.is_some();
-        let idle = idle(&self.phase, &self.connections, proxies);
+        let notice = self.identity.extension().drain_notice();
+        let idle = idle(&self.phase, &self.connections, notice);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
         let drain = self.config.limits.drain;
         tokio::select! {
@@ -224,15 +224,22 @@ fn instance() -> io::Result<InstanceId> {
     Ok(InstanceId(instance))
 }
 
-fn servers(config: &AgentConfig, leases: watch::Receiver<Option<u32>>) -> Servers {
+/// Returns the dialers of all kinds.
+fn dialers(identity: &AgentIdentity, setup: Setup) -> impl Iterator<Item = Arc<dyn TunnelDialer>> {
+    let native = identity.material.iter().map(move |material| {
+        let (material, setup) = (material.clone(), setup.clone());
+        Arc::new(QuicDialer { material, setup }) as Arc<dyn TunnelDialer>
+    });
+    native.chain(identity.extension().dialers())
+}
+
+fn servers(config: &AgentConfig, foreign: ServerCount) -> Servers {
     let addresses = config.servers.iter();
     let addresses =
         addresses.map(|server| (server.address.as_str().into(), config.protocol(server)));
-    let konnectivity = config.konnectivity.as_ref();
     Servers {
         addresses: addresses.collect(),
-        leases,
-        count_both: konnectivity.is_some_and(|k| k.server_count == CountSource::Max),
+        foreign,
         tunnels: config.tunnels,
     }
 }
@@ -256,13 +263,11 @@ fn watch_files(material: &Arc<Material>, policy: Policy) {
     }));
 }
 
-/// Waits until a draining agent has no connection left, and then refuses further ones. Proxy-servers
-/// may request some until they have learnt of the drain.
-async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit, proxies: bool) {
+/// Waits until a draining agent has no connection left, and then refuses further ones. Foreign servers
+/// may request some for the time of `notice`, until they have learnt of the drain.
+async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit, notice: Duration) {
     lifecycle::stopping(phase.subscribe()).await;
-    if proxies {
-        tokio::time::sleep(DRAIN_HEARD).await;
-    }
+    tokio::time::sleep(notice).await;
     while !connections.close_if_empty() {
         tokio::time::sleep(IDLE_POLL).await;
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
 use super::join;
+use cpc_agent::konnectivity::AgentExtension;
 use cpc_config::address;
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
@@ -134,7 +135,9 @@ impl Args {
         }
         let config = self.for_start()?;
         let log = begin(ANY_START, &config.log, &config.audit)?;
-        super::runtime()?.block_on(cpc_agent::run(config, log, || self.config()))?;
+        super::runtime()?.block_on(cpc_agent::run(config, log, AgentExtension::extend, || {
+            self.config()
+        }))?;
         Ok(())
     }
 }

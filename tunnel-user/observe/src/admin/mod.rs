@@ -35,6 +35,9 @@ use crate::process;
 use cpc_host::descriptors;
 use cpc_host::report::report;
 
+/// Pages of a listener.
+pub type Pages = Router;
+
 /// Counter of connections that were refused because no file descriptor was left.
 #[derive(Debug)]
 struct Refused;

@@ -8,7 +8,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::{Counted, Exact, Label, LeaseReads, StreamMetrics, set};
+use super::{Exact, Label, LeaseReads, StreamMetrics, set};
 
 const PREFIX: &str = "konnectivity_network_proxy_agent";
 
@@ -142,9 +142,14 @@ impl ProxyAgentMetrics {
         failures.0.inc();
     }
 
-    /// Counts an open connection to a target.
-    pub fn endpoint(&self) -> Counted {
-        Counted::new(&self.endpoints)
+    /// Counts the start of a connection to a target.
+    pub fn endpoint_opened(&self) {
+        self.endpoints.inc();
+    }
+
+    /// Counts the end of a connection to a target.
+    pub fn endpoint_closed(&self) {
+        self.endpoints.dec();
     }
 
     /// Sets the number of connected servers, and the number of servers that there should be.

@@ -166,7 +166,9 @@ fn the_agent_has_exactly_the_names_of_proxy_agent() {
     metrics.dial_failed(DialTrouble::Timeout);
     metrics.server_failed(Direction::FromServer);
     metrics.set_servers(2, 3);
-    let _open = metrics.endpoint();
+    metrics.endpoint_opened();
+    metrics.endpoint_opened();
+    metrics.endpoint_closed();
 
     let text = text(&registry);
     let prefix = "konnectivity_network_proxy_agent_";

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::common::{self, Base, Translated};
 use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
+use cpc_agent::konnectivity::AgentExtension;
 use cpc_config::agent::Protocol;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
 use cpc_host::privileges::ANY_START;
@@ -176,7 +177,12 @@ impl Args {
             tracing::warn!("{note}");
         }
         let reread = || self.translate().map(|translated| translated.config);
-        crate::cli::runtime()?.block_on(cpc_agent::run(config, log, reread))?;
+        crate::cli::runtime()?.block_on(cpc_agent::run(
+            config,
+            log,
+            AgentExtension::extend,
+            reread,
+        ))?;
         Ok(())
     }
 
