@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// The crates below `tunnel-user/`, each with the crates of this project that it may depend on: the table
 /// in ARCHITECTURE.md.
-const PERMITTED: [(&str, &[&str]); 13] = [
+const PERMITTED: [(&str, &[&str]); 14] = [
     ("cpc-host", &[]),
     ("cpc-config", &["cpc-host", "tunnel-proto"]),
     ("cpc-observe", &["cpc-config", "cpc-host", "tunnel-proto"]),
@@ -48,6 +48,19 @@ const PERMITTED: [(&str, &[&str]); 13] = [
             "cpc-datapath",
             "cpc-host",
             "cpc-identity",
+            "cpc-observe",
+            "cpc-transport",
+            "tunnel-proto",
+        ],
+    ),
+    (
+        "cpc-konnectivity",
+        &[
+            "cpc-agent",
+            "cpc-config",
+            "cpc-datapath",
+            "cpc-host",
+            "cpc-identity",
             "cpc-kubernetes",
             "cpc-observe",
             "cpc-transport",
@@ -75,6 +88,7 @@ const PERMITTED: [(&str, &[&str]); 13] = [
             "cpc-config",
             "cpc-host",
             "cpc-identity",
+            "cpc-konnectivity",
             "cpc-observe",
             "cpc-redirect",
             "cpc-server",

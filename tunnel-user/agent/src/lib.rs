@@ -10,7 +10,6 @@ mod error;
 pub mod extension;
 mod happy_eyeballs;
 pub mod join;
-pub mod konnectivity;
 mod native;
 mod observer;
 mod offer;

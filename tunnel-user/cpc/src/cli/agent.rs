@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
 use super::join;
-use cpc_agent::konnectivity::AgentExtension;
 use cpc_config::address;
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
 use cpc_host::privileges::ANY_START;
+use cpc_konnectivity::agent::AgentExtension;
 
 /// Run an agent, on a worker
 ///

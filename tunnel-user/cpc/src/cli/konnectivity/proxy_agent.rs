@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::common::{self, Base, Translated};
 use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
-use cpc_agent::konnectivity::AgentExtension;
 use cpc_config::agent::Protocol;
 use cpc_config::{AgentConfig, AllowRule, ConfigError};
 use cpc_host::privileges::ANY_START;
+use cpc_konnectivity::agent::AgentExtension;
 
 /// Run an agent with the flags of Konnectivity's proxy-agent
 ///

@@ -16,7 +16,7 @@ use tunnel_proto::konnectivity::text::go_error;
 use tunnel_proto::preface::DialResponse;
 
 use super::session::{Session, Stream};
-use crate::extension::Answer;
+use cpc_agent::extension::Answer;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
 /// Maximum number of bytes taken from a queue at once: writing that much counts as progress.

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::session::{Asked, Session};
-use crate::extension::{
+use cpc_agent::extension::{
     EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerInfo, ServerTunnel, TunnelEnd, TunnelInfo,
     Worker, serve_dial,
 };

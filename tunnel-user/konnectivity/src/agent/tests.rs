@@ -14,7 +14,7 @@ use tunnel_proto::preface::DialResponse;
 
 use super::session::{Asked, Session};
 use super::stream::{KonnectivityRecv, KonnectivitySend};
-use crate::extension::Answer;
+use cpc_agent::extension::Answer;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_observe::konnectivity::{Segment, StreamMetrics};
 use cpc_transport::grpc::client::handshake;

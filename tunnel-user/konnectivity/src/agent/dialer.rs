@@ -13,7 +13,7 @@ use tunnel_proto::konnectivity::{CONNECT, metadata};
 
 use super::client::{Client, ClientError};
 use super::tunnel::Established;
-use crate::extension::{
+use cpc_agent::extension::{
     BoxError, DialTarget, EstablishedTunnel, TunnelDialer, TunnelInfo, TunnelStats, Worker,
 };
 use cpc_config::TunnelKind;

@@ -10,7 +10,7 @@ use tunnel_proto::close::CloseReason;
 use super::client::{Client, ClientError};
 use super::dialer::ProxyServerDialer;
 use super::leases;
-use crate::extension::{
+use cpc_agent::extension::{
     BoxError, BoxFuture, Extension, Observer, ReportedIdentity, ServerCount, TunnelDialer,
 };
 use cpc_config::AgentConfig;
