@@ -118,7 +118,7 @@ fn what_is_skipped_is_said() -> Result<()> {
     let mut plan = plan(&["direct", "quinn copy", "connect"], vec![Measure::Dial])?;
     plan.programs.quinn = "/nowhere/stock-quinn".into();
     for path in &mut plan.paths {
-        if let tunnel_tests::bench::path::Way::Connector { server, .. } = &mut path.way {
+        if let tunnel_tests::bench::path::PathKind::Connector { server, .. } = &mut path.way {
             *server = serde_json::json!({"no_such_key": 1});
         }
     }
@@ -132,7 +132,7 @@ fn what_is_skipped_is_said() -> Result<()> {
     Ok(())
 }
 
-/// Who watches may end the run, as Ctrl-C does; namespaces and processes go with it.
+/// The watching process may end the run, as Ctrl-C does; namespaces and processes end with it.
 #[test]
 fn an_ended_run_leaves_nothing() -> Result<()> {
     if !lab::available()? {

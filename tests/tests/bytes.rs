@@ -1,5 +1,5 @@
-//! No byte is lost and none is invented, whoever closes first: over the redirect and through HTTP
-//! CONNECT.
+//! No byte is lost and none is invented, whichever side closes first: over the redirect and through
+//! HTTP CONNECT.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
@@ -147,7 +147,7 @@ fn a_download_arrives_whole_though_the_client_talks_to_nobody() -> Result<()> {
     Ok(())
 }
 
-/// Writes a little before each read, and does not mind when nobody listens any more.
+/// Writes a little before each read, and ignores a peer that no longer reads.
 struct Chatter<'a>(&'a Socket);
 
 impl Read for Chatter<'_> {

@@ -1,5 +1,5 @@
-//! What is captured comes from the configuration alone, and nothing captured ever leaves by the
-//! ordinary route: the control plane has a default route here, and the router counts what takes it.
+//! The capture comes from the configuration alone, and no captured connection takes the ordinary
+//! route: the control plane has a default route here, and the router counts packets on it.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -13,7 +13,7 @@ use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::load::{Failure, ask};
 use tunnel_tests::target::Behaviour;
 
-/// How long a connect may take that the router drops.
+/// Timeout of a connect that the router drops.
 const LOST: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(5);
 

@@ -1,6 +1,6 @@
 //! The server dies, is stopped, and is restarted under load; its programs are replaced under load.
-//! What is captured meanwhile is refused, or leaves by the ordinary route where it is told to
-//! (`fail: open`), but never leaks and is never answered wrongly.
+//! Captured connections are refused meanwhile, or take the ordinary route where the attachment
+//! fails open (`fail: open`), but never leak and never get a wrong answer.
 
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -17,9 +17,9 @@ use tunnel_tests::target::Behaviour;
 
 /// After that the kernel takes a silent server for stuck. The rest is for a busy machine.
 const STUCK: Duration = Duration::from_secs(3);
-/// How soon a server and its agent are to be back, with as much for a busy machine.
+/// Time until a server and its agent are back, with as much for a busy machine.
 const BACK: Duration = Duration::from_secs(5);
-/// What a decoy answers.
+/// Answer of a decoy.
 const DECOY: &str = "decoy";
 const CLIENTS: usize = 4;
 
@@ -53,8 +53,9 @@ fn refused_because_dead(lab: &Lab) -> Result<()> {
     }
 }
 
-/// Connects until `done` says so of the error (`None`: it was accepted); gives the time that took.
-/// A stopped server's listener accepts, and nobody answers, so nothing is waited for.
+/// Connects until `done` accepts the error (`None`: the connect succeeded); returns the time. A
+/// stopped server's listener accepts, and no process answers, so the function does not wait for an
+/// answer.
 fn connects_until(
     lab: &Lab,
     limit: Duration,
@@ -114,9 +115,9 @@ fn a_dead_or_stopped_server_is_closed() -> Result<()> {
     Ok(())
 }
 
-/// What a client may see of a server that is restarted: the connect is refused with one of the
-/// redirect's errnos, or the connection is reset; never an end of file, a wait, or somebody else's
-/// answer.
+/// Permitted results for the client of a restarting server: the connect is refused with one of the
+/// redirect's errnos, or the connection is reset; never an end of file, a wait, or another
+/// program's answer.
 fn refused_or_reset(attempt: &Attempt) -> Result<()> {
     let allowed = match &attempt.result {
         Ok(answer) => *answer == attempt.request,
@@ -224,7 +225,7 @@ fn an_attachment_that_fails_open_takes_the_ordinary_route() -> Result<()> {
     eventually(BACK, || answered(&lab, "hello")).context("the server goes on")
 }
 
-/// The ordinary route leads to this namespace itself, where somebody else answers.
+/// Answers on the ordinary route, which leads to this namespace itself.
 fn decoy(netns: &Netns) -> Result<()> {
     netns.ip("route add local 10.99.0.0/16 dev lo\n")?;
     let port = Behaviour::Echo.port();

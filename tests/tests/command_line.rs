@@ -1,5 +1,5 @@
-//! The program as somebody meets it first: help, completions, manual pages, and what it says of
-//! configuration and certificates that can't be right. None of it needs root.
+//! The first contact with the program: help, completions, manual pages, and errors about wrong
+//! configuration and certificates. None of it needs root.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

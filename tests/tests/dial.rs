@@ -1,5 +1,5 @@
-//! What happens while a dial is not answered yet: the client's first bytes, its end of file, its
-//! departure, and the deadline.
+//! Events during an unanswered dial: the client's first bytes, its end of file, its departure, and
+//! the deadline.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
@@ -65,7 +65,7 @@ fn fill_hole(worker: &Worker) -> Result<()> {
     worker.netns.nft("delete table inet hole")
 }
 
-/// How many connects of the worker's wait for an answer.
+/// Returns the number of the worker's connects that wait for an answer.
 fn pending_connects(worker: &Worker) -> Result<usize> {
     let output = worker
         .netns

@@ -1,5 +1,5 @@
-//! Ending in order: what is open goes on until it ends or the time is over, what is new goes
-//! elsewhere, or is served where nobody else would.
+//! Draining: open connections continue until their end or the deadline; new ones go elsewhere, or
+//! are served where no other process serves them.
 
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};

@@ -50,7 +50,7 @@ fn target(lab: &Lab, behaviour: Behaviour) -> SocketAddr {
     (lab.workers[0].node_addresses()[0], behaviour.port()).into()
 }
 
-/// How a connection ends for who reads it; `None` is an end of file.
+/// Returns how a connection ends for its reader; `None` is an end of file.
 fn end_of(mut socket: &Socket) -> Option<ErrorKind> {
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -129,8 +129,8 @@ fn resets_arrive_as_resets() -> Result<()> {
     Ok(())
 }
 
-/// Readers that stop stall nobody else, and what they had asked for is still whole; many connections
-/// at once carry each its own bytes.
+/// Stopped readers stall no other connection, and their data is still complete; each of many
+/// concurrent connections carries its own bytes.
 #[test]
 fn a_crowd_beside_stopped_readers_is_served() -> Result<()> {
     let Some(lab) = lab()? else { return Ok(()) };
@@ -168,7 +168,7 @@ fn a_crowd_beside_stopped_readers_is_served() -> Result<()> {
     })
 }
 
-/// Where a seccomp filter refuses io_uring, epoll does the job, and the log says why.
+/// A seccomp filter refuses io_uring: the process uses epoll, and the log says why.
 #[test]
 fn epoll_takes_over_where_io_uring_is_refused() -> Result<()> {
     let Some(mut lab) = lab()? else { return Ok(()) };

@@ -16,7 +16,7 @@ use tunnel_tests::load::{Attempt, Failure, Load, ask, ask_through, line};
 use tunnel_tests::service;
 use tunnel_tests::target::Behaviour;
 
-/// How soon who was started again is to serve (3 s), and room for a busy machine.
+/// Time until a restarted process serves (3 s), and room for a busy machine.
 const BACK: Duration = Duration::from_secs(5);
 /// An agent that is not heard for so long is given up with its streams.
 const IDLE: Duration = Duration::from_secs(30);
@@ -156,9 +156,9 @@ fn agent(lab: &Lab) -> Result<Value> {
     Ok(status["agents"][0].clone())
 }
 
-/// An agent that is killed and started again serves its node at once: nobody waits until its
-/// former self is given up. What was open ends when the new process is there; a connection that was
-/// dialled meanwhile, and on which nothing was sent, goes to the new process.
+/// An agent that is killed and started again serves its node at once, without waiting until the
+/// server gives its former process up. Open connections end when the new process is there; a
+/// connection that was dialled meanwhile, and on which nothing was sent, goes to the new process.
 #[test]
 fn an_agent_killed_and_started_again_serves_its_node() -> Result<()> {
     if !lab::available()? {
@@ -388,10 +388,11 @@ fn answered_or_clean(attempt: &Attempt, killed: &[Instant]) -> Result<()> {
     Ok(())
 }
 
-/// The way back from an agent is cut after it has reached the target and before it could say so,
-/// until its tunnel is given up. Where bytes of the client's had been sent along, they may have been
-/// read: the client is told, by a reset, and nobody else is asked. Where none had, another agent is
-/// asked within a second or so, and the client notices nothing. A connection from before is reset.
+/// The way back from an agent is cut after it has reached the target and before its answer, until
+/// the server gives the tunnel up. Where bytes of the client were sent along, the target may have
+/// read them: the client sees a reset, and the server asks no other agent. Where none were, the
+/// server asks another agent within a second or so, and the client notices nothing. A connection
+/// from before is reset.
 #[test]
 fn a_lost_dial_is_tried_again_only_if_nothing_was_sent() -> Result<()> {
     if !lab::available()? {
@@ -459,7 +460,7 @@ fn end_at_once(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// Requests travel with the dial, before anybody has answered it. Agents are killed, ended, halted
+/// Requests travel with the dial, before an agent has answered. Agents are killed, ended, halted
 /// and forbidden to dial, at random, so that dials are refused, lost and tried again: no request
 /// reaches a target twice, and each answered one reached it once.
 #[test]

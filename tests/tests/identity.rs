@@ -77,8 +77,8 @@ fn a_node_address_has_one_owner() -> Result<()> {
     steady.finish().map(drop)
 }
 
-/// Two servers that were given one id by mistake: the agent keeps the first, says what is wrong,
-/// and nobody is disturbed.
+/// Two servers have one id by mistake: the agent keeps the first, logs the conflict, and no
+/// connection is disturbed.
 #[test]
 fn two_servers_with_one_id_do_not_fight() -> Result<()> {
     if !lab::available()? {

@@ -81,7 +81,8 @@ fn use_joined(config: &mut Value) {
     });
 }
 
-/// A worker with nothing but a token becomes an agent, and who has the token then becomes nobody else.
+/// A worker with nothing but a token becomes an agent, and the holder of the token then becomes no
+/// other agent.
 #[test]
 fn a_worker_joins_with_a_token() -> Result<()> {
     if !lab::available()? {

@@ -240,7 +240,7 @@ impl Drop for Running {
     }
 }
 
-/// A port that the commands take and nobody has, below those that the system gives out.
+/// Returns a free port that the commands accept, below those that the system gives out.
 fn free_port() -> Result<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = 20_000 + u16::try_from(std::process::id() % 1000)? * 10;
@@ -415,7 +415,8 @@ fn refusal(socket: impl AsRef<Path>, request: &str) -> Result<(String, String)> 
     Ok((status.to_owned(), body.to_owned()))
 }
 
-/// It says in its pages that it reaches nobody, stays at the first signal and ends at the second.
+/// The agent's pages show that it reaches no server; it stays at the first signal and ends at the
+/// second.
 #[test]
 fn a_proxy_agent_without_servers() -> Result<()> {
     let image = Image::new("agent")?;

@@ -1,5 +1,5 @@
-//! What every other test takes for granted: the laboratory keeps the workers out of reach, and its
-//! targets do what their names say.
+//! Preconditions of every other test: the laboratory keeps the workers out of reach, and the
+//! targets behave as their names say.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -15,7 +15,7 @@ use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
 const SOON: Duration = Duration::from_secs(15);
-/// The names in it are promised to whoever builds dashboards.
+/// Page that promises its names to authors of dashboards.
 const MONITORING: &str = include_str!("../../docs/monitoring.md");
 
 fn echo(n: u8) -> SocketAddr {

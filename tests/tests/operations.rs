@@ -1,4 +1,4 @@
-//! What an operator does with a running connector: look at it, change it, and read what it wrote.
+//! Work of an operator with a running connector: inspect it, change it, and read its output.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -154,8 +154,8 @@ fn status_shows_who_is_there() -> Result<()> {
     Ok(())
 }
 
-/// A CONNECT socket that somebody removed is made again; one that another process has put in its place
-/// shows in `/readyz`.
+/// The server recreates a CONNECT socket that was removed; one that another process has put in its
+/// place shows in `/readyz`.
 #[test]
 fn a_connect_socket_that_is_gone_is_made_again() -> Result<()> {
     if !lab::available()? {

@@ -82,7 +82,7 @@ fn send(socket: &Socket, bytes: u64) -> Result<()> {
     Ok(socket.shutdown(Shutdown::Write)?)
 }
 
-/// What the path did; a test in which it did nothing has shown nothing.
+/// Returns the counts of the path; a test in which the path did nothing has shown nothing.
 fn counts(shaper: &Shaper, of: impl Fn(Counts) -> u64) -> Result<()> {
     let counts = [Direction::Outward, Direction::Inward].map(|it| shaper.counts(it));
     println!("{counts:#?}");
@@ -177,8 +177,8 @@ fn the_path_goes_dark_and_comes_back() -> Result<()> {
     counts(&shaper, |counts| counts.lost)
 }
 
-/// The path takes smaller packets from one moment on and tells nobody: those that are too large
-/// vanish, and smaller ones take their place.
+/// The path takes smaller packets from one moment on, without notice: larger ones vanish, and
+/// smaller ones take their place.
 #[test]
 fn large_packets_begin_to_vanish() -> Result<()> {
     if !lab::available()? {

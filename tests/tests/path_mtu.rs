@@ -1,4 +1,4 @@
-//! How large packets become: what is found by trying, what is configured, and what both sides tell.
+//! The size of packets: found by probing, configured, and shown by both sides.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;

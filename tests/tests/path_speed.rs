@@ -1,4 +1,4 @@
-//! How fast the tunnel is on a bad path, beside the kernel's TCP with the same congestion control
+//! The speed of the tunnel on a bad path, beside the kernel's TCP with the same congestion control
 //! on the same path. It measures and asserts nothing:
 //!
 //! ```sh
@@ -65,7 +65,7 @@ fn rate(mut socket: Socket, time: Duration) -> Result<f64> {
     Ok(bytes as f64 * 8.0 / 1e6 / start.elapsed().as_secs_f64())
 }
 
-/// How many bytes come in `time`.
+/// Returns the number of bytes that arrive in `time`.
 fn fetch(socket: &mut Socket, time: Duration) -> Result<usize> {
     let start = Instant::now();
     let (mut bytes, mut buffer) = (0, vec![0; 1 << 18]);

@@ -1,4 +1,4 @@
-//! What an agent may dial, and how a client hears that it may not.
+//! Destinations of an agent, and the answer to a client that requests another one.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,7 +15,7 @@ use tunnel_tests::target::Behaviour;
 
 /// Something listens on it, and no agent may dial it.
 const FORBIDDEN: u16 = 9000;
-/// It may be dialled, and nobody listens.
+/// Port that may be dialled, without a listener.
 const CLOSED: u16 = 7199;
 
 /// The answer to a CONNECT: its first line and its body.
@@ -156,9 +156,9 @@ fn a_wide_allow_list_leaves_the_agents_own_host_alone() -> Result<()> {
     Ok(())
 }
 
-/// A name is resolved by the agent and by nobody else: the server's host believes otherwise, and
-/// is not asked. The address that it resolves to must be allowed like any other. A node's host name,
-/// by which kube-apiserver dials kubelets by default, is such a name.
+/// The agent alone resolves a name: the server's host has another answer, and is not asked. The
+/// resolved address must be allowed like any other. A node's host name, by which kube-apiserver
+/// dials kubelets by default, is such a name.
 #[test]
 fn names_are_resolved_by_the_agent() -> Result<()> {
     if !lab::available()? {
@@ -280,9 +280,9 @@ fn an_agent_dials_what_its_allow_list_names_by_name() -> Result<()> {
     refused(&lab, "echo.svc.internal:7001", 403, &["allow-list"])
 }
 
-/// What the redirect's clients and a frontend's may ask for, each by a list of its own: what is not in
-/// it is refused before any agent is asked, by reset or with a 403 that names the list. SIGHUP puts
-/// another list in force, and what is connected stays.
+/// The redirect and a frontend have separate lists for their clients' requests. The server refuses
+/// any other destination before it asks an agent, by reset or with a 403 that names the list.
+/// SIGHUP puts another list in force, and connections stay.
 #[test]
 fn a_frontends_clients_ask_for_what_its_allow_list_names() -> Result<()> {
     if !lab::available()? {

@@ -177,9 +177,10 @@ fn connect_nonblocking(to: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// A listener is of no use to somebody who connects to it directly: where that connection was
-/// meant to go is not known, and it is reset. Nor is its port to a program that binds it while no server
-/// runs, and keeps it: nothing that is captured arrives there, and the next server works all the same.
+/// The listener is useless for a program that connects to it directly: the server does not know the
+/// destination of that connection, and resets it. The listener's port is useless for a program that
+/// binds it while no server runs, and keeps it: no captured connection arrives there, and the next
+/// server works all the same.
 #[test]
 fn the_listener_itself_serves_nobody() -> Result<()> {
     if !lab::available()? || !lab::kernel_since((6, 1), lab::ERRNOS)? {

@@ -15,7 +15,7 @@ use tunnel_tests::target::Behaviour;
 const SOON: Duration = Duration::from_secs(15);
 const RELOADED: [&str; 2] = ["INFO", "certificates reloaded"];
 
-/// Puts `text` in the place of a file in one step, as whoever renews certificates should.
+/// Replaces a file by `text` in one step, as a renewal should.
 fn replace(file: &Path, text: &[u8]) -> Result<()> {
     let aside = file.with_extension("new");
     fs::write(&aside, text)?;

@@ -1,5 +1,5 @@
-//! Peers who count no more: what they hold ends within seconds, they don't come back, and nobody else
-//! notices.
+//! Revoked peers: their tunnels and connections end within seconds, they don't come back, and no
+//! other peer notices.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -50,7 +50,8 @@ impl Manager {
         })
     }
 
-    /// What a service is started with: the sockets from descriptor 3 on, and where to report.
+    /// Prepares the start of a service: the sockets from descriptor 3 on, and the address for
+    /// notifications.
     fn prepare(&self, command: &mut Command, sockets: &Sockets) {
         let names: Vec<_> = sockets.iter().map(|(name, _)| name.as_str()).collect();
         command

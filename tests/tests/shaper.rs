@@ -10,7 +10,7 @@ use tunnel_tests::lab::shaper::{Direction, Impairment, Link, Shaper};
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
-/// How long an answer is waited for: far beyond every delay here.
+/// Timeout of an answer: far beyond every delay here.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// After so long without a datagram none is under way any more.
 const QUIET: Duration = Duration::from_millis(300);
@@ -69,7 +69,7 @@ impl Ends {
     }
 }
 
-/// What UDP sees of delay, loss, reordering and the largest packet.
+/// Effects of delay, loss, reordering and the largest packet on UDP.
 #[test]
 fn datagrams_meet_what_is_configured() -> Result<()> {
     if !lab::available()? {

@@ -18,8 +18,8 @@ use tunnel_tests::target::Behaviour;
 
 /// Stopped readers, and as many stopped targets.
 const STOPPED: u64 = 200;
-/// What one stopped stream may hold, in bytes: the far side may send a window of 1 MiB before it
-/// is read, and quinn copies a stream together when it holds 2.5 times what is unread.
+/// Memory of one stopped stream, in bytes: the far side may send a window of 1 MiB before it is
+/// read, and quinn merges a stream's data when it holds 2.5 times the unread bytes.
 const HELD: u64 = (1 << 20) * 5 / 2;
 /// Everything else that a process may need for this: QUIC's send window of 16 MiB, a read buffer
 /// of 64 KiB for each stream that waits for credit, tasks, an allocator's holes.
@@ -27,7 +27,7 @@ const OVERHEAD: u64 = 128 << 20;
 /// Until all buffers are full, or empty again.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What a process holds.
+/// Resources of a process.
 #[derive(Clone, Copy, Debug)]
 struct Usage {
     memory: u64,

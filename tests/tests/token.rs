@@ -134,7 +134,7 @@ fn no_token_is_erased_by_the_clock() -> Result<()> {
     Ok(())
 }
 
-/// What `cpc pki` issued is on record, and can be released.
+/// Certificates of `cpc pki` are on record, and can be released.
 #[test]
 fn what_was_issued_by_hand_is_listed_and_released() -> Result<()> {
     let host = Host::new("issued")?;

@@ -87,7 +87,7 @@ impl Driver {
                 assert!(target.cost() < MAX_QUEUED, "delivered beyond what may wait");
                 target.queue.push(data.len());
             }
-            // Of servers that know of halves alone.
+            // Only servers that support halves send this.
             Command::FinishHalf { .. } => {}
             Command::Finish { id } => {
                 let target = self

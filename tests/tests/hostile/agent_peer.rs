@@ -93,8 +93,8 @@ fn oversized() -> Bytes {
     head.freeze()
 }
 
-/// Whatever stands on the control stream in place of a message ends that agent's connection, with
-/// a reason for it and a line in the log, and nothing else.
+/// Anything but a message on the control stream ends that agent's connection, with a reason for it
+/// and a line in the log, and nothing else.
 #[test]
 fn senseless_control_streams_end_alone() -> Result<()> {
     if !lab::available()? {
@@ -372,7 +372,7 @@ fn dials_to_an_agent_that_plays_dead_end() -> Result<()> {
     stolen.scene.unharmed()
 }
 
-/// What an agent says at its end is one line of the log, whatever it holds.
+/// The text of an agent at its end is one line of the log, with any content.
 #[test]
 fn an_agent_can_not_write_lines_of_the_log() -> Result<()> {
     if !lab::available()? {

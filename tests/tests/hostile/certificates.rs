@@ -23,8 +23,8 @@ struct Case {
     says: &'static str,
 }
 
-/// Where nobody trusts the issuer, one after its time, one of a domain that is not ours, and ours
-/// for two other roles. `subject` issues a certificate that would be right but for that.
+/// Returns certificates of an unknown issuer, after their end, of another domain, and of two other
+/// roles. `subject` issues a certificate that has this one fault.
 fn cases(pki: &ConnectorPki, folder: &Path, role: &'static str, id: &str) -> Result<Vec<Case>> {
     let cpc = Programs::of_this_test()?.cpc;
     let authority = |name: &str, domain: &str| -> Result<ConnectorPki> {
@@ -75,7 +75,7 @@ fn cases(pki: &ConnectorPki, folder: &Path, role: &'static str, id: &str) -> Res
     ])
 }
 
-/// The server refuses each, says so, counts it, and welcomes nobody but the honest agent.
+/// The server refuses each, logs and counts that, and welcomes only the honest agent.
 #[test]
 fn a_server_lets_in_no_agent_that_proves_nothing() -> Result<()> {
     if !lab::available()? {

@@ -12,7 +12,7 @@ use tunnel_tests::lab::{self, Lab, LabSpec, Programs};
 
 use crate::scene::{SOON, echo, metric};
 
-/// What the server may open (`ulimit -n`).
+/// Limit of open files of the server (`ulimit -n`).
 const FILES: u64 = 256;
 
 /// Clients that say nothing, several times as many as fit.
@@ -24,7 +24,7 @@ fn idle(proxy: &Path) -> Result<UnixStream> {
     Ok(client)
 }
 
-/// What a client is told that asks for nothing and was refused.
+/// Returns the answer to a refused client that sends nothing.
 fn refusal(mut client: UnixStream) -> Result<String> {
     let mut answer = String::new();
     client.read_to_string(&mut answer).context("it hangs")?;

@@ -13,7 +13,7 @@ use tunnel_tests::lab::netns::Netns;
 use crate::peer::{self, Credentials};
 use crate::scene::{SOON, Scene, runtime};
 
-/// How many; well above what the server takes from strangers who have not proved their address.
+/// Number of handshakes; well above the number that the server accepts from unproven addresses.
 const HALF_OPEN: usize = 200;
 
 /// Passes on what a client says to `server` and nothing that comes back but a Retry: the client

@@ -19,7 +19,7 @@ use crate::scene::{SOON, Scene, echo, metric, runtime};
 
 /// Handshakes of a flood.
 const FLOOD: usize = 400;
-/// How long a dial may take that nobody answers: what is refused is refused long before.
+/// Timeout of an unanswered dial: a refusal comes long before.
 const DIAL: Duration = Duration::from_secs(60);
 
 /// An agent that is welcome and answers no dial.

@@ -1,4 +1,5 @@
-//! What a hostile agent can make the server hold: no more than its bounds, whatever it withholds.
+//! Memory that a hostile agent can make the server hold: never above its bounds, with any withheld
+//! byte.
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
@@ -24,11 +25,11 @@ use crate::leaky;
 use crate::peer::{self, Credentials};
 use crate::scene::{SOON, echo, metric, runtime};
 
-/// What the server may use. A quarter of it is for what its peers make it hold.
+/// Memory of the server. A quarter of it is for data of its peers.
 const MEMORY: u64 = 192 << 20;
 /// Dials that the agent holds: with a window each, more than all of that.
 const HELD: usize = 220;
-/// What the agent sends on each, all but the first byte.
+/// Bytes that the agent sends on each stream, all but the first.
 const WINDOW: usize = 1 << 20;
 /// Rounds of one byte sent and one withheld, on each stream.
 const FRAGMENTS: usize = 30;

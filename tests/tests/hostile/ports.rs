@@ -13,7 +13,7 @@ use crate::scene::{SOON, Scene, echo};
 
 /// Idle connections that a stranger holds to one port.
 const IDLE: usize = 300;
-/// What no HTTP/1.1 server should take for a request.
+/// Input that no HTTP/1.1 server should accept as a request.
 const NONSENSE: [&[u8]; 4] = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\0\0\0\0\0\0",
     b"\0\xff\0\xff\r\n\r\n",
@@ -213,7 +213,8 @@ fn senseless_connect_clients() -> Result<()> {
     scene.unharmed()
 }
 
-/// Who connects to the redirect's listener directly is reset before a byte is read, and said so.
+/// A connection made directly to the redirect's listener is reset before a byte is read, and the
+/// log says so.
 #[test]
 fn the_redirects_listener_is_no_way_in() -> Result<()> {
     if !lab::available()? {

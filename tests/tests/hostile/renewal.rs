@@ -1,4 +1,4 @@
-//! Somebody with a server's key, who has no CA's: what it answers to a renewal makes it no CA.
+//! An attacker with a server's key, without a CA's: its answers to a renewal do not make it a CA.
 
 use std::fs;
 use std::net::{SocketAddr, UdpSocket};
@@ -32,7 +32,8 @@ fn der(folder: &Path) -> Result<Vec<u8>> {
     Ok(certificate.context("ca.crt")?.to_vec())
 }
 
-/// What a request gets: a certificate by the CA in `evil`, which comes along beside the one in `genuine`.
+/// Returns the answer to a request: a certificate by the CA in `evil`, which comes along beside the
+/// one in `genuine`.
 fn issue(csr: &[u8], evil: &Path, genuine: &Path) -> Result<Issued> {
     let read = |file: &str| fs::read_to_string(evil.join(file));
     let key = KeyPair::from_pem(&read("ca.key")?)?;

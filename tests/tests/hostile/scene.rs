@@ -12,11 +12,11 @@ use tunnel_tests::lab::{Lab, LabSpec, Programs, address};
 use tunnel_tests::steady::Steady;
 use tunnel_tests::target::Behaviour;
 
-/// How long something may take that takes no time on a machine with nothing else to do.
+/// Timeout of an action that takes no time on an idle machine.
 pub(crate) const SOON: Duration = Duration::from_secs(15);
-/// How much more memory a process may hold after an attack, in KiB: allocators keep some.
+/// Permitted growth of a process's memory after an attack, in KiB: allocators keep some.
 const GROWTH: u64 = 32 * 1024;
-/// How many more descriptors: those of connections that end by themselves.
+/// Permitted growth of its descriptors: those of connections that end by themselves.
 const FILES: usize = 8;
 
 /// A laboratory in which worker 1 is honest and a client uses it without a pause. Worker 2 has no
@@ -28,7 +28,7 @@ pub(crate) struct Scene {
     agent: Usage,
 }
 
-/// What a process holds.
+/// Resources of a process.
 struct Usage {
     memory: u64,
     files: usize,
@@ -99,7 +99,7 @@ impl Scene {
         self.lab.workers[0].agent()
     }
 
-    /// Where the server's tunnel listens.
+    /// Returns the address of the server's tunnel.
     pub(crate) fn tunnel(&self) -> SocketAddr {
         self.lab.control_plane.servers[0].sockets.tunnel
     }

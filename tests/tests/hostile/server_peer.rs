@@ -35,7 +35,7 @@ fn place() -> SocketAddr {
 }
 
 impl Impostor {
-    /// It lets the agent open `streams` streams.
+    /// Creates a server that lets the agent open `streams` streams.
     fn new(streams: u32) -> Result<Self> {
         let runtime = runtime()?;
         let (send, connections) = std::sync::mpsc::channel();
@@ -154,7 +154,7 @@ fn an_agent_gives_up_a_server_that_does_not_welcome_it() -> Result<()> {
     impostor.scene.unharmed()
 }
 
-/// A server that gives the agent no stream to introduce itself on does not hold it up for ever.
+/// A server that gives the agent no stream for its Hello does not hold it up without end.
 #[test]
 fn an_agent_gives_up_a_server_that_takes_no_stream() -> Result<()> {
     if !lab::available()? {
@@ -248,8 +248,8 @@ fn senseless_dial_requests_end_alone() -> Result<()> {
     impostor.scene.unharmed()
 }
 
-/// As many streams as the agent grants, none with a request: it gives up each of them in time, and
-/// its memory and the honest server's dials are as before.
+/// The server opens as many streams as the agent grants, none with a request. The agent gives each
+/// up in time, and its memory and the honest server's dials are as before.
 #[test]
 fn streams_without_a_request_are_given_up() -> Result<()> {
     if !lab::available()? {

@@ -15,9 +15,9 @@ use crate::scene::{Scene, agents, target};
 use crate::script::SOON;
 use crate::wire::{self, Payload};
 
-/// How long an endpoint may keep its neighbours on one stream from going on.
+/// Time for which an endpoint may block its neighbours on one stream.
 const NO_PROGRESS: Duration = Duration::from_secs(10);
-/// How soon a dead server is noticed, and room for a busy machine.
+/// Time until a dead server is noticed, and room for a busy machine.
 const DEAD: Duration = Duration::from_secs(35);
 
 /// Lets worker 1's agent speak Konnectivity with the server at the usual place.
@@ -51,7 +51,8 @@ fn legacy_server(scene: &Scene) -> Result<LegacyServer> {
     )
 }
 
-/// What the peer's agent loses at a close, ours does not; what it may not dial, it does not.
+/// Our agent loses nothing at a close, where the peer's agent does, and dials no forbidden
+/// destination.
 #[test]
 fn behind_a_proxy_server_it_loses_nothing() -> Result<()> {
     if !lab::available()? {
@@ -119,7 +120,7 @@ fn it_serves_both_kinds_of_servers_at_once() -> Result<()> {
     Ok(())
 }
 
-/// What is spoken at an address is found out: gRPC where nobody answers to QUIC.
+/// The agent detects the protocol of an address: gRPC where QUIC gets no answer.
 #[test]
 fn it_finds_out_what_a_server_speaks() -> Result<()> {
     if !lab::available()? {

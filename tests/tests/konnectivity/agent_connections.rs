@@ -1,4 +1,4 @@
-//! What a proxy-agent does with the connections that a server asks it for.
+//! Connections of a proxy-agent that a server requests.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -87,7 +87,7 @@ fn errors_are_told_in_the_peers_words() -> Result<()> {
     })
 }
 
-/// What is for a connection that is not there is answered, and for connection 0 dropped.
+/// A packet for an unknown connection is answered, and one for connection 0 dropped.
 #[test]
 fn packets_for_nobody_are_answered() -> Result<()> {
     each_agent(&[], |_, _, _, server| {

@@ -1,4 +1,4 @@
-//! How a proxy-agent finds its servers: what it says, what it expects, when it comes again.
+//! A proxy-agent's search for its servers: its metadata, its expectations, its retries.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -34,7 +34,7 @@ fn identifiers(query: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// It says who it is and what it serves, and no more than that.
+/// The agent announces its name and its identifiers, and no more.
 #[test]
 fn an_agent_introduces_itself() -> Result<()> {
     each_agent(&[], |_, _, agent, server| {
@@ -58,7 +58,7 @@ fn an_agent_introduces_itself() -> Result<()> {
     })
 }
 
-/// Its token is read anew for each connection.
+/// The agent reads its token for each connection.
 #[test]
 fn a_token_is_read_for_each_connection() -> Result<()> {
     if !lab::available()? {
@@ -121,7 +121,8 @@ fn a_server_without_a_name_is_left() -> Result<()> {
     )
 }
 
-/// It comes again a second after its stream has ended, and later and later while it is refused.
+/// The agent returns a second after its stream has ended, and with a growing backoff while it is
+/// refused.
 #[test]
 fn an_agent_comes_again() -> Result<()> {
     each_agent(&[], |_, _, agent, server| {
@@ -193,7 +194,7 @@ fn an_agent_walks_through_a_load_balancer() -> Result<()> {
     })
 }
 
-/// Its pages say whether there is a server.
+/// The agent's pages show whether there is a server.
 #[test]
 fn the_pages_tell_whether_there_is_a_server() -> Result<()> {
     each_agent(&[], |_, maker, agent, server| {
@@ -281,7 +282,7 @@ fn a_server_has_to_prove_itself() -> Result<()> {
     Ok(())
 }
 
-/// What is never said is not waited for: a server that answers nothing.
+/// A server that answers nothing does not hold the agent up.
 pub(crate) fn a_silent_server_is_given_up() -> Result<()> {
     // The peer waits for ever.
     let scene = Scene::new(1)?;

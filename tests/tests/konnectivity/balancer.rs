@@ -44,7 +44,7 @@ impl Balancer {
         })
     }
 
-    /// How many connections have come.
+    /// Returns the number of accepted connections.
     pub(crate) fn accepted(&self) -> usize {
         self.accepted.load(Ordering::Relaxed)
     }

@@ -1,4 +1,4 @@
-//! Which agent `cpc server` asks: what the peer does, and what it leaves undone.
+//! The choice of an agent by `cpc server`, in agreement with the peer and better.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::script::Script;
 use crate::script_agent::ScriptAgent;
 use crate::wire::{self, PROXY};
 
-/// How soon who is ill is left out, and room for a busy machine.
+/// Time until a faulty agent is skipped, and room for a busy machine.
 const LEFT_OUT: Duration = Duration::from_secs(20);
 
 /// Dials `destination`, which `agent` has to be asked for. The connection stays as long as what is
@@ -39,8 +39,8 @@ fn goes_nowhere(scene: &Scene, destination: &str) -> Result<()> {
     Ok(())
 }
 
-/// What a frontend's clients may ask for is the frontend's to say, whatever agents serve: nobody is
-/// asked for the rest.
+/// The frontend's list decides about its clients' requests, whatever agents serve: the server asks
+/// no agent for the rest.
 #[test]
 fn a_frontend_has_an_allow_list_of_its_own() -> Result<()> {
     if !lab::available()? {

@@ -27,7 +27,7 @@ use crate::wire::{CONNECT, Packet};
 const LONGEST: usize = 4 << 20;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a server answers when a stream is opened.
+/// Answer of a server to a new stream.
 pub(crate) type Answer = Result<Response<Streaming<Packet>>, Status>;
 
 /// A connection to a server that streams are opened on. It is made with the first one.

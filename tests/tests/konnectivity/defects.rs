@@ -1,4 +1,4 @@
-//! What is known to go wrong with Konnectivity, and must not with the connector in either place.
+//! Known defects of Konnectivity, which the connector must not have in either place.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -25,12 +25,12 @@ use crate::wire;
 const MEGABYTE: u64 = 1 << 20;
 /// More than kernels hold for an endpoint that reads slowly.
 pub(crate) const SLOW: u64 = 6 * MEGABYTE;
-/// How long a connection may keep its neighbours on a legacy agent's stream from going on.
+/// Time for which a connection may block its neighbours on a legacy agent's stream.
 const NO_PROGRESS: Duration = Duration::from_secs(10);
-/// How soon a tunnel that does not answer is seen to be dead, and room for a busy machine.
+/// Time until an unresponsive tunnel counts as dead, and room for a busy machine.
 const WEDGED: Duration = Duration::from_secs(15);
 
-/// Who serves worker 1.
+/// Program that serves worker 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     Native,
@@ -169,11 +169,11 @@ fn half_closing_works_with_native_agents() -> Result<()> {
     Ok(())
 }
 
-/// How long the quickest of a few closes may take: less than a target is waited for to be quiet.
+/// Maximum time of the quickest of a few closes: less than the wait for a quiet target.
 const AT_ONCE: Duration = Duration::from_millis(300);
 
-/// How long it takes until the endpoint of a connection that is idle reads its end, once `close` has
-/// closed what `dial` has connected.
+/// Returns the time until the endpoint of an idle connection reads its end, once `close` has closed
+/// the connection of `dial`.
 fn until_closed<S: Read + Write>(
     puppet: &Puppet,
     dial: impl Fn(&str) -> Result<S>,

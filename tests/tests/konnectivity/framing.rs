@@ -26,7 +26,7 @@ const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const END_HEADERS: u8 = 4;
 
-/// How a request was answered.
+/// Answer to a request.
 #[derive(Debug, PartialEq)]
 struct Answer {
     http: StatusCode,
@@ -65,7 +65,7 @@ async fn ask(client: Client, path: &str, kind: &str, body: &'static [u8]) -> Res
     timeout(SOON, answered).await?
 }
 
-/// What both ports have to refuse, and what a good client makes of it.
+/// Both ports refuse these requests, and a correct client understands the answer.
 #[test]
 fn what_is_not_grpc_is_refused() -> Result<()> {
     each_server("grpc", &[], |scene, _| {

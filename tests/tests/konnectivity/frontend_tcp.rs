@@ -1,5 +1,5 @@
-//! A proxy-server that takes its clients over TCP: whoever has a certificate of the clients'
-//! authority reaches the target, and nobody else gets as far as asking.
+//! A proxy-server with clients over TCP: a client with a certificate of the clients' authority
+//! reaches the target, and no other one gets as far as a request.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -12,9 +12,9 @@ use crate::program::{Maker, Program};
 use crate::scene::Scene;
 use crate::script::SOON;
 
-/// Where clients connect.
+/// Address for clients.
 pub(crate) const FRONTEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8090);
-/// What curl says of CONNECT when there was no answer.
+/// Text of curl about a CONNECT without an answer.
 const UNANSWERED: &str = "000";
 
 /// Starts a proxy-server with HTTP CONNECT over TCP; clients have to be vouched for by the

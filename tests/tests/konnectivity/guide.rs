@@ -1,5 +1,5 @@
-//! What the way from Konnectivity says, word for word: a test that runs the guide's own files
-//! fails when the guide no longer works.
+//! The files of the migration guide, word for word: a test that runs them fails when the guide no
+//! longer works.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 const GUIDE: &str = include_str!("../../../docs/migrate-from-konnectivity.md");
 
-/// Where the guide puts configuration and certificates, and a server's state.
+/// Folders of the guide for configuration, certificates, and a server's state.
 const CONFIGURATION: &str = "/etc/cpc";
 const STATE: &str = "/var/lib/cpc";
 

@@ -19,14 +19,14 @@ use crate::program::{Maker, Program};
 use crate::scene::{Scene, target};
 use crate::script::SOON;
 
-/// Where agents find all servers.
+/// Address at which agents find all servers.
 const BALANCER: u16 = 8100;
 /// A lease lasts 30 s, and every 15 s those are cleared away that have run out. A busy machine has
 /// as long again.
 const RUN_OUT: Duration = Duration::from_secs(75);
 /// An agent that misses a server dials at least as often as that.
 const PACE: Duration = Duration::from_secs(14);
-/// What it has to find out that it misses none.
+/// Time without a new server after which an agent has found all.
 const QUIET: Duration = Duration::from_secs(60);
 
 #[test]
@@ -181,7 +181,7 @@ impl Leases {
         Ok(())
     }
 
-    /// Who knows all servers does not look for more.
+    /// Waits until the agent stops searching, because it knows all servers.
     fn wait_quiet(&self) -> Result<()> {
         eventually(QUIET, || {
             let before = self.balancer.accepted();
@@ -197,7 +197,7 @@ fn kubeconfig(scene: &Scene) -> String {
     scene.lab.folder().join("kubeconfig").display().to_string()
 }
 
-/// Where server 0 or 1 takes agents; its pages are beside it.
+/// Returns the port of server 0 or 1 for agents; its pages are beside it.
 fn agent_port(n: usize) -> u16 {
     [8191, 8291][n]
 }

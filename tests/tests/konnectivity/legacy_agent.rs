@@ -29,21 +29,21 @@ use crate::wire::{self, CONNECT, Packet, Payload};
 
 /// Packets that wait for one endpoint, or for the stream.
 const QUEUE: usize = 150;
-/// What is read from an endpoint at once, in bytes.
+/// Maximum size of one read from an endpoint, in bytes.
 const CHUNK: usize = 4096;
-/// How long an endpoint may take to accept.
+/// Time for an endpoint to accept.
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
 /// The most that the agent waits after an error.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// What the agent's command line says.
+/// Command line of the agent.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     /// `host:port`
     pub(crate) server: String,
     pub(crate) tls: ClientTlsConfig,
     pub(crate) id: String,
-    /// As in `agentidentifiers`.
+    /// Identifiers, in the form of `agentidentifiers`.
     pub(crate) identifiers: String,
     pub(crate) token: Option<PathBuf>,
     /// Between two looks at whether there are enough servers; the agent's default is a second.
@@ -107,7 +107,7 @@ impl LegacyAgent {
         })
     }
 
-    /// What the first SIGTERM does: it says so on every stream, and goes on.
+    /// Does the work of the first SIGTERM: announces the drain on every stream, and goes on.
     pub(crate) fn drain(&self) {
         self.state.draining.store(true, Ordering::Relaxed);
         self.state.drained.notify_waiters();
@@ -310,7 +310,7 @@ struct Connection {
     closed: AtomicBool,
 }
 
-/// What goes on for a connection.
+/// Task of a connection.
 struct Work {
     read: JoinHandle<()>,
     send: JoinHandle<()>,

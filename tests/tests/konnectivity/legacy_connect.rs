@@ -16,7 +16,7 @@ use tokio::sync::{Mutex, Notify, mpsc};
 use crate::legacy_server::{Client, State};
 use crate::wire::{self, Packet, Payload};
 
-/// What is read from a client at once, in bytes.
+/// Maximum size of one read from a client, in bytes.
 const CHUNK: usize = 32 << 10;
 /// The longest head of a request, in bytes.
 const LONGEST_HEAD: usize = 8 << 10;

@@ -16,9 +16,9 @@ use crate::wire::{self, PROXY, Payload};
 
 /// Packets that are taken for a user who does not read.
 const UNREAD: usize = 10;
-/// How long a dial may take, and how long a read.
+/// Timeout of a dial, and of a read.
 const DIAL_LIMIT: Duration = Duration::from_secs(30);
-/// How long the answer to CLOSE_REQ may take.
+/// Timeout of the answer to CLOSE_REQ.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A connection beyond the tunnel. Dropping it cancels the stream, as a client does that dies.
@@ -123,7 +123,7 @@ impl Write for LegacyConnection {
     }
 }
 
-/// What names a dial: 63 bits, never negative.
+/// Returns the number of a dial: 63 bits, never negative.
 fn random() -> i64 {
     use std::hash::{BuildHasher, RandomState};
     (RandomState::new().hash_one(0) >> 1).cast_signed()

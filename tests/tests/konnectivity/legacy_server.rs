@@ -23,12 +23,12 @@ use crate::script::{Outbox, SOON};
 use crate::service::{Incoming, Streams};
 use crate::wire::{self, CONNECT, DialRequest, PROXY, Packet, Payload};
 
-/// What the server's command line says.
+/// Command line of the server.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) id: String,
     pub(crate) count: usize,
-    /// Where agents connect.
+    /// Address for agents.
     pub(crate) agents: SocketAddr,
     /// Whether an agent may be asked that has not named the destination: the strategy default
     /// behind destHost.
@@ -102,12 +102,13 @@ impl Backend {
     }
 }
 
-/// Whoever asked for a connection; the agent's stream waits until it has taken its packet.
+/// Client that requested a connection; the agent's stream waits until the client has taken its
+/// packet.
 pub(crate) trait Client: std::fmt::Debug + Send + Sync {
     /// Gives it a packet that the agent sent for it.
     fn deliver<'a>(&'a self, packet: Packet) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
-    /// Which of the server's streams it is, 0 if none.
+    /// Returns the number of the server's stream, 0 if none.
     fn stream(&self) -> u64 {
         0
     }
@@ -181,7 +182,7 @@ impl LegacyServer {
         })
     }
 
-    /// How many connections it holds, and how many dials wait for an answer.
+    /// Returns the numbers of its connections, and of dials that wait for an answer.
     pub(crate) fn connections(&self) -> (usize, usize) {
         let tables = self.state.tables();
         (tables.established.len(), tables.pending.len())

@@ -11,7 +11,7 @@ use crate::script::SOON;
 
 /// Answers that every worker has to give after each step.
 const ANSWERS: usize = 20;
-/// How many ask one worker.
+/// Number of clients of one worker.
 const CLIENTS: usize = 2;
 
 /// A time in which some requests may fail.
@@ -19,7 +19,7 @@ const CLIENTS: usize = 2;
 pub(crate) struct Window {
     pub(crate) start: Instant,
     pub(crate) end: Instant,
-    /// Whose requests, everybody's if it is nobody's.
+    /// Worker whose requests these are; all workers when missing.
     pub(crate) worker: Option<u8>,
 }
 

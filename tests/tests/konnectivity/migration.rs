@@ -1,10 +1,10 @@
 //! The way from Konnectivity to the connector and back, walked while clients go on asking.
 //!
-//! A request may fail only where it fails with Konnectivity alone: one that was under way while
-//! there was no server at all, or none of its worker's agents. Such a window begins when the old
-//! program is ended and is over when the new one says that it is ready; whoever asks outside of
-//! them has to be answered, and requests for the other worker are answered during an agent's
-//! window too. No window of ours may be longer than the peer's own, by more than a second.
+//! A request may fail only where it fails with Konnectivity alone: one under way while there was no
+//! server at all, or none of its worker's agents. Such a window begins when the old program is
+//! ended and ends when the new one reports that it is ready. Outside of them every client must get
+//! an answer, and requests for the other worker are answered during an agent's window too. No
+//! window of ours may be longer than the peer's own, by more than a second.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -28,13 +28,13 @@ use crate::program::{Maker, Program};
 use crate::scene::{Scene, agents, target};
 use crate::script::SOON;
 
-/// How many agents, or their identifiers, may be asked.
+/// Number of agents, or their identifiers, that may be asked.
 const READY_BACKENDS: &str = "konnectivity_network_proxy_server_ready_backends";
-/// How much longer a window of ours may be than the peer's.
+/// Permitted excess of a window of ours over the peer's.
 const SLACK: Duration = Duration::from_secs(1);
-/// How long a client waits for a connection: the peer leaves some dials without any answer.
+/// Timeout of a client's connection: the peer leaves some dials without any answer.
 const DIAL: Duration = Duration::from_secs(4);
-/// What a stopped program is given for requests that are under way.
+/// Time of a stopped program for requests under way.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
 
 #[test]

@@ -1,5 +1,5 @@
-//! What shows itself only when a limit of seconds is over. The laboratories wait side by side: one
-//! after the other they would take minutes, and none has much to do.
+//! Properties that need a timeout of seconds to pass. The laboratories wait side by side: one after
+//! the other they would take minutes, and none has much to do.
 
 use std::thread;
 

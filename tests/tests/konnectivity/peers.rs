@@ -26,8 +26,8 @@ const MODES: [&str; 2] = ["grpc", "http-connect"];
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
-/// What works through every pair: round trips, a download to its end, and an upload of which every
-/// byte comes back.
+/// Checks the transfers of every pair: round trips, a complete download, and an upload of which
+/// every byte comes back.
 fn transfers(scene: &Scene, mode: &str) -> Result<()> {
     let socket = scene.frontend(mode);
     let dial = |to: &str| dial(&scene.control_plane, mode, &socket, to);

@@ -1,5 +1,5 @@
-//! Where stand-ins live: a thread in a namespace with a runtime, so that they go on while the test
-//! looks elsewhere.
+//! The place of stand-ins: a thread in a namespace with a runtime, so that they go on while the
+//! test does something else.
 
 use std::future::Future;
 use std::sync::mpsc;

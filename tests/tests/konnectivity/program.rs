@@ -18,7 +18,7 @@ use tunnel_tests::lab::{Lab, Programs};
 /// Names the folder of the peer's programs.
 const FOLDER: &str = "CPC_KONNECTIVITY_BIN";
 
-/// Whose programs run.
+/// Maker of the programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Maker {
     Ours(PathBuf),
@@ -108,7 +108,7 @@ impl Program {
         self.process.wait(limit).map(drop)
     }
 
-    /// What it has logged.
+    /// Returns its log.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -118,7 +118,7 @@ impl Program {
         self.netns.enter(|| get(self.health, path))
     }
 
-    /// What `/status` says on its admin port, which ours alone have.
+    /// Returns `/status` of its admin port, which only ours have.
     pub(crate) fn status(&self, admin: u16) -> Result<Value> {
         let admin = SocketAddr::new(self.health.ip(), admin);
         let (_, body) = self.netns.enter(|| get(admin, "/status"))?;

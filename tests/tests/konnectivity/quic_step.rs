@@ -30,9 +30,9 @@ use crate::script::SOON;
 const MODE: &str = "http-connect";
 /// A QUIC packet that is not let through is missed after seconds; this is with room.
 const SWITCH: Duration = Duration::from_secs(60);
-/// Where `cpc proxy-server` tells its status.
+/// Admin address of `cpc proxy-server`.
 const SERVER_ADMIN: u16 = 8095;
-/// What an upload moves, in bytes.
+/// Size of an upload, in bytes.
 const UPLOAD: u64 = 3_000_001;
 
 /// An agent of ours and where its pages are: two at a time are on a worker.
@@ -77,8 +77,8 @@ fn step_three_there_and_back_as_the_guide_says() -> Result<()> {
     walk.loads.judge("step 3", &walk.windows)
 }
 
-/// Where UDP is not let through the same files mean gRPC. When it is, QUIC takes over, and what
-/// lives on gRPC goes on there to its end.
+/// The same files mean gRPC where UDP is blocked. When UDP passes, QUIC takes over, and connections
+/// over gRPC continue there to their end.
 #[test]
 fn quic_takes_over_when_udp_is_let_through() -> Result<()> {
     if !lab::available()? {
@@ -240,7 +240,7 @@ impl Walk {
         })
     }
 
-    /// What is spoken with each worker, and nothing else with it: so says the server's status.
+    /// Checks by the server's status which protocol each worker uses, and that it uses no other.
     fn protocols(&self, expected: &[&str]) -> Result<()> {
         eventually(SOON, || {
             let status = self.server()?.status(SERVER_ADMIN)?;

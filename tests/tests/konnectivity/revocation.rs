@@ -10,7 +10,8 @@ use tunnel_tests::lab;
 use crate::scene::Scene;
 use crate::script::SOON;
 
-/// Its stream ends, a new one is refused in words, and it comes back when the list is empty again.
+/// The agent's stream ends, a new one is refused with a text, and the agent returns when the list
+/// is empty again.
 #[test]
 fn a_revoked_agent_loses_its_stream() -> Result<()> {
     if !lab::available()? {

@@ -25,11 +25,11 @@ use crate::script_agent::ScriptAgent;
 use crate::script_server::ScriptServer;
 use crate::wire::PROXY;
 
-/// Where agents connect.
+/// Address for agents.
 pub(crate) const AGENTS: u16 = 8091;
-/// Where gRPC clients with certificates connect.
+/// Address for gRPC clients with certificates.
 pub(crate) const GRPC: u16 = 8090;
-/// Where the peer's server and agent have their pages.
+/// Ports of the pages of the peer's server and agent.
 const SERVER_HEALTH: u16 = 8092;
 const AGENT_HEALTH: u16 = 8093;
 
@@ -242,7 +242,7 @@ impl Scene {
     }
 }
 
-/// Where agents connect to, from a worker.
+/// Returns the address for agents, as a worker sees it.
 pub(crate) fn agents() -> SocketAddr {
     (address::server(1), AGENTS).into()
 }

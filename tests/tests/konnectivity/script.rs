@@ -16,15 +16,15 @@ use tonic::{Code, Status, Streaming};
 
 use crate::wire::{self, DialResponse, Packet, Payload};
 
-/// How long anything may take that takes no time on a machine with nothing else to do.
+/// Timeout of an action that takes no time on an idle machine.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
-/// How long nothing has to happen until it is believed that nothing will.
+/// Time without an event after which no further one is expected.
 pub(crate) const QUIET: Duration = Duration::from_millis(400);
 
 /// The way out of a stream. One packet waits here; the next one waits for HTTP/2's credit.
 pub(crate) type Outbox = mpsc::Sender<Result<Packet, Status>>;
 
-/// What happens on a stream, in order.
+/// Event of a stream, in order.
 enum Event {
     Headers(MetadataMap),
     Packet(Packet),
@@ -40,7 +40,7 @@ pub(crate) struct Script {
     outbox: Option<Outbox>,
     inbox: mpsc::Receiver<Event>,
     headers: Option<MetadataMap>,
-    /// What the stream is kept alive by.
+    /// Keeps the stream alive.
     _keep: Option<Arc<dyn Send + Sync>>,
 }
 
@@ -112,7 +112,7 @@ impl Script {
         self.outbox = None;
     }
 
-    /// What the server sent before the first packet.
+    /// Returns the bytes that the server sent before the first packet.
     pub(crate) fn headers(&mut self) -> Result<MetadataMap> {
         if self.headers.is_none() {
             match self.event(SOON)? {
@@ -305,8 +305,8 @@ impl Feed {
     }
 }
 
-/// What an agent does without being told by the test: it answers CLOSE_REQ for connections that it
-/// does not know, which is how the connector asks whether it is alive and how far it has got.
+/// Answers of an agent that the test does not script: to CLOSE_REQ for unknown connections, by
+/// which the connector learns whether the agent is alive and how far it has got.
 #[derive(Clone, Debug)]
 pub(crate) struct Reflex {
     outbox: Outbox,
@@ -338,7 +338,7 @@ impl Reflex {
     }
 }
 
-/// What answers `packet`, if it is for `reflex`.
+/// Returns the answer to `packet`, if `reflex` has one.
 fn answer(packet: &Packet, reflex: Option<&Reflex>) -> Option<impl Future<Output = ()> + use<>> {
     let (Some(Payload::CloseRequest(request)), Some(reflex)) = (packet.content(), reflex) else {
         return None;

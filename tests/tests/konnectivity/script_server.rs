@@ -59,7 +59,7 @@ impl ScriptServer {
         self.accept(self.incoming()?, "only", 1)
     }
 
-    /// Where it lives.
+    /// Returns its place.
     pub(crate) fn place(&self) -> &Place {
         &self.place
     }

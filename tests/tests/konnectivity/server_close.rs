@@ -1,4 +1,4 @@
-//! How connections through a proxy-server in gRPC mode end, whoever ends them.
+//! The end of connections through a proxy-server in gRPC mode, from either side.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::script::Script;
 use crate::script_agent::ScriptAgent;
 use crate::wire::{self, Payload};
 
-/// How long our server may wait for a legacy agent's endpoint to have taken everything.
+/// Time for which our server may wait until a legacy agent's endpoint has taken everything.
 const LINGER: Duration = Duration::from_secs(12);
 
 fn connected(scene: &Scene, agent: &mut ScriptAgent, id: i64) -> Result<(Script, i64)> {
@@ -118,7 +118,7 @@ fn agent_id(index: usize) -> i64 {
     i64::try_from(index).unwrap_or(0) + 1
 }
 
-/// What a client sends before it has dialled.
+/// A client that sends before its dial gets an error.
 #[test]
 fn who_has_not_dialled_is_told_so() -> Result<()> {
     each_server("grpc", &[], |scene, _| {

@@ -1,4 +1,4 @@
-//! What a proxy-server in gRPC mode does with DATA of every size, and with DATA for nobody.
+//! A proxy-server in gRPC mode with DATA of every size, and with DATA for unknown connections.
 
 use anyhow::{Context, Result, ensure};
 use tonic::Code;
@@ -9,7 +9,7 @@ use crate::script::{SOON, Script};
 use crate::script_agent::ScriptAgent;
 use crate::wire::{self, Payload};
 
-/// What grpc-go takes in one message.
+/// Maximum message of grpc-go.
 const LONGEST: usize = 4 << 20;
 
 /// A connection from a client to an agent, both in the test's hands; gives the client's id of it.
@@ -107,7 +107,7 @@ fn too_long_a_message_ends_its_stream_alone() -> Result<()> {
     })
 }
 
-/// DATA of connection 0 is dropped; DATA that nobody waits for is answered with CLOSE_REQ.
+/// DATA of connection 0 is dropped; DATA of an unknown connection is answered with CLOSE_REQ.
 #[test]
 fn data_for_nobody_is_dropped_or_closed() -> Result<()> {
     each_server("grpc", &[], |scene, _| {
@@ -150,7 +150,7 @@ fn a_second_connection_on_a_clients_stream_closes_both() -> Result<()> {
     })
 }
 
-/// Types that nobody knows yet, and payloads that do not fit their type, are not the end.
+/// Unknown types, and payloads that do not fit their type, do not end the stream.
 #[test]
 fn unknown_packets_are_ignored() -> Result<()> {
     each_server("grpc", &[], |scene, _| {

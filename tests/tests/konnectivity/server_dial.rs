@@ -69,7 +69,7 @@ fn a_dial_and_its_error_pass_unchanged() -> Result<()> {
     })
 }
 
-/// What answers a dial that nobody waits for any more is closed at the agent.
+/// An answer to a cancelled dial closes the connection at the agent.
 #[test]
 fn a_late_answer_is_closed() -> Result<()> {
     each_server("grpc", &[], |scene, maker| {

@@ -103,7 +103,7 @@ fn the_target_is_the_destination() -> Result<()> {
     })
 }
 
-/// What arrives together with the request belongs to the connection.
+/// Bytes that arrive together with the request belong to the connection.
 #[test]
 fn early_bytes_are_kept() -> Result<()> {
     each_server("http-connect", &[], |scene, _| {
@@ -223,7 +223,7 @@ fn a_request_is_refused() -> Result<()> {
     })
 }
 
-/// With a limit for dials, the client need not wait for ever.
+/// With a limit for dials, the client does not wait without end.
 #[test]
 fn a_dial_takes_too_long() -> Result<()> {
     each_server(

@@ -1,4 +1,4 @@
-//! How an agent comes to a proxy-server: certificates, metadata, server ids, pages.
+//! The arrival of an agent at a proxy-server: certificates, metadata, server ids, pages.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ fn a_server_introduces_itself_before_the_first_packet() -> Result<()> {
     })
 }
 
-/// What an agent may say about itself, and what ends its stream.
+/// An agent may send this metadata, and other metadata ends its stream.
 #[test]
 fn an_agent_is_refused_for_its_metadata_alone() -> Result<()> {
     each_server("grpc", &[], |scene, _| {

@@ -29,9 +29,9 @@ const LONGEST: usize = 4 << 20;
 /// A stream that a client has opened and that has no answer yet. Dropping it refuses it.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    /// What was called.
+    /// Called path.
     pub(crate) path: String,
-    /// What came along.
+    /// Metadata of the call.
     pub(crate) metadata: MetadataMap,
     packets: Streaming<Packet>,
     answer: oneshot::Sender<Answer>,
@@ -65,7 +65,7 @@ impl Incoming {
     }
 }
 
-/// What is done with each stream.
+/// Handler of each stream.
 type Take = Arc<dyn Fn(Incoming) + Send + Sync>;
 
 /// A gRPC server for streams of packets, whatever they are called.

@@ -1,5 +1,5 @@
-//! Which TLS a proxy-server speaks, on the port of its agents and on that of its clients: asked by
-//! OpenSSL, which offers what both sides of ours would not.
+//! TLS versions of a proxy-server, on the port of its agents and on that of its clients. The test
+//! uses OpenSSL, which offers what neither side of ours would.
 
 use std::process::Stdio;
 
@@ -91,7 +91,7 @@ fn each(flags: &[&str], cases: &[Case]) -> Result<()> {
     Ok(())
 }
 
-/// What OpenSSL says of a handshake, as a client with the right certificate.
+/// Returns OpenSSL's account of a handshake, as a client with the right certificate.
 fn s_client(scene: &Scene, port: u16, protocol: &str, arguments: &[&str]) -> Result<String> {
     let mut openssl = scene.lab.control_plane.netns.command("openssl")?;
     openssl

@@ -24,7 +24,7 @@ fn review(username: &str, audience: &str) -> Review {
     }
 }
 
-/// What is let in, and what is refused and why.
+/// Some tokens are accepted; the others are refused with the cause.
 #[test]
 fn a_token_decides_who_comes_in() -> Result<()> {
     if !lab::available()? {

@@ -3,11 +3,11 @@
 
 use prost::{Enumeration, Message, Oneof};
 
-/// What an agent calls, and what a frontend calls.
+/// Methods of an agent, and of a frontend.
 pub(crate) const CONNECT: &str = "/AgentService/Connect";
 pub(crate) const PROXY: &str = "/ProxyService/Proxy";
 
-/// What every stream carries, both ways.
+/// Message of every stream, in both directions.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Packet {
     #[prost(enumeration = "Type", tag = "1")]
@@ -101,8 +101,7 @@ pub(crate) struct CloseDial {
 pub(crate) struct Drain {}
 
 impl Packet {
-    /// Its payload, if that is the one of its type: what else there may be is a mistake of the
-    /// sender's.
+    /// Returns its payload, if it fits the type: any other payload is a mistake of the sender's.
     pub(crate) fn content(&self) -> Option<&Payload> {
         let payload = self.payload.as_ref()?;
         (self.r#type == payload.fitting() as i32).then_some(payload)

@@ -214,8 +214,8 @@ fn the_main_job_takes_no_privilege() -> Result<()> {
     scene.agent()?.terminate()
 }
 
-/// What a server without capabilities can't do, whoever has taken it over: change what is captured,
-/// or take the programs away. What it then needs somebody else for, it says.
+/// A server without capabilities, even under an attacker's control, can neither change the capture
+/// nor remove the programs. Its log names the actions that need another process.
 #[test]
 fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     let Some(mut scene) = Scene::new()? else {
@@ -289,8 +289,8 @@ fn a_server_without_privileges_captures_what_it_is_told() -> Result<()> {
     Ok(())
 }
 
-/// `cpc redirect attach --stay` keeps no capability either, and follows for the server: a cgroup that is
-/// made anew, an address of the host that comes later, a changed capture set.
+/// `cpc redirect attach --stay` keeps no capability either, and follows for the server: a recreated
+/// cgroup, a later address of the host, a changed capture set.
 #[test]
 fn what_attached_may_stay_and_follow_the_host() -> Result<()> {
     let Some(mut scene) = Scene::new()? else {
@@ -423,7 +423,7 @@ fn refused(scene: &Scene) -> Result<()> {
     })
 }
 
-/// As `cpc-redirect.service` starts it: root of the server's group, three capabilities.
+/// Starts it like `cpc-redirect.service`: root of the server's group, three capabilities.
 fn as_the_unit(command: &mut Command) {
     let enter = || {
         keep_of_bounding_set(&ATTACHING)?;

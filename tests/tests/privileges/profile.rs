@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use seccompiler::{BpfProgram, compile_from_json};
 use serde_json::{Value, json};
 
-/// What the laboratory still calls after the filter is in force: each program has a session of its own.
+/// System calls of the laboratory after the filter is in force: each program has its own session.
 const LABORATORY: &str = "setsid";
 /// The calls of io_uring, which the profiles leave out.
 pub(crate) const IO_URING: [&str; 3] = ["io_uring_enter", "io_uring_register", "io_uring_setup"];
@@ -21,7 +21,7 @@ pub(crate) fn deploy() -> PathBuf {
 pub(crate) struct Profile(Value);
 
 impl Profile {
-    /// That of `cpc server` or `cpc agent`.
+    /// Returns the profile of `cpc server` or `cpc agent`.
     pub(crate) fn of(role: &str) -> Result<Self> {
         let file = deploy().join(format!("seccomp/cpc-{role}.json"));
         Ok(Self(serde_json::from_str(&fs::read_to_string(file)?)?))
@@ -49,7 +49,8 @@ impl Profile {
         Ok(all)
     }
 
-    /// As programs for the kernel, which asks all of them: one for each error number.
+    /// Compiles the profile to programs for the kernel, which asks all of them: one for each error
+    /// number.
     pub(crate) fn compile(&self) -> Result<Vec<BpfProgram>> {
         let wanted = |key: &str, value: &Value| ensure_is(&self.0[key], value, key);
         wanted("defaultAction", &json!("SCMP_ACT_ERRNO"))?;
@@ -114,7 +115,7 @@ fn filter(otherwise: &Value, matched: &Value, rules: &[Value]) -> Result<BpfProg
     compiled.remove("it").context("nothing was compiled")
 }
 
-/// What a unit's `SystemCallFilter=` lines allow.
+/// Returns the system calls that a unit's `SystemCallFilter=` lines allow.
 fn of_unit(name: &str) -> Result<BTreeSet<String>> {
     let unit = fs::read_to_string(deploy().join("systemd").join(name))?;
     let lines = unit.lines();

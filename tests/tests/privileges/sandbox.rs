@@ -1,4 +1,4 @@
-//! What a unit or a container's manifest takes from a process before it starts.
+//! Rights that a unit or a container's manifest takes from a process before its start.
 
 use std::ffi::CString;
 use std::io;
@@ -14,7 +14,7 @@ use nix::unistd::{Gid, Pid, Uid, setgid, setgroups, setuid};
 use seccompiler::{BpfProgram, apply_filter};
 use tunnel_tests::lab::Lab;
 
-/// Nobody on any machine, it is to be hoped.
+/// User id without an account.
 pub(crate) const ID: u32 = 61_234;
 
 /// Capabilities by number (capabilities(7)).
@@ -22,7 +22,7 @@ pub(crate) const ATTACHING: [libc::c_int; 3] = [12, 38, 39]; // NET_ADMIN, PERFM
 
 /// A user of its own without capabilities, a file system that can be read alone, a seccomp filter.
 pub(crate) struct Sandbox {
-    /// What it may write to.
+    /// Writable folder.
     writable: CString,
     /// A BPF file system of which it is to see this directory alone, and where that is in between.
     pins: Option<[CString; 3]>,
@@ -113,7 +113,7 @@ fn read_only(path: &std::ffi::CStr, yes: bool) -> io::Result<()> {
     }
 }
 
-/// What a program that root starts has at most.
+/// Returns the capabilities that a program started by root has at most.
 pub(crate) fn keep_of_bounding_set(kept: &[libc::c_int]) -> io::Result<()> {
     for capability in 0.. {
         // SAFETY: prctl(2) with numbers.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::profile::deploy;
 
-/// What the unit files expect of an installed system, beside each other.
+/// Units of an installed system that the unit files refer to.
 const TARGETS: [&str; 6] = [
     "basic",
     "multi-user",
@@ -124,7 +124,7 @@ fn a_directory_belongs_to_one_unit() -> Result<()> {
     Ok(())
 }
 
-/// What is missing at boot (a certificate, a cgroup) may come later: no start is the last one.
+/// Missing parts at boot (a certificate, a cgroup) may come later: no start is the last one.
 #[test]
 fn a_failed_start_is_tried_without_end() -> Result<()> {
     for unit in services()? {

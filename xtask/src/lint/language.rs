@@ -29,11 +29,12 @@ const OPENINGS: [&str; 19] = [
 ];
 
 /// Code whose comments are still to be revised: its changes are checked once its line goes.
-const UNREVISED: [&str; 5] = [
-    "tests/tests/",
+const UNREVISED: [&str; 6] = [
+    "tests/simulation/",
     "tunnel-user/agent/",
     "tunnel-user/konnectivity/",
     "tunnel-user/server/",
+    "tunnel-user/session/",
     "tunnel-user/transport/",
 ];
 
@@ -180,6 +181,6 @@ mod tests {
             lines(&in_comments(&one("src/a.rs", &code))),
             [(1, "What"), (7, "Of"), (10, "anew"), (11, "Its")]
         );
-        assert_eq!(in_comments(&one("tests/tests/a.rs", &code)), []);
+        assert_eq!(in_comments(&one("tunnel-user/server/a.rs", &code)), []);
     }
 }
