@@ -25,8 +25,8 @@
 //! a machine only passes on the statements of its peer.
 
 mod agent;
+mod control_channel;
 mod error;
-mod line;
 mod liveness;
 mod message;
 mod outbox;

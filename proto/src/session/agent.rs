@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::SessionError;
-use super::line::{Line, from_drain};
+use super::control_channel::{Line, from_drain};
 use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_verdict, message_name};
 use crate::certificate::{Answer, from_answer};
