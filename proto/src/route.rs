@@ -285,10 +285,10 @@ mod tests {
         let error = from_offer(&offer(&[], &[], &[&format!("*.{longest}")]));
         assert_eq!(error, Err(ClaimError::TooLong(255)));
 
-        let mut most = offer(&["10.0.0.1"; 512], &["10.0.0.0/8"; 512], &[]);
-        assert_eq!(from_offer(&most).unwrap().len(), MAX_CLAIMS);
-        most.default_route = true;
-        assert_eq!(from_offer(&most), Err(ClaimError::TooMany(1025)));
+        let mut max = offer(&["10.0.0.1"; 512], &["10.0.0.0/8"; 512], &[]);
+        assert_eq!(from_offer(&max).unwrap().len(), MAX_CLAIMS);
+        max.default_route = true;
+        assert_eq!(from_offer(&max), Err(ClaimError::TooMany(1025)));
     }
 
     #[test]

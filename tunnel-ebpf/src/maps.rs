@@ -62,7 +62,7 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ENTRI
 #[inline(always)]
 pub(crate) fn attachment() -> Option<(u32, &'static Attachment)> {
     let id = ATTACHMENT.load();
-    // SAFETY: entries change only when an attachment is configured anew; what a connect that
+    // SAFETY: entries change only when an attachment is configured again; what a connect that
     // races with it reads is the old entry or the new one.
     unsafe { ATTACHMENTS.get(id) }.map(|attachment| (id, attachment))
 }

@@ -116,7 +116,7 @@ pub struct AgentEnd {
     by_random: HashMap<i64, i64>,
     blocked: Option<Blocked>,
     draining: bool,
-    /// Whether the server knows of halves.
+    /// Whether the server supports halves.
     halves: bool,
     transmits: VecDeque<Packet>,
 }

@@ -50,7 +50,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use self::barrier::Barriers;
-use self::connection::{Await, Connection, Sending};
+use self::connection::{Connection, ExpectedData, Sending};
 use super::{MAX_DATA, Packet};
 use crate::close::CloseReason;
 
@@ -159,7 +159,7 @@ pub struct ServerEnd<W> {
     /// Lingering connections, by the time of their next check.
     lingering: BinaryHeap<Reverse<(Instant, DialId)>>,
     slow_reader: Option<SlowReader>,
-    /// Whether the agent knows of halves.
+    /// Whether the agent supports halves.
     halves: bool,
     transmit: VecDeque<Packet>,
     events: VecDeque<Event<W>>,
@@ -274,36 +274,36 @@ impl<W: Clone> ServerEnd<W> {
     pub fn sent(&mut self, dial: DialId, bytes: usize, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&dial) {
             connection.backlog.add(bytes, now);
-            connection.awaits = Await::Answer;
+            connection.expected = ExpectedData::Answer;
         }
     }
 
     /// Reports that the bytes sent last end a session within the connection, which needs no answer.
     pub fn note_session_end(&mut self, dial: DialId) {
         if let Some(connection) = self.connections.get_mut(&dial) {
-            connection.awaits = Await::Nothing;
+            connection.expected = ExpectedData::Nothing;
         }
     }
 
     /// Reports that the target gets no more data. CLOSE_REQ follows once the target has had time to
     /// take the earlier bytes, and to answer where an answer may follow.
     pub fn finish(&mut self, dial: DialId, now: Instant) {
-        let awaits = self.connections.get(&dial).map(|c| c.awaits);
-        self.finish_awaiting(dial, awaits.unwrap_or(Await::Rest), now);
+        let expected = self.connections.get(&dial).map(|c| c.expected);
+        self.finish_expecting(dial, expected.unwrap_or(ExpectedData::Rest), now);
     }
 
     /// Does the same as [`finish`](Self::finish) for a client that is known to read on.
     pub fn finish_half(&mut self, dial: DialId, now: Instant) {
-        self.finish_awaiting(dial, Await::Answer, now);
+        self.finish_expecting(dial, ExpectedData::Answer, now);
     }
 
-    fn finish_awaiting(&mut self, dial: DialId, awaits: Await, now: Instant) {
+    fn finish_expecting(&mut self, dial: DialId, expected: ExpectedData, now: Instant) {
         let connection = self.connections.get_mut(&dial);
         let Some(connection) = connection.filter(|c| c.sends_as().is_some()) else {
             return;
         };
         if !self.halves {
-            connection.sending = Sending::Barrier(awaits);
+            connection.sending = Sending::Barrier(expected);
             return self.ask(Some(dial), now);
         }
         connection.sending = Sending::Half;
@@ -414,7 +414,7 @@ impl<W: Clone> ServerEnd<W> {
         if self.barriers.falls_silent(now) {
             self.events.push_back(Event::Silent);
         }
-        if !self.barriers.awaits() && now >= self.heartbeat_at() {
+        if !self.barriers.is_pending() && now >= self.heartbeat_at() {
             self.ask(None, now);
         }
         while let Some(&Reverse((at, dial))) = self.lingering.peek()
@@ -457,7 +457,7 @@ impl<W: Clone> ServerEnd<W> {
         if let Sending::CloseSent(at) = connection.sending {
             let released = connection.released;
             let due = self.barriers.resumed().max(at) + CLOSED_AFTER;
-            if due > now || self.barriers.awaits() {
+            if due > now || self.barriers.is_pending() {
                 self.lingering.push(Reverse((due.max(now + QUIET), dial)));
             } else {
                 self.reset(dial, CloseReason::ProtocolError, now);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::SessionError;
-use super::control_channel::{Line, from_drain};
+use super::control_channel::{ControlChannel, from_drain};
 use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_verdict, message_name};
 use crate::certificate::{Answer, from_answer};
@@ -47,7 +47,7 @@ pub enum AgentEvent {
 #[derive(Debug)]
 pub struct AgentSession {
     phase: Phase,
-    line: Line,
+    channel: ControlChannel,
     events: VecDeque<AgentEvent>,
 }
 
@@ -64,14 +64,14 @@ impl AgentSession {
     /// # Errors
     /// [`SessionError::Unsendable`] if the offer does not fit into a message.
     pub fn new(hello: Hello, timers: Timers, now: Instant) -> Result<Self, SessionError> {
-        let mut line = Line::new(timers, now);
-        line.introduce(Message::Hello((&hello).into()))?;
+        let mut channel = ControlChannel::new(timers, now);
+        channel.introduce(Message::Hello((&hello).into()))?;
         let phase = Phase::AwaitingWelcome {
             until: now + timers.hello_timeout,
         };
         Ok(Self {
             phase,
-            line,
+            channel,
             events: VecDeque::new(),
         })
     }
@@ -93,7 +93,7 @@ impl AgentSession {
         let result = match self.phase {
             Phase::AwaitingWelcome { until } if now >= until => Err(SessionError::HandshakeTimeout),
             Phase::AwaitingWelcome { .. } | Phase::Closed => Ok(()),
-            Phase::Established => self.line.handle_timeout(now).map(|silent| {
+            Phase::Established => self.channel.handle_timeout(now).map(|silent| {
                 if silent {
                     self.events.push_back(AgentEvent::Silent);
                 }
@@ -107,14 +107,14 @@ impl AgentSession {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
             Phase::AwaitingWelcome { until } => Some(until),
-            Phase::Established => Some(self.line.liveness().timeout()),
+            Phase::Established => Some(self.channel.liveness().timeout()),
             Phase::Closed => None,
         }
     }
 
     /// Returns the next bytes for the control stream.
     pub fn poll_transmit(&mut self) -> Option<Bytes> {
-        self.line.poll_transmit()
+        self.channel.poll_transmit()
     }
 
     /// Returns the next event.
@@ -128,7 +128,7 @@ impl AgentSession {
     /// [`SessionError::Unsendable`] if the offer does not fit into a message; the session goes on.
     /// [`SessionError::Backlog`].
     pub fn offer(&mut self, claims: Vec<Claim>) -> Result<(), SessionError> {
-        self.line.send(Message::Routes(Routes {
+        self.channel.send(Message::Routes(Routes {
             offer: Some(to_offer(&claims)),
         }))
     }
@@ -139,7 +139,7 @@ impl AgentSession {
     /// # Errors
     /// [`SessionError::Backlog`].
     pub fn drain(&mut self, deadline: Duration, reason: CloseReason) -> Result<(), SessionError> {
-        self.line.drain(deadline, reason)
+        self.channel.drain(deadline, reason)
     }
 
     /// Sends statistics of the agent.
@@ -147,7 +147,7 @@ impl AgentSession {
     /// # Errors
     /// [`SessionError::Backlog`].
     pub fn statistics(&mut self, statistics: Statistics) -> Result<(), SessionError> {
-        self.line.send(Message::Statistics(statistics))
+        self.channel.send(Message::Statistics(statistics))
     }
 
     /// Requests another certificate, with a PKCS #10 of at most
@@ -157,35 +157,35 @@ impl AgentSession {
     /// # Errors
     /// [`SessionError::Backlog`].
     pub fn request_certificate(&mut self, csr: Vec<u8>) -> Result<(), SessionError> {
-        self.line
+        self.channel
             .send(Message::CertificateRequest(CertificateRequest { csr }))
     }
 
     /// Notes a new stream or moved bytes: for a while the session detects silence sooner.
     pub fn note_traffic(&mut self, now: Instant) {
-        self.line.note_traffic(now);
+        self.channel.note_traffic(now);
     }
 
     /// Returns the smoothed round-trip time of Pings; `None` before the first answer.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
-        self.line.liveness().rtt()
+        self.channel.liveness().rtt()
     }
 
     /// Returns the time of the server's last life sign.
     #[must_use]
     pub fn last_heard(&self) -> Instant {
-        self.line.liveness().last_heard()
+        self.channel.liveness().last_heard()
     }
 
     fn read(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), SessionError> {
         if bytes.is_empty() || matches!(self.phase, Phase::Closed) {
             return Ok(());
         }
-        if self.line.heard(now) {
+        if self.channel.heard(now) {
             self.events.push_back(AgentEvent::Alive);
         }
-        while let Some(message) = self.line.receive(&mut bytes)? {
+        while let Some(message) = self.channel.receive(&mut bytes)? {
             self.handle_message(message, now)?;
         }
         Ok(())
@@ -195,7 +195,7 @@ impl AgentSession {
         match (&self.phase, message) {
             (Phase::AwaitingWelcome { .. }, Message::Welcome(welcome)) => {
                 let welcome = Welcome::try_from(welcome)?;
-                self.line.establish(welcome.heartbeat, now);
+                self.channel.establish(welcome.heartbeat, now);
                 self.phase = Phase::Established;
                 self.events.push_back(AgentEvent::Welcomed(welcome));
             }
@@ -211,8 +211,8 @@ impl AgentSession {
                 })?;
                 self.events.push_back(AgentEvent::Certificate(answer));
             }
-            (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
-            (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),
+            (Phase::Established, Message::Ping(ping)) => self.channel.handle_ping(ping)?,
+            (Phase::Established, Message::Pong(pong)) => self.channel.handle_pong(pong, now),
             (Phase::Established, Message::Drain(drain)) => {
                 let (deadline, reason) = from_drain(drain, now);
                 self.events

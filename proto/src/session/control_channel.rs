@@ -13,13 +13,13 @@ use crate::control::envelope::Message;
 use crate::control::{Drain, FrameDecoder, Ping, Pong};
 
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct ControlChannel {
     frames: FrameDecoder,
     outbox: Outbox,
     liveness: Liveness,
 }
 
-impl Line {
+impl ControlChannel {
     pub(super) fn new(timers: Timers, now: Instant) -> Self {
         Self {
             frames: FrameDecoder::default(),

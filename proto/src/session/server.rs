@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::SessionError;
-use super::control_channel::{Line, from_drain};
+use super::control_channel::{ControlChannel, from_drain};
 use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_routes, message_name, verdict};
 use crate::certificate::{Answer, from_request};
@@ -46,7 +46,7 @@ pub enum ServerEvent {
 #[derive(Debug)]
 pub struct ServerSession {
     phase: Phase,
-    line: Line,
+    channel: ControlChannel,
     events: VecDeque<ServerEvent>,
 }
 
@@ -69,7 +69,7 @@ impl ServerSession {
             phase: Phase::AwaitingHello {
                 until: now + timers.hello_timeout,
             },
-            line: Line::new(timers, now),
+            channel: ControlChannel::new(timers, now),
             events: VecDeque::new(),
         }
     }
@@ -91,7 +91,7 @@ impl ServerSession {
         let result = match self.phase {
             Phase::AwaitingHello { until } if now >= until => Err(SessionError::HandshakeTimeout),
             Phase::AwaitingHello { .. } | Phase::Deciding | Phase::Closed => Ok(()),
-            Phase::Established => self.line.handle_timeout(now).map(|silent| {
+            Phase::Established => self.channel.handle_timeout(now).map(|silent| {
                 if silent {
                     self.events.push_back(ServerEvent::Silent);
                 }
@@ -105,14 +105,14 @@ impl ServerSession {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
             Phase::AwaitingHello { until } => Some(until),
-            Phase::Established => Some(self.line.liveness().timeout()),
+            Phase::Established => Some(self.channel.liveness().timeout()),
             Phase::Deciding | Phase::Closed => None,
         }
     }
 
     /// Returns the next bytes for the control stream.
     pub fn poll_transmit(&mut self) -> Option<Bytes> {
-        self.line.poll_transmit()
+        self.channel.poll_transmit()
     }
 
     /// Returns the next event.
@@ -127,8 +127,9 @@ impl ServerSession {
     /// still waits.
     pub fn welcome(&mut self, welcome: Welcome, now: Instant) -> Result<(), SessionError> {
         if matches!(self.phase, Phase::Deciding) {
-            self.line.introduce(Message::Welcome((&welcome).into()))?;
-            self.line.establish(Duration::ZERO, now);
+            self.channel
+                .introduce(Message::Welcome((&welcome).into()))?;
+            self.channel.establish(Duration::ZERO, now);
             self.phase = Phase::Established;
         }
         Ok(())
@@ -153,7 +154,7 @@ impl ServerSession {
         accepted: Vec<Claim>,
         refused: Vec<Refusal>,
     ) -> Result<(), SessionError> {
-        self.line
+        self.channel
             .send(Message::RoutesVerdict(verdict(&accepted, &refused)))
     }
 
@@ -163,7 +164,7 @@ impl ServerSession {
     /// [`SessionError::Unsendable`] if the certificates do not fit into a message; the session goes
     /// on. [`SessionError::Backlog`].
     pub fn certificate(&mut self, answer: &Answer) -> Result<(), SessionError> {
-        self.line.send(Message::CertificateAnswer(answer.into()))
+        self.channel.send(Message::CertificateAnswer(answer.into()))
     }
 
     /// Announces to the agent that the server drains: open streams may go on for `deadline`. Before
@@ -172,12 +173,12 @@ impl ServerSession {
     /// # Errors
     /// [`SessionError::Backlog`].
     pub fn drain(&mut self, deadline: Duration, reason: CloseReason) -> Result<(), SessionError> {
-        self.line.drain(deadline, reason)
+        self.channel.drain(deadline, reason)
     }
 
     /// Notes a new stream or moved bytes: for a while the session detects silence sooner.
     pub fn note_traffic(&mut self, now: Instant) {
-        self.line.note_traffic(now);
+        self.channel.note_traffic(now);
     }
 
     /// Requests a life sign of the agent at once. [`ServerEvent::Silent`] follows unless one comes
@@ -185,30 +186,30 @@ impl ServerSession {
     /// the Welcome.
     pub fn challenge(&mut self, limit: Duration, now: Instant) {
         if matches!(self.phase, Phase::Established) {
-            self.line.challenge(limit, now);
+            self.channel.challenge(limit, now);
         }
     }
 
     /// Returns the smoothed round-trip time of Pings; `None` before the first answer.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
-        self.line.liveness().rtt()
+        self.channel.liveness().rtt()
     }
 
     /// Returns the time of the agent's last life sign.
     #[must_use]
     pub fn last_heard(&self) -> Instant {
-        self.line.liveness().last_heard()
+        self.channel.liveness().last_heard()
     }
 
     fn read(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), SessionError> {
         if bytes.is_empty() || matches!(self.phase, Phase::Closed) {
             return Ok(());
         }
-        if self.line.heard(now) {
+        if self.channel.heard(now) {
             self.events.push_back(ServerEvent::Alive);
         }
-        while let Some(message) = self.line.receive(&mut bytes)? {
+        while let Some(message) = self.channel.receive(&mut bytes)? {
             self.handle_message(message, now)?;
         }
         Ok(())
@@ -235,8 +236,8 @@ impl ServerSession {
                 })?;
                 self.events.push_back(ServerEvent::CertificateRequest(csr));
             }
-            (Phase::Established, Message::Ping(ping)) => self.line.handle_ping(ping)?,
-            (Phase::Established, Message::Pong(pong)) => self.line.handle_pong(pong, now),
+            (Phase::Established, Message::Ping(ping)) => self.channel.handle_ping(ping)?,
+            (Phase::Established, Message::Pong(pong)) => self.channel.handle_pong(pong, now),
             (Phase::Established, Message::Drain(drain)) => {
                 let (deadline, reason) = from_drain(drain, now);
                 self.events

@@ -104,7 +104,7 @@ pub fn table(rows: &[Row]) -> String {
 }
 
 /// A past period, until the pair's results for it are known.
-struct Past {
+struct ClosedWindow {
     title: String,
     came_to: BTreeMap<String, u64>,
     from: Instant,
@@ -260,10 +260,10 @@ impl Scene {
         &self.lab.control_plane.servers[0].daemon
     }
 
-    fn alone(&self, pair: &Pair) -> Result<Past> {
+    fn alone(&self, pair: &Pair) -> Result<ClosedWindow> {
         let (from, bytes) = (Instant::now(), pair.bytes());
         std::thread::sleep(ALONE);
-        Ok(Past {
+        Ok(ClosedWindow {
             title: "nothing".to_owned(),
             came_to: BTreeMap::new(),
             from,
@@ -274,7 +274,7 @@ impl Scene {
     }
 
     /// Runs one misdeed, and checks that it had no effect.
-    fn beside(&mut self, misdeed: &Misdeed, pair: &Pair) -> Result<Past> {
+    fn beside(&mut self, misdeed: &Misdeed, pair: &Pair) -> Result<ClosedWindow> {
         let said = self.server().log().len();
         let agent_said = match misdeed.agent_says.is_empty() {
             true => 0,
@@ -319,7 +319,7 @@ impl Scene {
             self.audited(pieces)?;
         }
         self.gained_nothing()?;
-        Ok(Past {
+        Ok(ClosedWindow {
             title: misdeed.title.to_owned(),
             came_to,
             from,

@@ -144,8 +144,8 @@ mod tests {
         list.allows_address(addr.parse().unwrap(), port)
     }
 
-    fn resolved(list: &AllowList, asked: &str, addr: &str) -> bool {
-        list.allows_resolved(&asked.parse().unwrap(), addr.parse().unwrap())
+    fn resolved(list: &AllowList, requested: &str, addr: &str) -> bool {
+        list.allows_resolved(&requested.parse().unwrap(), addr.parse().unwrap())
     }
 
     const SOME_GUARDED: [&str; 24] = [
@@ -239,18 +239,18 @@ mod tests {
 
     #[test]
     fn one_kind_of_rule_says_nothing_of_the_other() {
-        let asked = |list: &AllowList, text: &str| list.allows(&text.parse().unwrap());
+        let requested = |list: &AllowList, text: &str| list.allows(&text.parse().unwrap());
         let names = list(&["*.svc"]);
-        assert!(asked(&names, "a.svc:1"));
-        assert!(!asked(&names, "10.1.2.3:1"));
+        assert!(requested(&names, "a.svc:1"));
+        assert!(!requested(&names, "10.1.2.3:1"));
         assert!(!resolved(&names, "10.1.2.3:1", "10.1.2.3"));
         let addresses = list(&["10.0.0.0/8"]);
-        assert!(asked(&addresses, "10.1.2.3:1"));
-        assert!(asked(&addresses, "[::ffff:10.1.2.3]:1"));
-        assert!(!asked(&addresses, "a.svc:1"));
-        // Whoever resolves the name goes by its address, too.
+        assert!(requested(&addresses, "10.1.2.3:1"));
+        assert!(requested(&addresses, "[::ffff:10.1.2.3]:1"));
+        assert!(!requested(&addresses, "a.svc:1"));
+        // The resolved address counts, too.
         assert!(resolved(&addresses, "a.svc:1", "10.1.2.3"));
         let nothing = list(&[]);
-        assert!(!asked(&nothing, "a.svc:1") && !asked(&nothing, "10.1.2.3:1"));
+        assert!(!requested(&nothing, "a.svc:1") && !requested(&nothing, "10.1.2.3:1"));
     }
 }

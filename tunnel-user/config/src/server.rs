@@ -398,10 +398,10 @@ impl Default for HandshakesConfig {
 }
 
 impl HandshakesConfig {
-    /// Returns the same bounds with at most `most` concurrent handshakes.
-    pub fn at_most(&self, most: usize) -> Self {
+    /// Returns the same bounds with at most `max` concurrent handshakes.
+    pub fn at_most(&self, max: usize) -> Self {
         Self {
-            at_once: self.at_once.min(most),
+            at_once: self.at_once.min(max),
             ..self.clone()
         }
     }

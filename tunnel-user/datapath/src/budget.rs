@@ -22,7 +22,7 @@ pub struct Budget(Arc<Counts>);
 struct Counts {
     used: AtomicU64,
     peak: AtomicU64,
-    most: u64,
+    max: u64,
     stalled: AtomicUsize,
     /// The budget that this one is a part of.
     whole: Option<Budget>,
@@ -39,11 +39,11 @@ impl Budget {
         Self::within(Some(self.clone()), bytes)
     }
 
-    fn within(whole: Option<Self>, most: u64) -> Self {
+    fn within(whole: Option<Self>, max: u64) -> Self {
         Self(Arc::new(Counts {
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
-            most,
+            max,
             stalled: AtomicUsize::new(0),
             whole,
         }))
@@ -79,9 +79,9 @@ impl Budget {
 
     /// Returns how much of this budget a holder of `held` bytes may use.
     fn most_for(&self, held: u64) -> u64 {
-        match self.0.most {
-            most if held <= LITTLE => most,
-            most => most - most / 4,
+        match self.0.max {
+            max if held <= LITTLE => max,
+            max => max - max / 4,
         }
     }
 
@@ -89,8 +89,8 @@ impl Budget {
     /// refuses.
     fn take(&self, bytes: u64, held: u64) -> bool {
         for (done, budget) in self.with_whole().enumerate() {
-            let most = budget.most_for(held);
-            let add = |used: u64| used.checked_add(bytes).filter(|used| *used <= most);
+            let max = budget.most_for(held);
+            let add = |used: u64| used.checked_add(bytes).filter(|used| *used <= max);
             let relaxed = Ordering::Relaxed;
             match budget.0.used.fetch_update(relaxed, relaxed, add) {
                 Ok(before) => drop(budget.0.peak.fetch_max(before + bytes, relaxed)),

@@ -14,7 +14,7 @@ use bytes::BytesMut;
 #[derive(Debug)]
 pub struct Buffers {
     size: usize,
-    most: usize,
+    max: usize,
     /// Remainder of each buffer.
     remainders: Vec<BytesMut>,
     /// Buffer to copy out of, when all others are in use.
@@ -31,11 +31,11 @@ pub struct ReceiveBuffer {
 }
 
 impl Buffers {
-    /// Creates a pool of at most `most` buffers of `size` bytes; none is allocated yet.
-    pub fn new(size: usize, most: usize) -> Self {
+    /// Creates a pool of at most `max` buffers of `size` bytes; none is allocated yet.
+    pub fn new(size: usize, max: usize) -> Self {
         Self {
             size,
-            most,
+            max,
             remainders: Vec::new(),
             spare: BytesMut::new(),
         }
@@ -49,7 +49,7 @@ impl Buffers {
                 return ReceiveBuffer { bytes, slot };
             }
         }
-        let slot = (self.remainders.len() < self.most).then(|| {
+        let slot = (self.remainders.len() < self.max).then(|| {
             self.remainders.push(BytesMut::new());
             self.remainders.len() - 1
         });

@@ -15,13 +15,13 @@ const FEW: u64 = 16 << 20;
 
 /// Returns free memory whenever peers hold half as many bytes as before. Never ends.
 pub async fn give_back(budget: Budget) {
-    let mut most = 0;
+    let mut max = 0;
     loop {
         tokio::time::sleep(INTERVAL).await;
         let now = budget.used();
-        most = most.max(budget.take_peak());
-        if has_shrunk(most, now) {
-            most = now;
+        max = max.max(budget.take_peak());
+        if has_shrunk(max, now) {
+            max = now;
             // Milliseconds for each 100 MB, but none of a shard's time. It fails only when the
             // process is ending.
             let _ = tokio::task::spawn_blocking(trim).await;
@@ -29,8 +29,8 @@ pub async fn give_back(budget: Budget) {
     }
 }
 
-fn has_shrunk(most: u64, now: u64) -> bool {
-    most >= FEW && now <= most / 2
+fn has_shrunk(max: u64, now: u64) -> bool {
+    max >= FEW && now <= max / 2
 }
 
 #[cfg(target_env = "gnu")]

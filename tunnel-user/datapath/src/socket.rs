@@ -232,7 +232,7 @@ macro_rules! stream_socket {
                             let n = (&*SockRef::from(self)).read(room)?;
                             if n > 0 && n < room.len() {
                                 // There was no more: what follows is news (epoll(7),
-                                // edge-triggered), and another read would be in vain.
+                                // edge-triggered), and another read would find nothing.
                                 last = Some(n);
                                 return Err(io::ErrorKind::WouldBlock.into());
                             }

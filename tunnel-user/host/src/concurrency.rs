@@ -10,7 +10,7 @@ const CLOSED: usize = 1 << (usize::BITS - 1);
 #[derive(Clone, Debug)]
 pub struct ConcurrencyLimit {
     in_use: Arc<AtomicUsize>,
-    most: usize,
+    max: usize,
 }
 
 /// The permit for one unit of work. Dropping it returns the unit.
@@ -18,11 +18,11 @@ pub struct ConcurrencyLimit {
 pub struct Permit(Arc<AtomicUsize>);
 
 impl ConcurrencyLimit {
-    /// Creates a limit for `most` units at once.
-    pub fn new(most: usize) -> Self {
+    /// Creates a limit for `max` units at once.
+    pub fn new(max: usize) -> Self {
         Self {
             in_use: Arc::default(),
-            most,
+            max,
         }
     }
 
@@ -32,7 +32,7 @@ impl ConcurrencyLimit {
         // Leaves again when it is dropped: others may be refused meanwhile, but never one too many
         // let in.
         let permit = Permit(self.in_use.clone());
-        (before < self.most && before & CLOSED == 0).then_some(permit)
+        (before < self.max && before & CLOSED == 0).then_some(permit)
     }
 
     /// Returns the number of permits in use.

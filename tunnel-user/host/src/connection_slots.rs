@@ -24,10 +24,10 @@ pub struct SlotId {
     number: u64,
 }
 
-/// Slots for `most` connections.
+/// Slots for `max` connections.
 #[derive(Debug)]
 pub struct ConnectionSlots {
-    most: usize,
+    max: usize,
     in_use: usize,
     last: u64,
     /// Connections of each source, the oldest first.
@@ -35,10 +35,10 @@ pub struct ConnectionSlots {
 }
 
 impl ConnectionSlots {
-    /// Creates slots for `most` connections, at least 1.
-    pub fn new(most: usize) -> Self {
+    /// Creates slots for `max` connections, at least 1.
+    pub fn new(max: usize) -> Self {
         Self {
-            most: most.max(1),
+            max: max.max(1),
             in_use: 0,
             last: 0,
             sources: HashMap::new(),
@@ -49,7 +49,7 @@ impl ConnectionSlots {
     /// one, which is free already.
     pub fn acquire(&mut self, address: IpAddr) -> (SlotId, Option<SlotId>) {
         let source = source(address);
-        let evicted = if self.in_use < self.most {
+        let evicted = if self.in_use < self.max {
             None
         } else {
             self.largest(source).and_then(|largest| self.evict(largest))
@@ -78,7 +78,7 @@ impl ConnectionSlots {
     /// Returns the source that loses a connection to `newcomer`: the one with the most connections,
     /// and among equals the one with the oldest connection.
     fn largest(&self, newcomer: Source) -> Option<Source> {
-        let reserved = self.most.div_ceil(LOOPBACK_PART);
+        let reserved = self.max.div_ceil(LOOPBACK_PART);
         let may_go = |source: Source, held: usize| {
             source != Source::Loopback || newcomer == Source::Loopback || held > reserved
         };

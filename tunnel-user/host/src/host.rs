@@ -23,18 +23,18 @@ pub fn raise_file_limit() {
     descriptors::set_spare_aside();
 }
 
-/// Returns the number of connections, at most `wanted`, for which `most` descriptors are enough.
+/// Returns the number of connections, at most `wanted`, for which `max` descriptors are enough.
 /// Logs a warning if that is less than `wanted`.
-pub fn fit_connections(wanted: usize, most: usize) -> usize {
-    if most < wanted {
+pub fn fit_connections(wanted: usize, max: usize) -> usize {
+    if max < wanted {
         let needed = (wanted as u64 * 5 / 4 + 1024).min(RECOMMENDED_FILES);
         tracing::warn!(
             limit = descriptors::limit(),
-            "few open files are allowed for {wanted} connections: {most} are taken at once; set \
+            "few open files are allowed for {wanted} connections: {max} are taken at once; set \
              LimitNOFILE={needed} in the service's unit, or lower limits.connections"
         );
     }
-    wanted.min(most)
+    wanted.min(max)
 }
 
 /// Logs warnings about the socket of a tunnel, once per process. They hold for every socket on this

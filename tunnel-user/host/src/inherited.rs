@@ -100,13 +100,13 @@ impl Inherited {
 /// false where there is no manager; a manager that keeps nothing does not report that.
 pub fn keep(socket: &impl AsFd, name: &str) -> bool {
     let states = [NotifyState::FdStore, NotifyState::FdName(name)];
-    let asked = sd_notify::notify_with_fds(&states, &[socket.as_fd()]);
-    if let Err(error) = &asked {
+    let sent = sd_notify::notify_with_fds(&states, &[socket.as_fd()]);
+    if let Err(error) = &sent {
         tracing::debug!(
             error = report(error),
             name,
             "the service manager does not keep the socket"
         );
     }
-    asked.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
+    sent.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
 }

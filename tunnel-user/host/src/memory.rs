@@ -11,13 +11,13 @@ const GROUPS: [(&str, &str); 3] = [
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
 ];
 
-/// Returns a quarter of the memory that this process may use, at most `most` bytes.
-pub fn share(most: u64) -> u64 {
+/// Returns a quarter of the memory that this process may use, at most `max` bytes.
+pub fn share(max: u64) -> u64 {
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
     let bounds = paths.flat_map(|path| GROUPS.map(|group| bound_of(group, path)));
     let bounds = bounds.flatten().chain([machine()]);
-    bounds.map(|bytes| bytes / 4).fold(most, u64::min)
+    bounds.map(|bytes| bytes / 4).fold(max, u64::min)
 }
 
 /// Returns the lowest limit of a group and its ancestors, in bytes, if any has one.

@@ -44,7 +44,7 @@ struct Shared {
     bounds: Bounds,
     /// Cost of one handshake in a bucket, in nanoseconds.
     period: u64,
-    began: Instant,
+    started: Instant,
     hashes: [RandomState; 2],
     slots: Box<[Slot]>,
     in_use: AtomicUsize,
@@ -96,7 +96,7 @@ impl SourceLimiter {
         Self(Arc::new(Shared {
             bounds,
             period: 1_000_000_000 / u64::from(bounds.per_second.max(1)),
-            began: now,
+            started: now,
             hashes: [RandomState::new(), RandomState::new()],
             slots: (0..SLOTS).map(|_| Slot::default()).collect(),
             in_use: AtomicUsize::new(0),
@@ -172,7 +172,7 @@ impl Shared {
     }
 
     fn since(&self, now: Instant) -> u64 {
-        let since = now.saturating_duration_since(self.began);
+        let since = now.saturating_duration_since(self.started);
         // After 584 years.
         u64::try_from(since.as_nanos()).unwrap_or(u64::MAX / 2)
     }

@@ -130,9 +130,9 @@ impl Anchor {
             return Err(ChainError::NotYet(subject(), at(self.not_before)));
         }
         match self.path_length {
-            Some(most) if below > most => Err(ChainError::TooLong {
+            Some(max) if below > max => Err(ChainError::TooLong {
                 subject: subject(),
-                most,
+                max,
                 found: below,
             }),
             _ => Ok(()),
@@ -320,10 +320,10 @@ enum ChainError {
     Expired(String, String),
     #[error("the CA {0} is not valid before {1}; is the clock right?")]
     NotYet(String, String),
-    #[error("the CA {subject} allows {most} CAs below it, and the chain has {found}")]
+    #[error("the CA {subject} allows {max} CAs below it, and the chain has {found}")]
     TooLong {
         subject: String,
-        most: u32,
+        max: u32,
         found: u32,
     },
     #[error("{0} is not a CA's certificate, but signed another: {1}")]

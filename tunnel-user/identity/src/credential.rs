@@ -222,14 +222,14 @@ pub enum Expected<'a> {
 
 impl Expected<'_> {
     fn check(&self, found: &Identity) -> Result<(), CredentialError> {
-        let (is_asked, expected) = match self {
+        let (is_expected, expected) = match self {
             Self::Join { name, .. } => (
                 *found.name == **name && found.role == Role::Agent,
                 (*name).to_owned(),
             ),
             Self::Renewal { identity, .. } => (found.uri() == identity.uri(), identity.uri()),
         };
-        match is_asked {
+        match is_expected {
             true => Ok(()),
             false => Err(CredentialError::Another {
                 found: found.clone().into(),

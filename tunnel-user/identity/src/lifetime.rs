@@ -143,11 +143,11 @@ impl Lifetime {
     /// because renewal happens at two thirds.
     fn notice_period(&self) -> Duration {
         let life = self.not_after.duration_since(self.not_before);
-        let most = match self.kind {
+        let max = match self.kind {
             Kind::Own => OWN_AHEAD,
             Kind::Ca => CA_AHEAD,
         };
-        (life.unwrap_or_default() / 4).min(most)
+        (life.unwrap_or_default() / 4).min(max)
     }
 }
 
@@ -244,28 +244,28 @@ fn obstacle(all: &[Lifetime], now: SystemTime) -> Option<String> {
 #[derive(Debug, Default)]
 pub struct Announcer {
     /// State at the last announcement, and the time of the next one.
-    said: HashMap<Lifetime, (State, SystemTime)>,
+    logged: HashMap<Lifetime, (State, SystemTime)>,
 }
 
 impl Announcer {
     /// Returns the announcements that are due at `now`.
     pub fn due(&mut self, all: &[Lifetime], now: SystemTime) -> Vec<(Lifetime, State)> {
-        self.said.retain(|known, _| all.contains(known));
+        self.logged.retain(|known, _| all.contains(known));
         let mut due = Vec::new();
         for life in all {
             let state = life.state(now);
-            let is_logged = |(said, until): &(State, SystemTime)| {
+            let is_logged = |(logged, until): &(State, SystemTime)| {
                 // A clock that was set back silences nothing for longer.
-                *said == state && now < *until && *until <= now + REMINDER.max(life.left(now))
+                *logged == state && now < *until && *until <= now + REMINDER.max(life.left(now))
             };
-            if state == State::Valid || self.said.get(life).is_some_and(is_logged) {
+            if state == State::Valid || self.logged.get(life).is_some_and(is_logged) {
                 continue;
             }
             let again = match state {
                 State::Ending => (life.left(now) / 2).max(INTERVAL),
                 _ => REMINDER,
             };
-            self.said.insert(life.clone(), (state, now + again));
+            self.logged.insert(life.clone(), (state, now + again));
             due.push((life.clone(), state));
         }
         due
@@ -354,25 +354,25 @@ mod tests {
         ] {
             let one = [life(kind, days, start)];
             let mut announcer = Announcer::default();
-            let mut said = Vec::new();
+            let mut logged = Vec::new();
             // Every minute of its last hundred days, and a week more.
             for minute in days.saturating_sub(100) * 24 * 60..(days + 7) * 24 * 60 {
                 let now = start + minute * INTERVAL;
-                said.extend(
+                logged.extend(
                     announcer
                         .due(&one, now)
                         .iter()
                         .map(|(_, state)| (minute, *state)),
                 );
             }
-            let (minute, state) = said[0];
+            let (minute, state) = logged[0];
             assert_eq!(
                 (minute / 24 / 60, state),
                 (first, State::Ending),
                 "{kind:?} {days}"
             );
-            let ending = said.iter().filter(|(_, state)| *state == State::Ending);
-            let (ending, all) = (ending.count(), said.len());
+            let ending = logged.iter().filter(|(_, state)| *state == State::Ending);
+            let (ending, all) = (ending.count(), logged.len());
             assert!((8..20).contains(&ending), "{ending} times");
             // At the end, and each day after it.
             assert!((7..=8).contains(&(all - ending)), "{} times", all - ending);

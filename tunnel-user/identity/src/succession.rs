@@ -98,7 +98,7 @@ fn vouches(ca: &Anchor, other: &Anchor, algorithms: &WebPkiSupportedAlgorithms) 
     let may = match ca.path_length() {
         None => true,
         // Its own next key is no CA below it (RFC 5280 section 6.1.4).
-        Some(most) => is_own_next_key || other.path_length().is_some_and(|below| below < most),
+        Some(max) => is_own_next_key || other.path_length().is_some_and(|below| below < max),
     };
     let keeps_constraints =
         ca.name_constraints().is_none() || ca.name_constraints() == other.name_constraints();

@@ -241,8 +241,8 @@ mod tests {
 
         let missing = std::env::VarError::NotPresent;
         let error = InClusterError::ReadEnvironmentVariable(missing.clone());
-        let told = format!("{:#}", anyhow::Error::new(AccessError::from(error)));
-        assert_eq!(told.matches(&missing.to_string()).count(), 1, "{told}");
+        let text = format!("{:#}", anyhow::Error::new(AccessError::from(error)));
+        assert_eq!(text.matches(&missing.to_string()).count(), 1, "{text}");
 
         let api = FakeKubernetes::start().unwrap();
         let leases: Api<Lease> = Api::namespaced(limited(&api, 100.0).await.unwrap(), "n");

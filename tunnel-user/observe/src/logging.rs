@@ -228,8 +228,8 @@ fn subscriber(
         true => Some(Audit::start(audit)?).unzip(),
         false => (None, None),
     };
-    // Not `.with(records)`: a layer that is `None` has no filter, so all that nobody logs would be
-    // recorded for it, a span a packet.
+    // Not `.with(records)`: a layer that is `None` has no filter, so events that no other layer selects
+    // would be recorded for it, a span a packet.
     let records = records.into_iter().flatten();
     let layers: Vec<_> = iter::once(lines).chain(records).collect();
     let log = LogHandle {
@@ -379,7 +379,7 @@ mod tests {
             parse("info,cpc::agent=debug").unwrap().to_string(),
             "cpc_agent=debug,info"
         );
-        for (asked, directives) in [
+        for (filter, directives) in [
             ("cpc::access=off", "cpc::access=off"),
             ("cpc", "cpc_,cpc::cli"),
             ("cpc=debug", "cpc_=debug,cpc::cli=debug"),
@@ -389,7 +389,7 @@ mod tests {
             ("cpc_server=warn", "cpc_server=warn"),
             ("quinn=warn", "quinn=warn"),
         ] {
-            assert_eq!(directive(asked), directives);
+            assert_eq!(directive(filter), directives);
         }
         assert!(parse("cpc=loud").is_err());
         for filter in ["cpc::cli=warn,cpc=debug", "cpc=debug,cpc::cli=warn"] {

@@ -77,7 +77,7 @@ pub struct Throttle(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     rates: Rates,
-    began: Instant,
+    started: Instant,
     hashes: [RandomState; 2],
     /// Time at which each bucket will be full, in nanoseconds since the beginning: the "theoretical
     /// arrival time" of the generic cell rate algorithm (ITU-T I.371).
@@ -102,7 +102,7 @@ impl Throttle {
     pub fn new(rates: Rates, now: Instant) -> Self {
         Self(Arc::new(Shared {
             rates,
-            began: now,
+            started: now,
             hashes: [RandomState::new(), RandomState::new()],
             buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             suppressed: Mutex::default(),
@@ -190,7 +190,7 @@ impl Shared {
     }
 
     fn since(&self, now: Instant) -> u64 {
-        nanoseconds(now.saturating_duration_since(self.began))
+        nanoseconds(now.saturating_duration_since(self.started))
     }
 }
 

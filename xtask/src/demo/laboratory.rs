@@ -12,7 +12,7 @@ use tunnel_tests::lab::{Lab, LabSpec, Programs};
 use tunnel_tests::target::Behaviour;
 
 use super::measure::{self, Duplex};
-use super::story::{Evidence, Seen, step};
+use super::story::{CommandOutput, Evidence, step};
 use crate::setup::{self, Purpose};
 use crate::{ebpf, interrupt, programs, sh};
 
@@ -140,7 +140,7 @@ impl Demo {
     }
 
     /// Runs `command` on the control plane, as the API server.
-    fn as_apiserver(&self, say: &mut Evidence, command: &mut Command) -> Result<Seen> {
+    fn as_apiserver(&self, say: &mut Evidence, command: &mut Command) -> Result<CommandOutput> {
         self.lab.control_plane.place(command)?;
         say.run(command)
     }

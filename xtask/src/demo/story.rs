@@ -21,7 +21,7 @@ impl Evidence {
     }
 
     /// Runs `command` and adds it with its output, as in a terminal.
-    pub(super) fn run(&mut self, command: &mut Command) -> Result<Seen> {
+    pub(super) fn run(&mut self, command: &mut Command) -> Result<CommandOutput> {
         self.note(format!("$ {}", sh::text(command)));
         let output = command
             .output()
@@ -29,7 +29,7 @@ impl Evidence {
         let both = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&both).trim_end().to_owned();
         self.note(&text);
-        Ok(Seen {
+        Ok(CommandOutput {
             success: output.status.success(),
             text,
         })
@@ -37,14 +37,14 @@ impl Evidence {
 }
 
 /// Result of a command.
-pub(super) struct Seen {
+pub(super) struct CommandOutput {
     /// Whether its exit code was 0.
     pub(super) success: bool,
     /// Both of its outputs.
     pub(super) text: String,
 }
 
-impl Seen {
+impl CommandOutput {
     /// Fails unless the command succeeded and printed `part`.
     pub(super) fn expect_success(&self, part: &str) -> Result<()> {
         if !self.success || !self.text.contains(part) {

@@ -164,7 +164,7 @@ fn a_close_is_answered_at_once_and_loses_nothing_that_was_delivered() {
     ));
     assert_eq!(agent.handle(close(1), now), Some(Command::Finish { id: 1 }));
     assert_eq!(sent(&mut agent), [closed("", 1)]);
-    // The target's own end comes later, and concerns nobody.
+    // The target's own end comes later, and has no effect.
     agent.taken(1, 10, 1, now);
     agent.finish(1);
     assert_eq!(sent(&mut agent), []);

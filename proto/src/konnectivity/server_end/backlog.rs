@@ -12,8 +12,8 @@ pub(super) struct Backlog(Option<Instant>);
 impl Backlog {
     /// Adds `bytes` that were sent.
     pub(super) fn add(&mut self, bytes: usize, now: Instant) {
-        let most = now + duration(AGENT_QUEUE);
-        self.0 = Some((self.written(now) + duration(bytes)).min(most));
+        let max = now + duration(AGENT_QUEUE);
+        self.0 = Some((self.written(now) + duration(bytes)).min(max));
     }
 
     /// Returns the time at which everything is read; now if nothing is held.

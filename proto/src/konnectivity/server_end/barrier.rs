@@ -82,7 +82,7 @@ impl Barriers {
     }
 
     /// Whether an answer is awaited.
-    pub(super) fn awaits(&self) -> bool {
+    pub(super) fn is_pending(&self) -> bool {
         !self.unanswered.is_empty()
     }
 

@@ -46,7 +46,7 @@ pub enum WriteEnd {
     /// The target has closed at CLOSE_REQ.
     Closed,
     /// The target has closed by itself.
-    Gone,
+    ClosedByTarget,
     /// The connection was cancelled, by either side.
     Reset(CloseReason),
     /// The stream was lost.
@@ -59,11 +59,11 @@ pub(super) enum Sending {
     /// More may follow.
     Open,
     /// The client has ended; the agent may not have taken everything off the stream.
-    Barrier(Await),
+    Barrier(ExpectedData),
     /// The agent has taken everything, and the target has time for it.
     Linger {
         /// Further data to wait for.
-        awaits: Await,
+        expected: ExpectedData,
         /// Latest end of the wait.
         until: Instant,
     },
@@ -75,7 +75,7 @@ pub(super) enum Sending {
 
 /// Data that a client without further bytes may still receive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Await {
+pub(super) enum ExpectedData {
     /// None: only the target's reading of the earlier bytes counts.
     Nothing,
     /// The rest of an answer that has begun.
@@ -93,7 +93,7 @@ pub(super) struct Connection<W> {
     /// Bytes that the target may have yet to read.
     pub(super) backlog: Backlog,
     /// Data that a client without further bytes may receive, as far as its bytes tell.
-    pub(super) awaits: Await,
+    pub(super) expected: ExpectedData,
     /// Time of the target's last data.
     heard: Option<Instant>,
     /// The connection has no user any more.
@@ -112,7 +112,7 @@ impl<W> Connection<W> {
             connect_id: None,
             sending: Sending::Open,
             backlog: Backlog::default(),
-            awaits: Await::Rest,
+            expected: ExpectedData::Rest,
             heard: None,
             released: false,
             failure: None,
@@ -151,7 +151,7 @@ impl<W> Connection<W> {
 
     pub(super) fn receive(&mut self, data: Bytes, now: Instant) {
         self.heard = Some(now);
-        self.awaits = Await::Rest;
+        self.expected = ExpectedData::Rest;
         if !self.discarding && !data.is_empty() {
             self.unread_cost += data.len() + CHUNK_COST;
             self.unread.push_back(data);
@@ -161,19 +161,19 @@ impl<W> Connection<W> {
     /// Returns the time for CLOSE_REQ of a lingering connection; `resumed` is the time since which
     /// the driver reads the stream.
     pub(super) fn due(&self, now: Instant, resumed: Instant) -> Option<Instant> {
-        let Sending::Linger { awaits, until } = self.sending else {
+        let Sending::Linger { expected, until } = self.sending else {
             return None;
         };
         let written = self.backlog.written(now);
-        Some(match awaits {
+        Some(match expected {
             _ if self.discarding => written,
-            Await::Nothing => written,
+            ExpectedData::Nothing => written,
             // What came while the stream was held has yet to be seen.
-            Await::Rest => {
+            ExpectedData::Rest => {
                 let heard = self.heard.unwrap_or(until - LINGER).max(resumed);
                 (heard + QUIET).min(until.max(resumed + QUIET)).max(written)
             }
-            Await::Answer => until.max(resumed + QUIET).max(written),
+            ExpectedData::Answer => until.max(resumed + QUIET).max(written),
         })
     }
 
@@ -215,7 +215,7 @@ impl<W> Connection<W> {
 
     pub(super) fn write_end(&self) -> Option<WriteEnd> {
         Some(match self.end? {
-            ReadEnd::Finished if self.sending == Sending::Open => WriteEnd::Gone,
+            ReadEnd::Finished if self.sending == Sending::Open => WriteEnd::ClosedByTarget,
             ReadEnd::Finished => WriteEnd::Closed,
             ReadEnd::Reset(reason) => WriteEnd::Reset(reason),
             ReadEnd::Link(reason) => WriteEnd::Link(reason),

@@ -116,11 +116,11 @@ impl<W: Clone> ServerEnd<W> {
         };
         for dial in passed {
             if let Some(connection) = self.connections.get_mut(&dial)
-                && let Sending::Barrier(awaits) = connection.sending
+                && let Sending::Barrier(expected) = connection.sending
                 && connection.read_end().is_none()
             {
                 let until = now + LINGER;
-                connection.sending = Sending::Linger { awaits, until };
+                connection.sending = Sending::Linger { expected, until };
                 // One answer may be waited for by many: what follows is for the next timeout.
                 self.lingering.push(std::cmp::Reverse((now, dial)));
             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Result;
 use nix::unistd::Pid;
 
-use super::path::{Path, Running, SIDES, Way};
+use super::path::{Path, PathKind, Running, SIDES};
 use super::scene::Wire;
 use super::usage;
 
@@ -138,7 +138,7 @@ impl Measure {
             return Some("no program of it has agents, or another path shows the same");
         }
         let idle = matches!(self, Self::Idle(_));
-        if idle && matches!(path.way, Way::Direct | Way::OpenVpn) {
+        if idle && matches!(path.way, PathKind::Direct | PathKind::OpenVpn) {
             return Some("no program holds the connections");
         }
         None

@@ -63,7 +63,7 @@ impl Programs {
 
 /// Kind of a path.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Way {
+pub enum PathKind {
     /// TCP without anything in between.
     Direct,
     /// The yardstick.
@@ -92,14 +92,14 @@ pub struct Path {
     /// Name in reports.
     pub name: String,
     /// Kind of the path.
-    pub way: Way,
+    pub way: PathKind,
     /// The wire.
     pub wire: Wire,
 }
 
 impl Path {
     /// Creates a path over the usual wire.
-    pub fn new(name: &str, way: Way) -> Self {
+    pub fn new(name: &str, way: PathKind) -> Self {
         Self {
             name: name.to_owned(),
             way,
@@ -118,20 +118,20 @@ impl Path {
 
     /// Returns every path: the compared ones, then the variants of the connector, then other wires.
     pub fn all() -> Vec<Self> {
-        let quinn = |chunks| Way::Quinn { chunks };
+        let quinn = |chunks| PathKind::Quinn { chunks };
         let copy = Self::new("quinn copy", quinn(false));
         let chunks = Self::new("quinn chunks", quinn(true));
         let redirect = Self::new("redirect", connector(true));
         let mut paths = vec![
-            Self::new("direct", Way::Direct),
+            Self::new("direct", PathKind::Direct),
             copy,
             chunks.clone(),
             Self::new("connect", connector(false)),
             redirect.clone(),
         ];
         paths.extend(variants());
-        paths.push(Self::new("konnectivity", Way::Konnectivity));
-        paths.push(Self::new("openvpn", Way::OpenVpn));
+        paths.push(Self::new("konnectivity", PathKind::Konnectivity));
+        paths.push(Self::new("openvpn", PathKind::OpenVpn));
         for wire in [Wire::JUMBO, Wire::NO_USO] {
             paths.push(chunks.over(wire));
             paths.push(redirect.over(wire));
@@ -142,15 +142,15 @@ impl Path {
     /// Returns why this machine can't have the path, if so.
     pub fn missing(&self, programs: &Programs) -> Option<String> {
         let root = nix::unistd::geteuid().is_root();
-        let redirect = matches!(self.way, Way::Connector { redirect: true, .. });
-        if !root && (redirect || self.way == Way::OpenVpn || self.wire != Wire::LOOPBACK) {
+        let redirect = matches!(self.way, PathKind::Connector { redirect: true, .. });
+        if !root && (redirect || self.way == PathKind::OpenVpn || self.wire != Wire::LOOPBACK) {
             return Some("needs root".to_owned());
         }
         match &self.way {
-            Way::Direct => None,
-            Way::Quinn { .. } => absent(&programs.quinn),
-            Way::Connector { .. } => absent(&programs.cpc),
-            Way::Konnectivity => match &programs.konnectivity {
+            PathKind::Direct => None,
+            PathKind::Quinn { .. } => absent(&programs.quinn),
+            PathKind::Connector { .. } => absent(&programs.cpc),
+            PathKind::Konnectivity => match &programs.konnectivity {
                 Some(folder) => ["proxy-server", "proxy-agent"]
                     .iter()
                     .find_map(|program| absent(&folder.join(program))),
@@ -158,7 +158,7 @@ impl Path {
                     "{KONNECTIVITY} does not name the folder of its programs"
                 )),
             },
-            Way::OpenVpn => openvpn::missing(),
+            PathKind::OpenVpn => openvpn::missing(),
         }
     }
 
@@ -178,7 +178,7 @@ impl Path {
     ) -> Result<Running> {
         let folder = stage.subfolder(&format!("path-{number}-{restart}"))?;
         let bpffs = match self.way {
-            Way::Connector { redirect: true, .. } => Some(stage.bpffs()?),
+            PathKind::Connector { redirect: true, .. } => Some(stage.bpffs()?),
             _ => None,
         };
         let group = match bpffs {
@@ -194,14 +194,14 @@ impl Path {
             folder,
         };
         let mut running = match &self.way {
-            Way::Direct => Running::new(Dial::Tcp(scene.direct())),
-            Way::Quinn { chunks } => quinn::start(&place, *chunks)?,
-            Way::Connector { server, agent, .. } => {
+            PathKind::Direct => Running::new(Dial::Tcp(scene.direct())),
+            PathKind::Quinn { chunks } => quinn::start(&place, *chunks)?,
+            PathKind::Connector { server, agent, .. } => {
                 let redirect = bpffs.zip(group.as_ref());
                 connector::start(&place, redirect, server, agent).map_err(connector::explain)?
             }
-            Way::Konnectivity => konnectivity::start(&place)?,
-            Way::OpenVpn => openvpn::start(&place)?,
+            PathKind::Konnectivity => konnectivity::start(&place)?,
+            PathKind::OpenVpn => openvpn::start(&place)?,
         };
         running.client = scene.control_plane.clone();
         running.group = group;
@@ -215,7 +215,7 @@ impl Path {
 /// it. One that this `cpc` does not know yet is reported as it refuses it.
 fn variants() -> Vec<Path> {
     let both = |name: &str, keys: Value| {
-        let way = Way::Connector {
+        let way = PathKind::Connector {
             redirect: true,
             server: keys.clone(),
             agent: keys,
@@ -234,8 +234,8 @@ fn variants() -> Vec<Path> {
 }
 
 /// Returns the connector with its defaults.
-fn connector(redirect: bool) -> Way {
-    Way::Connector {
+fn connector(redirect: bool) -> PathKind {
+    PathKind::Connector {
         redirect,
         server: json!({}),
         agent: json!({}),

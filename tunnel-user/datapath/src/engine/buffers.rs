@@ -32,7 +32,7 @@ pub(super) struct Shape {
     pub size: usize,
     /// Maximum number of buffers in use, including those of the kernel; further receives are copied
     /// out.
-    pub most: usize,
+    pub max: usize,
     /// Whether a buffer takes several receives.
     pub incremental: bool,
 }
@@ -45,7 +45,7 @@ pub(super) struct Provided {
     layout: Layout,
     tail: u16,
     /// Buffers by the number that the kernel knows them by.
-    rooms: Vec<ReceiveBuffer>,
+    lent: Vec<ReceiveBuffer>,
     buffers: Buffers,
 }
 
@@ -66,8 +66,8 @@ impl Provided {
             entries,
             layout,
             tail: 0,
-            rooms: Vec::new(),
-            buffers: Buffers::new(shape.size, shape.most),
+            lent: Vec::new(),
+            buffers: Buffers::new(shape.size, shape.max),
         };
         let flags = if shape.incremental { INCREMENTAL } else { 0 };
         // SAFETY: the memory has `entries` entries and lives until `uring` is closed.
@@ -80,8 +80,8 @@ impl Provided {
             )?;
         }
         for number in 0..shape.entries {
-            let room = provided.buffers.take();
-            provided.rooms.push(room);
+            let buffer = provided.buffers.take();
+            provided.lent.push(buffer);
             provided.provide(number);
         }
         Ok(provided)
@@ -89,16 +89,16 @@ impl Provided {
 
     /// Returns the received bytes of a completion.
     pub(super) fn peek(&self, result: i32, flags: u32) -> Option<&[u8]> {
-        let room = self.rooms.get(usize::from(cqueue::buffer_select(flags)?))?;
-        room.bytes.get(..usize::try_from(result).ok()?)
+        let buffer = self.lent.get(usize::from(cqueue::buffer_select(flags)?))?;
+        buffer.bytes.get(..usize::try_from(result).ok()?)
     }
 
     /// Whether the received bytes of a completion stay in their buffer, rather than being copied out.
     pub(super) fn stays(&self, result: i32, flags: u32, skip: usize) -> bool {
         let number = cqueue::buffer_select(flags);
-        let room = number.and_then(|number| self.rooms.get(usize::from(number)));
+        let buffer = number.and_then(|number| self.lent.get(usize::from(number)));
         let length = usize::try_from(result).unwrap_or(0).saturating_sub(skip);
-        length >= COPY_BELOW && room.is_some_and(ReceiveBuffer::is_pooled)
+        length >= COPY_BELOW && buffer.is_some_and(ReceiveBuffer::is_pooled)
     }
 
     /// Takes `length` received bytes of a completion, behind the first `skip` ones. Returns `None` if
@@ -111,19 +111,19 @@ impl Provided {
             // The kernel moves on by what was received: the buffer is still its own.
             return None;
         }
-        let room = self.rooms.get_mut(usize::from(number))?;
+        let buffer = self.lent.get_mut(usize::from(number))?;
         let is_used_up = !cqueue::buffer_more(flags);
-        room.bytes.advance(skip.min(length));
+        buffer.bytes.advance(skip.min(length));
         let length = length.saturating_sub(skip);
         if !stays {
-            let bytes = BytesMut::from(&room.bytes[..length]);
-            room.bytes.advance(length);
+            let bytes = BytesMut::from(&buffer.bytes[..length]);
+            buffer.bytes.advance(length);
             if is_used_up {
                 self.replace(number);
             }
             return Some(bytes);
         }
-        let bytes = room.part(length, length);
+        let bytes = buffer.part(length, length);
         if is_used_up {
             self.replace(number);
         }
@@ -132,14 +132,14 @@ impl Provided {
 
     /// Replaces a used-up buffer by a whole one.
     fn replace(&mut self, number: u16) {
-        let room = &mut self.rooms[usize::from(number)];
-        self.buffers.exchange(room);
+        let buffer = &mut self.lent[usize::from(number)];
+        self.buffers.exchange(buffer);
         self.provide(number);
     }
 
     /// Gives buffer `number` to the kernel.
     fn provide(&mut self, number: u16) {
-        let bytes = &mut self.rooms[usize::from(number)].bytes;
+        let bytes = &mut self.lent[usize::from(number)].bytes;
         let at = usize::from(self.tail & (self.shape.entries - 1));
         // SAFETY: `at` is below the number of entries, which are ours to write until the tail is
         // beyond them.

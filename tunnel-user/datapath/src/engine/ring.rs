@@ -35,7 +35,7 @@ const TCP: Shape = Shape {
     group: 0,
     entries: 4,
     size: 64 << 10,
-    most: 128,
+    max: 128,
     incremental: true,
 };
 
@@ -44,7 +44,7 @@ const UDP: Shape = Shape {
     group: 1,
     entries: 8,
     size: (64 << 10) + 512,
-    most: 136,
+    max: 136,
     incremental: false,
 };
 
@@ -261,14 +261,14 @@ impl Ring {
             if is_due {
                 self.submit();
             }
-            if !self.tell() && !is_due {
+            if !self.deliver() && !is_due {
                 break;
             }
         }
     }
 
     /// Delivers the available completions. Returns `false` if there was none.
-    fn tell(&self) -> bool {
+    fn deliver(&self) -> bool {
         let mut fetched = self.fetched.take();
         for entry in self.uring.borrow_mut().completion() {
             let completion = Completion {
@@ -332,7 +332,7 @@ impl Ring {
         self.turn();
         while self.slots.borrow().in_flight() > 0 {
             self.uring.borrow().submit_and_wait(1)?;
-            self.tell();
+            self.deliver();
         }
         Ok(())
     }

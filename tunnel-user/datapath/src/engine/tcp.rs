@@ -254,23 +254,23 @@ impl LocalSocket for RingSocket {
 
     async fn broken(&self) {
         // The receive may have taken the error off the socket before epoll could tell of it.
-        let mut told = pin!(error_ready(self.fd.ready(Interest::ERROR)));
+        let mut error_event = pin!(error_ready(self.fd.ready(Interest::ERROR)));
         poll_fn(|cx| match self.received.poll_error(cx) {
             Poll::Ready(_) => Poll::Ready(()),
-            Poll::Pending => told.as_mut().poll(cx),
+            Poll::Pending => error_event.as_mut().poll(cx),
         })
         .await;
     }
 
     async fn broken_before_eof(&self) {
-        let mut told = pin!(async {
+        let mut error_event = pin!(async {
             error_ready(self.fd.ready(Interest::ERROR)).await;
             unless_ended(self.fd.get_ref().take_error()).await;
         });
         poll_fn(|cx| match self.received.poll_error(cx) {
             // It was an error in place of an end of file.
             Poll::Ready(_) => Poll::Ready(()),
-            Poll::Pending => told.as_mut().poll(cx),
+            Poll::Pending => error_event.as_mut().poll(cx),
         })
         .await;
     }

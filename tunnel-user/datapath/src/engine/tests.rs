@@ -131,7 +131,7 @@ fn a_reader_that_stops_is_not_received_for_without_bound() {
             peer.write_all(&sent).await.unwrap();
             peer.shutdown().await.unwrap();
         });
-        // Until the peer's window has closed: nobody takes anything.
+        // Until the peer's window has closed: the peer reads nothing.
         let Socket::Ring(socket) = &local else {
             return;
         };

@@ -476,7 +476,7 @@ fn a_remote_stop_is_a_reset_unless_it_only_takes_no_more() {
             let mut received = Vec::new();
             let mut buffer = vec![0; 1 << 16];
             let end = loop {
-                // It fails when nobody listens any more; what was sent before is there to be read.
+                // The write fails when no process reads any more; what was sent before is there to be read.
                 let _ = peer.try_write(b"chatter");
                 match AsyncReadExt::read(&mut peer, &mut buffer).await {
                     Ok(0) => break None,

@@ -84,7 +84,7 @@ fn half_of_a_bucket_is_for_proven_addresses() {
     assert!(forged <= 10);
     assert!(matches!(verdict, Verdict::Prove));
     assert!(until_refused(&sources, "192.0.2.1", true, start).0 >= 10);
-    // Refused handshakes cost nothing, and without a proof nobody is told so.
+    // Refused handshakes cost nothing, and without a proof no peer gets one.
     let verdict = sources.judge("192.0.2.1".parse().unwrap(), false, start);
     assert!(matches!(verdict, Verdict::Prove));
 }
@@ -170,8 +170,8 @@ proptest! {
             }
             prop_assert_eq!(sources.in_use(), held.len());
             prop_assert!(held.len() <= BOUNDS.at_once);
-            let most = 20.0 + now.duration_since(start).as_secs_f64() * 10.0;
-            prop_assert!(begun.iter().all(|begun| f64::from(*begun) <= most + 0.001));
+            let max = 20.0 + now.duration_since(start).as_secs_f64() * 10.0;
+            prop_assert!(begun.iter().all(|begun| f64::from(*begun) <= max + 0.001));
         }
         drop(held);
         prop_assert_eq!(sources.in_use(), 0);

@@ -93,9 +93,9 @@ fn a_ca_vouches_while_it_is_valid() {
 
 #[test]
 fn a_path_is_no_longer_than_its_anchor_allows() {
-    let bounded = |most| with(|it| it.is_ca = IsCa::Ca(BasicConstraints::Constrained(most)));
-    for (most, direct, one, two) in [(0, true, false, false), (1, true, true, false)] {
-        let ca = root(bounded(most));
+    let bounded = |max| with(|it| it.is_ca = IsCa::Ca(BasicConstraints::Constrained(max)));
+    for (max, direct, one, two) in [(0, true, false, false), (1, true, true, false)] {
+        let ca = root(bounded(max));
         let first = below(&ca, ca_params("first"));
         let second = below(&first, ca_params("second"));
         let chains = [
@@ -112,12 +112,12 @@ fn a_path_is_no_longer_than_its_anchor_allows() {
             assert_eq!(
                 verified.is_ok(),
                 good,
-                "{most}, {}: {verified:?}",
+                "{max}, {}: {verified:?}",
                 chain.len()
             );
             if let Err(error) = verified {
                 assert!(
-                    error.contains(&format!("allows {most} CAs below")),
+                    error.contains(&format!("allows {max} CAs below")),
                     "{error}"
                 );
             }

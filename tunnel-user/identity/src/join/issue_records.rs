@@ -237,17 +237,17 @@ impl IssueRecords {
 fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Issued, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Known {
+    enum Stored {
         One(Box<Holder>),
         Many(Vec<Holder>),
     }
-    let read = BTreeMap::<String, Known>::deserialize(deserializer)?;
-    let many = |known| match known {
-        Known::One(holder) => vec![*holder],
-        Known::Many(holders) => holders,
+    let read = BTreeMap::<String, Stored>::deserialize(deserializer)?;
+    let many = |stored| match stored {
+        Stored::One(holder) => vec![*holder],
+        Stored::Many(holders) => holders,
     };
     Ok({ read.into_iter() }
-        .map(|(node, known)| (node, many(known)))
+        .map(|(node, stored)| (node, many(stored)))
         .collect())
 }
 
@@ -255,7 +255,7 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Issued, D::
 fn uses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Use>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Known {
+    enum Stored {
         Keys(BTreeMap<String, String>),
         Uses(Vec<Use>),
     }
@@ -266,9 +266,9 @@ fn uses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Use>, D::Error
         serial: String::new(),
         certificate: String::new(),
     };
-    Ok(match Known::deserialize(deserializer)? {
-        Known::Keys(keys) => keys.into_iter().map(of_key).collect(),
-        Known::Uses(uses) => uses,
+    Ok(match Stored::deserialize(deserializer)? {
+        Stored::Keys(keys) => keys.into_iter().map(of_key).collect(),
+        Stored::Uses(uses) => uses,
     })
 }
 

@@ -331,23 +331,23 @@ impl Issuer {
                     .await?
             }
         };
-        let ask = Arc::new(JoinRequest {
+        let join_request = Arc::new(JoinRequest {
             node: join.node,
             addresses,
             csr: join.csr,
             proof,
         });
-        let asked = ask.clone();
+        let request = join_request.clone();
         let first = self
-            .run_blocking(move |issuer| issuer.admit(&asked, &[]))
+            .run_blocking(move |issuer| issuer.admit(&request, &[]))
             .await;
         match (&first, &self.pods) {
             (Err(error), Some(pods)) if error.is_taken() => {
-                let gone = self.stale_holders(pods, &ask).await?;
-                if gone.is_empty() {
+                let stale = self.stale_holders(pods, &join_request).await?;
+                if stale.is_empty() {
                     return first;
                 }
-                self.run_blocking(move |issuer| issuer.admit(&ask, &gone))
+                self.run_blocking(move |issuer| issuer.admit(&join_request, &stale))
                     .await
             }
             _ => first,
@@ -385,18 +385,18 @@ impl Issuer {
         })
     }
 
-    /// Returns the certificates that hold a name or address of `ask` and whose nodes no longer
+    /// Returns the certificates that hold a name or address of `join_request` and whose nodes no longer
     /// exist or have other addresses. Only nodes that joined by Kubernetes are considered.
     async fn stale_holders(
         self: &Arc<Self>,
         pods: &Pods,
-        ask: &Arc<JoinRequest>,
+        join_request: &Arc<JoinRequest>,
     ) -> Result<Vec<StaleHolder>, IssuerError> {
-        let asked = ask.clone();
+        let request = join_request.clone();
         let held = self
-            .run_blocking(move |issuer| issuer.conflicting_holders(&asked))
+            .run_blocking(move |issuer| issuer.conflicting_holders(&request))
             .await?;
-        let mut gone = Vec::new();
+        let mut stale = Vec::new();
         for (node, holder) in held.into_iter().take(MAX_LOOKUPS) {
             let known = match pods.nodes.addresses(&node).await {
                 Ok(known) => known,
@@ -411,12 +411,12 @@ impl Issuer {
             let serial = holder.serial;
             let Some(known) = known else {
                 let address = None;
-                gone.push(StaleHolder { serial, address });
+                stale.push(StaleHolder { serial, address });
                 continue;
             };
             let has = |address: &&IpAddr| holder.addresses.contains(address);
-            let moved = ask.addresses.iter().filter(has);
-            gone.extend(
+            let moved = join_request.addresses.iter().filter(has);
+            stale.extend(
                 moved
                     .filter(|it| !known.contains(it))
                     .map(|address| StaleHolder {
@@ -425,18 +425,23 @@ impl Issuer {
                     }),
             );
         }
-        Ok(gone)
+        Ok(stale)
     }
 
-    fn conflicting_holders(&self, ask: &JoinRequest) -> Result<Vec<(String, Holder)>, IssuerError> {
-        let key = SigningRequest::read(&ask.csr)
+    fn conflicting_holders(
+        &self,
+        join_request: &JoinRequest,
+    ) -> Result<Vec<(String, Holder)>, IssuerError> {
+        let key = SigningRequest::read(&join_request.csr)
             .map_err(IssuerError::Csr)?
             .key();
         let (key, time) = (key.to_string(), self.clock.read());
         let records = self.log.read()?;
-        let is_in_the_way = |node: &str, holder: &Holder| match node == ask.node {
+        let is_in_the_way = |node: &str, holder: &Holder| match node == join_request.node {
             true => holder.key != key && records.holds_name(holder, time),
-            false => { ask.addresses.iter() }.any(|it| records.holds_address(holder, it, time)),
+            false => {
+                { join_request.addresses.iter() }.any(|it| records.holds_address(holder, it, time))
+            }
         };
         let held = records
             .holders()
@@ -448,38 +453,38 @@ impl Issuer {
 
     fn admit(
         &self,
-        ask: &JoinRequest,
-        gone: &[StaleHolder],
+        join_request: &JoinRequest,
+        stale: &[StaleHolder],
     ) -> Result<(Issuance, String), IssuerError> {
-        let csr = SigningRequest::read(&ask.csr).map_err(IssuerError::Csr)?;
-        let (node, addresses) = (&ask.node, &ask.addresses);
-        let asked = AdmitRequest {
+        let csr = SigningRequest::read(&join_request.csr).map_err(IssuerError::Csr)?;
+        let (node, addresses) = (&join_request.node, &join_request.addresses);
+        let request = AdmitRequest {
             node,
             addresses,
             key: csr.key(),
         };
-        let by = match &ask.proof {
+        let by = match &join_request.proof {
             Proof::Token(token) => token.id(),
             Proof::Pod { .. } => BY_KUBERNETES,
         };
         // Who has no token does not get to the lock, which all others wait for.
-        if let Proof::Token(token) = &ask.proof {
+        if let Proof::Token(token) = &join_request.proof {
             let records = self.log.read()?;
             let known = records.ticket(token, self.clock.read().now);
             known.ok_or(Refusal::Token)?;
         }
         self.change(|records, time| {
-            for gone in gone {
-                match gone.address {
-                    Some(address) => records.release_address(&gone.serial, address),
-                    None => records.release(&gone.serial),
+            for stale in stale {
+                match stale.address {
+                    Some(address) => records.release_address(&stale.serial, address),
+                    None => records.release(&stale.serial),
                 }
             }
-            let admitted = match &ask.proof {
-                Proof::Token(token) => records.by_token(token, &asked, time)?,
+            let admitted = match &join_request.proof {
+                Proof::Token(token) => records.by_token(token, &request, time)?,
                 Proof::Pod { id, .. } => {
                     let allowed = self.pods.as_ref().map(|pods| &pods.addresses[..]);
-                    records.by_pod(id, allowed.unwrap_or_default(), &asked, time)?
+                    records.by_pod(id, allowed.unwrap_or_default(), &request, time)?
                 }
             };
             if let Admitted::Existing(leaf) = &admitted {
@@ -494,7 +499,7 @@ impl Issuer {
                 serial: holder.serial.clone(),
                 certificate: STANDARD.encode(&issuance.issued.chain[0]),
             };
-            match &ask.proof {
+            match &join_request.proof {
                 Proof::Token(token) if admitted == Admitted::Redated => records.redated(token, got),
                 Proof::Token(token) => records.used(token, got),
                 Proof::Pod { id, expires } => {

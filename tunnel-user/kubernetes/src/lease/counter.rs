@@ -82,11 +82,11 @@ impl LeaseCounter {
 
     /// Lists, then follows the changes for as long as they can be trusted.
     async fn follow(&self, delays: &mut Delays) -> Result<(), CallError> {
-        let asked = Instant::now();
+        let started = Instant::now();
         // From the API server's memory: a watch begins where it ends.
         let all = ListParams::default().labels(&self.selector).match_any();
         let listed = call(self.leases.list(&all)).await;
-        self.calls.listed(outcome(&listed), asked.elapsed());
+        self.calls.listed(outcome(&listed), started.elapsed());
         let listed = listed?;
         let version = listed.metadata.resource_version.unwrap_or_default();
         let mut by_name: LeasesByName = listed

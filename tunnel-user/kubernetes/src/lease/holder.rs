@@ -158,10 +158,10 @@ impl LeaseHolder {
     }
 
     async fn delete_expired_once(&self) -> Result<(), CallError> {
-        let asked = Instant::now();
+        let started = Instant::now();
         let all = ListParams::default().labels(&self.labels.to_string());
         let listed = call(self.leases.list(&all)).await;
-        self.calls.listed(outcome(&listed), asked.elapsed());
+        self.calls.listed(outcome(&listed), started.elapsed());
         let now = SystemTime::now();
         for lease in listed? {
             if held_for(&lease, now).is_none() {
@@ -177,9 +177,9 @@ impl LeaseHolder {
             resource_version: lease.resource_version(),
             uid: lease.uid(),
         });
-        let asked = Instant::now();
+        let started = Instant::now();
         let deleted = call(self.leases.delete(&lease.name_any(), &as_read)).await;
-        self.calls.deleted(outcome(&deleted), asked.elapsed());
+        self.calls.deleted(outcome(&deleted), started.elapsed());
         match deleted {
             Ok(_) => {
                 tracing::info!(lease = lease.name_any(), "expired lease deleted");

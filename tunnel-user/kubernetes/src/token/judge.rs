@@ -22,8 +22,8 @@ pub(super) fn judge(status: TokenReviewStatus, rules: &TokenRules) -> Verdict {
     if status.authenticated != Some(true) {
         return Err(ReviewError::NotValid);
     }
-    // Without this an API server that knows no audiences would vouch for tokens that were given to
-    // somebody else.
+    // Without this check an API server that ignores audiences would vouch for tokens of other
+    // audiences.
     if !status
         .audiences
         .unwrap_or_default()

@@ -139,8 +139,8 @@ impl TokenReviewer {
             Lookup::Cached(slot) => slot,
             Lookup::Missing { settle, slot } => {
                 // A task of its own: the first caller may go away while others wait.
-                let asked = self.0.clone().settle(token.to_owned(), settle);
-                self.0.home.spawn(asked);
+                let task = self.0.clone().settle(token.to_owned(), settle);
+                self.0.home.spawn(task);
                 slot
             }
             Lookup::Full => {

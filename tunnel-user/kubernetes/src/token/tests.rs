@@ -40,8 +40,8 @@ async fn a_good_token_is_asked_about_once() {
     bound.node = Some("w1".into());
     api.set_token("t", bound);
     let reviewer = reviewer(&api).await;
-    let asked = (0..100).map(|_| reviewer.review("t"));
-    for verdict in futures_util::future::join_all(asked).await {
+    let reviews = (0..100).map(|_| reviewer.review("t"));
+    for verdict in futures_util::future::join_all(reviews).await {
         assert_eq!(verdict.unwrap().node.as_deref(), Some("w1"));
     }
     reviewer.review("t").await.unwrap();
@@ -141,9 +141,12 @@ async fn many_agents_do_not_storm_a_failing_api_server() {
     api.fail_with(500);
     let down = async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let asked = api.count("tokenreviews");
+        let reviews = api.count("tokenreviews");
         // Pauses of at least 0.2, 0.4 and 0.8 s.
-        assert!((MAX_REVIEWS..=3 * MAX_REVIEWS).contains(&asked), "{asked}");
+        assert!(
+            (MAX_REVIEWS..=3 * MAX_REVIEWS).contains(&reviews),
+            "{reviews}"
+        );
         api.fail_with(None);
     };
     let all = futures_util::future::join_all(tokens.iter().map(|t| reviewer.review(t)));

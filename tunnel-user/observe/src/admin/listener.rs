@@ -44,10 +44,10 @@ struct Connections {
 }
 
 impl Listener {
-    /// Wraps a listener of the current runtime, with slots for `most` connections.
-    pub(super) fn new(listener: TcpListener, most: usize) -> Self {
+    /// Wraps a listener of the current runtime, with slots for `max` connections.
+    pub(super) fn new(listener: TcpListener, max: usize) -> Self {
         let connections = Connections {
-            slots: ConnectionSlots::new(most),
+            slots: ConnectionSlots::new(max),
             evict: HashMap::new(),
         };
         Self {

@@ -108,11 +108,11 @@ impl Admin {
     }
 }
 
-/// Serves `router` on `listener` without end, to at most `most` connections at once.
-pub async fn serve(listener: std::net::TcpListener, router: Router, most: usize) {
+/// Serves `router` on `listener` without end, to at most `max` connections at once.
+pub async fn serve(listener: std::net::TcpListener, router: Router, max: usize) {
     let served = async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        axum::serve(listener::Listener::new(listener, most), router).await
+        axum::serve(listener::Listener::new(listener, max), router).await
     };
     if let Err(error) = served.await {
         tracing::error!(error = report(&error), "an HTTP listener has ended");

@@ -330,7 +330,7 @@ impl Factory {
         )?;
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = control {
-                // SAFETY: just received, and owned by nobody else.
+                // SAFETY: just received, and without another owner.
                 return Ok(unsafe { OwnedFd::from_raw_fd(fds[0]) }.into());
             }
         }

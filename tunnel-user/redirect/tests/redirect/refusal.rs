@@ -248,7 +248,7 @@ fn refusals_are_logged() {
         .build()
         .unwrap();
     let redirect = it.redirect.clone();
-    // Ends with the process: it would go on for ever.
+    // Ends with the process: it would go on without end.
     let forwarding = redirect.forward_log("test").unwrap();
     thread::spawn(move || runtime.block_on(forwarding).unwrap());
 

@@ -9,7 +9,7 @@ fn what_came_before_the_close_is_read_before_the_end() {
     bench.receive(data(1, b""));
     bench.receive(data(1, b"llo"));
     bench.receive(closed(1));
-    assert_eq!(bench.end.write_end(ONE), Some(WriteEnd::Gone));
+    assert_eq!(bench.end.write_end(ONE), Some(WriteEnd::ClosedByTarget));
     assert_eq!(bench.end.connect_id(ONE), None);
     assert_eq!(bench.end.reset_reason(ONE), None);
     assert_eq!(bench.read(ONE), Ok(b"hello".to_vec()));

@@ -237,7 +237,7 @@ fn names_and_addresses_are_given_away_by_name_only() {
     assert!(matches!(name, Refusal::Taken { .. }), "{name}");
     let addr = join(&mut records, &token, ("w2", "10.99.0.1", 2), now).unwrap_err();
     assert!(matches!(addr, Refusal::AddressTaken { .. }), "{addr}");
-    // When the certificate has ended, they are anybody's; the token has to live until then.
+    // When the certificate has ended, they are free; the token has to live until then.
     let (mut later, renewed) = (records.clone(), now + 10 * HOUR);
     later
         .tokens
@@ -363,7 +363,7 @@ fn a_certificate_is_not_dated_anew_for_who_lost_it() {
     records.release(&holder.serial);
     assert_eq!(join(&mut records, &token, w1, now), Err(Refusal::Ended));
 
-    // Also with a token that names the node, which takes the name from whoever has it.
+    // Also with a token that names the node, which takes the name from its holder.
     let (mut records, token, holder) = dated_ahead("w1");
     records.release_address(&holder.serial, address("10.99.0.1"));
     assert_eq!(join(&mut records, &token, w1, now), Err(Refusal::Ended));

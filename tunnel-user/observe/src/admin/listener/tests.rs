@@ -8,11 +8,11 @@ use super::*;
 const ASK: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
 
 /// Serves on loopback; where.
-async fn serve(most: usize) -> SocketAddr {
+async fn serve(max: usize) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = Router::new().route("/healthz", get(|| async { "ok\n" }));
-    tokio::spawn(async move { axum::serve(Listener::new(listener, most), router).await });
+    tokio::spawn(async move { axum::serve(Listener::new(listener, max), router).await });
     address
 }
 

@@ -42,7 +42,7 @@ impl Connection {
         let end = self.find(|link| link.look(|end| end.write_end(self.dial)));
         match end.await {
             WriteEnd::Closed => SendEnd::Acknowledged,
-            WriteEnd::Gone => SendEnd::Stopped(CloseReason::PeerGone),
+            WriteEnd::ClosedByTarget => SendEnd::Stopped(CloseReason::PeerGone),
             WriteEnd::Reset(reason) => SendEnd::Stopped(reason),
             WriteEnd::Link(reason) => SendEnd::Link(reason),
         }
