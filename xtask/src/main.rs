@@ -17,6 +17,7 @@ mod miri;
 mod programs;
 mod setup;
 mod sh;
+mod simulate;
 mod test;
 mod vm;
 mod workspace;
@@ -49,6 +50,8 @@ enum Task {
     Lab(lab::Args),
     /// Fuzz the decoders for a while.
     Fuzz(fuzz::Args),
+    /// Run many seeds of the simulation.
+    Simulate(simulate::Args),
     /// Build a release in target/dist: the program, its components (SBOM), checksums
     Dist,
     /// Interpret the unit tests of tunnel-proto, where the tool chain has Miri.
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Lab(args) => lab::run(args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Simulate(args) => simulate::run(&args),
         Task::Dist => dist::run(),
         Task::Miri => miri::run(),
         Task::Test(args) => test::run(&args),

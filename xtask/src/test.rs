@@ -42,7 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Builds `cpc`, the programs of the laboratory and all tests in one call: in separate calls cargo
 /// would choose other features for their common dependencies and compile these twice.
-fn build() -> Result<()> {
+pub(crate) fn build() -> Result<()> {
     sh::heading("Programs and tests");
     sh::run(workspace::cargo().args(["build", "--all-targets", "--profile", PROFILE]))
 }

@@ -1,54 +1,109 @@
-//! `simulate`: runs seeds of the simulation, and prints those that fail.
+//! `simulate`: runs seeds of the simulation and prints those that fail, or replays one.
+//!
+//! The last line of a run is its summary in JSON, for `cargo xtask simulate`.
 
 use std::rc::Rc;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 use tunnel_simulation::kernel::TRACE;
-use tunnel_simulation::runner;
+use tunnel_simulation::runner::{self, Running};
 use tunnel_simulation::scenario;
 use tunnel_simulation::world::Shared;
+
+const USAGE: &str = "usage: simulate run FROM COUNT [JOBS]
+       simulate trace SEED    replays a seed, and prints its events";
+
+/// Failures after which a run ends.
+const ENOUGH: u64 = 20;
 
 fn main() -> Result<()> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let shared = Rc::new(Shared::new()?);
     match arguments[..] {
-        ["run", from, count] => run(&shared, from.parse()?, count.parse()?),
+        ["run", from, count] => run(&shared, from.parse()?, count.parse()?, 1),
+        ["run", from, count, jobs] => run(&shared, from.parse()?, count.parse()?, jobs.parse()?),
         ["trace", seed] => {
             TRACE.set(true);
             let state = shared.pki.directory().join("state");
             println!("{:?}", scenario::run(shared, seed.parse()?, state)?);
             Ok(())
         }
-        _ => bail!("usage: simulate run FROM COUNT | simulate trace SEED"),
+        _ => bail!("{USAGE}"),
     }
 }
 
-fn run(shared: &Rc<Shared>, from: u64, count: u64) -> Result<()> {
+/// Sums over seeds.
+#[derive(Default)]
+struct Sums {
+    seeds: u64,
+    failed: u64,
+    events: u64,
+    requests: u64,
+    ran: u64,
+    seconds: u64,
+}
+
+fn run(shared: &Rc<Shared>, from: u64, count: u64, jobs: usize) -> Result<()> {
     let start = Instant::now();
-    let mut failed = 0;
-    let (mut events, mut requests, mut ran, mut time) = (0, 0, 0, 0);
-    for seed in from..from + count {
-        match runner::run(shared, seed) {
+    let mut sums = Sums::default();
+    let mut seeds = from..from + count;
+    let mut running: Vec<Running> = Vec::new();
+    loop {
+        while running.len() < jobs.max(1) && sums.failed < ENOUGH {
+            let Some(seed) = seeds.next() else {
+                break;
+            };
+            running.push(runner::start(shared, seed)?);
+        }
+        if running.is_empty() {
+            break;
+        }
+        let done = running.swap_remove(ready(&running)?);
+        let seed = done.seed();
+        sums.seeds += 1;
+        match done.outcome() {
             Ok(it) => {
-                events += it.events;
-                requests += it.requests;
-                ran += it.ran;
-                time += it.time / 1_000_000_000;
+                sums.events += it.events;
+                sums.requests += it.requests;
+                sums.ran += it.ran;
+                sums.seconds += it.time / 1_000_000_000;
             }
             Err(error) => {
-                failed += 1;
-                println!("{error:#}");
+                sums.failed += 1;
+                println!("seed {seed}: {error:#}");
             }
+        }
+        if sums.seeds % 1000 == 0 {
+            let elapsed = start.elapsed().as_secs();
+            eprintln!("{} seeds, {} failed, {elapsed} s", sums.seeds, sums.failed);
         }
     }
     println!(
-        "{count} seeds, {failed} failed, {events} events, {requests} requests, {ran} ran, {time} s simulated in {:.1} s",
-        start.elapsed().as_secs_f64()
+        "{}",
+        json!({
+            "from": from, "seeds": sums.seeds, "failed": sums.failed, "events": sums.events,
+            "requests": sums.requests, "ran": sums.ran, "simulated_s": sums.seconds,
+            "elapsed_s": start.elapsed().as_secs(),
+        })
     );
-    match failed {
-        0 => Ok(()),
-        _ => bail!("{failed} seeds failed"),
-    }
+    ensure!(sums.failed == 0, "{} seeds failed", sums.failed);
+    Ok(())
+}
+
+/// Waits for one of the seeds under way. Returns its index.
+fn ready(running: &[Running]) -> Result<usize> {
+    let polled = |it: &Running| libc::pollfd {
+        fd: it.descriptor(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut polled: Vec<_> = running.iter().map(polled).collect();
+    // SAFETY: the call reads and writes the entries, of which there are as many.
+    let found = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+    ensure!(found > 0, "poll");
+    let is_ready = |it: &libc::pollfd| it.revents != 0;
+    polled.iter().position(is_ready).context("poll found none")
 }

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use crate::endpoint::{HEADER, Script};
 use crate::interpose::kernel;
 use crate::kernel::network::Path;
-use crate::topology::PORT;
 use crate::world::{MS, Request, SECOND, Shared, World};
 
 /// Time without faults before everything must work: the idle timeout of a tunnel, and the longest
@@ -102,7 +101,8 @@ fn check_recovery(world: &mut World) -> Result<()> {
             world.describe()
         );
     }
-    world.check_rest()
+    world.check_rest()?;
+    world.check_limits()
 }
 
 fn set_paths(world: &mut World) {
@@ -141,6 +141,12 @@ fn heal(world: &mut World) -> Result<()> {
         mtu: 1500,
         ..Path::default()
     });
+    world.end_drains();
+    world.run_until(world.now() + 3 * SECOND)?;
+    ensure!(
+        !world.is_stopping(),
+        "a drain has not ended 3 s after its second signal"
+    );
     let targets = world.topology.targets.clone();
     for target in targets {
         let address = world.topology.hosts[target.host];
@@ -162,9 +168,10 @@ fn heal(world: &mut World) -> Result<()> {
 fn fault(world: &mut World) -> Result<()> {
     let server = world.random.below(world.topology.servers.len() as u64) as usize;
     let agent = world.random.below(world.topology.agents.len() as u64) as usize;
-    match world.random.below(10) {
+    match world.random.below(14) {
         0 => {
             world.crash_server(server);
+            // At once, as a service manager does.
             if world.random.chance(2, 3) {
                 world.start_server(server)?;
             }
@@ -193,6 +200,31 @@ fn fault(world: &mut World) -> Result<()> {
         }
         7 => silence(world),
         8 => attack(world, server, agent),
+        9 => world.stop_server(server),
+        10 => {
+            // A rollout, in either order.
+            let has_former = world.has_agent(agent);
+            let stops_first = world.random.chance(1, 2);
+            if has_former && stops_first {
+                world.stop_agent(agent);
+            }
+            world.start_agent(agent)?;
+            if has_former && !stops_first {
+                world.stop_former_agent(agent);
+            }
+        }
+        11 => {
+            let host = world.topology.agents[agent].host;
+            let mapping = 1000 * world.random.below(20) as u16;
+            kernel(|kernel| kernel.set_mapping(host, mapping));
+        }
+        12 => {
+            for index in 0..world.topology.servers.len() {
+                if !world.has_server(index) {
+                    world.start_server(index)?;
+                }
+            }
+        }
         _ => world.reload(),
     }
     Ok(())
@@ -261,11 +293,13 @@ fn request(world: &mut World, is_calm: bool) -> Request {
     let now = world.now();
     let servers = world.topology.servers.len() as u64;
     let (served, unserved) = (world.topology.served(), world.topology.unserved());
+    let refusing = world.topology.refusing();
     let random = &mut world.random;
     let server = random.below(servers) as usize;
-    let to = match random.chance(1, 10) {
-        true => random.pick(&unserved),
-        false => random.pick(&served),
+    let to = match random.below(20) {
+        0 | 1 => random.pick(&unserved),
+        2 => random.pick(&refusing),
+        _ => random.pick(&served),
     };
     let mut script = |header: u64| {
         let send = match random.below(6) {
@@ -299,7 +333,6 @@ fn request(world: &mut World, is_calm: bool) -> Request {
     let (mut client, target) = (script(HEADER), script(0));
     // Two that wait for each other would never end.
     client.waits &= !target.waits;
-    debug_assert_eq!(to.port(), PORT);
     Request {
         server,
         to,

@@ -24,6 +24,9 @@ const TUNNEL_PORT: u16 = 8132;
 /// Port of the targets.
 pub const PORT: u16 = 10250;
 
+/// Port at which no target listens.
+const REFUSING: u16 = 10251;
+
 /// Largest numbers of servers and agents.
 pub const MAX_SERVERS: usize = 2;
 /// Largest number of agents.
@@ -172,6 +175,19 @@ impl Topology {
             .collect()
     }
 
+    /// Returns destinations that are served, and where no program listens.
+    pub fn refusing(&self) -> Vec<SocketAddrV4> {
+        let nodes = self.agents.iter().map(|agent| agent.address);
+        let all = nodes.chain([SHARED]);
+        all.map(|address| SocketAddrV4::new(address, REFUSING))
+            .collect()
+    }
+
+    /// Returns the number of tunnels at each server once all agents are connected.
+    pub fn tunnels(&self) -> usize {
+        self.agents.len() * usize::from(self.tunnels)
+    }
+
     /// Returns destinations that no dial may reach.
     pub fn unserved(&self) -> Vec<SocketAddrV4> {
         let hosts = [UNGRANTED, DENIED, UNSERVED, Ipv4Addr::new(10, 6, 0, 1)];
@@ -199,6 +215,7 @@ impl Topology {
         config.listen = SocketAddr::from((*address, TUNNEL_PORT));
         config.server_count = self.servers.len() as u32;
         config.shards = self.shards;
+        config.admin = SERVER_ADMIN.into();
         config.state_dir = shared.pki.directory().join(format!("{name}.state"));
         config.tls = shared.pki.tls(name);
         config.limits.dial_timeout = Duration::from_nanos(self.dial_timeout);
@@ -213,14 +230,22 @@ impl Topology {
         config
     }
 
-    /// Returns the configuration of an agent.
-    pub fn agent_config(&self, shared: &Shared, index: usize, state: &Path) -> AgentConfig {
+    /// Returns the configuration of the agent's process number `run`, which may start while an earlier one
+    /// drains.
+    pub fn agent_config(
+        &self,
+        shared: &Shared,
+        index: usize,
+        run: u16,
+        state: &Path,
+    ) -> AgentConfig {
         let Member { name, address, .. } = &self.agents[index];
         let mut config = shared.agent.clone();
         let servers = self.servers.iter();
         let servers = servers.map(|it| format!("{}:{TUNNEL_PORT}", it.address).into());
         config.servers = servers.collect();
         config.tls = shared.pki.tls(name);
+        config.admin = agent_admin(run).into();
         config.shards = self.shards;
         config.tunnels = self.tunnels;
         config.state_dir = self.keeps_state.then(|| state.join(name));
@@ -231,13 +256,21 @@ impl Topology {
         let allow = |address| {
             AllowRule::Addresses(Rule {
                 cidr: net(address),
-                ports: vec![PortRange::one(PORT)],
+                ports: vec![PortRange::one(PORT), PortRange::one(REFUSING)],
             })
         };
         config.allow = Some(vec![allow(*address), allow(SHARED), allow(UNGRANTED)]);
         config.limits.drain = Some(Duration::from_secs(self.drain));
         config
     }
+}
+
+/// Address of the pages of a server.
+pub const SERVER_ADMIN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8135);
+
+/// Returns the address of the pages of an agent's process.
+pub fn agent_admin(run: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9000 + run)
 }
 
 fn net(address: Ipv4Addr) -> IpNet {

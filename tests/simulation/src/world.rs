@@ -74,13 +74,19 @@ struct Program {
     host: usize,
     /// Difference of the wall clock of its host to the monotonic clock.
     wall: i64,
-    run: Option<Run>,
+    /// Its processes: the last one, and earlier ones that drain.
+    runs: Vec<Run>,
+    /// Number of its processes so far.
+    started: u16,
 }
 
 struct Run {
     process: Process,
     controller: Controller,
     done: Rc<RefCell<Option<Result<()>>>>,
+    number: u16,
+    is_stopping: bool,
+    has_ended: bool,
 }
 
 /// Destinations of the redirected connections of one host, by client.
@@ -182,7 +188,8 @@ impl World {
             name: name.clone(),
             host,
             wall: WALL,
-            run: None,
+            runs: Vec::new(),
+            started: 0,
         };
         let servers = topology.servers.iter().map(|it| program(&it.name, it.host));
         let agents = topology.agents.iter().map(|it| program(&it.name, it.host));
@@ -271,7 +278,8 @@ impl World {
     /// # Errors
     /// Its runtime can't be made.
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
-        let config = self.topology.agent_config(&self.shared, index, &self.state);
+        let run = self.agents[index].started;
+        let config = { &self.topology }.agent_config(&self.shared, index, run, &self.state);
         let log = self.shared.log.clone();
         self.agents[index].start(move |environment| async move {
             let again = config.clone();
@@ -282,39 +290,70 @@ impl World {
 
     /// Ends a server at once: a crash.
     pub fn crash_server(&mut self, index: usize) {
-        self.servers[index].run = None;
+        self.servers[index].runs.clear();
     }
 
     /// Ends an agent at once.
     pub fn crash_agent(&mut self, index: usize) {
-        self.agents[index].run = None;
+        self.agents[index].runs.clear();
     }
 
     /// Requests the orderly end of a server; a second time its immediate one.
     pub fn stop_server(&mut self, index: usize) {
-        self.servers[index].control(Controller::stop);
+        self.servers[index].stop();
     }
 
     /// Requests the orderly end of an agent; a second time its immediate one.
     pub fn stop_agent(&mut self, index: usize) {
-        self.agents[index].control(Controller::stop);
+        self.agents[index].stop();
+    }
+
+    /// Requests the orderly end of the process before the last one of an agent.
+    pub fn stop_former_agent(&mut self, index: usize) {
+        if let [.., former, _] = &mut self.agents[index].runs[..] {
+            former.is_stopping = true;
+            former.control(Controller::stop);
+        }
     }
 
     /// Requests a reload of every program.
     pub fn reload(&mut self) {
         for program in self.servers.iter_mut().chain(&mut self.agents) {
-            program.control(Controller::reload);
+            for run in &mut program.runs {
+                run.control(Controller::reload);
+            }
         }
     }
 
-    /// Whether a server runs.
+    /// Whether a server has a process, one that drains included.
     pub fn has_server(&self, index: usize) -> bool {
-        self.servers[index].run.is_some()
+        !self.servers[index].runs.is_empty()
     }
 
-    /// Whether an agent runs.
+    /// Whether an agent has a process that does not drain.
     pub fn has_agent(&self, index: usize) -> bool {
-        self.agents[index].run.is_some()
+        self.agents[index].runs.iter().any(|run| !run.is_stopping)
+    }
+
+    /// Whether a program drains.
+    pub fn is_stopping(&self) -> bool {
+        let mut runs = self
+            .servers
+            .iter()
+            .chain(&self.agents)
+            .flat_map(|it| &it.runs);
+        runs.any(|run| run.is_stopping)
+    }
+
+    /// Ends every drain.
+    pub fn end_drains(&mut self) {
+        let programs = self.servers.iter_mut().chain(&mut self.agents);
+        for run in programs
+            .flat_map(|it| &mut it.runs)
+            .filter(|run| run.is_stopping)
+        {
+            run.control(Controller::stop);
+        }
     }
 
     /// Moves the wall clock of a program's host.
@@ -325,7 +364,7 @@ impl World {
         };
         let program = &mut programs[index];
         program.wall += by;
-        if let Some(run) = &mut program.run {
+        for run in &mut program.runs {
             run.process.step_clock(by);
         }
     }
@@ -606,7 +645,8 @@ impl World {
             let event = kernel(|kernel| kernel.next_event());
             let alarm = self.alarms.peek().map(|Reverse((at, ..))| *at);
             let programs = self.servers.iter().chain(&self.agents);
-            let timers = programs.filter_map(|it| it.run.as_ref()?.process.alarm());
+            let runs = programs.flat_map(|it| &it.runs);
+            let timers = runs.filter_map(|run| run.process.alarm());
             let next = timers.chain(event).chain(alarm).min();
             match next {
                 Some(next) if next <= end => kernel(|kernel| kernel.advance(next)),
@@ -621,17 +661,18 @@ impl World {
     fn step_programs(&mut self, now: u64) -> Result<bool> {
         let mut is_busy = false;
         for program in self.servers.iter_mut().chain(&mut self.agents) {
-            let Some(run) = &mut program.run else {
-                continue;
-            };
-            if run.process.has_work(now) {
-                run.process.step();
-                is_busy = true;
+            for run in &mut program.runs {
+                if run.process.has_work(now) {
+                    run.process.step();
+                    is_busy = true;
+                }
+                if let Some(ended) = run.done.take() {
+                    ended.map_err(|error| error.context(program.name.clone()))?;
+                    ensure!(run.is_stopping, "{} has ended by itself", program.name);
+                    run.has_ended = true;
+                }
             }
-            if let Some(ended) = run.done.take() {
-                ended.map_err(|error| error.context(program.name.clone()))?;
-                program.run = None;
-            }
+            program.runs.retain(|run| !run.has_ended);
         }
         Ok(is_busy)
     }
@@ -663,6 +704,69 @@ impl World {
             }
         }
         Ok(true)
+    }
+
+    // Pages.
+
+    /// Fetches a page of a program at `address` of `host`.
+    ///
+    /// # Errors
+    /// No page comes within a second.
+    pub fn fetch(&mut self, host: usize, address: SocketAddrV4, path: &str) -> Result<String> {
+        let fd = kernel(|kernel| {
+            kernel.enter(host);
+            let fd = kernel.tcp_socket();
+            let _ = kernel.connect(fd, address);
+            fd
+        });
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        let (mut left, mut page) = (request.as_bytes(), Vec::new());
+        for _ in 0..1000 {
+            if let Ok(sent) = kernel(|kernel| kernel.send(fd, left)) {
+                left = &left[sent..];
+            }
+            match kernel(|kernel| kernel.recv(fd, 1 << 16)) {
+                Ok(bytes) if bytes.is_empty() => break,
+                Ok(bytes) => page.extend(bytes),
+                Err(libc::EAGAIN) => self.run_until(self.now() + MS)?,
+                Err(error) => bail!("{address}{path} at host {host}: errno {error}"),
+            }
+        }
+        let _ = kernel(|kernel| kernel.close(fd));
+        Ok(String::from_utf8_lossy(&page).into_owned())
+    }
+
+    /// Checks that programs without connections hold nothing for them.
+    ///
+    /// # Errors
+    /// A limit of which something is used.
+    pub fn check_limits(&mut self) -> Result<()> {
+        let mut pages = Vec::new();
+        for program in &self.servers {
+            pages.push((program.name.clone(), program.host, topology::SERVER_ADMIN));
+        }
+        for program in &self.agents {
+            for run in &program.runs {
+                let address = topology::agent_admin(run.number);
+                pages.push((program.name.clone(), program.host, address));
+            }
+        }
+        for (at, (name, host, address)) in pages.into_iter().enumerate() {
+            let page = self.fetch(host, address, "/metrics")?;
+            let is_server = at < self.servers.len();
+            let mut limits = vec!["connections", "stalled_bytes"];
+            if is_server {
+                limits.push("dials");
+                let tunnels = self.topology.tunnels();
+                let line = format!("limit_used{{limit=\"agents\"}} {tunnels}\n");
+                ensure!(page.contains(&line), "{name} has not {line}{page}");
+            }
+            for limit in limits {
+                let line = format!("limit_used{{limit=\"{limit}\"}} 0\n");
+                ensure!(page.contains(&line), "{name} has not {line}{page}");
+            }
+        }
+        Ok(())
     }
 
     // The end.
@@ -732,18 +836,29 @@ impl Program {
         let mut process = Process::new(self.host, self.wall)?;
         let (environment, controller) = Environment::embedded();
         let done = process.spawn(task(environment));
-        self.run = Some(Run {
+        self.runs.push(Run {
             process,
             controller,
             done,
+            number: self.started,
+            is_stopping: false,
+            has_ended: false,
         });
+        self.started += 1;
         Ok(())
     }
 
-    fn control(&mut self, request: impl Fn(&Controller)) {
-        if let Some(run) = &mut self.run {
-            let controller = run.controller.clone();
-            run.process.run(|| request(&controller));
+    /// Requests the end of the last process.
+    fn stop(&mut self) {
+        if let Some(run) = self.runs.last_mut() {
+            run.is_stopping = true;
+            run.control(Controller::stop);
         }
+    }
+}
+
+impl Run {
+    fn control(&mut self, request: impl Fn(&Controller)) {
+        self.process.run(|| request(&self.controller));
     }
 }

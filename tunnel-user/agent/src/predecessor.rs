@@ -30,8 +30,7 @@ pub(super) fn take(state_dir: Option<&Path>, own: InstanceId) -> Option<Instance
     let taken = open(state_dir).and_then(|file| Ok((lock(&file, own)?, file)));
     match taken {
         Ok((Lock::Taken(predecessor), file)) => {
-            // Until the process ends.
-            std::mem::forget(file);
+            tokio::spawn(keep(file));
             predecessor
         }
         Ok((Lock::Busy, file)) => {
@@ -54,11 +53,15 @@ async fn wait(file: File, own: InstanceId) {
         tokio::time::sleep(RETRY).await;
         match lock(&file, own) {
             Ok(Lock::Busy) => {}
-            // Until the process ends.
-            Ok(Lock::Taken(_)) => return std::mem::forget(file),
+            Ok(Lock::Taken(_)) => return keep(file).await,
             Err(error) => return complain(&error),
         }
     }
+}
+
+/// Keeps the lock until the end of the agent's runtime, when nothing of the agent runs any more.
+async fn keep(_file: File) {
+    std::future::pending().await
 }
 
 fn complain(error: &io::Error) {

@@ -85,6 +85,8 @@ enum Event {
 struct Host {
     address: Ipv4Addr,
     next_port: u16,
+    /// Difference of the ports that others see to those of its UDP sockets.
+    mapping: u16,
 }
 
 /// The kernel of all hosts.
@@ -153,6 +155,7 @@ impl Kernel {
         self.hosts.push(Host {
             address,
             next_port: EPHEMERAL,
+            mapping: 0,
         });
         self.hosts.len() - 1
     }
@@ -206,6 +209,12 @@ impl Kernel {
         if is_silent {
             self.silent.push(address);
         }
+    }
+
+    /// Changes the ports under which others see the UDP sockets of a host, as a restarted NAT does: packets
+    /// to the former ones are lost.
+    pub fn set_mapping(&mut self, host: usize, mapping: u16) {
+        self.hosts[host].mapping = mapping;
     }
 
     /// Sends a packet that no socket has sent.
@@ -461,7 +470,13 @@ impl Kernel {
 
     // UDP.
 
-    fn arrive(&mut self, packet: Packet) {
+    fn arrive(&mut self, mut packet: Packet) {
+        if !packet.to.ip().is_loopback()
+            && let Some(host) = self.host_of(*packet.to.ip())
+        {
+            let mapping = self.hosts[host].mapping;
+            packet.to.set_port(packet.to.port().wrapping_sub(mapping));
+        }
         let size = packet.bytes.len();
         let ports = [u64::from(packet.from.port()), u64::from(packet.to.port())];
         let address = u64::from(packet.to.ip().to_bits());
@@ -530,7 +545,11 @@ impl Kernel {
             true => self.hosts[host].address,
             false => *local.ip(),
         };
-        let from = SocketAddrV4::new(source, local.port());
+        let mapping = match is_loopback {
+            true => 0,
+            false => self.hosts[host].mapping,
+        };
+        let from = SocketAddrV4::new(source, local.port().wrapping_add(mapping));
         for part in bytes.chunks(segment.max(1)) {
             let packet = Packet {
                 from,
