@@ -16,6 +16,9 @@ use crate::world::{MS, Request, SECOND, Shared, World};
 /// interval between two dials of an agent.
 const SETTLE: u64 = 45 * SECOND;
 
+/// Time in which requests without faults end.
+const PATIENCE: u64 = 20 * SECOND;
+
 /// What a simulation has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
@@ -93,7 +96,10 @@ fn check_recovery(world: &mut World) -> Result<()> {
             dialled.push(world.dial(request)?);
         }
     }
-    world.run_until(world.now() + 20 * SECOND)?;
+    let end = world.now() + PATIENCE;
+    while world.now() < end && !dialled.iter().all(|id| world.is_over(*id)) {
+        world.run_until(world.now() + SECOND / 2)?;
+    }
     for id in dialled {
         ensure!(
             world.is_over(id),
@@ -101,6 +107,7 @@ fn check_recovery(world: &mut World) -> Result<()> {
             world.describe()
         );
     }
+    world.run_until(world.now() + SECOND)?;
     world.check_rest()?;
     world.check_limits()
 }

@@ -434,7 +434,10 @@ impl Kernel {
             };
         }
         let len = most.min(tcp.received.len());
-        let bytes: Vec<_> = tcp.received.drain(..len).collect();
+        let (first, second) = tcp.received.as_slices();
+        let mut bytes = first[..len.min(first.len())].to_vec();
+        bytes.extend_from_slice(&second[..len - bytes.len()]);
+        tcp.received.drain(..len);
         if let Some(peer) = tcp.peer
             && let Some(sender) = self.tcp(peer)
         {
