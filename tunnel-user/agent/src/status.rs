@@ -14,7 +14,7 @@ use super::observer::Observer;
 use super::plan::Health;
 use super::tunnel::TunnelInfo;
 use super::tunnel_views::{TunnelView, Tunnels};
-use super::worker::{CONNECTIONS, STALLED_BYTES};
+use super::worker::{CONNECTIONS, STALLED_BYTES, Worker};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
 use cpc_host::concurrency::ConcurrencyLimit;
@@ -26,36 +26,38 @@ use cpc_observe::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc333
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::millis;
 
+/// Facts about a running agent that its view shows.
+pub(super) struct Facts {
+    /// Identity of the agent.
+    pub identity: String,
+    /// Number of shards.
+    pub shards: usize,
+    /// Engine of the shards.
+    pub engine: Engine,
+    /// Kept tunnels.
+    pub tunnels: Arc<Tunnels>,
+    /// Lifetimes of the agent's certificates.
+    pub lifetimes: Lifetimes,
+}
+
 /// A view of a running agent.
 pub(super) struct View {
-    identity: String,
-    tunnels: Arc<Tunnels>,
+    facts: Facts,
     policy: Arc<ArcSwap<AllowList>>,
     budget: Budget,
     connections: ConcurrencyLimit,
     limits: LimitMetrics,
-    shards: usize,
-    engine: Engine,
     phase: watch::Receiver<Phase>,
     servers: Gauge,
     stalled: Gauge,
-    lifetimes: Lifetimes,
     certificates: CertificateMetrics,
     observer: Arc<dyn Observer>,
 }
 
 impl View {
-    /// Creates the view of a starting agent. Adds its metrics to `registry`.
-    pub(super) fn register(
-        registry: &mut Registry,
-        (identity, shards, engine): (String, usize, Engine),
-        tunnels: Arc<Tunnels>,
-        policy: Arc<ArcSwap<AllowList>>,
-        (budget, connections, limits): (Budget, ConcurrencyLimit, LimitMetrics),
-        phase: watch::Receiver<Phase>,
-        (observer, lifetimes): (Arc<dyn Observer>, Lifetimes),
-    ) -> Self {
-        let certificates = CertificateMetrics::register(registry, lifetimes.clone());
+    /// Creates the view of a starting agent, whose tunnels share `worker`. Adds its metrics to `registry`.
+    pub(super) fn register(registry: &mut Registry, worker: &Worker, facts: Facts) -> Self {
+        let certificates = CertificateMetrics::register(registry, facts.lifetimes.clone());
         let (servers, stalled) = (Gauge::default(), Gauge::default());
         registry.register(
             "servers",
@@ -68,20 +70,16 @@ impl View {
             stalled.clone(),
         );
         Self {
-            identity,
-            tunnels,
-            policy,
-            budget,
-            connections,
-            limits,
-            shards,
-            engine,
-            phase,
+            facts,
+            policy: worker.policy.clone(),
+            budget: worker.budget.clone(),
+            connections: worker.connections.clone(),
+            limits: worker.limits.clone(),
+            phase: worker.phase(),
             servers,
             stalled,
-            lifetimes,
             certificates,
-            observer,
+            observer: worker.observer.clone(),
         }
     }
 }
@@ -91,8 +89,8 @@ impl Source for View {
         if *self.phase.borrow() != Phase::Running {
             return Err("draining".into());
         }
-        let obstacle = self.lifetimes.obstacle(SystemTime::now());
-        if self.tunnels.live_servers() == 0 {
+        let obstacle = self.facts.lifetimes.obstacle(SystemTime::now());
+        if self.facts.tunnels.live_servers() == 0 {
             return Err(obstacle.unwrap_or_else(|| "no server is reached".into()));
         }
         // What is up goes on; a tunnel that is lost does not come back.
@@ -101,15 +99,15 @@ impl Source for View {
 
     fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
         let status = Status::Agent(AgentStatus {
-            identity: self.identity.clone(),
+            identity: self.facts.identity.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             ready: self.ready().is_ok(),
             not_ready: self.ready().err(),
-            server_count: self.tunnels.server_count(),
-            shards: self.shards,
-            engine: self.engine.label().into(),
-            certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
-            servers: self.tunnels.view().iter().map(row).collect(),
+            server_count: self.facts.tunnels.server_count(),
+            shards: self.facts.shards,
+            engine: self.facts.engine.label().into(),
+            certificates: lifetime::rows(&self.facts.lifetimes, SystemTime::now()),
+            servers: self.facts.tunnels.view().iter().map(row).collect(),
             allow: self.policy.load().rules().collect(),
         });
         Box::pin(async { serde_json::to_value(status).unwrap_or_default() })
@@ -117,9 +115,9 @@ impl Source for View {
 
     fn refresh(&self) {
         self.certificates.refresh();
-        let live = self.tunnels.live_servers();
+        let live = self.facts.tunnels.live_servers();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
-        let known = self.tunnels.server_count().max(1);
+        let known = self.facts.tunnels.server_count().max(1);
         self.observer.servers_counted(live, known as usize);
         let stalled = self.budget.stalled();
         self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));

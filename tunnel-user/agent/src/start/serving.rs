@@ -16,13 +16,14 @@ use crate::connector::{self, Servers};
 use crate::error::AgentError;
 use crate::extension::ServerCount;
 use crate::policy::Policy;
+use crate::predecessor;
 use crate::quic::QuicDialer;
 use crate::renew::{self, Renewals};
 use crate::shards::Dispatch;
+use crate::status::{Facts, View};
 use crate::tunnel::TunnelDialer;
 use crate::tunnel_views::Tunnels;
 use crate::worker::{STALLED_BYTES, Worker};
-use crate::{predecessor, status};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
@@ -86,20 +87,6 @@ impl Serving {
         let connections = ConcurrencyLimit::new(config.limits.connections);
         let setup = setup(&config, &budget, &limits, &mut registry);
         let extension = identity.extension();
-        let observer = extension.observer();
-        let view = status::View::register(
-            ours(&mut registry),
-            (
-                identity.to_string(),
-                config.shards,
-                shards.engines().engine(),
-            ),
-            views.clone(),
-            policy.in_force().clone(),
-            (budget.clone(), connections.clone(), limits.clone()),
-            phases.clone(),
-            (observer.clone(), identity.lifetimes()),
-        );
         let instance = instance()?;
         let predecessor = predecessor::take(config.state_dir.as_deref(), instance);
         let foreign = extension.count_servers().await;
@@ -116,12 +103,20 @@ impl Serving {
             policy: policy.in_force().clone(),
             answered: Arc::default(),
             metrics: dials,
-            observer,
+            observer: extension.observer(),
             budget: budget.clone(),
             phase: phases.clone(),
             connections: connections.clone(),
             limits,
         };
+        let facts = Facts {
+            identity: identity.to_string(),
+            shards: config.shards,
+            engine: shards.engines().engine(),
+            tunnels: views.clone(),
+            lifetimes: identity.lifetimes(),
+        };
+        let view = View::register(ours(&mut registry), &worker, facts);
         let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;
         // It keeps the shards as long as it lives.
         let connector = connector::run(
