@@ -1,6 +1,7 @@
 //! Permitted dependencies between crates: arrows run one way.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -184,6 +185,30 @@ fn one_crate_alone_names_a_library() -> Result<()> {
             }
             for library in FOR_TESTS {
                 ensure!(!uses.contains(library), "{name} uses {library}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Folders whose code names no foreign protocol: an extension brings it.
+const FENCED: [&str; 1] = ["tunnel-user/agent/src"];
+
+#[test]
+fn an_extension_alone_names_a_foreign_protocol() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut folders: Vec<_> = FENCED.iter().map(|folder| root.join(folder)).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| format!("{}", folder.display()))? {
+            let path = entry?.path();
+            // Tests may need a foreign kind.
+            let is_test = path.ends_with("tests.rs") || path.ends_with("model.rs");
+            if path.is_dir() {
+                folders.push(path);
+            } else if !is_test {
+                let text = fs::read_to_string(&path)?.to_lowercase();
+                let named = text.contains("konnectivity");
+                ensure!(!named, "{} names Konnectivity", path.display());
             }
         }
     }

@@ -48,7 +48,7 @@ enum Event {
     Timeout,
 }
 
-/// What the driver does for the connector.
+/// A step of the driver, which executes them in order.
 #[derive(Debug)]
 enum Action {
     /// Dials a server.

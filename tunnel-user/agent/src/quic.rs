@@ -1,4 +1,4 @@
-//! How a server is reached over QUIC.
+//! The QUIC dialer: reaches a server over UDP.
 
 use std::rc::Rc;
 use std::sync::Arc;

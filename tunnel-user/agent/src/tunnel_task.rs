@@ -10,6 +10,7 @@ use tunnel_proto::close::CloseReason;
 use super::plan::{ServerEndpoint, ServerInfo};
 use super::tunnel::{BoxError, EstablishedTunnel, ServerTunnel, TunnelEnd, TunnelInfo};
 use super::worker::Worker;
+use cpc_config::TunnelKind;
 use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
 use cpc_transport::quic::steering::Spread;
@@ -76,10 +77,10 @@ pub(super) enum TunnelCommand {
     Retire,
 }
 
-/// The configuration lacks the certificates or parameters of the protocol.
+/// There is no dialer for a kind of tunnel: its section of the configuration is missing, or its extension.
 #[derive(Debug, thiserror::Error)]
-#[error("the configuration does not say how: `tls` for quic, `konnectivity` for that")]
-struct NotConfigured;
+#[error("there are no certificates or parameters for tunnels over {}", .0.label())]
+struct NoDialer(TunnelKind);
 
 /// Runs tasks until their sender is gone.
 pub(super) async fn run(worker: Worker, mut tasks: mpsc::UnboundedReceiver<TunnelTask>) {
@@ -125,8 +126,9 @@ async fn dial(
     target: &mut DialTarget,
 ) -> Result<Option<Box<dyn EstablishedTunnel>>, BoxError> {
     let mut dialers = worker.dialers.iter();
-    let dialer = dialers.find(|dialer| dialer.kind() == target.endpoint.kind);
-    dialer.ok_or(NotConfigured)?.dial(worker, target).await
+    let kind = target.endpoint.kind;
+    let dialer = dialers.find(|dialer| dialer.kind() == kind);
+    dialer.ok_or(NoDialer(kind))?.dial(worker, target).await
 }
 
 impl DialTarget {

@@ -16,7 +16,7 @@ use tunnel_proto::session::InstanceId;
 const SERVERS: usize = 3;
 const NAMES: [&str; 3] = ["a:1", "b:1", "c:1"];
 
-/// What happens.
+/// An event of the world, or of the agent.
 #[derive(Clone, Debug)]
 enum Step {
     /// Time passes.

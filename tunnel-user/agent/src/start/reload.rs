@@ -1,4 +1,4 @@
-//! What SIGHUP changes: the allow-list, the offer and the log filter.
+//! The effect of SIGHUP on the allow-list, the offer and the log filter.
 
 use std::time::SystemTime;
 
