@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// `datapath`: how bytes are moved between sockets.
+/// `datapath`: the engine that moves bytes between sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatapathConfig {

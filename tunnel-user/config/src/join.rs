@@ -50,15 +50,15 @@ impl Default for JoinConfig {
     }
 }
 
-/// `join.kubernetes`: which tokens are taken, and for which nodes.
+/// `join.kubernetes`: the tokens that admit pods, and the addresses of their nodes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodsConfig {
-    /// The audience that a token must be for.
+    /// Audience of the tokens.
     pub audience: String,
-    /// The namespace of the service account.
+    /// Namespace of the service account.
     pub namespace: String,
-    /// The service account.
+    /// Name of the service account.
     pub service_account: String,
     /// Kubeconfig for the API server that reviews tokens; the pod's service account when missing.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -75,15 +75,15 @@ impl Default for KonnectivityConfig {
     }
 }
 
-/// `konnectivity.token`: which tokens let an agent in.
+/// `konnectivity.token`: the tokens that authenticate agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TokenConfig {
-    /// The audience that a token must be for.
+    /// Audience of the tokens.
     pub audience: String,
-    /// The namespace of the service account.
+    /// Namespace of the service account.
     pub namespace: String,
-    /// The service account.
+    /// Name of the service account.
     pub service_account: String,
     /// Kubeconfig for the API server that reviews tokens; the pod's service account when missing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,7 +105,7 @@ impl Default for TokenConfig {
     }
 }
 
-/// `leases`: servers are counted by the leases that they hold.
+/// `leases`: the leases by which agents count servers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeaseConfig {
@@ -239,7 +239,7 @@ pub struct ProxyServerConfig {
     /// PEM roots that vouch for proxy-servers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
-    /// PEM chain that proxy-servers may ask for.
+    /// PEM chain, for proxy-servers that request one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
     /// PEM key of `cert`.

@@ -1,4 +1,7 @@
 //! Access to the Kubernetes API, and the rules for tokens.
+//!
+//! The sections of a file repeat their common keys (`namespace`, `kubeconfig` and others): with serde's
+//! `flatten` the error about an unknown key would lose its line and the list of known keys.
 
 use std::path::PathBuf;
 
@@ -28,8 +31,8 @@ pub struct Rate {
 pub struct TokenRules {
     /// Audience of the token.
     pub audience: String,
-    /// The namespace of the service account that it must be of.
+    /// Namespace of the service account.
     pub namespace: String,
-    /// The service account.
+    /// Name of the service account.
     pub service_account: String,
 }

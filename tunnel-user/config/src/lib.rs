@@ -450,7 +450,7 @@ mod tests {
                 parse(&format!("{tls}{nested}\n")).unwrap_or_else(|e| panic!("{nested}: {e}"));
             config.check().unwrap();
         }
-        // Where something is needed it is asked for, and nothing is left out quietly.
+        // A missing key is an error that names it.
         for (text, named) in [
             ("tls:\n", "tls.cert"),
             ("join:\n", "join.ca"),

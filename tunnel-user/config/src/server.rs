@@ -149,7 +149,7 @@ pub struct GrantConfig {
     pub default_route: bool,
 }
 
-/// `routing`: how an agent is chosen for a destination.
+/// `routing`: the choice of an agent for a destination.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {

@@ -18,7 +18,7 @@ const MTUS: RangeInclusive<u16> = 1280..=u16::MAX;
 /// Permitted numbers of packets that the peer may gather before it acknowledges them.
 const ACK_EVERY: RangeInclusive<u32> = 1..=64;
 
-/// `transport`: how packets travel between an agent and a server.
+/// `transport`: the packets that a process sends between an agent and a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TransportConfig {

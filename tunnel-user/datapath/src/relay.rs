@@ -167,7 +167,7 @@ async fn close(
         if out != Some(DirectionEnd::Finished) {
             return Err(RESET_BY_LOCAL);
         }
-        // It had sent its end of file: it wants no answer, but what it sent still arrives.
+        // The local peer had sent its end of file: it needs no answer, but its bytes still arrive.
         recv.stop(CloseReason::PeerGone);
     }
     let ending = RelayEnd {

@@ -107,7 +107,7 @@ impl Shards {
             }
         }
         for thread in self.threads {
-            // One that has panicked has said so.
+            // A panic of the thread is already on standard error.
             let _ = thread.join();
         }
     }

@@ -29,8 +29,8 @@ impl ConcurrencyLimit {
     /// Takes a permit. Returns `None` at the bound, and once the limit is closed.
     pub fn acquire(&self) -> Option<Permit> {
         let before = self.in_use.fetch_add(1, Ordering::Relaxed);
-        // Leaves again when it is dropped: others may be refused meanwhile, but never one too many
-        // let in.
+        // A permit above the bound is dropped at once: meanwhile another caller may be refused, but
+        // never one too many gets a permit.
         let permit = Permit(self.in_use.clone());
         (before < self.max && before & CLOSED == 0).then_some(permit)
     }

@@ -72,7 +72,7 @@ pub enum Verdict {
 /// Reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Overload {
-    /// All places are taken.
+    /// All slots are in use.
     #[error("too many handshakes are under way (limits.handshakes.at_once)")]
     Full,
     /// The source uses as many places as it leaves for other sources.

@@ -1,7 +1,7 @@
 //! Identities of peers, and their verification.
 //!
 //! An identity is the one URI in a certificate ([`identity`]). [`anchors`] checks CAs. A CA vouches for
-//! its own trust domain only ([`verify`]), for the callers of one listener ([`callers`]), for servers
+//! its own trust domain only ([`verify`]), for the callers of one listener ([`caller_verifier`]), for servers
 //! by name ([`named`]), or for the CA that follows it ([`succession`]). Certificates, keys and CAs are
 //! PEM files ([`pem`]) that reload without a restart ([`material`]), and so is the list of revoked
 //! peers ([`revoked`]). [`audit`] and [`metrics`] record them. A CA of ours issues certificates

@@ -218,7 +218,7 @@ fn obstacle(all: &[Lifetime], now: SystemTime) -> Option<String> {
     let tunnel =
         |kind| { all.iter() }.filter(move |it| it.purpose == Purpose::Tunnel && it.kind == kind);
     let is_bad = |it: &&Lifetime| matches!(it.state(now), State::Expired | State::NotYet);
-    // No file: strangers may ask for readiness.
+    // Without the file name: strangers may read the readiness.
     let describe = |what: &str, it: &Lifetime| match it.state(now) {
         State::NotYet => format!(
             "{what} is not valid before {}; is the clock right?",

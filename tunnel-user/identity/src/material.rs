@@ -107,7 +107,7 @@ pub fn load_key(
     let private = private.map_err(|_| MaterialError::KeyKind(key.into()))?;
     let pair = CertifiedKey::new(chain, private);
     match pair.keys_match() {
-        // Of some keys it can't be told.
+        // For some kinds of keys the comparison is impossible.
         Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(pair),
         Err(rustls::Error::InconsistentKeys(_)) => Err(MaterialError::Mismatch {
             cert: cert.into(),

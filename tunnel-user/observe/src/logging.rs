@@ -191,8 +191,8 @@ fn subscriber(
     audit: &AuditConfig,
 ) -> Result<(impl Subscriber + Send + Sync + use<>, LogHandle), LogError> {
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
-    // A thread of its own writes: a reader of the log that is stuck must not stop the tunnels. What
-    // it has no room for is dropped.
+    // A separate thread writes: a stuck reader of the log must not stop the tunnels. Lines above the
+    // capacity of its queue are dropped.
     let lines = LineWriter::new(io::stderr());
     let lost = lines.lost();
     let (writer, guard) = NonBlockingBuilder::default().lossy(true).finish(lines);
@@ -205,7 +205,7 @@ fn subscriber(
         KUBERNETES => false,
         _ => true,
     });
-    // Without a hint of its own it would hide the other's.
+    // Without a hint this filter would hide that of the other one.
     let filter = filter.and(is_logged.with_max_level_hint(LevelFilter::TRACE));
     let throttle = Throttle::new(throttle::LOG, Instant::now());
     let filter = filter.and(throttle.clone());
@@ -291,7 +291,7 @@ fn is_every_crate(directive: &str) -> bool {
 /// Parses a filter, in which the modules of this program are below `cpc`.
 fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
     let mut directives: Vec<_> = filter.split(',').map(str::trim).collect();
-    // Of equal targets the last one counts: what `cpc` stands for must not replace what is named.
+    // Of equal targets the last one counts: the directives of `cpc` must not replace those of a module.
     directives.sort_by_key(|directive| !is_every_crate(directive));
     let translated: Vec<_> = directives.into_iter().map(directive).collect();
     EnvFilter::builder()

@@ -58,7 +58,7 @@ impl FoundAttachment {
             (Some(name), Some(pin)) => {
                 format!("`cpc redirect detach --pin {} {name}`", pin.display())
             }
-            // By name it can't be told from the others.
+            // Its name does not distinguish it from the others.
             _ => "`cpc redirect detach --all`, by a process with CAP_SYS_ADMIN,".to_owned(),
         }
     }

@@ -64,7 +64,7 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        // The answer is on standard output; what is said meanwhile is not.
+        // Standard output is for the result alone.
         tracing_subscriber::fmt()
             .with_max_level(LevelFilter::WARN)
             .with_writer(std::io::stderr)

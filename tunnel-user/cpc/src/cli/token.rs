@@ -154,7 +154,7 @@ impl Args {
                 let ca = config.tls.files()?.ca;
                 let mut hashes = Vec::new();
                 for root in pem::certificates(&ca)? {
-                    // A cross-signed CA stands there twice.
+                    // The file has a cross-signed CA twice.
                     let hash = KeyHash::of(&root)?;
                     if !hashes.contains(&hash) {
                         command.push_str(&format!(" --ca-hash {hash}"));
@@ -164,7 +164,7 @@ impl Args {
                 if !node.contains('*') {
                     command.push_str(&format!(" --node {node}"));
                 }
-                // Without them the worker asks for the address that it reaches the server from.
+                // Without them the worker requests its local address towards the server.
                 if ip.iter().all(is_single) {
                     for net in &ip {
                         command.push_str(&format!(" --ip {}", net.addr()));

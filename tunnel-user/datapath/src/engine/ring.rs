@@ -222,8 +222,8 @@ impl Ring {
             if unsafe { self.uring.borrow_mut().submission().push(entry) }.is_ok() {
                 return;
             }
-            // There is room afterwards: the kernel takes all that is queued, whatever becomes of it
-            // (`setup_submit_all`), also while completions wait for room (Linux 5.19).
+            // The queue is empty afterwards: the kernel takes every entry, also one that fails
+            // (`setup_submit_all`), and also while completions wait for room (Linux 5.19).
             self.submit();
         }
     }

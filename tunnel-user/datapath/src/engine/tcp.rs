@@ -37,7 +37,7 @@ const RECEIVE_AHEAD: usize = 64 << 10;
 /// A connected TCP socket on the current thread's ring.
 #[derive(Debug)]
 pub struct RingSocket {
-    // Dropped, and with it closed, after the receive was given up.
+    // Dropped, and so closed, after the receive was cancelled.
     fd: AsyncFd<TcpStream>,
     received: Rc<Received>,
     ring: Rc<Ring>,

@@ -58,7 +58,7 @@ pub(crate) fn leave() {
 async fn reap(ring: AsyncFd<Readable>) {
     // An error means that the reactor is gone, and then so is everything else.
     while let Ok(mut ready) = ring.readable().await {
-        // Before it is looked at: what comes meanwhile is news (epoll(7), edge-triggered).
+        // Before the ring is read: later completions wake again (epoll(7), edge-triggered).
         ready.clear_ready();
         ring.get_ref().0.turn();
     }

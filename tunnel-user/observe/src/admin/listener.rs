@@ -94,7 +94,7 @@ impl axum::serve::Listener for Listener {
                 Ok((stream, peer)) => return (self.admit(stream, peer), peer),
                 Err(error) => error,
             };
-            // Health is asked for when a process is in trouble.
+            // A process without descriptors must still answer probes of its health.
             if descriptors::is_exhausted(&error)
                 && let Some(Ok(accepted)) = descriptors::lend_spare(|| self.accept_now())
             {

@@ -282,7 +282,7 @@ mod tests {
         ];
         assert_eq!(names(place.path()), kept);
         assert_eq!(removed(&files), 0, "it was their time");
-        // Set back: no file is begun that stands before others.
+        // The clock was set back: no new file sorts before the others.
         files.append(b"{}\n", at(0)).unwrap();
         assert_eq!(names(place.path()), kept);
     }
