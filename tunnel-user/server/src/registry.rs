@@ -6,7 +6,7 @@
 //! that is merely granted it; ranges, names and the default route may be shared. An agent that is heard
 //! comes before a silent one in both.
 //!
-//! Agents of Konnectivity usually share one certificate or service account: there each process takes
+//! Agents of other systems usually share one certificate or service account: there each process takes
 //! dials beside the others. Those without proof of their claims own nothing.
 
 mod claims;
@@ -20,15 +20,14 @@ use std::time::{Duration, Instant};
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
-use self::claims::{addresses, alone, certified, for_entries, key};
+use self::claims::{Key, addresses, alone, certified, for_entries, key};
 pub use self::shares::RouteBounds;
 use self::shares::{Shares, cost};
 use super::grants::Grants;
 use super::limits::Limit;
 use super::routes::{Absence, Departed, LinkId, LinkInfo, Routes, Trust};
-use cpc_config::TunnelKind;
 use cpc_config::server::{LimitsConfig, Strategy};
-use cpc_identity::{Identity, TrustDomain};
+use cpc_identity::Identity;
 
 /// Maximum number of tunnels of one identity: a few for each process, and several processes in a
 /// rollout.
@@ -93,9 +92,6 @@ pub struct Verdict {
     /// Whether it differs from the last verdict on the same session.
     pub is_new: bool,
 }
-
-/// A claim within its tenant.
-type Key = (TrustDomain, Claim);
 
 #[derive(Debug)]
 struct Memory {
@@ -176,13 +172,13 @@ impl Registry {
     }
 
     /// Ends the oldest links of an identity that has more than enough: one stolen certificate must not
-    /// use up the places of all others. Agents of Konnectivity may share one.
+    /// use up the places of all others. Agents of other systems may share one.
     fn make_room(&self, info: &LinkInfo) {
-        if info.kind != TunnelKind::Quic {
+        if !info.kind.is_native() {
             return;
         }
         let links = self.sessions.values().map(|session| &session.info);
-        let own = links.filter(|l| l.kind == TunnelKind::Quic && l.identity == info.identity);
+        let own = links.filter(|l| l.kind.is_native() && l.identity == info.identity);
         let own: Vec<_> = own.collect();
         // Those that were told before are still there until they have ended.
         let surplus = (own.len() + 1).saturating_sub(MAX_LINKS);
@@ -196,7 +192,7 @@ impl Registry {
     /// to have ended, or that is silent, ends at once with its streams. Any other is challenged, and
     /// goes on when it answers, as in a rollout.
     ///
-    /// Agents of Konnectivity prove nothing, and one of their processes may have several streams: only
+    /// Agents of other systems prove nothing, and one of their processes may have several streams: only
     /// a silent stream of the same process ends.
     pub fn succeed(&self, link: LinkId, predecessor: Option<InstanceId>) {
         let Some(new) = self.sessions.get(&link) else {
@@ -204,9 +200,9 @@ impl Registry {
         };
         for old in self.other_links(new) {
             let info = &old.info;
-            match info.kind {
-                TunnelKind::Quic if old.instance == new.instance => {}
-                TunnelKind::Quic if old.silent || predecessor == Some(old.instance) => {
+            match info.kind.is_native() {
+                true if old.instance == new.instance => {}
+                true if old.silent || predecessor == Some(old.instance) => {
                     let proven = predecessor == Some(old.instance);
                     tracing::info!(
                         agent = %info.identity, instance = %old.instance, proven,
@@ -214,23 +210,23 @@ impl Registry {
                     );
                     info.replaced.notify_one();
                 }
-                TunnelKind::Quic => info.challenged.notify_one(),
-                TunnelKind::Konnectivity if old.silent && old.instance == new.instance => {
+                true => info.challenged.notify_one(),
+                false if old.silent && old.instance == new.instance => {
                     info.replaced.notify_one();
                 }
-                TunnelKind::Konnectivity => {}
+                false => {}
             }
         }
     }
 
     /// Returns other sessions of the same identity over the same protocol.
     fn other_links<'a>(&'a self, of: &'a Session) -> impl Iterator<Item = &'a Session> {
-        let (id, kind) = (of.info.id, of.info.kind);
+        let (id, native) = (of.info.id, of.info.kind.is_native());
         let identity = (&of.info.identity.trust_domain, &of.info.identity.name);
         self.sessions.values().filter(move |session| {
             let info = &session.info;
             let own = (&info.identity.trust_domain, &info.identity.name);
-            info.kind == kind && own == identity && info.id != id
+            info.kind.is_native() == native && own == identity && info.id != id
         })
     }
 
@@ -259,7 +255,7 @@ impl Registry {
         };
         let successor = self.other_links(session).find(|other| {
             let is_later = other.info.id > link && other.instance != session.instance;
-            other.info.kind == TunnelKind::Quic && is_later && !other.silent
+            other.info.kind.is_native() && is_later && !other.silent
         });
         if let Some(successor) = successor {
             tracing::info!(
@@ -299,8 +295,8 @@ impl Registry {
         let offered = session.offer.iter();
         let refused = offered.filter(|claim| !session.claims.contains(claim));
         for holder in refused.flat_map(|claim| self.rivals(&session.info, claim)) {
-            let is_quic = holder.info.kind == TunnelKind::Quic;
-            if is_quic && !holder.silent && holder.info.probe.path().since_packet >= RECENTLY {
+            let is_native = holder.info.kind.is_native();
+            if is_native && !holder.silent && holder.info.probe.path().since_packet >= RECENTLY {
                 holder.info.challenged.notify_one();
             }
         }
@@ -430,12 +426,12 @@ impl Registry {
         crowded.len() > before
     }
 
-    /// Returns the claims of other links of the same agent. Agents of Konnectivity may share an
+    /// Returns the claims of other links of the same agent. Agents of other systems may share an
     /// identity: there each process is an agent of its own.
     fn siblings(&self, info: &LinkInfo) -> HashSet<Claim> {
         let is_sibling = |other: &LinkInfo| {
-            info.kind == TunnelKind::Quic
-                && other.kind == TunnelKind::Quic
+            info.kind.is_native()
+                && other.kind.is_native()
                 && other.id != info.id
                 && other.identity == info.identity
         };
@@ -533,9 +529,9 @@ impl Registry {
         }
         let mut connected = HashSet::new();
         if !self.departed.is_empty() {
-            // Agents of Konnectivity may share a name.
+            // Agents of other systems may share a name.
             let links = self.sessions.values().map(|session| &session.info);
-            let own = links.filter(|link| link.kind == TunnelKind::Quic);
+            let own = links.filter(|link| link.kind.is_native());
             connected.extend(own.map(|l| (&l.identity.trust_domain, &l.identity.name)));
         }
         for ((tenant, claim), memory) in &self.departed {
@@ -556,10 +552,7 @@ impl Registry {
         let mut by_identity: HashMap<_, Vec<&Session>> = HashMap::new();
         for session in self.sessions.values() {
             let identity = &session.info.identity;
-            let process = match session.info.kind {
-                TunnelKind::Quic => None,
-                TunnelKind::Konnectivity => Some(session.instance),
-            };
+            let process = (!session.info.kind.is_native()).then_some(session.instance);
             by_identity
                 .entry((&identity.trust_domain, &identity.name, process))
                 .or_default()

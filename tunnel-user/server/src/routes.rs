@@ -52,7 +52,7 @@ pub struct LinkInfo {
     pub id: LinkId,
     /// Shard of the link.
     pub shard: usize,
-    /// Protocol of the link.
+    /// Kind of the link.
     pub kind: TunnelKind,
     /// Identity of the agent.
     pub identity: Identity,
@@ -101,8 +101,8 @@ impl LinkInfo {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
-            // Agents of Konnectivity serve on without a deadline.
-            serves_while_draining: AtomicBool::new(kind == TunnelKind::Konnectivity),
+            // Agents of other systems serve on without a deadline; ours say whether they do.
+            serves_while_draining: AtomicBool::new(!kind.is_native()),
             held_up: AtomicBool::default(),
             streams: AtomicI64::default(),
             unanswered: AtomicI64::default(),
@@ -116,11 +116,8 @@ impl LinkInfo {
 
     /// Whether bytes may follow a request before it is answered.
     pub fn sends_early(&self) -> bool {
-        match self.kind {
-            TunnelKind::Quic => true,
-            // There is no connection yet that they could belong to.
-            TunnelKind::Konnectivity => false,
-        }
+        // Elsewhere there is no connection yet that they could belong to.
+        self.kind.is_native()
     }
 
     /// Whether new dials may use the link.

@@ -6,6 +6,9 @@ use tunnel_proto::route::Claim;
 use crate::routes::{DEFAULT_ROUTES, Entry, LinkInfo, Routes};
 use cpc_identity::TrustDomain;
 
+/// A claim within its tenant.
+pub(super) type Key = (TrustDomain, Claim);
+
 /// Whether a node address stands in an agent's certificate.
 pub(super) fn certified(info: &LinkInfo, claim: &Claim) -> bool {
     let own = |addr| {
@@ -28,12 +31,12 @@ pub(super) fn alone(claim: Claim) -> Claim {
 pub(super) fn addresses<'a>(
     info: &'a LinkInfo,
     claims: &'a [Claim],
-) -> impl Iterator<Item = super::Key> + use<'a> {
+) -> impl Iterator<Item = Key> + use<'a> {
     let addresses = claims.iter().filter(|c| matches!(c, Claim::Address(_)));
     addresses.map(|claim| key(info, claim))
 }
 
-pub(super) fn key(info: &LinkInfo, claim: &Claim) -> super::Key {
+pub(super) fn key(info: &LinkInfo, claim: &Claim) -> Key {
     (info.identity.trust_domain.clone(), claim.clone())
 }
 

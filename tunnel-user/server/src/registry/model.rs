@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tunnel_proto::preface::Host;
 
 use super::*;
+use cpc_config::TunnelKind;
 use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
 use cpc_transport::tunnel::{Path, Probe};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use tunnel_proto::route::Claim;
 
-use super::Key;
+use super::claims::Key;
 use crate::limits::Limit;
 use cpc_config::server::LimitsConfig;
 use cpc_identity::TrustDomain;
@@ -17,7 +17,7 @@ pub struct RouteBounds {
     pub all: usize,
     /// Bound of one tenant, if it is to be less than three quarters of what the others leave.
     pub per_tenant: Option<usize>,
-    /// Bound of one identity; of one process where identities are shared (Konnectivity).
+    /// Bound of one identity; of one process where identities are shared.
     pub per_agent: usize,
 }
 

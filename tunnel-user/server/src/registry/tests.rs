@@ -1,5 +1,6 @@
 use super::*;
 use crate::routes::RouteError;
+use cpc_config::TunnelKind;
 use cpc_config::server::{GrantConfig, PolicyConfig, RoutingConfig};
 use cpc_identity::{Identity, Role};
 use cpc_transport::tunnel::{Path, Probe};
