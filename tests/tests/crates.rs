@@ -55,20 +55,6 @@ const PERMITTED: [(&str, &[&str]); 14] = [
         ],
     ),
     (
-        "cpc-konnectivity",
-        &[
-            "cpc-agent",
-            "cpc-config",
-            "cpc-datapath",
-            "cpc-host",
-            "cpc-identity",
-            "cpc-kubernetes",
-            "cpc-observe",
-            "cpc-transport",
-            "tunnel-proto",
-        ],
-    ),
-    (
         "cpc-server",
         &[
             "cpc-config",
@@ -78,6 +64,21 @@ const PERMITTED: [(&str, &[&str]); 14] = [
             "cpc-kubernetes",
             "cpc-observe",
             "cpc-redirect",
+            "cpc-transport",
+            "tunnel-proto",
+        ],
+    ),
+    (
+        "cpc-konnectivity",
+        &[
+            "cpc-agent",
+            "cpc-config",
+            "cpc-datapath",
+            "cpc-host",
+            "cpc-identity",
+            "cpc-kubernetes",
+            "cpc-observe",
+            "cpc-server",
             "cpc-transport",
             "tunnel-proto",
         ],

@@ -151,6 +151,24 @@ const DIAL_SECONDS: [f64; 11] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
 ];
 
+/// A unit of a gauge, counted until dropped.
+#[derive(Debug)]
+pub struct GaugeGuard(Gauge);
+
+impl GaugeGuard {
+    /// Counts one more.
+    pub fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// Returns the part of `registry` that has the prefix `cpc_`.
 pub fn ours(registry: &mut Registry) -> &mut Registry {
     registry.sub_registry_with_prefix("cpc")

@@ -6,12 +6,13 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::ServerError;
-use super::frontend::listener::Protocol;
+use super::extension::{BoundAgents, Extension, Sockets};
+use super::frontend::protocol::Protocol;
+use super::frontend::refusals::{Detailed, Refusals};
 use super::frontend::unix::{self, SocketFile};
 use super::frontend::{FrontendTls, Scope};
-use super::link::konnectivity::tls::AgentTls;
 use cpc_config::ServerConfig;
-use cpc_config::frontend::FrontendConfig;
+use cpc_config::frontend::{Answers, FrontendConfig};
 use cpc_host::inherited::Inherited;
 use cpc_host::listen;
 use cpc_host::report::report;
@@ -27,7 +28,7 @@ pub(super) struct Bound {
     pub health: Option<TcpListener>,
     /// Listener of health, metrics and status.
     pub admin: TcpListener,
-    /// Listener of health in the form of Konnectivity's programs.
+    /// Listener of health in the form of the extension.
     pub probes: Option<TcpListener>,
     /// Listener of joining workers.
     pub join: Option<TcpListener>,
@@ -35,18 +36,8 @@ pub(super) struct Bound {
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
-    /// Listener of Konnectivity's agents.
-    pub agents: Option<AgentsBound>,
-}
-
-/// The socket for agents of Konnectivity, and its TLS.
-pub(super) struct AgentsBound {
-    /// The socket.
-    pub listener: TcpListener,
-    /// Tenant of the agents.
-    pub tenant: TrustDomain,
-    /// TLS of the listener.
-    pub tls: AgentTls,
+    /// Listener of the extension's agents.
+    pub agents: Option<Box<dyn BoundAgents>>,
 }
 
 /// A Unix socket of a frontend.
@@ -83,6 +74,7 @@ impl Bound {
         own: &TrustDomain,
         revocations: &Arc<Revocations>,
         inherited: &mut Inherited,
+        extension: Option<&dyn Extension>,
     ) -> Result<Self, ServerError> {
         let (mut udp, mut health) = (Vec::new(), None);
         if config.tls.cert.is_some() {
@@ -109,27 +101,27 @@ impl Bound {
             tls: Vec::new(),
             agents: None,
         };
-        if let Some(konnectivity) = &config.konnectivity {
-            let listener = listen(inherited, konnectivity.listen)?;
-            let tenant = konnectivity.tenant.as_ref().unwrap_or(own).clone();
-            let own = (config.tls.cert.as_deref(), config.tls.key.as_deref());
-            let tls = AgentTls::load(konnectivity, own, tenant.clone(), revocations.clone())?;
-            bound.agents = Some(AgentsBound {
-                listener,
-                tenant,
-                tls,
-            });
+        if let Some(extension) = extension {
+            let sockets = &mut Sockets(inherited);
+            bound.agents = extension.bind_agents(config, own, revocations, sockets)?;
         }
         for frontend in &config.frontends.http_connect {
+            let refusals: &'static dyn Refusals = match (frontend.answers(), extension) {
+                (Answers::Konnectivity, Some(extension)) => extension.refusals(),
+                _ => &Detailed,
+            };
             bound.frontend(
                 frontend,
-                Protocol::HttpConnect(frontend.answers()),
+                Protocol::HttpConnect(refusals),
                 (own, revocations),
                 inherited,
             )?;
         }
-        for frontend in &config.frontends.grpc {
-            bound.frontend(frontend, Protocol::Grpc, (own, revocations), inherited)?;
+        if let (Some(extension), [_, ..]) = (extension, &config.frontends.grpc[..]) {
+            let protocol = Protocol::Foreign(extension.clients(&config.limits));
+            for frontend in &config.frontends.grpc {
+                bound.frontend(frontend, protocol.clone(), (own, revocations), inherited)?;
+            }
         }
         Ok(bound)
     }
@@ -159,7 +151,8 @@ impl Bound {
             FrontendConfig::Tcp(frontend) => {
                 let listener = listen(inherited, frontend.tcp)?;
                 let (files, revocations) = (frontend.clone(), revocations.clone());
-                let tls = FrontendTls::load(files, scope.tenant.clone(), protocol, revocations)?;
+                let tenant = scope.tenant.clone();
+                let tls = FrontendTls::load(files, tenant, protocol.clone(), revocations)?;
                 self.tls.push(TlsBound {
                     listener,
                     scope,
@@ -204,7 +197,11 @@ fn tunnel(
     })
 }
 
-fn listen(inherited: &mut Inherited, addr: SocketAddr) -> Result<TcpListener, ServerError> {
+/// Opens a TCP listener, or takes it over from the service manager.
+pub(super) fn listen(
+    inherited: &mut Inherited,
+    addr: SocketAddr,
+) -> Result<TcpListener, ServerError> {
     if let Some(listener) = inherited.tcp(addr, None) {
         return Ok(listener);
     }

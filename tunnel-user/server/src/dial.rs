@@ -33,9 +33,9 @@ use cpc_host::random;
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_observe::access::Record;
-use cpc_observe::konnectivity::Counted;
+use cpc_observe::metrics::GaugeGuard;
 
-pub(super) use error::DialError;
+pub use error::{AgentAnswer, DialError};
 
 impl Candidate for Arc<LinkInfo> {
     type Id = LinkId;
@@ -78,7 +78,7 @@ pub(super) struct Dial {
     early: EarlyBytes,
     plan: Plan<Arc<LinkInfo>, DialError>,
     /// Counts the dial while it is under way.
-    pending: Option<(Counted, DialPermit)>,
+    pending: Option<(Option<GaugeGuard>, DialPermit)>,
 }
 
 impl Dial {
@@ -91,12 +91,13 @@ impl Dial {
     ) -> Self {
         early.charge_to(shard.tenants.of(tenant).budget.clone());
         let deadline = Instant::now() + shard.limits.dial_timeout;
+        let observed = shard.observer.as_ref().map(|it| it.dial_begins());
         Self {
             record: Box::new(record),
             tenant: tenant.clone(),
             early,
             plan: Plan::new(deadline.into_std()),
-            pending: Some((shard.metrics.konnectivity.pending_dial(), permit)),
+            pending: Some((observed, permit)),
         }
     }
 
@@ -139,12 +140,15 @@ impl Dial {
         local: &impl LocalSocket,
         may_move: bool,
     ) -> Result<Step, DialError> {
-        let metrics = &shard.metrics.konnectivity;
         let step = self.run(shard, local, may_move).await;
-        match &step {
-            Ok(Step::Dialled(_)) => metrics.dialled(self.record.start.elapsed()),
-            Ok(Step::Elsewhere(_)) => return step,
-            Err(error) => metrics.dial_failed(error.konnectivity()),
+        if let Ok(Step::Elsewhere(_)) = step {
+            return step;
+        }
+        if let Some(observer) = &shard.observer {
+            match &step {
+                Ok(_) => observer.dialled(self.record.start.elapsed()),
+                Err(error) => observer.dial_failed(error),
+            }
         }
         self.pending = None;
         step

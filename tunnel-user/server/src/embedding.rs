@@ -32,7 +32,7 @@ pub async fn run_embedded(
     captures: Vec<Capture>,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
 ) -> Result<(), ServerError> {
-    let prepared = Prepared::new(config, environment, Inherited::default())?;
+    let prepared = Prepared::new(config, environment, Inherited::default(), None)?;
     let attached = Attached::embedded(prepared, captures)?;
     let serving = Serving::start(attached, log).await?;
     serving.until_stopped(reread).await

@@ -69,6 +69,11 @@ pub enum ServerError {
         /// Our trust domain.
         own: TrustDomain,
     },
+    /// The configuration uses a protocol that this program does not have.
+    #[error(
+        "this program has no part for the protocols of Konnectivity, which the configuration uses"
+    )]
+    NoExtension,
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,

@@ -13,7 +13,7 @@ use cpc_host::source_limiter::{HandshakePermit, Overload, SourceLimiter, Verdict
 
 /// Why a handshake failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HandshakeFailure {
+pub enum HandshakeFailure {
     /// TLS, certificates included.
     Tls,
     /// The certificate's identity.
@@ -95,7 +95,7 @@ impl FailureCounters {
 
 /// Limits the handshakes of one port, on all shards.
 #[derive(Clone, Debug)]
-pub(super) struct HandshakeLimiter {
+pub struct HandshakeLimiter {
     sources: SourceLimiter,
     failures: FailureCounters,
 }
@@ -118,7 +118,7 @@ impl HandshakeLimiter {
     ///
     /// # Errors
     /// [`Overload`].
-    pub(super) fn admit(&self, address: IpAddr) -> Result<HandshakePermit, Overload> {
+    pub fn admit(&self, address: IpAddr) -> Result<HandshakePermit, Overload> {
         match self.judge(address, true) {
             Verdict::Enter(place) => Ok(place),
             Verdict::Refuse(why) => Err(why),
@@ -133,7 +133,7 @@ impl HandshakeLimiter {
     }
 
     /// Counts a failure.
-    pub(super) fn failed(&self, why: HandshakeFailure) {
+    pub fn failed(&self, why: HandshakeFailure) {
         self.failures.count(why);
     }
 }

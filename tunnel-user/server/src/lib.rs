@@ -19,12 +19,12 @@ mod dial;
 mod early;
 mod embedding;
 mod error;
+pub mod extension;
 mod faults;
 mod frontend;
 pub mod grants;
 mod handshakes;
 mod join;
-mod leases;
 mod limits;
 mod link;
 mod loads;
@@ -51,9 +51,11 @@ use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
 use cpc_observe::logging::LogHandle;
+use extension::Extension;
 use start::{Attached, Prepared, Serving, Tunnel};
 
-/// Runs a server until it is told to stop. `reread` reads the configuration on SIGHUP.
+/// Runs a server until it is told to stop. `reread` reads the configuration on SIGHUP. `extension` serves
+/// the protocols of another system.
 ///
 /// # Errors
 /// [`ServerError`], before anything is served.
@@ -62,8 +64,11 @@ pub async fn run(
     log: LogHandle,
     inherited: Inherited,
     reread: impl Fn() -> Result<ServerConfig, ConfigError>,
+    extension: Option<Box<dyn Extension>>,
 ) -> Result<(), ServerError> {
-    let attached = Attached::new(Prepared::new(config, Environment::process(), inherited)?)?;
+    let environment = Environment::process();
+    let prepared = Prepared::new(config, environment, inherited, extension)?;
+    let attached = Attached::new(prepared)?;
     let serving = Serving::start(attached, log).await?;
     serving.until_stopped(reread).await
 }

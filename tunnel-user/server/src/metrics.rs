@@ -7,7 +7,6 @@ use prometheus_client::registry::Registry;
 use super::handshakes::FailureCounters;
 use super::limits;
 use cpc_config::ServerConfig;
-use cpc_observe::konnectivity::ProxyServerMetrics;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::{DialMetrics, ours};
 
@@ -24,8 +23,6 @@ pub(super) struct ServerMetrics {
     pub breakers_open: Gauge,
     /// Number of times that a breaker opened.
     pub breakers_opened: Counter,
-    /// Metrics under the names of proxy-server.
-    pub konnectivity: ProxyServerMetrics,
     /// Metrics of limits.
     pub limits: LimitMetrics,
     /// Unauthenticated peers that had to prove their address first.
@@ -41,12 +38,8 @@ pub(super) struct ServerMetrics {
 }
 
 impl ServerMetrics {
-    /// Registers the metrics; those of Konnectivity where the configuration uses it.
+    /// Registers the metrics.
     pub(super) fn register(registry: &mut Registry, config: &ServerConfig) -> Self {
-        let konnectivity = ProxyServerMetrics::default();
-        if config.is_konnectivity() {
-            konnectivity.register(registry);
-        }
         let registry = ours(registry);
         let metrics = Self {
             dials: DialMetrics::register(registry),
@@ -54,7 +47,6 @@ impl ServerMetrics {
             origins_missing: Counter::default(),
             breakers_open: Gauge::default(),
             breakers_opened: Counter::default(),
-            konnectivity,
             limits: limits::register(registry, &config.limits),
             handshakes_retried: Counter::default(),
             handshakes_moved: Counter::default(),

@@ -5,7 +5,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use cpc_host::concurrency::Permit;
 
 /// Counts a connection among all, among those of its tenant, and in the metric of open connections.
-pub(super) struct ConnectionPermit {
+pub struct ConnectionPermit {
     _permits: (Permit, Permit),
     open: Gauge,
 }
@@ -16,7 +16,7 @@ pub(super) struct DialPermit {
 }
 
 /// Counts a tunnel among all and among those of its tenant.
-pub(super) type TunnelPermit = (Permit, Permit);
+pub type TunnelPermit = (Permit, Permit);
 
 impl ConnectionPermit {
     /// A connection that both limits admit.

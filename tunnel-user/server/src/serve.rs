@@ -2,6 +2,7 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -10,11 +11,10 @@ use tunnel_proto::close::CloseReason;
 
 use super::attachments::Accepting;
 use super::bind::{TlsBound, UnixBound};
+use super::extension::{AgentProtocol, AgentServer, ShardHandle};
 use super::frontend::listener::{self, Service};
 use super::frontend::redirect;
 use super::link;
-use super::link::konnectivity::accept::Agents;
-use super::link::konnectivity::acceptor::Acceptor;
 use super::shard::{Common, Inbox, Shard};
 use super::{ServerError, Tunnel};
 use cpc_datapath::socket::prepare_listener;
@@ -40,8 +40,8 @@ pub(super) struct Start {
     pub tunnel: Option<(Tunnel, UdpSocket)>,
     /// Listeners of this shard.
     pub listeners: Listeners,
-    /// Parameters of Konnectivity's agents.
-    pub acceptor: Option<Acceptor>,
+    /// Protocol of the extension's agents.
+    pub agents: Option<Arc<dyn AgentProtocol>>,
 }
 
 /// Listeners, each of which belongs to one shard.
@@ -53,7 +53,7 @@ pub(super) struct Listeners {
     pub unix: Vec<UnixBound>,
     /// Frontends on TCP with TLS.
     pub tls: Vec<TlsBound>,
-    /// Listener of Konnectivity's agents.
+    /// Listener of the extension's agents.
     pub agents: Option<TcpListener>,
 }
 
@@ -110,7 +110,7 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
 struct Open {
     shard: Rc<Shard>,
     endpoint: Option<Endpoint>,
-    agents: Option<Rc<Agents>>,
+    agents: Option<Rc<dyn AgentServer>>,
 }
 
 fn open(start: Start) -> Result<Open, ServerError> {
@@ -188,9 +188,11 @@ fn open(start: Start) -> Result<Open, ServerError> {
         let accept = listener::accept_tls(shard.clone(), service, listener, tls);
         until_last_call(&shard, accept);
     }
-    let mut agents = None;
-    if let Some(acceptor) = start.acceptor {
-        let agents = agents.insert(Agents::new(shard.clone(), acceptor));
+    let agents = start.agents;
+    let agents = agents.map(|protocol| protocol.on_shard(ShardHandle::new(&shard)));
+    if let Some(agents) = &agents {
+        // Once a shard.
+        let _ = shard.agents.set(Rc::downgrade(agents));
         if let Some(listener) = start.listeners.agents {
             let listener = tokio::net::TcpListener::from_std(listener)?;
             until_last_call(&shard, agents.clone().accept(listener));

@@ -3,12 +3,10 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
@@ -17,6 +15,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::breaker::Breaker;
 use super::control::ControlHandle;
+use super::extension::{AgentServer, Observer};
 use super::faults::Faults;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
@@ -31,7 +30,6 @@ use cpc_datapath::Budget;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::Shares;
 use cpc_host::lifecycle::Phase;
-use cpc_host::source_limiter::HandshakePermit;
 use cpc_identity::TrustDomain;
 use cpc_identity::join::Issuer;
 use cpc_identity::revoked::Revocations;
@@ -45,6 +43,8 @@ pub(super) struct Common {
     pub issuer: Option<Arc<Issuer>>,
     /// Metrics.
     pub metrics: ServerMetrics,
+    /// Observer of dials and connections, for the extension's metrics.
+    pub observer: Option<Arc<dyn Observer>>,
     /// Bound on the memory of stopped readers.
     pub budget: Budget,
     /// Configured limits.
@@ -55,8 +55,6 @@ pub(super) struct Common {
     pub shares: Shares,
     /// Clients whose request has not arrived yet.
     pub waiting: ConcurrencyLimit,
-    /// Connections of gRPC clients, each of which may carry many dials.
-    pub grpc_clients: ConcurrencyLimit,
     /// Dials under way.
     pub dials: ConcurrencyLimit,
     /// Number of tunnels.
@@ -122,19 +120,13 @@ impl Peers {
 /// Destination of a dial, with its tenant.
 pub(super) type Target = (TrustDomain, Destination);
 
-/// Serves connections of agents that any shard has accepted.
-pub(super) trait AgentServer {
-    /// Serves a connection to its end, as a task of its own.
-    fn take(self: Rc<Self>, socket: TcpStream, remote: SocketAddr, permit: HandshakePermit);
-}
-
 /// One shard. Dereferences to the state that all of them share.
 pub(super) struct Shard {
     /// Index of the shard.
     pub index: usize,
     /// Links of connected agents.
     pub links: RefCell<HashMap<LinkId, Link>>,
-    /// Server of Konnectivity's agents, where they are served.
+    /// Server of the extension's agents, where they are served.
     pub agents: OnceCell<Weak<dyn AgentServer>>,
     /// Breaker of destinations dialled over these links.
     pub breaker: RefCell<Breaker<Target>>,

@@ -24,7 +24,6 @@ use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
 use cpc_observe::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
-use cpc_observe::konnectivity::ProxyServerMetrics;
 use cpc_observe::metrics::ours;
 use cpc_observe::millis;
 use cpc_redirect::Redirect;
@@ -55,7 +54,6 @@ pub(super) struct View {
     ready: Gauge,
     stalled: Gauge,
     breakers_open: Gauge,
-    konnectivity: ProxyServerMetrics,
     lifetimes: Lifetimes,
     certificates: CertificateMetrics,
 }
@@ -85,7 +83,6 @@ impl View {
             ready: Gauge::default(),
             stalled: Gauge::default(),
             breakers_open: common.metrics.breakers_open.clone(),
-            konnectivity: common.metrics.konnectivity.clone(),
             certificates: CertificateMetrics::register(ours(registry), lifetimes.clone()),
             lifetimes,
         };
@@ -172,10 +169,9 @@ impl Source for View {
         self.stalled
             .set(i64::try_from(self.common.budget.stalled()).unwrap_or(i64::MAX));
         usage::refresh(&self.common.metrics.limits, &self.common);
-        let backends = self.control.backends();
-        let by_strategy = backends.by_strategy.iter();
-        let by_strategy = by_strategy.map(|(strategy, count)| (strategy.label(), *count));
-        self.konnectivity.set_backends(backends.all, by_strategy);
+        if let Some(observer) = &self.common.observer {
+            observer.set_backends(&self.control.backends());
+        }
         for (attachment, fault) in self.health.all() {
             let labels = AttachmentLabels { attachment };
             let in_place = self.in_place.get_or_create(&labels);

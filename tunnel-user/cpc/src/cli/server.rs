@@ -10,6 +10,7 @@ use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::inherited::Inherited;
+use cpc_konnectivity::server::ServerExtension;
 
 /// Run the server, on the control plane
 ///
@@ -97,7 +98,8 @@ impl Args {
         let log = begin(for_start, &config.log, &config.audit)?;
         let inherited =
             Inherited::from_environment().context("sockets from the service manager")?;
-        let served = cpc_server::run(config, log, inherited, || self.config());
+        let extension = Some(Box::new(ServerExtension::default()) as _);
+        let served = cpc_server::run(config, log, inherited, || self.config(), extension);
         super::runtime()?.block_on(served)?;
         Ok(())
     }

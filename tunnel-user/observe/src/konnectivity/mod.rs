@@ -12,6 +12,7 @@ mod lease;
 mod server;
 mod stream;
 
+pub use crate::metrics::GaugeGuard as Counted;
 pub use agent::{DialTrouble, Direction, ProxyAgentMetrics};
 pub use client::ClientTraffic;
 pub use lease::{LeaseCalls, LeaseReads};
@@ -43,23 +44,6 @@ impl EncodeMetric for Exact {
 
 impl TypedMetric for Exact {
     const TYPE: MetricType = MetricType::Unknown;
-}
-
-/// A unit of a gauge, counted until dropped.
-#[derive(Debug)]
-pub struct Counted(Gauge);
-
-impl Counted {
-    fn new(gauge: &Gauge) -> Self {
-        gauge.inc();
-        Self(gauge.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
 }
 
 fn set(gauge: &Gauge, count: usize) {

@@ -3,7 +3,6 @@
 use std::time::{Duration, SystemTime};
 
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::konnectivity::text::go_error;
 use tunnel_proto::preface::{Destination, Host};
 
 use super::plan::Failure;
@@ -12,7 +11,6 @@ use crate::routes::{Absence, Departed, LinkInfo, RouteError};
 use crate::shard::Shard;
 use cpc_config::TunnelKind;
 use cpc_observe::access::Record;
-use cpc_observe::konnectivity::DialFailure;
 use cpc_observe::metrics::Closer;
 
 /// The most characters of an agent's answer that are passed on: errors are a line long.
@@ -21,14 +19,25 @@ const MAX_ANSWER: usize = 4096;
 /// A dial that failed. `Display` is for the person who asked.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
-pub(crate) struct DialError {
+pub struct DialError {
     /// Why.
     pub reason: CloseReason,
     /// Whose doing it was.
     pub by: Closer,
     text: String,
-    /// The agent's answer, in the form of Go's dialler.
-    answer: Option<String>,
+    /// The agent's answer, where it refused.
+    answer: Option<Box<AgentAnswer>>,
+}
+
+/// The refusal of an agent.
+#[derive(Debug)]
+pub struct AgentAnswer {
+    /// Kind of the agent's link.
+    pub kind: TunnelKind,
+    /// Destination of the dial.
+    pub destination: Destination,
+    /// Text of the agent, cut to a length.
+    pub detail: String,
 }
 
 /// A request that did not connect.
@@ -39,7 +48,7 @@ pub(super) struct Failed {
 
 impl DialError {
     /// A failure with a text of its own.
-    pub(crate) fn new(reason: CloseReason, by: Closer, text: impl Into<String>) -> Self {
+    pub fn new(reason: CloseReason, by: Closer, text: impl Into<String>) -> Self {
         Self {
             reason,
             by,
@@ -49,7 +58,7 @@ impl DialError {
     }
 
     /// What the agent `name` answered.
-    pub(crate) fn refused(
+    pub fn refused(
         (kind, name): (TunnelKind, &str),
         destination: &Destination,
         reason: CloseReason,
@@ -62,36 +71,25 @@ impl DialError {
             detail.truncate(end);
         }
         let text = format!("{name}: {}", printable(&detail));
-        let answer = match kind {
-            TunnelKind::Konnectivity => detail,
-            TunnelKind::Quic => go_error(&destination.to_string(), reason, &detail),
+        let answer = AgentAnswer {
+            kind,
+            destination: destination.clone(),
+            detail,
         };
         Self {
-            answer: Some(answer),
+            answer: Some(answer.into()),
             ..Self::new(reason, Closer::Agent, text)
         }
     }
 
-    /// What the agent answered, if it did, for programs that look for the words of Go's dialler: an
-    /// agent of Konnectivity's own text, unchanged.
-    pub(crate) fn answer(&self) -> Option<&str> {
+    /// Returns the agent's answer, if the agent refused.
+    pub fn answer(&self) -> Option<&AgentAnswer> {
         self.answer.as_deref()
     }
 
     /// Whether it was our own limit that ended the dial, not the agent's.
-    pub(crate) fn is_too_late(&self) -> bool {
+    pub fn is_too_late(&self) -> bool {
         self.reason == CloseReason::DialTimeout && self.by != Closer::Agent
-    }
-
-    /// As Konnectivity's metrics have it.
-    pub(super) fn konnectivity(&self) -> DialFailure {
-        match (self.by, self.reason) {
-            (Closer::Agent, _) => DialFailure::ErrorResponse,
-            (Closer::Client, _) => DialFailure::FrontendClose,
-            (_, CloseReason::NoRoute | CloseReason::NoAgent) => DialFailure::NoAgent,
-            (_, CloseReason::DialTimeout) => DialFailure::BackendDialTimeout,
-            _ => DialFailure::BackendClose,
-        }
     }
 }
 
@@ -154,24 +152,28 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn refused(kind: TunnelKind, detail: &str) -> DialError {
+    fn refused(detail: &str) -> DialError {
         let destination = "web.svc:443".parse().unwrap();
         let reason = CloseReason::NameNotFound;
-        DialError::refused((kind, "w1"), &destination, reason, detail.into())
+        let agent = (TunnelKind::Quic, "w1");
+        DialError::refused(agent, &destination, reason, detail.into())
     }
 
     #[test]
-    fn what_an_agent_of_konnectivity_says_is_kept_as_it_is() {
-        let said = "dial tcp: lookup web.svc on 10.96.0.10:53:\tno such host";
-        let error = refused(TunnelKind::Konnectivity, said);
-        assert_eq!(error.answer(), Some(said));
+    fn an_agents_answer_is_kept_up_to_a_length_and_printed_on_one_line() {
+        let said = "lookup web.svc on 10.96.0.10:53:\tno such host";
+        let error = refused(said);
+        assert_eq!(error.answer().unwrap().detail, said);
         assert_eq!(
             error.to_string(),
             format!("w1: {}", said.replace('\t', " "))
         );
 
-        let long = refused(TunnelKind::Konnectivity, &"\u{fc}".repeat(2 * MAX_ANSWER));
-        assert_eq!(long.answer().unwrap().chars().count(), MAX_ANSWER);
+        let long = refused(&"\u{fc}".repeat(2 * MAX_ANSWER));
+        assert_eq!(long.answer().unwrap().detail.chars().count(), MAX_ANSWER);
+
+        let sentence = CloseReason::NameNotFound.to_string();
+        assert_eq!(refused("").to_string(), format!("w1: {sentence}"));
     }
 
     #[test]
@@ -204,16 +206,5 @@ mod tests {
             let said = absent(&departed, &host, Duration::from_millis(12_900));
             assert_eq!(said, expected);
         }
-    }
-
-    #[test]
-    fn what_ours_says_is_put_in_words_of_go() {
-        let error = refused(TunnelKind::Quic, "");
-        assert_eq!(
-            error.answer(),
-            Some("dial tcp: lookup web.svc: no such host")
-        );
-        let sentence = CloseReason::NameNotFound.to_string();
-        assert_eq!(error.to_string(), format!("w1: {sentence}"));
     }
 }

@@ -12,27 +12,26 @@ use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::http_connect::ESTABLISHED;
 
-use super::{Served, answers, failed, serve};
+use super::connection::{Served, failed, serve};
+use super::refusals::Refusals;
 use crate::dial::{Dial, DialError, Dialled, Step};
 use crate::permits::ConnectionPermit;
 use crate::shard::Shard;
-use cpc_config::frontend::Answers;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
 use cpc_host::report::report;
-use cpc_observe::konnectivity::Counted;
-use cpc_observe::metrics::Closer;
+use cpc_observe::metrics::{Closer, GaugeGuard};
 
 /// Timeout for a client to take its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Form of the answer to a client.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) enum AnswerFormat {
     /// The client is connected already: a reset is the only possible answer.
     Redirected,
     /// The client waits for an HTTP answer.
-    HttpConnect(Answers),
+    HttpConnect(&'static dyn Refusals),
 }
 
 /// A client with its dial.
@@ -45,8 +44,8 @@ pub(super) struct Client<L> {
     pub dial: Dial,
     /// Permit of the connection.
     pub admitted: ConnectionPermit,
-    /// Count in Konnectivity's metrics.
-    pub counted: Option<Counted>,
+    /// Count of the observer.
+    pub counted: Option<GaugeGuard>,
 }
 
 /// A client whose target is connected.
@@ -54,7 +53,7 @@ pub(super) struct Established<L> {
     local: L,
     served: Served,
     _admitted: ConnectionPermit,
-    _counted: Option<Counted>,
+    _counted: Option<GaugeGuard>,
 }
 
 impl<L: Portable> Client<L> {
@@ -135,8 +134,8 @@ impl<L: Portable> Client<L> {
 
     async fn refuse(&self, shard: &Shard, error: &DialError) {
         failed(shard, &self.dial.record, error);
-        if let AnswerFormat::HttpConnect(answers) = self.manner {
-            answer_and_close(&self.local, answers::failure(answers, error)).await;
+        if let AnswerFormat::HttpConnect(refusals) = self.manner {
+            answer_and_close(&self.local, refusals.failure(error)).await;
         }
     }
 }

@@ -15,11 +15,12 @@ use tunnel_proto::http_connect::{ConnectError, ConnectRequest, parse, response};
 use super::client::{
     AnswerFormat, Client, REQUEST_TIMEOUT, answer_and_close, answer_at_once, serve_once,
 };
-use super::{Scope, admit, answers};
+use super::connection::admit;
+use super::refusals::Refusals;
+use super::scope::Scope;
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
 use crate::shard::Shard;
-use cpc_config::frontend::Answers;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
 use cpc_observe::access::Record;
@@ -29,11 +30,11 @@ use cpc_observe::metrics::FrontendKind;
 pub(super) fn connection(
     shard: Rc<Shard>,
     scope: Arc<Scope>,
-    answers: Answers,
+    refusals: &'static dyn Refusals,
     client: Option<SocketAddr>,
     local: impl Portable,
 ) -> impl Future<Output = ()> {
-    let asked = ask(shard.clone(), scope, answers, client, local);
+    let asked = ask(shard.clone(), scope, refusals, client, local);
     let serving = shard.clone();
     let dialled = async move { Box::pin(asked).await?.dial(serving).await };
     serve_once(shard, Box::pin(dialled))
@@ -43,7 +44,7 @@ pub(super) fn connection(
 async fn ask<L: Portable>(
     shard: Rc<Shard>,
     scope: Arc<Scope>,
-    answers: Answers,
+    refusals: &'static dyn Refusals,
     client: Option<SocketAddr>,
     local: L,
 ) -> Option<Box<Client<L>>> {
@@ -52,12 +53,12 @@ async fn ask<L: Portable>(
         answer_at_once(&local, &full);
         return None;
     };
-    let counted = shard.metrics.konnectivity.http_connection();
+    let counted = shard.observer.as_ref().map(|it| it.http_connection());
     let (request, first) = match timeout(REQUEST_TIMEOUT, read_request(&local)).await {
         Ok(Ok(Some(read))) => read,
         Ok(Ok(None)) => return None,
         Ok(Err(error)) => {
-            answer_and_close(&local, answers::bad_request(answers, &error)).await;
+            answer_and_close(&local, refusals.bad_request(&error)).await;
             return None;
         }
         Err(_) => {
@@ -75,7 +76,7 @@ async fn ask<L: Portable>(
     let (admitted, dialling) = match admit(&shard, &scope, &record) {
         Ok(admitted) => admitted,
         Err(error) => {
-            answer_and_close(&local, answers::failure(answers, &error)).await;
+            answer_and_close(&local, refusals.failure(&error)).await;
             return None;
         }
     };
@@ -83,10 +84,10 @@ async fn ask<L: Portable>(
     let early = EarlyBytes::new(Early::Hold, first);
     Some(Box::new(Client {
         dial: Dial::new(&shard, record, &scope.tenant, (early, dialling)),
-        manner: AnswerFormat::HttpConnect(answers),
+        manner: AnswerFormat::HttpConnect(refusals),
         local,
         admitted,
-        counted: Some(counted),
+        counted,
     }))
 }
 

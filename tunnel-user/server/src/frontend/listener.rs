@@ -1,96 +1,35 @@
 //! Listeners of frontends: Unix sockets, and TCP with mutual TLS.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tunnel_proto::http_connect::response;
 
+use super::http_connect;
+use super::protocol::Protocol;
+use super::scope::Scope;
 use super::tls::FrontendTls;
 use super::unix::{SocketFile, SocketFileState};
-use super::{Scope, grpc, http_connect, scope};
+use crate::extension::ShardHandle;
 use crate::handshakes::{HandshakeFailure, HandshakeLimiter};
 use crate::shard::Shard;
-use cpc_config::frontend::Answers;
-use cpc_config::tls_floor::{TlsFloor, TlsVersion};
-use cpc_datapath::socket::{TlsSocket, prepare_listener};
+use cpc_datapath::socket::TlsSocket;
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
 use cpc_host::source_limiter::HandshakePermit;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
-use cpc_transport::grpc::{ALPN, AnyAuthority, tcp};
 
 /// Timeout of a client's TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// Protocol of a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Protocol {
-    /// HTTP CONNECT, with the form of its refusals.
-    HttpConnect(Answers),
-    /// Konnectivity's `ProxyService`.
-    Grpc,
-}
-
-impl Protocol {
-    /// Returns the name in the configuration and in logs.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::HttpConnect(_) => scope::HTTP_CONNECT,
-            Self::Grpc => scope::GRPC,
-        }
-    }
-
-    /// Prepares a listener, whose accepted sockets inherit its options.
-    ///
-    /// # Errors
-    /// The error of the system call.
-    pub(crate) fn prepare(self, listener: &StdTcpListener) -> io::Result<()> {
-        match self {
-            Self::HttpConnect(_) => prepare_listener(listener),
-            Self::Grpc => tcp::prepare(listener),
-        }
-    }
-
-    /// Returns the default TLS floor.
-    pub(super) fn floor(self) -> TlsFloor {
-        let min_version = match self {
-            Self::HttpConnect(_) => TlsVersion::Tls13,
-            // As its clients know it from Konnectivity.
-            Self::Grpc => TlsVersion::Tls12,
-        };
-        TlsFloor {
-            min_version,
-            ..TlsFloor::default()
-        }
-    }
-
-    /// Returns the answer to a client without TLS for which there is no descriptor.
-    fn no_descriptor(self) -> Bytes {
-        match self {
-            Self::HttpConnect(_) => response(503, "the server has no file descriptor left"),
-            Self::Grpc => Bytes::new(),
-        }
-    }
-
-    /// Returns the protocols of ALPN.
-    pub(super) fn alpn(self) -> Vec<Vec<u8>> {
-        match self {
-            Self::HttpConnect(_) => Vec::new(),
-            Self::Grpc => vec![ALPN.to_vec()],
-        }
-    }
-}
 
 /// Clients and protocol of a listener.
 #[derive(Clone, Debug)]
@@ -106,21 +45,27 @@ impl Service {
     /// to the next shard in turn.
     fn take_unix(&self, shard: &Rc<Shard>, socket: UnixStream) -> io::Result<()> {
         let scope = self.scope.clone();
-        if let Protocol::HttpConnect(answers) = self.protocol {
-            let served = http_connect::connection(shard.clone(), scope, answers, None, socket);
-            tokio::task::spawn_local(served);
-            return Ok(());
-        }
-        let socket = socket.into_std()?;
-        shard.run_on(shard.turn(), move |shard| async move {
-            match UnixStream::from_std(socket) {
-                Ok(socket) => {
-                    let socket = AnyAuthority::new(socket);
-                    grpc::connection(&shard, &scope, None, socket).await;
-                }
-                Err(error) => tracing::warn!(error = report(&error), "client not taken over"),
+        match &self.protocol {
+            Protocol::HttpConnect(refusals) => {
+                let served =
+                    http_connect::connection(shard.clone(), scope, *refusals, None, socket);
+                tokio::task::spawn_local(served);
             }
-        });
+            Protocol::Foreign(protocol) => {
+                let (protocol, socket) = (protocol.clone(), socket.into_std()?);
+                shard.run_on(shard.turn(), move |shard| async move {
+                    match UnixStream::from_std(socket) {
+                        Ok(socket) => {
+                            let shard = ShardHandle::new(&shard);
+                            protocol.serve_unix(shard, scope, socket).await;
+                        }
+                        Err(error) => {
+                            tracing::warn!(error = report(&error), "client not taken over");
+                        }
+                    }
+                });
+            }
+        }
         Ok(())
     }
 
@@ -158,15 +103,17 @@ impl Service {
         };
         let scope = self.scope;
         match self.protocol {
-            Protocol::HttpConnect(answers) => {
+            Protocol::HttpConnect(refusals) => {
                 let local = TlsSocket::new(session, cut);
-                let served = http_connect::connection(shard, scope, answers, Some(client), local);
+                let served = http_connect::connection(shard, scope, refusals, Some(client), local);
                 tokio::task::spawn_local(served);
             }
-            Protocol::Grpc => {
+            Protocol::Foreign(protocol) => {
+                let shard = ShardHandle::new(&shard);
+                let served = protocol.serve_tls(shard, scope, client, session);
                 tokio::task::spawn_local(async move {
                     tokio::select! {
-                        () = grpc::connection(&shard, &scope, Some(client), session) => {}
+                        () = served => {}
                         () = cut => {}
                     }
                 });
@@ -225,7 +172,7 @@ pub(crate) async fn accept_unix(
             }
         };
         if let Err(error) = taken {
-            let protocol = service.protocol;
+            let protocol = &service.protocol;
             let name = format!("{} unix", protocol.name());
             after_failed_accept(&listener, &name, &error, &protocol.no_descriptor()).await;
         }
@@ -304,22 +251,5 @@ pub(crate) async fn accept_tls(
             let name = format!("{} tcp", service.protocol.name());
             after_failed_accept(&listener, &name, &error, b"").await;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use rustls::version::{TLS12, TLS13};
-
-    use super::*;
-    use cpc_identity::floor::accepted;
-
-    #[test]
-    fn tls_before_1_3_is_for_grpc() {
-        let versions = |protocol: Protocol| accepted(&protocol.floor()).versions;
-        for answers in [Answers::Detailed, Answers::Konnectivity] {
-            assert_eq!(versions(Protocol::HttpConnect(answers)), [&TLS13]);
-        }
-        assert_eq!(versions(Protocol::Grpc), [&TLS13, &TLS12]);
     }
 }

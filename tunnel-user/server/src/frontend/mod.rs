@@ -1,123 +1,16 @@
 //! Frontends: each accepts clients, learns their destinations, dials, answers in its own protocol and
 //! relays.
 
-mod answers;
 mod client;
-mod grpc;
+pub(super) mod connection;
 mod http_connect;
 pub(super) mod listener;
+pub(super) mod protocol;
 pub(super) mod redirect;
+pub(super) mod refusals;
 pub(super) mod scope;
 mod tls;
 pub(super) mod unix;
 
-pub(super) use scope::Scope;
+pub use scope::Scope;
 pub(super) use tls::FrontendTls;
-
-use tunnel_proto::close::CloseReason;
-
-use super::dial::{DialError, Dialled};
-use super::limits::Limit;
-use super::permits::{ConnectionPermit, DialPermit};
-use super::shard::Shard;
-use cpc_datapath::{ClosedBy, LocalSocket, Meter, relay};
-use cpc_observe::access::{ConnectionMeter, Record};
-use cpc_observe::konnectivity::Counted;
-use cpc_observe::metrics::Closer;
-
-/// A connection of a client after its dial.
-struct Served {
-    record: Record,
-    dialled: Dialled,
-    _established: Counted,
-}
-
-impl Served {
-    fn new(shard: &Shard, record: Record, dialled: Dialled) -> Self {
-        Self {
-            record,
-            dialled,
-            _established: shard.metrics.konnectivity.established(),
-        }
-    }
-}
-
-/// Relays the connection, and writes its record at the end. Returns the reason.
-#[expect(
-    clippy::manual_async_fn,
-    reason = "an async fn keeps its arguments twice"
-)]
-fn serve(
-    shard: &Shard,
-    local: &impl LocalSocket,
-    served: &mut Served,
-) -> impl Future<Output = CloseReason> {
-    async move {
-        let Served {
-            record, dialled, ..
-        } = served;
-        let Dialled {
-            send,
-            recv,
-            unsent,
-            sent,
-            permit,
-            budget,
-        } = dialled;
-        let meter = ConnectionMeter::<true> {
-            bytes: &record.bytes,
-            totals: &permit.totals,
-            metrics: &shard.metrics.dials,
-        };
-        meter.outbound(*sent);
-        let relayed = relay(local, send, recv, unsent, budget, &meter);
-        let (closer, reason) = tokio::select! {
-            // Without a random number a poll.
-            biased;
-            ending = relayed => {
-                let closer = match ending.by {
-                    ClosedBy::Local => Closer::Client,
-                    ClosedBy::Remote => Closer::Target,
-                    ClosedBy::Link => Closer::Tunnel,
-                };
-                (closer, ending.reason)
-            }
-            () = local.cut() => (Closer::Server, CloseReason::IdentityRefused),
-        };
-        let established = record.connected.unwrap_or(record.start);
-        shard.metrics.konnectivity.ended(established.elapsed());
-        record.end(closer, reason, &reason, &shard.metrics.dials);
-        reason
-    }
-}
-
-/// Writes the record of a failed dial.
-fn failed(shard: &Shard, record: &Record, error: &DialError) {
-    record.end(error.by, error.reason, error, &shard.metrics.dials);
-}
-
-/// Admits a request of a client of `scope`, or writes the record of its refusal.
-///
-/// # Errors
-/// [`DialError`]; the client has been sent nothing.
-fn admit(
-    shard: &Shard,
-    scope: &Scope,
-    record: &Record,
-) -> Result<(ConnectionPermit, DialPermit), DialError> {
-    let overloaded = |limit: Limit| {
-        let text = limit.text(&shard.limits);
-        DialError::new(CloseReason::Overloaded, Closer::Server, text)
-    };
-    let overloaded = |limit| match shard.connections.is_closed() {
-        true => DialError::new(
-            CloseReason::Draining,
-            Closer::Server,
-            "the server is ending",
-        ),
-        false => overloaded(limit),
-    };
-    let allowed = scope.check(&record.destination);
-    let admitted = allowed.and_then(|()| shard.admit(&scope.tenant).map_err(overloaded));
-    admitted.inspect_err(|error| failed(shard, record, error))
-}

@@ -13,7 +13,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tunnel_proto::preface::Destination;
 
 use super::client::{AnswerFormat, Client};
-use super::{Scope, admit};
+use super::connection::admit;
+use super::scope::Scope;
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
 use crate::permits::{ConnectionPermit, DialPermit};

@@ -17,7 +17,7 @@ use cpc_observe::metrics::Closer;
 
 /// Scope of one frontend, or of one attachment of the redirect.
 #[derive(Debug)]
-pub(crate) struct Scope {
+pub struct Scope {
     /// Name of the frontend or attachment, for people.
     name: String,
     /// Tenant of the clients.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio_rustls::TlsAcceptor;
 
-use super::listener::Protocol;
+use super::protocol::Protocol;
 use cpc_config::frontend::TcpFrontend;
 use cpc_host::report::report;
 use cpc_identity::caller_verifier::CallerVerifier;
@@ -45,7 +45,7 @@ impl FrontendTls {
         protocol: Protocol,
         revocations: Arc<Revocations>,
     ) -> Result<Self, MaterialError> {
-        let first = read(&config, &tenant, protocol, &revocations)?;
+        let first = read(&config, &tenant, &protocol, &revocations)?;
         Ok(Self {
             config,
             tenant,
@@ -59,7 +59,12 @@ impl FrontendTls {
     pub(crate) async fn watch(self) {
         let reload = || {
             if files(&self.config) != self.loaded.load().fingerprint {
-                let fresh = read(&self.config, &self.tenant, self.protocol, &self.revocations)?;
+                let fresh = read(
+                    &self.config,
+                    &self.tenant,
+                    &self.protocol,
+                    &self.revocations,
+                )?;
                 self.loaded.store(Arc::new(fresh));
                 tracing::info!(frontend = %self.config.tcp, "certificates reloaded");
                 audit::changed("certificates of a frontend", Ok(()));
@@ -92,7 +97,7 @@ fn files(config: &TcpFrontend) -> Vec<u8> {
 fn read(
     config: &TcpFrontend,
     tenant: &TrustDomain,
-    protocol: Protocol,
+    protocol: &Protocol,
     revocations: &Arc<Revocations>,
 ) -> Result<Loaded, MaterialError> {
     let file = |path: &std::path::Path, why: String| MaterialError::File {

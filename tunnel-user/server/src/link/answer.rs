@@ -6,10 +6,10 @@ use cpc_datapath::stream::RecvHalf;
 use cpc_transport::tunnel::HeadError;
 
 /// Answer of an agent, or the end of the stream before it.
-pub(crate) type Answer = Result<DialResponse, HeadError>;
+pub type Answer = Result<DialResponse, HeadError>;
 
 /// A receiving half on which the agent's answer comes first.
-pub(crate) trait Answered: RecvHalf {
+pub trait Answered: RecvHalf {
     /// Waits for the answer. Later data can then be received. Cancelling may lose the answer: give up the
     /// dial then.
     ///

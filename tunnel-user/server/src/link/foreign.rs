@@ -79,11 +79,11 @@ impl<H: Answered + fmt::Debug + 'static> DynRecv for H {
 
 /// A boxed sending half.
 #[derive(Debug)]
-pub(crate) struct ForeignSend(Box<dyn DynSend>);
+pub struct ForeignSend(Box<dyn DynSend>);
 
 /// A boxed receiving half.
 #[derive(Debug)]
-pub(crate) struct ForeignRecv(Box<dyn DynRecv>);
+pub struct ForeignRecv(Box<dyn DynRecv>);
 
 impl ForeignSend {
     /// Boxes a half.

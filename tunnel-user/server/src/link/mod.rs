@@ -3,15 +3,14 @@
 //! A link carries dials, each as the two halves in [`cpc_datapath::stream`]. A link lives on one shard
 //! and never leaves it; a [`bridge`] leads to one from another shard. Agents of ours come over tunnels:
 //! [`quic`] admits their connections, [`accept`] serves one to its end, [`session`] its control stream.
-//! Agents of other protocols are links behind a trait ([`AgentLink`]); [`konnectivity`] is one of them.
+//! Agents of other protocols are links behind a trait ([`AgentLink`]).
 
 mod accept;
 mod answer;
 pub(super) mod bridge;
 mod foreign;
-pub(super) mod konnectivity;
 pub(super) mod quic;
-mod registration;
+pub(super) mod registration;
 mod session;
 mod stream;
 mod tunnel;
@@ -23,8 +22,8 @@ use futures_util::future::LocalBoxFuture;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
 
-pub(super) use answer::{Answer, Answered};
-pub(super) use stream::{LinkRecv, LinkSend};
+pub use answer::{Answer, Answered};
+pub use stream::{LinkRecv, LinkSend};
 use tunnel::TunnelLink;
 
 /// A connected agent.
@@ -37,7 +36,7 @@ pub(super) enum Link {
 }
 
 /// An agent over a protocol of another system.
-pub(super) trait AgentLink: fmt::Debug {
+pub trait AgentLink: fmt::Debug {
     /// Sends `request`. May wait for the agent's permission, so callers need a timeout.
     ///
     /// # Errors

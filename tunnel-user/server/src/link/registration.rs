@@ -20,7 +20,7 @@ const SHOWN_CLAIMS: usize = 16;
 
 /// Registers a link of process `instance`, which may know of a `predecessor` that has ended. Dials may come
 /// before this returns. Returns `None` if the process is ending.
-pub(super) async fn register(
+pub(crate) async fn register(
     shard: &Shard,
     info: &Arc<LinkInfo>,
     link: Link,
@@ -35,13 +35,13 @@ pub(super) async fn register(
 }
 
 /// Removes a link.
-pub(super) async fn unregister(shard: &Shard, info: &LinkInfo) {
+pub(crate) async fn unregister(shard: &Shard, info: &LinkInfo) {
     shard.links.borrow_mut().remove(&info.id);
     shard.control.disconnect(info.id).await;
 }
 
 /// Notes whether the agent has fallen silent.
-pub(super) fn set_silent(info: &LinkInfo, silent: bool) {
+pub(crate) fn set_silent(info: &LinkInfo, silent: bool) {
     info.silent.store(silent, Ordering::Relaxed);
     if silent {
         tracing::warn!(agent = %info.identity, "agent is silent, no new dials go to it");
@@ -52,7 +52,7 @@ pub(super) fn set_silent(info: &LinkInfo, silent: bool) {
 }
 
 /// Notes that the agent drains. Returns whether that is new: an agent may report it repeatedly.
-pub(super) fn set_draining(info: &LinkInfo, reason: Option<CloseReason>) -> bool {
+pub(crate) fn set_draining(info: &LinkInfo, reason: Option<CloseReason>) -> bool {
     let is_new = !info.draining.swap(true, Ordering::Relaxed);
     if is_new {
         let reason = reason.map(CloseReason::label);
@@ -62,7 +62,7 @@ pub(super) fn set_draining(info: &LinkInfo, reason: Option<CloseReason>) -> bool
 }
 
 /// Counts refused claims and logs them in one line: an agent may offer a thousand.
-pub(super) fn report_refused(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
+pub(crate) fn report_refused(shard: &Shard, identity: &Identity, refused: &[Refusal]) {
     let Some(first) = refused.first() else {
         return;
     };

@@ -14,7 +14,7 @@ use cpc_transport::tunnel::{Recv, Send, TunnelRecv};
 
 /// The half towards the target.
 #[derive(Debug)]
-pub(crate) enum LinkSend {
+pub enum LinkSend {
     /// A stream of a tunnel.
     Tunnel(Send),
     /// A half of any other kind.
@@ -23,7 +23,7 @@ pub(crate) enum LinkSend {
 
 /// The half from the target, behind the agent's answer.
 #[derive(Debug)]
-pub(crate) enum LinkRecv {
+pub enum LinkRecv {
     /// A stream of a tunnel.
     Tunnel(Recv),
     /// A half of any other kind.
@@ -32,14 +32,14 @@ pub(crate) enum LinkRecv {
 
 impl LinkSend {
     /// Boxes a half that is no stream of a tunnel.
-    pub(crate) fn foreign(half: impl SendHalf + fmt::Debug + 'static) -> Self {
+    pub fn foreign(half: impl SendHalf + fmt::Debug + 'static) -> Self {
         Self::Foreign(ForeignSend::new(half))
     }
 }
 
 impl LinkRecv {
     /// Boxes a half that is no stream of a tunnel.
-    pub(crate) fn foreign(half: impl Answered + fmt::Debug + 'static) -> Self {
+    pub fn foreign(half: impl Answered + fmt::Debug + 'static) -> Self {
         Self::Foreign(ForeignRecv::new(half))
     }
 }

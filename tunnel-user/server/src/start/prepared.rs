@@ -20,6 +20,7 @@ use super::tunnel::Tunnel;
 use crate::bind::Bound;
 use crate::check::{check, identity_without_certificate};
 use crate::error::ServerError;
+use crate::extension::Extension;
 use crate::grants::Grants;
 use crate::limits::{self, Limit};
 use crate::metrics::ServerMetrics;
@@ -31,10 +32,12 @@ pub(crate) struct Prepared {
     pub(super) shares: Shares,
     pub(super) registry: Registry,
     pub(super) metrics: ServerMetrics,
+    /// Protocols of another system.
+    pub(super) extension: Option<Box<dyn Extension>>,
     pub(super) reloads: ReloadMetrics,
     /// Memory for what peers send.
     pub(super) budget: Budget,
-    /// Parameters of tunnels over QUIC; `None` where only Konnectivity's agents are served.
+    /// Parameters of tunnels over QUIC; `None` where no certificate is configured.
     pub(super) tunnel: Option<Tunnel>,
     pub(super) identity: Identity,
     pub(super) grants: Grants,
@@ -57,13 +60,20 @@ impl Prepared {
         mut config: ServerConfig,
         environment: Environment,
         mut inherited: Inherited,
+        extension: Option<Box<dyn Extension>>,
     ) -> Result<Self, ServerError> {
         check(&config)?;
+        if extension.is_none() && config.is_konnectivity() {
+            return Err(ServerError::NoExtension);
+        }
         host::raise_file_limit();
         let shares = Shares::of_process(limits::listeners(&config));
         let connections = &mut config.limits.connections;
         *connections = host::fit_connections(*connections, shares.connections);
         let mut registry = Registry::default();
+        if let Some(extension) = &extension {
+            extension.register(&mut registry, &config);
+        }
         let metrics = ServerMetrics::register(&mut registry, &config);
         let reloads = ReloadMetrics::register(ours(&mut registry), SystemTime::now());
         let budget = Budget::new(config.limits.stalled_bytes);
@@ -86,12 +96,14 @@ impl Prepared {
         };
         let (stops, reload_requests) = environment.into_requests()?;
         let own = &identity.trust_domain;
-        let bound = Bound::open(&config, own, &revocations, &mut inherited)?;
+        let extending = extension.as_deref();
+        let bound = Bound::open(&config, own, &revocations, &mut inherited, extending)?;
         Ok(Self {
             config,
             shares,
             registry,
             metrics,
+            extension,
             reloads,
             budget,
             tunnel,

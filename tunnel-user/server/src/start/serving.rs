@@ -28,20 +28,20 @@ use tunnel_proto::session::InstanceId;
 use super::attached::Attached;
 use super::prepared::Prepared;
 use crate::attachments::Attachments;
-use crate::bind::{AgentsBound, Bound};
+use crate::bind::Bound;
 use crate::control::Control;
 use crate::error::ServerError;
+use crate::extension::AgentListener;
 use crate::faults::Faults;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
 use crate::handshakes::HandshakeLimiter;
-use crate::link::konnectivity::acceptor::Acceptor;
 use crate::loads::Loads;
 use crate::registry::{Registry, RouteBounds};
 use crate::serve::{self, Listeners, Start};
 use crate::shard::{Common, Peers};
 use crate::tenants::Tenants;
-use crate::{join, leases, status};
+use crate::{join, status};
 
 /// Polling interval while a draining server waits for its connections to end.
 const IDLE_POLL: Duration = Duration::from_millis(50);
@@ -87,6 +87,7 @@ impl Serving {
             shares,
             mut registry,
             metrics,
+            extension,
             reloads,
             budget,
             tunnel,
@@ -110,12 +111,14 @@ impl Serving {
         if let Some(issuer) = &issuer {
             issuer.metrics.register(ours(&mut registry));
         }
+        let observer = extension.as_ref().and_then(|it| it.observer(&config));
         let failed_tunnels = metrics.handshakes.clone();
         let failed_joins = metrics.join_handshakes.clone();
         let common = Common {
             control: control.handle(),
             issuer: issuer.clone(),
             metrics,
+            observer,
             tenants: Tenants::new(&config, &own, &budget),
             budget,
             limits: config.limits.clone(),
@@ -123,7 +126,6 @@ impl Serving {
             shares,
             faults: Faults::default(),
             waiting: ConcurrencyLimit::new(shares.waiting),
-            grpc_clients: ConcurrencyLimit::new(config.limits.connections),
             dials: ConcurrencyLimit::new(config.limits.dials),
             tunnels: ConcurrencyLimit::new(config.limits.agents),
             handshakes: HandshakeLimiter::new(&config.limits.handshakes, failed_tunnels.clone()),
@@ -147,21 +149,16 @@ impl Serving {
         for frontend in &bound.tls {
             tokio::spawn(frontend.tls.clone().watch());
         }
-        let (mut acceptor, mut agents) = (None, None);
+        let (mut protocol, mut agents) = (None, None);
         if let Some(bound) = bound.agents {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
             let limiter = HandshakeLimiter::new(&handshakes, failed_tunnels);
-            let AgentsBound {
+            let started = bound.start(&common.server_id, limiter).await?;
+            let AgentListener {
                 listener,
-                tenant,
-                tls,
-            } = bound;
-            if let Some(konnectivity) = &config.konnectivity {
-                tokio::spawn(tls.clone().watch());
-                let id = &common.server_id;
-                acceptor = Some(Acceptor::new(konnectivity, id, tls, tenant, limiter).await?);
-                agents = Some(listener);
-            }
+                protocol: served,
+            } = started;
+            (protocol, agents) = (Some(served), Some(listener));
         }
         let scopes = { accepting.iter().map(|it| &it.scope) }
             .chain(bound.unix.iter().map(|it| &it.scope))
@@ -177,8 +174,13 @@ impl Serving {
         let tunnels = bound.udp.len();
         let sockets = bound.udp.iter().map(UdpSocket::try_clone);
         let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
-        let calls = common.metrics.konnectivity.leases.clone();
-        let leases = leases::hold(&config, &common.server_id, calls, phases).await?;
+        let leases = match &extension {
+            Some(extension) => {
+                let id = &common.server_id;
+                extension.hold_leases(&config, id, phases).await?
+            }
+            None => None,
+        };
 
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
@@ -190,7 +192,7 @@ impl Serving {
                 inbox,
                 tunnel: tunnel.clone().zip(udp.next()),
                 listeners,
-                acceptor: acceptor.clone(),
+                agents: protocol.clone(),
             };
             let (started, outcome) = oneshot::channel();
             shards.spawn(move || serve::run(start, started))?;
@@ -209,8 +211,8 @@ impl Serving {
         let admin = Admin::new(registry, log.clone(), Arc::new(view));
         let pages = admin.clone().router();
         tokio::spawn(admin::serve(bound.admin, pages, shares.http));
-        if let Some(probes) = bound.probes {
-            let pages = admin::konnectivity::server_router(admin.clone());
+        if let (Some(probes), Some(extension)) = (bound.probes, &extension) {
+            let pages = extension.probes(admin.clone());
             tokio::spawn(admin::serve(probes, pages, shares.http));
         }
         if let Some(health) = bound.health {
@@ -306,7 +308,7 @@ impl Serving {
 /// Returns the lifetimes of all certificates that this server uses.
 fn lifetimes(own: impl Iterator<Item = Arc<dyn Certificates>>, bound: &Bound) -> Lifetimes {
     let frontends = bound.tls.iter().map(|it| Arc::new(it.tls.clone()) as _);
-    let agents = bound.agents.iter().map(|it| Arc::new(it.tls.clone()) as _);
+    let agents = bound.agents.iter().map(|it| it.certificates());
     Lifetimes::new(own.chain(frontends).chain(agents).collect())
 }
 

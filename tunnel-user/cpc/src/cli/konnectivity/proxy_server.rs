@@ -11,6 +11,7 @@ use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::inherited::Inherited;
+use cpc_konnectivity::server::ServerExtension;
 
 /// Run the server with the flags of Konnectivity's proxy-server
 ///
@@ -219,7 +220,9 @@ impl Args {
         let inherited =
             Inherited::from_environment().context("sockets from the service manager")?;
         let reread = || self.translate().map(|translated| translated.config);
-        crate::cli::runtime()?.block_on(cpc_server::run(config, log, inherited, reread))?;
+        let extension = Some(Box::new(ServerExtension::default()) as _);
+        let served = cpc_server::run(config, log, inherited, reread, extension);
+        crate::cli::runtime()?.block_on(served)?;
         Ok(())
     }
 

@@ -6,9 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tunnel_proto::session::InstanceId;
 
-use crate::limits::Limit;
-use crate::permits::TunnelPermit;
 use cpc_identity::Identity;
+use cpc_server::extension::TunnelPermit;
 
 /// Number of an agent's streams beyond one for each id: some that it is about to find superfluous, and
 /// some that it has lost and whose loss is not detected here yet.
@@ -33,10 +32,10 @@ struct Streams {
 }
 
 /// Reason why an agent gets no place for a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum NoPlace {
-    /// A limit on agents is reached.
-    Agents(Limit),
+    /// A limit on agents is reached, with its text.
+    Agents(String),
     /// The agent has far too many streams.
     Streams,
 }
@@ -64,7 +63,7 @@ impl ServerIds {
         self: &Arc<Self>,
         identity: &Identity,
         instance: InstanceId,
-        place: impl FnOnce() -> Result<TunnelPermit, Limit>,
+        place: impl FnOnce() -> Result<TunnelPermit, String>,
     ) -> Result<Taken, NoPlace> {
         let key = (identity.uri(), instance);
         let mut taken = self.taken();
@@ -143,7 +142,7 @@ mod tests {
         instance: InstanceId,
     ) -> Result<Taken, NoPlace> {
         let place = || places.acquire().zip(ConcurrencyLimit::new(1).acquire());
-        ids.take(identity, instance, || place().ok_or(Limit::Agents))
+        ids.take(identity, instance, || place().ok_or("full".into()))
     }
 
     fn agent(name: &str) -> Identity {
@@ -199,12 +198,12 @@ mod tests {
         let _others = ["w2", "w4"].map(|name| take(&ids, &agent(name), FIRST).unwrap());
         assert_eq!(
             take(&ids, &agent("w3"), FIRST).err(),
-            Some(NoPlace::Agents(Limit::Agents))
+            Some(NoPlace::Agents("full".into()))
         );
         drop(first);
         assert_eq!(
             take(&ids, &agent("w3"), FIRST).err(),
-            Some(NoPlace::Agents(Limit::Agents))
+            Some(NoPlace::Agents("full".into()))
         );
     }
 }

@@ -14,20 +14,18 @@ use tunnel_proto::konnectivity::metadata::{HALVES, SERVER_COUNT, SERVER_ID};
 use tunnel_proto::konnectivity::server_end::{ServerEnd, StreamError};
 use tunnel_proto::session::InstanceId;
 
-use super::accept::{Agents, Peer};
 use super::link::{AgentNews, KonnectivityLink};
 use super::path::probe;
+use super::peer::{Context, Peer};
 use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
-use crate::handshakes::HandshakeFailure;
-use crate::link::Link;
-use crate::link::registration::{register, set_draining, set_silent, unregister};
-use crate::routes::LinkInfo;
+use crate::metrics::Service;
 use cpc_config::TunnelKind;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::{Identity, revoked};
 use cpc_observe::audit::events::{self as audit, Listener};
-use cpc_observe::konnectivity::Service;
+use cpc_server::extension::HandshakeFailure;
+use cpc_server::routes::LinkInfo;
 use cpc_transport::grpc::server::Call;
 use cpc_transport::grpc::{Code, PacketReceiver, Status, StreamEnd};
 
@@ -86,8 +84,8 @@ impl End {
 }
 
 /// Serves one call of an agent, from its headers to its end.
-pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
-    let _open = agents.shard.metrics.konnectivity.rpc(Service::Connect);
+pub(super) async fn serve(agents: Rc<Context>, peer: Rc<Peer>, call: Call) {
+    let _open = agents.acceptor.metrics.rpc(Service::Connect);
     let remote = peer.remote;
     let (introduction, identity) = match introduce(&agents, &peer, &call).await {
         Ok(introduced) => introduced,
@@ -126,15 +124,14 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     };
 
     let shard = &agents.shard;
-    let info = LinkInfo::new(
-        (shard.next_link(), shard.index),
+    let info = shard.new_link(
         TunnelKind::Konnectivity,
         (identity, agents.acceptor.trust),
         probe(remote, &peer.socket),
     );
     let mut session = Session {
         agents: &agents,
-        link: KonnectivityLink::new(info, shard.metrics.konnectivity.clone(), halves),
+        link: KonnectivityLink::new(info, agents.acceptor.metrics.clone(), halves),
         introduction: &introduction,
         server_id: &server_id,
         peer: &peer,
@@ -148,7 +145,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
     let served = async {
         tokio::select! {
             end = &mut sending => (End::Stream(end), true),
-            why = shard.revocations.on_revocation(&known) => {
+            why = shard.revocations().on_revocation(&known) => {
                 audit::cut("tunnel", remote, &why);
                 (End::Revoked(why), false)
             }
@@ -168,7 +165,7 @@ pub(super) async fn serve(agents: Rc<Agents>, peer: Rc<Peer>, call: Call) {
 
 /// Determines the identity of the caller.
 async fn introduce(
-    agents: &Agents,
+    agents: &Context,
     peer: &Peer,
     call: &Call,
 ) -> Result<(Introduction, Identity), Refusal> {
@@ -180,7 +177,7 @@ async fn introduce(
             &agents.acceptor.tenant,
         )
         .await?;
-    agents.shard.revocations.check(&known(peer, &identity))?;
+    agents.shard.revocations().check(&known(peer, &identity))?;
     Ok((introduction, identity))
 }
 
@@ -196,28 +193,28 @@ fn known(peer: &Peer, identity: &Identity) -> revoked::Peer {
 ///
 /// # Errors
 /// The status of the refusal.
-fn admit(agents: &Agents, identity: &Identity, instance: InstanceId) -> Result<Taken, Status> {
+fn admit(agents: &Context, identity: &Identity, instance: InstanceId) -> Result<Taken, Status> {
     let shard = &agents.shard;
-    if *shard.phase.borrow() == Phase::Ended {
+    if *shard.phase().borrow() == Phase::Ended {
         return Err(Status::new(Code::UNAVAILABLE, "the server is ending"));
     }
     let full = |text: String| Status::new(Code::RESOURCE_EXHAUSTED, text);
     let taken = agents.acceptor.ids.take(identity, instance, || {
-        shard.admit_tunnel(&identity.trust_domain)
+        shard.admit_agent(&identity.trust_domain)
     });
     taken.map_err(|none| match none {
-        NoPlace::Agents(limit) => full(limit.text(&shard.limits)),
+        NoPlace::Agents(limit) => full(limit),
         NoPlace::Streams => full("this agent has too many streams to this server".into()),
     })
 }
 
 /// Returns the number of servers that an agent sees.
-fn servers(agents: &Agents) -> u64 {
-    u64::from(agents.shard.server_count) * agents.acceptor.ids.len() as u64
+fn servers(agents: &Context) -> u64 {
+    u64::from(agents.shard.server_count()) * agents.acceptor.ids.len() as u64
 }
 
 struct Session<'a> {
-    agents: &'a Agents,
+    agents: &'a Context,
     link: Rc<KonnectivityLink>,
     introduction: &'a Introduction,
     server_id: &'a Taken,
@@ -229,8 +226,8 @@ impl Session<'_> {
     /// Receives packets until the stream ends, or this server ends it.
     async fn listen(&mut self, mut receiver: PacketReceiver) -> End {
         let link = self.link.clone();
-        let tenants = &self.agents.shard.tenants;
-        receiver.charge_to(&tenants.of(&link.info.identity.trust_domain).budget);
+        let tenant = &link.info.identity.trust_domain;
+        receiver.charge_to(self.agents.shard.budget(tenant));
         let opened = Instant::now();
         loop {
             if let Some(reason) = link.closed() {
@@ -280,23 +277,23 @@ impl Session<'_> {
     /// Reports the agent's state.
     async fn tell(&mut self, news: AgentNews) -> Result<(), End> {
         let info = &self.link.info;
-        let control = &self.agents.shard.control;
+        let shard = &self.agents.shard;
         match news {
             AgentNews::Alive if !self.registered => return self.register().await,
             AgentNews::Alive => {
-                set_silent(info, false);
+                shard.set_silent(info, false);
             }
             AgentNews::Silent => {
-                set_silent(info, true);
+                shard.set_silent(info, true);
             }
             AgentNews::Draining => {
-                if !set_draining(info, None) {
+                if !shard.set_draining(info) {
                     return Ok(());
                 }
             }
         }
         if self.registered {
-            control.changed(info.id).await;
+            shard.changed(info).await;
         }
         Ok(())
     }
@@ -311,9 +308,9 @@ impl Session<'_> {
         self.registered = true;
         let offer = introduction.identifiers.claims();
         let offered = offer.len();
-        let entry = Link::Foreign(link.clone());
-        let process = (introduction.instance(), None);
-        let Some(verdict) = register(shard, info, entry, process, offer).await else {
+        let instance = introduction.instance();
+        let registered = shard.register(info, link.clone(), instance, offer);
+        let Some(verdict) = registered.await else {
             return Err(End::Told(CloseReason::Shutdown));
         };
         if let Some(first) = introduction.unusable.first() {
@@ -343,7 +340,7 @@ impl Session<'_> {
             return self.never_came(end);
         }
         let shard = &self.agents.shard;
-        unregister(shard, info).await;
+        shard.unregister(info).await;
         tracing::info!(
             agent = %info.identity, remote = %self.peer.remote, server_id = self.server_id.id(),
             reason = reason.label(), why = %end, "agent disconnected"

@@ -6,16 +6,17 @@ use std::time::Duration;
 use super::server_ids::ServerIds;
 use super::tls::AgentTls;
 use super::who::Proof;
-use crate::handshakes::HandshakeLimiter;
-use crate::routes::Trust;
+use crate::metrics::ProxyServerMetrics;
 use cpc_config::konnectivity::KonnectivityConfig;
 use cpc_identity::TrustDomain;
 use cpc_kubernetes::AccessError;
 use cpc_kubernetes::token::TokenReviewer;
+use cpc_server::extension::HandshakeLimiter;
+use cpc_server::routes::Trust;
 
 /// Parameters of agents, on any shard.
 #[derive(Clone)]
-pub(crate) struct Acceptor {
+pub(super) struct Acceptor {
     /// Proof of an agent's identity.
     pub(super) proof: Proof,
     /// Trust in an agent's claims.
@@ -30,6 +31,8 @@ pub(crate) struct Acceptor {
     pub(super) keepalive: Duration,
     /// Limiter of handshakes.
     pub(super) handshakes: HandshakeLimiter,
+    /// Metrics.
+    pub(super) metrics: ProxyServerMetrics,
 }
 
 impl Acceptor {
@@ -37,12 +40,13 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`AccessError`]: there is no access to the API that reviews tokens.
-    pub(crate) async fn new(
+    pub(super) async fn new(
         config: &KonnectivityConfig,
         server_id: &str,
         tls: AgentTls,
         tenant: TrustDomain,
         handshakes: HandshakeLimiter,
+        metrics: ProxyServerMetrics,
     ) -> Result<Self, AccessError> {
         let proof = match (&config.client_ca, &config.token) {
             (Some(_), _) => Proof::Certificate,
@@ -70,6 +74,7 @@ impl Acceptor {
             ids: ServerIds::new(config.ids(server_id).collect()),
             keepalive: config.keepalive,
             handshakes,
+            metrics,
         })
     }
 }

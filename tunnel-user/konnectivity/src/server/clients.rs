@@ -13,32 +13,36 @@
 
 mod socket;
 
-use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::{PROXY, Packet, text};
 use tunnel_proto::preface::Destination;
 
 use self::socket::ProxySocket;
-use super::{Scope, Served, admit, failed, serve};
-use crate::dial::{Dial, DialError, connection_id};
-use crate::early::{Early, EarlyBytes};
-use crate::shard::Shard;
+use super::answer::words;
+use crate::metrics::{ClientTraffic, PacketKind, ProxyServerMetrics, Service};
+use cpc_config::server::LimitsConfig;
+use cpc_config::tls_floor::{TlsFloor, TlsVersion};
+use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle;
 use cpc_host::report::report;
-use cpc_observe::access::Record;
-use cpc_observe::konnectivity::{ClientTraffic, PacketKind, Service};
 use cpc_observe::metrics::{Closer, FrontendKind};
+use cpc_server::extension::{ClientProtocol, ClientRequest, DialError, Scope, ShardHandle};
 use cpc_transport::grpc::server::{Call, serve as serve_http2};
-use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd};
+use cpc_transport::grpc::{
+    ALPN, AnyAuthority, Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd, tcp,
+};
 
 /// Timeout for DIAL_REQ on a stream, and for the client to close a stream after its dial has failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,33 +50,94 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a client to notice the end of a call.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-/// Serves one HTTP/2 connection.
-pub(super) async fn connection(
-    shard: &Rc<Shard>,
-    scope: &Arc<Scope>,
-    client: Option<SocketAddr>,
-    io: impl AsyncRead + AsyncWrite + Unpin,
-) {
-    let Some(_counted) = shard.grpc_clients.acquire() else {
-        let client = client.map(tracing::field::display);
-        return tracing::warn!(client, "too many gRPC connections (limits.connections)");
-    };
-    // Until then new calls are served as well.
-    let stopping = lifecycle::ended(shard.phase.clone());
-    let traffic = Rc::new(shard.metrics.konnectivity.clients());
-    let on_call = |call| {
-        let (shard, scope, traffic) = (shard.clone(), scope.clone(), traffic.clone());
-        tokio::task::spawn_local(async move {
-            let _open = shard.metrics.konnectivity.rpc(Service::Proxy);
-            stream(&shard, &scope, client, (call, traffic)).await
-        });
-    };
-    if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
-        tracing::debug!(
-            client = client.map(tracing::field::display),
-            error = report(&error),
-            "gRPC client has left"
-        );
+/// `ProxyService`, on all shards.
+#[derive(Debug)]
+pub(super) struct ProxyService {
+    metrics: ProxyServerMetrics,
+    /// HTTP/2 connections, each of which may carry many dials.
+    connections: ConcurrencyLimit,
+}
+
+impl ProxyService {
+    /// Creates the service.
+    pub(super) fn new(metrics: ProxyServerMetrics, limits: &LimitsConfig) -> Self {
+        Self {
+            metrics,
+            connections: ConcurrencyLimit::new(limits.connections),
+        }
+    }
+
+    /// Serves one HTTP/2 connection.
+    async fn serve(
+        self: Arc<Self>,
+        shard: ShardHandle,
+        scope: Arc<Scope>,
+        client: Option<SocketAddr>,
+        io: impl AsyncRead + AsyncWrite + Unpin,
+    ) {
+        let Some(_counted) = self.connections.acquire() else {
+            let client = client.map(tracing::field::display);
+            return tracing::warn!(client, "too many gRPC connections (limits.connections)");
+        };
+        // Until then new calls are served as well.
+        let stopping = lifecycle::ended(shard.phase());
+        let traffic = Rc::new(self.metrics.clients());
+        let on_call = |call| {
+            let open = self.metrics.rpc(Service::Proxy);
+            let (shard, scope, traffic) = (shard.clone(), scope.clone(), traffic.clone());
+            tokio::task::spawn_local(async move {
+                let _open = open;
+                stream(&shard, &scope, client, (call, traffic)).await
+            });
+        };
+        if let Err(error) = serve_http2(io, &Settings::FRONTEND, PROXY, stopping, on_call).await {
+            tracing::debug!(
+                client = client.map(tracing::field::display),
+                error = report(&error),
+                "gRPC client has left"
+            );
+        }
+    }
+}
+
+impl ClientProtocol for ProxyService {
+    fn name(&self) -> &'static str {
+        "grpc"
+    }
+
+    fn alpn(&self) -> Vec<Vec<u8>> {
+        vec![ALPN.to_vec()]
+    }
+
+    fn floor(&self) -> TlsFloor {
+        TlsFloor {
+            // As its clients know it from Konnectivity.
+            min_version: TlsVersion::Tls12,
+            ..TlsFloor::default()
+        }
+    }
+
+    fn prepare(&self, listener: &TcpListener) -> io::Result<()> {
+        tcp::prepare(listener)
+    }
+
+    fn serve_unix(
+        self: Arc<Self>,
+        shard: ShardHandle,
+        scope: Arc<Scope>,
+        socket: UnixStream,
+    ) -> LocalBoxFuture<'static, ()> {
+        Box::pin(self.serve(shard, scope, None, AnyAuthority::new(socket)))
+    }
+
+    fn serve_tls(
+        self: Arc<Self>,
+        shard: ShardHandle,
+        scope: Arc<Scope>,
+        client: SocketAddr,
+        session: TlsStream<TcpStream>,
+    ) -> LocalBoxFuture<'static, ()> {
+        Box::pin(self.serve(shard, scope, Some(client), session))
     }
 }
 
@@ -84,7 +149,7 @@ struct Wanted {
 }
 
 async fn stream(
-    shard: &Rc<Shard>,
+    shard: &ShardHandle,
     scope: &Arc<Scope>,
     client: Option<SocketAddr>,
     (call, traffic): (Call, Rc<ClientTraffic>),
@@ -92,7 +157,7 @@ async fn stream(
     let Ok((mut sender, mut receiver)) = call.accept(&[]) else {
         return;
     };
-    receiver.charge_to(&shard.tenants.of(&scope.tenant).budget);
+    receiver.charge_to(shard.budget(&scope.tenant));
     let request = read_dial(&mut sender, &mut receiver, &traffic);
     match timeout(REQUEST_TIMEOUT, request).await {
         Ok(Ok(Some(request))) => {
@@ -161,7 +226,7 @@ async fn read_dial(
 
 /// Dials, answers, relays, and ends the call.
 async fn serve_dial(
-    shard: &Rc<Shard>,
+    shard: &ShardHandle,
     scope: &Arc<Scope>,
     client: Option<SocketAddr>,
     request: &Wanted,
@@ -171,44 +236,36 @@ async fn serve_dial(
         Ok(destination) => destination,
         Err(error) => return refuse(socket, &error).await,
     };
-    let mut record = Record::new(connection_id(), FrontendKind::Grpc, destination);
-    record.client = client;
-    let (admitted, dialling) = match admit(shard, scope, &record) {
-        Ok(admitted) => admitted,
-        Err(error) => return refuse(socket, &error.to_string()).await,
-    };
-    let early = EarlyBytes::new(Early::HoldWhole, Bytes::new());
-    let span = record.span();
-    let mut dial = Dial::new(shard, record, &scope.tenant, (early, dialling));
-    let served = async {
-        // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not
-        // only this stream's.
-        match dial.finish(shard, &socket).await {
-            Ok(dialled) => {
-                let mut served = Served::new(shard, *dial.into_record(), dialled);
-                served.record.reached(&shard.metrics.dials);
-                // A client that is gone by now shows in the relay as well; so does one that takes no
-                // answer, once there is something for it.
-                let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
-                let reason = serve(shard, &socket, &mut served).await;
-                // Before the client is told the end: its halves tell theirs.
-                drop(served);
-                socket.end(&socket.close(reason));
-                // It counts until its last words have left: a process that drains waits for that.
-                let _ = timeout(GOODBYE, socket.left()).await;
-            }
-            Err(error) => {
-                failed(shard, &dial.record, &error);
-                drop(admitted);
-                match error.by {
-                    // A client that has left gets no answer, and none is counted.
-                    Closer::Client => socket.end(&socket.fault().unwrap_or_else(Status::ok)),
-                    _ => refuse(socket, explain(&error).as_ref()).await,
-                }
-            }
+    let admitted = shard.admit_client(scope, FrontendKind::Grpc, destination, client);
+    match admitted {
+        Ok(admitted) => {
+            let span = admitted.span();
+            serve_admitted(admitted, socket).instrument(span).await;
         }
-    };
-    served.instrument(span).await
+        Err(error) => refuse(socket, &error.to_string()).await,
+    }
+}
+
+async fn serve_admitted(admitted: ClientRequest, socket: &ProxySocket) {
+    // The stream can't leave the HTTP/2 connection that it belongs to, and the connection is not only
+    // this stream's.
+    match admitted.dial(&socket).await {
+        Ok(connection) => {
+            // A client that is gone by now shows in the relay as well; so does one that takes no
+            // answer, once there is something for it.
+            let _ = timeout(REQUEST_TIMEOUT, socket.connected()).await;
+            // The halves have told their ends before the client is told the end.
+            let (reason, _permit) = connection.relay(&socket).await;
+            socket.end(&socket.close(reason));
+            // It counts until its last words have left: a process that drains waits for that.
+            let _ = timeout(GOODBYE, socket.left()).await;
+        }
+        Err(error) => match error.by {
+            // A client that has left gets no answer, and none is counted.
+            Closer::Client => socket.end(&socket.fault().unwrap_or_else(Status::ok)),
+            _ => refuse(socket, &explain(&error)).await,
+        },
+    }
 }
 
 fn destination(request: &Wanted) -> Result<Destination, String> {
@@ -222,14 +279,14 @@ fn destination(request: &Wanted) -> Result<Destination, String> {
 
 /// Returns the error of DIAL_RSP: it begins with the words that Konnectivity's programs search for, if
 /// there are any, and has the reason. The answer of an agent of Konnectivity is passed on unchanged.
-fn explain(error: &DialError) -> Cow<'_, str> {
-    match (error.reason, error.answer()) {
+fn explain(error: &DialError) -> String {
+    match (error.reason, words(error)) {
         (CloseReason::NoRoute | CloseReason::NoAgent | CloseReason::Draining, _) => {
-            format!("{}: {error}", text::NO_AGENT).into()
+            format!("{}: {error}", text::NO_AGENT)
         }
-        (_, Some(answer)) => answer.into(),
-        _ if error.is_too_late() => format!("{}: {error}", text::DIAL_TIMEOUT).into(),
-        _ => error.to_string().into(),
+        (_, Some(answer)) => answer.into_owned(),
+        _ if error.is_too_late() => format!("{}: {error}", text::DIAL_TIMEOUT),
+        _ => error.to_string(),
     }
 }
 
@@ -250,6 +307,15 @@ async fn drain(receiver: &mut PacketReceiver) {
 mod tests {
     use super::*;
     use cpc_config::TunnelKind;
+    use cpc_identity::floor::accepted;
+    use rustls::version::{TLS12, TLS13};
+
+    #[test]
+    fn tls_before_1_3_is_for_grpc() {
+        let metrics = ProxyServerMetrics::default();
+        let service = ProxyService::new(metrics, &LimitsConfig::default());
+        assert_eq!(accepted(&service.floor()).versions, [&TLS13, &TLS12]);
+    }
 
     #[test]
     fn a_failed_dial_is_told_in_the_words_of_konnectivity() {

@@ -3,12 +3,12 @@
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::ServerError;
+use crate::metrics::LeaseCalls;
 use cpc_config::ServerConfig;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_kubernetes::client;
 use cpc_kubernetes::lease::LeaseHolder;
-use cpc_observe::konnectivity::LeaseCalls;
+use cpc_server::ServerError;
 
 /// Holds one lease for each server id where that is configured, until the process drains, so that
 /// agents do not look for this server then. The task ends some seconds after that.

@@ -1,13 +1,13 @@
-//! Texts of a refused HTTP CONNECT: our own form, or that of Konnectivity's proxy-server, byte for
-//! byte, for programs that check status and body. In both the reason phrase is ours and has the reason.
+//! Refusals of HTTP CONNECT in the form of Konnectivity's proxy-server, byte for byte, for programs that
+//! check status and body. The reason phrase is ours and has the reason.
 
 use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::http_connect::{ConnectError, response, response_with};
 
-use crate::dial::DialError;
-use cpc_config::frontend::Answers;
+use super::answer::words;
 use cpc_observe::metrics::Closer;
+use cpc_server::extension::{DialError, Refusals, status};
 
 const NO_AGENT: &str = "currently no tunnels available: No agent available";
 const AGENT_LOST: &str = "Backend context error: context canceled\r\n";
@@ -19,45 +19,32 @@ const PLAIN: (&str, &str) = ("Content-Type", "text/plain");
 const UTF8: (&str, &str) = ("Content-Type", "text/plain; charset=utf-8");
 const CLOSE: (&str, &str) = ("Connection", "close");
 
-/// Returns the answer to a failed dial.
-pub(super) fn failure(answers: Answers, error: &DialError) -> Bytes {
-    let why = error.to_string();
-    match answers {
-        Answers::Detailed => response(status(error.reason), &why),
-        Answers::Konnectivity => compatible(error, &why),
-    }
-}
+/// The form of proxy-server.
+#[derive(Debug)]
+pub(super) struct ProxyServerRefusals;
 
-/// Returns the answer to an invalid or unsupported request.
-pub(super) fn bad_request(answers: Answers, error: &ConnectError) -> Bytes {
-    let (status, why) = (error.status(), error.to_string());
-    match (answers, status) {
-        (Answers::Konnectivity, 405) => {
-            let length = ONLY_CONNECT.len().to_string();
-            let fields = [
-                UTF8,
-                ("X-Content-Type-Options", "nosniff"),
-                ("Content-Length", &length),
-                // Where Konnectivity waits for another request.
-                CLOSE,
-            ];
-            response_with(status, &why, &fields, ONLY_CONNECT)
+impl Refusals for ProxyServerRefusals {
+    fn failure(&self, error: &DialError) -> Bytes {
+        compatible(error, &error.to_string())
+    }
+
+    fn bad_request(&self, error: &ConnectError) -> Bytes {
+        let (status, why) = (error.status(), error.to_string());
+        match status {
+            405 => {
+                let length = ONLY_CONNECT.len().to_string();
+                let fields = [
+                    UTF8,
+                    ("X-Content-Type-Options", "nosniff"),
+                    ("Content-Length", &length),
+                    // Where Konnectivity waits for another request.
+                    CLOSE,
+                ];
+                response_with(status, &why, &fields, ONLY_CONNECT)
+            }
+            400 => response_with(status, &why, &[UTF8, CLOSE], BAD_REQUEST),
+            _ => response(status, &why),
         }
-        (Answers::Konnectivity, 400) => response_with(status, &why, &[UTF8, CLOSE], BAD_REQUEST),
-        _ => response(status, &why),
-    }
-}
-
-fn status(reason: CloseReason) -> u16 {
-    match reason {
-        CloseReason::PolicyDenied => 403,
-        CloseReason::NoRoute
-        | CloseReason::NoAgent
-        | CloseReason::Draining
-        | CloseReason::CircuitOpen
-        | CloseReason::Overloaded => 503,
-        CloseReason::DialTimeout => 504,
-        _ => 502,
     }
 }
 
@@ -70,11 +57,11 @@ fn compatible(error: &DialError, why: &str) -> Bytes {
         _ if error.is_too_late() => response_with(504, why, &[UTF8], TOO_LATE),
         (_, Closer::Tunnel) => response_with(502, why, &[UTF8], AGENT_LOST),
         (reason, _) => {
-            let (status, body) = match error.answer() {
-                Some(answer) => (status_of(answer), answer),
-                None => (status(reason), why),
+            let (status, body) = match words(error) {
+                Some(answer) => (status_of(&answer), answer),
+                None => (status(reason), why.into()),
             };
-            response_with(status, why, &[CLOSE, UTF8], body)
+            response_with(status, why, &[CLOSE, UTF8], &body)
         }
     }
 }
@@ -106,7 +93,7 @@ mod tests {
     }
 
     fn of_konnectivity(error: &DialError) -> String {
-        let answer = failure(Answers::Konnectivity, error);
+        let answer = ProxyServerRefusals.failure(error);
         without_reason(&answer, &error.to_string())
     }
 
@@ -171,10 +158,8 @@ mod tests {
             ),
         ] {
             let why = error.to_string();
-            let answer = bad_request(Answers::Konnectivity, &error);
+            let answer = ProxyServerRefusals.bad_request(&error);
             assert_eq!(without_reason(&answer, &why), expected);
-            let detailed = bad_request(Answers::Detailed, &error);
-            assert!(detailed.ends_with(format!("{why}\n").as_bytes()));
         }
     }
 }

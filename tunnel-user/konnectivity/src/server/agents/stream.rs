@@ -14,8 +14,8 @@ use tunnel_proto::konnectivity::{MAX_DATA, text};
 use tunnel_proto::preface::{DialRequest, DialResponse};
 
 use super::link::{KonnectivityLink, Waiting};
-use crate::link::{self, AgentLink, Answered, LinkRecv, LinkSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use cpc_server::extension::{self, AgentLink, Answered, LinkRecv, LinkSend};
 use cpc_transport::tunnel::HeadError;
 
 /// State that the halves share; dropped with the last of them.
@@ -95,7 +95,7 @@ fn open(
 
 /// The half towards the target; resets on drop unless finished.
 #[derive(Debug)]
-pub(crate) struct KonnectivitySend {
+pub(super) struct KonnectivitySend {
     connection: Rc<Connection>,
     ended: bool,
 }
@@ -161,14 +161,14 @@ impl Drop for KonnectivitySend {
 
 /// The half from the target, behind the agent's answer.
 #[derive(Debug)]
-pub(crate) struct KonnectivityRecv {
+pub(super) struct KonnectivityRecv {
     connection: Rc<Connection>,
     ended: bool,
 }
 
 impl Answered for KonnectivityRecv {
     /// Waits for the agent's answer. Cancelling loses nothing.
-    async fn answer(&mut self) -> link::Answer {
+    async fn answer(&mut self) -> extension::Answer {
         let dial = self.connection.dial;
         let answer = self
             .connection
@@ -259,9 +259,9 @@ mod tests {
     use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
     use super::*;
-    use crate::routes::{LinkId, LinkInfo, Trust};
     use cpc_config::TunnelKind;
     use cpc_identity::{Identity, Role};
+    use cpc_server::routes::{LinkId, LinkInfo, Trust};
     use cpc_transport::tunnel::{Path, Probe};
 
     fn link() -> Rc<KonnectivityLink> {

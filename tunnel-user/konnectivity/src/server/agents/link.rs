@@ -12,8 +12,8 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::server_end::{DialId, Event, InUse, ServerEnd};
 use tunnel_proto::preface::DialRequest;
 
-use crate::routes::LinkInfo;
-use cpc_observe::konnectivity::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
+use crate::metrics::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
+use cpc_server::routes::LinkInfo;
 use cpc_transport::grpc::{Code, Outbox, Status};
 
 /// Task that waits for a connection.
@@ -27,7 +27,7 @@ pub(super) struct Waiting {
 
 /// A connected agent.
 #[derive(Debug)]
-pub(crate) struct KonnectivityLink {
+pub(super) struct KonnectivityLink {
     /// State that other shards may read.
     pub info: Arc<LinkInfo>,
     /// Notification that the session must check the state machine again.
@@ -100,7 +100,7 @@ impl KonnectivityLink {
     }
 
     /// Ends the link and everything on it. The first reason counts.
-    pub(crate) fn close(&self, reason: CloseReason) {
+    pub(super) fn close(&self, reason: CloseReason) {
         if self.closed.get().is_some() {
             return;
         }

@@ -22,7 +22,7 @@ use cpc_transport::grpc;
 
 /// TLS of the listener, reloaded when its files change.
 #[derive(Clone)]
-pub(crate) struct AgentTls {
+pub(super) struct AgentTls {
     files: Files,
     loaded: Arc<ArcSwap<Loaded>>,
 }
@@ -56,7 +56,7 @@ impl AgentTls {
     ///
     /// # Errors
     /// [`MaterialError`] naming the file.
-    pub(crate) fn load(
+    pub(super) fn load(
         config: &KonnectivityConfig,
         (own_cert, own_key): (Option<&Path>, Option<&Path>),
         tenant: TrustDomain,
@@ -79,7 +79,7 @@ impl AgentTls {
     }
 
     /// Reloads the files when they change, without end.
-    pub(crate) async fn watch(self) {
+    pub(super) async fn watch(self) {
         let reload = || {
             if self.files.fingerprint() != self.loaded.load().fingerprint {
                 self.loaded.store(Arc::new(read(&self.files)?));
