@@ -126,7 +126,7 @@ const ALONE: [(&str, &str); 6] = [
     ("aya-log", "cpc-redirect"),
     ("kube", "cpc-kubernetes"),
     ("k8s-openapi", "cpc-kubernetes"),
-    ("h2", "cpc-transport"),
+    ("h2", "cpc-konnectivity"),
     ("quinn-proto", "cpc-transport"),
 ];
 

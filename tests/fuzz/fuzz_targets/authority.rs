@@ -12,7 +12,7 @@ use tunnel_fuzz::take_byte;
 
 // Without the crate that it belongs to, which brings everything else along.
 #[allow(dead_code)]
-#[path = "../../../tunnel-user/transport/src/grpc/authority.rs"]
+#[path = "../../../tunnel-user/konnectivity/src/grpc/authority.rs"]
 mod authority;
 
 use authority::AnyAuthority;

@@ -1,9 +1,10 @@
 //! Konnectivity: what exists only for its servers and agents.
 //!
 //! [`agent`] lets an agent dial proxy-servers. [`server`] lets a server serve proxy-agents, and clients of
-//! their protocol.
+//! their protocol. Both use [`grpc`], and count under the names of Konnectivity's programs ([`metrics`]).
 
 pub mod agent;
+mod grpc;
+mod health;
+mod metrics;
 pub mod server;
-
-use cpc_observe::konnectivity as metrics;

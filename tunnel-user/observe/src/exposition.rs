@@ -3,7 +3,7 @@
 //!
 //! The registry writes OpenMetrics. In version 0.0.4 a counter's name has its `_total` in the type
 //! line too, there is no end mark, and the type `unknown` is written `counter`: the one metric of
-//! that type is a counter whose name stands as it is (`konnectivity::Exact`). Bounds of buckets are
+//! that type is a counter whose name stands as it is (`Exact` in cpc-konnectivity). Bounds of buckets are
 //! written as Prometheus' client for Go writes them, behind the other labels.
 
 use std::fmt::{self, Write};

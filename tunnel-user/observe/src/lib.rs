@@ -1,6 +1,6 @@
 //! Observability: logs ([`logging`]), metrics ([`metrics`]), and one record per connection that feeds
-//! both ([`access`]) and the [`audit`]. Further metrics are those of [`konnectivity`], of the
-//! [`process`], and of its last [`reload`]; [`exposition`] writes them.
+//! both ([`access`]) and the [`audit`]. Further metrics are those of the
+//! [`process`] and of its last [`reload`]; [`exposition`] writes them.
 
 pub mod access;
 pub mod admin;
@@ -8,7 +8,6 @@ pub mod audit;
 pub mod error_dedup;
 pub mod exposition;
 mod journal;
-pub mod konnectivity;
 pub mod limits;
 mod line_end;
 mod line_writer;

@@ -83,19 +83,19 @@ impl Bound {
             // Agents of both kinds may come to one number: then a load balancer's TCP check meets
             // those that speak gRPC.
             if konnectivity != Some(config.listen.port()) {
-                health = Some(listen(inherited, config.listen)?);
+                health = Some(Sockets(inherited).tcp(config.listen)?);
             }
         }
         let mut bound = Self {
             udp,
             health,
-            admin: listen(inherited, config.admin)?,
+            admin: Sockets(inherited).tcp(config.admin)?,
             probes: config
                 .health
-                .map(|addr| listen(inherited, addr))
+                .map(|addr| Sockets(inherited).tcp(addr))
                 .transpose()?,
             join: { config.join.as_ref() }
-                .map(|join| listen(inherited, join.listen))
+                .map(|join| Sockets(inherited).tcp(join.listen))
                 .transpose()?,
             unix: Vec::new(),
             tls: Vec::new(),
@@ -149,7 +149,7 @@ impl Bound {
                 });
             }
             FrontendConfig::Tcp(frontend) => {
-                let listener = listen(inherited, frontend.tcp)?;
+                let listener = Sockets(inherited).tcp(frontend.tcp)?;
                 let (files, revocations) = (frontend.clone(), revocations.clone());
                 let tenant = scope.tenant.clone();
                 let tls = FrontendTls::load(files, tenant, protocol.clone(), revocations)?;
@@ -195,17 +195,6 @@ fn tunnel(
         );
         Ok(vec![kept])
     })
-}
-
-/// Opens a TCP listener, or takes it over from the service manager.
-pub(super) fn listen(
-    inherited: &mut Inherited,
-    addr: SocketAddr,
-) -> Result<TcpListener, ServerError> {
-    if let Some(listener) = inherited.tcp(addr, None) {
-        return Ok(listener);
-    }
-    named(format!("TCP {addr}"), listen::tcp(addr))
 }
 
 fn named<T>(what: String, opened: io::Result<T>) -> Result<T, ServerError> {

@@ -7,7 +7,7 @@
 mod ask;
 mod attempt;
 mod breaker;
-mod error;
+pub(super) mod error;
 mod look_up;
 mod permit;
 mod plan;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tunnel_proto::preface::ConnectionId;
 
-use self::error::{Failed, no_route};
+use self::error::{DialError, Failed, no_route};
 use self::look_up::look_up;
 use self::permit::StreamPermit;
 use self::plan::{Action, Candidate, Plan};
@@ -34,8 +34,6 @@ use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_observe::access::Record;
 use cpc_observe::metrics::GaugeGuard;
-
-pub use error::{AgentAnswer, DialError};
 
 impl Candidate for Arc<LinkInfo> {
     type Id = LinkId;

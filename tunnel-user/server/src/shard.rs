@@ -15,7 +15,8 @@ use tunnel_proto::session::InstanceId;
 
 use super::breaker::Breaker;
 use super::control::ControlHandle;
-use super::extension::{AgentServer, Observer};
+use super::extension::agent_server::AgentServer;
+use super::extension::observer::Observer;
 use super::faults::Faults;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;

@@ -1,7 +1,5 @@
-//! Tunnels ([`tunnel`]): QUIC ([`quic`]), the control stream of a session ([`control_stream`]), and gRPC
-//! over HTTP/2 for peers that speak Konnectivity's protocol ([`grpc`]).
+//! Tunnels ([`tunnel`]): QUIC ([`quic`]), and the control stream of a session ([`control_stream`]).
 
 pub mod control_stream;
-pub mod grpc;
 pub mod quic;
 pub mod tunnel;

@@ -14,13 +14,13 @@ use tunnel_proto::konnectivity::{IdentifierError, Identifiers, metadata};
 use tunnel_proto::route::Claim;
 use uuid::Uuid;
 
+use crate::grpc::{ALPN, Settings};
 use cpc_config::konnectivity::ProxyServerConfig;
 use cpc_host::report::report;
 use cpc_identity::lifetime::{Certificates, Lifetime, Purpose};
 use cpc_identity::material::{MaterialError, load_anchors, load_key};
 use cpc_identity::named::NamedVerifier;
 use cpc_identity::{pem, provider};
-use cpc_transport::grpc::{ALPN, Settings};
 
 /// Maximum size of a token, in bytes: that of a service account has one or two thousand.
 const MAX_TOKEN: usize = 32 << 10;

@@ -13,14 +13,14 @@ use tunnel_proto::konnectivity::{CONNECT, metadata};
 
 use super::client::{Client, ClientError};
 use super::tunnel::Established;
+use crate::grpc::client::{CallError, Opened, handshake, secure};
+use crate::grpc::tcp;
+use crate::metrics::ProxyAgentMetrics;
 use cpc_agent::extension::{
     BoxError, DialTarget, EstablishedTunnel, TunnelDialer, TunnelInfo, TunnelStats, Worker,
 };
 use cpc_config::TunnelKind;
 use cpc_config::address::split;
-use cpc_observe::konnectivity::ProxyAgentMetrics;
-use cpc_transport::grpc::client::{CallError, Opened, handshake, secure};
-use cpc_transport::grpc::tcp;
 
 /// Timeout of the TCP connect, which is retried later.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

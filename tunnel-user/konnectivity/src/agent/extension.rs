@@ -10,15 +10,15 @@ use tunnel_proto::close::CloseReason;
 use super::client::{Client, ClientError};
 use super::dialer::ProxyServerDialer;
 use super::leases;
+use crate::health::agent_router;
+use crate::metrics::{DialTrouble, ProxyAgentMetrics};
 use cpc_agent::extension::{
     BoxError, BoxFuture, Extension, Observer, ReportedIdentity, ServerCount, TunnelDialer,
 };
 use cpc_config::AgentConfig;
 use cpc_config::konnectivity::{CountSource, LeaseConfig};
 use cpc_identity::lifetime::Certificates;
-use cpc_observe::admin::konnectivity::agent_router;
 use cpc_observe::admin::{Admin, Pages};
-use cpc_observe::konnectivity::{DialTrouble, ProxyAgentMetrics};
 
 /// Time for a proxy-server to learn that the agent drains: its requests until then are served.
 const DRAIN_HEARD: Duration = Duration::from_secs(1);

@@ -16,9 +16,9 @@ use tunnel_proto::konnectivity::agent_end::{AgentEnd, Command, DIAL_TIMEOUT};
 use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
 use super::stream::{KonnectivityRecv, KonnectivitySend};
+use crate::grpc::{Outbox, Status};
+use crate::metrics::Tally;
 use cpc_datapath::stream::{RecvEnd, SendEnd};
-use cpc_observe::konnectivity::Tally;
-use cpc_transport::grpc::{Outbox, Status};
 
 /// One stream to a proxy-server.
 #[derive(Debug)]

@@ -14,12 +14,12 @@ use tunnel_proto::preface::DialResponse;
 
 use super::session::{Asked, Session};
 use super::stream::{KonnectivityRecv, KonnectivitySend};
+use crate::grpc::client::handshake;
+use crate::grpc::server::serve;
+use crate::grpc::{PacketReceiver, PacketSender, Settings};
+use crate::metrics::{Segment, StreamMetrics};
 use cpc_agent::extension::Answer;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_observe::konnectivity::{Segment, StreamMetrics};
-use cpc_transport::grpc::client::handshake;
-use cpc_transport::grpc::server::serve;
-use cpc_transport::grpc::{PacketReceiver, PacketSender, Settings};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -37,7 +37,7 @@ impl Pair {
         let (accepted, server) = oneshot::channel();
         spawn_local(async move {
             let mut accepted = Some(accepted);
-            let on_call = |call: cpc_transport::grpc::server::Call| {
+            let on_call = |call: crate::grpc::server::Call| {
                 let halves = call.accept(&[]).unwrap();
                 drop(accepted.take().unwrap().send(halves));
             };

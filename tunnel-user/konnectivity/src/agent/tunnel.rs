@@ -9,13 +9,13 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::session::{Asked, Session};
+use crate::grpc::{PacketReceiver, PacketSender, StreamEnd};
+use crate::metrics::{Direction, ProxyAgentMetrics, Segment};
 use cpc_agent::extension::{
     EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerInfo, ServerTunnel, TunnelEnd, TunnelInfo,
     Worker, serve_dial,
 };
 use cpc_host::lifecycle::Phase;
-use cpc_observe::konnectivity::{Direction, ProxyAgentMetrics, Segment};
-use cpc_transport::grpc::{PacketReceiver, PacketSender, StreamEnd};
 
 /// An established tunnel.
 #[derive(Debug)]

@@ -31,6 +31,10 @@ use tunnel_proto::preface::Destination;
 
 use self::socket::ProxySocket;
 use super::answer::words;
+use crate::grpc::server::{Call, serve as serve_http2};
+use crate::grpc::{
+    ALPN, AnyAuthority, Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd, tcp,
+};
 use crate::metrics::{ClientTraffic, PacketKind, ProxyServerMetrics, Service};
 use cpc_config::server::LimitsConfig;
 use cpc_config::tls_floor::{TlsFloor, TlsVersion};
@@ -39,10 +43,6 @@ use cpc_host::lifecycle;
 use cpc_host::report::report;
 use cpc_observe::metrics::{Closer, FrontendKind};
 use cpc_server::extension::{ClientProtocol, ClientRequest, DialError, Scope, ShardHandle};
-use cpc_transport::grpc::server::{Call, serve as serve_http2};
-use cpc_transport::grpc::{
-    ALPN, AnyAuthority, Code, PacketReceiver, PacketSender, Settings, Status, StreamEnd, tcp,
-};
 
 /// Timeout for DIAL_REQ on a stream, and for the client to close a stream after its dial has failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

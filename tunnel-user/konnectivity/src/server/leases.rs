@@ -1,5 +1,7 @@
 //! The leases by which agents count servers.
 
+use std::sync::Arc;
+
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -29,6 +31,12 @@ pub(super) async fn hold(
         None => vec![server_id.to_owned()],
     };
     let client = client(&leases.access()).await?;
-    let holder = LeaseHolder::new(client, &leases.namespace, leases.labels()?, ids, calls);
+    let holder = LeaseHolder::new(
+        client,
+        &leases.namespace,
+        leases.labels()?,
+        ids,
+        Arc::new(calls),
+    );
     Ok(Some(tokio::spawn(holder.run(lifecycle::stopping(phase)))))
 }

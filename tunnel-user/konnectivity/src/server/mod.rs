@@ -15,7 +15,7 @@ use cpc_config::server::LimitsConfig;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
 use cpc_identity::revoked::Revocations;
-use cpc_observe::admin::{self, Admin, Pages};
+use cpc_observe::admin::{Admin, Pages};
 use cpc_server::ServerError;
 use cpc_server::extension::{BoundAgents, ClientProtocol, Extension, Observer, Refusals, Sockets};
 use futures_util::future::LocalBoxFuture;
@@ -27,6 +27,7 @@ use self::agents::Bound;
 use self::clients::ProxyService;
 use self::observer::DialCounters;
 use self::refusals::ProxyServerRefusals;
+use crate::health::server_router;
 use crate::metrics::ProxyServerMetrics;
 
 /// Konnectivity, for a server.
@@ -77,6 +78,6 @@ impl Extension for ServerExtension {
     }
 
     fn probes(&self, admin: Admin) -> Pages {
-        admin::konnectivity::server_router(admin)
+        server_router(admin)
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::TryStreamExt;
@@ -14,12 +15,11 @@ use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::held_for;
+use super::{LeaseObserver, held_for};
 use crate::client::{CallError, call, outcome};
 use crate::delays::{Delays, jittered};
 use cpc_host::report::report;
 use cpc_observe::error_dedup::ErrorDedup;
-use cpc_observe::konnectivity::LeaseReads;
 
 /// Time after which the API server ends a watch, in seconds.
 const WATCH_SECONDS: u32 = 240;
@@ -38,7 +38,7 @@ type LeasesByName = HashMap<String, Lease>;
 pub struct LeaseCounter {
     leases: Api<Lease>,
     selector: String,
-    calls: LeaseReads,
+    observer: Arc<dyn LeaseObserver>,
     count: watch::Sender<Option<u32>>,
 }
 
@@ -49,13 +49,13 @@ impl LeaseCounter {
         client: Client,
         namespace: &str,
         selector: String,
-        calls: LeaseReads,
+        observer: Arc<dyn LeaseObserver>,
     ) -> (Self, watch::Receiver<Option<u32>>) {
         let (count, counted) = watch::channel(None);
         let counter = Self {
             leases: Api::namespaced(client, namespace),
             selector,
-            calls,
+            observer,
             count,
         };
         (counter, counted)
@@ -86,7 +86,7 @@ impl LeaseCounter {
         // From the API server's memory: a watch begins where it ends.
         let all = ListParams::default().labels(&self.selector).match_any();
         let listed = call(self.leases.list(&all)).await;
-        self.calls.listed(outcome(&listed), started.elapsed());
+        self.observer.listed(outcome(&listed), started.elapsed());
         let listed = listed?;
         let version = listed.metadata.resource_version.unwrap_or_default();
         let mut by_name: LeasesByName = listed
@@ -101,7 +101,7 @@ impl LeaseCounter {
             .timeout(WATCH_SECONDS);
         let started = Instant::now();
         let watched = call(self.leases.watch(&since, &version)).await;
-        self.calls.watched(outcome(&watched));
+        self.observer.watched(outcome(&watched));
         let mut events = pin!(watched?);
         *delays = Delays::default();
         loop {

@@ -1,6 +1,7 @@
 //! Leases of a server: created, renewed, and deleted at the end. Each server also deletes expired
 //! leases of others, because a crashed server does not.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{join, join_all};
@@ -11,13 +12,12 @@ use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::held_for;
+use super::{LeaseObserver, held_for};
 use crate::client::{CallError, call, outcome};
 use crate::delays::Delays;
 use cpc_config::labels::Labels;
 use cpc_host::report::report;
 use cpc_observe::error_dedup::ErrorDedup;
-use cpc_observe::konnectivity::LeaseCalls;
 
 /// Duration of a lease without renewal, in seconds.
 const DURATION: i32 = 30;
@@ -33,7 +33,7 @@ pub struct LeaseHolder {
     leases: Api<Lease>,
     labels: Labels,
     server_ids: Vec<String>,
-    calls: LeaseCalls,
+    observer: Arc<dyn LeaseObserver>,
     interval: Duration,
 }
 
@@ -45,13 +45,13 @@ impl LeaseHolder {
         namespace: &str,
         labels: Labels,
         server_ids: Vec<String>,
-        calls: LeaseCalls,
+        observer: Arc<dyn LeaseObserver>,
     ) -> Self {
         Self {
             leases: Api::namespaced(client, namespace),
             labels,
             server_ids,
-            calls,
+            observer,
             interval: INTERVAL,
         }
     }
@@ -161,7 +161,7 @@ impl LeaseHolder {
         let started = Instant::now();
         let all = ListParams::default().labels(&self.labels.to_string());
         let listed = call(self.leases.list(&all)).await;
-        self.calls.listed(outcome(&listed), started.elapsed());
+        self.observer.listed(outcome(&listed), started.elapsed());
         let now = SystemTime::now();
         for lease in listed? {
             if held_for(&lease, now).is_none() {
@@ -179,11 +179,11 @@ impl LeaseHolder {
         });
         let started = Instant::now();
         let deleted = call(self.leases.delete(&lease.name_any(), &as_read)).await;
-        self.calls.deleted(outcome(&deleted), started.elapsed());
+        self.observer.deleted(outcome(&deleted), started.elapsed());
         match deleted {
             Ok(_) => {
                 tracing::info!(lease = lease.name_any(), "expired lease deleted");
-                self.calls.cleared();
+                self.observer.cleared();
             }
             // Another server was faster, or its holder is back.
             Err(error) if error.is_not_found() || error.is_conflict() => {}

@@ -5,9 +5,11 @@
 
 mod counter;
 mod holder;
+mod observer;
 
 pub use counter::LeaseCounter;
 pub use holder::LeaseHolder;
+pub use observer::{LeaseObserver, Outcome};
 
 use std::time::{Duration, SystemTime};
 

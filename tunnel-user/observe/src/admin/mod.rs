@@ -8,7 +8,6 @@
 //! | `/status` | JSON, what `cpc status` prints |
 //! | `PUT /log` | puts the body in force as log filter |
 
-pub mod konnectivity;
 mod listener;
 pub mod status;
 
@@ -88,10 +87,18 @@ impl Admin {
         }
     }
 
+    /// Whether the process can do its job.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn ready(&self) -> Result<(), String> {
+        self.source.ready()
+    }
+
     /// Returns the router of all pages.
     pub fn router(self) -> Router {
         Router::new()
-            .route("/metrics", metrics())
+            .route("/metrics", metrics_page())
             .route("/status", get(status_page))
             .route("/log", put(set_log))
             .with_state(self.clone())
@@ -120,14 +127,14 @@ pub async fn serve(listener: std::net::TcpListener, router: Router, max: usize) 
 }
 
 async fn ready(State(admin): State<Admin>) -> Response {
-    match admin.source.ready() {
+    match admin.ready() {
         Ok(()) => "ok\n".into_response(),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why + "\n").into_response(),
     }
 }
 
 /// Returns the handler of the metrics page.
-fn metrics() -> MethodRouter<Admin> {
+pub fn metrics_page() -> MethodRouter<Admin> {
     get(write_metrics).layer(CompressionLayer::new())
 }
 

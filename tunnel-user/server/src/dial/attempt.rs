@@ -57,7 +57,7 @@ impl Dial {
             shard.metrics.limits.refuse(limit.label());
             Failed {
                 failure: Failure::NotAsked,
-                error: full(shard, link, limit),
+                error: full(&shard.limits, link, limit),
             }
         })?;
         let request = DialRequest {
@@ -93,7 +93,7 @@ impl Dial {
         let Ok(connected) = timeout_at(deadline, Box::pin(run)).await else {
             return Err(Failed {
                 failure: Failure::DeadlineOver,
-                error: too_late(shard, &self.record),
+                error: too_late(&shard.limits, &self.record),
             });
         };
         let (send, recv) = connected?;

@@ -8,8 +8,8 @@ use tunnel_proto::preface::{Destination, Host};
 use super::plan::Failure;
 use crate::limits::Limit;
 use crate::routes::{Absence, Departed, LinkInfo, RouteError};
-use crate::shard::Shard;
 use cpc_config::TunnelKind;
+use cpc_config::server::LimitsConfig;
 use cpc_observe::access::Record;
 use cpc_observe::metrics::Closer;
 
@@ -126,13 +126,13 @@ fn absent(departed: &Departed, host: &Host, ago: Duration) -> String {
     }
 }
 
-pub(super) fn full(shard: &Shard, link: &LinkInfo, limit: Limit) -> DialError {
-    let text = format!("{}: {}", link.identity.name, limit.text(&shard.limits));
+pub(super) fn full(limits: &LimitsConfig, link: &LinkInfo, limit: Limit) -> DialError {
+    let text = format!("{}: {}", link.identity.name, limit.text(limits));
     DialError::new(CloseReason::Overloaded, Closer::Server, text)
 }
 
-pub(super) fn too_late(shard: &Shard, record: &Record) -> DialError {
-    let limit = humantime::format_duration(shard.limits.dial_timeout);
+pub(super) fn too_late(limits: &LimitsConfig, record: &Record) -> DialError {
+    let limit = humantime::format_duration(limits.dial_timeout);
     let peer = record.peer.as_deref().unwrap_or("no agent");
     let text = format!(
         "{} did not answer within {limit} (asked {peer})",

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::dial::DialError;
+use crate::dial::error::DialError;
 use crate::registry::Backends;
 use cpc_observe::metrics::GaugeGuard;
 

@@ -10,9 +10,9 @@ use tunnel_proto::preface::Destination;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
-use super::ClientRequest;
-use crate::dial::DialError;
-use crate::frontend::Scope;
+use super::request::ClientRequest;
+use crate::dial::error::DialError;
+use crate::frontend::scope::Scope;
 use crate::link::{AgentLink, Link, registration};
 use crate::permits::TunnelPermit;
 use crate::registry::Verdict;

@@ -14,7 +14,8 @@ use tunnel_proto::http_connect::ESTABLISHED;
 
 use super::connection::{Served, failed, serve};
 use super::refusals::Refusals;
-use crate::dial::{Dial, DialError, Dialled, Step};
+use crate::dial::error::DialError;
+use crate::dial::{Dial, Dialled, Step};
 use crate::permits::ConnectionPermit;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;

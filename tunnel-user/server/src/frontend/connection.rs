@@ -3,7 +3,8 @@
 use tunnel_proto::close::CloseReason;
 
 use super::scope::Scope;
-use crate::dial::{DialError, Dialled};
+use crate::dial::Dialled;
+use crate::dial::error::DialError;
 use crate::limits::Limit;
 use crate::permits::{ConnectionPermit, DialPermit};
 use crate::shard::Shard;

@@ -18,7 +18,7 @@ use super::protocol::Protocol;
 use super::scope::Scope;
 use super::tls::FrontendTls;
 use super::unix::{SocketFile, SocketFileState};
-use crate::extension::ShardHandle;
+use crate::extension::shard::ShardHandle;
 use crate::handshakes::{HandshakeFailure, HandshakeLimiter};
 use crate::shard::Shard;
 use cpc_datapath::socket::TlsSocket;

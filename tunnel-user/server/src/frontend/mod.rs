@@ -12,5 +12,5 @@ pub(super) mod scope;
 mod tls;
 pub(super) mod unix;
 
-pub use scope::Scope;
+pub(super) use scope::Scope;
 pub(super) use tls::FrontendTls;

@@ -9,7 +9,7 @@ use tunnel_proto::http_connect::response;
 
 use super::refusals::Refusals;
 use super::scope;
-use crate::extension::ClientProtocol;
+use crate::extension::clients::ClientProtocol;
 use cpc_config::tls_floor::{TlsFloor, TlsVersion};
 use cpc_datapath::socket::prepare_listener;
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::http_connect::{ConnectError, response};
 
-use crate::dial::DialError;
+use crate::dial::error::DialError;
 
 /// Form of the refusals.
 pub trait Refusals: fmt::Debug + Sync {

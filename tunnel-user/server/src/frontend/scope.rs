@@ -6,7 +6,7 @@ use arc_swap::ArcSwapOption;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::Destination;
 
-use crate::dial::DialError;
+use crate::dial::error::DialError;
 use cpc_config::allow_list::AllowList;
 use cpc_config::frontend::FrontendConfig;
 use cpc_config::server::AttachmentConfig;

@@ -19,14 +19,14 @@ use tunnel_proto::konnectivity::CONNECT;
 use super::acceptor::Acceptor;
 use super::peer::{Context, Peer};
 use super::session;
+use crate::grpc::server::{ServeError, serve};
+use crate::grpc::{Settings, tcp};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::after_failed_accept;
 use cpc_host::report::report;
 use cpc_host::source_limiter::HandshakePermit;
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_server::extension::{AgentServer, HandshakeFailure, ShardHandle};
-use cpc_transport::grpc::server::{ServeError, serve};
-use cpc_transport::grpc::{Settings, tcp};
 
 /// Timeout of a peer's TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -12,9 +12,10 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::server_end::{DialId, Event, InUse, ServerEnd};
 use tunnel_proto::preface::DialRequest;
 
-use crate::metrics::{Counted, PacketKind, ProxyServerMetrics, Segment, Service, Tally};
+use crate::grpc::{Code, Outbox, Status};
+use crate::metrics::{PacketKind, ProxyServerMetrics, Segment, Service, Tally};
+use cpc_observe::metrics::GaugeGuard;
 use cpc_server::routes::LinkInfo;
-use cpc_transport::grpc::{Code, Outbox, Status};
 
 /// Task that waits for a connection.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ pub(super) struct KonnectivityLink {
     sent: Tally,
     pub(super) received: Tally,
     /// Count of a connection that holds up the others.
-    holding_up: RefCell<Option<Counted>>,
+    holding_up: RefCell<Option<GaugeGuard>>,
 }
 
 /// Event of the state machine that concerns the agent, not a connection.

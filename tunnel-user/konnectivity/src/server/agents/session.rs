@@ -19,6 +19,8 @@ use super::path::probe;
 use super::peer::{Context, Peer};
 use super::server_ids::{NoPlace, Taken};
 use super::who::{Introduction, MAX_SHOWN, Refusal};
+use crate::grpc::server::Call;
+use crate::grpc::{Code, PacketReceiver, Status, StreamEnd};
 use crate::metrics::Service;
 use cpc_config::TunnelKind;
 use cpc_host::lifecycle::Phase;
@@ -26,8 +28,6 @@ use cpc_identity::{Identity, revoked};
 use cpc_observe::audit::events::{self as audit, Listener};
 use cpc_server::extension::HandshakeFailure;
 use cpc_server::routes::LinkInfo;
-use cpc_transport::grpc::server::Call;
-use cpc_transport::grpc::{Code, PacketReceiver, Status, StreamEnd};
 
 /// Timeout of an agent's first answer.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);

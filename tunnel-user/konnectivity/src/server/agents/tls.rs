@@ -7,6 +7,7 @@ use arc_swap::ArcSwap;
 use rustls::server::NoClientAuth;
 use tokio_rustls::TlsAcceptor;
 
+use crate::grpc;
 use cpc_config::konnectivity::KonnectivityConfig;
 use cpc_config::tls_floor::TlsFloor;
 use cpc_host::report::report;
@@ -18,7 +19,6 @@ use cpc_identity::pem;
 use cpc_identity::revoked::Revocations;
 use cpc_identity::{Role, TrustDomain};
 use cpc_observe::audit::events as audit;
-use cpc_transport::grpc;
 
 /// TLS of the listener, reloaded when its files change.
 #[derive(Clone)]

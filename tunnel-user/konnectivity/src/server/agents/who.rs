@@ -10,11 +10,11 @@ use tunnel_proto::konnectivity::{IdentifierError, Identifiers};
 use tunnel_proto::session::InstanceId;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use crate::grpc::server::Call;
 use cpc_identity::identity::{IdentityError, ip_from_octets, name_of};
 use cpc_identity::revoked::Revoked;
 use cpc_identity::{Identity, Role, TrustDomain};
 use cpc_kubernetes::token::{ReviewError, TokenReviewer};
-use cpc_transport::grpc::server::Call;
 
 /// Maximum length of the displayed part of an agent's report, in characters.
 pub(super) const MAX_SHOWN: usize = 256;

@@ -17,10 +17,10 @@ use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head, text};
 
+use crate::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 use crate::metrics::{ClientTraffic, PacketKind};
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::PeerClose;
-use cpc_transport::grpc::{Code, PacketReceiver, PacketSender, Status, StreamEnd};
 
 /// Maximum number of bytes that wait for credit before the client has to read: one packet of data, and
 /// answers.

@@ -8,7 +8,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 async fn counter(api: &FakeKubernetes) -> watch::Receiver<Option<u32>> {
     let client = client_of(api).await;
-    let (counter, count) = LeaseCounter::new(client, "n", "app=us".into(), LeaseReads::default());
+    let (counter, count) = LeaseCounter::new(client, "n", "app=us".into(), Arc::new(()));
     tokio::spawn(counter.run());
     count
 }

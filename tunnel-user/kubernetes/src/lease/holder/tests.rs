@@ -13,7 +13,7 @@ async fn holder(api: &FakeKubernetes, ids: &[&str]) -> (JoinHandle<()>, oneshot:
     let labels = "app=us".parse().unwrap();
     let ids = ids.iter().map(|&id| id.into()).collect();
     let client = client_of(api).await;
-    let mut holder = LeaseHolder::new(client, "n", labels, ids, LeaseCalls::default());
+    let mut holder = LeaseHolder::new(client, "n", labels, ids, Arc::new(()));
     holder.interval = Duration::from_millis(100);
     let (stop, stopped) = oneshot::channel();
     let run = holder.run(async { drop(stopped.await) });

@@ -12,9 +12,9 @@ use tokio::time::timeout;
 use tunnel_proto::konnectivity::PROXY;
 
 use super::*;
-use cpc_transport::grpc::Settings;
-use cpc_transport::grpc::client::{Opened, handshake};
-use cpc_transport::grpc::server::serve;
+use crate::grpc::Settings;
+use crate::grpc::client::{Opened, handshake};
+use crate::grpc::server::serve;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -58,7 +58,7 @@ async fn stream() -> (Client, Rc<ProxySocket>) {
     let (socket, made) = oneshot::channel();
     let mut socket = Some(socket);
     spawn_local(async move {
-        let on_call = |call: cpc_transport::grpc::server::Call| {
+        let on_call = |call: crate::grpc::server::Call| {
             let (sender, receiver) = call.accept(&[]).unwrap();
             let socket = socket.take().unwrap();
             let _ = socket.send(ProxySocket::new(sender, receiver, RANDOM, Rc::default()));

@@ -15,7 +15,7 @@ const SILENCE: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// The error of the system call.
-pub fn prepare(socket: &impl AsFd) -> io::Result<()> {
+pub(crate) fn prepare(socket: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()

@@ -13,21 +13,21 @@
 //! wakes the last that asked. What the packets mean is not known here.
 
 mod authority;
-pub mod client;
+pub(crate) mod client;
 mod outbox;
 mod receiver;
 mod sender;
-pub mod server;
+pub(crate) mod server;
 mod status;
-pub mod tcp;
+pub(crate) mod tcp;
 #[cfg(test)]
 mod tests;
 
-pub use authority::AnyAuthority;
-pub use outbox::Outbox;
-pub use receiver::PacketReceiver;
-pub use sender::PacketSender;
-pub use status::{Code, Status};
+pub(crate) use authority::AnyAuthority;
+pub(crate) use outbox::Outbox;
+pub(crate) use receiver::PacketReceiver;
+pub(crate) use sender::PacketSender;
+pub(crate) use status::{Code, Status};
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::DecodeError;
 
 /// ALPN of HTTP/2.
-pub const ALPN: &[u8] = b"h2";
+pub(crate) const ALPN: &[u8] = b"h2";
 
 /// Content type of gRPC messages in the default encoding.
 const CONTENT_TYPE: &str = "application/grpc";
@@ -61,7 +61,7 @@ const MAX_RESET: usize = 64;
 
 /// The bounds of one connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Maximum number of concurrent streams of the peer.
     pub streams: u32,
     /// Maximum number of bytes that the peer may send on a stream before they are taken.
@@ -75,7 +75,7 @@ pub struct Settings {
 
 impl Settings {
     /// Settings towards frontends: each stream is one connection, and many of them may stand still.
-    pub const FRONTEND: Self = Self {
+    pub(crate) const FRONTEND: Self = Self {
         streams: 4096,
         stream_window: 256 << 10,
         frame_overhead: 256 << 20,
@@ -84,7 +84,7 @@ impl Settings {
 
     /// Settings between agent and server: all connections share one stream. A frame of Konnectivity's
     /// with payload has 16 bytes at least, so a full window costs no more than the overhead allows.
-    pub const AGENT: Self = Self {
+    pub(crate) const AGENT: Self = Self {
         streams: 4,
         stream_window: 1 << 20,
         frame_overhead: 64 << 20,
@@ -99,7 +99,7 @@ impl Settings {
 
 /// Reason why a stream gives or takes no more packets.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum StreamEnd {
+pub(crate) enum StreamEnd {
     /// The stream was reset.
     #[error("the stream was reset: {0}")]
     Reset(Reason),
@@ -128,7 +128,7 @@ pub enum StreamEnd {
 
 impl StreamEnd {
     /// Returns the reason with which connections on the stream end.
-    pub fn reason(&self) -> CloseReason {
+    pub(crate) fn reason(&self) -> CloseReason {
         match self {
             Self::Reset(_) | Self::Status(_) => CloseReason::PeerReset,
             Self::Lost(_) => CloseReason::LinkLost,
@@ -141,12 +141,12 @@ impl StreamEnd {
 
 impl StreamEnd {
     /// Returns the status for the peer.
-    pub fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         Status::new(self.code(), self.to_string())
     }
 
     /// Returns the code of that status.
-    pub fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         match self {
             Self::Status(status) => status.code,
             Self::Reset(Reason::CANCEL) | Self::Closed => Code::CANCELLED,

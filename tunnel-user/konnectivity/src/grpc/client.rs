@@ -29,7 +29,7 @@ const FEWEST_BETWEEN_PINGS: Duration = Duration::from_secs(30);
 
 /// Reason why there is no call.
 #[derive(Debug, thiserror::Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// The handshake of TLS or HTTP/2 timed out.
     #[error("the server did not finish the handshake within {} s", HANDSHAKE.as_secs())]
     Handshake,
@@ -66,7 +66,7 @@ impl From<h2::Error> for CallError {
 ///
 /// # Errors
 /// [`CallError::Tls`], or [`CallError::Handshake`] when it takes too long.
-pub async fn secure(
+pub(crate) async fn secure(
     tcp: TcpStream,
     config: Arc<rustls::ClientConfig>,
     server: ServerName<'static>,
@@ -79,14 +79,14 @@ pub async fn secure(
 
 /// A connection that calls can be made on.
 #[derive(Clone, Debug)]
-pub struct Channel {
+pub(crate) struct Channel {
     pub(super) requests: SendRequest<Bytes>,
     authority: String,
 }
 
 /// A call that the server has accepted.
 #[derive(Debug)]
-pub struct Opened {
+pub(crate) struct Opened {
     /// Metadata of the server.
     pub headers: HeaderMap,
     /// Sender towards the server.
@@ -100,7 +100,7 @@ pub struct Opened {
 ///
 /// # Errors
 /// [`CallError`].
-pub async fn handshake<I>(
+pub(crate) async fn handshake<I>(
     io: I,
     settings: &Settings,
     authority: &str,
@@ -143,7 +143,7 @@ impl Channel {
     ///
     /// # Errors
     /// [`CallError`].
-    pub async fn open(
+    pub(crate) async fn open(
         &mut self,
         path: &str,
         metadata: &[(&'static str, &str)],

@@ -9,7 +9,7 @@ use super::Label;
 
 /// Sender and receiver of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Segment {
+pub(crate) enum Segment {
     /// From a client to the server.
     FromClient,
     /// From the server to a client.
@@ -40,8 +40,7 @@ impl Segment {
 
 /// The type of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the protocol's own names")]
-pub enum PacketKind {
+pub(crate) enum PacketKind {
     DialRequest,
     DialResponse,
     CloseRequest,
@@ -53,7 +52,7 @@ pub enum PacketKind {
 
 impl PacketKind {
     /// Returns the kind of `packet`; `None` if its type is unknown.
-    pub fn of(packet: &Packet) -> Option<Self> {
+    pub(crate) fn of(packet: &Packet) -> Option<Self> {
         Some(match packet {
             Packet::DialRequest { .. } => Self::DialRequest,
             Packet::DialResponse { .. } => Self::DialResponse,
@@ -91,7 +90,7 @@ impl PacketKind {
 
 /// Counters of gRPC streams.
 #[derive(Clone, Debug)]
-pub struct StreamMetrics {
+pub(crate) struct StreamMetrics {
     packets: Family<[Label; 2], Counter>,
     /// The same counters by segment and type: every packet counts, so a lookup would be costly.
     by_kind: [[Counter; PacketKind::ALL.len()]; Segment::ALL.len()],
@@ -130,13 +129,13 @@ impl StreamMetrics {
     }
 
     /// Returns the counter of the packets on one segment.
-    pub fn tally(&self, segment: Segment) -> Tally {
+    pub(crate) fn tally(&self, segment: Segment) -> Tally {
         Tally(self.by_kind[segment as usize].clone())
     }
 
     /// Counts an error. `code` is gRPC's name of the status, such as `Unavailable`; `packet` is the
     /// kind of an unsent packet.
-    pub fn error(&self, segment: Segment, code: &'static str, packet: Option<PacketKind>) {
+    pub(crate) fn error(&self, segment: Segment, code: &'static str, packet: Option<PacketKind>) {
         let labels = [
             ("segment", segment.label()),
             ("code", code),
@@ -148,16 +147,16 @@ impl StreamMetrics {
 
 /// Counter of the packets on one segment.
 #[derive(Clone, Debug, Default)]
-pub struct Tally([Counter; PacketKind::ALL.len()]);
+pub(crate) struct Tally([Counter; PacketKind::ALL.len()]);
 
 impl Tally {
     /// Counts one packet, sent or received.
-    pub fn count(&self, kind: PacketKind) {
+    pub(crate) fn count(&self, kind: PacketKind) {
         self.0[kind as usize].inc();
     }
 
     /// Counts a packet if its type is known.
-    pub fn packet(&self, packet: &Packet) {
+    pub(crate) fn packet(&self, packet: &Packet) {
         PacketKind::of(packet)
             .into_iter()
             .for_each(|kind| self.count(kind));

@@ -8,10 +8,11 @@ use tracing::Span;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::Destination;
 
-use crate::dial::{Dial, DialError, connection_id};
+use crate::dial::error::DialError;
+use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
-use crate::frontend::Scope;
 use crate::frontend::connection::{Served, admit, failed, serve};
+use crate::frontend::scope::Scope;
 use crate::permits::ConnectionPermit;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;

@@ -5,7 +5,8 @@ use prometheus_client::registry::Registry;
 use tunnel_proto::konnectivity::Packet;
 
 use super::*;
-use crate::exposition::Format;
+use cpc_kubernetes::lease::LeaseObserver;
+use cpc_observe::exposition::Format;
 
 /// Names of samples and their labels, as proxy-server and proxy-agent write them.
 const SERVER: [&str; 18] = [

@@ -403,7 +403,6 @@ fn an_outbox_that_is_not_read_waits_with_data_and_gives_up_on_control() {
         let queued = (8 << 20) - rest.len();
         let most = SETTINGS.stream_window as usize + SEND_BUFFER + (128 << 10);
         assert!(queued <= most, "{queued}");
-        assert!(outbox.blocked_since().is_some());
 
         for id in 0..1_000_000 {
             outbox.push(&Packet::CloseRequest { connect_id: id });

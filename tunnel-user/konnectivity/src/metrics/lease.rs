@@ -9,10 +9,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::{Exact, agent, server};
-
-/// Answer of the API server: status code and one of few reasons. `None` for no answer, which is not
-/// counted.
-type Outcome<'a> = Option<(u16, &'a str)>;
+use cpc_kubernetes::lease::{LeaseObserver, Outcome};
 
 /// Labels whose values the API server gives.
 type Labels<const N: usize> = [(&'static str, String); N];
@@ -53,7 +50,7 @@ impl Calls {
 
 /// Requests of a server.
 #[derive(Clone, Debug)]
-pub struct LeaseCalls {
+pub(crate) struct LeaseCalls {
     lists: Calls,
     deletes: Calls,
     cleared: Exact,
@@ -98,26 +95,25 @@ impl LeaseCalls {
             self.cleared.clone(),
         );
     }
+}
 
-    /// Counts a list.
-    pub fn listed(&self, outcome: Outcome<'_>, elapsed: Duration) {
+impl LeaseObserver for LeaseCalls {
+    fn listed(&self, outcome: Outcome<'_>, elapsed: Duration) {
         self.lists.observe(outcome, elapsed);
     }
 
-    /// Counts a deletion request.
-    pub fn deleted(&self, outcome: Outcome<'_>, elapsed: Duration) {
+    fn deleted(&self, outcome: Outcome<'_>, elapsed: Duration) {
         self.deletes.observe(outcome, elapsed);
     }
 
-    /// Counts a lease that was deleted.
-    pub fn cleared(&self) {
+    fn cleared(&self) {
         self.cleared.0.inc();
     }
 }
 
 /// Requests of an agent.
 #[derive(Clone, Debug)]
-pub struct LeaseReads {
+pub(crate) struct LeaseReads {
     lists: Calls,
     watches: Calls,
 }
@@ -150,14 +146,14 @@ impl LeaseReads {
             self.watches.total.clone(),
         );
     }
+}
 
-    /// Counts a list.
-    pub fn listed(&self, outcome: Outcome<'_>, elapsed: Duration) {
+impl LeaseObserver for LeaseReads {
+    fn listed(&self, outcome: Outcome<'_>, elapsed: Duration) {
         self.lists.observe(outcome, elapsed);
     }
 
-    /// Counts the start of a watch.
-    pub fn watched(&self, outcome: Outcome<'_>) {
+    fn watched(&self, outcome: Outcome<'_>) {
         self.watches.count(outcome);
     }
 }

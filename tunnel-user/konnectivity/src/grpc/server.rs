@@ -17,7 +17,7 @@ use super::{
 
 /// Reason why a connection ended, except the orderly end.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// HTTP/2 failed.
     #[error(transparent)]
     Http(#[from] h2::Error),
@@ -34,7 +34,7 @@ pub enum ServeError {
 ///
 /// # Errors
 /// [`ServeError`]; a peer that vanishes is one.
-pub async fn serve(
+pub(crate) async fn serve(
     io: impl AsyncRead + AsyncWrite + Unpin,
     settings: &Settings,
     path: &str,
@@ -114,7 +114,7 @@ fn route(
 
 /// A call that is not answered yet. Dropped, it is reset.
 #[derive(Debug)]
-pub struct Call {
+pub(crate) struct Call {
     headers: HeaderMap,
     body: RecvStream,
     respond: SendResponse<Bytes>,
@@ -122,7 +122,7 @@ pub struct Call {
 
 impl Call {
     /// Iterates over the values of one field of the metadata that are text.
-    pub fn metadata(&self, name: &str) -> impl Iterator<Item = &str> {
+    pub(crate) fn metadata(&self, name: &str) -> impl Iterator<Item = &str> {
         let values = self.headers.get_all(name).into_iter();
         values.filter_map(|value| value.to_str().ok())
     }
@@ -132,7 +132,7 @@ impl Call {
     ///
     /// # Errors
     /// [`StreamEnd`]: the caller has gone.
-    pub fn accept(
+    pub(crate) fn accept(
         mut self,
         metadata: &[(&'static str, &str)],
     ) -> Result<(PacketSender, PacketReceiver), StreamEnd> {
@@ -150,7 +150,7 @@ impl Call {
     }
 
     /// Refuses the call.
-    pub fn refuse(mut self, status: &Status) {
+    pub(crate) fn refuse(mut self, status: &Status) {
         let mut response = response();
         status.write(response.headers_mut());
         // Fails only where the caller has gone.

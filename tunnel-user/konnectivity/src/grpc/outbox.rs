@@ -10,11 +10,10 @@ use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{Notify, Semaphore};
-use tokio::time::Instant;
 use tunnel_proto::konnectivity::{MAX_DATA, Packet, data_head};
 
 use super::{PacketSender, Status, StreamEnd};
-use cpc_observe::konnectivity::{PacketKind, Tally};
+use crate::metrics::{PacketKind, Tally};
 
 /// Maximum queued payload, in bytes.
 const MAX_QUEUED: usize = 128 << 10;
@@ -27,14 +26,13 @@ const COPY_BELOW: usize = 4 << 10;
 
 /// A queue shared by the connections of one stream, and by the task that [drives](Self::drive) it.
 #[derive(Debug)]
-pub struct Outbox {
+pub(crate) struct Outbox {
     queue: RefCell<VecDeque<Entry>>,
     /// Permits for bytes of payload, in fair order; closed with the outbox.
     room: Semaphore,
     /// Size of the control packets in the queue, in bytes.
     control: Cell<usize>,
     filled: Notify,
-    blocked_since: Cell<Option<Instant>>,
     state: RefCell<State>,
     ended: Notify,
     tally: Tally,
@@ -65,18 +63,17 @@ enum State {
 
 impl Outbox {
     /// Creates an empty queue, to be [driven](Self::drive).
-    pub fn new() -> Rc<Self> {
+    pub(crate) fn new() -> Rc<Self> {
         Self::counting(Tally::default())
     }
 
     /// Creates a queue that counts its packets.
-    pub fn counting(tally: Tally) -> Rc<Self> {
+    pub(crate) fn counting(tally: Tally) -> Rc<Self> {
         Rc::new(Self {
             queue: RefCell::default(),
             room: Semaphore::new(MAX_QUEUED),
             control: Cell::new(0),
             filled: Notify::new(),
-            blocked_since: Cell::new(None),
             state: RefCell::new(State::Open),
             ended: Notify::new(),
             tally,
@@ -88,7 +85,7 @@ impl Outbox {
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
-    pub async fn send(&self, connect_id: i64, data: &mut Bytes) -> Result<(), StreamEnd> {
+    pub(crate) async fn send(&self, connect_id: i64, data: &mut Bytes) -> Result<(), StreamEnd> {
         while !data.is_empty() {
             let length = data.len().min(MAX_DATA);
             // MAX_DATA fits in 32 bits.
@@ -115,7 +112,7 @@ impl Outbox {
     }
 
     /// Queues a control packet. Ends the stream where the peer has let too many pile up.
-    pub fn push(&self, packet: &Packet) {
+    pub(crate) fn push(&self, packet: &Packet) {
         if !matches!(*self.state.borrow(), State::Open) {
             return;
         }
@@ -141,7 +138,7 @@ impl Outbox {
     }
 
     /// Refuses further packets. Once the queue is sent, the half ends with `status`.
-    pub fn finish(&self, status: Status) {
+    pub(crate) fn finish(&self, status: Status) {
         let mut state = self.state.borrow_mut();
         if matches!(*state, State::Open) {
             *state = State::Finishing(status);
@@ -151,7 +148,7 @@ impl Outbox {
     }
 
     /// Ends the stream at once; the queue is discarded. The first end counts.
-    pub fn close(&self, end: StreamEnd) {
+    pub(crate) fn close(&self, end: StreamEnd) {
         let mut state = self.state.borrow_mut();
         if !matches!(*state, State::Ended(_)) {
             *state = State::Ended(end);
@@ -162,7 +159,7 @@ impl Outbox {
     }
 
     /// Waits for the end of the stream.
-    pub async fn ended(&self) -> StreamEnd {
+    pub(crate) async fn ended(&self) -> StreamEnd {
         loop {
             let ended = self.ended.notified();
             if let State::Ended(end) = &*self.state.borrow() {
@@ -172,13 +169,8 @@ impl Outbox {
         }
     }
 
-    /// Returns since when the queue waits for credit of the peer, if so.
-    pub fn blocked_since(&self) -> Option<Instant> {
-        self.blocked_since.get()
-    }
-
     /// Sends the queue until the stream ends, then closes it.
-    pub async fn drive(&self, mut sender: PacketSender) -> StreamEnd {
+    pub(crate) async fn drive(&self, mut sender: PacketSender) -> StreamEnd {
         let end = tokio::select! {
             end = self.ended() => {
                 sender.abort();
@@ -203,13 +195,11 @@ impl Outbox {
                     end = sender.reset() => return end,
                 }
             };
-            self.blocked_since.set(Some(Instant::now()));
             for part in [&mut entry.head, &mut entry.payload] {
                 if let Err(end) = sender.send(part).await {
                     return end;
                 }
             }
-            self.blocked_since.set(None);
             match entry.cost {
                 Cost::Room(bytes) => self.room.add_permits(bytes),
                 Cost::Control(bytes) => self.control.set(self.control.get() - bytes),

@@ -39,7 +39,7 @@ const NAME: &[u8] = b"\x01x";
 
 /// A byte stream from an HTTP/2 client whose authority does not matter.
 #[derive(Debug)]
-pub struct AnyAuthority<T> {
+pub(crate) struct AnyAuthority<T> {
     inner: T,
     /// Number of bytes to come that pass unchanged.
     pass: usize,
@@ -51,7 +51,7 @@ pub struct AnyAuthority<T> {
 
 impl<T> AnyAuthority<T> {
     /// Wraps a fresh connection.
-    pub fn new(inner: T) -> Self {
+    pub(crate) fn new(inner: T) -> Self {
         Self {
             inner,
             pass: PREFACE,

@@ -17,7 +17,7 @@ const FREE: usize = 64 << 10;
 /// A receiver of the packets of a stream. The peer has its credit back once all packets of an HTTP/2
 /// frame have been taken and another one is requested.
 #[derive(Debug)]
-pub struct PacketReceiver {
+pub(crate) struct PacketReceiver {
     stream: RecvStream,
     decoder: Decoder,
     /// Received data that is not decoded.
@@ -40,7 +40,7 @@ impl PacketReceiver {
     }
 
     /// Charges `budget` for the received part of an incomplete message.
-    pub fn charge_to(&mut self, budget: &Budget) {
+    pub(crate) fn charge_to(&mut self, budget: &Budget) {
         self.charge = Some(Charge::new(budget.clone()));
     }
 
@@ -48,7 +48,7 @@ impl PacketReceiver {
     ///
     /// # Errors
     /// [`StreamEnd`]; nothing follows.
-    pub async fn next(&mut self) -> Result<Option<Packet>, StreamEnd> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Packet>, StreamEnd> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
@@ -56,7 +56,10 @@ impl PacketReceiver {
     ///
     /// # Errors
     /// [`StreamEnd`]; nothing follows.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Packet>, StreamEnd>> {
+    pub(crate) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Packet>, StreamEnd>> {
         loop {
             if let Some(packet) = self.decoder.decode(&mut self.chunk)? {
                 // The packet is its taker's now.

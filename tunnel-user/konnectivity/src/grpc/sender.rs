@@ -13,7 +13,7 @@ use super::{Status, StreamEnd};
 /// A sender of framed packets. Dropped before [`finish`](Self::finish), and with its receiver, the
 /// stream is reset.
 #[derive(Debug)]
-pub struct PacketSender {
+pub(crate) struct PacketSender {
     stream: SendStream<Bytes>,
     side: Side,
 }
@@ -35,7 +35,7 @@ impl PacketSender {
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
-    pub async fn send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
+    pub(crate) async fn send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
         poll_fn(|cx| self.poll_send(cx, bytes)).await
     }
 
@@ -43,7 +43,7 @@ impl PacketSender {
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
-    pub fn poll_send(
+    pub(crate) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &mut Bytes,
@@ -65,7 +65,7 @@ impl PacketSender {
     ///
     /// # Errors
     /// [`StreamEnd`]; the stream takes no more.
-    pub fn try_send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
+    pub(crate) fn try_send(&mut self, bytes: &mut Bytes) -> Result<(), StreamEnd> {
         while !bytes.is_empty() {
             self.stream.reserve_capacity(bytes.len());
             let room = self.stream.capacity();
@@ -82,18 +82,18 @@ impl PacketSender {
 
     /// Queues the last bytes, regardless of credit: they are kept until there is some, or until the
     /// stream has ended.
-    pub fn send_last(&mut self, bytes: Bytes) {
+    pub(crate) fn send_last(&mut self, bytes: Bytes) {
         // Fails only where the stream has ended before.
         let _ = self.stream.send_data(bytes, false);
     }
 
     /// Waits until the stream is reset or its connection lost, while nothing is sent.
-    pub async fn reset(&mut self) -> StreamEnd {
+    pub(crate) async fn reset(&mut self) -> StreamEnd {
         poll_fn(|cx| self.poll_reset(cx)).await
     }
 
     /// Polls for a reset as [`reset`](Self::reset) does, for several futures of one task.
-    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamEnd> {
+    pub(crate) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamEnd> {
         Poll::Ready(match ready!(self.stream.poll_reset(cx)) {
             Ok(reason) => StreamEnd::Reset(reason),
             Err(error) => StreamEnd::Lost(Arc::new(error)),
@@ -101,7 +101,7 @@ impl PacketSender {
     }
 
     /// Ends our half behind the sent bytes. A server's half carries `status`, a client's has none.
-    pub fn finish(&mut self, status: &Status) {
+    pub(crate) fn finish(&mut self, status: &Status) {
         // Fails only where the stream has ended before.
         let _ = match self.side {
             Side::Server => {
@@ -114,7 +114,7 @@ impl PacketSender {
     }
 
     /// Resets the stream: sent bytes may be discarded.
-    pub fn abort(&mut self) {
+    pub(crate) fn abort(&mut self) {
         self.stream.send_reset(Reason::CANCEL);
     }
 

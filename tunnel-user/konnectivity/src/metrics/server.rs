@@ -7,7 +7,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::{ClientTraffic, Counted, Exact, Label, LeaseCalls, StreamMetrics, set};
+use super::{ClientTraffic, Exact, Label, LeaseCalls, StreamMetrics, set};
+use cpc_observe::metrics::GaugeGuard;
 
 const PREFIX: &str = "konnectivity_network_proxy_server";
 
@@ -31,7 +32,7 @@ pub(super) fn call_latency() -> Histogram {
 
 /// A gRPC method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Service {
+pub(crate) enum Service {
     /// Method of clients.
     Proxy,
     /// Method of agents.
@@ -52,15 +53,11 @@ impl Service {
 
 /// Reason of a failed dial, as seen by a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DialFailure {
+pub(crate) enum DialFailure {
     /// No agent was available.
     NoAgent,
     /// The agent answered with an error.
     ErrorResponse,
-    /// An agent answered an unknown dial.
-    UnrecognizedResponse,
-    /// The response of a successful dial could not be sent to the client.
-    SendResponse,
     /// The tunnel was lost, or its agent gave up the dial.
     BackendClose,
     /// No answer arrived in time.
@@ -74,8 +71,6 @@ impl DialFailure {
         let reason = match self {
             Self::NoAgent => "no_agent",
             Self::ErrorResponse => "error_response",
-            Self::UnrecognizedResponse => "unrecognized_response",
-            Self::SendResponse => "send_rsp",
             Self::BackendClose => "backend_close",
             Self::BackendDialTimeout => "backend_dial_timeout",
             Self::FrontendClose => "frontend_close",
@@ -86,7 +81,7 @@ impl DialFailure {
 
 /// All metrics of proxy-server.
 #[derive(Clone, Debug)]
-pub struct ProxyServerMetrics {
+pub(crate) struct ProxyServerMetrics {
     /// Packets, of clients and of agents.
     pub streams: StreamMetrics,
     /// Requests about leases.
@@ -132,7 +127,7 @@ impl Default for ProxyServerMetrics {
 
 impl ProxyServerMetrics {
     /// Registers the metrics; `registry` must have no prefix.
-    pub fn register(&self, registry: &mut Registry) {
+    pub(crate) fn register(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix(PREFIX);
         self.streams.register(registry);
         self.leases.register(registry);
@@ -194,52 +189,52 @@ impl ProxyServerMetrics {
     }
 
     /// Observes a dial that succeeded.
-    pub fn dialled(&self, elapsed: Duration) {
+    pub(crate) fn dialled(&self, elapsed: Duration) {
         self.dials.observe(elapsed.as_secs_f64());
     }
 
     /// Counts a dial that failed.
-    pub fn dial_failed(&self, why: DialFailure) {
+    pub(crate) fn dial_failed(&self, why: DialFailure) {
         self.failures.get_or_create(&why.labels()).0.inc();
     }
 
     /// Returns counters of the packets of clients.
-    pub fn clients(&self) -> ClientTraffic {
+    pub(crate) fn clients(&self) -> ClientTraffic {
         ClientTraffic::new(&self.streams, &self.writes)
     }
 
     /// Observes the duration of a connection.
-    pub fn ended(&self, elapsed: Duration) {
+    pub(crate) fn ended(&self, elapsed: Duration) {
         self.lifetimes.observe(elapsed.as_secs_f64());
     }
 
     /// Counts an open gRPC stream.
-    pub fn rpc(&self, service: Service) -> Counted {
-        Counted::new(&self.rpcs.get_or_create(&service.labels()))
+    pub(crate) fn rpc(&self, service: Service) -> GaugeGuard {
+        GaugeGuard::new(&self.rpcs.get_or_create(&service.labels()))
     }
 
     /// Counts an open connection of HTTP CONNECT.
-    pub fn http_connection(&self) -> Counted {
-        Counted::new(&self.http)
+    pub(crate) fn http_connection(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.http)
     }
 
     /// Counts a dial that is under way.
-    pub fn pending_dial(&self) -> Counted {
-        Counted::new(&self.pending)
+    pub(crate) fn pending_dial(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.pending)
     }
 
     /// Counts an open connection.
-    pub fn established(&self) -> Counted {
-        Counted::new(&self.established)
+    pub(crate) fn established(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.established)
     }
 
     /// Counts a connection that holds up its gRPC stream.
-    pub fn full_receive_channel(&self, service: Service) -> Counted {
-        Counted::new(&self.full.get_or_create(&service.labels()))
+    pub(crate) fn full_receive_channel(&self, service: Service) -> GaugeGuard {
+        GaugeGuard::new(&self.full.get_or_create(&service.labels()))
     }
 
     /// Sets the number of agents that can serve a dial: in all, and by strategy.
-    pub fn set_backends(
+    pub(crate) fn set_backends(
         &self,
         all: usize,
         by_strategy: impl IntoIterator<Item = (&'static str, usize)>,

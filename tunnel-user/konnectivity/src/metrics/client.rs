@@ -9,7 +9,7 @@ use super::{PacketKind, ProxyServerMetrics, Segment, StreamMetrics, Tally};
 
 /// Counters of the traffic between clients and a server, on any number of streams.
 #[derive(Clone, Debug)]
-pub struct ClientTraffic {
+pub(crate) struct ClientTraffic {
     received: Tally,
     sent: Tally,
     streams: StreamMetrics,
@@ -27,27 +27,27 @@ impl ClientTraffic {
     }
 
     /// Counts a packet from a client.
-    pub fn received(&self, packet: &Packet) {
+    pub(crate) fn received(&self, packet: &Packet) {
         self.received.packet(packet);
     }
 
     /// Counts a packet to a client, before it is written.
-    pub fn sent(&self, kind: PacketKind) {
+    pub(crate) fn sent(&self, kind: PacketKind) {
         self.sent.count(kind);
     }
 
     /// Observes the time that a packet waited for its client.
-    pub fn wrote(&self, elapsed: Duration) {
+    pub(crate) fn wrote(&self, elapsed: Duration) {
         self.writes.observe(elapsed.as_secs_f64());
     }
 
     /// Counts a stream that failed while its client was read. `code` is gRPC's name of the status.
-    pub fn not_received(&self, code: &'static str) {
+    pub(crate) fn not_received(&self, code: &'static str) {
         self.streams.error(Segment::FromClient, code, None);
     }
 
     /// Counts a packet that its client did not take.
-    pub fn not_sent(&self, code: &'static str, kind: PacketKind) {
+    pub(crate) fn not_sent(&self, code: &'static str, kind: PacketKind) {
         self.streams.error(Segment::ToClient, code, Some(kind));
     }
 }

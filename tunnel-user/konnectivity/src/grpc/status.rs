@@ -16,32 +16,28 @@ const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 
 /// A status code of gRPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Code(u8);
+pub(crate) struct Code(u8);
 
 impl Code {
     /// The orderly end.
-    pub const OK: Self = Self(0);
+    pub(crate) const OK: Self = Self(0);
     /// The caller cancelled the call.
-    pub const CANCELLED: Self = Self(1);
+    pub(crate) const CANCELLED: Self = Self(1);
     /// A failure without a code of its own.
-    pub const UNKNOWN: Self = Self(2);
+    pub(crate) const UNKNOWN: Self = Self(2);
     /// The call took too long.
-    pub const DEADLINE_EXCEEDED: Self = Self(4);
-    /// The caller lacks permission.
-    pub const PERMISSION_DENIED: Self = Self(7);
+    pub(crate) const DEADLINE_EXCEEDED: Self = Self(4);
     /// A limit was reached.
-    pub const RESOURCE_EXHAUSTED: Self = Self(8);
+    pub(crate) const RESOURCE_EXHAUSTED: Self = Self(8);
     /// The method does not exist.
-    pub const UNIMPLEMENTED: Self = Self(12);
+    pub(crate) const UNIMPLEMENTED: Self = Self(12);
     /// A peer violated the protocol.
-    pub const INTERNAL: Self = Self(13);
+    pub(crate) const INTERNAL: Self = Self(13);
     /// The call may succeed later, or elsewhere.
-    pub const UNAVAILABLE: Self = Self(14);
-    /// The caller is not authenticated.
-    pub const UNAUTHENTICATED: Self = Self(16);
+    pub(crate) const UNAVAILABLE: Self = Self(14);
 
     /// Returns the name, for metrics.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         let name = NAMES.get(usize::from(self.0));
         name.copied().unwrap_or("Unknown")
     }
@@ -70,7 +66,7 @@ const NAMES: [&str; 17] = [
 
 /// Status of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
+pub(crate) struct Status {
     /// The code.
     pub code: Code,
     /// Text for the person who called.
@@ -79,12 +75,12 @@ pub struct Status {
 
 impl Status {
     /// Returns the status of the orderly end.
-    pub fn ok() -> Self {
+    pub(crate) fn ok() -> Self {
         Self::new(Code::OK, "")
     }
 
     /// Creates any status.
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
             message: message.into(),

@@ -22,7 +22,7 @@ pub(super) fn latency() -> Histogram {
 
 /// Reason of a failed dial, as seen by an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DialTrouble {
+pub(crate) enum DialTrouble {
     /// The target did not answer in time.
     Timeout,
     /// Any other reason.
@@ -41,7 +41,7 @@ impl DialTrouble {
 
 /// Direction in which a stream to a server failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// Sending failed.
     ToServer,
     /// Receiving failed.
@@ -60,7 +60,7 @@ impl Direction {
 
 /// All metrics of proxy-agent.
 #[derive(Clone, Debug)]
-pub struct ProxyAgentMetrics {
+pub(crate) struct ProxyAgentMetrics {
     /// Packets, from and to servers.
     pub streams: StreamMetrics,
     /// Requests about leases.
@@ -90,7 +90,7 @@ impl Default for ProxyAgentMetrics {
 
 impl ProxyAgentMetrics {
     /// Registers the metrics; `registry` must have no prefix.
-    pub fn register(&self, registry: &mut Registry) {
+    pub(crate) fn register(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix(PREFIX);
         self.streams.register(registry);
         self.leases.register(registry);
@@ -127,33 +127,33 @@ impl ProxyAgentMetrics {
     }
 
     /// Observes a dial that succeeded.
-    pub fn dialled(&self, elapsed: Duration) {
+    pub(crate) fn dialled(&self, elapsed: Duration) {
         self.dials.observe(elapsed.as_secs_f64());
     }
 
     /// Counts a dial that failed.
-    pub fn dial_failed(&self, why: DialTrouble) {
+    pub(crate) fn dial_failed(&self, why: DialTrouble) {
         self.dial_failures.get_or_create(&why.labels()).inc();
     }
 
     /// Counts a stream to a server that failed.
-    pub fn server_failed(&self, direction: Direction) {
+    pub(crate) fn server_failed(&self, direction: Direction) {
         let failures = self.server_failures.get_or_create(&direction.labels());
         failures.0.inc();
     }
 
     /// Counts the start of a connection to a target.
-    pub fn endpoint_opened(&self) {
+    pub(crate) fn endpoint_opened(&self) {
         self.endpoints.inc();
     }
 
     /// Counts the end of a connection to a target.
-    pub fn endpoint_closed(&self) {
+    pub(crate) fn endpoint_closed(&self) {
         self.endpoints.dec();
     }
 
     /// Sets the number of connected servers, and the number of servers that there should be.
-    pub fn set_servers(&self, reached: usize, known: usize) {
+    pub(crate) fn set_servers(&self, reached: usize, known: usize) {
         set(&self.servers, reached);
         set(&self.known_servers, known);
     }

@@ -12,12 +12,11 @@ mod lease;
 mod server;
 mod stream;
 
-pub use crate::metrics::GaugeGuard as Counted;
-pub use agent::{DialTrouble, Direction, ProxyAgentMetrics};
-pub use client::ClientTraffic;
-pub use lease::{LeaseCalls, LeaseReads};
-pub use server::{DialFailure, ProxyServerMetrics, Service};
-pub use stream::{PacketKind, Segment, StreamMetrics, Tally};
+pub(crate) use agent::{DialTrouble, Direction, ProxyAgentMetrics};
+pub(crate) use client::ClientTraffic;
+pub(crate) use lease::{LeaseCalls, LeaseReads};
+pub(crate) use server::{DialFailure, ProxyServerMetrics, Service};
+pub(crate) use stream::{PacketKind, Segment, StreamMetrics, Tally};
 
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::counter::Counter;

@@ -13,10 +13,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::Deserialize;
 
-use super::Admin;
+use cpc_observe::admin::{Admin, Pages, metrics_page};
 
 /// Returns the pages of a proxy-server.
-pub fn server_router(admin: Admin) -> Router {
+pub(crate) fn server_router(admin: Admin) -> Pages {
     let ready = get(server_ready);
     pages(
         Router::new()
@@ -27,7 +27,7 @@ pub fn server_router(admin: Admin) -> Router {
 }
 
 /// Returns the pages of a proxy-agent.
-pub fn agent_router(admin: Admin) -> Router {
+pub(crate) fn agent_router(admin: Admin) -> Pages {
     let ready = get(agent_ready);
     pages(
         Router::new()
@@ -40,12 +40,12 @@ pub fn agent_router(admin: Admin) -> Router {
 fn pages(router: Router<Admin>) -> Router<Admin> {
     router
         .route("/healthz", get(|| async { "ok" }))
-        .route("/metrics", super::metrics())
+        .route("/metrics", metrics_page())
 }
 
 /// Answers the readiness of a server. `/readyz` of the admin port has the reason in our own words.
 async fn server_ready(State(admin): State<Admin>) -> Response {
-    match admin.source.ready() {
+    match admin.ready() {
         Ok(()) => "ok".into_response(),
         Err(_) => (
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -62,7 +62,7 @@ struct Detail {
 
 async fn agent_ready(State(admin): State<Admin>, Query(detail): Query<Detail>) -> Response {
     let ping = "[+]ping ok\n";
-    match admin.source.ready() {
+    match admin.ready() {
         Ok(()) if detail.verbose.is_none() => "ok".into_response(),
         Ok(()) => format!("{ping}[+]server-connected ok\ncheck passed\n").into_response(),
         Err(_) => {
