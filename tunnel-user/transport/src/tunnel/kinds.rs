@@ -249,3 +249,6 @@ kinds! {
     /// QUIC.
     Quic(quic::Connection),
 }
+
+#[cfg(test)]
+mod tests;
