@@ -1,5 +1,6 @@
 //! Checks of a configuration, as a start does them and as `cpc config check` does.
 
+use cpc_config::frontend::{Answers, FrontendConfig};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_identity::identity::{IdentityError, name_of};
 use cpc_identity::{Identity, Role};
@@ -43,4 +44,36 @@ pub(crate) fn identity_without_certificate(config: &ServerConfig) -> Result<Iden
         Identity::new(tenant, Role::Server, &name)
     });
     identity.map_err(|e| ConfigError::value("server_id", e.to_string()))
+}
+
+/// Whether the configuration uses a protocol that an extension has to bring.
+pub(crate) fn needs_extension(config: &ServerConfig) -> bool {
+    let mut frontends = config.frontends.http_connect.iter();
+    let is_foreign = |frontend: &FrontendConfig| frontend.answers() == Answers::Konnectivity;
+    config.is_konnectivity() || config.health.is_some() || frontends.any(is_foreign)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_protocols_need_an_extension() {
+        for (text, expected) in [
+            ("{}", false),
+            (
+                r#"{"frontends": {"http_connect": [{"unix": "/a"}]}}"#,
+                false,
+            ),
+            (r#"{"frontends": {"grpc": [{"unix": "/a"}]}}"#, true),
+            (r#"{"health": "127.0.0.1:1"}"#, true),
+            (
+                r#"{"frontends": {"http_connect": [{"unix": "/a", "answers": "konnectivity"}]}}"#,
+                true,
+            ),
+        ] {
+            let config = serde_json::from_str(text).unwrap();
+            assert_eq!(needs_extension(&config), expected, "{text}");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 
 use super::tunnel::Tunnel;
 use crate::bind::Bound;
-use crate::check::{check, identity_without_certificate};
+use crate::check::{check, identity_without_certificate, needs_extension};
 use crate::error::ServerError;
 use crate::extension::Extension;
 use crate::grants::Grants;
@@ -63,7 +63,7 @@ impl Prepared {
         extension: Option<Box<dyn Extension>>,
     ) -> Result<Self, ServerError> {
         check(&config)?;
-        if extension.is_none() && config.is_konnectivity() {
+        if extension.is_none() && needs_extension(&config) {
             return Err(ServerError::NoExtension);
         }
         host::raise_file_limit();
