@@ -15,7 +15,6 @@ use tunnel_proto::konnectivity::Packet;
 use tunnel_proto::konnectivity::agent_end::{AgentEnd, Command, DIAL_TIMEOUT};
 use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
 
-use super::stream::{KonnectivityRecv, KonnectivitySend};
 use crate::grpc::{Outbox, Status};
 use crate::metrics::Tally;
 use cpc_datapath::stream::{RecvEnd, SendEnd};
@@ -32,8 +31,7 @@ pub(super) struct Session {
 /// A dial request to serve.
 pub(super) struct Asked {
     pub request: DialRequest,
-    pub send: KonnectivitySend,
-    pub recv: KonnectivityRecv,
+    pub stream: Rc<Stream>,
 }
 
 /// One connection, between the stream's reader and its own task.
@@ -140,11 +138,7 @@ impl Session {
                     deadline: DIAL_TIMEOUT,
                     attempt: 0,
                 };
-                return Some(Asked {
-                    request,
-                    send: KonnectivitySend::new(self.clone(), stream.clone()),
-                    recv: KonnectivityRecv::new(self.clone(), stream),
-                });
+                return Some(Asked { request, stream });
             }
             Command::Deliver { id, data } => {
                 if let Some(stream) = self.streams.borrow().get(&id) {

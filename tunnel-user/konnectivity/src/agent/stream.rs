@@ -33,6 +33,17 @@ const UNSENT: u32 = 128 << 10;
 /// Maximum time without progress of a target, for data received before its connection was closed.
 const LINGER: Duration = Duration::from_secs(30);
 
+/// Creates the halves of a requested connection.
+pub(super) fn halves(
+    session: &Rc<Session>,
+    stream: Rc<Stream>,
+) -> (KonnectivitySend, KonnectivityRecv) {
+    (
+        KonnectivitySend::new(session.clone(), stream.clone()),
+        KonnectivityRecv::new(session.clone(), stream),
+    )
+}
+
 /// The half towards the server.
 #[derive(Debug)]
 pub(super) struct KonnectivitySend {
@@ -42,7 +53,7 @@ pub(super) struct KonnectivitySend {
 }
 
 impl KonnectivitySend {
-    pub(super) fn new(session: Rc<Session>, stream: Rc<Stream>) -> Self {
+    fn new(session: Rc<Session>, stream: Rc<Stream>) -> Self {
         Self {
             session,
             stream,
@@ -126,7 +137,7 @@ struct Given {
 }
 
 impl KonnectivityRecv {
-    pub(super) fn new(session: Rc<Session>, stream: Rc<Stream>) -> Self {
+    fn new(session: Rc<Session>, stream: Rc<Stream>) -> Self {
         Self {
             session,
             stream,

@@ -13,7 +13,7 @@ use tunnel_proto::konnectivity::{CONNECT, MAX_DATA, Packet};
 use tunnel_proto::preface::DialResponse;
 
 use super::session::{Asked, Session};
-use super::stream::{KonnectivityRecv, KonnectivitySend};
+use super::stream::{KonnectivityRecv, KonnectivitySend, halves};
 use crate::grpc::client::handshake;
 use crate::grpc::server::serve;
 use crate::grpc::{PacketReceiver, PacketSender, Settings};
@@ -100,7 +100,7 @@ impl Pair {
         .await;
         let asked = timeout(SOON, self.asked.recv()).await.unwrap().unwrap();
         assert_eq!(asked.request.destination.to_string(), "10.0.0.1:10250");
-        (asked.send, asked.recv)
+        halves(&self.session, asked.stream)
     }
 
     /// A connection whose target was reached, the first of the stream.

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 
 use super::session::{Asked, Session};
+use super::stream::halves;
 use crate::grpc::{PacketReceiver, PacketSender, StreamEnd};
 use crate::metrics::{Direction, ProxyAgentMetrics, Segment};
 use cpc_agent::extension::{
@@ -89,9 +90,10 @@ impl Established {
                 packet = receiver.next(), if !blocked => match packet {
                     Ok(Some(packet)) => {
                         received.packet(&packet);
-                        if let Some(Asked { request, send, recv }) = session.handle(packet) {
+                        if let Some(Asked { request, stream }) = session.handle(packet) {
                             let (worker, info) = (worker.clone(), tunnel.info.clone());
-                            let served = serve_dial(worker, info, request, (send, recv));
+                            let halves = halves(session, stream);
+                            let served = serve_dial(worker, info, request, halves);
                             tokio::task::spawn_local(served);
                         }
                     }
