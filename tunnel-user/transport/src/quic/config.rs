@@ -20,19 +20,12 @@ use super::metrics::UdpMetrics;
 use super::secret::Secret;
 use super::steering::Spread;
 use super::udp::Udp;
+use super::windows::STREAM_WINDOW;
 use super::{Endpoint, offload, path, udp};
 use cpc_config::TransportConfig as PathConfig;
 use cpc_config::transport::MAX_DIALS;
 use cpc_host::report::report;
 use cpc_identity::{ALPN, Material, Role, tunnel_provider};
-
-/// Maximum number of bytes that the far side may send on one stream before they are read: the cost of a
-/// stopped reader. Above the bandwidth-delay product of 1 Gbit/s at 8 ms.
-pub const STREAM_WINDOW: u32 = 1 << 20;
-
-/// Maximum number of bytes of packets that quinn-proto keeps for a stream whose reader has stopped: its
-/// assembler joins chunks once they take one and a half windows more than they hold.
-pub const STREAM_HELD: u32 = STREAM_WINDOW / 2 * 5;
 
 /// Maximum number of unacknowledged bytes on one tunnel.
 const SEND_WINDOW: u64 = 16 << 20;

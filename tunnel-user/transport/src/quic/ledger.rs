@@ -12,7 +12,7 @@ use prometheus_client::metrics::counter::Counter;
 use quinn_proto::StreamId;
 use rustc_hash::FxBuildHasher;
 
-use super::config::STREAM_HELD;
+use super::windows::STREAM_HELD;
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 

@@ -33,6 +33,7 @@ mod tunnel;
 pub mod udp;
 mod validation;
 mod waiting;
+mod windows;
 
 pub use connection::{Connection, PathView};
 pub use endpoint::{Endpoint, Incoming};
