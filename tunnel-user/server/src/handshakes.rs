@@ -11,7 +11,7 @@ use prometheus_client::registry::Registry;
 use cpc_config::server::HandshakesConfig;
 use cpc_host::source_limiter::{HandshakePermit, Overload, SourceLimiter, Verdict};
 
-/// Why a handshake failed.
+/// Reason why a handshake failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandshakeFailure {
     /// TLS, certificates included.
@@ -20,13 +20,13 @@ pub enum HandshakeFailure {
     Identity,
     /// The peer gave it up.
     Peer,
-    /// It was not finished in time.
+    /// The peer did not finish in time.
     Timeout,
     /// All places were taken.
     Overload,
     /// The share of its source was taken.
     SourceShare,
-    /// Its source began too many.
+    /// The source of the peer began too many.
     SourceRate,
 }
 

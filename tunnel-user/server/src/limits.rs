@@ -84,7 +84,7 @@ impl Limit {
         }
     }
 
-    /// How much it allows; `None` where it does not bound.
+    /// Returns the bound, `None` without one.
     fn of(self, limits: &LimitsConfig) -> Option<u64> {
         let count = |count: usize| u64::try_from(count).ok();
         match self {
@@ -106,7 +106,7 @@ impl Limit {
         }
     }
 
-    /// What someone is told who is refused.
+    /// Returns the text for a peer that is refused.
     pub(super) fn text(self, limits: &LimitsConfig) -> String {
         let most = self.of(limits).unwrap_or_default();
         let what = match self {
@@ -134,7 +134,7 @@ impl Limit {
     }
 }
 
-/// What a server listens on that takes a share of its file descriptors.
+/// Returns the listeners of a server that take a share of its file descriptors.
 pub(super) fn listeners(config: &ServerConfig) -> Listeners {
     let frontends = { config.frontends.http_connect.iter() }.chain(&config.frontends.grpc);
     let tls = frontends.filter(|frontend| matches!(frontend, FrontendConfig::Tcp(_)));

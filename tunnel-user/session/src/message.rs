@@ -1,4 +1,4 @@
-//! What the two ends of a session tell each other beside the data.
+//! Messages between the two ends of a session, beside the data.
 
 use tunnel_proto::close::CloseReason;
 
@@ -15,7 +15,7 @@ pub struct Accepted {
     pub is_refused: bool,
 }
 
-/// How far an end is with the session as a whole.
+/// Progress of an end with the session as a whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Status {
     /// At least one direction goes on.

@@ -192,7 +192,7 @@ mod tests {
         assert!(out.is_done());
     }
 
-    /// It may have arrived on an earlier tunnel.
+    /// A byte may have arrived on an earlier tunnel.
     #[test]
     fn a_peer_may_confirm_more_than_the_present_stream_has_carried() {
         let mut out = kept(10);

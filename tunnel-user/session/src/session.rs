@@ -18,7 +18,7 @@ pub enum Role {
     Agent,
 }
 
-/// What no honest end says.
+/// Message that no honest end sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
     /// The other end confirms bytes that it was not sent.
@@ -35,7 +35,7 @@ pub enum Violation {
     NotKept,
 }
 
-/// What an end has to do after a message of the other one.
+/// Duty of an end after a message of the other one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effect {
     /// Number of kept bytes to release.
@@ -44,7 +44,7 @@ pub struct Effect {
     pub reset: Option<CloseReason>,
 }
 
-/// What becomes of a session on another tunnel.
+/// Outcome of a resumption on another tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumed {
     /// Both ends go on. Holds the number of kept bytes to release; the next byte to send follows them.
@@ -75,7 +75,7 @@ pub struct Session {
     told: Option<Confirmation>,
 }
 
-/// How the session was given up.
+/// Progress of giving the session up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Abort {
     /// By this end; the other one may not know.

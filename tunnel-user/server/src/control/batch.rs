@@ -58,7 +58,7 @@ pub(super) enum Effect<T> {
     Answer(T, Verdict),
 }
 
-/// What a change of the routes publishes.
+/// Publication of a change of the routes.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     /// The routes.

@@ -1,4 +1,4 @@
-//! Why a dial has failed, in words for the person who asked and for programs.
+//! Failures of dials, in words for the person who asked and for programs.
 
 use std::time::{Duration, SystemTime};
 
@@ -20,9 +20,9 @@ const MAX_ANSWER: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct DialError {
-    /// Why.
+    /// Reason of the closed set.
     pub reason: CloseReason,
-    /// Whose doing it was.
+    /// Party that ended the dial.
     pub by: Closer,
     text: String,
     /// The agent's answer, where it refused.
@@ -57,7 +57,7 @@ impl DialError {
         }
     }
 
-    /// What the agent `name` answered.
+    /// Returns the refusal of the agent `name`.
     pub fn refused(
         (kind, name): (TunnelKind, &str),
         destination: &Destination,

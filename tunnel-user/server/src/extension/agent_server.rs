@@ -1,4 +1,4 @@
-//! What serves agents of an extension on one shard.
+//! The server of an extension's agents, on one shard.
 
 use std::net::SocketAddr;
 use std::rc::Rc;

@@ -1,5 +1,5 @@
-//! What the shard and the control task learn of a link: its arrival, its state, its end. The same for links
-//! of every protocol.
+//! Registration of a link, for links of every protocol: the shard and the control task learn of its arrival,
+//! its state and its end.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

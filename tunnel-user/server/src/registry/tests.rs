@@ -430,7 +430,7 @@ fn agents_of_one_service_account_serve_side_by_side() {
     assert_eq!(ask(&registry, "a", "10.99.1.2"), Ok(vec![2, 1]));
 }
 
-/// Of Konnectivity, or of ours where its release takes dials while it drains.
+/// A link of Konnectivity, or a native one where its release takes dials while it drains.
 #[test]
 fn a_draining_agent_is_the_last_resort() {
     for kind in [TunnelKind::Konnectivity, TunnelKind::Quic] {

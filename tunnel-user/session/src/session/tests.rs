@@ -8,7 +8,7 @@ use proptest::{prop_assert, prop_assert_eq};
 use super::*;
 use crate::unconfirmed::Unconfirmed;
 
-/// What the program behind an end does next.
+/// Next act of the program behind an end.
 #[derive(Clone, Debug)]
 enum Act {
     Write(u8),
@@ -37,7 +37,7 @@ enum Datum {
     End,
 }
 
-/// What travels beside the data.
+/// Message beside the data.
 #[derive(Debug)]
 enum Message {
     Resume(Resumption),
@@ -52,7 +52,7 @@ struct Way {
     is_end_sent: bool,
 }
 
-/// How the output of an end ended, as the program behind it sees it.
+/// End of the output of an end, as the program behind the end sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Finished,
@@ -418,7 +418,7 @@ fn a_session_without_kept_bytes_ends_with_its_tunnel() {
 proptest! {
     #![proptest_config(proptest::test_runner::Config::with_cases(1000))]
 
-    /// Whatever happens, and however often the tunnel is cut: each program reads a prefix of what the
+    /// Checks any order of events with any number of lost tunnels: each program reads a prefix of what the
     /// other one wrote; a clean end follows the last byte; without a reset everything arrives; and in the
     /// end neither end remembers anything.
     #[test]

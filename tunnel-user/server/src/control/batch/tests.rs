@@ -120,7 +120,7 @@ fn the_pause_grows_with_the_work_up_to_a_bound() {
 }
 
 proptest! {
-    /// Whatever comes together: one snapshot at most, first of all; each arrival succeeds once, before any
+    /// Checks any batch: one snapshot at most, first of all; each arrival succeeds once, before any
     /// answer; each answer belongs to one request.
     #[test]
     fn effects_keep_their_order(

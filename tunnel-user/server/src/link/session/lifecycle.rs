@@ -22,7 +22,7 @@ use cpc_host::lifecycle::Phase;
 /// Minimum interval of certificate requests; an agent that asks faster gets none.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What has happened.
+/// Event of a session, for its lifecycle.
 #[derive(Debug)]
 pub(super) enum Input {
     /// An event of the agent.
@@ -45,7 +45,7 @@ pub(super) enum Input {
     Issued(Answer),
 }
 
-/// What the driver does next.
+/// Next step of the driver.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Wait for the next event.
@@ -81,7 +81,7 @@ pub(super) enum Action {
     Refuse(CloseReason, String),
 }
 
-/// What an agent registers.
+/// Registration of an agent.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Registration {
     /// Process of the agent, and an earlier one that has ended.
@@ -92,7 +92,7 @@ pub(super) struct Registration {
     pub serves_while_draining: bool,
 }
 
-/// What the log tells of an agent that is welcome.
+/// Facts about a welcome agent, for the log.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Greeting {
     /// Process of the agent.

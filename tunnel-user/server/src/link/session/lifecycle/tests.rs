@@ -206,7 +206,7 @@ fn input(number: u8, yes: bool) -> Input {
 }
 
 proptest! {
-    /// Whatever happens in whichever order: Welcome comes once at most, after the permit and the
+    /// Checks any order of events: Welcome comes once at most, after the permit and the
     /// registration, each of which is requested once at most; nothing follows a refusal.
     #[test]
     fn a_session_keeps_its_order(inputs in inputs()) {
