@@ -23,7 +23,7 @@ impl AgentIdentity {
     ///
     /// # Errors
     /// [`AgentError`] when files are missing or wrong.
-    pub(super) fn load(config: &AgentConfig, extend: impl Extend) -> Result<Self, AgentError> {
+    pub(super) fn load(config: &AgentConfig, extend: Extend) -> Result<Self, AgentError> {
         let kinds = config.servers.iter();
         let mut kinds = kinds.flat_map(|server| config.protocol(server).kinds());
         let material = match kinds.any(|kind| kind.is_native()) {

@@ -82,9 +82,7 @@ pub fn none(_: &AgentConfig) -> Result<Arc<dyn Extension>, BoxError> {
 }
 
 /// Makes the extension of an agent with this configuration, which has been checked.
-pub trait Extend: FnOnce(&AgentConfig) -> Result<Arc<dyn Extension>, BoxError> {}
-
-impl<F: FnOnce(&AgentConfig) -> Result<Arc<dyn Extension>, BoxError>> Extend for F {}
+pub type Extend = fn(&AgentConfig) -> Result<Arc<dyn Extension>, BoxError>;
 
 /// A boxed future.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

@@ -29,6 +29,8 @@ mod worker;
 
 pub use error::AgentError;
 
+use std::pin::Pin;
+
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_host::environment::Environment;
 use cpc_observe::logging::LogHandle;
@@ -49,13 +51,14 @@ pub fn check(config: &AgentConfig) -> Result<(), ConfigError> {
 ///
 /// # Errors
 /// [`AgentError`], before any server is dialled.
-pub async fn run(
+pub fn run(
     config: AgentConfig,
     log: LogHandle,
-    extend: impl Extend,
-    reread: impl Fn() -> Result<AgentConfig, ConfigError>,
-) -> Result<(), AgentError> {
-    run_in(Environment::process(), config, log, extend, reread).await
+    extend: Extend,
+    reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
+) -> Pin<Box<dyn Future<Output = Result<(), AgentError>> + '_>> {
+    // The crate that awaits an unboxed future compiles it, with every future below.
+    Box::pin(run_in(Environment::process(), config, log, extend, reread))
 }
 
 /// Runs an agent as [`run`] does, in `environment`; on the current `LocalSet` where that is an embedded one.
@@ -66,10 +69,10 @@ pub async fn run_in(
     environment: Environment,
     config: AgentConfig,
     log: LogHandle,
-    extend: impl Extend,
+    extend: Extend,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
     let prepared = Prepared::new(config, environment, extend)?;
     let serving = Serving::start(prepared, log).await?;
-    serving.until_stopped(reread).await
+    serving.until_stopped(&reread).await
 }

@@ -47,6 +47,8 @@ pub use embedding::{Capture, Origin, Origins, run_embedded};
 pub use error::ServerError;
 pub use privileges::{for_start, kept};
 
+use std::pin::Pin;
+
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
@@ -59,16 +61,19 @@ use start::{Attached, Prepared, Serving, Tunnel};
 ///
 /// # Errors
 /// [`ServerError`], before anything is served.
-pub async fn run(
+pub fn run(
     config: ServerConfig,
     log: LogHandle,
     inherited: Inherited,
-    reread: impl Fn() -> Result<ServerConfig, ConfigError>,
+    reread: &dyn Fn() -> Result<ServerConfig, ConfigError>,
     extension: Option<Box<dyn Extension>>,
-) -> Result<(), ServerError> {
-    let environment = Environment::process();
-    let prepared = Prepared::new(config, environment, inherited, extension)?;
-    let attached = Attached::new(prepared)?;
-    let serving = Serving::start(attached, log).await?;
-    serving.until_stopped(reread).await
+) -> Pin<Box<dyn Future<Output = Result<(), ServerError>> + '_>> {
+    // The crate that awaits an unboxed future compiles it, with every future below.
+    Box::pin(async move {
+        let environment = Environment::process();
+        let prepared = Prepared::new(config, environment, inherited, extension)?;
+        let attached = Attached::new(prepared)?;
+        let serving = Serving::start(attached, log).await?;
+        serving.until_stopped(reread).await
+    })
 }

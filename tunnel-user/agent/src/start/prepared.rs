@@ -56,7 +56,7 @@ impl Prepared {
     pub(crate) fn new(
         mut config: AgentConfig,
         environment: Environment,
-        extend: impl Extend,
+        extend: Extend,
     ) -> Result<Self, AgentError> {
         crate::check(&config)?;
         let is_embedded = environment.is_embedded();

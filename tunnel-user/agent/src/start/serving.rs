@@ -172,7 +172,7 @@ impl Serving {
     /// [`AgentError::Shard`] when a shard has ended by itself.
     pub(crate) async fn until_stopped(
         mut self,
-        reread: impl Fn() -> Result<AgentConfig, ConfigError>,
+        reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
     ) -> Result<(), AgentError> {
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             self.reload.run(reread())

@@ -135,9 +135,9 @@ impl Args {
         }
         let config = self.for_start()?;
         let log = begin(ANY_START, &config.log, &config.audit)?;
-        super::runtime()?.block_on(cpc_agent::run(config, log, AgentExtension::extend, || {
-            self.config()
-        }))?;
+        let reread = || self.config();
+        let ran = cpc_agent::run(config, log, AgentExtension::extend, &reread);
+        super::runtime()?.block_on(ran)?;
         Ok(())
     }
 }

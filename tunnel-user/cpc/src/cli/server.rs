@@ -99,7 +99,8 @@ impl Args {
         let inherited =
             Inherited::from_environment().context("sockets from the service manager")?;
         let extension = Some(Box::new(ServerExtension::default()) as _);
-        let served = cpc_server::run(config, log, inherited, || self.config(), extension);
+        let reread = || self.config();
+        let served = cpc_server::run(config, log, inherited, &reread, extension);
         super::runtime()?.block_on(served)?;
         Ok(())
     }

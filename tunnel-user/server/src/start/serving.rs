@@ -264,7 +264,7 @@ impl Serving {
     /// [`ServerError::Shard`] when a shard has ended by itself.
     pub(crate) async fn until_stopped(
         mut self,
-        reread: impl Fn() -> Result<ServerConfig, ConfigError>,
+        reread: &dyn Fn() -> Result<ServerConfig, ConfigError>,
     ) -> Result<(), ServerError> {
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             let is_in_force = match reread() {

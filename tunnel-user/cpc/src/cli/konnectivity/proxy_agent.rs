@@ -177,12 +177,8 @@ impl Args {
             tracing::warn!("{note}");
         }
         let reread = || self.translate().map(|translated| translated.config);
-        crate::cli::runtime()?.block_on(cpc_agent::run(
-            config,
-            log,
-            AgentExtension::extend,
-            reread,
-        ))?;
+        let ran = cpc_agent::run(config, log, AgentExtension::extend, &reread);
+        crate::cli::runtime()?.block_on(ran)?;
         Ok(())
     }
 

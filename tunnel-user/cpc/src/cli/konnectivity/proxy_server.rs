@@ -221,7 +221,7 @@ impl Args {
             Inherited::from_environment().context("sockets from the service manager")?;
         let reread = || self.translate().map(|translated| translated.config);
         let extension = Some(Box::new(ServerExtension::default()) as _);
-        let served = cpc_server::run(config, log, inherited, reread, extension);
+        let served = cpc_server::run(config, log, inherited, &reread, extension);
         crate::cli::runtime()?.block_on(served)?;
         Ok(())
     }
