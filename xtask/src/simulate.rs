@@ -15,7 +15,7 @@ pub(crate) struct Args {
     /// Number of seeds.
     #[arg(long, default_value_t = 10_000)]
     seeds: u64,
-    /// The first seed. The tests run those below 10,000.
+    /// The first seed. The tests run those below 2,000.
     #[arg(long, default_value_t = 0)]
     from: u64,
     /// Seeds at once.
@@ -75,14 +75,14 @@ const HEAD: &str = "# Simulation
 
 `tests/simulation` runs servers and agents as they are over a simulated kernel: up to two servers, three agents and seven
 targets on hosts of their own, with virtual time, on one thread. A seed determines requests and faults, and replays exactly.
-`cargo xtask test` runs the seeds below 10,000; this page is of further ones:
+`cargo xtask test` runs the seeds below 2,000; this page is of further ones:
 
 ```sh
-nice -n 19 cargo xtask simulate --from 10000 --seeds 1000000 --record
+nice -n 19 cargo xtask simulate --from 10000 --seeds 100000 --record
 target/lab/simulate trace SEED                              # replays one, and prints its events
 ```
 
-**Faults**: loss, delay, reordering, duplication and damage of packets, paths of a low rate and of a small MTU, partitions in one
+**Faults**: loss, delay, reordering, duplication and damage of packets, paths of a low rate and of an MTU from 1280 to 9000, partitions in one
 direction or both, new ports at a NAT; crashes of servers and agents, with and without a restart; drains, rollouts of an agent in
 either order, reloads; steps of the wall clock by up to 300 days; targets that answer no connect, refuse, stall, reset or end
 their half at any byte, and clients that do the same; packets of strangers, also under the address of a peer; agents that claim
@@ -92,7 +92,7 @@ what they are not granted.
 lost or invented, and order is kept; an end that was not orderly is a reset; a dial has an outcome a second after its time at
 the latest; time never stands still. **45 s after the last fault**: every agent has its tunnels, a request over each server to
 each served target succeeds, every connection has ended, and no limit counts one: no connection, no dial, no byte of a stalled
-stream.
+stream but the lists that quinn-proto keeps.
 
 Konnectivity's gRPC, frontends over TLS and Unix sockets, io_uring and the kernel programs are not part of it
 ([0034](adr/0034-simulation-below-libc.md)). Seeds that have found a fault are in `tests/simulation/seeds.txt`.

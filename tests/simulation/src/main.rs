@@ -2,14 +2,15 @@
 //!
 //! The last line of a run is its summary in JSON, for `cargo xtask simulate`.
 
+use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use tunnel_simulation::kernel::TRACE;
 use tunnel_simulation::runner::{self, Running};
-use tunnel_simulation::scenario;
 use tunnel_simulation::world::Shared;
 
 const USAGE: &str = "usage: simulate run FROM COUNT [JOBS]
@@ -18,7 +19,7 @@ const USAGE: &str = "usage: simulate run FROM COUNT [JOBS]
 /// Failures after which a run ends.
 const ENOUGH: u64 = 20;
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let shared = Rc::new(Shared::new()?);
@@ -26,10 +27,10 @@ fn main() -> Result<()> {
         ["run", from, count] => run(&shared, from.parse()?, count.parse()?, 1),
         ["run", from, count, jobs] => run(&shared, from.parse()?, count.parse()?, jobs.parse()?),
         ["trace", seed] => {
-            TRACE.set(true);
-            let state = shared.pki.directory().join("state");
-            println!("{:?}", scenario::run(shared, seed.parse()?, state)?);
-            Ok(())
+            // In a fork too, or the state of this process would change what happens.
+            TRACE.store(true, Ordering::Relaxed);
+            println!("{:?}", runner::run(&shared, seed.parse()?)?);
+            Ok(ExitCode::SUCCESS)
         }
         _ => bail!("{USAGE}"),
     }
@@ -46,7 +47,7 @@ struct Sums {
     seconds: u64,
 }
 
-fn run(shared: &Rc<Shared>, from: u64, count: u64, jobs: usize) -> Result<()> {
+fn run(shared: &Rc<Shared>, from: u64, count: u64, jobs: usize) -> Result<ExitCode> {
     let start = Instant::now();
     let mut sums = Sums::default();
     let mut seeds = from..from + count;
@@ -89,8 +90,10 @@ fn run(shared: &Rc<Shared>, from: u64, count: u64, jobs: usize) -> Result<()> {
             "elapsed_s": start.elapsed().as_secs(),
         })
     );
-    ensure!(sums.failed == 0, "{} seeds failed", sums.failed);
-    Ok(())
+    Ok(match sums.failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
 }
 
 /// Waits for one of the seeds under way. Returns its index.

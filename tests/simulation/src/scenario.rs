@@ -97,7 +97,7 @@ fn check_recovery(world: &mut World) -> Result<()> {
         }
     }
     let end = world.now() + PATIENCE;
-    while world.now() < end && !dialled.iter().all(|id| world.is_over(*id)) {
+    while world.now() < end && !world.is_quiet() {
         world.run_until(world.now() + SECOND / 2)?;
     }
     for id in dialled {
@@ -107,12 +107,14 @@ fn check_recovery(world: &mut World) -> Result<()> {
             world.describe()
         );
     }
-    world.run_until(world.now() + SECOND)?;
+    // The programs learn of the last ends.
+    world.run_until(world.now() + 2 * SECOND)?;
     world.check_rest()?;
     world.check_limits()
 }
 
 fn set_paths(world: &mut World) {
+    let mtu = world.topology.mtu;
     let random = &mut world.random;
     let path = Path {
         delay: random.pick(&[MS / 2, 5 * MS, 40 * MS, 150 * MS]),
@@ -121,7 +123,7 @@ fn set_paths(world: &mut World) {
         duplicates: random.pick(&[0, 0, 20, 200]),
         damaged: random.pick(&[0, 0, 10, 100]),
         rate: random.pick(&[0, 0, 12_500_000, 1_250_000]),
-        mtu: random.pick(&[1500, 1500, 1500, 1280, 9000]),
+        mtu,
         is_cut: false,
     };
     for_each_path(world, |_| path);
@@ -145,7 +147,7 @@ fn heal(world: &mut World) -> Result<()> {
     for_each_path(world, |path| Path {
         delay: path.delay,
         rate: 0,
-        mtu: 1500,
+        mtu: path.mtu,
         ..Path::default()
     });
     world.end_drains();

@@ -76,6 +76,9 @@ pub struct Topology {
     pub targets: Vec<Target>,
     /// Room of a TCP connection.
     pub window: usize,
+    /// Largest IP packet on every path. It stays: a tunnel that has found a larger one takes minutes to
+    /// find out that its packets vanish, in which its connections wait.
+    pub mtu: usize,
     /// Configured time of a dial, in nanoseconds.
     pub dial_timeout: u64,
     shards: usize,
@@ -148,6 +151,7 @@ impl Topology {
             agents,
             targets,
             window: random.pick(&[2 << 10, 16 << 10, 64 << 10, 256 << 10]),
+            mtu: random.pick(&[1500, 1500, 1500, 1280, 9000]),
             dial_timeout: random.pick(&[3, 10, 10]) * SECOND,
             shards: random.pick(&[1, 1, 2, 3]),
             tunnels: random.pick(&[1, 1, 1, 2]),

@@ -7,7 +7,7 @@ use tunnel_simulation::runner;
 use tunnel_simulation::world::Shared;
 
 /// Seeds of all parts together.
-const SEEDS: u64 = 10_000;
+const SEEDS: u64 = 2_000;
 
 /// Parts, so that each core of a machine has some.
 const PARTS: u64 = 4;

@@ -12,6 +12,7 @@ mod tcp;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::epoll::Epoll;
 use self::filter::Instruction;
@@ -182,7 +183,7 @@ impl Kernel {
         for value in values {
             self.trace = mix(self.trace.rotate_left(5) ^ value);
         }
-        if TRACE.with(std::cell::Cell::get) {
+        if TRACE.load(Ordering::Relaxed) {
             eprintln!("{} {values:?}", self.now);
         }
     }
@@ -593,7 +594,5 @@ impl Kernel {
     }
 }
 
-thread_local! {
-    /// Whether events are printed.
-    pub static TRACE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-}
+/// Whether events are printed.
+pub static TRACE: AtomicBool = AtomicBool::new(false);
