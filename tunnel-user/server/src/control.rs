@@ -1,5 +1,5 @@
 //! The control task: owns the registry, and publishes snapshots of the routes to the shards, to the
-//! kernel and to readiness. It makes all decisions that concern all shards ([`batch`]).
+//! kernel and to readiness. It makes all decisions that concern all shards (`batch`).
 
 mod batch;
 

@@ -1,7 +1,7 @@
 //! Tunnels to proxy-servers of Konnectivity.
 //!
-//! [`extension`] is what an agent sees; [`client`] has the parameters of a dial, read for each; [`dialer`]
-//! dials, and [`tunnel`] serves; [`session`] keeps the connections of one stream; [`stream`] makes halves
+//! `extension` is what an agent sees; `client` has the parameters of a dial, read for each; `dialer`
+//! dials, and `tunnel` serves; `session` keeps the connections of one stream; `stream` makes halves
 //! of them, which the agent serves like those of native tunnels.
 
 mod client;

@@ -1,4 +1,4 @@
-//! The protocols of Konnectivity on a server: agents ([`agents`]), clients ([`clients`]), the form of its
+//! The protocols of Konnectivity on a server: agents (`agents`), clients (`clients`), the form of its
 //! refusals, its leases, pages and metrics.
 
 mod agents;

@@ -4,8 +4,9 @@
 //! accept -> TLS -> HTTP/2 -> call -> who is it? -> headers -> session -> registered
 //! ```
 //!
-//! [`Agents`](accept::Agents) takes them in by the [`Acceptor`](acceptor::Acceptor); [`who`] says who they are; [`session`] drives the machine of one stream
-//! ([`ServerEnd`]) and shows it to the control task; [`KonnectivityLink`](link::KonnectivityLink) is what dials use of it.
+//! [`Agents`] takes them in by the [`Acceptor`]; [`who`] says who they are; [`session`] drives the machine of
+//! one stream ([`ServerEnd`]) and shows it to the server; [`KonnectivityLink`](link::KonnectivityLink) is what
+//! dials use of it.
 //!
 //! An agent closes a stream to a server that it has a stream to already, which it knows by the
 //! server's id. So several ids are presented ([`server_ids`]): connections on different streams
