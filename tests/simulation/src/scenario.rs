@@ -44,7 +44,9 @@ pub fn run(shared: Rc<Shared>, seed: u64, state: PathBuf) -> Result<Outcome> {
     let ran = play(&mut world);
     let seconds = || (world.now() - start) as f64 / SECOND as f64;
     ran.with_context(|| format!("at {:.3} s", seconds()))?;
+    // Before pages are fetched, whose length depends on the process and its host.
     let (trace, events) = kernel(|kernel| kernel.trace());
+    world.check_limits()?;
     let (ran, requests) = world.counts();
     Ok(Outcome {
         trace,
@@ -109,8 +111,7 @@ fn check_recovery(world: &mut World) -> Result<()> {
     }
     // The programs learn of the last ends.
     world.run_until(world.now() + 2 * SECOND)?;
-    world.check_rest()?;
-    world.check_limits()
+    world.check_rest()
 }
 
 fn set_paths(world: &mut World) {
