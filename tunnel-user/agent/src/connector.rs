@@ -19,7 +19,7 @@ use tunnel_proto::close::CloseReason;
 pub(super) use self::driver::{Servers, run};
 use self::notice::Notice;
 use super::plan::{Health, Plan, ServerEndpoint, ServerInfo, Verdict};
-use super::tunnel::TunnelEnd;
+use super::tunnel_info::TunnelEnd;
 use cpc_config::agent::Protocol;
 use cpc_observe::error_dedup::ErrorDedup;
 

@@ -19,7 +19,7 @@ use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 use super::happy_eyeballs::race;
 use super::observer::ObservedConnection;
 use super::stats::{OnTunnel, TunnelStats};
-use super::tunnel::TunnelInfo;
+use super::tunnel_info::TunnelInfo;
 use super::worker::{Admitted, ENDING, Worker};
 use cpc_datapath::socket::prepare;
 use cpc_datapath::stream::{RecvHalf, SendEnd, SendHalf};

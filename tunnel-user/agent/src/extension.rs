@@ -12,15 +12,15 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+pub use super::dial_target::DialTarget;
 pub use super::dialer::{Answer, serve_dial};
 pub use super::observer::Observer;
 pub use super::plan::{ServerEndpoint, ServerInfo};
 pub use super::stats::TunnelStats;
 pub use super::tunnel::{
-    BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel, TunnelDialer, TunnelEnd,
-    TunnelInfo,
+    BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel, TunnelDialer,
 };
-pub use super::tunnel_task::DialTarget;
+pub use super::tunnel_info::{TunnelEnd, TunnelInfo};
 pub use super::worker::Worker;
 use cpc_config::AgentConfig;
 use cpc_identity::lifetime::Certificates;

@@ -5,6 +5,7 @@
 mod address;
 mod agent_identity;
 mod connector;
+mod dial_target;
 mod dialer;
 mod error;
 pub mod extension;
@@ -23,6 +24,7 @@ mod start;
 mod stats;
 mod status;
 mod tunnel;
+mod tunnel_info;
 mod tunnel_task;
 mod tunnel_views;
 mod worker;

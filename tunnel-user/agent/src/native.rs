@@ -15,14 +15,13 @@ use tunnel_proto::session::{
     AgentEvent, AgentSession, Hello, InstanceId, SERVES_WHILE_DRAINING, SessionError, Timers,
 };
 
+use super::dial_target::DialTarget;
 use super::dialer;
 use super::plan::{ServerEndpoint, ServerInfo};
 use super::renew::Request;
 use super::stats::TunnelStats;
-use super::tunnel::{
-    BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel, TunnelEnd, TunnelInfo,
-};
-use super::tunnel_task::DialTarget;
+use super::tunnel::{BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel};
+use super::tunnel_info::{TunnelEnd, TunnelInfo};
 use super::worker::Worker;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::Identity;

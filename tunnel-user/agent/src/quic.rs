@@ -7,9 +7,9 @@ use std::time::Duration;
 use futures_util::future::LocalBoxFuture;
 use tokio::time::timeout;
 
+use super::dial_target::DialTarget;
 use super::native::{self, Reached};
 use super::tunnel::{BoxError, EstablishedTunnel, TunnelDialer};
-use super::tunnel_task::DialTarget;
 use super::worker::Worker;
 use cpc_config::TunnelKind;
 use cpc_host::host;

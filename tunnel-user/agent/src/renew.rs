@@ -13,10 +13,9 @@ use tunnel_proto::certificate::Answer;
 
 use self::pace::{CLOCK_HOLD, Moment, Pace, clock_error};
 use cpc_host::report::report;
-use cpc_identity::credential::{
-    Credential, CredentialError, Expected, PendingCredential, validity,
-};
-use cpc_identity::material::RELOAD_INTERVAL;
+use cpc_identity::credential::{Credential, CredentialError, Expected, PendingCredential};
+use cpc_identity::reloading::RELOAD_INTERVAL;
+use cpc_identity::validity::validity;
 use cpc_identity::{Material, provider};
 
 /// Timeout of the answer: a server without one is of an earlier release, or gone.

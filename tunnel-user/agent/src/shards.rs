@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use tokio::sync::mpsc;
 
-use super::tunnel_task::{self, TunnelTask};
+use super::tunnel_task::{self, Dialers, TunnelTask};
 use super::worker::Worker;
 use cpc_datapath::shard::Shards;
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
@@ -20,15 +20,20 @@ struct ShardQueue {
 }
 
 impl Dispatch {
-    /// Starts `count` shards, each with its own `worker`.
+    /// Starts `count` shards, each with its own `worker` and `dialers`.
     ///
     /// # Errors
     /// A thread can't be started.
-    pub(super) fn start(shards: &mut Shards, count: usize, worker: &Worker) -> io::Result<Self> {
+    pub(super) fn start(
+        shards: &mut Shards,
+        count: usize,
+        worker: &Worker,
+        dialers: &Dialers,
+    ) -> io::Result<Self> {
         let queues = (0..count).map(|_| {
             let (tasks, inbox) = mpsc::unbounded_channel();
-            let worker = worker.clone();
-            shards.spawn(move || tunnel_task::run(worker, inbox))?;
+            let (worker, dialers) = (worker.clone(), dialers.clone());
+            shards.spawn(move || tunnel_task::run(worker, dialers, inbox))?;
             let tunnels = ConcurrencyLimit::new(usize::MAX);
             Ok(ShardQueue { tasks, tunnels })
         });

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::observer::Observer;
 use super::plan::Health;
-use super::tunnel::TunnelInfo;
+use super::tunnel_info::TunnelInfo;
 use super::tunnel_views::{TunnelView, Tunnels};
 use super::worker::{CONNECTIONS, STALLED_BYTES, Worker};
 use cpc_config::allow_list::AllowList;

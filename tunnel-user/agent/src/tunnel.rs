@@ -4,17 +4,15 @@
 //! our protocol runs; an [`Extension`](super::extension::Extension) brings those of foreign kinds. A
 //! tunnel lives on one shard: its futures need not be `Send`.
 
-use std::fmt;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use tunnel_proto::close::CloseReason;
 
-use super::plan::{ServerEndpoint, ServerInfo};
-use super::stats::TunnelStats;
-use super::tunnel_task::DialTarget;
+use super::dial_target::DialTarget;
+use super::plan::ServerInfo;
+use super::tunnel_info::{TunnelEnd, TunnelInfo};
 use super::worker::Worker;
 use cpc_config::TunnelKind;
 use cpc_transport::tunnel::Probe;
@@ -76,32 +74,4 @@ pub trait ServerTunnel {
 
     /// Ends the tunnel when its last stream has ended: another one replaced it.
     fn retire(self: Rc<Self>) -> LocalBoxFuture<'static, ()>;
-}
-
-/// Description of a tunnel.
-#[derive(Clone, Debug)]
-pub struct TunnelInfo {
-    /// Server of the tunnel.
-    pub server_id: Arc<str>,
-    /// Address and protocol.
-    pub endpoint: ServerEndpoint,
-    /// Statistics of the tunnel.
-    pub stats: Arc<TunnelStats>,
-}
-
-/// End of a tunnel.
-#[derive(Debug)]
-pub struct TunnelEnd {
-    /// Reason of the closed set.
-    pub reason: CloseReason,
-    /// Text for people.
-    pub why: String,
-}
-
-impl TunnelEnd {
-    /// Creates an end with its text.
-    pub fn new(reason: CloseReason, why: impl fmt::Display) -> Self {
-        let why = why.to_string();
-        Self { reason, why }
-    }
 }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::plan::Health;
-use super::tunnel::TunnelInfo;
+use super::tunnel_info::TunnelInfo;
 use cpc_transport::tunnel::Probe;
 
 /// A tunnel, for status and metrics.

@@ -13,7 +13,6 @@ use tunnel_proto::session::InstanceId;
 use super::happy_eyeballs::AnsweredAddresses;
 use super::observer::Observer;
 use super::renew::Renewals;
-use super::tunnel::TunnelDialer;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
@@ -27,8 +26,6 @@ use cpc_observe::metrics::DialMetrics;
 pub struct Worker {
     /// Our certificate, which native tunnels require.
     pub(super) material: Option<Arc<Material>>,
-    /// Dialers of tunnels, by kind.
-    pub(super) dialers: Arc<[Arc<dyn TunnelDialer>]>,
     /// Name of the node.
     pub(super) node: Arc<str>,
     /// Id of this process.

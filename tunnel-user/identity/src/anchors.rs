@@ -16,7 +16,7 @@ use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate, X509Error, X509Version};
 
 use super::identity::TrustDomain;
-use super::pin::KeyHash;
+use super::key_hash::KeyHash;
 
 /// Maximum length of a displayed subject, in characters.
 const SHOWN: usize = 200;

@@ -15,14 +15,14 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::sign::CertifiedKey;
 use tunnel_proto::certificate::Issued;
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::anchors::{Anchor, AnchorError, Anchors};
 use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::key_hash::KeyHash;
 use super::pem;
-use super::pin::KeyHash;
 use super::revoked::Revocations;
 use super::succession::{self, Reason, Succession};
+use super::validity::validity;
 use super::verify::{PeerVerifier, TrustStore};
 use cpc_host::directory::Directory;
 
@@ -300,14 +300,6 @@ impl Credential {
         }
         write(file, &self.pem, 0o600)
     }
-}
-
-/// Returns the first and the last moment of validity of a certificate.
-pub fn validity(certificate: &CertificateDer<'_>) -> Option<(SystemTime, SystemTime)> {
-    let (_, read) = X509Certificate::from_der(certificate).ok()?;
-    let validity = read.validity();
-    let time = |at: x509_parser::time::ASN1Time| SystemTime::from(at.to_datetime());
-    Some((time(validity.not_before), time(validity.not_after)))
 }
 
 /// Writes a file in one step, so that a crash leaves the old or the new one whole.

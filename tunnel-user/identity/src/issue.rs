@@ -19,8 +19,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::anchors::Anchors;
 use super::identity::{self, Identity, IdentityError, Role, TrustDomain};
+use super::key_hash::KeyHash;
 use super::material::MaterialError;
-use super::pin::KeyHash;
 use super::{pem, provider, succession};
 use cpc_host::directory::Directory;
 

@@ -19,23 +19,27 @@ pub mod floor;
 pub mod identity;
 pub mod issue;
 pub mod join;
+pub mod key_hash;
 pub mod lifetime;
 pub mod material;
+mod material_error;
 pub mod metrics;
 pub mod named;
 pub mod pattern;
 pub mod pem;
 pub mod pin;
+pub mod reloading;
 pub mod revoked;
 mod signatures;
 pub mod succession;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod validity;
 pub mod verify;
 
 pub use identity::{Identity, Role, TrustDomain};
+pub use key_hash::KeyHash;
 pub use material::Material;
-pub use pin::KeyHash;
 
 use std::sync::Arc;
 

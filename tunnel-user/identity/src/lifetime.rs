@@ -11,9 +11,9 @@ use std::time::{Duration, SystemTime};
 use rustls::sign::CertifiedKey;
 
 use super::anchors::{Anchor, Anchors};
-use super::credential::validity;
 use super::identity::Identity;
-use super::pin::KeyHash;
+use super::key_hash::KeyHash;
+use super::validity::validity;
 use cpc_observe::admin::status::{CertificateRow, rfc3339};
 
 /// Interval between two checks of the certificates.

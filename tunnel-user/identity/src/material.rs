@@ -8,7 +8,6 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::client::ResolvesClientCert;
@@ -19,77 +18,21 @@ use rustls::sign::CertifiedKey;
 use rustls::{InconsistentKeys, SignatureScheme};
 
 use super::anchors::{Anchor, Anchors};
-use super::identity::{Identity, IdentityError, Role, TrustDomain};
+use super::identity::{Identity, Role, TrustDomain};
 use super::lifetime::{Certificates, Lifetime, Purpose};
+pub use super::material_error::MaterialError;
 use super::pem;
+use super::reloading::{fingerprint, watch};
 use super::revoked::Revocations;
 use super::verify::{PeerVerifier, TrustStore};
 use cpc_config::TlsFiles;
 use cpc_host::report::report;
-use cpc_observe::error_dedup::ErrorDedup;
-
-/// Polling interval of the files.
-pub const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Iterates over the watched files.
 fn all(files: &TlsFiles) -> impl Iterator<Item = &PathBuf> {
     let own = [&files.cert, &files.key, &files.ca];
     own.into_iter()
         .chain(files.trust.iter().map(|(_, path)| path))
-}
-
-/// Reason why TLS material was rejected.
-#[derive(Debug, thiserror::Error)]
-pub enum MaterialError {
-    /// A file can't be read or holds no PEM.
-    #[error("{}: {why}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Fault of the file.
-        why: String,
-    },
-    /// The leaf has no identity.
-    #[error("{}: {why}", path.display())]
-    Identity {
-        /// File of the certificate.
-        path: PathBuf,
-        /// Fault of the certificate.
-        why: IdentityError,
-    },
-    /// The leaf has another role.
-    #[error("{}: {identity} can't be used here, which needs a certificate for the role {expected}", path.display())]
-    Role {
-        /// File of the certificate.
-        path: PathBuf,
-        /// Identity in the certificate.
-        identity: Identity,
-        /// Expected role.
-        expected: Role,
-    },
-    /// A renewed certificate has another identity than the running process.
-    #[error("{}: {identity} is not the running {current}; restart to change the identity", path.display())]
-    Another {
-        /// File of the certificate.
-        path: PathBuf,
-        /// Identity in the certificate.
-        identity: Box<Identity>,
-        /// Identity of the process.
-        current: Box<Identity>,
-    },
-    /// Key and certificate don't match.
-    #[error("{}: the key is not that of the first certificate in {}", key.display(), cert.display())]
-    Mismatch {
-        /// File of the certificate.
-        cert: PathBuf,
-        /// File of the key.
-        key: PathBuf,
-    },
-    /// The key is of an unsupported kind.
-    #[error(
-        "{}: the key is of no kind that can be used: RSA with 2048 to 8192 bits, ECDSA with P-256,          P-384 or P-521, and Ed25519 are", .0.display()
-    )]
-    KeyKind(PathBuf),
 }
 
 /// Reads a PEM chain and its key.
@@ -303,24 +246,6 @@ impl Material {
     }
 }
 
-/// Calls `reload` every [`RELOAD_INTERVAL`], without end, and `on_error` once for each kind of failure.
-pub async fn watch(
-    mut reload: impl FnMut() -> Result<(), MaterialError>,
-    on_error: impl Fn(&MaterialError),
-) {
-    let mut dedup = ErrorDedup::default();
-    loop {
-        tokio::time::sleep(RELOAD_INTERVAL).await;
-        match reload() {
-            Ok(()) => dedup.clear(),
-            Err(error) if dedup.is_new(&error.to_string()) => {
-                on_error(&error);
-            }
-            Err(_) => {}
-        }
-    }
-}
-
 impl Certificates for Material {
     fn lifetimes(&self) -> Vec<Lifetime> {
         let (current, trust) = (self.current.load(), self.trust.load());
@@ -393,15 +318,4 @@ fn read(
         },
         trust,
     ))
-}
-
-/// Returns a fingerprint of the content of files; an unreadable file counts as empty.
-pub fn fingerprint<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Vec<u8> {
-    let mut digest = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-    for path in paths {
-        let content = std::fs::read(path).unwrap_or_default();
-        digest.update(&(content.len() as u64).to_be_bytes());
-        digest.update(&content);
-    }
-    digest.finish().as_ref().to_vec()
 }

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use super::material::MaterialError;
+use super::material_error::MaterialError;
 
 /// Mode bits that let users other than the owner and the group read or write a file.
 const EXPOSED: u32 = 0o006;

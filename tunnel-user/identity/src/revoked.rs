@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::identity::{self, Identity, IdentityError, TrustDomain};
-use super::material::{self, MaterialError};
+use super::material_error::MaterialError;
+use super::reloading;
 
 use cpc_host::report::report;
 
@@ -89,7 +90,7 @@ impl Revocations {
     /// # Errors
     /// [`MaterialError::File`] naming the malformed line.
     pub fn load(file: Option<PathBuf>) -> Result<Arc<Self>, MaterialError> {
-        let fingerprint = material::fingerprint(&file);
+        let fingerprint = reloading::fingerprint(&file);
         let list = match &file {
             Some(file) => read(file)?,
             None => List::default(),
@@ -164,7 +165,7 @@ impl Revocations {
         let Some(file) = &self.file else {
             return;
         };
-        let fingerprint = || material::fingerprint([file]);
+        let fingerprint = || reloading::fingerprint([file]);
         let mut last = self.fingerprint.clone();
         let reload = || {
             let now = fingerprint();
@@ -188,7 +189,7 @@ impl Revocations {
             );
             changed(Err(error));
         };
-        material::watch(reload, on_error).await;
+        reloading::watch(reload, on_error).await;
     }
 }
 

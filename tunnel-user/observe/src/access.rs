@@ -12,8 +12,8 @@ use std::time::Instant;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{ConnectionId, Destination};
 
-use super::logging::ACCESS;
 use super::metrics::{Closer, DialMetrics, FrontendKind};
+use super::targets::ACCESS;
 use super::{millis, seconds};
 
 /// Bytes of one connection.

@@ -15,6 +15,7 @@ pub mod logging;
 pub mod metrics;
 pub mod process;
 pub mod reload;
+pub mod targets;
 pub mod throttle;
 
 use std::time::Duration;

@@ -22,15 +22,13 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 use super::audit::{AUDIT, Audit, AuditError};
 use super::journal::{self, Prioritised};
 use super::line_writer::LineWriter;
+use super::targets::ACCESS;
 use super::throttle::{self, Throttle};
 use cpc_config::{AuditConfig, LogConfig, LogFormat};
 use cpc_host::report::report;
 
 /// Interval of the reports about suppressed lines.
 const REPORT: Duration = Duration::from_secs(10);
-
-/// Target of the access log, for filters: `cpc::access=off`.
-pub const ACCESS: &str = "cpc::access";
 
 /// Module in which the Kubernetes client logs a failed request, without its name and error. The caller
 /// logs these.

@@ -24,7 +24,7 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, Filter};
 
 use self::fields::{Fields, Source};
-use super::logging::ACCESS;
+use super::targets::ACCESS;
 
 /// Number of counters of all buckets, 8 bytes each.
 const BUCKETS: usize = 16_384;

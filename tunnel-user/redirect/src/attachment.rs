@@ -130,7 +130,8 @@ pub(super) fn detach(pin: &Pin, name: &str) -> Result<bool, RedirectError> {
         return Ok(false);
     }
     let _lock = pin.lock()?;
-    let Some((id, _)) = maps::find(&maps::attachments(pin, maps::Access::Read)?, name)? else {
+    let Some((id, _)) = maps::find(&maps::attachments(pin, super::link::Access::Read)?, name)?
+    else {
         retired::remove_link(pin, name)?;
         retired::remove_maps(pin)?;
         return Ok(false);

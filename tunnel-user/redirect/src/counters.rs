@@ -4,7 +4,8 @@ use tunnel_ebpf_common::{Counter, counter_index};
 
 use super::{
     RedirectError,
-    maps::{self, Access, failed},
+    link::Access,
+    maps::{self, failed},
     pin::Pin,
     spec,
 };

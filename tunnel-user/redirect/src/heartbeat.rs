@@ -31,7 +31,7 @@ pub struct Heartbeat {
 impl Heartbeat {
     pub(super) fn open(pin: &Pin, name: &str) -> Result<Self, RedirectError> {
         let (attachment, _) = maps::attached(pin, name)?;
-        let map = maps::heartbeats(pin, maps::Access::Write)?;
+        let map = maps::heartbeats(pin, super::link::Access::Write)?;
         let now = map.get(&attachment, 0).map_err(failed("HEARTBEATS"))?;
         Ok(Self {
             map,

@@ -9,8 +9,12 @@ use aya::{
 };
 use tunnel_ebpf_common::{Attachment, Flow, FlowKey, Heartbeat, PortSet, Prefix};
 
-pub(super) use super::link::Access;
-use super::{RedirectError, link::open_pin, pin::Pin, spec};
+use super::{
+    RedirectError,
+    link::{Access, open_pin},
+    pin::Pin,
+    spec,
+};
 
 /// Every map of the object, to be pinned under its name.
 pub(super) const NAMES: [&str; 9] = [
@@ -67,18 +71,6 @@ pub(super) fn flows(pin: &Pin) -> Result<FlowMap, RedirectError> {
 pub(super) fn counters(pin: &Pin, access: Access) -> Result<CounterMap, RedirectError> {
     open(pin, "COUNTERS", access)
 }
-
-/// Access of a server without capabilities to the maps that it may use
-/// ([`super::Redirect::shared_with`]). It can change neither the capture set nor the listeners.
-pub(super) const SHARED: [(&str, Access); 7] = [
-    ("ATTACHMENTS", Access::Read),
-    ("CAPTURES", Access::Read),
-    ("COUNTERS", Access::Read),
-    ("FLOWS", Access::Write),
-    ("HEARTBEATS", Access::Write),
-    ("LISTENERS", Access::Write),
-    ("ROUTES", Access::Write),
-];
 
 /// Opens a pinned map, and checks the sizes of its keys and values.
 fn open<M: TryFrom<Map, Error = MapError>>(

@@ -16,8 +16,7 @@ use tunnel_ebpf_common::SCHEMA;
 
 use super::{
     Hook, RedirectError,
-    link::remove_pin,
-    maps::{self, Access},
+    link::{Access, remove_pin},
 };
 
 /// File beside an attachment's links with the number of their cgroup, for processes that may not open
@@ -26,6 +25,18 @@ const CGROUP: &str = "cgroup";
 
 /// File beside them, if needed, with other attachments that decide over the same connections.
 const RIVALS: &str = "rivals";
+
+/// Access of a server without capabilities to the maps that it may use
+/// ([`super::Redirect::shared_with`]). It can change neither the capture set nor the listeners.
+const SHARED: [(&str, Access); 7] = [
+    ("ATTACHMENTS", Access::Read),
+    ("CAPTURES", Access::Read),
+    ("COUNTERS", Access::Read),
+    ("FLOWS", Access::Write),
+    ("HEARTBEATS", Access::Write),
+    ("LISTENERS", Access::Write),
+    ("ROUTES", Access::Write),
+];
 
 /// A pin directory.
 #[derive(Clone, Debug)]
@@ -43,7 +54,7 @@ impl Pin {
         Self { path, group: None }
     }
 
-    /// Lets the members of a group use the maps as a server does: [`maps::SHARED`].
+    /// Lets the members of a group use the maps as a server does: [`SHARED`].
     pub(super) fn shared_with(self, group: Option<Gid>) -> Self {
         Self { group, ..self }
     }
@@ -125,7 +136,7 @@ impl Pin {
         for directory in directories.into_iter().flatten().chain([&*self.maps()]) {
             give(directory, 0o750)?;
         }
-        for (name, access) in maps::SHARED {
+        for (name, access) in SHARED {
             let mode = match access {
                 Access::Read => 0o640,
                 Access::Write => 0o660,

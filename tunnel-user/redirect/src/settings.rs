@@ -11,7 +11,8 @@ use tunnel_ebpf_common::{Attachment, Counter, Endpoint, Heartbeat, MAX_ATTACHMEN
 
 use super::{
     AttachmentSpec, FailMode, RedirectError, capture,
-    maps::{self, Access, failed},
+    link::Access,
+    maps::{self, failed},
     netns,
     pin::Pin,
     prefix, retired, spec,

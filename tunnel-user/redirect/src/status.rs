@@ -8,8 +8,9 @@ use tunnel_ebpf_common::{Attachment, Counter, Endpoint, flags};
 use super::{
     FailMode, Hook, RedirectError, counters,
     heartbeat::monotonic_ns,
+    link::Access,
     link::Link,
-    maps::{self, Access, failed},
+    maps::{self, failed},
     pin::{self, Pin},
     prefix, spec,
 };

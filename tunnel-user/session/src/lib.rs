@@ -22,6 +22,7 @@
 //! | [`message`] | what two ends tell each other |
 //! | [`outbound`], [`inbound`] | one direction at its sender and at its receiver |
 //! | [`session`] | both directions, their ends, the loss of a tunnel and the resumption |
+//! | [`violation`] | breaches of the protocol by the other end |
 //! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
 
 pub mod id;
@@ -30,8 +31,10 @@ pub mod message;
 pub mod outbound;
 pub mod session;
 pub mod unconfirmed;
+pub mod violation;
 
 pub use id::SessionId;
 pub use message::{Confirmation, Resumption};
-pub use session::{Effect, Resumed, Role, Session, Violation};
+pub use session::{Effect, Resumed, Role, Session};
 pub use unconfirmed::Unconfirmed;
+pub use violation::Violation;

@@ -1,7 +1,7 @@
 //! One direction of a session at its sender.
 
 use super::message::Accepted;
-use super::session::Violation;
+use super::violation::Violation;
 
 /// Bytes on their way from the local socket to the other end.
 ///

@@ -8,6 +8,7 @@ use super::id::SessionId;
 use super::inbound::Inbound;
 use super::message::{Confirmation, Resumption, Status};
 use super::outbound::Outbound;
+use super::violation::Violation;
 
 /// The end at which a [`Session`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,23 +17,6 @@ pub enum Role {
     Server,
     /// The end that was dialled.
     Agent,
-}
-
-/// Message that no honest end sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Violation {
-    /// The other end confirms bytes that it was not sent.
-    #[error("the peer confirms bytes that it was not sent")]
-    TooMuch,
-    /// The other end takes back a confirmation.
-    #[error("the peer takes back a confirmation")]
-    Backwards,
-    /// The other end confirms an end of file that there is not.
-    #[error("the peer confirms an end that it was not sent")]
-    NoEnd,
-    /// The other end asks for bytes that it had confirmed, or that are not kept.
-    #[error("the peer can't be sent what it asks for")]
-    NotKept,
 }
 
 /// Duty of an end after a message of the other one.

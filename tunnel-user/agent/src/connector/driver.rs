@@ -12,10 +12,12 @@ use tunnel_proto::close::CloseReason;
 
 use super::{Action, Connector, Dial, Event};
 use crate::address::{Resolved, keep_resolving};
+use crate::dial_target::{DialTarget, Established, TaskEvent, TunnelCommand};
 use crate::extension::ServerCount;
 use crate::shards::Dispatch;
-use crate::tunnel::{GOODBYE, TunnelInfo};
-use crate::tunnel_task::{DialTarget, Established, TaskEvent, TunnelCommand, TunnelTask};
+use crate::tunnel::GOODBYE;
+use crate::tunnel_info::TunnelInfo;
+use crate::tunnel_task::TunnelTask;
 use crate::tunnel_views::{TunnelView, Tunnels};
 use cpc_config::agent::Protocol;
 use cpc_host::concurrency::ConcurrencyLimit;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::plan::ServerEndpoint;
-use crate::tunnel::TunnelEnd;
+use crate::tunnel_info::TunnelEnd;
 
 /// A log line.
 #[derive(Debug)]

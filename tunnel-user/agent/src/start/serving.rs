@@ -92,10 +92,10 @@ impl Serving {
         let foreign = extension.count_servers().await;
         let foreign = foreign.map_err(AgentError::Extension)?;
         let renewals = Renewals::default();
+        let dialers = dialers(&identity, setup).collect();
         let worker = Worker {
             node: identity.name(),
             material: identity.material.clone(),
-            dialers: dialers(&identity, setup).collect(),
             instance,
             predecessor,
             serve,
@@ -117,7 +117,7 @@ impl Serving {
             lifetimes: identity.lifetimes(),
         };
         let view = View::register(ours(&mut registry), &worker, facts);
-        let dispatch = Dispatch::start(&mut shards, config.shards, &worker)?;
+        let dispatch = Dispatch::start(&mut shards, config.shards, &worker, &dialers)?;
         // It keeps the shards as long as it lives.
         let connector = connector::run(
             dispatch,

@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime};
 use clap::Subcommand;
 use rustls::pki_types::CertificateDer;
 
-use cpc_identity::credential::validity;
 use cpc_identity::issue::{Authority, Request, serial_of};
 use cpc_identity::join::issue_records::Holder;
 use cpc_identity::join::{IssueLog, IssueLogError};
+use cpc_identity::validity::validity;
 use cpc_identity::{KeyHash, Role, TrustDomain, pem};
 
 const DAY: Duration = Duration::from_secs(86_400);

@@ -34,7 +34,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use self::sink::Sink;
 use super::line_writer::LineWriter;
-use super::logging::ACCESS;
+use super::targets::ACCESS;
 use super::throttle::{self, Throttle};
 use cpc_config::AuditConfig;
 

@@ -4,7 +4,7 @@ use tempfile::TempDir;
 use tunnel_fake_kubernetes::{FakeKubernetes, Review};
 
 use super::*;
-use crate::credential::{Credential, Expected, PendingCredential, validity};
+use crate::credential::{Credential, Expected, PendingCredential};
 use crate::join::issue_records::Ticket;
 use crate::{KeyHash, TrustDomain, provider};
 use cpc_config::TlsFiles;
