@@ -54,7 +54,7 @@ impl Stream {
     }
 }
 
-/// What an end does.
+/// Script of an end, in bytes and nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Script {
     /// Bytes to send, header included.
@@ -67,7 +67,7 @@ pub struct Script {
     pub write: usize,
     /// Bytes received after which the end stops to read for a while.
     pub stall_at: u64,
-    /// How long it stops.
+    /// Duration of the stop.
     pub stall: u64,
     /// Bytes sent and received after which the end aborts.
     pub abort_at: Option<u64>,
@@ -75,7 +75,7 @@ pub struct Script {
     pub waits: bool,
 }
 
-/// How an end has seen the end of its peer.
+/// End of the peer, as an end has seen it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// An orderly end of file.
@@ -93,7 +93,7 @@ pub struct End {
     pub incoming: Option<Stream>,
     /// Outgoing bytes.
     pub outgoing: Option<Stream>,
-    /// What the end does.
+    /// Script of the end.
     pub script: Script,
     /// Bytes sent.
     pub sent: u64,
@@ -102,7 +102,7 @@ pub struct End {
     header: Vec<u8>,
     /// Whether its half has ended in order.
     pub has_finished: bool,
-    /// What it has seen of the peer's end.
+    /// End of the peer, once seen.
     pub seen: Option<Seen>,
     /// Error of a write after the peer's end of file.
     error: Option<i32>,
@@ -112,7 +112,7 @@ pub struct End {
     stalled_until: Option<u64>,
 }
 
-/// What a poll of an end has found.
+/// Result of a poll of an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
     /// Nothing of note.
@@ -121,7 +121,7 @@ pub enum Found {
     Header(u64),
     /// A byte that its peer has not sent.
     WrongByte {
-        /// Its offset.
+        /// Offset of the byte.
         at: u64,
     },
 }

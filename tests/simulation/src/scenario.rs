@@ -19,7 +19,7 @@ const SETTLE: u64 = 45 * SECOND;
 /// Time in which requests without faults end.
 const PATIENCE: u64 = 20 * SECOND;
 
-/// What a simulation has done.
+/// Result of a simulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// Hash of everything that happened.

@@ -38,7 +38,7 @@ pub const SHARED: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 1);
 pub const UNGRANTED: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 1);
 /// Host of a target that is granted, but not on an agent's allow-list.
 pub const DENIED: Ipv4Addr = Ipv4Addr::new(10, 4, 0, 1);
-/// Host of a target that nobody claims.
+/// Host of a target that no agent claims.
 pub const UNSERVED: Ipv4Addr = Ipv4Addr::new(10, 5, 0, 1);
 /// Host of an attacker.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -48,7 +48,7 @@ const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub struct Member {
     /// Name in its certificate.
     pub name: String,
-    /// Its host.
+    /// Host of the member.
     pub host: usize,
     /// Address of the host.
     pub address: Ipv4Addr,
@@ -57,9 +57,9 @@ pub struct Member {
 /// A target.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// Its host.
+    /// Host of the target.
     pub host: usize,
-    /// Its port.
+    /// Port of the target.
     pub port: u16,
 }
 
@@ -198,7 +198,7 @@ impl Topology {
         hosts.map(|address| SocketAddrV4::new(address, PORT)).into()
     }
 
-    /// What a target does until it knows its request.
+    /// State of a target until it knows its request.
     pub fn until_header(&self) -> Script {
         Script {
             send: 0,

@@ -43,7 +43,7 @@ const KEPT: u64 = 1 << 20;
 /// Steps at one instant, after which time is stuck.
 const STUCK: u64 = 200_000;
 
-/// What all simulations of a program share.
+/// State that all simulations of a program share.
 #[derive(Debug)]
 pub struct Shared {
     /// Certificates.
@@ -78,7 +78,7 @@ struct Program {
     host: usize,
     /// Difference of the wall clock of its host to the monotonic clock.
     wall: i64,
-    /// Its processes: the last one, and earlier ones that drain.
+    /// Processes: the last one, and earlier ones that drain.
     runs: Vec<Run>,
     /// Number of its processes so far.
     started: u16,
@@ -119,9 +119,9 @@ pub struct Request {
     pub server: usize,
     /// Destination.
     pub to: SocketAddrV4,
-    /// What the client does.
+    /// Script of the client.
     pub client: Script,
-    /// What the target does.
+    /// Script of the target.
     pub target: Script,
     /// Whether it must succeed.
     pub must_succeed: bool,
@@ -150,7 +150,7 @@ struct Accepted {
 
 /// The simulated world.
 pub struct World {
-    /// What it consists of.
+    /// Hosts, members, targets and paths.
     pub topology: Topology,
     shared: Rc<Shared>,
     servers: Vec<Program>,

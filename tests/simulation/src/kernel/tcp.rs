@@ -49,7 +49,7 @@ pub(super) struct Tcp {
     is_closed: bool,
 }
 
-/// What arrives at an end.
+/// Arrival at an end.
 #[derive(Debug)]
 pub(super) enum Arrival {
     Established,
