@@ -220,7 +220,7 @@ impl Material {
         Ok(Some(change))
     }
 
-    /// Reloads the files every [`RELOAD_INTERVAL`], without end. Calls `changed` for new material, and
+    /// Reloads the files every [`RELOAD_INTERVAL`](super::reloading::RELOAD_INTERVAL), without end. Calls `changed` for new material, and
     /// for an unusable file.
     pub async fn watch(self: Arc<Self>, changed: impl Fn(Result<&Change, &MaterialError>)) {
         let reload = || {
