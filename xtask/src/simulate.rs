@@ -92,13 +92,13 @@ what they are not granted.
 lost or invented, and order is kept; an end that was not orderly is a reset; a dial has an outcome a second after its time at
 the latest; time never stands still. **45 s after the last fault**: every agent has its tunnels, a request over each server to
 each served target succeeds, every connection has ended, and no limit counts one: no connection, no dial, no byte of a stalled
-stream but the lists that quinn-proto keeps.
+stream but the lists that quinn-proto keeps. A lost tunnel may stay at a server for three times its probe timeout, where that is
+longer than the idle timeout.
 
 Konnectivity's gRPC, frontends over TLS and Unix sockets, io_uring and the kernel programs are not part of it
 ([0034](adr/0034-simulation-below-libc.md)). Seeds that have found a fault are in `tests/simulation/seeds.txt`.
 
-**Open**: of the seeds from 10,000 on, 11582 and 12024 leave one tunnel more at a server than its agents want, 45 s after the last
-fault. A path whose MTU shrinks below what a tunnel has found stalls the connections of that tunnel for a minute and more.
+**Open**: a path whose MTU shrinks below what a tunnel has found stalls the connections of that tunnel for a minute and more.
 
 ";
 

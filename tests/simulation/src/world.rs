@@ -33,6 +33,10 @@ pub const MS: u64 = 1_000_000;
 /// Monotonic time at the start of each simulation.
 const START: u64 = 1000 * SECOND;
 
+/// Maximum time for which a server keeps a tunnel that was lost: three times its probe timeout, where that
+/// is longer than the idle timeout (RFC 9000, section 10.1). A path that stood still has a long one.
+const LOST_TUNNEL: u64 = 240 * SECOND;
+
 /// Wall clock at the start: in 2030.
 const WALL: i64 = 1_893_456_000 * SECOND as i64;
 
@@ -761,13 +765,18 @@ impl World {
             }
         }
         for (at, (name, host, address)) in pages.into_iter().enumerate() {
-            let page = self.fetch(host, address, "/metrics")?;
+            let mut page = self.fetch(host, address, "/metrics")?;
             let is_server = at < self.servers.len();
             let mut limits = vec!["connections"];
             if is_server {
                 limits.push("dials");
                 let tunnels = self.topology.tunnels();
                 let line = format!("limit_used{{limit=\"agents\"}} {tunnels}\n");
+                let deadline = self.now() + LOST_TUNNEL;
+                while !page.contains(&line) && self.now() < deadline {
+                    self.run_until(self.now() + SECOND)?;
+                    page = self.fetch(host, address, "/metrics")?;
+                }
                 ensure!(page.contains(&line), "{name} has not {line}{page}");
             }
             for limit in limits {
