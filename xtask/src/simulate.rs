@@ -78,7 +78,7 @@ targets on hosts of their own, with virtual time, on one thread. A seed determin
 `cargo xtask test` runs the seeds below 2,000; this page is of further ones:
 
 ```sh
-nice -n 19 cargo xtask simulate --from 10000 --seeds 100000 --record
+nice -n 19 cargo xtask simulate --from 10000 --seeds 10000 --jobs 2 --record
 target/lab/simulate trace SEED                              # replays one, and prints its events
 ```
 
@@ -137,8 +137,8 @@ fn row(outcome: &Outcome, commit: &str) -> String {
         elapsed_s,
     } = outcome;
     let head = head_of_row(*from);
-    let (simulated, elapsed) = (simulated_s / 3600, elapsed_s / 60);
+    let simulated = simulated_s / 3600;
     format!(
-        "{head}{seeds} | {failed} | {events} | {requests} | {ran} | {simulated} h | {elapsed} min | {commit} |\n"
+        "{head}{seeds} | {failed} | {events} | {requests} | {ran} | {simulated} h | {elapsed_s} s | {commit} |\n"
     )
 }
