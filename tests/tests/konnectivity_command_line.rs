@@ -421,10 +421,10 @@ fn refusal(socket: impl AsRef<Path>, request: &str) -> Result<(String, String)> 
 fn a_proxy_agent_without_servers() -> Result<()> {
     let image = Image::new("agent")?;
     image.certificates()?;
-    let (nobody, health, admin) = (free_port()?, free_port()?, free_port()?);
+    let (absent, health, admin) = (free_port()?, free_port()?, free_port()?);
     let flags = [
         format!("--ca-cert={}", image.path("ca/ca.crt")),
-        format!("--proxy-server-port={nobody}"),
+        format!("--proxy-server-port={absent}"),
         format!("--health-server-port={health}"),
         format!("--admin-server-port={admin}"),
         "--sync-interval=5s".into(),

@@ -112,10 +112,10 @@ fn status_shows_who_is_there() -> Result<()> {
         ensure!(table.contains(piece), "no {piece:?} in\n{table}");
     }
 
-    // Nobody there, and somebody there who is no connector.
-    let nobody = cpc(&cp, "127.0.0.1:1".parse()?, &["status"])?;
-    assert_eq!(nobody.status.code(), Some(1));
-    ensure!(text(&nobody.stderr).contains("no answer at 127.0.0.1:1"));
+    // A port without a listener, and a listener that is no connector.
+    let absent = cpc(&cp, "127.0.0.1:1".parse()?, &["status"])?;
+    assert_eq!(absent.status.code(), Some(1));
+    ensure!(text(&absent.stderr).contains("no answer at 127.0.0.1:1"));
     let admin_of_health = lab.control_plane.servers[0].sockets.tunnel;
     let other = cpc(&cp, admin_of_health, &["status"])?;
     assert_eq!(other.status.code(), Some(1));

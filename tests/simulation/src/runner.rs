@@ -49,7 +49,7 @@ fn run_here(shared: &Rc<Shared>, seed: u64, mut output: File) -> ! {
         .pki
         .directory()
         .join(format!("{seed}.{}", std::process::id()));
-    // A thread of its own: what std keeps by thread, such as the keys of its hash maps, then starts anew.
+    // A new thread has new state of std, such as the keys of its hash maps.
     let shared = SendPointer(Rc::into_raw(shared.clone()));
     let place = state.clone();
     let thread = std::thread::Builder::new()

@@ -25,7 +25,7 @@ use crate::process::{Process, has_thread};
 use crate::random::Random;
 use crate::topology::{self, CAPTURE_PORT, Topology};
 
-/// Nanoseconds of a second and of a millisecond.
+/// Nanoseconds of a second.
 pub const SECOND: u64 = 1_000_000_000;
 /// Nanoseconds of a millisecond.
 pub const MS: u64 = 1_000_000;

@@ -5,8 +5,8 @@
 //! distinguish servers, because several addresses may lead to one server and one address (a virtual IP)
 //! to several. Dialling never ends; only its pace changes.
 //!
-//! Of a native kind and a foreign one for an address the native one is preferred: the other is dialled a
-//! little later, and only while no native tunnel reaches the same server. Once one does,
+//! A native kind is preferred to a foreign one for the same address: the foreign one is dialled a little
+//! later, and only while no native tunnel reaches the same server. Once one does,
 //! [`Plan::superseded`] names the foreign tunnels that may end with their last connection.
 
 mod endpoint;

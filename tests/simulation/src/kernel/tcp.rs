@@ -311,7 +311,8 @@ impl Kernel {
         if let Some(tcp) = self.tcp(id)
             && let Some(peer) = tcp.peer
         {
-            // Loopback too takes some time, so that no two programs run at one instant for ever.
+            // Loopback takes some time too: else two programs could answer each other while the clock
+            // stands still.
             let at = tcp.last_arrival.max(now + delay + 1_000);
             tcp.last_arrival = at;
             self.schedule(at, Event::Tcp(peer, arrival));

@@ -49,6 +49,8 @@ pub(crate) async fn run(
         foreign,
         tunnels,
     } = servers;
+    // Bounded by their senders: a name has one resolution at a time, a tunnel at most one question, and its
+    // server changes its health only after the time of a heartbeat.
     let (answers, resolved) = mpsc::unbounded_channel();
     for (server, _) in &addresses {
         tokio::spawn(keep_resolving(server.clone(), answers.clone()));
@@ -214,6 +216,7 @@ impl Driver {
         let held = established.map(|tunnel| (tunnel.address, tunnel.shard));
         let (shard, permit) = self.shards.place(address, held);
         tracing::debug!(%address, protocol = endpoint.kind.label(), shard, "dialling");
+        // A tunnel gets a few commands in its life, from the connector alone.
         let (commands, inbox) = mpsc::unbounded_channel();
         let target = DialTarget {
             number,

@@ -1,4 +1,4 @@
-//! The last stage: everything that serves runs, until the process is told to end.
+//! The last stage: all that serves runs until a signal ends the process.
 
 use std::io;
 use std::sync::Arc;

@@ -160,12 +160,12 @@ impl ServerTunnel for Tunnel {
         &self.info
     }
 
-    /// Data that targets have sent by now still leaves.
+    /// Ends the tunnel at once. Data that targets have sent by now still leaves.
     fn close(&self, reason: CloseReason) -> LocalBoxFuture<'_, ()> {
         Box::pin(async move { self.end(reason) })
     }
 
-    /// The server is told to prefer others, and its requests until then are served.
+    /// Asks the server to prefer other agents, and serves its requests until it does.
     fn retire(self: Rc<Self>) -> LocalBoxFuture<'static, ()> {
         Box::pin(async move {
             self.info.stats.set_draining();

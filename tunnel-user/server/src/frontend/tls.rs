@@ -115,8 +115,8 @@ fn read(
     let anchors = load_anchors(&config.client_ca)?;
     let mut lifetimes = Lifetime::cas(Purpose::Frontend, &anchors, &config.client_ca);
     lifetimes.extend(Lifetime::own(Purpose::Frontend, &key, &config.cert));
-    let whom = (Role::Client, tenant.clone());
-    let callers = CallerVerifier::new(anchors, provider.clone(), whom, revocations.clone());
+    let role = (Role::Client, tenant.clone());
+    let callers = CallerVerifier::new(anchors, provider.clone(), role, revocations.clone());
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)
         .map_err(|e| file(&config.cert, e.to_string()))?

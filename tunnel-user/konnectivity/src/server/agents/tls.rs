@@ -130,9 +130,9 @@ fn read(files: &Files) -> Result<Loaded, MaterialError> {
         Some(ca) => {
             let anchors = load_anchors(ca)?;
             lifetimes.extend(Lifetime::cas(Purpose::Konnectivity, &anchors, ca));
-            let whom = (Role::Agent, files.tenant.clone());
+            let role = (Role::Agent, files.tenant.clone());
             let revocations = files.revocations.clone();
-            let agents = CallerVerifier::new(anchors, provider, whom, revocations);
+            let agents = CallerVerifier::new(anchors, provider, role, revocations);
             builder.with_client_cert_verifier(agents)
         }
         None => builder.with_client_cert_verifier(Arc::new(NoClientAuth)),
