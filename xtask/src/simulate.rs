@@ -91,9 +91,9 @@ what they are not granted.
 **Checked at every step**: a request runs at most once, at the target that it names, through an agent that may serve it; no byte is
 lost or invented, and order is kept; an end that was not orderly is a reset; a dial has an outcome a second after its time at
 the latest; time never stands still. **45 s after the last fault**: every agent has its tunnels, a request over each server to
-each served target succeeds, every connection has ended, and no limit counts one: no connection, no dial, no byte of a stalled
-stream but the lists that quinn-proto keeps. A lost tunnel may stay at a server for three times its probe timeout, where that is
-longer than the idle timeout.
+each served target succeeds in both directions, every connection has ended, and no limit counts a connection or a dial. Stalled
+bytes may count 1 MiB: quinn-proto keeps lists of ended streams. A lost tunnel beside those may stay at its server for up to 240 s:
+QUIC keeps it for three times its probe timeout, where that is longer than the idle timeout.
 
 Konnectivity's gRPC, frontends over TLS and Unix sockets, io_uring and the kernel programs are not part of it
 ([0034](adr/0034-simulation-below-libc.md)). Seeds that have found a fault are in `tests/simulation/seeds.txt`.

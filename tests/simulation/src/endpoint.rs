@@ -106,8 +106,6 @@ pub struct End {
     pub seen: Option<Seen>,
     /// Error of a write after the peer's end of file.
     error: Option<i32>,
-    /// Whether it has reset the connection itself.
-    pub has_aborted: bool,
     next_write: u64,
     stalled_until: Option<u64>,
 }
@@ -140,10 +138,14 @@ impl End {
             has_finished: false,
             seen: None,
             error: None,
-            has_aborted: false,
             next_write: script.start,
             stalled_until: None,
         }
+    }
+
+    /// Whether both halves have ended in order.
+    pub fn has_succeeded(&self) -> bool {
+        self.seen == Some(Seen::Eof) && self.has_finished && self.error.is_none()
     }
 
     /// Begins the script of a target that knows its request.
@@ -179,7 +181,6 @@ impl End {
         };
         let moved = self.sent + self.received;
         if self.script.abort_at.is_some_and(|at| moved >= at) && self.seen.is_none() {
-            self.has_aborted = true;
             self.close(true);
         } else if matches!(self.seen, Some(Seen::Error(_))) || self.error.is_some() {
             self.close(false);

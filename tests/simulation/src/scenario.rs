@@ -1,7 +1,7 @@
 //! A scenario from a seed: faults and requests for a while, then a network without faults, in which
 //! everything must work.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use crate::endpoint::{HEADER, Script};
 use crate::interpose::kernel;
 use crate::kernel::network::Path;
+use crate::topology::{STRANGER, TUNNEL_PORT};
 use crate::world::{MS, Request, SECOND, Shared, World};
 
 /// Time without faults before everything must work: the idle timeout of a tunnel, and the longest
@@ -108,6 +109,7 @@ fn check_recovery(world: &mut World) -> Result<()> {
             "request {id} has not ended in 20 s:\n{}",
             world.describe()
         );
+        world.check_succeeded(id)?;
     }
     // The programs learn of the last ends.
     world.run_until(world.now() + 2 * SECOND)?;
@@ -273,7 +275,7 @@ fn silence(world: &mut World) {
 
 /// Sends packets that are no packets of a tunnel, also in the name of a peer.
 fn attack(world: &mut World, server: usize, agent: usize) {
-    let server = SocketAddrV4::new(world.topology.servers[server].address, 8132);
+    let server = SocketAddrV4::new(world.topology.servers[server].address, TUNNEL_PORT);
     let agent = world.topology.agents[agent].address;
     for _ in 0..world.random.between(1, 50) {
         let length = world.random.pick(&[0, 1, 20, 40, 1200, 1472]);
@@ -287,7 +289,7 @@ fn attack(world: &mut World, server: usize, agent: usize) {
             }
         }
         let port = world.random.between(32_768, 32_800) as u16;
-        let stranger = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), port);
+        let stranger = SocketAddrV4::new(STRANGER, port);
         let peer = SocketAddrV4::new(agent, port);
         let (from, to) = match world.random.below(3) {
             0 => (stranger, server),

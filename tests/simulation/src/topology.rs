@@ -19,7 +19,7 @@ use crate::world::{SECOND, Shared};
 pub const CAPTURE_PORT: u16 = 8137;
 
 /// Port of the tunnel.
-const TUNNEL_PORT: u16 = 8132;
+pub const TUNNEL_PORT: u16 = 8132;
 
 /// Port of the targets.
 pub const PORT: u16 = 10250;
@@ -41,7 +41,7 @@ pub const DENIED: Ipv4Addr = Ipv4Addr::new(10, 4, 0, 1);
 /// Host of a target that no agent claims.
 pub const UNSERVED: Ipv4Addr = Ipv4Addr::new(10, 5, 0, 1);
 /// Host of an attacker.
-const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// A server or an agent.
 #[derive(Clone, Debug)]
@@ -173,17 +173,18 @@ impl Topology {
 
     /// Returns the destinations that are served once all agents are connected.
     pub fn served(&self) -> Vec<SocketAddrV4> {
-        let nodes = self.agents.iter().map(|agent| agent.address);
-        let all = nodes.chain([SHARED]);
-        all.map(|address| SocketAddrV4::new(address, PORT))
-            .collect()
+        self.claimed(PORT)
     }
 
     /// Returns destinations that are served, and where no program listens.
     pub fn refusing(&self) -> Vec<SocketAddrV4> {
+        self.claimed(REFUSING)
+    }
+
+    fn claimed(&self, port: u16) -> Vec<SocketAddrV4> {
         let nodes = self.agents.iter().map(|agent| agent.address);
         let all = nodes.chain([SHARED]);
-        all.map(|address| SocketAddrV4::new(address, REFUSING))
+        all.map(|address| SocketAddrV4::new(address, port))
             .collect()
     }
 

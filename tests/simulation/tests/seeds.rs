@@ -75,6 +75,7 @@ fn a_seed_replays_exactly() -> Result<()> {
         let first = runner::run(&one, seed)?;
         let second = runner::run(&other, seed)?;
         ensure!(first == second, "seed {seed}: {first:?} and {second:?}");
+        ensure!(first.events > 0 && first.ran > 0, "nothing ran: {first:?}");
         traces.push(first.trace);
     }
     traces.sort_unstable();

@@ -129,7 +129,7 @@ impl Kernel {
         Self {
             now,
             random: Random::new(seed),
-            trace: seed,
+            trace: 0,
             events: 0,
             hosts: Vec::new(),
             current: 0,

@@ -74,6 +74,26 @@ impl World {
         self.connections[id].client.fd.is_none()
     }
 
+    /// Checks that a request has succeeded in both directions: everything arrived, and both ends were
+    /// orderly.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub fn check_succeeded(&self, id: usize) -> Result<()> {
+        let Connection { client, target, .. } = &self.connections[id];
+        let target = target.map(|at| &self.accepted[at].end);
+        let is_whole = target.is_some_and(|target| {
+            let received = (client.received, target.received);
+            let ends = [client, target].iter().all(|end| end.has_succeeded());
+            ends && received == (target.sent, client.sent)
+        });
+        ensure!(
+            is_whole,
+            "request {id} has not succeeded: {client:?}, {target:?}"
+        );
+        Ok(())
+    }
+
     pub(super) fn poll_client(&mut self, id: usize) -> Result<()> {
         let now = self.now();
         let connection = &mut self.connections[id];

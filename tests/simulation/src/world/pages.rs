@@ -2,7 +2,7 @@
 
 use std::net::SocketAddrV4;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{KEPT, LOST_TUNNEL, MS, SECOND, World};
 use crate::interpose::kernel;
@@ -53,30 +53,46 @@ impl World {
             }
         }
         for (at, (name, host, address)) in pages.into_iter().enumerate() {
-            let mut page = self.fetch(host, address, "/metrics")?;
+            let page = self.fetch(host, address, "/metrics")?;
             let is_server = at < self.servers.len();
-            let mut limits = vec!["connections"];
-            if is_server {
-                limits.push("dials");
-                let tunnels = self.topology.tunnels();
-                let line = format!("limit_used{{limit=\"agents\"}} {tunnels}\n");
-                let deadline = self.now() + LOST_TUNNEL;
-                while !page.contains(&line) && self.now() < deadline {
-                    self.run_until(self.now() + SECOND)?;
-                    page = self.fetch(host, address, "/metrics")?;
-                }
-                ensure!(page.contains(&line), "{name} has not {line}{page}");
-            }
-            for limit in limits {
-                let line = format!("limit_used{{limit=\"{limit}\"}} 0\n");
-                ensure!(page.contains(&line), "{name} has not {line}{page}");
-            }
-            let (_, held) = page
-                .split_once("limit_used{limit=\"stalled_bytes\"} ")
-                .unwrap_or_default();
-            let held: u64 = held.lines().next().unwrap_or_default().parse()?;
+            ensure!(used(&page, "connections")? == 0, "{name}: {page}");
+            let held = used(&page, "stalled_bytes")?;
             ensure!(held <= KEPT, "{name} holds {held} bytes for nothing");
+            if is_server {
+                ensure!(used(&page, "dials")? == 0, "{name}: {page}");
+                let tunnels = used(&page, "agents")?;
+                self.check_tunnels(&name, (host, address), tunnels)?;
+            }
         }
         Ok(())
     }
+
+    /// Checks that a server with `tunnels` tunnels has those of all agents, and loses what is beyond them.
+    fn check_tunnels(
+        &mut self,
+        name: &str,
+        (host, address): (usize, SocketAddrV4),
+        mut tunnels: u64,
+    ) -> Result<()> {
+        let wanted = self.topology.tunnels() as u64;
+        let deadline = self.now() + LOST_TUNNEL;
+        while tunnels > wanted && self.now() < deadline {
+            self.run_until(self.now() + SECOND)?;
+            tunnels = used(&self.fetch(host, address, "/metrics")?, "agents")?;
+        }
+        ensure!(
+            tunnels == wanted,
+            "{name} has {tunnels} tunnels, not {wanted}"
+        );
+        Ok(())
+    }
+}
+
+/// Reads the use of a limit from a page of metrics.
+fn used(page: &str, limit: &str) -> Result<u64> {
+    let name = format!("limit_used{{limit=\"{limit}\"}} ");
+    let (_, value) = page
+        .split_once(&name)
+        .with_context(|| format!("no {name}in {page}"))?;
+    Ok(value.lines().next().unwrap_or_default().parse()?)
 }
