@@ -1,6 +1,7 @@
 //! One direction of a session at its receiver.
 
 use super::message::Accepted;
+use super::violation::Violation;
 
 /// Bytes on their way from the other end to the local socket.
 ///
@@ -17,17 +18,28 @@ pub struct Inbound {
     is_finished: bool,
     /// Whether the local socket takes no more bytes.
     is_refused: bool,
+    /// Whether any stream has carried a byte or an end of file.
+    is_touched: bool,
 }
 
 impl Inbound {
     /// Notes `n` bytes from the present stream.
-    pub fn receive(&mut self, n: u64) {
+    ///
+    /// # Errors
+    /// [`Violation::BehindEnd`]: the end of file has arrived before.
+    pub fn receive(&mut self, n: u64) -> Result<(), Violation> {
+        if n > 0 && self.is_ended {
+            return Err(Violation::BehindEnd);
+        }
         self.received += n;
+        self.is_touched |= n > 0;
+        Ok(())
     }
 
     /// Notes the end of file on the present stream.
     pub fn end(&mut self) {
         self.is_ended = true;
+        self.is_touched = true;
     }
 
     /// Notes `n` bytes that the local kernel has accepted.
@@ -37,7 +49,7 @@ impl Inbound {
 
     /// Notes that the end of file was passed on. Without effect while bytes are unwritten.
     pub fn finish(&mut self) {
-        self.is_finished = self.is_ended && self.written == self.received;
+        self.is_finished |= self.is_ended && self.written == self.received;
     }
 
     /// Notes that the local socket takes no more.
@@ -53,6 +65,11 @@ impl Inbound {
     /// Whether the end of file is to be passed on now.
     pub fn is_at_end(&self) -> bool {
         self.is_ended && !self.is_done() && self.unwritten() == 0
+    }
+
+    /// Whether no stream has carried anything: the other end has not begun.
+    pub fn is_untouched(&self) -> bool {
+        !self.is_touched
     }
 
     /// Whether nothing more is expected of this direction.
@@ -87,7 +104,7 @@ mod tests {
     #[test]
     fn what_is_not_written_comes_again() {
         let mut inn = Inbound::default();
-        inn.receive(10);
+        inn.receive(10).unwrap();
         inn.end();
         inn.write(4);
         assert!(!inn.is_at_end());
@@ -99,7 +116,7 @@ mod tests {
     #[test]
     fn an_end_is_finished_behind_the_last_byte() {
         let mut inn = Inbound::default();
-        inn.receive(2);
+        inn.receive(2).unwrap();
         inn.end();
         inn.finish();
         assert!(!inn.accepted().is_finished);
@@ -109,5 +126,19 @@ mod tests {
         assert!(inn.accepted().is_finished);
         assert_eq!(inn.resume(), 0);
         assert!(inn.is_done());
+    }
+
+    #[test]
+    fn bytes_behind_an_end_take_nothing_back() {
+        let mut inn = Inbound::default();
+        inn.receive(2).unwrap();
+        inn.end();
+        assert_eq!(inn.receive(1), Err(Violation::BehindEnd));
+        inn.write(2);
+        inn.finish();
+        inn.resume();
+        assert_eq!(inn.receive(1), Err(Violation::BehindEnd));
+        inn.finish();
+        assert!(inn.accepted().is_finished);
     }
 }

@@ -118,6 +118,13 @@ impl Outbound {
         Ok(before - self.kept())
     }
 
+    /// Gives the direction up. Returns the number of kept bytes to release.
+    pub fn abandon(&mut self) -> u64 {
+        let kept = self.kept();
+        self.is_done = true;
+        kept
+    }
+
     /// Continues on another stream, which begins at the first unconfirmed byte.
     pub fn resume(&mut self) {
         self.sent = self.confirmed;

@@ -31,7 +31,8 @@ pub struct Effect {
 /// Outcome of a resumption on another tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumed {
-    /// Both ends go on. Holds the number of kept bytes to release; the next byte to send follows them.
+    /// The tunnel carries the session from now on, were it only for the last confirmation. Holds the number
+    /// of kept bytes to release; the next byte to send follows them.
     Continues(u64),
     /// The other end does not know the session, and no byte has left: the dial may be repeated.
     NotBegun,
@@ -98,9 +99,19 @@ impl Session {
         self.abort.is_some()
     }
 
-    /// Gives the session up. The caller resets the local socket. The first reason counts.
+    /// Gives the session up. The caller resets the local socket and releases all kept bytes. The first
+    /// reason counts.
     pub fn abort(&mut self, reason: CloseReason) {
         self.abort.get_or_insert(Abort::Begun(reason));
+        self.outbound.abandon();
+    }
+
+    /// Gives the session up as the other end knows. A socket that is not reset yet is, for `reason`.
+    fn agree(&mut self, reason: CloseReason) -> Effect {
+        let reset = self.abort.is_none().then_some(reason);
+        self.abort = Some(Abort::Agreed);
+        let release = self.outbound.abandon();
+        Effect { release, reset }
     }
 
     /// Whether both directions have ended and the other end has confirmed everything.
@@ -140,35 +151,32 @@ impl Session {
         })
     }
 
-    /// Takes in a confirmation.
+    /// Takes in a confirmation of the present tunnel. Those that an earlier tunnel still delivers must not
+    /// come here: they are older than the resumption.
     ///
     /// # Errors
     /// [`Violation`]; the caller then [aborts](Self::abort).
     pub fn confirmed(&mut self, peer: &Confirmation) -> Result<Effect, Violation> {
         match peer.status {
-            Status::Aborted(reason) => {
-                let reset = self.abort.is_none().then_some(reason);
-                self.abort = Some(Abort::Agreed);
-                return Ok(Effect {
-                    release: self.outbound.kept(),
-                    reset,
-                });
-            }
+            Status::Aborted(reason) => return Ok(self.agree(reason)),
             Status::Acknowledged => {
                 // Without an abort of ours the peer breaks the protocol: the session is lost all the same.
-                let reset = self.abort.is_none().then_some(CloseReason::PeerReset);
-                self.abort = Some(Abort::Agreed);
+                let effect = self.agree(CloseReason::PeerReset);
                 self.told = Some(self.state());
-                let release = self.outbound.kept();
-                return Ok(Effect { release, reset });
+                return Ok(effect);
             }
-            Status::Open => {}
-            Status::Settled => self.is_peer_settled = true,
+            Status::Open | Status::Settled => {}
         }
         if self.abort.is_some() {
             return Ok(Effect::default());
         }
         let release = self.outbound.confirm(&peer.accepted)?;
+        if peer.status == Status::Settled {
+            if !self.outbound.is_done() {
+                return Err(Violation::NotSettled);
+            }
+            self.is_peer_settled = true;
+        }
         Ok(Effect {
             release,
             reset: None,
@@ -229,15 +237,20 @@ impl Session {
     /// Decides about a session that the other end does not know: it has forgotten the session, or lost
     /// it with its process.
     fn unknown(&mut self) -> Resumed {
-        if self.abort.is_some() || self.is_settled() {
-            self.abort.get_or_insert(Abort::Agreed);
+        if self.abort.is_some() {
+            self.abort = Some(Abort::Agreed);
             return Resumed::Over;
         }
-        let is_untouched = self.outbound.is_untouched() && self.inbound.accepted().written == 0;
-        if self.role == Role::Server && is_untouched && self.inbound.unwritten() == 0 {
+        if self.is_settled() {
+            self.is_peer_settled = true;
+            return Resumed::Over;
+        }
+        let is_untouched = self.outbound.is_untouched() && self.inbound.is_untouched();
+        let is_done = self.outbound.is_done() || self.inbound.is_done();
+        if self.role == Role::Server && is_untouched && !is_done {
             return Resumed::NotBegun;
         }
-        self.abort = Some(Abort::Agreed);
+        self.agree(CloseReason::LinkLost);
         Resumed::Lost(CloseReason::LinkLost)
     }
 }

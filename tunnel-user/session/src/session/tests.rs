@@ -2,7 +2,9 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::{Strategy, TestCaseError, any, prop_oneof, proptest};
+use proptest::sample::Index;
 use proptest::{prop_assert, prop_assert_eq};
 
 use super::*;
@@ -28,6 +30,8 @@ enum Step {
     Hear(usize),
     Cut,
     Connect,
+    /// The process of an end is killed: the end forgets everything, and its socket is reset.
+    Kill(usize),
 }
 
 /// Data on a stream.
@@ -134,8 +138,10 @@ struct World {
     ends: [End; 2],
     tunnel: Option<[Way; 2]>,
     now: Instant,
-    /// Whether a program has reset its socket.
+    /// Whether a program has reset its socket, or a process was killed.
     is_reset: bool,
+    /// Whether both ends keep every byte from the start.
+    is_kept: bool,
 }
 
 impl World {
@@ -152,6 +158,7 @@ impl World {
             tunnel: Some(Default::default()),
             now: Instant::now(),
             is_reset: false,
+            is_kept,
         }
     }
 
@@ -169,6 +176,13 @@ impl World {
             Step::Tell(side) => self.tell(side),
             Step::Hear(side) => self.hear(side)?,
             Step::Cut => self.cut(),
+            Step::Kill(side) => {
+                self.cut();
+                if self.ends[side].session.take().is_some() {
+                    self.is_reset = true;
+                    self.ends[side].reset();
+                }
+            }
             Step::Connect => self.connect(),
         }
         self.check()
@@ -208,7 +222,8 @@ impl World {
         }
         match ways[1 - side].data.pop_front() {
             Some(Datum::Bytes(bytes)) => {
-                session.inbound.receive(bytes.len() as u64);
+                let received = session.inbound.receive(bytes.len() as u64);
+                received.expect("an honest end sends nothing behind its end");
                 if end.ending.is_none() {
                     end.unwritten.extend(&bytes);
                 }
@@ -276,8 +291,16 @@ impl World {
                         end.kept.release(release);
                         end.is_carried = true;
                     }
-                    // The agent has not lost its state: it must not be dialled again.
-                    Resumed::NotBegun => prop_assert!(false, "a request would run twice"),
+                    // The dial would be repeated: the program behind the agent must have got nothing, and the
+                    // one behind the server must have seen nothing.
+                    Resumed::NotBegun => {
+                        prop_assert!(self.is_reset, "the agent has not lost its state");
+                        let has_seen = !end.output.is_empty() || end.ending.is_some();
+                        prop_assert!(!has_seen && self.ends[1 - side].output.is_empty());
+                        let end = &mut self.ends[side];
+                        end.reset();
+                        end.session = None;
+                    }
                     Resumed::Over => end.session = None,
                     Resumed::Lost(_) => {
                         end.is_carried = true;
@@ -330,6 +353,13 @@ impl World {
 
     fn check(&self) -> Result<(), TestCaseError> {
         for (side, end) in self.ends.iter().enumerate() {
+            if let Some(session) = end
+                .session
+                .as_ref()
+                .filter(|it| self.is_kept && !it.is_aborted())
+            {
+                prop_assert_eq!(end.kept.len(), session.outbound.kept(), "what is kept");
+            }
             let input = &self.ends[1 - side].input;
             prop_assert!(input.starts_with(&end.output), "a prefix of what was sent");
             if end.ending == Some(Ending::Finished) {
@@ -389,7 +419,10 @@ fn step() -> impl Strategy<Value = Step> {
 #[test]
 fn a_session_that_the_peer_has_lost_is_dialled_again_only_untouched() {
     let id = SessionId::new([1; 16]);
-    let unknown = |mut session: Session| session.resume(None).unwrap();
+    let unknown = |mut session: Session| {
+        session.resumption();
+        session.resume(None).unwrap()
+    };
     let mut session = Session::new(id, Role::Server);
     session.outbound.keep();
     session.outbound.take(3);
@@ -398,9 +431,47 @@ fn a_session_that_the_peer_has_lost_is_dialled_again_only_untouched() {
     let lost = Resumed::Lost(CloseReason::LinkLost);
     assert_eq!(unknown(session), lost);
     let mut answered = Session::new(id, Role::Server);
-    answered.inbound.receive(1);
-    assert_eq!(unknown(answered), lost);
+    answered.inbound.receive(1).unwrap();
+    assert_eq!(unknown(answered), lost, "though the byte was dropped");
+    let mut ended = Session::new(id, Role::Server);
+    ended.inbound.end();
+    ended.inbound.finish();
+    assert_eq!(unknown(ended), lost);
+    let mut refused = Session::new(id, Role::Server);
+    refused.inbound.refuse();
+    assert_eq!(unknown(refused), lost);
     assert_eq!(unknown(Session::new(id, Role::Agent)), lost);
+}
+
+/// A peer that claims to need nothing more would leave the session for the life of its tunnel.
+#[test]
+fn a_peer_is_settled_only_when_it_has_confirmed_everything() {
+    let mut session = Session::new(SessionId::new([1; 16]), Role::Server);
+    session.outbound.take(1);
+    session.outbound.send(1);
+    let settled = Confirmation {
+        status: Status::Settled,
+        ..Confirmation::default()
+    };
+    assert_eq!(session.confirmed(&settled), Err(Violation::NotSettled));
+}
+
+/// Kept bytes are released once, whatever the peer repeats.
+#[test]
+fn a_repeated_abort_releases_nothing_more() {
+    let mut session = Session::new(SessionId::new([1; 16]), Role::Server);
+    session.outbound.keep();
+    session.outbound.take(5);
+    let aborted = Confirmation {
+        status: Status::Aborted(CloseReason::PeerReset),
+        ..Confirmation::default()
+    };
+    let first = session.confirmed(&aborted).unwrap();
+    assert_eq!(
+        (first.release, first.reset),
+        (5, Some(CloseReason::PeerReset))
+    );
+    assert_eq!(session.confirmed(&aborted), Ok(Effect::default()));
 }
 
 #[test]
@@ -425,8 +496,13 @@ proptest! {
     fn the_streams_are_exact_over_any_number_of_tunnels(
         scripts in [vec(act(), 0..12), vec(act(), 0..12)],
         is_kept in any::<bool>(),
-        steps in vec(step(), 0..200),
+        mut steps in vec(step(), 0..200),
+        kill in option::weighted(0.3, (any::<Index>(), 0..2_usize)),
     ) {
+        if let Some((at, side)) = kill {
+            let at = at.index(steps.len() + 1);
+            steps.insert(at, Step::Kill(side));
+        }
         let mut world = World::new(scripts, is_kept);
         for step in &steps {
             world.step(step)?;
