@@ -265,9 +265,11 @@ async fn admit_and_connect(
             detail,
         })
     });
-    match &connected {
-        Ok(_) => worker.observer.target_connected(start.elapsed()),
-        Err(failure) => worker.observer.target_failed(failure.reason),
+    if let Some(observer) = &worker.observer {
+        match &connected {
+            Ok(_) => observer.target_connected(start.elapsed()),
+            Err(failure) => observer.target_failed(failure.reason),
+        }
     }
     Ok((connected?, admitted))
 }

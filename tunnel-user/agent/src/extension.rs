@@ -3,9 +3,7 @@
 //! The agent names no foreign protocol. An extension dials over it ([`TunnelDialer`]) and serves its
 //! streams with [`serve_dial`], under the same policy, limits, log and audit as native ones.
 
-use std::future::Future;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,9 +29,9 @@ pub trait Extension: Send + Sync {
     /// Adds metrics to `registry`, which has no prefix.
     fn register(&self, _registry: &mut Registry) {}
 
-    /// Returns an observer of the agent's work.
-    fn observer(&self) -> Arc<dyn Observer> {
-        Arc::new(())
+    /// Returns an observer of the agent's work, `None` where no one counts it.
+    fn observer(&self) -> Option<Arc<dyn Observer>> {
+        None
     }
 
     /// Returns the dialers of foreign kinds.
@@ -84,8 +82,7 @@ pub fn none(_: &AgentConfig) -> Result<Arc<dyn Extension>, BoxError> {
 /// Makes the extension of an agent with this configuration, which has been checked.
 pub type Extend = fn(&AgentConfig) -> Result<Arc<dyn Extension>, BoxError>;
 
-/// A boxed future.
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+pub use futures_util::future::BoxFuture;
 
 /// The identity that an agent reports about itself.
 #[derive(Clone, Debug, Default)]

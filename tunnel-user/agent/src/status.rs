@@ -51,7 +51,7 @@ pub(super) struct View {
     servers: Gauge,
     stalled: Gauge,
     certificates: CertificateMetrics,
-    observer: Arc<dyn Observer>,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl View {
@@ -118,7 +118,9 @@ impl Source for View {
         let live = self.facts.tunnels.live_servers();
         self.servers.set(i64::try_from(live).unwrap_or(i64::MAX));
         let known = self.facts.tunnels.server_count().max(1);
-        self.observer.servers_counted(live, known as usize);
+        if let Some(observer) = &self.observer {
+            observer.servers_counted(live, known as usize);
+        }
         let stalled = self.budget.stalled();
         self.stalled.set(i64::try_from(stalled).unwrap_or(i64::MAX));
         self.limits.set_used(STALLED_BYTES, self.budget.used());

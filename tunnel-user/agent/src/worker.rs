@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::route::Claim;
@@ -19,7 +18,7 @@ use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 use cpc_host::lifecycle::{self, Phase};
 use cpc_identity::Material;
 use cpc_observe::limits::LimitMetrics;
-use cpc_observe::metrics::DialMetrics;
+use cpc_observe::metrics::{DialMetrics, GaugeGuard};
 
 /// State that all tunnels of an agent share. Each shard has a clone.
 #[derive(Clone)]
@@ -42,8 +41,8 @@ pub struct Worker {
     pub(super) answered: Arc<AnsweredAddresses>,
     /// Metrics of dials.
     pub(super) metrics: DialMetrics,
-    /// Observer of dials.
-    pub(super) observer: Arc<dyn Observer>,
+    /// Observer of dials, where the extension has one.
+    pub(super) observer: Option<Arc<dyn Observer>>,
     /// Bound on the memory held for servers and targets.
     pub(super) budget: Budget,
     /// Phase of the process.
@@ -104,7 +103,7 @@ impl Worker {
             );
             return Err((CloseReason::Overloaded, text));
         }
-        let Some(entered) = self.connections.acquire() else {
+        let Some(permit) = self.connections.acquire() else {
             if self.connections.is_closed() {
                 return Err((CloseReason::Draining, ENDING.into()));
             }
@@ -115,22 +114,15 @@ impl Worker {
             );
             return Err((CloseReason::Overloaded, text));
         };
-        self.metrics.open.inc();
         Ok(Admitted {
-            _entered: entered,
-            open: self.metrics.open.clone(),
+            _permit: permit,
+            _open: GaugeGuard::new(&self.metrics.open),
         })
     }
 }
 
 /// One admitted connection, counted until dropped.
 pub(super) struct Admitted {
-    _entered: Permit,
-    open: Gauge,
-}
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.open.dec();
-    }
+    _permit: Permit,
+    _open: GaugeGuard,
 }

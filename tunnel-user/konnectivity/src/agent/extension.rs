@@ -23,8 +23,8 @@ use cpc_observe::admin::{Admin, Pages};
 /// Time for a proxy-server to learn that the agent drains: its requests until then are served.
 const DRAIN_HEARD: Duration = Duration::from_secs(1);
 
-/// The part of proxy-agent in an agent. Without `konnectivity` in its configuration only the pages and
-/// the observer are in use.
+/// The part of proxy-agent in an agent. Without `konnectivity` in its configuration only the pages are in
+/// use.
 pub struct AgentExtension {
     client: Option<Arc<Client>>,
     leases: Option<LeaseConfig>,
@@ -65,8 +65,9 @@ impl Extension for AgentExtension {
         }
     }
 
-    fn observer(&self) -> Arc<dyn Observer> {
-        Arc::new(MetricsObserver(self.metrics.clone()))
+    fn observer(&self) -> Option<Arc<dyn Observer>> {
+        self.client.as_ref()?;
+        Some(Arc::new(MetricsObserver(self.metrics.clone())))
     }
 
     fn dialers(&self) -> Vec<Arc<dyn TunnelDialer>> {
