@@ -101,10 +101,6 @@ impl ProxyService {
 }
 
 impl ClientProtocol for ProxyService {
-    fn name(&self) -> &'static str {
-        "grpc"
-    }
-
     fn alpn(&self) -> Vec<Vec<u8>> {
         vec![ALPN.to_vec()]
     }

@@ -15,9 +15,6 @@ use crate::frontend::scope::Scope;
 
 /// A protocol of clients that share a connection.
 pub trait ClientProtocol: Send + Sync + fmt::Debug {
-    /// Returns the name in the configuration and in logs.
-    fn name(&self) -> &'static str;
-
     /// Returns the protocols of ALPN.
     fn alpn(&self) -> Vec<Vec<u8>>;
 

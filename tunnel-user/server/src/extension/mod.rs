@@ -49,7 +49,7 @@ use tokio::task::JoinHandle;
 
 use crate::error::ServerError;
 
-/// A protocol of another system. Its methods are called in this order, once each.
+/// A protocol of another system. Its methods are called during a start, [`register`](Self::register) first.
 pub trait Extension {
     /// Registers the metrics that `config` asks for; `registry` has no prefix.
     fn register(&self, registry: &mut Registry, config: &ServerConfig);

@@ -146,6 +146,9 @@ impl<L: Portable> Client<L> {
 fn not_moved(shard: &Shard, dial: &Dial, error: &io::Error) {
     let text = format!("the socket can't move to another shard: {}", report(error));
     let error = DialError::new(CloseReason::Internal, Closer::Server, text);
+    if let Some(observer) = &shard.observer {
+        observer.dial_failed(&error);
+    }
     failed(shard, &dial.record, &error);
 }
 

@@ -27,7 +27,7 @@ impl Protocol {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::HttpConnect(_) => scope::HTTP_CONNECT,
-            Self::Foreign(protocol) => protocol.name(),
+            Self::Foreign(_) => scope::GRPC,
         }
     }
 

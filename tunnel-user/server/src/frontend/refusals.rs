@@ -44,3 +44,37 @@ pub fn status(reason: CloseReason) -> u16 {
         _ => 502,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cpc_observe::metrics::Closer;
+
+    #[test]
+    fn a_refusal_has_a_status_and_says_why() {
+        for (reason, status) in [
+            (CloseReason::PolicyDenied, 403),
+            (CloseReason::NoAgent, 503),
+            (CloseReason::DialTimeout, 504),
+            (CloseReason::ConnectionRefused, 502),
+        ] {
+            let error = DialError::new(reason, Closer::Server, "the cause");
+            let answer = Detailed.failure(&error);
+            let head = format!("HTTP/1.1 {status} the cause\r\n");
+            assert!(answer.starts_with(head.as_bytes()), "{answer:?}");
+            assert!(answer.ends_with(b"the cause\n"), "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn a_bad_request_is_told_its_fault() {
+        let error = ConnectError::Method;
+        let answer = Detailed.bad_request(&error);
+        let head = format!("HTTP/1.1 {} {error}\r\n", error.status());
+        assert!(answer.starts_with(head.as_bytes()), "{answer:?}");
+        assert!(
+            answer.ends_with(format!("{error}\n").as_bytes()),
+            "{answer:?}"
+        );
+    }
+}
