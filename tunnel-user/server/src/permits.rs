@@ -3,11 +3,12 @@
 use prometheus_client::metrics::gauge::Gauge;
 
 use cpc_host::concurrency::Permit;
+use cpc_observe::metrics::GaugeGuard;
 
 /// Counts a connection among all, among those of its tenant, and in the metric of open connections.
 pub struct ConnectionPermit {
     _permits: (Permit, Permit),
-    open: Gauge,
+    _open: GaugeGuard,
 }
 
 /// Counts a dial among all and among those of its tenant.
@@ -19,25 +20,18 @@ pub(super) struct DialPermit {
 pub type TunnelPermit = (Permit, Permit);
 
 impl ConnectionPermit {
-    /// A connection that both limits admit.
-    pub(super) fn new(entered: (Permit, Permit), open: Gauge) -> Self {
-        open.inc();
+    /// Creates the permit of a connection that both limits admit.
+    pub(super) fn new(permits: (Permit, Permit), open: &Gauge) -> Self {
         Self {
-            _permits: entered,
-            open,
+            _permits: permits,
+            _open: GaugeGuard::new(open),
         }
     }
 }
 
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        self.open.dec();
-    }
-}
-
 impl DialPermit {
-    /// A dial that both limits admit.
-    pub(super) fn new(entered: (Permit, Permit)) -> Self {
-        Self { _permits: entered }
+    /// Creates the permit of a dial that both limits admit.
+    pub(super) fn new(permits: (Permit, Permit)) -> Self {
+        Self { _permits: permits }
     }
 }

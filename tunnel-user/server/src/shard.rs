@@ -216,7 +216,7 @@ impl Shard {
             enter(&self.dials, Limit::Dials)?,
             enter(&own.dials, Limit::DialsPerTenant)?,
         );
-        let connection = ConnectionPermit::new(connections, self.metrics.dials.open.clone());
+        let connection = ConnectionPermit::new(connections, &self.metrics.dials.open);
         Ok((connection, DialPermit::new(dials)))
     }
 

@@ -56,7 +56,7 @@ impl<L: LocalSocket> Exchange<'_, L> {
         let answer = {
             let mut answer = pin!(recv.answer());
             let mut suspicion = pin!(suspicion);
-            let mut is_doubting = false;
+            let mut is_suspected = false;
             loop {
                 let stream = self.link.sends_early().then_some(&mut send);
                 tokio::select! {
@@ -69,11 +69,11 @@ impl<L: LocalSocket> Exchange<'_, L> {
                         // The agent takes no more: its answer says why.
                         EarlyEvent::StreamEnded => break Answer::Received(answer.await),
                     },
-                    () = &mut suspicion, if !is_doubting => {
+                    () = &mut suspicion, if !is_suspected => {
                         if plan.may_abandon() {
                             break Answer::Abandoned;
                         }
-                        is_doubting = true;
+                        is_suspected = true;
                     }
                 }
             }

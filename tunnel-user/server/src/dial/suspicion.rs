@@ -39,11 +39,11 @@ impl Suspicion<'_> {
         let Some(alternatives) = &self.alternatives else {
             return pending().await;
         };
-        self.agent_in_doubt().await;
+        self.agent_suspected().await;
         self.alternative(alternatives).await;
     }
 
-    async fn agent_in_doubt(&self) {
+    async fn agent_suspected(&self) {
         let path = || self.link.probe.path();
         let unheard = async {
             // An acknowledgement takes a round trip.

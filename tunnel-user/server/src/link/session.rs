@@ -13,7 +13,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
 use tunnel_proto::session::{ServerSession, SessionError, Timers, Welcome};
 
-use self::lifecycle::{Action, Greeting, Input, Lifecycle, Moment, Registration};
+use self::lifecycle::{Action, Greeting, Input, Lifecycle, Moment, NO_ISSUER, Registration};
 use super::Link;
 use super::registration::{register, report_refused, set_draining, set_silent};
 use super::tunnel::TunnelLink;
@@ -184,7 +184,7 @@ impl Session<'_> {
     async fn issue(&self, csr: Vec<u8>) -> Answer {
         let Self { shard, link } = *self;
         let Some(issuer) = &shard.issuer else {
-            return Err("this server issues no certificates".into());
+            return Err(NO_ISSUER.into());
         };
         let leaf = link.connection.peer_certificate();
         issuer.renew(link.info.identity.clone(), leaf, csr).await

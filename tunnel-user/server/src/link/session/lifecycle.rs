@@ -22,6 +22,9 @@ use cpc_host::lifecycle::Phase;
 /// Minimum interval of certificate requests; an agent that asks faster gets none.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Answer to a certificate request of a server without `join`.
+pub(super) const NO_ISSUER: &str = "this server issues no certificates: it has no `join`";
+
 /// Event of a session, for its lifecycle.
 #[derive(Debug)]
 pub(super) enum Input {
@@ -255,8 +258,7 @@ impl Lifecycle {
     /// A request is more work for the issuer than for the agent.
     fn certificate(&mut self, csr: Vec<u8>, now: Instant) -> Action {
         if !self.issues {
-            let why = "this server issues no certificates: it has no `join`";
-            return Action::SendCertificate(Err(why.into()));
+            return Action::SendCertificate(Err(NO_ISSUER.into()));
         }
         let last = self.requested.replace(now);
         let is_early = |last: Instant| now.saturating_duration_since(last) < REQUEST_INTERVAL;
