@@ -138,7 +138,10 @@ impl Connector {
             Event::Failed(number, error) => {
                 if let Some(Dial { endpoint, .. }) = self.dialling.remove(&number) {
                     self.plan.failed(endpoint, now, chance);
-                    self.complain(endpoint, &error);
+                    // An agent that ends does not try again.
+                    if !self.is_stopping {
+                        self.complain(endpoint, &error);
+                    }
                 }
             }
             Event::Welcomed(number, server) => self.welcomed(number, server, now, chance),

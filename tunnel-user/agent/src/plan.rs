@@ -389,8 +389,8 @@ impl Plan {
         }
     }
 
-    /// Brings forward a foreign dial after a native tunnel failed to reach `server`: its address is tried after
-    /// `wait`, and others, where a balancer may lead to it too, not before.
+    /// Brings forward a foreign dial after a native tunnel failed to reach `server`: its address is tried
+    /// after `wait`, and others, where a balancer may lead to it too, not before.
     fn hasten(
         &mut self,
         kind: TunnelKind,

@@ -25,7 +25,10 @@ pub(super) struct TunnelTask {
 
 /// There is no dialer for a kind of tunnel: its section of the configuration is missing, or its extension.
 #[derive(Debug, thiserror::Error)]
-#[error("there are no certificates or parameters for tunnels over {}", .0.label())]
+#[error(
+    "there is no dialer for {}: the configuration needs `tls` for quic, or the section of that name",
+    .0.label()
+)]
 struct NoDialer(TunnelKind);
 
 /// Dialers of tunnels, one for each kind.

@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_gate_can_be_closed_for_good() {
+    fn an_empty_limit_can_be_closed_for_good() {
         let limit = ConcurrencyLimit::new(usize::MAX);
         let permit = limit.acquire().unwrap();
         assert!(!limit.close_if_empty());
@@ -90,12 +90,12 @@ mod tests {
     #[test]
     fn threads_share_the_bound() {
         let limit = ConcurrencyLimit::new(3);
-        let permit = std::thread::scope(|scope| {
+        let permits = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| limit.acquire())).collect();
-            let permit = threads.into_iter().map(|thread| thread.join().unwrap());
-            permit.flatten().collect::<Vec<_>>()
+            let permits = threads.into_iter().map(|thread| thread.join().unwrap());
+            permits.flatten().collect::<Vec<_>>()
         });
-        assert!((1..=3).contains(&permit.len()));
-        assert_eq!(limit.in_use(), permit.len());
+        assert!((1..=3).contains(&permits.len()));
+        assert_eq!(limit.in_use(), permits.len());
     }
 }

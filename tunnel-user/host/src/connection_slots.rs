@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_there_again_when_somebody_leaves() {
+    fn a_slot_is_free_again_when_its_connection_ends() {
         let mut slots = ConnectionSlots::new(2);
         let ids = fill(&mut slots, "192.0.2.1", 2);
         slots.release(ids[0]);

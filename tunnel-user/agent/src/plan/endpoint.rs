@@ -1,4 +1,4 @@
-//! Ways to servers, and the verdicts about fresh tunnels.
+//! Endpoints of servers, and the verdicts about fresh tunnels.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -277,8 +277,8 @@ impl Future for Driver {
         let mut more = this.receive(cx, now);
         this.fire(now);
         this.send_blocked(cx);
-        let send_scheduler = this.shared.noted.borrow().len();
-        for _ in 0..send_scheduler {
+        let noted = this.shared.noted.borrow().len();
+        for _ in 0..noted {
             let Some(handle) = this.shared.noted.borrow_mut().pop_front() else {
                 break;
             };
