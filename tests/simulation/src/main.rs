@@ -104,9 +104,18 @@ fn ready(running: &[Running]) -> Result<usize> {
         revents: 0,
     };
     let mut polled: Vec<_> = running.iter().map(polled).collect();
-    // SAFETY: the call reads and writes the entries, of which there are as many.
-    let found = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-    ensure!(found > 0, "poll");
+    loop {
+        // SAFETY: the call reads and writes the entries, of which there are as many.
+        let found = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+        if found > 0 {
+            break;
+        }
+        let error = std::io::Error::last_os_error();
+        ensure!(
+            error.kind() == std::io::ErrorKind::Interrupted,
+            "poll: {error}"
+        );
+    }
     let is_ready = |it: &libc::pollfd| it.revents != 0;
     polled.iter().position(is_ready).context("poll found none")
 }

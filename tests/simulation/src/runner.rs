@@ -11,11 +11,16 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::scenario::{self, Outcome};
 use crate::world::Shared;
 
-/// A seed under way.
+/// Maximum time of a seed, in seconds. A seed takes a fraction of one; a program that never waits has no
+/// end.
+const LIMIT: u32 = 60;
+
+/// A seed under way. Dropping it ends its process.
 #[derive(Debug)]
 pub struct Running {
     seed: u64,
-    child: libc::pid_t,
+    /// Process of the seed, `None` once it has ended.
+    child: Option<libc::pid_t>,
     output: File,
 }
 
@@ -33,12 +38,17 @@ pub fn start(shared: &Rc<Shared>, seed: u64) -> Result<Running> {
     let child = unsafe { libc::fork() };
     if child == 0 {
         drop(read);
+        // SAFETY: both calls set up the end of this process alone: with its parent, and after a time.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::alarm(LIMIT);
+        }
         run_here(shared, seed, File::from(write));
     }
     ensure!(child > 0, "fork");
     Ok(Running {
         seed,
-        child,
+        child: Some(child),
         output: File::from(read),
     })
 }
@@ -100,8 +110,7 @@ impl Running {
     pub fn outcome(mut self) -> Result<Outcome> {
         let mut text = String::new();
         self.output.read_to_string(&mut text)?;
-        // SAFETY: the call waits for a child of ours, and writes nothing.
-        unsafe { libc::waitpid(self.child, std::ptr::null_mut(), 0) };
+        self.end();
         let (word, rest) = text.split_once(' ').unwrap_or((&text, ""));
         match word {
             "ok" => {
@@ -119,8 +128,25 @@ impl Running {
                 })
             }
             "failed" => bail!("{rest}"),
-            _ => bail!("the process has ended without an outcome; its panic is above"),
+            _ => bail!("no outcome: its panic is above, or it took more than {LIMIT} s"),
         }
+    }
+
+    /// Ends the process of the seed, if it has not ended.
+    fn end(&mut self) {
+        if let Some(child) = self.child.take() {
+            // SAFETY: the calls end a child of ours and wait for it; they write nothing.
+            unsafe {
+                libc::kill(child, libc::SIGKILL);
+                libc::waitpid(child, std::ptr::null_mut(), 0);
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

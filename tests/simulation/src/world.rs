@@ -46,6 +46,9 @@ const WALL: i64 = 1_893_456_000 * SECOND as i64;
 /// for later ones (`quic/ledger.rs`).
 const KEPT: u64 = 1 << 20;
 
+/// Threads of the process of a seed: the first one, which waits, and the simulation's.
+const THREADS: usize = 2;
+
 /// Steps at one instant, after which time is stuck.
 const STUCK: u64 = 200_000;
 
@@ -362,7 +365,11 @@ impl World {
                 accepted.request,
             );
         }
-        ensure!(!has_thread(), "a program has started a thread");
+        let threads = std::fs::read_dir("/proc/self/task")?.count();
+        ensure!(
+            !has_thread() && threads == THREADS,
+            "a program has started a thread"
+        );
         let unknown: BTreeSet<_> = kernel(|kernel| kernel.unknown.iter().cloned().collect());
         ensure!(unknown.is_empty(), "unknown calls: {unknown:?}");
         Ok(())

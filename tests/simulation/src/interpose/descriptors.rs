@@ -53,7 +53,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: libc::c_ulong, argument: usiz
 }
 
 /// Notes a call that the kernel does not know, which a test finds.
-fn unknown(call: String) -> c_int {
+pub(super) fn unknown(call: String) -> c_int {
     kernel(|kernel| kernel.unknown.push(call));
     answer_int::<usize>(Err(libc::ENOSYS))
 }

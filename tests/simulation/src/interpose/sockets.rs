@@ -3,6 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::{ptr, slice};
 
+use super::descriptors::unknown;
 use super::{address, answer_int, is_ours, is_simulated, kernel, put_address, real};
 use crate::kernel::Kernel;
 use crate::kernel::filter::Instruction;
@@ -168,7 +169,15 @@ pub unsafe extern "C" fn setsockopt(
             });
             kernel(|kernel| kernel.steer(fd, program.collect()))
         }
-        _ => Ok(0),
+        // Without effect on what the kernel simulates.
+        (libc::SOL_SOCKET, libc::SO_REUSEADDR | libc::SO_KEEPALIVE)
+        | (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER | libc::IP_RECVTOS | libc::IP_PKTINFO)
+        | (libc::SOL_UDP, libc::UDP_SEGMENT | libc::UDP_GRO)
+        | (
+            libc::IPPROTO_TCP,
+            libc::TCP_NODELAY | libc::TCP_KEEPIDLE | libc::TCP_KEEPINTVL | libc::TCP_KEEPCNT,
+        ) => Ok(0),
+        _ => return unknown(format!("setsockopt {level} {name}")),
     };
     answer_int(done)
 }
