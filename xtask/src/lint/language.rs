@@ -51,39 +51,48 @@ impl fmt::Display for Fault {
 
 /// Returns the faults of Markdown pages (path and text).
 pub(super) fn in_pages(pages: &BTreeMap<String, String>) -> Vec<Fault> {
-    let mut faults = Vec::new();
-    for (page, text) in pages {
-        for (index, line) in without_code(text).lines().enumerate() {
-            faults.extend(words(page, index + 1, line));
-        }
-    }
-    faults
+    let each = pages.iter();
+    each.flat_map(|(page, text)| words(page, 1, &without_code(text)))
+        .collect()
 }
 
 /// Returns the faults of the doc comments of Rust files (path and text).
 pub(super) fn in_comments(files: &BTreeMap<String, String>) -> Vec<Fault> {
     let mut faults = Vec::new();
     for (file, text) in files {
-        let mut before = None;
-        for (index, line) in text.lines().enumerate() {
-            let comment = doc_comment(line);
-            if let Some((marker, text)) = comment {
-                faults.extend(words(file, index + 1, &without_code(text)));
-                if before != Some(marker)
-                    && let Some(word) = opening(text)
-                {
-                    faults.push(Fault {
-                        file: file.clone(),
-                        line: index + 1,
-                        word,
-                        remedy: "begin with a noun or a verb in the third person",
-                    });
-                }
+        for (line, comment) in comments(text) {
+            let visible = without_code(&comment);
+            if let Some(word) = opening(&visible) {
+                faults.push(Fault {
+                    file: file.clone(),
+                    line,
+                    word,
+                    remedy: "begin with a noun or a verb in the third person",
+                });
             }
-            before = comment.map(|(marker, _)| marker);
+            faults.extend(words(file, line, &visible));
         }
     }
     faults
+}
+
+/// Returns the doc comments of a Rust file, each with the number of its first line.
+fn comments(text: &str) -> Vec<(usize, String)> {
+    let mut comments: Vec<(usize, String)> = Vec::new();
+    let mut before = None;
+    for (index, line) in text.lines().enumerate() {
+        let found = doc_comment(line);
+        match (found, comments.last_mut()) {
+            (Some((marker, text)), Some((_, comment))) if before == Some(marker) => {
+                comment.push_str(text);
+                comment.push('\n');
+            }
+            (Some((_, text)), _) => comments.push((index + 1, format!("{text}\n"))),
+            (None, _) => {}
+        }
+        before = found.map(|(marker, _)| marker);
+    }
+    comments
 }
 
 /// Returns the marker and the text of a line of a doc comment.
@@ -94,32 +103,44 @@ fn doc_comment(line: &str) -> Option<(&'static str, &str)> {
         .find_map(|marker| Some((marker, line.strip_prefix(marker)?)))
 }
 
-/// Returns the word that opens `text`, if it is one of [`OPENINGS`].
+/// Returns the word that opens `text`, if it is one of [`OPENINGS`], also in a contraction.
 fn opening(text: &str) -> Option<&'static str> {
     let first = text.split_whitespace().next()?;
-    let first = first.trim_end_matches(|c: char| !c.is_alphanumeric());
+    let first = first.split(|c: char| !c.is_alphanumeric()).next()?;
     OPENINGS.into_iter().find(|word| *word == first)
 }
 
-fn words(file: &str, line: usize, text: &str) -> Vec<Fault> {
-    let text = text.to_lowercase();
-    let is_whole = |at: usize, word: &str| {
-        let around = |c: Option<char>| c.is_some_and(|c| c == '_' || c.is_alphanumeric());
-        !around(text[..at].chars().next_back()) && !around(text[at + word.len()..].chars().next())
-    };
-    WORDS
-        .into_iter()
-        .filter(|(word, _)| {
-            text.match_indices(word)
-                .any(|(at, word)| is_whole(at, word))
-        })
-        .map(|(word, remedy)| Fault {
-            file: file.to_owned(),
-            line,
-            word,
-            remedy,
-        })
-        .collect()
+/// Returns the words of [`WORDS`] in a text whose first line has the number `first`, in their order.
+fn words(file: &str, first: usize, text: &str) -> Vec<Fault> {
+    let text = text.to_ascii_lowercase();
+    let is_part = |c: char| c == '_' || c.is_alphanumeric();
+    let mut faults = Vec::new();
+    for (word, remedy) in WORDS {
+        let (head, tail) = word.split_once(' ').unwrap_or((word, ""));
+        for (at, _) in text.match_indices(head) {
+            let rest = &text[at + head.len()..];
+            // A line may end between the two.
+            let next = rest.trim_start();
+            let rest = match tail {
+                "" => rest,
+                _ if next.len() == rest.len() => continue,
+                tail => match next.strip_prefix(tail) {
+                    Some(rest) => rest,
+                    None => continue,
+                },
+            };
+            if !text[..at].ends_with(is_part) && !rest.starts_with(is_part) {
+                faults.push(Fault {
+                    file: file.to_owned(),
+                    line: first + text[..at].matches('\n').count(),
+                    word,
+                    remedy,
+                });
+            }
+        }
+    }
+    faults.sort_by_key(|fault| fault.line);
+    faults
 }
 
 #[cfg(test)]
@@ -170,5 +191,28 @@ mod tests {
             lines(&in_comments(&one("src/a.rs", &code))),
             [(1, "What"), (7, "Of"), (10, "anew"), (11, "Its")]
         );
+    }
+
+    #[test]
+    fn a_comment_is_read_as_a_whole() {
+        let code = [
+            "/// It's so.",
+            "fn a() {}",
+            "/// Waits for",
+            "///   ever.",
+            "///",
+            "/// ```",
+            "/// let nobody = anew;",
+            "/// ```",
+            "/// `a span",
+            "/// for nobody`",
+            "fn b() {}",
+        ]
+        .join("\n");
+        assert_eq!(
+            lines(&in_comments(&one("src/a.rs", &code))),
+            [(1, "It"), (3, "for ever")]
+        );
+        assert!(in_pages(&one("a.md", "forever, before everything\n")).is_empty());
     }
 }
