@@ -63,9 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{failures}");
     }
     let outcome: Outcome = serde_json::from_str(last).context("the simulation has no result")?;
-    println!("{}", row(&outcome, &machine.commit).trim_end());
+    println!("{}", row(&outcome).trim_end());
     if args.record {
-        record(&outcome, &machine)?;
+        record(&outcome, args.jobs, &machine)?;
     }
     anyhow::ensure!(outcome.failed == 0, "{} seeds failed", outcome.failed);
     Ok(())
@@ -75,12 +75,8 @@ const HEAD: &str = "# Simulation
 
 `tests/simulation` runs servers and agents as they are over a simulated kernel: up to two servers, three agents and seven
 targets on hosts of their own, with virtual time, on one thread. A seed determines requests and faults, and replays exactly.
-`cargo xtask test` runs the seeds below 2,000; this page is of further ones:
-
-```sh
-nice -n 19 cargo xtask simulate --from 10000 --seeds 10000 --jobs 2 --record
-target/lab/simulate trace SEED                              # replays one, and prints its events
-```
+`cargo xtask test` runs the seeds below 2,000; this page is of the last recorded run.
+`target/lab/simulate trace SEED` replays a seed and prints its events.
 
 **Faults**: loss, delay, reordering, duplication and damage of packets, paths of a low rate and of an MTU from 1280 to 9000, partitions in one
 direction or both, new ports at a NAT; crashes of servers and agents, with and without a restart; drains, rollouts of an agent in
@@ -103,29 +99,22 @@ Konnectivity's gRPC, frontends over TLS and Unix sockets, io_uring and the kerne
 ";
 
 const COLUMNS: &str = "\
-| seeds | failed | events | requests | of these ran | simulated | elapsed | commit |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+| seeds | failed | events | requests | of these ran | simulated | elapsed |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
 ";
 
-/// Writes the page, on which a run from the same first seed replaces the former one.
-fn record(outcome: &Outcome, machine: &Machine) -> Result<()> {
+/// Writes the page, with the command that repeats the run.
+fn record(outcome: &Outcome, jobs: usize, machine: &Machine) -> Result<()> {
     let page = workspace::root().join("docs/simulation.md");
-    // Missing at the first time.
-    let old = fs::read_to_string(&page).unwrap_or_default();
-    let head = head_of_row(outcome.from);
-    let rows = old.lines().filter(|line| line.starts_with("| from "));
-    let others = rows.filter(|line| !line.starts_with(&head));
-    let others: String = others.map(|line| format!("{line}\n")).collect();
-    let row = row(outcome, &machine.commit);
-    let text = format!("{HEAD}{}\n\n{COLUMNS}{others}{row}", machine.sentence());
+    let Outcome { from, seeds, .. } = outcome;
+    let command =
+        format!("cargo xtask simulate --from {from} --seeds {seeds} --jobs {jobs} --record");
+    let (machine, row) = (machine.sentence(), row(outcome));
+    let text = format!("{HEAD}{machine}\n\n```sh\n{command}\n```\n\n{COLUMNS}{row}");
     fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))
 }
 
-fn head_of_row(from: u64) -> String {
-    format!("| from {from}: ")
-}
-
-fn row(outcome: &Outcome, commit: &str) -> String {
+fn row(outcome: &Outcome) -> String {
     let Outcome {
         from,
         seeds,
@@ -136,9 +125,8 @@ fn row(outcome: &Outcome, commit: &str) -> String {
         simulated_s,
         elapsed_s,
     } = outcome;
-    let head = head_of_row(*from);
     let simulated = simulated_s / 3600;
     format!(
-        "{head}{seeds} | {failed} | {events} | {requests} | {ran} | {simulated} h | {elapsed_s} s | {commit} |\n"
+        "| {seeds} from {from} | {failed} | {events} | {requests} | {ran} | {simulated} h | {elapsed_s} s |\n"
     )
 }
