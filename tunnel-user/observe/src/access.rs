@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::{ConnectionId, Destination};
@@ -53,6 +53,10 @@ pub struct Record {
     pub start: Instant,
     /// Time at which the dial succeeded.
     pub connected: Option<Instant>,
+    /// Number of times that the connection went on over another tunnel.
+    pub resumptions: u32,
+    /// Time that it spent without a tunnel.
+    pub stalled: Duration,
 }
 
 impl Record {
@@ -67,12 +71,20 @@ impl Record {
             bytes: Bytes::default(),
             start: Instant::now(),
             connected: None,
+            resumptions: 0,
+            stalled: Duration::ZERO,
         }
     }
 
     /// Returns the span of this connection's log lines, at level DEBUG.
     pub fn span(&self) -> tracing::Span {
         tracing::debug_span!("connection", id = %self.id, destination = %self.destination)
+    }
+
+    /// Notes that the connection went on over another tunnel, after `stall` without one.
+    pub fn resumed(&mut self, stall: Duration) {
+        self.resumptions = self.resumptions.saturating_add(1);
+        self.stalled += stall;
     }
 
     /// Notes that the dial reached the target, and counts it.
@@ -101,6 +113,8 @@ impl Record {
             down = self.bytes.down.get(),
             dial_ms = self.connected.map(|at| millis(at - self.start)),
             seconds = seconds(self.start.elapsed()),
+            resumed = (self.resumptions > 0).then_some(self.resumptions),
+            stalled_ms = (self.resumptions > 0).then(|| millis(self.stalled)),
             closed_by = closer.label(),
             reason = reason.label(),
             %detail,

@@ -15,6 +15,7 @@ pub mod logging;
 pub mod metrics;
 pub mod process;
 pub mod reload;
+pub mod sessions;
 pub mod targets;
 pub mod throttle;
 
