@@ -207,6 +207,13 @@ pub struct AgentLimits {
     pub connections: usize,
     /// Bytes of memory that unread data may take: of stopped targets, and of streams with gaps.
     pub stalled_bytes: u64,
+    /// Time for which a connection whose tunnel was lost waits for another one; 0: it ends with its tunnel.
+    #[serde(with = "humantime_serde")]
+    pub resume: Duration,
+    /// Bytes that one connection keeps until the server has confirmed them.
+    pub session_bytes: u64,
+    /// Connections at once that wait for another tunnel.
+    pub waiting_sessions: usize,
 }
 
 impl Default for AgentLimits {
@@ -215,6 +222,9 @@ impl Default for AgentLimits {
             drain: Some(Duration::from_secs(30)),
             connections: 10_000,
             stalled_bytes: memory::share(1 << 30),
+            resume: Duration::from_secs(120),
+            session_bytes: 4 << 20,
+            waiting_sessions: 10_000,
         }
     }
 }
@@ -261,7 +271,15 @@ impl AgentConfig {
             return Err(ConfigError::value("limits.drain", "must be at most 24 h"));
         }
         super::above_zero([("limits.connections", Some(self.limits.connections))])?;
-        super::above_zero([("limits.stalled_bytes", Some(self.limits.stalled_bytes))])?;
+        super::above_zero([
+            ("limits.stalled_bytes", Some(self.limits.stalled_bytes)),
+            ("limits.session_bytes", Some(self.limits.session_bytes)),
+        ])?;
+        super::above_zero([(
+            "limits.waiting_sessions",
+            Some(self.limits.waiting_sessions),
+        )])?;
+        super::check_resume(self.limits.resume)?;
         self.transport.check()?;
         self.audit.check()?;
         if self.tls.renew && self.tls.cert != self.tls.key {

@@ -29,6 +29,7 @@ mod write;
 use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -75,6 +76,17 @@ fn above_zero<T: Default + PartialEq, const N: usize>(
              the default",
         )),
     }
+}
+
+/// Maximum time for which connections wait for another tunnel.
+const MAX_RESUME: Duration = Duration::from_secs(3600);
+
+/// Checks the time for which connections wait for another tunnel.
+fn check_resume(resume: Duration) -> Result<(), ConfigError> {
+    if resume <= MAX_RESUME {
+        return Ok(());
+    }
+    Err(ConfigError::value("limits.resume", "must be at most 1 h"))
 }
 
 /// Checks a number of shards.
@@ -492,6 +504,10 @@ mod tests {
             "stalled_bytes",
             "stalled_bytes_per_tenant",
             "stalled_bytes_per_tunnel",
+            "session_bytes",
+            "waiting_sessions",
+            "waiting_sessions_per_tenant",
+            "waiting_sessions_per_agent",
         ] {
             let text = format!("tls: {{cert: a, key: b, ca: c}}\nlimits: {{{key}: 0}}\n");
             let error = parse(&text).unwrap().check().unwrap_err().to_string();
@@ -499,7 +515,12 @@ mod tests {
             let text = text.replace(": 0}", ": 1}");
             parse(&text).unwrap().check().unwrap();
         }
-        for key in ["connections", "stalled_bytes"] {
+        for key in [
+            "connections",
+            "stalled_bytes",
+            "session_bytes",
+            "waiting_sessions",
+        ] {
             let file = tempfile::NamedTempFile::new().unwrap();
             let text = format!(
                 "servers: [\"a:1\"]\ntls: {{cert: a, key: b, ca: c}}\nlimits: {{{key}: 0}}\n"
@@ -595,7 +616,7 @@ mod tests {
             AgentConfig::load(Some(file.path())).map(|config| config.limits.drain)
         };
         assert_eq!(drain("forever").unwrap(), None);
-        let seconds = std::time::Duration::from_secs(90);
+        let seconds = Duration::from_secs(90);
         assert_eq!(drain("1m 30s").unwrap(), Some(seconds));
         let error = drain("soon").unwrap_err().to_string();
         assert!(error.contains("forever"), "{error}");

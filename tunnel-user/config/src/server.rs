@@ -352,6 +352,18 @@ pub struct LimitsConfig {
     /// The same for each tunnel; a quarter of `stalled_bytes` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stalled_bytes_per_tunnel: Option<u64>,
+    /// Time for which a connection whose tunnel was lost waits for another one; 0: it ends with its tunnel.
+    #[serde(with = "humantime_serde")]
+    pub resume: Duration,
+    /// Bytes that one connection keeps until its agent has confirmed them.
+    pub session_bytes: u64,
+    /// Connections at once that wait for another tunnel.
+    pub waiting_sessions: usize,
+    /// The same for each tenant, if it is to be less.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting_sessions_per_tenant: Option<usize>,
+    /// The same for each process of an agent.
+    pub waiting_sessions_per_agent: usize,
     /// Bounds on handshakes, at each port that unauthenticated peers reach.
     #[serde(deserialize_with = "super::section")]
     pub handshakes: HandshakesConfig,
@@ -470,8 +482,18 @@ impl LimitsConfig {
             ("limits.routes", Some(self.routes)),
             ("limits.routes_per_tenant", self.routes_per_tenant),
             ("limits.routes_per_agent", Some(self.routes_per_agent)),
+            ("limits.waiting_sessions", Some(self.waiting_sessions)),
+            (
+                "limits.waiting_sessions_per_tenant",
+                self.waiting_sessions_per_tenant,
+            ),
+            (
+                "limits.waiting_sessions_per_agent",
+                Some(self.waiting_sessions_per_agent),
+            ),
         ])?;
         super::above_zero([
+            ("limits.session_bytes", Some(self.session_bytes)),
             ("limits.stalled_bytes", Some(self.stalled_bytes)),
             (
                 "limits.stalled_bytes_per_tenant",
@@ -521,6 +543,11 @@ impl Default for LimitsConfig {
             stalled_bytes: memory::share(2 << 30),
             stalled_bytes_per_tenant: None,
             stalled_bytes_per_tunnel: None,
+            resume: Duration::from_secs(120),
+            session_bytes: 4 << 20,
+            waiting_sessions: 16_000,
+            waiting_sessions_per_tenant: None,
+            waiting_sessions_per_agent: 8000,
             handshakes: HandshakesConfig::default(),
             breaker_failures: 5,
             breaker_retry: Duration::from_secs(5),
@@ -601,6 +628,7 @@ impl ServerConfig {
             return value("routing.strategies", "must name at least one");
         }
         self.limits.check_counts()?;
+        super::check_resume(self.limits.resume)?;
         if self.limits.routes > MAX_ROUTES {
             return value("limits.routes", "must be at most 44000");
         }

@@ -118,6 +118,11 @@ limits:
   stalled_bytes: 18446744073709551615
   stalled_bytes_per_tenant: 12
   stalled_bytes_per_tunnel: 13
+  resume: 0s
+  session_bytes: 14
+  waiting_sessions: 15
+  waiting_sessions_per_tenant: 16
+  waiting_sessions_per_agent: 17
   handshakes: {at_once: 1, per_second: 2, burst: 3, ipv4_prefix: 4, ipv6_prefix: 5}
   breaker_failures: 0
   breaker_retry: 1s
@@ -157,7 +162,7 @@ state_dir: s
 allow: [{cidr: 10.0.0.0/8, ports: [10250]}, {name: "*.svc"}]
 admin: "[::1]:1"
 health: "[::1]:2"
-limits: {drain: forever, connections: 1, stalled_bytes: 2}
+limits: {drain: forever, connections: 1, stalled_bytes: 2, resume: 3s, session_bytes: 4, waiting_sessions: 5}
 log: {filter: "", format: json, access: false}
 audit: {directory: /a, keep: 2, max_bytes: 3, journal: true}
 "#;
