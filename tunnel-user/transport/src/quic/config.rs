@@ -226,7 +226,8 @@ pub fn client(
     tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.resumption = rustls::client::Resumption::disabled();
 
-    let transport = setup.transport(server, MAX_DIALS);
+    // Beside the dials there is the stream of notices about sessions.
+    let transport = setup.transport(server, MAX_DIALS + 1);
     let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
     config.initial_dst_cid_provider(spread.ids(number));

@@ -27,7 +27,7 @@ use super::stream::{Recv, Send};
 use super::timers::Timer;
 use super::validation::Validation;
 use super::waiting::{Interest, Waiting};
-use super::{error_code, path};
+use super::{error_code, link_reason, path, reason_of};
 use cpc_datapath::Budget;
 
 /// UDP payload of a full packet on Ethernet, in bytes.
@@ -61,6 +61,8 @@ pub(super) struct State {
     pub(super) held_back: Option<(quinn_proto::Transmit, Vec<u8>)>,
     /// Error that ended the connection.
     error: Option<ConnectionError>,
+    /// Reason for which it was closed here.
+    closed_for: Option<CloseReason>,
     is_connected: bool,
     /// Whether the driver knows that there may be something to send.
     is_noted: bool,
@@ -136,6 +138,15 @@ impl State {
         match &self.error {
             Some(error) => Err(error.clone()),
             None => Ok(()),
+        }
+    }
+
+    /// Returns the reason with which streams end that `error` ends: of a connection that was closed here, the
+    /// given one.
+    pub(super) fn reason_of(&self, error: &ConnectionError) -> CloseReason {
+        match (error, self.closed_for) {
+            (ConnectionError::LocallyClosed, Some(reason)) => reason,
+            _ => link_reason(error),
         }
     }
 
@@ -259,6 +270,7 @@ impl Inner {
             validation: Validation::new(view.remote()),
             held_back: None,
             error: None,
+            closed_for: None,
             is_connected: false,
             is_noted: false,
             send_scheduler: SendScheduler::default(),
@@ -425,6 +437,7 @@ impl Inner {
             return;
         }
         state.proto.close(Instant::now(), code, reason);
+        state.closed_for = Some(reason_of(code));
         state.end(ConnectionError::LocallyClosed);
         self.changed.notify_waiters();
         self.note(&mut state);

@@ -16,7 +16,7 @@ use super::connection::{Inner, State};
 use super::reassembly::{Read, Reassembly};
 use super::send_scheduler::Turn;
 use super::waiting::Interest;
-use super::{error_code, link_reason, reason_of};
+use super::{error_code, reason_of};
 use crate::tunnel::{TunnelError, TunnelRecv, TunnelSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
@@ -65,7 +65,7 @@ impl TunnelSend for Send {
         let mut state = self.connection.state();
         while !chunk.is_empty() {
             if let Err(error) = state.check() {
-                return Poll::Ready(Err(SendEnd::Link(link_reason(&error))));
+                return Poll::Ready(Err(SendEnd::Link(state.reason_of(&error))));
             }
             if !self.turn.allows_more(&state.send_scheduler) {
                 // The driver's next pass tells whether there is anything to wait for.
@@ -115,7 +115,7 @@ fn send_end(state: &mut State, id: StreamId) -> Option<SendEnd> {
         Err(_) => Some(SendEnd::Acknowledged),
         Ok(None) => {
             let error = state.check().err()?;
-            Some(SendEnd::Link(link_reason(&error)))
+            Some(SendEnd::Link(state.reason_of(&error)))
         }
     }
 }
@@ -252,7 +252,7 @@ impl Recv {
         }
         if into.len() == before {
             if let Err(error) = state.check() {
-                return Poll::Ready(RecvEnd::Link(link_reason(&error)));
+                return Poll::Ready(RecvEnd::Link(state.reason_of(&error)));
             }
             state.wait(self.id, Interest::Read, cx.waker());
             self.is_empty = true;
