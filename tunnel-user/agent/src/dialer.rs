@@ -23,7 +23,7 @@ use super::tunnel_info::TunnelInfo;
 use super::worker::{Admitted, ENDING, Worker};
 use cpc_datapath::socket::prepare;
 use cpc_datapath::stream::{RecvHalf, SendEnd, SendHalf};
-use cpc_datapath::{ClosedBy, Outbound, Socket, relay};
+use cpc_datapath::{ClosedBy, Progress, Socket, relay};
 use cpc_host::report::report;
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::metrics::{Closer, FrontendKind};
@@ -135,7 +135,7 @@ struct Dialled<S, R> {
     send: S,
     recv: R,
     /// Bytes that the server has not taken yet.
-    start: Outbound,
+    start: Progress,
 }
 
 /// Dials for a request and answers. Returns `None` if it was refused, or the server gave it up.
@@ -212,7 +212,7 @@ async fn dial_and_answer<S: Answer, R: RecvHalf>(
         _observed: ObservedConnection::new(worker.observer.clone()),
         send,
         recv,
-        start: Outbound::default(),
+        start: Progress::default(),
     }))
 }
 
@@ -241,7 +241,7 @@ impl<S: SendHalf, R: RecvHalf> Dialled<S, R> {
             let closer = match ending.by {
                 ClosedBy::Local => Closer::Target,
                 ClosedBy::Remote => Closer::Client,
-                ClosedBy::Link => Closer::Tunnel,
+                ClosedBy::Link | ClosedBy::Limit => Closer::Tunnel,
             };
             record.end(closer, ending.reason, &ending.reason, &worker.metrics);
         }

@@ -8,7 +8,7 @@ use std::future::{Future, pending};
 
 use bytes::Bytes;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_datapath::{Budget, Meter, Outbound, relay};
+use cpc_datapath::{Budget, Meter, Progress, relay};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -88,7 +88,7 @@ async fn run(outward: usize, inward: usize) {
         let mut buffer = vec![0; 256 << 10];
         while from.read(&mut buffer).await.expect("a read") > 0 {}
     };
-    let mut start = Outbound::default();
+    let mut start = Progress::default();
     let relayed = async move {
         let mut source = Source(inward);
         relay(

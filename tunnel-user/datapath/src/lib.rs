@@ -22,5 +22,5 @@ pub mod stream;
 
 pub use budget::Budget;
 pub use engine::{Engine, Engines, Socket};
-pub use relay::{ClosedBy, Meter, Outbound, RelayEnd, linger, relay};
+pub use relay::{ClosedBy, Meter, Progress, RelayEnd, linger, relay};
 pub use socket::LocalSocket;

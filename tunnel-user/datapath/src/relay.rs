@@ -49,13 +49,31 @@ pub trait Meter {
     fn inbound(&self, n: usize);
 }
 
-/// Data read from the local socket before the relay took over.
+/// Progress of a connection: what was read from the local socket before the relay takes over, and how far
+/// another relay has come whose link was lost.
 #[derive(Debug, Default)]
-pub struct Outbound {
+pub struct Progress {
     /// Bytes that the stream has not taken yet.
     pub pending: Bytes,
     /// Whether the local socket has reached its end of file.
     pub eof: bool,
+    /// Side that finished first.
+    first: Option<ClosedBy>,
+    /// End of the direction from the local socket.
+    out: Option<DirectionEnd>,
+    /// End of the direction to the local socket.
+    inn: Option<DirectionEnd>,
+}
+
+impl Progress {
+    /// Creates the progress of a connection from which `pending` was read, up to its end of file or not.
+    pub fn new(pending: Bytes, eof: bool) -> Self {
+        Self {
+            pending,
+            eof,
+            ..Self::default()
+        }
+    }
 }
 
 /// Side that ended a connection.
@@ -65,8 +83,10 @@ pub enum ClosedBy {
     Local,
     /// The other end of the stream.
     Remote,
-    /// The link in between.
+    /// The link in between, which was lost. The connection may go on over another one.
     Link,
+    /// A limit of this process.
+    Limit,
 }
 
 /// End of a connection.
@@ -90,12 +110,13 @@ enum DirectionEnd {
 }
 
 /// Relays until both directions have ended. `local` must have reset-on-close set. The caller drops
-/// it and the halves afterwards, which closes the open ones.
+/// it and the halves afterwards, which closes the open ones. Where the link was lost, another relay with
+/// the same `progress` can go on over other halves.
 pub fn relay<'a>(
     local: &'a impl LocalSocket,
     send: &'a mut impl SendHalf,
     recv: &'a mut impl RecvHalf,
-    start: &'a mut Outbound,
+    progress: &'a mut Progress,
     budget: &'a Budget,
     meter: &'a impl Meter,
 ) -> impl Future<Output = RelayEnd> {
@@ -103,13 +124,14 @@ pub fn relay<'a>(
         local,
         budget,
         meter,
-        first: Cell::default(),
-        out: Cell::default(),
-        inn: Cell::default(),
+        first: Cell::new(progress.first),
+        out: Cell::new(progress.out),
+        inn: Cell::new(progress.inn),
+        written: Cell::default(),
     };
     async move {
         let ended = {
-            let mut outward = pin!(outward(&state, send, start));
+            let mut outward = pin!(outward(&state, send, progress));
             let mut inward = pin!(inward(&state, recv));
             tokio::select! {
                 ended = &mut outward => ended,
@@ -120,9 +142,16 @@ pub fn relay<'a>(
             Ok(()) => close(&state, send, recv).await,
             Err(ending) => Err(ending),
         };
+        state.tell_accepted(recv);
         match ended {
             Ok(ending) => {
                 state.local.reset_on_close(false);
+                ending
+            }
+            Err(ending) if ending.by == ClosedBy::Link => {
+                progress.first = state.first.get();
+                progress.out = state.out.get().filter(|it| *it != DirectionEnd::Withheld);
+                progress.inn = state.inn.get();
                 ending
             }
             Err(ending) => {
@@ -144,11 +173,18 @@ struct RelayState<'a, L, M> {
     /// End of each direction.
     out: Cell<Option<DirectionEnd>>,
     inn: Cell<Option<DirectionEnd>>,
+    /// Number of bytes that the local socket has taken, of which the stream was not told yet.
+    written: Cell<usize>,
 }
 
 impl<L, M> RelayState<'_, L, M> {
     fn note(&self, by: ClosedBy) {
         self.first.set(self.first.get().or(Some(by)));
+    }
+
+    /// Tells the stream which bytes the local socket has taken.
+    fn tell_accepted(&self, recv: &mut impl RecvHalf) {
+        recv.accepted(self.written.take());
     }
 }
 
@@ -188,7 +224,7 @@ const RESET_BY_LOCAL: RelayEnd = RelayEnd {
 
 /// Ending where the budget refuses the charge of the connection.
 const BUDGET_EXCEEDED: RelayEnd = RelayEnd {
-    by: ClosedBy::Link,
+    by: ClosedBy::Limit,
     reason: CloseReason::MemoryLimit,
 };
 
@@ -204,9 +240,12 @@ fn reset_by_remote(reason: CloseReason) -> RelayEnd {
 fn outward(
     state: &RelayState<'_, impl LocalSocket, impl Meter>,
     send: &mut impl SendHalf,
-    next: &mut Outbound,
+    next: &mut Progress,
 ) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
+        if state.out.get().is_some() {
+            return wait_for_the_other(state).await;
+        }
         let end = {
             let mut stopped = pin!(send.stopped());
             loop {
@@ -215,10 +254,10 @@ fn outward(
                     Some(sent) => Ok(sent),
                     None => Box::pin(send_all(state, send, &mut next.pending)).await,
                 };
+                state.meter.outbound(n - next.pending.len());
                 if let Err(end) = sent? {
                     break end;
                 }
-                state.meter.outbound(n);
                 if next.eof {
                     state.note(ClosedBy::Local);
                     match peer_close(state.local, send) {
@@ -240,12 +279,19 @@ fn outward(
             }
         };
         state.out.set(Some(send_rest(end, state)?));
-        if state.inn.get().is_none() {
-            // During a read, the reader distinguishes a reset from an end of file.
-            Box::pin(state.local.broken()).await;
-        }
-        Ok(())
+        wait_for_the_other(state).await
     }
+}
+
+/// Waits, behind the direction to the stream, until the local peer is gone, while the other direction goes on.
+async fn wait_for_the_other<M>(
+    state: &RelayState<'_, impl LocalSocket, M>,
+) -> Result<(), RelayEnd> {
+    if state.inn.get().is_none() {
+        // During a read, the reader distinguishes a reset from an end of file.
+        Box::pin(state.local.broken()).await;
+    }
+    Ok(())
 }
 
 /// Returns the meaning of the end of file that was read, where it makes a difference to the link.
@@ -296,7 +342,15 @@ fn inward(
     recv: &mut impl RecvHalf,
 ) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
+        // Left by a relay whose link was lost.
+        if state.inn.get().is_none() && !state.local.is_flushed() {
+            let flushed = Box::pin(write_all(state, recv, Vec::new())).await?;
+            flushed.map_err(|_| RESET_BY_LOCAL)?;
+        }
         let rest = loop {
+            if let Some(end) = state.inn.get() {
+                break end;
+            }
             // A waiting future needs no room for chunks.
             let mut chunks = Vec::new();
             let received = recv.recv(&mut chunks).await;
@@ -309,7 +363,10 @@ fn inward(
                     }
                     Err(error) => Err(error),
                 },
-                Err(RecvEnd::Finished) => Box::pin(state.local.finish()).await,
+                Err(RecvEnd::Finished) => {
+                    let finished = Box::pin(state.local.finish()).await;
+                    finished.inspect(|()| recv.finished())
+                }
                 Err(RecvEnd::Reset(reason)) => return Err(reset_by_remote(reason)),
                 Err(RecvEnd::Link(reason)) => {
                     return Err(RelayEnd {
@@ -318,6 +375,7 @@ fn inward(
                     });
                 }
             };
+            state.tell_accepted(recv);
             match written {
                 Ok(()) if received.is_ok() => {}
                 Ok(()) => {
@@ -349,7 +407,7 @@ async fn write_all(
     recv: &mut impl RecvHalf,
     mut chunks: Vec<Bytes>,
 ) -> Result<io::Result<()>, RelayEnd> {
-    let is_charged = recv.is_charged();
+    let (is_charged, lost) = (recv.is_charged(), recv.lost());
     let written = async {
         let mut done = 0;
         while done < chunks.len() || !state.local.is_flushed() {
@@ -368,6 +426,10 @@ async fn write_all(
         written = written => written,
         // A reader that has stopped must not keep what its target has taken back.
         reason = recv.reset() => Err(reset_by_remote(reason)),
+        reason = lost => Err(RelayEnd {
+            by: ClosedBy::Link,
+            reason,
+        }),
     }
 }
 
@@ -388,6 +450,7 @@ fn write_now(
             break;
         };
         state.meter.inbound(n);
+        state.written.set(state.written.get() + n);
         while done < chunks.len() && n >= chunks[done].len() {
             n -= chunks[done].len();
             done += 1;

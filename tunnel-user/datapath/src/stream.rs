@@ -60,6 +60,17 @@ pub trait RecvHalf {
     /// Waits for a reset by the peer, while nothing is received. Never completes when the peer has
     /// finished, or when the link is lost: data that has arrived by then can still be received.
     fn reset(&mut self) -> impl Future<Output = CloseReason>;
+    /// Waits until the half is to be given up, whatever of it is unread: another stream brings it again.
+    /// Never completes for most links.
+    fn lost(&self) -> impl Future<Output = CloseReason> + use<Self> {
+        std::future::pending()
+    }
+    /// Notes that the local socket has taken the next `n` received bytes.
+    fn accepted(&mut self, n: usize) {
+        let _ = n;
+    }
+    /// Notes that the end of file, behind all bytes, was passed on.
+    fn finished(&mut self) {}
     /// Stops the half: nothing more will be read.
     fn stop(&mut self, reason: CloseReason);
     /// Whether the link charges a budget for the data that waits to be received and for the last

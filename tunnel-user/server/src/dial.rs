@@ -28,7 +28,7 @@ use super::link::{LinkRecv, LinkSend};
 use super::permits::DialPermit;
 use super::routes::{LinkId, LinkInfo, RouteError};
 use super::shard::{Shard, Target};
-use cpc_datapath::{Budget, LocalSocket, Outbound};
+use cpc_datapath::{Budget, LocalSocket, Progress};
 use cpc_host::random;
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
@@ -51,7 +51,7 @@ pub(super) struct Dialled {
     /// From the target.
     pub recv: LinkRecv,
     /// The client's early bytes that the stream has not carried.
-    pub unsent: Outbound,
+    pub unsent: Progress,
     /// The number of early bytes that it has carried.
     pub sent: usize,
     /// Counts the stream on its link.

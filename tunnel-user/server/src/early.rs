@@ -5,7 +5,7 @@ use bytes::{Bytes, BytesMut};
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 use cpc_datapath::stream::SendHalf;
-use cpc_datapath::{LocalSocket, Outbound};
+use cpc_datapath::{LocalSocket, Progress};
 
 /// Maximum number of kept bytes; a client that sends more waits for the answer.
 const KEPT: usize = 64 << 10;
@@ -154,20 +154,14 @@ impl EarlyBytes {
 
     /// Returns the bytes that the stream still needs after a successful dial, and the number of bytes
     /// that it has.
-    pub(super) fn rest(&self, cursor: Cursor) -> (Outbound, usize) {
+    pub(super) fn rest(&self, cursor: Cursor) -> (Progress, usize) {
         let mut rest = BytesMut::from(cursor.current);
         self.kept[cursor.next..]
             .iter()
             .for_each(|bytes| rest.extend_from_slice(bytes));
         let given = self.len - rest.len();
         let pending = rest.freeze();
-        (
-            Outbound {
-                pending,
-                eof: self.eof,
-            },
-            given,
-        )
+        (Progress::new(pending, self.eof), given)
     }
 }
 

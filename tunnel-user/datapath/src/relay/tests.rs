@@ -147,12 +147,12 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(local: impl LocalSocket + 'static, start: Outbound) -> Self {
+    fn start(local: impl LocalSocket + 'static, start: Progress) -> Self {
         Self::within(Budget::new(1 << 30), local, start)
     }
 
     /// Charges `budget`.
-    fn within(budget: Budget, local: impl LocalSocket + 'static, mut start: Outbound) -> Self {
+    fn within(budget: Budget, local: impl LocalSocket + 'static, mut start: Progress) -> Self {
         local.reset_on_close(true);
         let far = Rc::<Far>::default();
         let (mut send, mut recv, meter) = (FarSend(far.clone()), FarRecv(far.clone()), far.clone());
@@ -241,7 +241,7 @@ async fn pair() -> (TcpStream, Socket) {
 /// Returns a relay and the peer of its socket.
 async fn rig() -> (Rig, TcpStream) {
     let (peer, local) = pair().await;
-    (Rig::start(local, Outbound::default()), peer)
+    (Rig::start(local, Progress::default()), peer)
 }
 
 /// Runs a test that must end soon.
@@ -327,7 +327,7 @@ fn what_was_read_before_comes_first_and_its_end_is_kept() {
             soon(async {
                 let (mut peer, local) = pair().await;
                 let pending = Bytes::from_static(b"early ");
-                let rig = Rig::start(local, Outbound { pending, eof }).with_credit();
+                let rig = Rig::start(local, Progress::new(pending, eof)).with_credit();
                 if !eof {
                     peer.write_all(b"and late").await.unwrap();
                     peer.shutdown().await.unwrap();
@@ -408,7 +408,7 @@ fn a_peer_that_takes_nothing_is_still_heard() {
     on_each(async || {
         soon(async {
             let (mut peer, local) = UnixStream::pair().unwrap();
-            let rig = Rig::start(local, Outbound::default()).with_credit();
+            let rig = Rig::start(local, Progress::default()).with_credit();
             SockRef::from(&peer)
                 .shutdown(std::net::Shutdown::Read)
                 .unwrap();
@@ -540,13 +540,13 @@ fn what_the_budget_has_no_room_for_is_reset() {
             soon(async {
                 let (mut peer, local) = pair().await;
                 let budget = Budget::new(if reads { 4 } else { STALLED - 1 });
-                let rig = Rig::within(budget.clone(), local, Outbound::default());
+                let rig = Rig::within(budget.clone(), local, Progress::default());
                 if reads {
                     peer.write_all(b"bytes").await.unwrap();
                 } else {
                     rig.give(&much());
                 }
-                assert_eq!(rig.end().await, (ClosedBy::Link, WHY, both(WHY)));
+                assert_eq!(rig.end().await, (ClosedBy::Limit, WHY, both(WHY)));
                 assert_reset(&mut peer).await;
                 assert_eq!((budget.used(), budget.stalled()), (0, 0));
             })
@@ -572,7 +572,7 @@ fn a_lost_link_is_a_reset() {
                 rig.give(b"half an ans");
                 peer.read_exact(&mut [0; 11]).await.unwrap();
                 lose(&rig);
-                assert_eq!(rig.end().await, (ClosedBy::Link, WHY, both(WHY)));
+                assert_eq!(rig.end().await, (ClosedBy::Link, WHY, NOT));
                 assert_reset(&mut peer).await;
             })
             .await;

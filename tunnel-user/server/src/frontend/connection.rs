@@ -67,7 +67,7 @@ pub(crate) fn serve(
                 let closer = match ending.by {
                     ClosedBy::Local => Closer::Client,
                     ClosedBy::Remote => Closer::Target,
-                    ClosedBy::Link => Closer::Tunnel,
+                    ClosedBy::Link | ClosedBy::Limit => Closer::Tunnel,
                 };
                 (closer, ending.reason)
             }
