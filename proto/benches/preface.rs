@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use criterion::{Criterion, criterion_group, criterion_main};
 use tunnel_proto::http_connect;
-use tunnel_proto::preface::{ConnectionId, Destination, DialRequest, Host, StreamKind};
+use tunnel_proto::preface::{ConnectionId, Destination, DialRequest, Host, StreamHead};
 
 const CONNECT: &[u8] = b"CONNECT 10.99.1.2:10250 HTTP/1.1\r\nHost: 10.99.1.2:10250\r\n\
     User-Agent: Go-http-client/1.1\r\n\r\n";
@@ -17,7 +17,7 @@ const CONNECT: &[u8] = b"CONNECT 10.99.1.2:10250 HTTP/1.1\r\nHost: 10.99.1.2:102
 fn request(host: &str) -> DialRequest {
     let host: Host = host.parse().expect("a host");
     DialRequest {
-        kind: StreamKind::Tcp,
+        session: None,
         id: ConnectionId([7; 16]),
         destination: Destination::new(host, 10_250),
         deadline: Duration::from_secs(10),
@@ -39,7 +39,7 @@ fn preface(criterion: &mut Criterion) {
         let mut wire = BytesMut::new();
         request.encode(&mut wire);
         group.bench_function(format!("decode {host}"), |bencher| {
-            bencher.iter(|| DialRequest::decode(black_box(&wire)));
+            bencher.iter(|| StreamHead::decode(black_box(&wire)));
         });
     }
     group.bench_function("parse CONNECT", |bencher| {

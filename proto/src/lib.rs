@@ -6,6 +6,7 @@
 //! | [`close`] | the closed set of reasons why a connection or a session ends |
 //! | [`varint`] | QUIC's variable-length integer |
 //! | [`preface`] | the dial request and response at the head of each tunnelled stream |
+//! | [`resumption`] | what lets a connection outlive its tunnel |
 //! | [`control`] | the messages of the control stream and their framing |
 //! | [`route`] | claims of an agent |
 //! | [`certificate`] | requests for certificates, and the answers |
@@ -27,6 +28,7 @@ pub mod http_connect;
 pub mod join;
 pub mod konnectivity;
 pub mod preface;
+pub mod resumption;
 pub mod route;
 pub mod session;
 mod text;

@@ -1,15 +1,21 @@
 //! The head of each tunnelled stream.
 //!
-//! The server opens the stream and writes a [`DialRequest`]; the client's bytes follow at once.
-//! The agent answers with a [`DialResponse`], then the target's bytes follow.
+//! The server opens the stream and writes a [`StreamHead`]. Behind a [`DialRequest`] the client's bytes
+//! follow at once. The agent answers with a [`DialResponse`], then the target's bytes follow. A
+//! [`ResumeRequest`] is answered by a [`ResumeResponse`], behind which the bytes of either side go on.
+//! One stream of a tunnel carries [notices](crate::resumption) in both directions, and no answer.
 //!
 //! ```text
-//! request:   kind (varint)   length (varint, at most 512)   body
-//! body:      connection id (16 bytes)   attempt (1 byte)   deadline (varint, milliseconds)
-//!            port (2 bytes)   host type (1 byte)   host
+//! head:      kind (varint; 1: dial, 2: notices, 3: resume)   length (varint, at most 512)   body
+//! dial:      connection id (16 bytes)   attempt (1 byte)   deadline (varint, milliseconds)
+//!            port (2 bytes)   host type (1 byte)   host   [session key]
+//! resume:    session key   confirmation
 //! host:      1: IPv4 address (4 bytes)   2: IPv6 address (16 bytes)   3: length (1 byte), DNS name
 //! response:  code (varint; 0: connected)   length (varint, at most 256)   detail (UTF-8)
+//! to resume: length (varint)   code (1 byte; 0: resumed, 1: unknown, 2: busy)   [confirmation]
 //! ```
+//!
+//! [`resumption`](crate::resumption) has session keys and confirmations.
 //!
 //! Integers of fixed size are in network byte order. Bytes after the last known field of a
 //! request's body are ignored: a later release may add fields there. The kind comes first and its
@@ -19,15 +25,19 @@
 //! the call with more. They check every limit before the bytes in question have arrived.
 
 mod destination;
+mod head;
 mod request;
 mod response;
+mod resume;
 
 use bytes::TryGetError;
 use thiserror::Error;
 
 pub use self::destination::{Destination, DestinationError, Host, Name, NameError};
-pub use self::request::{ConnectionId, DialRequest, MAX_DEADLINE, StreamKind};
+pub use self::head::StreamHead;
+pub use self::request::{ConnectionId, DialRequest, MAX_DEADLINE};
 pub use self::response::{DialResponse, MAX_DETAIL};
+pub use self::resume::{ResumeRequest, ResumeResponse};
 use crate::close::CloseReason;
 
 /// Failure to read a request or a response.
@@ -37,11 +47,14 @@ pub enum PrefaceError {
     #[error("stream kind {0} is unknown here; is the other side a newer release?")]
     UnsupportedKind(u64),
     /// The request's body is longer than allowed.
-    #[error("a dial request of {0} bytes is over the limit of {limit}", limit = request::MAX_BODY)]
+    #[error("a request of {0} bytes is over the limit of {limit}", limit = request::MAX_BODY)]
     RequestTooLong(u64),
     /// The request's body ends before its last field does.
-    #[error("the dial request ends within a field")]
+    #[error("the request ends within a field")]
     Truncated,
+    /// The flags of a confirmation are unknown.
+    #[error("flags {0:#x} of a confirmation are unknown here")]
+    Flags(u8),
     /// The host is of a type that this release does not know.
     #[error("host type {0} is unknown here; is the other side a newer release?")]
     UnknownHostType(u8),
@@ -66,7 +79,7 @@ impl PrefaceError {
     pub fn reason(&self) -> CloseReason {
         match self {
             Self::UnsupportedKind(_) => CloseReason::UnsupportedKind,
-            Self::DetailTooLong(_) => CloseReason::ProtocolError,
+            Self::DetailTooLong(_) | Self::Flags(_) => CloseReason::ProtocolError,
             _ => CloseReason::MalformedDial,
         }
     }

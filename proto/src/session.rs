@@ -37,7 +37,8 @@ pub use self::error::{MessageError, SessionError};
 pub use self::liveness::{BUSY_WINDOW, MIN_HEARTBEAT, Timers};
 pub(crate) use self::message::message_name;
 pub use self::message::{
-    Hello, InstanceId, MAX_FEATURES, MAX_TEXT, Refusal, SERVES_WHILE_DRAINING, Welcome,
+    HOLDS_SESSIONS, Hello, InstanceId, MAX_FEATURES, MAX_TEXT, Refusal, SERVES_WHILE_DRAINING,
+    Welcome,
 };
 pub use self::outbox::MAX_QUEUED;
 pub use self::server::{ServerEvent, ServerSession};

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::{Destination, Host, PrefaceError};
+use crate::resumption::SessionKey;
 use crate::varint::VarInt;
 
 /// The longest body of a request, in bytes.
@@ -15,22 +16,30 @@ pub(super) const MAX_BODY: u64 = 512;
 pub const MAX_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Content of a stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum StreamKind {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StreamKind {
     /// The bytes of one TCP connection.
     Tcp,
+    /// Notices about all sessions of the tunnel.
+    Notices,
+    /// The bytes of a session that another tunnel carried before.
+    Resume,
 }
 
 impl StreamKind {
-    fn code(self) -> u8 {
+    pub(super) fn code(self) -> u8 {
         match self {
             Self::Tcp => 1,
+            Self::Notices => 2,
+            Self::Resume => 3,
         }
     }
 
-    fn from_code(code: u64) -> Result<Self, PrefaceError> {
+    pub(super) fn from_code(code: u64) -> Result<Self, PrefaceError> {
         match code {
             1 => Ok(Self::Tcp),
+            2 => Ok(Self::Notices),
+            3 => Ok(Self::Resume),
             unknown => Err(PrefaceError::UnsupportedKind(unknown)),
         }
     }
@@ -49,8 +58,6 @@ impl fmt::Display for ConnectionId {
 /// The head of a stream that the server opened: connect me to this.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DialRequest {
-    /// Content of the stream.
-    pub kind: StreamKind,
     /// The connection's name in logs.
     pub id: ConnectionId,
     /// Requested destination.
@@ -59,6 +66,8 @@ pub struct DialRequest {
     pub deadline: Duration,
     /// Number of agents asked before this one.
     pub attempt: u8,
+    /// The session that the connection is, if it may outlive its tunnel.
+    pub session: Option<SessionKey>,
 }
 
 impl DialRequest {
@@ -71,39 +80,18 @@ impl DialRequest {
         VarInt::from(self.deadline.min(MAX_DEADLINE).as_millis() as u32).encode(&mut body);
         body.put_u16(self.destination.port);
         self.destination.host.encode(&mut body);
+        if let Some(session) = self.session {
+            session.encode(&mut body);
+        }
 
-        VarInt::from(self.kind.code()).encode(out);
-        // The longest body, with a name of 253 bytes, has 278.
+        VarInt::from(StreamKind::Tcp.code()).encode(out);
+        // The longest body, with a name of 253 bytes, has 302.
         VarInt::from(body.len() as u16).encode(out);
         out.put_slice(&body);
     }
 
-    /// Reads a request from the head of `buf`, and returns it with the number of its bytes. `None`:
-    /// more bytes are needed.
-    ///
-    /// # Errors
-    /// [`PrefaceError`], as soon as the bytes at hand can't become a valid request.
-    pub fn decode(buf: &[u8]) -> Result<Option<(Self, usize)>, PrefaceError> {
-        let Some((kind, kind_size)) = VarInt::decode(buf) else {
-            return Ok(None);
-        };
-        let kind = StreamKind::from_code(kind.into_inner())?;
-        let Some((length, length_size)) = VarInt::decode(&buf[kind_size..]) else {
-            return Ok(None);
-        };
-        let length = length.into_inner();
-        if length > MAX_BODY {
-            return Err(PrefaceError::RequestTooLong(length));
-        }
-        let start = kind_size + length_size;
-        let end = start + length as usize;
-        let Some(body) = buf.get(start..end) else {
-            return Ok(None);
-        };
-        Ok(Some((Self::decode_body(kind, body)?, end)))
-    }
-
-    fn decode_body(kind: StreamKind, mut body: &[u8]) -> Result<Self, PrefaceError> {
+    /// Reads the body of a request.
+    pub(super) fn decode_body(mut body: &[u8]) -> Result<Self, PrefaceError> {
         let id = ConnectionId(body.try_get_u128()?.to_be_bytes());
         let attempt = body.try_get_u8()?;
         let (deadline, size) = VarInt::decode(body).ok_or(PrefaceError::Truncated)?;
@@ -118,11 +106,11 @@ impl DialRequest {
         }
         let host = Host::decode(&mut body)?;
         Ok(Self {
-            kind,
             id,
             destination: Destination { host, port },
             deadline,
             attempt,
+            session: SessionKey::take(&mut body),
         })
     }
 }

@@ -6,6 +6,7 @@ use bytes::{BufMut, BytesMut};
 use proptest::prelude::*;
 
 use super::*;
+use crate::resumption::{Accepted, Confirmation, SessionId, SessionKey, Status};
 use crate::varint::VarInt;
 
 /// Checks what every decoder of the head of a stream must do: it takes no more than its input, and
@@ -56,20 +57,30 @@ pub(crate) fn any_destination() -> impl Strategy<Value = Destination> {
     (host, 1..=u16::MAX).prop_map(|(host, port)| Destination { host, port })
 }
 
+fn any_key() -> impl Strategy<Value = SessionKey> {
+    (any::<[u8; 16]>(), 0..=VarInt::MAX.into_inner()).prop_map(|(id, number)| SessionKey {
+        id: SessionId::new(id),
+        number: VarInt::try_from(number).unwrap(),
+    })
+}
+
 fn any_request() -> impl Strategy<Value = DialRequest> {
     (
         any::<[u8; 16]>(),
         any_destination(),
         0..=MAX_DEADLINE.as_millis() as u64,
         any::<u8>(),
+        prop::option::of(any_key()),
     )
-        .prop_map(|(id, destination, deadline, attempt)| DialRequest {
-            kind: StreamKind::Tcp,
-            id: ConnectionId(id),
-            destination,
-            deadline: Duration::from_millis(deadline),
-            attempt,
-        })
+        .prop_map(
+            |(id, destination, deadline, attempt, session)| DialRequest {
+                session,
+                id: ConnectionId(id),
+                destination,
+                deadline: Duration::from_millis(deadline),
+                attempt,
+            },
+        )
 }
 
 fn any_response() -> impl Strategy<Value = DialResponse> {
@@ -83,7 +94,7 @@ fn any_response() -> impl Strategy<Value = DialResponse> {
 
 fn request(destination: &str) -> DialRequest {
     DialRequest {
-        kind: StreamKind::Tcp,
+        session: None,
         id: ConnectionId(*b"0123456789abcdef"),
         destination: destination.parse().unwrap(),
         deadline: Duration::from_secs(10),
@@ -95,6 +106,14 @@ fn encoded(request: &DialRequest) -> Vec<u8> {
     let mut out = BytesMut::new();
     request.encode(&mut out);
     out.to_vec()
+}
+
+/// Reads the head of a stream that must be a dial.
+fn decode_dial(buf: &[u8]) -> Result<Option<(DialRequest, usize)>, PrefaceError> {
+    Ok(StreamHead::decode(buf)?.map(|(head, size)| match head {
+        StreamHead::Dial(request) => (request, size),
+        other => panic!("{other:?}"),
+    }))
 }
 
 fn encoded_response(response: &DialResponse) -> Vec<u8> {
@@ -136,8 +155,8 @@ fn the_wire_does_not_change() {
 
 #[test]
 fn the_kind_is_refused_before_its_body_arrives() {
-    let error = DialRequest::decode(&[2]).unwrap_err();
-    assert_eq!(error, PrefaceError::UnsupportedKind(2));
+    let error = StreamHead::decode(&[4]).unwrap_err();
+    assert_eq!(error, PrefaceError::UnsupportedKind(4));
     assert_eq!(error.reason(), CloseReason::UnsupportedKind);
 }
 
@@ -146,11 +165,13 @@ fn a_body_may_be_512_bytes_and_grow_at_its_end() {
     let known = encoded(&request("web.default.svc:443"));
     let mut body = known[2..].to_vec();
     body.resize(512, 0xff);
-    let (decoded, consumed) = DialRequest::decode(&with_body(&body)).unwrap().unwrap();
-    assert_eq!(decoded, request("web.default.svc:443"));
+    let (decoded, consumed) = decode_dial(&with_body(&body)).unwrap().unwrap();
+    let expected = request("web.default.svc:443");
+    assert_eq!(decoded.destination, expected.destination);
+    assert!(decoded.session.is_some());
     assert_eq!(consumed, 1 + 2 + 512);
 
-    let error = DialRequest::decode(&[1, 0x42, 0x01]).unwrap_err();
+    let error = decode_dial(&[1, 0x42, 0x01]).unwrap_err();
     assert_eq!(error, PrefaceError::RequestTooLong(513));
     assert_eq!(error.reason(), CloseReason::MalformedDial);
 }
@@ -158,7 +179,7 @@ fn a_body_may_be_512_bytes_and_grow_at_its_end() {
 #[test]
 fn bad_bodies_are_named() {
     const HEAD: &[u8] = b"0123456789abcdef\x00\x05";
-    let decode = |tail: &[u8]| DialRequest::decode(&with_body(&[HEAD, tail].concat())).unwrap_err();
+    let decode = |tail: &[u8]| decode_dial(&with_body(&[HEAD, tail].concat())).unwrap_err();
     assert_eq!(decode(b"\0\0\x01\x7f\0\0\x01"), PrefaceError::PortZero);
     assert_eq!(decode(b"\0\x50\x09"), PrefaceError::UnknownHostType(9));
     assert_eq!(decode(b"\0\x50\x01\x7f\0\0"), PrefaceError::Truncated);
@@ -178,7 +199,7 @@ fn bad_bodies_are_named() {
     ]
     .concat();
     assert_eq!(
-        DialRequest::decode(&with_body(&late)),
+        decode_dial(&with_body(&late)),
         Err(PrefaceError::DeadlineTooLong(600_001))
     );
 }
@@ -201,7 +222,7 @@ fn a_mapped_address_is_the_ipv4_address() {
         },
         ..request("a:1")
     };
-    let (decoded, _) = DialRequest::decode(&encoded(&sent)).unwrap().unwrap();
+    let (decoded, _) = decode_dial(&encoded(&sent)).unwrap().unwrap();
     assert_eq!(decoded.destination.host, mapped);
 
     let body = [
@@ -209,9 +230,7 @@ fn a_mapped_address_is_the_ipv4_address() {
         &[0; 10],
         b"\xff\xff\x0a\x01\x02\x03",
     ];
-    let (decoded, _) = DialRequest::decode(&with_body(&body.concat()))
-        .unwrap()
-        .unwrap();
+    let (decoded, _) = decode_dial(&with_body(&body.concat())).unwrap().unwrap();
     assert_eq!(decoded.destination.host, mapped);
 }
 
@@ -221,7 +240,7 @@ fn a_deadline_is_cut_to_its_limit() {
         deadline: Duration::MAX,
         ..request("a:1")
     };
-    let (decoded, _) = DialRequest::decode(&encoded(&sent)).unwrap().unwrap();
+    let (decoded, _) = decode_dial(&encoded(&sent)).unwrap().unwrap();
     assert_eq!(decoded.deadline, MAX_DEADLINE);
 }
 
@@ -328,12 +347,45 @@ fn destinations_are_written_host_colon_port() {
 
 proptest! {
     #[test]
-    fn request_round_trip(request in any_request(), tail: Vec<u8>) {
+    fn head_round_trip(request in any_request(), key in any_key(), written in 0..1_u64 << 62, tail: Vec<u8>) {
+        let state = Confirmation {
+            accepted: Accepted { written, is_finished: true, ..Accepted::default() },
+            status: Status::Aborted(CloseReason::PeerReset),
+        };
+        let resume = StreamHead::Resume(ResumeRequest { key, state });
+        for head in [StreamHead::Dial(request), StreamHead::Notices, resume] {
+            let mut bytes = BytesMut::new();
+            head.encode(&mut bytes);
+            let size = bytes.len();
+            bytes.extend(&tail);
+            prop_assert_eq!(StreamHead::decode(&bytes), Ok(Some((head, size))));
+            check_incremental(&bytes, StreamHead::decode)?;
+        }
+    }
+
+    #[test]
+    fn resume_response_round_trip(written in 0..1_u64 << 62, tail: Vec<u8>) {
+        let state = Confirmation {
+            accepted: Accepted { written, is_refused: true, ..Accepted::default() },
+            status: Status::Settled,
+        };
+        for response in [ResumeResponse::Resumed(state), ResumeResponse::Unknown, ResumeResponse::Busy] {
+            let mut bytes = BytesMut::new();
+            response.encode(&mut bytes);
+            let size = bytes.len();
+            bytes.extend(&tail);
+            prop_assert_eq!(ResumeResponse::decode(&bytes), Ok(Some((response, size))));
+            check_incremental(&bytes, ResumeResponse::decode)?;
+        }
+    }
+
+    #[test]
+    fn request_round_trip(request in any_request(), tail in prop::collection::vec(any::<u8>(), 0..16)) {
         let mut bytes = encoded(&request);
         let size = bytes.len();
         bytes.extend(tail);
-        prop_assert_eq!(DialRequest::decode(&bytes), Ok(Some((request, size))));
-        check_incremental(&bytes, DialRequest::decode)?;
+        prop_assert_eq!(decode_dial(&bytes), Ok(Some((request, size))));
+        check_incremental(&bytes, StreamHead::decode)?;
     }
 
     #[test]
@@ -347,9 +399,10 @@ proptest! {
 
     #[test]
     fn any_bytes(body: Vec<u8>, raw: Vec<u8>) {
-        check_incremental(&raw, DialRequest::decode)?;
+        check_incremental(&raw, StreamHead::decode)?;
         check_incremental(&raw, DialResponse::decode)?;
-        check_incremental(&with_body(&body), DialRequest::decode)?;
+        check_incremental(&raw, ResumeResponse::decode)?;
+        check_incremental(&with_body(&body), StreamHead::decode)?;
     }
 
     /// A valid request with one changed byte reaches further into the decoder than noise does.
@@ -358,7 +411,7 @@ proptest! {
         let mut bytes = encoded(&request);
         let at = at.index(bytes.len());
         bytes[at] = byte;
-        check_incremental(&bytes, DialRequest::decode)?;
+        check_incremental(&bytes, StreamHead::decode)?;
     }
 
     #[test]

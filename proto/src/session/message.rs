@@ -21,6 +21,9 @@ pub const MAX_FEATURES: usize = 64;
 /// The feature of an agent that takes dials while it drains. Earlier releases refuse them.
 pub const SERVES_WHILE_DRAINING: &str = "serves-while-draining";
 
+/// The feature of an agent whose connections can outlive their tunnel ([`resumption`](crate::resumption)).
+pub const HOLDS_SESSIONS: &str = "holds-sessions";
+
 /// Random bytes of one process, which distinguish a restart from a second tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(pub [u8; 16]);
@@ -59,6 +62,12 @@ impl Hello {
     #[must_use]
     pub fn serves_while_draining(&self) -> bool {
         self.features.iter().any(|f| f == SERVES_WHILE_DRAINING)
+    }
+
+    /// Whether connections over the agent can outlive their tunnel.
+    #[must_use]
+    pub fn holds_sessions(&self) -> bool {
+        self.features.iter().any(|f| f == HOLDS_SESSIONS)
     }
 }
 

@@ -1,10 +1,10 @@
-//! The dial request, and the variable-length integer at its head.
+//! The head of a stream that a server opens, and the variable-length integer at its start.
 #![no_main]
 
 use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::decode_head;
-use tunnel_proto::preface::DialRequest;
+use tunnel_proto::preface::StreamHead;
 use tunnel_proto::varint::VarInt;
 
 fuzz_target!(|data: &[u8]| {
@@ -14,9 +14,9 @@ fuzz_target!(|data: &[u8]| {
         value.encode(&mut again);
         assert_eq!(VarInt::decode(&again), Some((value, again.len())));
     }
-    if let Some(request) = decode_head(data, DialRequest::decode) {
+    if let Some(head) = decode_head(data, StreamHead::decode) {
         let mut again = BytesMut::new();
-        request.encode(&mut again);
-        assert_eq!(decode_head(&again, DialRequest::decode), Some(request));
+        head.encode(&mut again);
+        assert_eq!(decode_head(&again, StreamHead::decode), Some(head));
     }
 });

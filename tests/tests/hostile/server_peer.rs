@@ -10,7 +10,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use serde_json::json;
 use tokio::runtime::Handle;
 use tunnel_proto::control::VERSION;
-use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse, StreamKind};
+use tunnel_proto::preface::{ConnectionId, DialRequest, DialResponse};
 use tunnel_proto::session::{InstanceId, ServerEvent, ServerSession, Timers, Welcome};
 use tunnel_tests::lab::{self, address};
 
@@ -18,7 +18,8 @@ use crate::peer::{self, Credentials};
 use crate::scene::{SOON, Scene, runtime};
 
 /// Streams that an agent lets a server have open at once.
-const MAX_DIALS: usize = 8192;
+/// One for the notices about sessions is among them.
+const MAX_STREAMS: usize = 8193;
 
 /// After which an agent that has not granted a stream grants none.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -212,7 +213,7 @@ fn senseless_dial_requests_end_alone() -> Result<()> {
     let request = |destination: &str| -> Result<Bytes> {
         let mut bytes = BytesMut::new();
         DialRequest {
-            kind: StreamKind::Tcp,
+            session: None,
             id: ConnectionId([1; 16]),
             destination: destination.parse()?,
             deadline: Duration::from_secs(5),
@@ -243,7 +244,7 @@ fn senseless_dial_requests_end_alone() -> Result<()> {
             "{forbidden}"
         );
     }
-    impostor.said(&["WARN", "dial request refused", "s2"])?;
+    impostor.said(&["WARN", "request refused", "s2"])?;
     ensure!(connection.close_reason().is_none(), "the tunnel was ended");
     impostor.scene.unharmed()
 }
@@ -266,7 +267,7 @@ fn streams_without_a_request_are_given_up() -> Result<()> {
             held.push((send, recv));
         }
         ensure!(
-            held.len() == MAX_DIALS,
+            held.len() == MAX_STREAMS,
             "{} streams were granted",
             held.len()
         );
@@ -277,9 +278,9 @@ fn streams_without_a_request_are_given_up() -> Result<()> {
         }
         anyhow::Ok(stopped)
     })?;
-    assert_eq!(stopped, MAX_DIALS);
+    assert_eq!(stopped, MAX_STREAMS);
     connection.close(0_u32.into(), b"");
     // What a stream costs while it is there; the allocator keeps it for the next ones.
-    impostor.scene.spare(4 * MAX_DIALS as u64);
+    impostor.scene.spare(4 * MAX_STREAMS as u64);
     impostor.scene.unharmed()
 }

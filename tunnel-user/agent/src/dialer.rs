@@ -14,7 +14,9 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
+use tunnel_proto::preface::{
+    Destination, DialRequest, DialResponse, Host, PrefaceError, StreamHead,
+};
 
 use super::happy_eyeballs::race;
 use super::observer::ObservedConnection;
@@ -94,7 +96,7 @@ async fn ask(
     server_id: Arc<str>,
     (mut send, mut recv): (Send, Recv),
 ) -> Option<Box<Dialled<Send, Recv>>> {
-    let request = match timeout(REQUEST_TIMEOUT, recv.read_head(DialRequest::decode)).await {
+    let request = match timeout(REQUEST_TIMEOUT, recv.read_head(decode_dial)).await {
         Ok(Ok(request)) => request,
         Ok(Err(HeadError::Malformed(error))) => {
             tracing::warn!(server = %server_id, error = report(&error), "dial request refused");
@@ -109,6 +111,15 @@ async fn ask(
         Ok(Err(HeadError::End(_))) | Err(_) => return None,
     };
     dial(&worker, &server_id, &request, (send, recv)).await
+}
+
+/// Reads the head of a stream, which must be a dial.
+fn decode_dial(buf: &[u8]) -> Result<Option<(DialRequest, usize)>, PrefaceError> {
+    match StreamHead::decode(buf)? {
+        Some((StreamHead::Dial(request), size)) => Ok(Some((request, size))),
+        Some(_) => Err(PrefaceError::UnsupportedKind(0)),
+        None => Ok(None),
+    }
 }
 
 /// Serves a dial of a server over any tunnel: asks the policy, connects, answers, and relays to the end.

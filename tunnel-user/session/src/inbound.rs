@@ -1,6 +1,7 @@
 //! One direction of a session at its receiver.
 
-use super::message::Accepted;
+use tunnel_proto::resumption::Accepted;
+
 use super::violation::Violation;
 
 /// Bytes on their way from the other end to the local socket.
@@ -18,8 +19,6 @@ pub struct Inbound {
     is_finished: bool,
     /// Whether the local socket takes no more bytes.
     is_refused: bool,
-    /// Whether any stream has carried a byte or an end of file.
-    is_touched: bool,
 }
 
 impl Inbound {
@@ -32,14 +31,12 @@ impl Inbound {
             return Err(Violation::BehindEnd);
         }
         self.received += n;
-        self.is_touched |= n > 0;
         Ok(())
     }
 
     /// Notes the end of file on the present stream.
     pub fn end(&mut self) {
         self.is_ended = true;
-        self.is_touched = true;
     }
 
     /// Notes `n` bytes that the local kernel has accepted.
@@ -65,11 +62,6 @@ impl Inbound {
     /// Whether the end of file is to be passed on now.
     pub fn is_at_end(&self) -> bool {
         self.is_ended && !self.is_done() && self.unwritten() == 0
-    }
-
-    /// Whether no stream has carried anything: the other end has not begun.
-    pub fn is_untouched(&self) -> bool {
-        !self.is_touched
     }
 
     /// Whether nothing more is expected of this direction.

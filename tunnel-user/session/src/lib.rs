@@ -13,28 +13,25 @@
 //! ```
 //!
 //! The data on a stream carries no frames: a position in the stream, and the offset at which the stream
-//! began, are the offset of a byte. [`Confirmation`]s and [`Resumption`]s travel beside the data, those
-//! of all sessions together.
+//! began, are the offset of a byte. [`Confirmation`](tunnel_proto::resumption::Confirmation)s travel beside
+//! the data, those of all sessions together.
+//!
+//! A session starts plain and costs nothing. When it has lived for a while, the server's end offers to hold
+//! it ([`Hold`]).
 //!
 //! | module | content |
 //! | --- | --- |
-//! | [`id`] | the secret that names a session |
-//! | [`message`] | what two ends tell each other |
 //! | [`outbound`], [`inbound`] | one direction at its sender and at its receiver |
 //! | [`session`] | both directions, their ends, the loss of a tunnel and the resumption |
 //! | [`violation`] | breaches of the protocol by the other end |
 //! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
 
-pub mod id;
 pub mod inbound;
-pub mod message;
 pub mod outbound;
 pub mod session;
 pub mod unconfirmed;
 pub mod violation;
 
-pub use id::SessionId;
-pub use message::{Confirmation, Resumption};
-pub use session::{Effect, Resumed, Role, Session};
+pub use session::{Effect, Hold, Resumed, Session, survives};
 pub use unconfirmed::Unconfirmed;
 pub use violation::Violation;

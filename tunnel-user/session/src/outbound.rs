@@ -1,6 +1,7 @@
 //! One direction of a session at its sender.
 
-use super::message::Accepted;
+use tunnel_proto::resumption::Accepted;
+
 use super::violation::Violation;
 
 /// Bytes on their way from the local socket to the other end.
@@ -20,6 +21,10 @@ pub struct Outbound {
     kept_from: Option<u64>,
     /// Whether the local socket has reached its end of file, behind the taken bytes.
     is_ended: bool,
+    /// Whether the transport of the other end has received everything, on the present stream.
+    is_acknowledged: bool,
+    /// Whether the other end has passed the end of file on.
+    is_finished: bool,
     /// Whether the other end has passed the end of file on, or takes no more.
     is_done: bool,
 }
@@ -59,9 +64,19 @@ impl Outbound {
         self.confirmed
     }
 
-    /// Whether no byte has left yet: the other end can't have used any.
-    pub fn is_untouched(&self) -> bool {
-        self.ever_sent == 0
+    /// Returns the number of bytes taken from the local socket.
+    pub fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// Notes that the transport of the other end has received all bytes and the end of file.
+    pub fn acknowledge(&mut self) {
+        self.is_acknowledged = true;
+    }
+
+    /// Whether the transport of the other end has received everything. That says nothing of its socket.
+    pub fn is_acknowledged(&self) -> bool {
+        self.is_acknowledged
     }
 
     /// Whether the end of file is to be sent now.
@@ -72,6 +87,11 @@ impl Outbound {
     /// Whether the other end needs nothing more of this direction.
     pub fn is_done(&self) -> bool {
         self.is_done
+    }
+
+    /// Whether the other end has passed the end of file on.
+    pub fn is_finished(&self) -> bool {
+        self.is_finished
     }
 
     /// Returns the number of kept bytes.
@@ -85,6 +105,13 @@ impl Outbound {
     /// Keeps every byte that is taken from now on.
     pub fn keep(&mut self) {
         self.kept_from.get_or_insert(self.taken);
+    }
+
+    /// Keeps nothing any more. Returns the number of kept bytes to release.
+    pub fn keep_nothing(&mut self) -> u64 {
+        let kept = self.kept();
+        self.kept_from = None;
+        kept
     }
 
     /// Whether the direction survives the loss of the tunnel: every byte that may be lost with it is
@@ -102,7 +129,7 @@ impl Outbound {
         if self.is_done {
             return Ok(0);
         }
-        if accepted.written > self.ever_sent {
+        if accepted.written > self.sent {
             return Err(Violation::TooMuch);
         }
         if accepted.written < self.confirmed {
@@ -113,7 +140,7 @@ impl Outbound {
         }
         let before = self.kept();
         self.confirmed = accepted.written;
-        self.sent = self.sent.max(self.confirmed);
+        self.is_finished = accepted.is_finished;
         self.is_done = accepted.is_finished || accepted.is_refused;
         Ok(before - self.kept())
     }
@@ -125,9 +152,15 @@ impl Outbound {
         kept
     }
 
+    /// Notes the end of the present stream: what any stream has carried may be confirmed.
+    pub fn detach(&mut self) {
+        self.sent = self.ever_sent;
+    }
+
     /// Continues on another stream, which begins at the first unconfirmed byte.
     pub fn resume(&mut self) {
         self.sent = self.confirmed;
+        self.is_acknowledged = false;
     }
 }
 
@@ -199,13 +232,17 @@ mod tests {
         assert!(out.is_done());
     }
 
-    /// A byte may have arrived on an earlier tunnel.
+    /// A byte may have arrived on any earlier stream. The present one begins where the peer says.
     #[test]
-    fn a_peer_may_confirm_more_than_the_present_stream_has_carried() {
+    fn a_peer_may_confirm_more_than_the_last_stream_has_carried() {
         let mut out = kept(10);
+        out.detach();
         out.resume();
         assert_eq!(out.unsent(), 10);
+        assert_eq!(out.confirm(&accepted(7)), Err(Violation::TooMuch));
+        out.detach();
         assert_eq!(out.confirm(&accepted(7)), Ok(7));
+        out.resume();
         assert_eq!((out.sent(), out.unsent()), (7, 3));
     }
 

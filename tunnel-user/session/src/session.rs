@@ -2,21 +2,35 @@
 
 use std::time::Instant;
 
-use tunnel_proto::close::CloseReason;
+use tunnel_proto::close::{CloseClass, CloseReason};
+use tunnel_proto::resumption::{Confirmation, SessionId, Status};
 
-use super::id::SessionId;
 use super::inbound::Inbound;
-use super::message::{Confirmation, Resumption, Status};
 use super::outbound::Outbound;
 use super::violation::Violation;
 
-/// The end at which a [`Session`] is.
+/// Whether sessions outlive a tunnel that ended for `reason`.
+pub fn survives(reason: CloseReason) -> bool {
+    match reason.class() {
+        CloseClass::Reset => true,
+        CloseClass::Session => reason == CloseReason::Replaced,
+        // The process at the other end is leaving.
+        CloseClass::Drained
+        | CloseClass::Finished
+        | CloseClass::NotDialled
+        | CloseClass::DialFailed => false,
+    }
+}
+
+/// Agreement of the two ends that the session outlives its tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The end that dialled: it may dial again what has not begun.
-    Server,
-    /// The end that was dialled.
-    Agent,
+pub enum Hold {
+    /// Nothing is kept: the session ends with its tunnel.
+    Plain,
+    /// This end keeps bytes, and has told the other one; it does not know whether that one does.
+    Offered,
+    /// Both ends keep bytes.
+    Held,
 }
 
 /// Duty of an end after a message of the other one.
@@ -34,8 +48,6 @@ pub enum Resumed {
     /// The tunnel carries the session from now on, were it only for the last confirmation. Holds the number
     /// of kept bytes to release; the next byte to send follows them.
     Continues(u64),
-    /// The other end does not know the session, and no byte has left: the dial may be repeated.
-    NotBegun,
     /// Nothing is left to do: the session is over, in order or by the reset that both ends know of.
     Over,
     /// The session can't go on: reset the local socket.
@@ -46,7 +58,7 @@ pub enum Resumed {
 #[derive(Clone, Debug)]
 pub struct Session {
     id: SessionId,
-    role: Role,
+    hold: Hold,
     /// Direction from the local socket.
     pub outbound: Outbound,
     /// Direction to the local socket.
@@ -70,23 +82,67 @@ enum Abort {
 }
 
 impl Session {
-    /// Creates an end without bytes, on a tunnel.
-    pub fn new(id: SessionId, role: Role) -> Self {
+    /// Creates an end without bytes, on a tunnel. It is plain.
+    pub fn new(id: SessionId) -> Self {
         Self {
             id,
-            role,
+            hold: Hold::Plain,
             outbound: Outbound::default(),
             inbound: Inbound::default(),
             abort: None,
             is_peer_settled: false,
             detached: None,
-            told: Some(Confirmation::default()),
+            told: None,
         }
     }
 
     /// Returns the name.
     pub fn id(&self) -> SessionId {
         self.id
+    }
+
+    /// Returns the agreement with the other end.
+    pub fn hold(&self) -> Hold {
+        self.hold
+    }
+
+    /// Offers the other end of a plain session to hold it: keeps all bytes from now on, and confirms.
+    pub fn offer(&mut self) {
+        if self.hold == Hold::Plain && self.abort.is_none() && !self.is_over() {
+            self.hold = Hold::Offered;
+            self.outbound.keep();
+        }
+    }
+
+    /// Notes that the other end, on the present tunnel, does not know the session. It has ended a plain one
+    /// in order: then this end goes on as a plain one.
+    pub fn unknown_to_peer(&mut self) -> Effect {
+        match self.hold {
+            Hold::Plain => Effect::default(),
+            Hold::Offered => {
+                self.hold = Hold::Plain;
+                let release = self.outbound.keep_nothing();
+                Effect {
+                    release,
+                    reset: None,
+                }
+            }
+            Hold::Held if self.is_settled() => {
+                self.is_peer_settled = true;
+                Effect::default()
+            }
+            Hold::Held => self.agree(CloseReason::LinkLost),
+        }
+    }
+
+    /// Notes that the other end has reset the stream, on the present tunnel.
+    pub fn reset_by_peer(&mut self, reason: CloseReason) -> Effect {
+        self.agree(reason)
+    }
+
+    /// Whether the direction to the other end is over. Of a plain session the transport decides.
+    pub fn is_outbound_over(&self) -> bool {
+        self.outbound.is_done() || self.hold == Hold::Plain && self.outbound.is_acknowledged()
     }
 
     /// Returns the time at which the tunnel was lost, while there is none.
@@ -115,16 +171,17 @@ impl Session {
     }
 
     /// Whether both directions have ended and the other end has confirmed everything.
-    fn is_settled(&self) -> bool {
-        self.outbound.is_done() && self.inbound.is_done()
+    pub fn is_settled(&self) -> bool {
+        self.is_outbound_over() && self.inbound.is_done()
     }
 
     /// Whether the end needs to remember nothing more, once its last confirmation is sent.
     pub fn is_over(&self) -> bool {
         match self.abort {
             Some(Abort::Agreed) => true,
-            Some(Abort::Begun(_)) => false,
-            None => self.is_settled() && self.is_peer_settled,
+            // Of a plain session the end of the stream tells the other end.
+            Some(Abort::Begun(_)) => self.hold == Hold::Plain,
+            None => self.is_settled() && (self.is_peer_settled || self.hold == Hold::Plain),
         }
     }
 
@@ -144,7 +201,8 @@ impl Session {
     /// Returns the confirmation that the other end lacks, if any. It counts as told.
     pub fn confirmation(&mut self) -> Option<Confirmation> {
         let state = self.state();
-        let is_news = self.detached.is_none() && self.told != Some(state);
+        let is_carried = self.hold != Hold::Plain && self.detached.is_none();
+        let is_news = is_carried && self.told != Some(state);
         is_news.then(|| {
             self.told = Some(state);
             state
@@ -157,6 +215,10 @@ impl Session {
     /// # Errors
     /// [`Violation`]; the caller then [aborts](Self::abort).
     pub fn confirmed(&mut self, peer: &Confirmation) -> Result<Effect, Violation> {
+        if self.hold != Hold::Held {
+            self.hold = Hold::Held;
+            self.outbound.keep();
+        }
         match peer.status {
             Status::Aborted(reason) => return Ok(self.agree(reason)),
             Status::Acknowledged => {
@@ -185,7 +247,7 @@ impl Session {
 
     /// Whether the session survives the loss of its tunnel.
     pub fn is_safe(&self) -> bool {
-        self.abort.is_none() && self.outbound.is_safe()
+        self.abort.is_none() && self.hold == Hold::Held && self.outbound.is_safe()
     }
 
     /// Notes the loss of the tunnel. A session that is not [safe](Self::is_safe) is given up with
@@ -193,7 +255,13 @@ impl Session {
     pub fn detach(&mut self, reason: CloseReason, now: Instant) -> bool {
         self.detached.get_or_insert(now);
         self.told = None;
-        if self.abort.is_some() || self.outbound.is_safe() {
+        self.outbound.detach();
+        if self.abort.is_some() || self.is_safe() {
+            return false;
+        }
+        if self.hold == Hold::Offered && self.inbound.is_done() && self.outbound.is_acknowledged() {
+            // As a plain one it is over.
+            self.hold = Hold::Plain;
             return false;
         }
         self.abort(reason);
@@ -202,15 +270,12 @@ impl Session {
 
     /// Prepares the session for another tunnel. Returns the state to tell there, and the number of
     /// received bytes to drop: the other end sends them again.
-    pub fn resumption(&mut self) -> (Resumption, u64) {
+    pub fn resumption(&mut self) -> (Confirmation, u64) {
+        self.outbound.detach();
         let drop = self.inbound.resume();
         let state = self.state();
         self.told = Some(state);
-        let resumption = Resumption {
-            id: self.id,
-            state: Some(state),
-        };
-        (resumption, drop)
+        (state, drop)
     }
 
     /// Continues on another tunnel, on which this end has told its [`resumption`](Self::resumption), and
@@ -244,11 +309,6 @@ impl Session {
         if self.is_settled() {
             self.is_peer_settled = true;
             return Resumed::Over;
-        }
-        let is_untouched = self.outbound.is_untouched() && self.inbound.is_untouched();
-        let is_done = self.outbound.is_done() || self.inbound.is_done();
-        if self.role == Role::Server && is_untouched && !is_done {
-            return Resumed::NotBegun;
         }
         self.agree(CloseReason::LinkLost);
         Resumed::Lost(CloseReason::LinkLost)

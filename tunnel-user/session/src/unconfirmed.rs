@@ -62,6 +62,11 @@ impl Unconfirmed {
         })
     }
 
+    /// Returns the number of chunks.
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
     /// Returns the number of kept bytes.
     pub fn len(&self) -> u64 {
         self.length

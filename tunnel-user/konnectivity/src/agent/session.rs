@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::konnectivity::Packet;
 use tunnel_proto::konnectivity::agent_end::{AgentEnd, Command, DIAL_TIMEOUT};
-use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
+use tunnel_proto::preface::{ConnectionId, DialRequest};
 
 use crate::grpc::{Outbox, Status};
 use crate::metrics::Tally;
@@ -131,7 +131,7 @@ impl Session {
                 });
                 self.streams.borrow_mut().insert(id, stream.clone());
                 let request = DialRequest {
-                    kind: StreamKind::Tcp,
+                    session: None,
                     // The number that the server's log has.
                     id: ConnectionId(i128::from(random).to_be_bytes()),
                     destination,

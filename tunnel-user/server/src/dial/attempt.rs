@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::time::{Instant, timeout_at};
-use tunnel_proto::preface::{DialRequest, StreamKind};
+use tunnel_proto::preface::DialRequest;
 
 use super::ask::Exchange;
 use super::breaker::{BreakerPass, outcome};
@@ -61,7 +61,7 @@ impl Dial {
             }
         })?;
         let request = DialRequest {
-            kind: StreamKind::Tcp,
+            session: None,
             id: self.record.id,
             destination: self.record.destination.clone(),
             deadline: ask.time_left,

@@ -22,7 +22,8 @@ enum Act {
 #[derive(Clone, Debug)]
 enum Step {
     Act(usize),
-    Keep(usize),
+    /// The server offers to hold the session.
+    Offer,
     Send(usize, u8),
     Receive(usize),
     Write(usize, u8),
@@ -44,8 +45,13 @@ enum Datum {
 /// Message beside the data.
 #[derive(Debug)]
 enum Message {
-    Resume(Resumption),
+    /// State of the end; `None` where it does not know the session.
+    Resume(Option<Confirmation>),
     Confirm(Confirmation),
+    /// On the present tunnel the end has no such session.
+    Unknown,
+    /// The stream was reset.
+    Reset,
 }
 
 /// One way of a tunnel.
@@ -78,10 +84,9 @@ struct End {
 }
 
 impl End {
-    fn new(role: Role, script: Vec<Act>) -> Self {
-        let id = SessionId::new([7; 16]);
+    fn new(script: Vec<Act>) -> Self {
         Self {
-            session: Some(Session::new(id, role)),
+            session: Some(Session::new(SessionId::new([7; 16]))),
             kept: Unconfirmed::default(),
             script: script.into(),
             input: Vec::new(),
@@ -147,10 +152,12 @@ struct World {
 impl World {
     fn new(scripts: [Vec<Act>; 2], is_kept: bool) -> Self {
         let [server, agent] = scripts;
-        let mut ends = [End::new(Role::Server, server), End::new(Role::Agent, agent)];
+        let mut ends = [server, agent].map(End::new);
         if is_kept {
             for end in &mut ends {
-                end.session.as_mut().unwrap().outbound.keep();
+                let session = end.session.as_mut().unwrap();
+                session.hold = Hold::Held;
+                session.outbound.keep();
             }
         }
         Self {
@@ -164,10 +171,10 @@ impl World {
 
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match *step {
-            Step::Act(side) => self.is_reset |= self.ends[side].act(),
-            Step::Keep(side) => {
-                if let Some(session) = &mut self.ends[side].session {
-                    session.outbound.keep();
+            Step::Act(side) => self.act(side),
+            Step::Offer => {
+                if let Some(session) = &mut self.ends[0].session {
+                    session.offer();
                 }
             }
             Step::Send(side, n) => self.send(side, n),
@@ -186,6 +193,19 @@ impl World {
             Step::Connect => self.connect(),
         }
         self.check()
+    }
+
+    fn act(&mut self, side: usize) {
+        let end = &mut self.ends[side];
+        if !end.act() {
+            return;
+        }
+        self.is_reset = true;
+        if let Some(ways) = &mut self.tunnel
+            && end.is_carried
+        {
+            ways[side].messages.push_back(Message::Reset);
+        }
     }
 
     fn send(&mut self, side: usize, n: u8) {
@@ -208,6 +228,8 @@ impl World {
         if out.is_at_end() && !way.is_end_sent {
             way.is_end_sent = true;
             way.data.push_back(Datum::End);
+            // The transport has it at once, wherever the other end is with reading.
+            out.acknowledge();
         }
     }
 
@@ -285,21 +307,17 @@ impl World {
                 }
             }
             (Some(Message::Resume(peer)), Some(session)) => {
-                let resumed = session.resume(peer.state.as_ref());
+                if side == 1 {
+                    let (state, drop) = session.resumption();
+                    assert!(end.ending.is_some() || drop == end.unwritten.len() as u64);
+                    end.unwritten.clear();
+                    ways[side].messages.push_back(Message::Resume(Some(state)));
+                }
+                let resumed = session.resume(peer.as_ref());
                 match resumed.map_err(|e| TestCaseError::fail(format!("{e}")))? {
                     Resumed::Continues(release) => {
                         end.kept.release(release);
                         end.is_carried = true;
-                    }
-                    // The dial would be repeated: the program behind the agent must have got nothing, and the
-                    // one behind the server must have seen nothing.
-                    Resumed::NotBegun => {
-                        prop_assert!(self.is_reset, "the agent has not lost its state");
-                        let has_seen = !end.output.is_empty() || end.ending.is_some();
-                        prop_assert!(!has_seen && self.ends[1 - side].output.is_empty());
-                        let end = &mut self.ends[side];
-                        end.reset();
-                        end.session = None;
                     }
                     Resumed::Over => end.session = None,
                     Resumed::Lost(_) => {
@@ -308,13 +326,22 @@ impl World {
                     }
                 }
             }
-            // Forgotten here: the other end is told.
-            (Some(Message::Resume(peer)), None) if peer.state.is_some() => {
-                let unknown = Resumption {
-                    state: None,
-                    ..peer
+            // Forgotten here: the server is told.
+            (Some(Message::Resume(_)), None) if side == 1 => {
+                ways[side].messages.push_back(Message::Resume(None));
+            }
+            (Some(Message::Confirm(_)), None) if side == 1 => {
+                ways[side].messages.push_back(Message::Unknown);
+            }
+            (Some(message @ (Message::Unknown | Message::Reset)), Some(session)) => {
+                let effect = match message {
+                    Message::Unknown => session.unknown_to_peer(),
+                    _ => session.reset_by_peer(CloseReason::PeerReset),
                 };
-                ways[side].messages.push_back(Message::Resume(unknown));
+                end.kept.release(effect.release);
+                if effect.reset.is_some() && !end.is_closed() {
+                    end.reset();
+                }
             }
             _ => {}
         }
@@ -332,6 +359,7 @@ impl World {
             {
                 end.reset();
             }
+            end.session.take_if(|session| session.is_over());
         }
     }
 
@@ -340,13 +368,15 @@ impl World {
             return;
         }
         let mut ways: [Way; 2] = Default::default();
-        for (end, way) in self.ends.iter_mut().zip(&mut ways) {
-            if let Some(session) = &mut end.session {
-                let (resumption, drop) = session.resumption();
-                assert!(end.ending.is_some() || drop == end.unwritten.len() as u64);
-                end.unwritten.clear();
-                way.messages.push_back(Message::Resume(resumption));
-            }
+        let [server, agent] = &mut self.ends;
+        if let Some(session) = &mut server.session {
+            let (state, drop) = session.resumption();
+            assert!(server.ending.is_some() || drop == server.unwritten.len() as u64);
+            server.unwritten.clear();
+            ways[0].messages.push_back(Message::Resume(Some(state)));
+        } else if agent.session.take().is_some() && !agent.is_closed() {
+            // Nobody resumes it: it expires.
+            agent.reset();
         }
         self.tunnel = Some(ways);
     }
@@ -376,7 +406,7 @@ impl World {
             self.step(&Step::Connect)?;
             for side in 0..2 {
                 for step in [
-                    Step::Keep(side),
+                    Step::Offer,
                     Step::Act(side),
                     Step::Send(side, 255),
                     Step::Hear(side),
@@ -404,7 +434,7 @@ fn step() -> impl Strategy<Value = Step> {
     let side = 0..2_usize;
     prop_oneof![
         4 => side.clone().prop_map(Step::Act),
-        1 => side.clone().prop_map(Step::Keep),
+        1 => any::<()>().prop_map(|()| Step::Offer),
         6 => (side.clone(), 1..9_u8).prop_map(|(side, n)| Step::Send(side, n)),
         6 => side.clone().prop_map(Step::Receive),
         6 => (side.clone(), 1..9_u8).prop_map(|(side, n)| Step::Write(side, n)),
@@ -417,36 +447,53 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// An agent that was killed has lost its sessions. What may have run there is never dialled again.
 #[test]
-fn a_session_that_the_peer_has_lost_is_dialled_again_only_untouched() {
-    let id = SessionId::new([1; 16]);
+fn a_session_that_the_peer_has_lost_is_reset_unless_it_is_settled() {
     let unknown = |mut session: Session| {
         session.resumption();
         session.resume(None).unwrap()
     };
-    let mut session = Session::new(id, Role::Server);
-    session.outbound.keep();
-    session.outbound.take(3);
-    assert_eq!(unknown(session.clone()), Resumed::NotBegun);
-    session.outbound.send(1);
+    let mut session = held();
     let lost = Resumed::Lost(CloseReason::LinkLost);
-    assert_eq!(unknown(session), lost);
-    let mut answered = Session::new(id, Role::Server);
-    answered.inbound.receive(1).unwrap();
-    assert_eq!(unknown(answered), lost, "though the byte was dropped");
-    let mut ended = Session::new(id, Role::Server);
-    ended.inbound.end();
-    ended.inbound.finish();
-    assert_eq!(unknown(ended), lost);
-    let mut refused = Session::new(id, Role::Server);
-    refused.inbound.refuse();
-    assert_eq!(unknown(refused), lost);
-    assert_eq!(unknown(Session::new(id, Role::Agent)), lost);
+    assert_eq!(unknown(session.clone()), lost, "though no byte has left");
+    session.inbound.end();
+    session.inbound.finish();
+    assert_eq!(unknown(session.clone()), lost);
+    session.outbound.abandon();
+    assert_eq!(unknown(session), Resumed::Over);
+}
+
+/// A plain end is gone when the transport has taken everything. It must not be reset for an offer that came
+/// too late.
+#[test]
+fn an_offer_to_an_end_that_is_gone_is_taken_back() {
+    let mut session = Session::new(SessionId::new([1; 16]));
+    session.outbound.take(2);
+    session.offer();
+    session.outbound.take(3);
+    session.outbound.send(5);
+    session.outbound.end();
+    session.outbound.acknowledge();
+    session.inbound.end();
+    session.inbound.finish();
+    assert!(!session.is_over(), "the other end may hold it by now");
+    let lost = &mut session.clone();
+    assert!(!lost.detach(CloseReason::LinkLost, Instant::now()) && lost.is_over());
+    let effect = session.unknown_to_peer();
+    assert_eq!((effect.release, effect.reset), (3, None));
+    assert!(session.is_over());
+}
+
+fn held() -> Session {
+    let mut session = Session::new(SessionId::new([1; 16]));
+    session.offer();
+    session.confirmed(&Confirmation::default()).unwrap();
+    session
 }
 
 /// A peer that claims to need nothing more would leave the session for the life of its tunnel.
 #[test]
 fn a_peer_is_settled_only_when_it_has_confirmed_everything() {
-    let mut session = Session::new(SessionId::new([1; 16]), Role::Server);
+    let mut session = held();
     session.outbound.take(1);
     session.outbound.send(1);
     let settled = Confirmation {
@@ -459,8 +506,7 @@ fn a_peer_is_settled_only_when_it_has_confirmed_everything() {
 /// Kept bytes are released once, whatever the peer repeats.
 #[test]
 fn a_repeated_abort_releases_nothing_more() {
-    let mut session = Session::new(SessionId::new([1; 16]), Role::Server);
-    session.outbound.keep();
+    let mut session = held();
     session.outbound.take(5);
     let aborted = Confirmation {
         status: Status::Aborted(CloseReason::PeerReset),
@@ -476,10 +522,15 @@ fn a_repeated_abort_releases_nothing_more() {
 
 #[test]
 fn a_session_without_kept_bytes_ends_with_its_tunnel() {
-    let mut session = Session::new(SessionId::new([1; 16]), Role::Agent);
+    let mut session = Session::new(SessionId::new([1; 16]));
     let now = Instant::now();
     assert!(session.clone().detach(CloseReason::LinkLost, now));
-    session.outbound.keep();
+    session.offer();
+    assert!(
+        session.clone().detach(CloseReason::LinkLost, now),
+        "it may be plain at the other end"
+    );
+    session.confirmed(&Confirmation::default()).unwrap();
     assert!(session.is_safe());
     assert!(!session.detach(CloseReason::LinkLost, now));
     assert_eq!(session.detached(), Some(now));

@@ -256,7 +256,7 @@ mod tests {
     use std::time::Duration;
 
     use tunnel_proto::konnectivity::Packet;
-    use tunnel_proto::preface::{ConnectionId, DialRequest, StreamKind};
+    use tunnel_proto::preface::{ConnectionId, DialRequest};
 
     use super::*;
     use cpc_config::TunnelKind;
@@ -287,7 +287,7 @@ mod tests {
         let mut name = [0; 16];
         name[15] = id;
         let request = DialRequest {
-            kind: StreamKind::Tcp,
+            session: None,
             id: ConnectionId(name),
             destination: "10.99.1.2:10250".parse().unwrap(),
             deadline: Duration::from_secs(1),
