@@ -31,7 +31,6 @@ const PERMITTED: [(&str, &[&str]); 20] = [
         ],
     ),
     ("cpc-redirect", &["cpc-host", "tunnel-ebpf-common"]),
-    ("cpc-session", &["tunnel-proto"]),
     (
         "cpc-datapath",
         &["cpc-config", "cpc-host", "cpc-observe", "tunnel-proto"],
@@ -48,6 +47,15 @@ const PERMITTED: [(&str, &[&str]); 20] = [
         ],
     ),
     (
+        "cpc-session",
+        &[
+            "cpc-datapath",
+            "cpc-observe",
+            "cpc-transport",
+            "tunnel-proto",
+        ],
+    ),
+    (
         "cpc-agent",
         &[
             "cpc-config",
@@ -55,6 +63,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
             "cpc-host",
             "cpc-identity",
             "cpc-observe",
+            "cpc-session",
             "cpc-transport",
             "tunnel-proto",
         ],
@@ -69,6 +78,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
             "cpc-kubernetes",
             "cpc-observe",
             "cpc-redirect",
+            "cpc-session",
             "cpc-transport",
             "tunnel-proto",
         ],

@@ -1,4 +1,4 @@
-//! Sessions: connections that outlive the tunnel that carries them. Sans-IO.
+//! Sessions: connections that outlive the tunnel that carries them.
 //!
 //! A session has two ends, at the server and at the agent. Each end takes bytes from its local socket
 //! and sends them on a stream of the present tunnel. It keeps every byte until the other end *confirms*
@@ -13,8 +13,8 @@
 //! ```
 //!
 //! The data on a stream carries no frames: a position in the stream, and the offset at which the stream
-//! began, are the offset of a byte. [`Confirmation`](tunnel_proto::resumption::Confirmation)s travel beside
-//! the data, those of all sessions together.
+//! began, are the offset of a byte. [`Confirmation`](tunnel_proto::resumption::Confirmation)s travel beside the data, those of all sessions
+//! together.
 //!
 //! A session starts plain and costs nothing. When it has lived for a while, the server's end offers to hold
 //! it ([`Hold`]).
@@ -25,13 +25,29 @@
 //! | [`session`] | both directions, their ends, the loss of a tunnel and the resumption |
 //! | [`violation`] | breaches of the protocol by the other end |
 //! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
+//! | [`state`] | all of these for one session |
+//! | [`carried`] | a session on a tunnel |
+//! | [`halves`] | the stream of a session, for the relay |
+//! | [`notices`] | the sessions of a tunnel, and what they tell each other |
+//! | [`resume`] | the exchange on another tunnel |
+//!
+//! The last four do I/O.
 
+pub mod carried;
+pub mod halves;
 pub mod inbound;
+pub mod notices;
 pub mod outbound;
+pub mod resume;
 pub mod session;
+pub mod state;
 pub mod unconfirmed;
 pub mod violation;
 
+pub use carried::Carried;
+pub use halves::{SessionRecv, SessionSend};
+pub use notices::Notices;
 pub use session::{Effect, Hold, Resumed, Session, survives};
+pub use state::{Bounds, Detached, Registration, SessionState};
 pub use unconfirmed::Unconfirmed;
 pub use violation::Violation;
