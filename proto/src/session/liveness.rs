@@ -25,6 +25,8 @@ pub struct Timers {
     pub hello_timeout: Duration,
     /// Time without a life sign after which a Ping is sent; at least [`MIN_HEARTBEAT`].
     pub heartbeat: Duration,
+    /// The same with traffic in the last [`BUSY_WINDOW`], where it is shorter.
+    pub heartbeat_busy: Duration,
     /// Time without a life sign after which the peer is silent, with traffic in the last
     /// [`BUSY_WINDOW`].
     pub silent_busy: Duration,
@@ -37,7 +39,9 @@ impl Default for Timers {
         Self {
             hello_timeout: Duration::from_secs(5),
             heartbeat: Duration::from_secs(2),
-            silent_busy: Duration::from_secs(5),
+            heartbeat_busy: Duration::from_secs(1),
+            // A Ping has 1.5 s for its answer: a lost packet is repeated several times by then.
+            silent_busy: Duration::from_millis(2500),
             silent_idle: Duration::from_secs(10),
         }
     }
@@ -71,6 +75,7 @@ pub(super) struct Due {
 impl Liveness {
     pub(super) fn new(mut timers: Timers, now: Instant) -> Self {
         timers.heartbeat = timers.heartbeat.max(MIN_HEARTBEAT);
+        timers.heartbeat_busy = timers.heartbeat_busy.max(MIN_HEARTBEAT);
         Self {
             timers,
             last_heard: now,
@@ -90,14 +95,27 @@ impl Liveness {
         if !heartbeat.is_zero() {
             let heartbeat = heartbeat.max(MIN_HEARTBEAT);
             self.timers.heartbeat = self.timers.heartbeat.min(heartbeat);
-            self.next_ping = self.last_heard + self.timers.heartbeat;
+            self.next_ping = self.last_heard + self.interval(self.last_heard);
+        }
+    }
+
+    /// Returns the heartbeat interval at `now`.
+    fn interval(&self, now: Instant) -> Duration {
+        let Timers {
+            heartbeat,
+            heartbeat_busy,
+            ..
+        } = self.timers;
+        match self.last_traffic {
+            Some(traffic) if now <= traffic + BUSY_WINDOW => heartbeat.min(heartbeat_busy),
+            _ => heartbeat,
         }
     }
 
     /// Bytes arrived. Whether the peer was silent until now.
     pub(super) fn heard(&mut self, now: Instant) -> bool {
         self.last_heard = now;
-        self.next_ping = now + self.timers.heartbeat;
+        self.next_ping = now + self.interval(now);
         self.challenge = None;
         std::mem::take(&mut self.silent)
     }
@@ -127,6 +145,8 @@ impl Liveness {
 
     pub(super) fn note_traffic(&mut self, now: Instant) {
         self.last_traffic = Some(now);
+        // Sooner than an idle one is due.
+        self.next_ping = self.next_ping.min(now + self.interval(now));
     }
 
     pub(super) fn timeout(&self) -> Instant {
@@ -143,7 +163,7 @@ impl Liveness {
         let ping = (now >= self.next_ping).then(|| {
             self.seq += 1;
             self.ping_sent = Some(now);
-            self.next_ping = now + self.timers.heartbeat;
+            self.next_ping = now + self.interval(now);
             self.seq
         });
         Due { ping, silent }
@@ -156,7 +176,9 @@ impl Liveness {
     }
 
     fn silent_by_timers(&self) -> Instant {
-        let busy = self.last_heard + self.timers.silent_busy;
+        // A long path with losses needs several round trips for a Ping.
+        let patience = self.timers.heartbeat_busy + self.rtt.unwrap_or_default() * 8;
+        let busy = self.last_heard + self.timers.silent_busy.max(patience);
         let idle = self.last_heard + self.timers.silent_idle;
         match self.last_traffic {
             // This may have passed when the traffic is noted: then the silence counts at once.

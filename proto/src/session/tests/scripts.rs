@@ -72,7 +72,7 @@ impl Signs {
                 self
             );
             prop_assert!(
-                !silent || *at >= Duration::from_secs(5),
+                !silent || *at >= Timers::default().silent_busy,
                 "silent too soon: {:?}",
                 self
             );
@@ -230,7 +230,9 @@ proptest! {
         }
         prop_assert_eq!(pair.run(Duration::from_secs(60)), Ok(()));
 
-        let limit = Duration::from_secs(if traffic { 5 } else { 10 });
+        let Timers { silent_busy, silent_idle, .. } = Timers::default();
+        // Traffic that comes later than its own limit makes the silence count at once.
+        let limit = if traffic { silent_busy } else { silent_idle };
         let at = heard + limit - pair.start;
         let server_events = to_server.then_some((at, ServerEvent::Silent));
         let agent_events = (!to_server).then_some((at, AgentEvent::Silent));
