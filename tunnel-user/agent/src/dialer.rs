@@ -1,4 +1,4 @@
-//! One dialled connection on the worker: read the request, ask the policy, connect, answer, relay.
+//! One dialled connection on the worker: ask the policy, connect, answer, relay.
 //!
 //! A name is resolved once, and the address that the policy allowed, as an address or by the name, is
 //! the one that is dialled.
@@ -11,28 +11,22 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::preface::{
-    Destination, DialRequest, DialResponse, Host, PrefaceError, StreamHead,
-};
+use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
 use super::happy_eyeballs::race;
 use super::observer::ObservedConnection;
-use super::stats::{OnTunnel, TunnelStats};
+use super::stats::OnTunnel;
 use super::tunnel_info::TunnelInfo;
 use super::worker::{Admitted, ENDING, Worker};
-use cpc_datapath::socket::prepare;
+use cpc_datapath::socket::{Portable, prepare};
 use cpc_datapath::stream::{RecvHalf, SendEnd, SendHalf};
-use cpc_datapath::{ClosedBy, Progress, Socket, relay};
-use cpc_host::report::report;
+use cpc_datapath::{ClosedBy, LocalSocket as _, Progress, RelayEnd, Socket, relay};
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::metrics::{Closer, FrontendKind};
-use cpc_transport::tunnel::{HeadError, Recv, Send, TunnelRecv};
-
-/// Timeout of the request on a stream.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+use cpc_session::SessionSend;
 
 /// Reason why a target was not reached: the answer to the server.
 #[derive(Debug)]
@@ -57,13 +51,13 @@ pub trait Answer: SendHalf {
     fn fit(&self, target: &TcpStream) -> io::Result<()>;
 }
 
-impl Answer for Send {
+impl Answer for SessionSend {
     const ASKS_OTHERS: bool = true;
 
     async fn answer(&mut self, response: DialResponse) {
         let mut bytes = BytesMut::new();
         response.encode(&mut bytes);
-        let _ = self.send(&mut bytes.freeze()).await;
+        let _ = self.stream().send(&mut bytes.freeze()).await;
         if response != DialResponse::Connected {
             self.finish();
         }
@@ -71,54 +65,6 @@ impl Answer for Send {
 
     fn fit(&self, _target: &TcpStream) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Serves one stream of a tunnel that a server has opened.
-pub(super) fn serve(
-    worker: Rc<Worker>,
-    (server_id, stats): (Arc<str>, Arc<TunnelStats>),
-    halves: (Send, Recv),
-) -> impl Future<Output = ()> {
-    // What a dial takes is given back before bytes are moved, for days perhaps.
-    let asked = Box::pin(ask(worker.clone(), server_id, halves));
-    async move {
-        let Some(mut dialled) = asked.await else {
-            return;
-        };
-        dialled.relay(&worker, OnTunnel::new(stats)).await;
-    }
-}
-
-/// Reads the request, and dials. Returns `None` if there is nothing to relay.
-async fn ask(
-    worker: Rc<Worker>,
-    server_id: Arc<str>,
-    (mut send, mut recv): (Send, Recv),
-) -> Option<Box<Dialled<Send, Recv>>> {
-    let request = match timeout(REQUEST_TIMEOUT, recv.read_head(decode_dial)).await {
-        Ok(Ok(request)) => request,
-        Ok(Err(HeadError::Malformed(error))) => {
-            tracing::warn!(server = %server_id, error = report(&error), "dial request refused");
-            let refused = DialResponse::Refused {
-                reason: error.reason(),
-                detail: error.to_string(),
-            };
-            send.answer(refused).await;
-            return None;
-        }
-        // The server gave up, or the tunnel is gone: there is no peer to answer.
-        Ok(Err(HeadError::End(_))) | Err(_) => return None,
-    };
-    dial(&worker, &server_id, &request, (send, recv)).await
-}
-
-/// Reads the head of a stream, which must be a dial.
-fn decode_dial(buf: &[u8]) -> Result<Option<(DialRequest, usize)>, PrefaceError> {
-    match StreamHead::decode(buf)? {
-        Some((StreamHead::Dial(request), size)) => Ok(Some((request, size))),
-        Some(_) => Err(PrefaceError::UnsupportedKind(0)),
-        None => Ok(None),
     }
 }
 
@@ -132,25 +78,38 @@ pub async fn serve_dial<S: Answer, R: RecvHalf>(
     // What a dial takes is given back before bytes are moved, for days perhaps.
     let dialled = Box::pin(dial(&worker, &tunnel.server_id, &request, halves)).await;
     if let Some(mut dialled) = dialled {
-        let on_tunnel = OnTunnel::new(tunnel.stats);
-        dialled.relay(&worker, on_tunnel).await;
+        let ending = dialled.relay(&worker, OnTunnel::new(tunnel.stats)).await;
+        dialled.connection.end(&worker, ending);
     }
 }
 
 /// A connection whose target is connected.
-struct Dialled<S, R> {
+pub(super) struct Dialled<S, R> {
+    pub(super) connection: Connection,
+    pub(super) send: S,
+    pub(super) recv: R,
+}
+
+/// A connection to a target, without a tunnel.
+pub(super) struct Connection {
     record: Record,
     socket: Socket,
-    _admitted: Admitted,
-    _observed: ObservedConnection,
-    send: S,
-    recv: R,
-    /// Bytes that the server has not taken yet.
-    start: Progress,
+    admitted: Admitted,
+    observed: ObservedConnection,
+    progress: Progress,
+}
+
+/// A connection to a target that waits for a tunnel. It may move between threads.
+pub(super) struct ParkedConnection {
+    record: Record,
+    socket: <Socket as Portable>::Packed,
+    admitted: Admitted,
+    observed: ObservedConnection,
+    progress: Progress,
 }
 
 /// Dials for a request and answers. Returns `None` if it was refused, or the server gave it up.
-async fn dial<S: Answer, R: RecvHalf>(
+pub(super) async fn dial<S: Answer, R: RecvHalf>(
     worker: &Worker,
     server_id: &Arc<str>,
     request: &DialRequest,
@@ -217,45 +176,108 @@ async fn dial_and_answer<S: Answer, R: RecvHalf>(
     send.answer(DialResponse::Connected).await;
     record.reached(&worker.metrics);
     Some(Box::new(Dialled {
-        record,
-        socket,
-        _admitted: admitted,
-        _observed: ObservedConnection::new(worker.observer.clone()),
+        connection: Connection {
+            record,
+            socket,
+            admitted,
+            observed: ObservedConnection::new(worker.observer.clone()),
+            progress: Progress::default(),
+        },
         send,
         recv,
-        start: Progress::default(),
     }))
 }
 
 impl<S: SendHalf, R: RecvHalf> Dialled<S, R> {
-    /// Relays to the end, and writes the record.
+    /// Relays until the connection has ended, or its tunnel.
     #[expect(
         clippy::manual_async_fn,
         reason = "an async fn keeps its arguments twice"
     )]
-    fn relay(&mut self, worker: &Worker, on_tunnel: OnTunnel) -> impl Future<Output = ()> {
+    pub(super) fn relay(
+        &mut self,
+        worker: &Worker,
+        on_tunnel: OnTunnel,
+    ) -> impl Future<Output = RelayEnd> {
         async move {
-            let Self {
+            let Connection {
                 record,
                 socket,
-                send,
-                recv,
-                start,
+                progress,
                 ..
-            } = self;
+            } = &mut self.connection;
             let meter = ConnectionMeter::<false> {
                 bytes: &record.bytes,
                 totals: &on_tunnel.totals,
                 metrics: &worker.metrics,
             };
-            let ending = relay(socket, send, recv, start, &worker.budget, &meter).await;
-            let closer = match ending.by {
-                ClosedBy::Local => Closer::Target,
-                ClosedBy::Remote => Closer::Client,
-                ClosedBy::Link | ClosedBy::Limit => Closer::Tunnel,
-            };
-            record.end(closer, ending.reason, &ending.reason, &worker.metrics);
+            let (send, recv) = (&mut self.send, &mut self.recv);
+            relay(socket, send, recv, progress, &worker.budget, &meter).await
         }
+    }
+}
+
+impl Connection {
+    /// Writes the record of a connection that has ended.
+    pub(super) fn end(&self, worker: &Worker, ending: RelayEnd) {
+        let closer = match ending.by {
+            ClosedBy::Local => Closer::Target,
+            ClosedBy::Remote => Closer::Client,
+            ClosedBy::Link | ClosedBy::Limit => Closer::Tunnel,
+        };
+        let reason = ending.reason;
+        self.record.end(closer, reason, &reason, &worker.metrics);
+    }
+
+    /// Closes a connection whose directions have both ended in order, although its tunnel was lost.
+    pub(super) fn end_in_order(&self, worker: &Worker) {
+        self.socket.reset_on_close(false);
+        self.end(
+            worker,
+            RelayEnd {
+                by: ClosedBy::Remote,
+                reason: CloseReason::Finished,
+            },
+        );
+    }
+
+    /// Prepares the connection for another tunnel.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub(super) fn park(self) -> io::Result<ParkedConnection> {
+        tracing::debug!(id = %self.record.id, "the connection waits for another tunnel");
+        Ok(ParkedConnection {
+            record: self.record,
+            socket: self.socket.pack()?,
+            admitted: self.admitted,
+            observed: self.observed,
+            progress: self.progress,
+        })
+    }
+}
+
+impl ParkedConnection {
+    /// Goes on over another tunnel, after `stall` without one.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub(super) fn resume(mut self, stall: Duration) -> io::Result<Connection> {
+        self.record.resumed(stall);
+        tracing::debug!(id = %self.record.id, "the connection goes on over another tunnel");
+        Ok(Connection {
+            record: self.record,
+            socket: Socket::unpack(self.socket)?,
+            admitted: self.admitted,
+            observed: self.observed,
+            progress: self.progress,
+        })
+    }
+
+    /// Writes the record of a connection that waited in vain.
+    pub(super) fn end(&self, worker: &Worker, reason: CloseReason) {
+        let metrics = &worker.metrics;
+        self.record.end(Closer::Tunnel, reason, &reason, metrics);
     }
 }
 
@@ -347,21 +369,5 @@ fn reason_of(error: &io::Error) -> CloseReason {
         io::ErrorKind::NetworkUnreachable => CloseReason::NetworkUnreachable,
         io::ErrorKind::TimedOut => CloseReason::DialTimeout,
         _ => CloseReason::DialFailed,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn size_of_output<A, F>(_: impl FnOnce(A) -> F) -> usize {
-        size_of::<F>()
-    }
-
-    /// Most of what an idle connection costs an agent besides its socket and stream.
-    #[test]
-    fn a_connection_that_waits_is_small() {
-        let size = size_of_output(|(worker, server, halves)| serve(worker, server, halves));
-        assert!(size <= 408, "{size}");
     }
 }

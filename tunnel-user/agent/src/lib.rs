@@ -19,6 +19,8 @@ mod policy;
 mod predecessor;
 mod quic;
 mod renew;
+mod server_stream;
+mod sessions;
 mod shards;
 mod start;
 mod stats;

@@ -12,13 +12,15 @@ use tokio::time::timeout;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
 use tunnel_proto::session::{
-    AgentEvent, AgentSession, Hello, InstanceId, SERVES_WHILE_DRAINING, SessionError, Timers,
+    AgentEvent, AgentSession, HOLDS_SESSIONS, Hello, InstanceId, SERVES_WHILE_DRAINING,
+    SessionError, Timers,
 };
 
 use super::dial_target::DialTarget;
-use super::dialer;
 use super::plan::{ServerEndpoint, ServerInfo};
 use super::renew::Request;
+use super::server_stream::{self, Carrier};
+use super::sessions::ServerProcess;
 use super::stats::TunnelStats;
 use super::tunnel::{BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel};
 use super::tunnel_info::{TunnelEnd, TunnelInfo};
@@ -28,6 +30,8 @@ use cpc_identity::Identity;
 use cpc_identity::identity::IdentityError;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events as audit;
+use cpc_session::Notices;
+use cpc_session::notices::Role;
 use cpc_transport::control_stream::{ControlEnd, ControlStream, Shared};
 use cpc_transport::tunnel::{Connection, Probe, Tunnel as _, TunnelError, TunnelSend};
 
@@ -90,6 +94,7 @@ struct Tunnel {
     server_instance: InstanceId,
     connection: Connection,
     session: Rc<Shared<AgentSession>>,
+    carrier: Rc<Carrier>,
 }
 
 /// An established tunnel that is not served yet, with the server's report.
@@ -144,7 +149,7 @@ async fn introduce(
         instance_id: worker.instance,
         node: worker.node.to_string(),
         software_version: env!("CARGO_PKG_VERSION").into(),
-        features: vec![SERVES_WHILE_DRAINING.into()],
+        features: features(worker),
         offer: worker.offer(),
         predecessor: worker.predecessor,
     };
@@ -159,15 +164,33 @@ async fn introduce(
         let claimed = welcome.server_id;
         return Err(IntroductionError::Impostor { identity, claimed });
     }
+    let info = TunnelInfo {
+        server_id: welcome.server_id.as_str().into(),
+        endpoint,
+        stats: Arc::new(TunnelStats::new(&welcome.accepted, welcome.refused)),
+    };
+    let leaf = connection.peer_certificate();
+    let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
+    let server = ServerProcess {
+        identity: identity.uri(),
+        instance: welcome.instance_id,
+        peer,
+    };
+    worker.sessions.succeed(worker, &server);
+    let carrier = Rc::new(Carrier {
+        server_id: info.server_id.clone(),
+        server: Arc::new(server),
+        stats: info.stats.clone(),
+        session: session.clone(),
+        notices: Notices::new(Role::Agent),
+        connection: connection.clone(),
+    });
     let tunnel = Rc::new(Tunnel {
-        info: TunnelInfo {
-            server_id: welcome.server_id.as_str().into(),
-            endpoint,
-            stats: Arc::new(TunnelStats::new(&welcome.accepted, welcome.refused)),
-        },
+        info,
         server_instance: welcome.instance_id,
         connection,
         session,
+        carrier,
     });
     Ok(Established {
         worker: worker.clone(),
@@ -176,6 +199,13 @@ async fn introduce(
         control,
         departure,
     })
+}
+
+/// Returns our abilities beyond the version's.
+fn features(worker: &Worker) -> Vec<String> {
+    let serves = Some(SERVES_WHILE_DRAINING);
+    let holds = worker.sessions.are_held().then_some(HOLDS_SESSIONS);
+    serves.into_iter().chain(holds).map(Into::into).collect()
 }
 
 impl Reached {
@@ -277,12 +307,13 @@ impl Established {
                 stream = tunnel.connection.accept() => match stream {
                     Ok(stream) => {
                         tunnel.session.note_traffic(Instant::now());
-                        let who = (tunnel.info.server_id.clone(), tunnel.info.stats.clone());
-                        let served = dialer::serve(worker.clone(), who, stream);
+                        let carrier = tunnel.carrier.clone();
+                        let served = server_stream::serve(worker.clone(), carrier, stream);
                         tokio::task::spawn_local(served);
                     }
                     Err(error) => break error.into(),
                 },
+                moved = tunnel.info.stats.moved() => tunnel.carrier.move_away(&worker, &moved),
                 request = worker.renewals.next() => {
                     let Request { csr, answer } = request;
                     asked = Some(answer);
@@ -311,6 +342,7 @@ impl Established {
         if let ControlEnd::Session(_) | ControlEnd::Closed = &end {
             tunnel.connection.close(end.reason(), &end.to_string());
         }
+        tunnel.carrier.park_orphans(&worker, end.reason());
         let _ = timeout(GOODBYE, self.departure).await;
         end
     }

@@ -1,9 +1,12 @@
 //! Statistics of a tunnel.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use tokio::sync::Notify;
+use tunnel_proto::resumption::SessionId;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::Refusal;
 
@@ -27,6 +30,10 @@ pub struct TunnelStats {
     pub(super) refused: Mutex<Vec<Refusal>>,
     /// Claims that the server accepted.
     pub(super) accepted: Mutex<Vec<String>>,
+    /// Sessions that the server wants to continue over another tunnel.
+    moved: Mutex<HashSet<SessionId>>,
+    /// Notification of these.
+    has_moved: Notify,
 }
 
 impl TunnelStats {
@@ -40,6 +47,8 @@ impl TunnelStats {
             totals: Totals::default(),
             refused: Mutex::default(),
             accepted: Mutex::default(),
+            moved: Mutex::default(),
+            has_moved: Notify::new(),
         };
         stats.set_verdict(accepted, refused);
         stats
@@ -55,6 +64,19 @@ impl TunnelStats {
     /// Notes that the server, or the agent for its part, drains.
     pub fn set_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes a session that the server wants to continue over another tunnel.
+    pub(super) fn move_away(&self, id: SessionId) {
+        let mut moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.insert(id);
+        self.has_moved.notify_one();
+    }
+
+    /// Waits for such sessions.
+    pub(super) async fn moved(&self) -> HashSet<SessionId> {
+        self.has_moved.notified().await;
+        std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Returns the state of the server.

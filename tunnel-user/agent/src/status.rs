@@ -12,9 +12,10 @@ use tokio::sync::watch;
 
 use super::observer::Observer;
 use super::plan::Health;
+use super::sessions::Sessions;
 use super::tunnel_info::TunnelInfo;
 use super::tunnel_views::{TunnelView, Tunnels};
-use super::worker::{CONNECTIONS, STALLED_BYTES, Worker};
+use super::worker::{CONNECTIONS, STALLED_BYTES, WAITING_SESSIONS, Worker};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
 use cpc_host::concurrency::ConcurrencyLimit;
@@ -46,6 +47,7 @@ pub(super) struct View {
     policy: Arc<ArcSwap<AllowList>>,
     budget: Budget,
     connections: ConcurrencyLimit,
+    sessions: Arc<Sessions>,
     limits: LimitMetrics,
     phase: watch::Receiver<Phase>,
     servers: Gauge,
@@ -74,6 +76,7 @@ impl View {
             policy: worker.policy.clone(),
             budget: worker.budget.clone(),
             connections: worker.connections.clone(),
+            sessions: worker.sessions.clone(),
             limits: worker.limits.clone(),
             phase: worker.phase(),
             servers,
@@ -126,6 +129,8 @@ impl Source for View {
         self.limits.set_used(STALLED_BYTES, self.budget.used());
         let connections = self.connections.in_use() as u64;
         self.limits.set_used(CONNECTIONS, connections);
+        let waiting = self.sessions.waiting.in_use() as u64;
+        self.limits.set_used(WAITING_SESSIONS, waiting);
     }
 }
 

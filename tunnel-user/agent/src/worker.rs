@@ -12,6 +12,7 @@ use tunnel_proto::session::InstanceId;
 use super::happy_eyeballs::AnsweredAddresses;
 use super::observer::Observer;
 use super::renew::Renewals;
+use super::sessions::Sessions;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
@@ -51,6 +52,8 @@ pub struct Worker {
     pub(super) connections: ConcurrencyLimit,
     /// Metrics of limits.
     pub(super) limits: LimitMetrics,
+    /// Connections that outlive their tunnel.
+    pub(super) sessions: Arc<Sessions>,
 }
 
 /// Text for a client whose request came too late.
@@ -61,6 +64,9 @@ pub(super) const CONNECTIONS: &str = "connections";
 
 /// Name of the limit on memory in metrics.
 pub(super) const STALLED_BYTES: &str = "stalled_bytes";
+
+/// Name of the limit on waiting sessions in metrics.
+pub(super) const WAITING_SESSIONS: &str = "waiting_sessions";
 
 impl Worker {
     /// Returns the phase of the process.

@@ -11,7 +11,7 @@ use crate::error::AgentError;
 use crate::extension::Extend;
 use crate::offer;
 use crate::policy::Policy;
-use crate::worker::{CONNECTIONS, STALLED_BYTES};
+use crate::worker::{CONNECTIONS, STALLED_BYTES, WAITING_SESSIONS};
 use cpc_config::AgentConfig;
 use cpc_datapath::Engines;
 use cpc_datapath::shard::Shards;
@@ -86,6 +86,10 @@ impl Prepared {
             [
                 (CONNECTIONS, u64::try_from(config.limits.connections).ok()),
                 (STALLED_BYTES, Some(config.limits.stalled_bytes)),
+                (
+                    WAITING_SESSIONS,
+                    u64::try_from(config.limits.waiting_sessions).ok(),
+                ),
             ],
         );
         if !is_embedded {

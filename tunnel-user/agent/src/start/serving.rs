@@ -19,6 +19,7 @@ use crate::policy::Policy;
 use crate::predecessor;
 use crate::quic::QuicDialer;
 use crate::renew::{self, Renewals};
+use crate::sessions::Sessions;
 use crate::shards::Dispatch;
 use crate::status::{Facts, View};
 use crate::tunnel::TunnelDialer;
@@ -39,6 +40,8 @@ use cpc_observe::audit::events as audit;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::logging::LogHandle;
 use cpc_observe::metrics::ours;
+use cpc_observe::sessions::SessionMetrics;
+use cpc_session::Bounds;
 use cpc_transport::quic::MemoryBounds;
 use cpc_transport::quic::config::Setup;
 
@@ -92,7 +95,15 @@ impl Serving {
         let foreign = extension.count_servers().await;
         let foreign = foreign.map_err(AgentError::Extension)?;
         let renewals = Renewals::default();
+        let metrics = SessionMetrics::register(ours(&mut registry));
         let dialers = dialers(&identity, setup).collect();
+        let bounds = Bounds {
+            bytes: config.limits.session_bytes,
+            budget: budget.part(config.limits.stalled_bytes / 2),
+            held: metrics.held.clone(),
+        };
+        let (resume, waiting) = (config.limits.resume, config.limits.waiting_sessions);
+        let sessions = Sessions::new(bounds, metrics, resume, waiting);
         let worker = Worker {
             node: identity.name(),
             material: identity.material.clone(),
@@ -108,7 +119,9 @@ impl Serving {
             phase: phases.clone(),
             connections: connections.clone(),
             limits,
+            sessions,
         };
+        tokio::spawn(worker.sessions.clone().watch(worker.clone()));
         let facts = Facts {
             identity: identity.to_string(),
             shards: config.shards,

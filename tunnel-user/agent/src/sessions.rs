@@ -1,0 +1,250 @@
+//! The sessions of an agent: which there are, and those that wait for another tunnel. All shards share them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+use tunnel_proto::close::CloseReason;
+use tunnel_proto::resumption::SessionId;
+use tunnel_proto::session::InstanceId;
+
+use super::dialer::ParkedConnection;
+use super::stats::TunnelStats;
+use super::worker::{WAITING_SESSIONS, Worker};
+use cpc_host::concurrency::{ConcurrencyLimit, Permit};
+use cpc_host::lifecycle::Phase;
+use cpc_identity::revoked::Peer;
+use cpc_observe::metrics::GaugeGuard;
+use cpc_observe::sessions::SessionMetrics;
+use cpc_session::{Bounds, Registration, SessionState, survives};
+
+/// Interval of looks at waiting sessions: for those that have expired, and those whose server was revoked.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A process of a server. Only the same one resumes a session.
+#[derive(Debug)]
+pub(super) struct ServerProcess {
+    /// URI of its identity.
+    pub identity: String,
+    /// The process.
+    pub instance: InstanceId,
+    /// Its certificate, as lists of revocations know it.
+    pub peer: Peer,
+}
+
+impl PartialEq for ServerProcess {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity && self.instance == other.instance
+    }
+}
+
+/// A session that waits for another tunnel.
+pub(super) struct Parked {
+    /// The session.
+    pub state: Box<SessionState>,
+    /// Its connection; `None` if that has ended and the server is yet to learn how.
+    pub connection: Option<Box<ParkedConnection>>,
+    /// Reason for which the tunnel was lost.
+    pub cause: CloseReason,
+    /// Time at which it was lost.
+    pub at: Instant,
+    server: Arc<ServerProcess>,
+    _permit: Permit,
+    _waiting: GaugeGuard,
+}
+
+enum Slot {
+    /// A tunnel carries the session.
+    Carried(Arc<ServerProcess>, Arc<TunnelStats>),
+    /// No tunnel does.
+    Parked(Box<Parked>),
+}
+
+impl Slot {
+    fn server(&self) -> &ServerProcess {
+        match self {
+            Self::Carried(server, _) => server,
+            Self::Parked(parked) => &parked.server,
+        }
+    }
+}
+
+/// Answer to a server that wants to continue a session.
+pub(super) enum Found {
+    /// The session waits.
+    Parked(Box<Parked>),
+    /// Another tunnel still carries it, for a moment.
+    Carried,
+    /// There is no such session of this server.
+    Unknown,
+}
+
+/// All sessions of an agent.
+pub(super) struct Sessions {
+    table: Mutex<HashMap<SessionId, Slot>>,
+    /// Bounds on each.
+    pub bounds: Arc<Bounds>,
+    /// Metrics.
+    pub metrics: SessionMetrics,
+    /// Time for which a session waits for a tunnel.
+    resume: Duration,
+    /// Sessions that wait.
+    pub waiting: ConcurrencyLimit,
+}
+
+impl Sessions {
+    /// Has no session. Each waits `resume` for another tunnel, `waiting` at once.
+    pub(super) fn new(
+        bounds: Bounds,
+        metrics: SessionMetrics,
+        resume: Duration,
+        waiting: usize,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            table: Mutex::default(),
+            bounds: Arc::new(bounds),
+            metrics,
+            resume,
+            waiting: ConcurrencyLimit::new(waiting),
+        })
+    }
+
+    /// Whether a connection can outlive its tunnel at all.
+    pub(super) fn are_held(&self) -> bool {
+        !self.resume.is_zero()
+    }
+
+    /// Begins session `id` of `server`, over the tunnel of `stats`. Returns `None` if there is one of that
+    /// name.
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        id: SessionId,
+        server: &Arc<ServerProcess>,
+        stats: &Arc<TunnelStats>,
+    ) -> Option<Box<SessionState>> {
+        {
+            let mut table = self.lock();
+            if table.contains_key(&id) {
+                return None;
+            }
+            table.insert(id, Slot::Carried(server.clone(), stats.clone()));
+        }
+        let mut state = Box::new(SessionState::new(id, self.bounds.clone()));
+        // A session that waits is in the table itself.
+        let sessions = Arc::downgrade(self);
+        state.register(Registration(Box::new(move |id| {
+            let slot = sessions.upgrade().and_then(|it| it.lock().remove(&id));
+            // Outside of the lock: what the slot holds may have an end of its own.
+            drop(slot);
+        })));
+        Some(state)
+    }
+
+    /// Parks a session of `server` whose tunnel was lost for `cause`. Returns its connection if it ends with the
+    /// tunnel.
+    pub(super) fn park(
+        &self,
+        worker: &Worker,
+        server: &Arc<ServerProcess>,
+        cause: CloseReason,
+        state: Box<SessionState>,
+        connection: Option<Box<ParkedConnection>>,
+    ) -> Result<(), Option<Box<ParkedConnection>>> {
+        // A draining agent dials no server again.
+        let is_running = *worker.phase.borrow() == Phase::Running;
+        if !survives(cause) || !is_running || !self.are_held() {
+            return Err(connection);
+        }
+        let Some(permit) = self.waiting.acquire() else {
+            worker.limits.refuse(WAITING_SESSIONS);
+            return Err(connection);
+        };
+        let id = state.session.id();
+        let parked = Box::new(Parked {
+            state,
+            connection,
+            cause,
+            at: Instant::now(),
+            server: server.clone(),
+            _permit: permit,
+            _waiting: GaugeGuard::new(&self.metrics.waiting),
+        });
+        let before = self.lock().insert(id, Slot::Parked(parked));
+        drop(before);
+        Ok(())
+    }
+
+    /// Takes session `id` for `server`, which wants to continue it over the tunnel of `stats`. A tunnel that
+    /// still carries it is told to give it up.
+    pub(super) fn take(
+        &self,
+        id: SessionId,
+        server: &Arc<ServerProcess>,
+        stats: &Arc<TunnelStats>,
+    ) -> Found {
+        let mut table = self.lock();
+        let Some(slot) = table.get_mut(&id).filter(|slot| slot.server() == &**server) else {
+            return Found::Unknown;
+        };
+        if let Slot::Carried(_, carrier) = slot {
+            if !Arc::ptr_eq(carrier, stats) {
+                carrier.move_away(id);
+            }
+            return Found::Carried;
+        }
+        let carried = Slot::Carried(server.clone(), stats.clone());
+        match std::mem::replace(slot, carried) {
+            Slot::Parked(parked) => Found::Parked(parked),
+            Slot::Carried(..) => Found::Carried,
+        }
+    }
+
+    /// Ends the waiting sessions of earlier processes of the server that `process` is.
+    pub(super) fn succeed(&self, worker: &Worker, process: &ServerProcess) {
+        self.end(worker, CloseReason::LinkLost, |parked| {
+            parked.server.identity == process.identity && parked.server.instance != process.instance
+        });
+    }
+
+    /// Ends sessions that have waited too long, or whose server was revoked. Runs without end.
+    pub(super) async fn watch(self: Arc<Self>, worker: Worker) {
+        loop {
+            sleep(LOOK).await;
+            let now = Instant::now();
+            self.end(&worker, CloseReason::LinkLost, |parked| {
+                now.saturating_duration_since(parked.at) >= self.resume
+            });
+            if let Some(material) = &worker.material {
+                let revocations = material.revocations();
+                self.end(&worker, CloseReason::IdentityRefused, |parked| {
+                    revocations.check(&parked.server.peer).is_err()
+                });
+            }
+        }
+    }
+
+    /// Ends waiting sessions with `reason`.
+    fn end(&self, worker: &Worker, reason: CloseReason, is_meant: impl Fn(&Parked) -> bool) {
+        let ended: Vec<_> = {
+            let mut table = self.lock();
+            let is_ended = |slot: &Slot| match slot {
+                Slot::Parked(parked) => is_meant(parked),
+                Slot::Carried(..) => false,
+            };
+            table.extract_if(|_, slot| is_ended(slot)).collect()
+        };
+        for (_, slot) in ended {
+            if let Slot::Parked(parked) = slot
+                && let Some(connection) = parked.connection
+            {
+                self.metrics.lost(reason);
+                connection.end(worker, reason);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Slot>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

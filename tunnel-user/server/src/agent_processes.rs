@@ -1,0 +1,201 @@
+//! Processes of agents with their tunnels: the sessions of a lost tunnel go on over another one of the same
+//! process.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use tokio::sync::{Semaphore, watch};
+use tunnel_proto::session::InstanceId;
+
+use super::routes::{LinkId, LinkInfo};
+use cpc_host::concurrency::ConcurrencyLimit;
+use cpc_identity::revoked::Peer;
+
+/// Maximum number of idle sessions of one process that are resumed at once. Busy ones do not wait for them.
+const IDLE_AT_ONCE: usize = 32;
+
+/// Name of an identity with a process.
+type Key = (String, InstanceId);
+
+/// All processes of agents that have a tunnel, or sessions that wait for one.
+#[derive(Clone, Debug)]
+pub(crate) struct AgentProcesses {
+    known: Arc<Mutex<Known>>,
+    /// Maximum number of waiting sessions of each.
+    waiting: usize,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    processes: HashMap<Key, Weak<AgentProcess>>,
+    /// Waiting sessions of each identity: it may claim to be any number of processes.
+    waiting: HashMap<String, ConcurrencyLimit>,
+    /// Number of processes at which those that have ended are forgotten.
+    forget_at: usize,
+}
+
+/// One process of an agent.
+#[derive(Debug)]
+pub(crate) struct AgentProcess {
+    /// Its tunnels, oldest first.
+    links: watch::Sender<Vec<Arc<LinkInfo>>>,
+    /// The certificate that it has shown last.
+    peer: Mutex<Peer>,
+    /// Whether the process has certainly ended.
+    ended: watch::Sender<bool>,
+    /// Sessions that wait for a tunnel.
+    pub waiting: ConcurrencyLimit,
+    /// Turns of idle sessions.
+    pub idle_turns: Semaphore,
+}
+
+impl AgentProcesses {
+    /// Knows no process. Each may have `waiting` sessions that wait for a tunnel.
+    pub(crate) fn new(waiting: usize) -> Self {
+        Self {
+            known: Arc::default(),
+            waiting,
+        }
+    }
+
+    /// Notes a tunnel of process `instance`, whose certificate is `peer`'s. The identity is that of `link`.
+    pub(crate) fn arrived(&self, instance: InstanceId, peer: Peer, link: &Arc<LinkInfo>) {
+        let process = self.process((link.identity.uri(), instance));
+        *lock(&process.peer) = peer;
+        // The tunnel arrives once.
+        let _ = link.process.set(process.clone());
+        process.links.send_modify(|links| links.push(link.clone()));
+        self.end_others((link.identity.uri(), instance));
+        process.leave_silent();
+    }
+
+    /// Ends the processes of the identity that have no tunnel which is heard: a later one has taken their place.
+    fn end_others(&self, (identity, instance): Key) {
+        let known = lock(&self.known);
+        let processes = known.processes.iter();
+        let others = processes.filter(|(key, _)| key.0 == identity && key.1 != instance);
+        let others: Vec<_> = others.filter_map(|(_, other)| other.upgrade()).collect();
+        drop(known);
+        others
+            .iter()
+            .filter(|other| other.heard_link().is_none())
+            .for_each(|other| other.end());
+    }
+
+    fn process(&self, key: Key) -> Arc<AgentProcess> {
+        let mut known = lock(&self.known);
+        if let Some(process) = known.processes.get(&key).and_then(Weak::upgrade) {
+            return process;
+        }
+        known.forget();
+        let waiting = known.waiting.entry(key.0.clone());
+        let waiting = waiting.or_insert_with(|| ConcurrencyLimit::new(self.waiting));
+        let process = Arc::new(AgentProcess {
+            links: watch::Sender::default(),
+            peer: Mutex::default(),
+            ended: watch::Sender::new(false),
+            waiting: waiting.clone(),
+            idle_turns: Semaphore::new(IDLE_AT_ONCE),
+        });
+        known.processes.insert(key, Arc::downgrade(&process));
+        process
+    }
+}
+
+impl Known {
+    /// Forgets processes that have ended, when there are many.
+    fn forget(&mut self) {
+        if self.processes.len() < self.forget_at {
+            return;
+        }
+        self.processes
+            .retain(|_, process| process.strong_count() > 0);
+        self.waiting.retain(|_, waiting| waiting.in_use() > 0);
+        self.forget_at = 2 * self.processes.len() + 64;
+    }
+}
+
+impl AgentProcess {
+    /// Removes a tunnel.
+    pub(crate) fn left(&self, link: LinkId) {
+        self.links
+            .send_modify(|links| links.retain(|known| known.id != link));
+    }
+
+    /// Moves the sessions of silent tunnels of a process that has one which is heard. Connections that can't
+    /// move stay where they are.
+    pub(crate) fn leave_silent(&self) {
+        let links = self.links.borrow();
+        if links.iter().any(is_heard) {
+            for link in links.iter().filter(|link| !is_heard(link)) {
+                tracing::info!(
+                    agent = %link.identity,
+                    "the connections of a silent tunnel go on over another one"
+                );
+                link.outlived.notify_one();
+            }
+        }
+    }
+
+    /// Notes that a tunnel was silent and is heard again.
+    pub(crate) fn heard(&self) {
+        self.links.send_modify(|_| {});
+    }
+
+    /// Returns the certificate that the process has shown last.
+    pub(crate) fn peer(&self) -> Peer {
+        lock(&self.peer).clone()
+    }
+
+    /// Notes that the process has ended: another one has taken its place.
+    pub(crate) fn end(&self) {
+        self.ended.send_replace(true);
+    }
+
+    /// Whether the process has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
+    /// Waits until the process has ended.
+    pub(crate) async fn ended(&self) {
+        // The sender is borrowed.
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// Whether the process is heard over a tunnel.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.heard_link().is_some()
+    }
+
+    /// Returns the newest tunnel that is heard.
+    fn heard_link(&self) -> Option<Arc<LinkInfo>> {
+        let links = self.links.borrow();
+        let mut heard = links.iter().rev().filter(|link| is_heard(link));
+        heard.next().cloned()
+    }
+
+    /// Waits for a tunnel that is heard, and returns the newest.
+    pub(crate) async fn link(&self) -> Arc<LinkInfo> {
+        let mut links = self.links.subscribe();
+        loop {
+            links.mark_unchanged();
+            if let Some(link) = self.heard_link() {
+                return link;
+            }
+            if links.changed().await.is_err() {
+                // Not while `self` is borrowed.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+fn is_heard(link: &Arc<LinkInfo>) -> bool {
+    !link.silent.load(Ordering::Relaxed)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,261 @@
+//! Sessions without a tunnel: they wait for another one of the same agent process, and go on over it.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::LocalBoxFuture;
+use tokio::time::{Instant, sleep, timeout_at};
+use tunnel_proto::close::CloseReason;
+
+use super::agent_processes::AgentProcess;
+use super::dial::Dialled;
+use super::dial::permit::StreamPermit;
+use super::limits::Limit;
+use super::link::{Link, LinkRecv, LinkSend};
+use super::routes::LinkInfo;
+use super::shard::Shard;
+use cpc_datapath::{Budget, Progress};
+use cpc_host::concurrency::Permit;
+use cpc_host::lifecycle::Phase;
+use cpc_identity::TrustDomain;
+use cpc_observe::metrics::GaugeGuard;
+use cpc_session::resume::{Outcome, close, resume};
+use cpc_session::{Detached, SessionRecv, SessionSend, SessionState, survives};
+
+/// Pause before another attempt on the same tunnel.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A session whose tunnel was lost.
+pub(crate) struct Lost {
+    state: Box<SessionState>,
+    process: Arc<AgentProcess>,
+    /// Reason for which the tunnel was lost.
+    cause: CloseReason,
+    at: Instant,
+    _permits: (Permit, Permit, Permit),
+    _waiting: GaugeGuard,
+}
+
+/// End of the wait for a tunnel.
+pub(crate) enum Advance {
+    /// The session goes on here.
+    Here(Box<Resumed>),
+    /// The tunnel is one of this other shard, where the wait goes on.
+    Elsewhere(usize, Box<Lost>),
+    /// The session has ended; [`CloseReason::Finished`] is the orderly end.
+    Ended(CloseReason),
+}
+
+/// A session that goes on over another tunnel.
+pub(crate) struct Resumed {
+    send: SessionSend,
+    recv: SessionRecv,
+    permit: StreamPermit,
+    /// Time without a tunnel.
+    pub stall: Duration,
+}
+
+impl Lost {
+    /// Takes a connection from its tunnel, which was lost for `cause`.
+    ///
+    /// # Errors
+    /// The reason of the end, if the connection ends here. [`CloseReason::Finished`] is the orderly one.
+    pub(crate) fn from(
+        shard: &Rc<Shard>,
+        tenant: &TrustDomain,
+        dialled: &Dialled,
+        cause: CloseReason,
+    ) -> Result<Box<Self>, CloseReason> {
+        let LinkSend::Tunnel(send) = &dialled.send else {
+            return Err(cause);
+        };
+        let session = send.session().ok_or(cause)?;
+        let process = dialled.permit.process.get().ok_or(cause)?.clone();
+        match session.detach(cause, std::time::Instant::now()) {
+            Detached::Plain => Err(cause),
+            Detached::Finished => Err(CloseReason::Finished),
+            Detached::Safe(state) => {
+                let lost = Self::new(shard, tenant, process, cause, state);
+                lost.map(Box::new).ok_or(cause)
+            }
+            Detached::Ended(state) => {
+                settle(shard, &dialled.permit, cause, state);
+                Err(cause)
+            }
+        }
+    }
+
+    /// Gives the session up for `reason`. The agent learns that over another tunnel.
+    pub(crate) fn abandon(mut self: Box<Self>, shard: &Rc<Shard>, reason: CloseReason) {
+        self.state.abort(reason);
+        tokio::task::spawn_local(until_settled(shard.clone(), self));
+    }
+
+    fn new(
+        shard: &Shard,
+        tenant: &TrustDomain,
+        process: Arc<AgentProcess>,
+        cause: CloseReason,
+        state: Box<SessionState>,
+    ) -> Option<Self> {
+        let is_ending = *shard.phase.borrow() == Phase::Ended;
+        if !survives(cause) || is_ending || process.has_ended() || shard.limits.resume.is_zero() {
+            return None;
+        }
+        let permits = acquire(shard, tenant, &process);
+        let permits = permits.inspect_err(|limit| shard.metrics.limits.refuse(limit.label()));
+        Some(Self {
+            state,
+            process,
+            cause,
+            at: Instant::now(),
+            _permits: permits.ok()?,
+            _waiting: GaugeGuard::new(&shard.metrics.sessions.waiting),
+        })
+    }
+
+    /// Waits for a tunnel, and continues the session over it if it belongs to this shard. Cancelling loses
+    /// the session.
+    pub(crate) async fn advance(self: Box<Self>, shard: &Rc<Shard>) -> Advance {
+        let deadline = self.at + shard.limits.resume;
+        let process = self.process.clone();
+        let advanced = timeout_at(deadline, self.attempts(shard, &process));
+        let reason = tokio::select! {
+            advanced = advanced => match advanced {
+                Ok(advanced) => return advanced,
+                Err(_) => CloseReason::LinkLost,
+            },
+            () = process.ended() => CloseReason::LinkLost,
+            () = revoked(shard, &process) => CloseReason::IdentityRefused,
+        };
+        shard.metrics.sessions.lost(reason);
+        Advance::Ended(reason)
+    }
+
+    async fn attempts(mut self: Box<Self>, shard: &Rc<Shard>, process: &AgentProcess) -> Advance {
+        loop {
+            let link = process.link().await;
+            if link.shard != shard.index {
+                return Advance::Elsewhere(link.shard, self);
+            }
+            // Those that keep bytes need not wait for those that wait for bytes themselves.
+            let turn = match self.state.kept() {
+                0 => process.idle_turns.acquire().await.ok(),
+                _ => None,
+            };
+            match self.attempt(shard, &link).await {
+                Ok(advance) => return advance,
+                Err(lost) => self = lost,
+            }
+            drop(turn);
+            sleep(PAUSE).await;
+        }
+    }
+
+    /// Asks the agent once. An error gives the session back.
+    async fn attempt(
+        self: Box<Self>,
+        shard: &Shard,
+        link: &Arc<LinkInfo>,
+    ) -> Result<Advance, Box<Self>> {
+        let tunnel = match shard.links.borrow().get(&link.id) {
+            Some(Link::Tunnel(tunnel)) => tunnel.clone(),
+            _ => return Err(self),
+        };
+        let Some(notices) = tunnel.notices.get() else {
+            return Err(self);
+        };
+        let permit = StreamPermit::new(link);
+        match resume(&tunnel.connection, notices, self.state).await {
+            Outcome::Resumed(send, recv) => {
+                let stall = self.at.elapsed();
+                shard.metrics.sessions.resumed(self.cause, stall);
+                Ok(Advance::Here(Box::new(Resumed {
+                    send,
+                    recv,
+                    permit,
+                    stall,
+                })))
+            }
+            Outcome::Ended(reason) => {
+                if let Some(reason) = reason {
+                    shard.metrics.sessions.lost(reason);
+                }
+                Ok(Advance::Ended(reason.unwrap_or(CloseReason::Finished)))
+            }
+            Outcome::Later(state) => Err(Box::new(Self { state, ..*self })),
+        }
+    }
+}
+
+impl Resumed {
+    /// Returns the connection that goes on, from `unsent` on.
+    pub(crate) fn into_dialled(self, unsent: Progress, budget: Budget) -> Dialled {
+        Dialled {
+            send: LinkSend::Tunnel(self.send),
+            recv: LinkRecv::Tunnel(self.recv),
+            unsent,
+            sent: 0,
+            permit: self.permit,
+            budget,
+        }
+    }
+}
+
+/// Waits until the certificate is revoked that the process has shown last.
+async fn revoked(shard: &Shard, process: &AgentProcess) {
+    loop {
+        let peer = process.peer();
+        shard.revocations.on_revocation(&peer).await;
+        if process.peer() == peer {
+            return;
+        }
+    }
+}
+
+/// Takes the permits of a waiting session.
+///
+/// # Errors
+/// The limit that refuses.
+fn acquire(
+    shard: &Shard,
+    tenant: &TrustDomain,
+    process: &AgentProcess,
+) -> Result<(Permit, Permit, Permit), Limit> {
+    let own = shard.tenants.of(tenant);
+    Ok((
+        { shard.waiting_sessions.acquire() }.ok_or(Limit::WaitingSessions)?,
+        { own.waiting_sessions.acquire() }.ok_or(Limit::WaitingSessionsPerTenant)?,
+        { process.waiting.acquire() }.ok_or(Limit::WaitingSessionsPerAgent)?,
+    ))
+}
+
+/// Tells the agent, over another tunnel, how a session without a socket ended.
+pub(crate) fn settle(
+    shard: &Rc<Shard>,
+    link: &LinkInfo,
+    cause: CloseReason,
+    state: Box<SessionState>,
+) {
+    let Some(process) = link.process.get() else {
+        return;
+    };
+    let tenant = &link.identity.trust_domain;
+    if let Some(lost) = Lost::new(shard, tenant, process.clone(), cause, state) {
+        tokio::task::spawn_local(until_settled(shard.clone(), Box::new(lost)));
+    }
+}
+
+fn until_settled(shard: Rc<Shard>, lost: Box<Lost>) -> LocalBoxFuture<'static, ()> {
+    Box::pin(async move {
+        match lost.advance(&shard).await {
+            Advance::Elsewhere(at, lost) => {
+                shard.run_on(at, move |shard| until_settled(shard, lost));
+            }
+            // The notices of the tunnel do the rest.
+            Advance::Here(resumed) => close((resumed.send, resumed.recv)),
+            Advance::Ended(_) => {}
+        }
+    })
+}
