@@ -9,7 +9,7 @@ mod attempt;
 mod breaker;
 pub(super) mod error;
 mod look_up;
-mod permit;
+pub(super) mod permit;
 mod plan;
 mod suspicion;
 
@@ -99,9 +99,9 @@ impl Dial {
         }
     }
 
-    /// Returns the record of a dial that succeeded.
-    pub(super) fn into_record(self) -> Box<Record> {
-        self.record
+    /// Returns the record of a dial that succeeded, and the client's tenant.
+    pub(super) fn into_record(self) -> (Box<Record>, TrustDomain) {
+        (self.record, self.tenant)
     }
 
     /// Dials as far as the links of this shard go.

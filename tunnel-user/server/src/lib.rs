@@ -10,6 +10,7 @@
 //! [`run`] is the composition root: it reads nothing from the environment but what it is given, and returns
 //! when all has ended. The stages of a start are in `start`.
 
+mod agent_processes;
 mod attachments;
 mod bind;
 mod breaker;
@@ -32,6 +33,7 @@ mod metrics;
 mod permits;
 mod privileges;
 pub mod registry;
+mod resumption;
 pub mod routes;
 mod serve;
 mod shard;

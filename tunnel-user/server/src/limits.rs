@@ -39,13 +39,19 @@ pub(super) enum Limit {
     RoutesPerTenant,
     /// The same of one agent.
     RoutesPerAgent,
+    /// Connections that wait for another tunnel.
+    WaitingSessions,
+    /// The same of one tenant.
+    WaitingSessionsPerTenant,
+    /// The same of one process of an agent.
+    WaitingSessionsPerAgent,
     /// Handshakes under way at the tunnel's port.
     Handshakes,
 }
 
 impl Limit {
     /// All there are.
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 18] = [
         Self::Connections,
         Self::ConnectionsPerTenant,
         Self::ConnectionsPerTunnel,
@@ -60,6 +66,9 @@ impl Limit {
         Self::Routes,
         Self::RoutesPerTenant,
         Self::RoutesPerAgent,
+        Self::WaitingSessions,
+        Self::WaitingSessionsPerTenant,
+        Self::WaitingSessionsPerAgent,
         Self::Handshakes,
     ];
 
@@ -80,6 +89,9 @@ impl Limit {
             Self::Routes => "routes",
             Self::RoutesPerTenant => "routes_per_tenant",
             Self::RoutesPerAgent => "routes_per_agent",
+            Self::WaitingSessions => "waiting_sessions",
+            Self::WaitingSessionsPerTenant => "waiting_sessions_per_tenant",
+            Self::WaitingSessionsPerAgent => "waiting_sessions_per_agent",
             Self::Handshakes => "handshakes.at_once",
         }
     }
@@ -102,6 +114,9 @@ impl Limit {
             Self::Routes => count(limits.routes),
             Self::RoutesPerTenant => limits.routes_per_tenant.and_then(count),
             Self::RoutesPerAgent => count(limits.routes_per_agent),
+            Self::WaitingSessions => count(limits.waiting_sessions),
+            Self::WaitingSessionsPerTenant => limits.waiting_sessions_per_tenant.and_then(count),
+            Self::WaitingSessionsPerAgent => count(limits.waiting_sessions_per_agent),
             Self::Handshakes => count(limits.handshakes.at_once),
         }
     }
@@ -128,6 +143,13 @@ impl Limit {
             Self::Routes => format!("the server holds {most} routes"),
             Self::RoutesPerTenant => format!("this tenant has {most} routes"),
             Self::RoutesPerAgent => format!("one agent has {most} routes"),
+            Self::WaitingSessions => format!("{most} connections wait for a tunnel"),
+            Self::WaitingSessionsPerTenant => {
+                format!("{most} connections of this tenant wait for a tunnel")
+            }
+            Self::WaitingSessionsPerAgent => {
+                format!("{most} connections of one agent wait for a tunnel")
+            }
             Self::Handshakes => format!("the server has {most} handshakes under way"),
         };
         format!("{what} (limits.{})", self.label())
@@ -165,6 +187,7 @@ mod tests {
             stalled_bytes_per_tenant: Some(7),
             agents_per_tenant: Some(7),
             routes_per_tenant: Some(7),
+            waiting_sessions_per_tenant: Some(7),
             ..LimitsConfig::default()
         };
         for limit in Limit::ALL {

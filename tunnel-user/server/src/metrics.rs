@@ -9,12 +9,15 @@ use super::limits;
 use cpc_config::ServerConfig;
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::{DialMetrics, ours};
+use cpc_observe::sessions::SessionMetrics;
 
 /// Metrics of one server.
 #[derive(Clone, Debug)]
 pub(super) struct ServerMetrics {
     /// Metrics of dials.
     pub dials: DialMetrics,
+    /// Metrics of sessions.
+    pub sessions: SessionMetrics,
     /// Claims that were not granted.
     pub claims_refused: Counter,
     /// Redirected connections that were reset because their origin was unknown.
@@ -43,6 +46,7 @@ impl ServerMetrics {
         let registry = ours(registry);
         let metrics = Self {
             dials: DialMetrics::register(registry),
+            sessions: SessionMetrics::register(registry),
             claims_refused: Counter::default(),
             origins_missing: Counter::default(),
             breakers_open: Gauge::default(),

@@ -99,6 +99,14 @@ struct Memory {
     at: Instant,
 }
 
+/// Ends a link of a process that another one has replaced. The sessions over it end too.
+fn end_process(info: &LinkInfo) {
+    if let Some(process) = info.process.get() {
+        process.end();
+    }
+    info.replaced.notify_one();
+}
+
 /// All sessions of a server.
 #[derive(Debug)]
 pub struct Registry {
@@ -208,7 +216,7 @@ impl Registry {
                         agent = %info.identity, instance = %old.instance, proven,
                         "an earlier process of the agent has ended, and so do its connections"
                     );
-                    info.replaced.notify_one();
+                    end_process(info);
                 }
                 true => info.challenged.notify_one(),
                 false if old.silent && old.instance == new.instance => {
@@ -263,7 +271,7 @@ impl Registry {
                 successor = %successor.instance,
                 "a silent process of the agent has a successor, and its connections end"
             );
-            session.info.replaced.notify_one();
+            end_process(&session.info);
         }
     }
 

@@ -8,8 +8,8 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use ipnet::IpNet;
@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use tunnel_proto::preface::{Host, Name};
 use tunnel_proto::route::NamePattern;
 
+use super::agent_processes::AgentProcess;
 use cpc_config::TunnelKind;
 use cpc_config::agent::MAX_TUNNELS;
 use cpc_config::server::Strategy;
@@ -82,6 +83,10 @@ pub struct LinkInfo {
     pub replaced: Notify,
     /// Notification that the agent must give a life sign at once.
     pub challenged: Notify,
+    /// Notification that sessions are to go on over another tunnel.
+    pub outlived: Notify,
+    /// Process of the agent, where its sessions may go from one tunnel to another.
+    pub(super) process: OnceLock<Arc<AgentProcess>>,
 }
 
 impl LinkInfo {
@@ -111,6 +116,8 @@ impl LinkInfo {
             silenced: Notify::new(),
             replaced: Notify::new(),
             challenged: Notify::new(),
+            outlived: Notify::new(),
+            process: OnceLock::new(),
         })
     }
 
@@ -129,6 +136,12 @@ impl LinkInfo {
     /// them while they drain.
     pub fn is_last_resort(&self) -> bool {
         self.serves_while_draining.load(Ordering::Relaxed) && !self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Whether the agent's process is heard over another link, while this one is silent.
+    pub(super) fn is_outlived(&self) -> bool {
+        let process = self.process.get();
+        self.silent.load(Ordering::Relaxed) && process.is_some_and(|process| process.is_heard())
     }
 
     /// Returns the time at which the agent was last heard.

@@ -13,6 +13,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::Destination;
 use tunnel_proto::session::InstanceId;
 
+use super::agent_processes::AgentProcesses;
 use super::breaker::Breaker;
 use super::control::ControlHandle;
 use super::extension::agent_server::AgentServer;
@@ -58,6 +59,10 @@ pub(super) struct Common {
     pub waiting: ConcurrencyLimit,
     /// Dials under way.
     pub dials: ConcurrencyLimit,
+    /// Sessions that wait for another tunnel.
+    pub waiting_sessions: ConcurrencyLimit,
+    /// Processes of agents.
+    pub processes: AgentProcesses,
     /// Number of tunnels.
     pub tunnels: ConcurrencyLimit,
     /// Limits of each tenant.

@@ -20,6 +20,8 @@ pub(super) struct Tenant {
     pub dials: ConcurrencyLimit,
     /// Tunnels of agents.
     pub agents: ConcurrencyLimit,
+    /// Sessions that wait for another tunnel.
+    pub waiting_sessions: ConcurrencyLimit,
     /// Memory held for the tenant's peers; it counts for the whole server as well.
     pub budget: Budget,
 }
@@ -44,6 +46,7 @@ impl Tenants {
             connections: most(limits.connections_per_tenant),
             dials: most(limits.dials_per_tenant),
             agents: most(limits.agents_per_tenant),
+            waiting_sessions: most(limits.waiting_sessions_per_tenant),
             budget: budget.part(limits.stalled_bytes_per_tenant.unwrap_or(u64::MAX)),
         };
         let frontends = &config.frontends;

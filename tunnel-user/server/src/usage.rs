@@ -30,6 +30,11 @@ pub(super) fn refresh(metrics: &LimitMetrics, common: &Common) {
         (Limit::AgentsPerTenant, most(|t| &t.agents)),
         (Limit::Routes, all_routes),
         (Limit::RoutesPerTenant, most_routes),
+        (Limit::WaitingSessions, inside(&common.waiting_sessions)),
+        (
+            Limit::WaitingSessionsPerTenant,
+            most(|t| &t.waiting_sessions),
+        ),
         (Limit::Handshakes, common.handshakes.in_progress() as u64),
     ] {
         metrics.set_used(limit.label(), used);

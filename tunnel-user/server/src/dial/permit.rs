@@ -12,6 +12,14 @@ use cpc_config::server::LimitsConfig;
 #[derive(Debug)]
 pub(crate) struct StreamPermit(Arc<LinkInfo>);
 
+impl StreamPermit {
+    /// Counts a stream that continues a connection: the connection was admitted before.
+    pub(crate) fn new(link: &Arc<LinkInfo>) -> Self {
+        link.streams.fetch_add(1, Ordering::Relaxed);
+        Self(link.clone())
+    }
+}
+
 /// Counts a dial without an answer on its link until it is dropped.
 pub(super) struct AnswerPermit(Arc<LinkInfo>);
 

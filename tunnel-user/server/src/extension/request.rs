@@ -11,13 +11,14 @@ use tunnel_proto::preface::Destination;
 use crate::dial::error::DialError;
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
-use crate::frontend::connection::{Served, admit, failed, serve};
+use crate::frontend::connection::{ServeEnd, Served, admit, ended, failed, serve};
 use crate::frontend::scope::Scope;
 use crate::permits::ConnectionPermit;
+use crate::resumption::Advance;
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
 use cpc_observe::access::Record;
-use cpc_observe::metrics::FrontendKind;
+use cpc_observe::metrics::{Closer, FrontendKind};
 
 /// An admitted request of a client.
 pub struct ClientRequest {
@@ -66,7 +67,9 @@ impl ClientRequest {
         let shard = &self.shard;
         match self.dial.finish(shard, local).await {
             Ok(dialled) => {
-                let mut served = Served::new(shard, *self.dial.into_record(), dialled);
+                let (record, tenant) = self.dial.into_record();
+                dialled.send.fix();
+                let mut served = Served::new(shard, *record, tenant, dialled);
                 served.record.reached(&shard.metrics.dials);
                 Ok(ClientConnection {
                     shard: self.shard,
@@ -85,8 +88,33 @@ impl ClientRequest {
 impl ClientConnection {
     /// Relays the connection to its end. Returns the reason, and the permit: the connection counts for as
     /// long as its client gets its last words.
-    pub async fn relay(mut self, local: &impl LocalSocket) -> (CloseReason, ConnectionPermit) {
-        let reason = serve(&self.shard, local, &mut self.served).await;
-        (reason, self.permit)
+    pub async fn relay(self, local: &impl LocalSocket) -> (CloseReason, ConnectionPermit) {
+        let Self {
+            shard,
+            mut served,
+            permit,
+        } = self;
+        let reason = loop {
+            let lost = match serve(&shard, local, &mut served).await {
+                ServeEnd::Ended(reason) => break reason,
+                ServeEnd::Lost(lost) => lost,
+            };
+            let parked = served.park();
+            let reason = match Box::pin(lost.advance(&shard)).await {
+                Advance::Here(resumed) => {
+                    served = parked.resume(*resumed);
+                    continue;
+                }
+                // The client can't go to the shard of another tunnel.
+                Advance::Elsewhere(_, lost) => {
+                    lost.abandon(&shard, CloseReason::LinkLost);
+                    CloseReason::LinkLost
+                }
+                Advance::Ended(reason) => reason,
+            };
+            ended(&shard, &parked.record, Closer::Tunnel, reason);
+            break reason;
+        };
+        (reason, permit)
     }
 }

@@ -12,11 +12,12 @@ use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::http_connect::ESTABLISHED;
 
-use super::connection::{Served, failed, serve};
+use super::connection::{Parked, ServeEnd, Served, ended, failed, serve};
 use super::refusals::Refusals;
 use crate::dial::error::DialError;
 use crate::dial::{Dial, Dialled, Step};
 use crate::permits::ConnectionPermit;
+use crate::resumption::{Advance, Lost};
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
@@ -89,9 +90,10 @@ impl<L: Portable> Client<L> {
     }
 
     fn established(self, shard: &Shard, dialled: Dialled) -> Established<L> {
+        let (record, tenant) = self.dial.into_record();
         Established {
             local: self.local,
-            served: Served::new(shard, *self.dial.into_record(), dialled),
+            served: Served::new(shard, *record, tenant, dialled),
             _admitted: self.admitted,
             _counted: self.counted,
         }
@@ -152,13 +154,96 @@ fn not_moved(shard: &Shard, dial: &Dial, error: &io::Error) {
     failed(shard, &dial.record, &error);
 }
 
+/// A client whose tunnel was lost.
+struct Waiting<L> {
+    local: L,
+    parked: Parked,
+    admitted: ConnectionPermit,
+    counted: Option<GaugeGuard>,
+}
+
+impl<L: Portable> Established<L> {
+    fn park(self) -> Waiting<L> {
+        Waiting {
+            local: self.local,
+            parked: self.served.park(),
+            admitted: self._admitted,
+            counted: self._counted,
+        }
+    }
+}
+
+impl<L: Portable> Waiting<L> {
+    /// Waits for another tunnel, and goes on over it, here or on its shard. Returns `None` if nothing is left
+    /// to do here.
+    async fn go_on(self, shard: &Rc<Shard>, lost: Box<Lost>) -> Option<Box<Established<L>>> {
+        let advance = tokio::select! {
+            advance = lost.advance(shard) => advance,
+            () = self.local.cut() => Advance::Ended(CloseReason::IdentityRefused),
+        };
+        match advance {
+            Advance::Here(resumed) => {
+                return Some(Box::new(Established {
+                    local: self.local,
+                    served: self.parked.resume(*resumed),
+                    _admitted: self.admitted,
+                    _counted: self.counted,
+                }));
+            }
+            Advance::Elsewhere(at, lost) => self.move_to(shard, at, lost),
+            Advance::Ended(reason) => {
+                if reason == CloseReason::Finished {
+                    self.local.reset_on_close(false);
+                }
+                ended(shard, &self.parked.record, Closer::Tunnel, reason);
+            }
+        }
+        None
+    }
+
+    /// Moves to another shard, and goes on waiting there.
+    fn move_to(self, shard: &Rc<Shard>, at: usize, lost: Box<Lost>) {
+        let Self {
+            local,
+            parked,
+            admitted,
+            counted,
+        } = self;
+        let not_moved = |shard: &Shard, parked: &Parked| {
+            ended(shard, &parked.record, Closer::Server, CloseReason::Internal);
+        };
+        let Ok(packed) = local.pack() else {
+            lost.abandon(shard, CloseReason::Internal);
+            return not_moved(shard, &parked);
+        };
+        shard.run_on(at, move |shard| {
+            let there = shard.clone();
+            let moved = async move {
+                let Ok(local) = L::unpack(packed) else {
+                    lost.abandon(&there, CloseReason::Internal);
+                    not_moved(&there, &parked);
+                    return None;
+                };
+                let client = Self {
+                    local,
+                    parked,
+                    admitted,
+                    counted,
+                };
+                client.go_on(&there, lost).await
+            };
+            serve_once(shard, Box::pin(moved))
+        });
+    }
+}
+
 /// Serves a client once it is `dialled`. Memory of the dial is freed before the relay, which may take
 /// days.
 #[expect(
     clippy::manual_async_fn,
     reason = "an async fn keeps its arguments twice"
 )]
-pub(super) fn serve_once<L: LocalSocket>(
+pub(super) fn serve_once<L: Portable>(
     shard: Rc<Shard>,
     dialled: Pin<Box<impl Future<Output = Option<Box<Established<L>>>>>>,
 ) -> impl Future<Output = ()> {
@@ -166,7 +251,15 @@ pub(super) fn serve_once<L: LocalSocket>(
         let Some(mut client) = dialled.await else {
             return;
         };
-        serve(&shard, &client.local, &mut client.served).await;
+        loop {
+            match serve(&shard, &client.local, &mut client.served).await {
+                ServeEnd::Ended(_) => return,
+                ServeEnd::Lost(lost) => match Box::pin(client.park().go_on(&shard, lost)).await {
+                    Some(resumed) => client = resumed,
+                    None => return,
+                },
+            }
+        }
     }
 }
 
@@ -219,9 +312,9 @@ mod tests {
             size_of_output(|(client, shard): (Box<Client<L>>, _)| client.serve(shard))
         }
         let sizes = [served::<TcpStream>(), served::<UnixStream>()];
-        assert!(sizes.iter().all(|size| *size <= 424), "{sizes:?}");
+        assert!(sizes.iter().all(|size| *size <= 448), "{sizes:?}");
         // A session of TLS has kilobytes beside it.
         let tls = served::<TlsSocket>();
-        assert!(tls <= 448, "{tls}");
+        assert!(tls <= 472, "{tls}");
     }
 }

@@ -1,5 +1,7 @@
 //! A connection of a client, whatever its frontend: admitted, relayed, and recorded at its end.
 
+use std::rc::Rc;
+
 use tunnel_proto::close::CloseReason;
 
 use super::scope::Scope;
@@ -7,8 +9,10 @@ use crate::dial::Dialled;
 use crate::dial::error::DialError;
 use crate::limits::Limit;
 use crate::permits::{ConnectionPermit, DialPermit};
+use crate::resumption::{Lost, Resumed};
 use crate::shard::Shard;
-use cpc_datapath::{ClosedBy, LocalSocket, Meter, relay};
+use cpc_datapath::{Budget, ClosedBy, LocalSocket, Meter, Progress, relay};
+use cpc_identity::TrustDomain;
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::metrics::{Closer, GaugeGuard};
 
@@ -17,34 +21,82 @@ pub(crate) struct Served {
     /// The connection, for metrics and logs.
     pub record: Record,
     dialled: Dialled,
+    tenant: TrustDomain,
     _observed: Option<GaugeGuard>,
 }
 
 impl Served {
     /// Begins to serve a connection whose dial has succeeded.
-    pub(crate) fn new(shard: &Shard, record: Record, dialled: Dialled) -> Self {
+    pub(crate) fn new(
+        shard: &Shard,
+        record: Record,
+        tenant: TrustDomain,
+        dialled: Dialled,
+    ) -> Self {
         Self {
             record,
             dialled,
+            tenant,
             _observed: shard.observer.as_ref().map(|it| it.connection()),
+        }
+    }
+
+    /// Gives up the halves of a lost tunnel.
+    pub(crate) fn park(self) -> Parked {
+        tracing::debug!(id = %self.record.id, "the connection waits for another tunnel");
+        Parked {
+            record: self.record,
+            unsent: self.dialled.unsent,
+            budget: self.dialled.budget,
+            tenant: self.tenant,
+            observed: self._observed,
         }
     }
 }
 
-/// Relays the connection, and writes its record at the end. Returns the reason.
+/// A connection without a tunnel. It may move between threads.
+pub(crate) struct Parked {
+    /// The connection, for metrics and logs.
+    pub record: Record,
+    unsent: Progress,
+    budget: Budget,
+    tenant: TrustDomain,
+    observed: Option<GaugeGuard>,
+}
+
+impl Parked {
+    /// Goes on over another tunnel.
+    pub(crate) fn resume(mut self, resumed: Resumed) -> Served {
+        self.record.resumed(resumed.stall);
+        tracing::debug!(id = %self.record.id, "the connection goes on over another tunnel");
+        Served {
+            record: self.record,
+            dialled: resumed.into_dialled(self.unsent, self.budget),
+            tenant: self.tenant,
+            _observed: self.observed,
+        }
+    }
+}
+
+/// How serving a connection ended.
+pub(crate) enum ServeEnd {
+    /// The connection has ended, and its record is written.
+    Ended(CloseReason),
+    /// Its tunnel was lost, and another one may carry it on.
+    Lost(Box<Lost>),
+}
+
+/// Relays the connection, and writes its record at the end.
 #[expect(
     clippy::manual_async_fn,
     reason = "an async fn keeps its arguments twice"
 )]
 pub(crate) fn serve(
-    shard: &Shard,
+    shard: &Rc<Shard>,
     local: &impl LocalSocket,
     served: &mut Served,
-) -> impl Future<Output = CloseReason> {
+) -> impl Future<Output = ServeEnd> {
     async move {
-        let Served {
-            record, dialled, ..
-        } = served;
         let Dialled {
             send,
             recv,
@@ -52,34 +104,50 @@ pub(crate) fn serve(
             sent,
             permit,
             budget,
-        } = dialled;
+            ..
+        } = &mut served.dialled;
         let meter = ConnectionMeter::<true> {
-            bytes: &record.bytes,
+            bytes: &served.record.bytes,
             totals: &permit.totals,
             metrics: &shard.metrics.dials,
         };
-        meter.outbound(*sent);
+        meter.outbound(std::mem::take(sent));
         let relayed = relay(local, send, recv, unsent, budget, &meter);
         let (closer, reason) = tokio::select! {
             // Without a random number a poll.
             biased;
             ending = relayed => {
+                let mut reason = ending.reason;
+                if ending.by == ClosedBy::Link {
+                    reason = match Lost::from(shard, &served.tenant, &served.dialled, reason) {
+                        Ok(lost) => return ServeEnd::Lost(lost),
+                        Err(reason) => reason,
+                    };
+                    if reason == CloseReason::Finished {
+                        local.reset_on_close(false);
+                    }
+                }
                 let closer = match ending.by {
                     ClosedBy::Local => Closer::Client,
                     ClosedBy::Remote => Closer::Target,
                     ClosedBy::Link | ClosedBy::Limit => Closer::Tunnel,
                 };
-                (closer, ending.reason)
+                (closer, reason)
             }
             () = local.cut() => (Closer::Server, CloseReason::IdentityRefused),
         };
-        if let Some(observer) = &shard.observer {
-            let established = record.connected.unwrap_or(record.start);
-            observer.connection_ended(established.elapsed());
-        }
-        record.end(closer, reason, &reason, &shard.metrics.dials);
-        reason
+        ended(shard, &served.record, closer, reason);
+        ServeEnd::Ended(reason)
     }
+}
+
+/// Writes the record of a connection that was served.
+pub(crate) fn ended(shard: &Shard, record: &Record, closer: Closer, reason: CloseReason) {
+    if let Some(observer) = &shard.observer {
+        let established = record.connected.unwrap_or(record.start);
+        observer.connection_ended(established.elapsed());
+    }
+    record.end(closer, reason, &reason, &shard.metrics.dials);
 }
 
 /// Writes the record of a failed dial.

@@ -1,10 +1,11 @@
 //! An accepted tunnel of any kind, from its handshake to its end: the identity of the agent, the session,
 //! and what remains to do afterwards.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
@@ -17,12 +18,14 @@ use super::session;
 use super::tunnel::TunnelLink;
 use crate::handshakes::HandshakeFailure;
 use crate::loads::LoadPermit;
+use crate::resumption::settle;
 use crate::routes::{LinkInfo, Trust};
 use crate::shard::Shard;
 use cpc_host::report::report;
 use cpc_host::source_limiter::HandshakePermit;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events::{self as audit, Listener};
+use cpc_session::Bounds;
 use cpc_transport::control_stream::{ControlStream, Shared};
 use cpc_transport::tunnel::{Connection, Recv, Send, Tunnel, TunnelError, TunnelSend};
 
@@ -65,6 +68,12 @@ pub(super) async fn serve(
         connection: connection.clone(),
         session,
         info,
+        notices: OnceCell::new(),
+        bounds: Arc::new(Bounds {
+            bytes: shard.limits.session_bytes,
+            budget: { &tenant.budget }.part(shard.limits.stalled_bytes_per_tunnel()),
+            held: shard.metrics.sessions.held.clone(),
+        }),
         place: RefCell::default(),
     });
 
@@ -82,6 +91,9 @@ pub(super) async fn serve(
         }
     };
     link.place.take();
+    if let Some(process) = link.info.process.get() {
+        process.left(link.info.id);
+    }
     unregister(&shard, &link.info).await;
     tracing::info!(
         agent = %link.info.identity, remote = %connection.remote(),
@@ -90,6 +102,12 @@ pub(super) async fn serve(
     audit::agent_disconnected(&link.info.identity, reason);
     // The reason travels with the close. Without effect on a connection that is gone.
     connection.close(reason, &why);
+    if let Some(notices) = link.notices.get() {
+        let reason = notices.lost().unwrap_or(reason);
+        for state in notices.detach_orphans(reason) {
+            settle(&shard, &link.info, reason, Box::new(state));
+        }
+    }
 }
 
 async fn handshake(

@@ -3,28 +3,43 @@
 
 mod lifecycle;
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use tokio::task::coop;
+use tokio::time::{sleep_until, timeout};
 use tunnel_proto::certificate::Answer;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
-use tunnel_proto::session::{ServerSession, SessionError, Timers, Welcome};
+use tunnel_proto::preface::StreamHead;
+use tunnel_proto::session::{InstanceId, ServerSession, SessionError, Timers, Welcome};
 
 use self::lifecycle::{Action, Greeting, Input, Lifecycle, Moment, NO_ISSUER, Registration};
 use super::Link;
 use super::registration::{register, report_refused, set_draining, set_silent};
 use super::tunnel::TunnelLink;
 use crate::registry::Verdict;
+use crate::resumption::settle;
 use crate::shard::Shard;
+use cpc_datapath::stream::SendHalf;
+use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events as audit;
+use cpc_session::notices::{Notices, NoticesEnd, Role};
 use cpc_transport::control_stream::{ControlEnd, ControlStream};
 use cpc_transport::tunnel::Tunnel;
 
 /// Time for an agent to answer a challenge with a life sign.
 const CHALLENGE: Duration = Duration::from_secs(1);
+
+/// Time after which a silent tunnel ends whose agent has another one: the idle timeout of the transport, which
+/// itself waits longer where it has measured long round trips (RFC 9000 section 10.1).
+const GIVE_UP: Duration = Duration::from_secs(30);
+
+/// Timeout for an agent to permit the stream of notices.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Drives the session until it ends.
 pub(super) async fn run(
@@ -35,6 +50,7 @@ pub(super) async fn run(
     let mut lifecycle = Lifecycle::new(shard.issuer.is_some());
     let mut phase = shard.phase.clone();
     let session = Session { shard, link };
+    let mut silent_since = None;
     loop {
         // One that says much gives way to its neighbours on the shard.
         coop::consume_budget().await;
@@ -46,6 +62,13 @@ pub(super) async fn run(
             Ok(()) = phase.changed() => Input::PhaseChanged,
             () = link.info.replaced.notified() => Input::Replaced,
             () = link.info.challenged.notified() => Input::Challenged,
+            () = silent_for_long(silent_since) => {
+                silent_since = Some(Instant::now());
+                match link.info.is_outlived() {
+                    true => Input::Replaced,
+                    false => continue,
+                }
+            }
         };
         let mut next = Some(input);
         while let Some(input) = next.take() {
@@ -58,6 +81,18 @@ pub(super) async fn run(
                 Err(error) => return error.into(),
             }
         }
+        silent_since = match link.info.silent.load(Ordering::Relaxed) {
+            true => silent_since.or_else(|| Some(Instant::now())),
+            false => None,
+        };
+    }
+}
+
+/// Waits until a tunnel has been silent for so long that its agent has lost it.
+async fn silent_for_long(since: Option<Instant>) {
+    match since {
+        Some(since) => sleep_until((since + GIVE_UP).into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -102,6 +137,12 @@ impl Session<'_> {
             }
             Action::SetSilent(silent) => {
                 set_silent(info, silent);
+                if let Some(process) = info.process.get() {
+                    match silent {
+                        true => process.leave_silent(),
+                        false => process.heard(),
+                    }
+                }
                 shard.control.changed(info.id).await;
             }
             Action::SetDraining {
@@ -152,11 +193,56 @@ impl Session<'_> {
             process,
             offer,
             serves_while_draining,
+            holds_sessions,
         } = registration;
+        if holds_sessions && !shard.limits.resume.is_zero() {
+            self.hold_sessions(process.0).await;
+        }
         let serves = &link.info.serves_while_draining;
         serves.store(serves_while_draining, Ordering::Relaxed);
         let entry = Link::Tunnel(link.clone());
         register(shard, &link.info, entry, process, offer).await
+    }
+
+    /// Prepares the tunnel for sessions of the agent's process. Without a stream for their notices they are
+    /// connections that end with the tunnel.
+    async fn hold_sessions(&self, instance: InstanceId) {
+        let Self { shard, link } = *self;
+        let opened = timeout(STREAM_TIMEOUT, link.connection.open()).await;
+        let Ok(Ok((mut send, recv))) = opened else {
+            return;
+        };
+        let mut head = BytesMut::new();
+        StreamHead::Notices.encode(&mut head);
+        if send.send(&mut head.freeze()).await.is_err() {
+            return;
+        }
+        let notices = Notices::new(Role::Server);
+        // The tunnel is new.
+        let _ = link.notices.set(notices.clone());
+        let leaf = link.connection.peer_certificate();
+        let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
+        let peer = peer.known_as(&link.info.identity);
+        shard.processes.arrived(instance, peer, &link.info);
+        let (connection, session) = (link.connection.clone(), link.session.clone());
+        let (info, moving) = (link.info.clone(), shard.clone());
+        tokio::task::spawn_local(async move {
+            let in_use = || session.note_traffic(Instant::now());
+            let mut run = pin!(notices.run((send, recv), in_use));
+            let end = loop {
+                tokio::select! {
+                    end = &mut run => break end,
+                    () = info.outlived.notified() => {
+                        for state in notices.evict_all() {
+                            settle(&moving, &info, CloseReason::Replaced, Box::new(state));
+                        }
+                    }
+                }
+            };
+            if !matches!(end, NoticesEnd::Tunnel(_)) {
+                connection.close(CloseReason::ProtocolError, &end.to_string());
+            }
+        });
     }
 
     fn welcome(&self, verdict: Verdict, greeting: &Greeting) -> Result<(), SessionError> {

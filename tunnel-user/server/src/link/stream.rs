@@ -10,13 +10,14 @@ use tunnel_proto::preface::DialResponse;
 use super::answer::{Answer, Answered};
 use super::foreign::{ForeignRecv, ForeignSend};
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
-use cpc_transport::tunnel::{Recv, Send, TunnelRecv};
+use cpc_session::{SessionRecv, SessionSend};
+use cpc_transport::tunnel::TunnelRecv;
 
 /// The half towards the target.
 #[derive(Debug)]
 pub enum LinkSend {
     /// A stream of a tunnel.
-    Tunnel(Send),
+    Tunnel(SessionSend),
     /// A half of any other kind.
     Foreign(ForeignSend),
 }
@@ -25,12 +26,21 @@ pub enum LinkSend {
 #[derive(Debug)]
 pub enum LinkRecv {
     /// A stream of a tunnel.
-    Tunnel(Recv),
+    Tunnel(SessionRecv),
     /// A half of any other kind.
     Foreign(ForeignRecv),
 }
 
 impl LinkSend {
+    /// Keeps a session on its tunnel for as long as that is there.
+    pub(crate) fn fix(&self) {
+        if let Self::Tunnel(send) = self
+            && let Some(session) = send.session()
+        {
+            session.fix();
+        }
+    }
+
     /// Boxes a half that is no stream of a tunnel.
     pub fn foreign(half: impl SendHalf + fmt::Debug + 'static) -> Self {
         Self::Foreign(ForeignSend::new(half))
@@ -47,7 +57,7 @@ impl LinkRecv {
 impl Answered for LinkRecv {
     async fn answer(&mut self) -> Answer {
         match self {
-            Self::Tunnel(recv) => recv.read_head(DialResponse::decode).await,
+            Self::Tunnel(recv) => recv.stream().read_head(DialResponse::decode).await,
             Self::Foreign(recv) => recv.answer().await,
         }
     }
@@ -119,6 +129,27 @@ impl RecvHalf for LinkRecv {
         match self {
             Self::Tunnel(recv) => recv.stop(reason),
             Self::Foreign(recv) => recv.stop(reason),
+        }
+    }
+
+    fn lost(&self) -> impl Future<Output = CloseReason> + use<> {
+        match self {
+            Self::Tunnel(recv) => Either::Left(recv.lost()),
+            Self::Foreign(_) => Either::Right(std::future::pending()),
+        }
+    }
+
+    fn accepted(&mut self, n: usize) {
+        match self {
+            Self::Tunnel(recv) => recv.accepted(n),
+            Self::Foreign(recv) => recv.accepted(n),
+        }
+    }
+
+    fn finished(&mut self) {
+        match self {
+            Self::Tunnel(recv) => recv.finished(),
+            Self::Foreign(recv) => recv.finished(),
         }
     }
 

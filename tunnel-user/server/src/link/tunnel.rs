@@ -1,6 +1,6 @@
 //! An agent over a tunnel: a stream of its own for each dial.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,45 +8,90 @@ use std::time::Instant;
 use bytes::BytesMut;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::DialRequest;
+use tunnel_proto::resumption::SessionId;
 use tunnel_proto::session::ServerSession;
 
 use crate::permits::TunnelPermit;
 use crate::routes::LinkInfo;
 use cpc_datapath::stream::{SendEnd, SendHalf};
+use cpc_host::random;
+use cpc_session::{Bounds, Notices, SessionRecv, SessionSend, SessionState};
 use cpc_transport::control_stream::Shared;
-use cpc_transport::tunnel::{Connection, Recv, Send, Tunnel};
+use cpc_transport::tunnel::{Connection, Tunnel};
 
 /// A connected agent.
 #[derive(Debug)]
 pub(crate) struct TunnelLink {
-    pub(super) connection: Connection,
+    pub connection: Connection,
     pub(super) session: Rc<Shared<ServerSession>>,
     /// State that other shards may read.
     pub info: Arc<LinkInfo>,
+    /// Sessions over the tunnel, where the agent holds them.
+    pub notices: OnceCell<Rc<Notices>>,
+    /// Bounds on each session.
+    pub(super) bounds: Arc<Bounds>,
     /// Permit among all tunnels, once the agent is welcome.
     pub(super) place: RefCell<Option<TunnelPermit>>,
 }
 
 impl TunnelLink {
-    /// Opens a stream and sends `request` on it. Waits for the agent's permission when [`MAX_DIALS`]
+    /// Opens a stream and sends `request` on it, as a session if the agent holds those. Waits for the agent's permission when [`MAX_DIALS`]
     /// are open, so callers need a timeout.
     ///
     /// [`MAX_DIALS`]: cpc_config::transport::MAX_DIALS
     ///
     /// # Errors
     /// The reason why the tunnel is gone.
-    pub(crate) async fn open(&self, request: &DialRequest) -> Result<(Send, Recv), CloseReason> {
+    pub(crate) async fn open(
+        &self,
+        request: &DialRequest,
+    ) -> Result<(SessionSend, SessionRecv), CloseReason> {
+        self.open_as(request, self.notices.get()).await
+    }
+
+    /// Does as [`open`](Self::open), never as a session.
+    pub(crate) async fn open_plain(
+        &self,
+        request: &DialRequest,
+    ) -> Result<(SessionSend, SessionRecv), CloseReason> {
+        self.open_as(request, None).await
+    }
+
+    async fn open_as(
+        &self,
+        request: &DialRequest,
+        notices: Option<&Rc<Notices>>,
+    ) -> Result<(SessionSend, SessionRecv), CloseReason> {
         self.session.note_traffic(Instant::now());
         let opened = self.connection.open().await;
-        let (mut send, recv) = opened.map_err(|error| error.reason())?;
+        let (send, recv) = opened.map_err(|error| error.reason())?;
         let mut preface = BytesMut::new();
+        let session = match notices {
+            Some(notices) => Some(notices.begin(self.fresh_session()?)),
+            None => None,
+        };
+        let request = DialRequest {
+            session: session.as_ref().map(|(key, _)| *key),
+            ..request.clone()
+        };
         request.encode(&mut preface);
-        let sent = send.send(&mut preface.freeze()).await;
+        let carried = session.map(|(_, carried)| carried);
+        // They end the session if the dial is given up.
+        let mut send = SessionSend::new(send, carried.clone());
+        let recv = SessionRecv::new(recv, carried);
+        let sent = send.stream().send(&mut preface.freeze()).await;
         sent.map_err(|end| match end {
             SendEnd::Acknowledged => CloseReason::Internal,
             SendEnd::Stopped(reason) | SendEnd::Link(reason) => reason,
         })?;
         Ok((send, recv))
+    }
+
+    fn fresh_session(&self) -> Result<SessionState, CloseReason> {
+        let mut id = [0; 16];
+        // An id that others could guess is none.
+        random::fill(&mut id).map_err(|_| CloseReason::Internal)?;
+        Ok(SessionState::new(SessionId::new(id), self.bounds.clone()))
     }
 
     /// Ends the link and everything on it.

@@ -27,6 +27,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::attached::Attached;
 use super::prepared::Prepared;
+use crate::agent_processes::AgentProcesses;
 use crate::attachments::Attachments;
 use crate::bind::Bound;
 use crate::control::Control;
@@ -127,6 +128,8 @@ impl Serving {
             faults: Faults::default(),
             waiting: ConcurrencyLimit::new(shares.waiting),
             dials: ConcurrencyLimit::new(config.limits.dials),
+            waiting_sessions: ConcurrencyLimit::new(config.limits.waiting_sessions),
+            processes: AgentProcesses::new(config.limits.waiting_sessions_per_agent),
             tunnels: ConcurrencyLimit::new(config.limits.agents),
             handshakes: HandshakeLimiter::new(&config.limits.handshakes, failed_tunnels.clone()),
             server_id: identity.name.clone(),

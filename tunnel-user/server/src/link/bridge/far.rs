@@ -35,7 +35,7 @@ pub(crate) fn open(
 async fn serve(link: Option<Link>, request: &DialRequest, outward: Outward, mut inward: Inward) {
     let opened = async {
         match link {
-            Some(link) => link.open(request).await,
+            Some(link) => link.open_plain(request).await,
             None => Err(CloseReason::LinkLost),
         }
     };

@@ -93,6 +93,8 @@ pub(super) struct Registration {
     pub offer: Vec<Claim>,
     /// Whether the agent takes dials while it drains.
     pub serves_while_draining: bool,
+    /// Whether connections over the agent can outlive their tunnel.
+    pub holds_sessions: bool,
 }
 
 /// Facts about a welcome agent, for the log.
@@ -230,6 +232,7 @@ impl Lifecycle {
             return self.refuse(CloseReason::Overloaded, limit);
         }
         let serves_while_draining = hello.serves_while_draining();
+        let holds_sessions = hello.holds_sessions();
         self.state = State::Registering(Greeting {
             instance: hello.instance_id,
             version: hello.software_version,
@@ -239,6 +242,7 @@ impl Lifecycle {
             process: (hello.instance_id, hello.predecessor),
             offer: hello.offer,
             serves_while_draining,
+            holds_sessions,
         })
     }
 

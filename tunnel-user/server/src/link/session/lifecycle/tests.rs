@@ -71,6 +71,7 @@ fn an_agent_is_welcomed_once_its_routes_are_in_force() {
         process: (PROCESS, None),
         offer: vec![Claim::DefaultRoute],
         serves_while_draining: true,
+        holds_sessions: false,
     };
     let admitted = lifecycle.handle(Input::Admitted(Ok(())), at);
     assert_eq!(admitted, Action::Register(registration));
