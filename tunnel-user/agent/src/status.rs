@@ -23,7 +23,9 @@ use cpc_host::lifecycle::Phase;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
-use cpc_observe::admin::status::{AgentStatus, Refused, ServerRow, Status, rfc3339};
+use cpc_observe::admin::status::{
+    AgentStatus, ConnectionCounts, Refused, ServerRow, Status, rfc3339,
+};
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::millis;
 
@@ -109,6 +111,11 @@ impl Source for View {
             server_count: self.facts.tunnels.server_count(),
             shards: self.facts.shards,
             engine: self.facts.engine.label().into(),
+            connections: ConnectionCounts {
+                open: self.connections.in_use(),
+                held: self.sessions.metrics.held.get(),
+                waiting: self.sessions.waiting.in_use(),
+            },
             certificates: lifetime::rows(&self.facts.lifetimes, SystemTime::now()),
             servers: self.facts.tunnels.view().iter().map(row).collect(),
             allow: self.policy.load().rules().collect(),

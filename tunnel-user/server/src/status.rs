@@ -23,7 +23,9 @@ use cpc_host::report::report;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
-use cpc_observe::admin::status::{AgentRow, Refused, ServerStatus, Status, rfc3339};
+use cpc_observe::admin::status::{
+    AgentRow, ConnectionCounts, Refused, ServerStatus, Status, rfc3339,
+};
 use cpc_observe::metrics::ours;
 use cpc_observe::millis;
 use cpc_redirect::Redirect;
@@ -151,6 +153,11 @@ impl Source for View {
                 shards: self.shards,
                 engine: self.engine.label().into(),
                 breakers_open: self.breakers_open.get(),
+                connections: ConnectionCounts {
+                    open: self.common.connections.in_use(),
+                    held: self.common.metrics.sessions.held.get(),
+                    waiting: self.common.waiting_sessions.in_use(),
+                },
                 certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
                 agents,
                 attachments: attachments

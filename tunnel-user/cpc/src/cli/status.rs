@@ -11,7 +11,8 @@ use comfy_table::{ContentArrangement, Table};
 
 use cpc_host::report::report;
 use cpc_observe::admin::status::{
-    AgentRow, AgentStatus, CertificateRow, Refused, ServerRow, ServerStatus, Status,
+    AgentRow, AgentStatus, CertificateRow, ConnectionCounts, Refused, ServerRow, ServerStatus,
+    Status,
 };
 
 /// Timeout of the admin port.
@@ -164,6 +165,7 @@ fn render_server(server: &ServerStatus) -> String {
         spread(server.shards, shards),
         server.engine
     );
+    text += &connections(server.connections);
     if server.breakers_open > 0 {
         text += &format!(
             "{} destinations are skipped for now: their dials timed out (circuit_open in the \
@@ -205,6 +207,18 @@ fn agent_row(agent: &AgentRow) -> [String; 12] {
     ]
 }
 
+/// Returns a line on connections, and on what becomes of them when their tunnel is lost.
+fn connections(counts: ConnectionCounts) -> String {
+    let ConnectionCounts {
+        open,
+        held,
+        waiting,
+    } = counts;
+    format!(
+        "{open} connections, {held} of them outlive their tunnel; {waiting} wait for another one\n"
+    )
+}
+
 fn render_agent(agent: &AgentStatus) -> String {
     let ready = readiness(agent.not_ready.as_deref());
     let mut text = format!("{}  {}  {ready}\n\n", agent.identity, agent.version);
@@ -224,6 +238,7 @@ fn render_agent(agent: &AgentStatus) -> String {
         spread(agent.shards, shards),
         agent.engine
     );
+    text += &connections(agent.connections);
     text += &certificates(&agent.certificates);
     for server in &agent.servers {
         text += &refused(&server.server_id, &server.refused);

@@ -35,6 +35,9 @@ pub struct ServerStatus {
     /// Number of destinations whose breaker is open.
     #[serde(default)]
     pub breakers_open: i64,
+    /// Number of connections.
+    #[serde(default)]
+    pub connections: ConnectionCounts,
     /// Certificates of the server, and the CAs that it trusts.
     #[serde(default)]
     pub certificates: Vec<CertificateRow>,
@@ -45,6 +48,17 @@ pub struct ServerStatus {
     /// Error that prevented reading the attachments.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attachments_error: Option<String>,
+}
+
+/// Number of connections, by what becomes of them when their tunnel is lost.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct ConnectionCounts {
+    /// All open ones.
+    pub open: usize,
+    /// Those that outlive their tunnel.
+    pub held: i64,
+    /// Those of these that wait for another tunnel.
+    pub waiting: usize,
 }
 
 /// One certificate in use.
@@ -130,6 +144,9 @@ pub struct AgentStatus {
     /// System interface that moves bytes: `epoll` or `io_uring`.
     #[serde(default)]
     pub engine: String,
+    /// Number of connections.
+    #[serde(default)]
+    pub connections: ConnectionCounts,
     /// Certificates of the agent, and the CAs that it trusts.
     #[serde(default)]
     pub certificates: Vec<CertificateRow>,
