@@ -9,12 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
+use tracing_subscriber::EnvFilter;
 use tunnel_simulation::kernel::TRACE;
 use tunnel_simulation::runner::{self, Running};
 use tunnel_simulation::world::Shared;
 
 const USAGE: &str = "usage: simulate run FROM COUNT [JOBS]
-       simulate trace SEED    replays a seed, and prints its events";
+       simulate trace SEED    replays a seed, and prints its events and the programs' logs";
 
 /// Failures after which a run ends.
 const ENOUGH: u64 = 20;
@@ -29,6 +30,11 @@ fn main() -> Result<ExitCode> {
         ["trace", seed] => {
             // In a fork too, or the state of this process would change what happens.
             TRACE.store(true, Ordering::Relaxed);
+            // The log of all programs, with their clocks.
+            tracing_subscriber::fmt()
+                .with_env_filter(EnvFilter::new("cpc=debug,info"))
+                .with_ansi(false)
+                .init();
             println!("{:?}", runner::run(&shared, seed.parse()?)?);
             Ok(ExitCode::SUCCESS)
         }

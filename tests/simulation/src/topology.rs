@@ -85,6 +85,8 @@ pub struct Topology {
     tunnels: u8,
     keeps_state: bool,
     drain: u64,
+    /// Time in seconds for which a connection waits for another tunnel.
+    resume: u64,
 }
 
 fn server_name(index: usize) -> String {
@@ -157,6 +159,7 @@ impl Topology {
             tunnels: random.pick(&[1, 1, 1, 2]),
             keeps_state: random.chance(1, 2),
             drain: random.pick(&[1, 5, 15]),
+            resume: random.pick(&[0, 3, 12, 12]),
         }
     }
 
@@ -225,6 +228,7 @@ impl Topology {
         config.tls = shared.pki.tls(name);
         config.limits.dial_timeout = Duration::from_nanos(self.dial_timeout);
         config.limits.drain = Duration::from_secs(self.drain);
+        config.limits.resume = Duration::from_secs(self.resume);
         // Failed dials must not hide the invariants behind an open breaker.
         config.limits.breaker_failures = 0;
         config.policy.grants = vec![GrantConfig {
@@ -266,6 +270,7 @@ impl Topology {
         };
         config.allow = Some(vec![allow(*address), allow(SHARED), allow(UNGRANTED)]);
         config.limits.drain = Some(Duration::from_secs(self.drain));
+        config.limits.resume = Duration::from_secs(self.resume);
         config
     }
 }
