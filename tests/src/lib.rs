@@ -18,6 +18,7 @@
 
 pub mod bench;
 pub mod client;
+pub mod conversation;
 pub mod exposition;
 pub mod frontend;
 pub mod hostile;

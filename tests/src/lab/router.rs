@@ -25,6 +25,8 @@ pub struct Router {
     /// Namespace: interface `cp` towards the control plane, `wN` towards worker N.
     pub netns: Netns,
     generation: u32,
+    /// Number of times that flows were lost.
+    lost: u32,
 }
 
 impl Router {
@@ -38,6 +40,7 @@ impl Router {
         let router = Self {
             netns,
             generation: 0,
+            lost: 0,
         };
         router.add_veth("cp", control_plane)?;
         router.address_control_plane(control_plane, servers)?;
@@ -155,6 +158,27 @@ impl Router {
                chain forward {{
                  type filter hook forward priority filter - 1; policy accept;
                  iifname \"w{n}\" oifname \"cp\" drop
+               }}
+             }}"
+        ))
+    }
+
+    /// Drops every packet of the present flows over UDP, in both directions, for good. New flows pass.
+    ///
+    /// # Errors
+    ///
+    /// What `nft` says.
+    pub fn lose_flows(&mut self) -> Result<()> {
+        self.lost += 1;
+        let mark = self.lost;
+        self.netns.nft(&format!(
+            "add table inet lost
+             delete table inet lost
+             table inet lost {{
+               chain forward {{
+                 type filter hook forward priority filter - 1; policy accept;
+                 meta l4proto udp ct state new ct mark set {mark} accept
+                 meta l4proto udp ct mark != {mark} drop
                }}
              }}"
         ))

@@ -225,6 +225,7 @@ fn variants() -> Vec<Path> {
     vec![
         both("redirect, one shard", json!({"shards": 1})),
         both("redirect, no log", json!({"log": {"access": false}})),
+        both("redirect, plain", json!({"limits": {"resume": "0s"}})),
         both("redirect, epoll", json!({"datapath": {"engine": "epoll"}})),
         both(
             "redirect, io_uring",
