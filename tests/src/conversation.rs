@@ -16,7 +16,7 @@ use crate::pattern::{self, Checker};
 /// A connection without a byte for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a conversation sends.
+/// Traffic of a conversation.
 #[derive(Clone, Copy, Debug)]
 pub enum Pace {
     /// Messages of so many bytes, each sent when the last one has come back and the pause is over.

@@ -27,7 +27,7 @@ use cpc_transport::tunnel::{Connection, HeadError, Recv, Send, Tunnel, TunnelRec
 /// Timeout of the request on a stream.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the streams of a tunnel have in common.
+/// Common state of the streams of a tunnel.
 #[derive(Debug)]
 pub(super) struct Carrier {
     /// Id of the server.

@@ -29,7 +29,7 @@ pub(super) struct ServerProcess {
     pub identity: String,
     /// The process.
     pub instance: InstanceId,
-    /// Its certificate, as lists of revocations know it.
+    /// Certificate of the process, as lists of revocations know it.
     pub peer: Peer,
 }
 
@@ -43,7 +43,7 @@ impl PartialEq for ServerProcess {
 pub(super) struct Parked {
     /// The session.
     pub state: Box<SessionState>,
-    /// Its connection; `None` if that has ended and the server is yet to learn how.
+    /// Connection to the target; `None` if that has ended and the server is yet to learn how.
     pub connection: Option<Box<ParkedConnection>>,
     /// Reason for which the tunnel was lost.
     pub cause: CloseReason,

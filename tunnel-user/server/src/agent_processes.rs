@@ -38,7 +38,7 @@ struct Known {
 /// One process of an agent.
 #[derive(Debug)]
 pub(crate) struct AgentProcess {
-    /// Its tunnels, oldest first.
+    /// Tunnels of the process, oldest first.
     links: watch::Sender<Vec<Arc<LinkInfo>>>,
     /// The certificate that it has shown last.
     peer: Mutex<Peer>,

@@ -131,7 +131,7 @@ impl Drop for SessionSend {
 /// Reason with which a stream ends whose session goes on over another tunnel.
 const MOVED: CloseReason = CloseReason::Replaced;
 
-/// What the relay sees of it.
+/// End of a half that the relay sees then.
 const MOVED_SEND: SendEnd = SendEnd::Link(MOVED);
 
 /// Returns what `end` means for the relay: the other end may have moved a session that both hold.

@@ -20,10 +20,10 @@ use cpc_observe::metrics::GaugeGuard;
 /// Granularity of charges for kept bytes.
 const CHARGE_STEP: u64 = 16 << 10;
 
-/// What keeping a chunk costs beside its bytes.
+/// Bytes of memory that a kept chunk takes beside its own.
 const CHUNK_COST: u64 = 128;
 
-/// What sessions of one agent or of one server have in common.
+/// Common bounds of the sessions of one tunnel, or of one agent.
 #[derive(Debug)]
 pub struct Bounds {
     /// Maximum number of bytes that one session keeps. A sender waits for confirmations from there on.
@@ -69,13 +69,13 @@ impl Drop for SessionState {
 /// Fate of a session whose tunnel was lost.
 #[derive(Debug)]
 pub enum Detached {
-    /// It can go on over another tunnel.
+    /// The session can go on over another tunnel.
     Safe(Box<SessionState>),
-    /// It has ended. The other end learns that over another tunnel.
+    /// The session has ended. The other end learns that over another tunnel.
     Ended(Box<SessionState>),
     /// Both directions had ended in order, and the other end knows.
     Finished,
-    /// It ends with its tunnel.
+    /// The session ends with its tunnel.
     Plain,
 }
 

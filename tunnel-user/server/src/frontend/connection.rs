@@ -78,11 +78,11 @@ impl Parked {
     }
 }
 
-/// How serving a connection ended.
+/// End of serving a connection.
 pub(crate) enum ServeEnd {
     /// The connection has ended, and its record is written.
     Ended(CloseReason),
-    /// Its tunnel was lost, and another one may carry it on.
+    /// The tunnel was lost, and another one may carry the connection on.
     Lost(Box<Lost>),
 }
 
