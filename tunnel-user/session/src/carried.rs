@@ -12,7 +12,6 @@ use tunnel_proto::varint::VarInt;
 use super::notices::Notices;
 use super::session::{Effect, Hold};
 use super::state::{Detached, SessionState};
-use super::violation::Violation;
 
 /// Number of accepted bytes after which the other end is told at once.
 const TELL_AFTER: u64 = 256 << 10;
@@ -81,8 +80,7 @@ impl Carried {
         self.number
     }
 
-    /// Changes the state, unless the session was detached. Tells the other end what it lacks, and wakes the
-    /// relay if it waits for such a change.
+    /// Changes the state, unless the session was detached.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut SessionState) -> T) -> Option<T> {
         let mut inner = self.inner.borrow_mut();
         let state = inner.state.as_mut()?;
@@ -206,6 +204,7 @@ impl Carried {
         let Some(state) = &mut inner.state else {
             return;
         };
+        let before = (state.session.hold(), state.session.is_settled());
         let effect = match confirmation {
             Some(confirmation) => state.confirmed(confirmation),
             None => Ok(state.unknown_to_peer()),
@@ -213,16 +212,19 @@ impl Carried {
         let reset = match effect {
             Ok(Effect { reset, .. }) => reset,
             Err(violation) => {
-                state.abort(broken(violation));
-                Some(broken(violation))
+                tracing::warn!(%violation, "the peer broke the protocol of sessions");
+                state.abort(CloseReason::ProtocolError);
+                Some(CloseReason::ProtocolError)
             }
         };
-        let hold = state.session.hold();
+        let after = (state.session.hold(), state.session.is_settled());
+        // What the socket has taken meanwhile waits for its time: an answer at once would be answered in turn.
+        let is_news = before != after || reset.is_some() || inner.is_orphan;
         inner.reset = inner.reset.or(reset);
         drop(inner);
         self.count();
         self.wake();
-        if hold != Hold::Plain {
+        if is_news && after.0 != Hold::Plain {
             self.queue(true);
         }
         self.remove_if_over();
@@ -315,6 +317,7 @@ impl Carried {
     /// Ends an orphan that the other end does not settle.
     pub(super) fn expire(&self) {
         self.inner.borrow_mut().state = None;
+        self.count();
         self.remove();
     }
 
@@ -333,10 +336,4 @@ impl Carried {
         self.remove();
         state.map_or(Detached::Plain, |state| state.detach(reason, now))
     }
-}
-
-/// Returns the reason with which a session ends whose other end broke the protocol.
-fn broken(violation: Violation) -> CloseReason {
-    tracing::warn!(%violation, "the peer broke the protocol of sessions");
-    CloseReason::ProtocolError
 }
