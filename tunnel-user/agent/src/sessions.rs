@@ -248,3 +248,74 @@ impl Sessions {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use cpc_datapath::Budget;
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    fn sessions() -> Arc<Sessions> {
+        let metrics = SessionMetrics::register(&mut Registry::default());
+        let bounds = Bounds {
+            bytes: 1000,
+            budget: Budget::new(1000),
+            held: metrics.held.clone(),
+        };
+        Sessions::new(bounds, metrics, Duration::from_secs(1), 10)
+    }
+
+    fn server(name: &str, instance: u8) -> Arc<ServerProcess> {
+        Arc::new(ServerProcess {
+            identity: format!("spiffe://cluster.local/server/{name}"),
+            instance: InstanceId([instance; 16]),
+            peer: Peer::default(),
+        })
+    }
+
+    fn tunnel() -> Arc<TunnelStats> {
+        Arc::new(TunnelStats::new(&[], Vec::new()))
+    }
+
+    #[test]
+    fn a_session_has_one_owner_and_one_name() {
+        let (sessions, id) = (sessions(), SessionId::new([1; 16]));
+        let state = sessions.begin(id, &server("s1", 1), &tunnel());
+        assert!(state.is_some());
+        for other in [server("s1", 1), server("s2", 1)] {
+            let again = sessions.begin(id, &other, &tunnel());
+            assert!(again.is_none(), "a server that knows the name takes it");
+        }
+        drop(state);
+        assert!(sessions.begin(id, &server("s2", 1), &tunnel()).is_some());
+    }
+
+    /// Neither another server with the name of a session nor another process of the same one gets it.
+    #[test]
+    fn only_the_same_process_of_the_same_server_resumes_a_session() {
+        let (sessions, id) = (sessions(), SessionId::new([1; 16]));
+        let _state = sessions.begin(id, &server("s1", 1), &tunnel());
+        for other in [server("s2", 1), server("s1", 2)] {
+            let found = sessions.take(id, &other, &tunnel());
+            assert!(matches!(found, Found::Unknown), "{other:?}");
+        }
+        let unknown = SessionId::new([2; 16]);
+        let found = sessions.take(unknown, &server("s1", 1), &tunnel());
+        assert!(matches!(found, Found::Unknown));
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_gives_up_the_sessions_that_the_server_continues_elsewhere() {
+        let (sessions, id) = (sessions(), SessionId::new([1; 16]));
+        let (server, carrier) = (server("s1", 1), tunnel());
+        let _state = sessions.begin(id, &server, &carrier);
+        for _ in 0..2 {
+            let found = sessions.take(id, &server, &tunnel());
+            assert!(matches!(found, Found::Carried));
+        }
+        assert_eq!(carrier.moved().await, HashSet::from([id]));
+    }
+}

@@ -199,3 +199,84 @@ fn is_heard(link: &Arc<LinkInfo>) -> bool {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+    use crate::registry::tests;
+
+    fn link(id: u64, name: &str) -> Arc<LinkInfo> {
+        tests::link(id, name, "192.0.2.1")
+    }
+
+    fn instance(n: u8) -> InstanceId {
+        InstanceId([n; 16])
+    }
+
+    #[test]
+    fn a_session_waits_for_a_tunnel_that_is_heard() {
+        let processes = AgentProcesses::new(10);
+        let [one, other] = [1, 2].map(|id| link(id, "w1"));
+        processes.arrived(instance(1), Peer::default(), &one);
+        let process = one.process.get().unwrap().clone();
+        assert_eq!(process.link().now_or_never().map(|it| it.id), Some(one.id));
+        one.silent.store(true, Ordering::Relaxed);
+        assert!(process.link().now_or_never().is_none());
+        // The silent tunnel is left as soon as there is another one.
+        processes.arrived(instance(1), Peer::default(), &other);
+        assert_eq!(
+            process.link().now_or_never().map(|it| it.id),
+            Some(other.id)
+        );
+        assert!(one.outlived.notified().now_or_never().is_some() && one.is_outlived());
+        process.left(other.id);
+        assert!(process.link().now_or_never().is_none() && !process.has_ended());
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_that_is_heard_again_wakes_who_waits() {
+        let processes = AgentProcesses::new(10);
+        let one = link(1, "w1");
+        one.silent.store(true, Ordering::Relaxed);
+        processes.arrived(instance(1), Peer::default(), &one);
+        let process = one.process.get().unwrap().clone();
+        let mut waits = Box::pin(process.link());
+        assert!((&mut waits).now_or_never().is_none());
+        one.silent.store(false, Ordering::Relaxed);
+        process.heard();
+        assert!((&mut waits).now_or_never().is_some());
+    }
+
+    /// A later process takes the place of one without a tunnel, and leaves one that is heard.
+    #[test]
+    fn a_process_that_is_not_heard_ends_when_another_one_comes() {
+        let processes = AgentProcesses::new(10);
+        let [first, second, third, stranger] =
+            [(1, "w1"), (2, "w1"), (3, "w1"), (4, "w2")].map(|(id, name)| link(id, name));
+        processes.arrived(instance(1), Peer::default(), &first);
+        let process = first.process.get().unwrap().clone();
+        processes.arrived(instance(4), Peer::default(), &stranger);
+        processes.arrived(instance(2), Peer::default(), &second);
+        assert!(!process.has_ended());
+        process.left(first.id);
+        processes.arrived(instance(3), Peer::default(), &third);
+        assert!(process.has_ended() && process.ended().now_or_never().is_some());
+        let others = [&second, &third, &stranger].map(|it| it.process.get().unwrap().has_ended());
+        assert_eq!(others, [false; 3]);
+    }
+
+    #[test]
+    fn the_processes_of_one_identity_share_a_limit() {
+        let processes = AgentProcesses::new(1);
+        let [one, other, stranger] =
+            [(1, "w1"), (2, "w1"), (3, "w2")].map(|(id, name)| link(id, name));
+        for (at, link) in [&one, &other, &stranger].into_iter().enumerate() {
+            processes.arrived(instance(at as u8), Peer::default(), link);
+        }
+        let waiting = |link: &LinkInfo| link.process.get().unwrap().waiting.acquire();
+        let held = waiting(&one);
+        assert!(held.is_some() && waiting(&other).is_none() && waiting(&stranger).is_some());
+    }
+}

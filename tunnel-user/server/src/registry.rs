@@ -692,4 +692,4 @@ impl Registry {
 #[cfg(test)]
 mod model;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

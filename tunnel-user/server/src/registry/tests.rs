@@ -36,7 +36,8 @@ fn registry_with(strategies: &[Strategy]) -> Registry {
     Registry::new(grants, strategies, FORGET)
 }
 
-fn link(id: u64, name: &str, address: &str) -> Arc<LinkInfo> {
+/// Returns a link of the agent called `name`.
+pub(crate) fn link(id: u64, name: &str, address: &str) -> Arc<LinkInfo> {
     link_of(id, name, address, TunnelKind::Quic, Trust::Granted)
 }
 
