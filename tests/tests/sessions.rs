@@ -17,7 +17,7 @@ use tunnel_tests::target::Behaviour;
 const HELD: Duration = Duration::from_secs(2);
 
 /// Time in which a lost tunnel is noticed and replaced, with room.
-const SETTLED: Duration = Duration::from_secs(6);
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// Bytes of a transfer.
 const MUCH: u64 = 40_000_000;
@@ -94,7 +94,7 @@ fn connections_of_the_redirect_outlive_their_tunnel() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    outlive(&mut Lab::up(spec()?)?, Frontend::Redirect, 3)
+    outlive(&mut Lab::up(spec()?)?, Frontend::Redirect, 2)
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Runs every check, the cheapest first.
 
 use std::env;
+use std::num::NonZero;
+use std::thread;
 
 use anyhow::Result;
 
@@ -33,11 +35,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut nextest = workspace::cargo();
     nextest
         .args(["nextest", "run", "--cargo-profile", PROFILE])
+        .args(["--test-threads", &threads().to_string()])
         .args(&args.filters);
     if env::var_os("CI").is_some() {
         nextest.args(["--show-progress", "none"]);
     }
     sh::run(&mut nextest)
+}
+
+/// Returns the number of tests at once: one more than there are processors, for those that mostly wait.
+fn threads() -> usize {
+    thread::available_parallelism().map_or(2, NonZero::get) + 1
 }
 
 /// Builds `cpc`, the programs of the laboratory and all tests in one call: in separate calls cargo
