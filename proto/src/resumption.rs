@@ -9,6 +9,7 @@
 //! key:           session id (16 bytes)   number (varint)
 //! confirmation:  written (varint)   flags (1 byte)   [reason (varint), where the session was given up]
 //! flags:         bit 0: finished   bit 1: refused   bits 2 and 3: 0 open, 1 settled, 2 aborted, 3 acknowledged
+//!                bit 4: safe
 //! notice:        number (varint)   1 (1 byte)   confirmation
 //!                number (varint)   0 (1 byte): the sender does not know this session
 //! ```

@@ -351,6 +351,7 @@ proptest! {
         let state = Confirmation {
             accepted: Accepted { written, is_finished: true, ..Accepted::default() },
             status: Status::Aborted(CloseReason::PeerReset),
+            is_safe: true,
         };
         let resume = StreamHead::Resume(ResumeRequest { key, state });
         for head in [StreamHead::Dial(request), StreamHead::Notices, resume] {
@@ -368,6 +369,7 @@ proptest! {
         let state = Confirmation {
             accepted: Accepted { written, is_refused: true, ..Accepted::default() },
             status: Status::Settled,
+            is_safe: false,
         };
         for response in [ResumeResponse::Resumed(state), ResumeResponse::Unknown, ResumeResponse::Busy] {
             let mut bytes = BytesMut::new();

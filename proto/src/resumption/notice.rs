@@ -84,14 +84,15 @@ mod tests {
             Just(Status::Acknowledged),
         ];
         let accepted = (0..=VarInt::MAX.into_inner(), any::<bool>(), any::<bool>());
-        (accepted, status).prop_map(
-            |((written, is_finished, is_refused), status)| Confirmation {
+        (accepted, status, any::<bool>()).prop_map(
+            |((written, is_finished, is_refused), status, is_safe)| Confirmation {
                 accepted: Accepted {
                     written,
                     is_finished,
                     is_refused,
                 },
                 status,
+                is_safe,
             },
         )
     }
@@ -129,6 +130,6 @@ mod tests {
     #[test]
     fn what_this_release_does_not_know_is_refused() {
         assert_eq!(Notice::decode(&[0, 2]), Err(NoticeError::Kind(2)));
-        assert_eq!(Notice::decode(&[0, 1, 0, 16]), Err(NoticeError::Flags(16)));
+        assert_eq!(Notice::decode(&[0, 1, 0, 32]), Err(NoticeError::Flags(32)));
     }
 }

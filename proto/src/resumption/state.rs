@@ -38,16 +38,25 @@ pub struct Confirmation {
     pub accepted: Accepted,
     /// Progress of the whole.
     pub status: Status,
+    /// Whether the end can send everything again that the other one has not accepted: it survives the loss of
+    /// the tunnel.
+    pub is_safe: bool,
 }
 
 const FINISHED: u8 = 1;
 const REFUSED: u8 = 2;
 const STATUS_SHIFT: u8 = 2;
+const STATUS: u8 = 3;
+const SAFE: u8 = 16;
 
 impl Confirmation {
     /// Appends the confirmation.
     pub(crate) fn encode(&self, out: &mut BytesMut) {
-        let Self { accepted, status } = self;
+        let Self {
+            accepted,
+            status,
+            is_safe,
+        } = self;
         // No connection carries 2^62 bytes.
         let written = VarInt::try_from(accepted.written).unwrap_or(VarInt::MAX);
         written.encode(out);
@@ -61,6 +70,7 @@ impl Confirmation {
         out.put_u8(
             flag(accepted.is_finished, FINISHED)
                 | flag(accepted.is_refused, REFUSED)
+                | flag(*is_safe, SAFE)
                 | status_code << STATUS_SHIFT,
         );
         if let Status::Aborted(reason) = status {
@@ -81,7 +91,10 @@ impl Confirmation {
             return Ok(None);
         };
         size += 1;
-        let status = match flags >> STATUS_SHIFT {
+        if flags > SAFE | (SAFE - 1) {
+            return Err(flags);
+        }
+        let status = match flags >> STATUS_SHIFT & STATUS {
             0 => Status::Open,
             1 => Status::Settled,
             2 => {
@@ -92,14 +105,18 @@ impl Confirmation {
                 let reason = CloseReason::from_code(code.into_inner());
                 Status::Aborted(reason.unwrap_or(CloseReason::PeerReset))
             }
-            3 => Status::Acknowledged,
-            _ => return Err(flags),
+            _ => Status::Acknowledged,
         };
         let accepted = Accepted {
             written: written.into_inner(),
             is_finished: flags & FINISHED != 0,
             is_refused: flags & REFUSED != 0,
         };
-        Ok(Some((Self { accepted, status }, size)))
+        let confirmation = Self {
+            accepted,
+            status,
+            is_safe: flags & SAFE != 0,
+        };
+        Ok(Some((confirmation, size)))
     }
 }

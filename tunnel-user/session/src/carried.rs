@@ -66,7 +66,7 @@ impl Carried {
                 reset: None,
                 is_fixed: false,
                 is_evicted: false,
-                lost: None,
+                lost: notices.lost(),
                 waker: None,
                 is_counted: false,
                 early: None,
@@ -95,7 +95,7 @@ impl Carried {
         let mut inner = self.inner.borrow_mut();
         if !std::mem::replace(&mut inner.is_queued, true) {
             drop(inner);
-            notices.queue(self.clone(), is_urgent);
+            notices.queue(self.number, is_urgent);
         } else if is_urgent {
             drop(inner);
             notices.hurry();
@@ -152,7 +152,8 @@ impl Carried {
 
     /// Whether the session may go to another tunnel now.
     pub(super) fn is_movable(&self) -> bool {
-        self.is_safe() && !self.inner.borrow().is_fixed
+        let is_peer_safe = self.change(|state| state.session.is_peer_safe());
+        self.is_safe() && is_peer_safe == Some(true) && !self.inner.borrow().is_fixed
     }
 
     /// Whether the other end takes no more, and has not passed an end of file on.
@@ -204,7 +205,11 @@ impl Carried {
         let Some(state) = &mut inner.state else {
             return;
         };
-        let before = (state.session.hold(), state.session.is_settled());
+        let milestones = |state: &SessionState| {
+            let session = &state.session;
+            (session.hold(), session.is_settled(), session.is_safe())
+        };
+        let before = milestones(state);
         let effect = match confirmation {
             Some(confirmation) => state.confirmed(confirmation),
             None => Ok(state.unknown_to_peer()),
@@ -217,7 +222,7 @@ impl Carried {
                 Some(CloseReason::ProtocolError)
             }
         };
-        let after = (state.session.hold(), state.session.is_settled());
+        let after = milestones(state);
         // What the socket has taken meanwhile waits for its time: an answer at once would be answered in turn.
         let is_news = before != after || reset.is_some() || inner.is_orphan;
         inner.reset = inner.reset.or(reset);

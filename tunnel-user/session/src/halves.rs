@@ -23,8 +23,13 @@ pub struct SessionSend {
 impl SessionSend {
     /// Wraps the half of a stream that carries `session`, if any.
     pub fn new(mut stream: Send, session: Option<Rc<Carried>>) -> Self {
+        // The end of file may be all that the other end lacks.
         let is_done = |session: &Rc<Carried>| {
-            session.change(|state| state.session.outbound.is_done()) == Some(true)
+            let is_done = session.change(|state| {
+                let outbound = &state.session.outbound;
+                outbound.is_done() || outbound.is_confirmed_to_its_end()
+            });
+            is_done == Some(true)
         };
         if session.as_ref().is_some_and(is_done) {
             stream.finish();
@@ -277,7 +282,7 @@ impl RecvHalf for SessionRecv {
                 return reset;
             };
             match reset {
-                // The next look at the stream tells.
+                // The eviction wakes the relay, and `lost` tells it.
                 Poll::Ready(MOVED) if session.is_held() => {
                     session.evict();
                     Poll::Pending

@@ -67,7 +67,8 @@ pub struct Notices {
     young: RefCell<VecDeque<(Instant, VarInt)>>,
     /// Sessions whose relay has ended, in order of that end.
     orphans: RefCell<VecDeque<(Instant, VarInt)>>,
-    queue: RefCell<Vec<Rc<Carried>>>,
+    /// Sessions of which there is something to tell; each is there once.
+    queue: RefCell<Vec<VarInt>>,
     unknown: RefCell<Vec<VarInt>>,
     /// Time at which what is queued must be sent.
     due: Cell<Option<Instant>>,
@@ -153,8 +154,15 @@ impl Notices {
             .push_back((Instant::now() + SETTLE, number));
     }
 
-    pub(super) fn queue(&self, session: Rc<Carried>, is_urgent: bool) {
-        self.queue.borrow_mut().push(session);
+    pub(super) fn queue(&self, number: VarInt, is_urgent: bool) {
+        let mut queue = self.queue.borrow_mut();
+        queue.push(number);
+        let sessions = self.sessions.borrow();
+        if queue.len() > 2 * sessions.len() + MAX_UNKNOWN {
+            // A peer that takes no notices must not make this grow.
+            queue.retain(|number| sessions.contains_key(number));
+        }
+        drop((queue, sessions));
         if is_urgent {
             self.hurry();
         } else if self.due.get().is_none() {
@@ -175,7 +183,10 @@ impl Notices {
     /// Moves every session that can go to another tunnel: its relay ends as if the tunnel were lost. Returns
     /// those that have no relay any more.
     pub fn evict_all(&self) -> Vec<SessionState> {
-        self.evict(Carried::is_movable)
+        self.evict(|session| match session.is_orphan() {
+            true => session.is_held(),
+            false => session.is_movable(),
+        })
     }
 
     /// Does the same with the sessions of these names.
@@ -218,10 +229,16 @@ impl Notices {
             NoticesEnd::Tunnel(reason) => reason,
             NoticesEnd::Malformed(_) | NoticesEnd::Closed => CloseReason::ProtocolError,
         };
+        self.lose(reason);
+        end
+    }
+
+    /// Tells the sessions that the tunnel was lost. The first reason counts.
+    pub fn lose(&self, reason: CloseReason) {
+        let reason = self.lost.get().unwrap_or(reason);
         self.lost.set(Some(reason));
         let sessions: Vec<_> = self.sessions.borrow().values().cloned().collect();
         sessions.iter().for_each(|session| session.lose(reason));
-        end
     }
 
     async fn exchange(
@@ -325,10 +342,13 @@ impl Notices {
         }
         self.due.set(None);
         let mut bytes = BytesMut::new();
-        let queue = self.queue.take();
-        for session in &queue {
+        for number in self.queue.take() {
+            let session = self.sessions.borrow().get(&number).cloned();
+            let Some(session) = session else {
+                continue;
+            };
             if let Some(confirmation) = session.take_notice() {
-                Notice::Confirm(session.number(), confirmation).encode(&mut bytes);
+                Notice::Confirm(number, confirmation).encode(&mut bytes);
             }
             session.remove_if_over();
         }

@@ -89,6 +89,11 @@ impl Outbound {
         self.is_done
     }
 
+    /// Whether the other end has accepted all bytes in front of the end of file.
+    pub fn is_confirmed_to_its_end(&self) -> bool {
+        self.is_ended && self.confirmed == self.taken
+    }
+
     /// Whether the other end has passed the end of file on.
     pub fn is_finished(&self) -> bool {
         self.is_finished

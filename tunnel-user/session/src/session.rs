@@ -66,6 +66,8 @@ pub struct Session {
     abort: Option<Abort>,
     /// Whether the other end has said that it is settled.
     is_peer_settled: bool,
+    /// Whether the other end has said that it survives the loss of the tunnel.
+    is_peer_safe: bool,
     /// Time at which the tunnel was lost, while there is none.
     detached: Option<Instant>,
     /// State that the other end was told last on the present tunnel.
@@ -91,6 +93,7 @@ impl Session {
             inbound: Inbound::default(),
             abort: None,
             is_peer_settled: false,
+            is_peer_safe: false,
             detached: None,
             told: None,
         }
@@ -195,6 +198,7 @@ impl Session {
         Confirmation {
             accepted: self.inbound.accepted(),
             status,
+            is_safe: self.is_safe(),
         }
     }
 
@@ -219,6 +223,7 @@ impl Session {
             self.hold = Hold::Held;
             self.outbound.keep();
         }
+        self.is_peer_safe = peer.is_safe;
         match peer.status {
             Status::Aborted(reason) => return Ok(self.agree(reason)),
             Status::Acknowledged => {
@@ -248,6 +253,11 @@ impl Session {
     /// Whether the session survives the loss of its tunnel.
     pub fn is_safe(&self) -> bool {
         self.abort.is_none() && self.hold == Hold::Held && self.outbound.is_safe()
+    }
+
+    /// Whether the other end has said that it survives the loss of the tunnel too.
+    pub fn is_peer_safe(&self) -> bool {
+        self.is_peer_safe
     }
 
     /// Notes the loss of the tunnel. A session that is not [safe](Self::is_safe) is given up with

@@ -91,6 +91,7 @@ fn confirm(number: VarInt, written: u64) -> Notice {
     let confirmation = Confirmation {
         accepted,
         status: Status::Open,
+        is_safe: true,
     };
     Notice::Confirm(number, confirmation)
 }
@@ -115,12 +116,15 @@ fn a_session_is_offered_when_it_is_old_enough_and_held_when_the_agent_agrees() {
         let (key, session) = notices.begin(state(1000));
         advance(PLAIN - DELAY).await;
         assert!(!session.is_held());
-        assert_eq!(peer.hear().await, [confirm(key.number, 0)]);
+        let Notice::Confirm(number, offer) = peer.hear().await[0] else {
+            panic!("no offer");
+        };
+        assert_eq!((number, offer.is_safe), (key.number, false));
         let hold = session.change(|state| state.session.hold());
         assert_eq!(hold, Some(Hold::Offered));
         peer.say(confirm(key.number, 0));
         tokio::time::sleep(DELAY).await;
-        assert!(session.is_held() && session.is_safe());
+        assert!(session.is_held() && session.is_movable());
         // The other end asks for a life sign more often while there is such a session.
         assert!(notices.next_use().is_some());
     });
