@@ -344,8 +344,14 @@ fn inward(
     async move {
         // Left by a relay whose link was lost.
         if state.inn.get().is_none() && !state.local.is_flushed() {
-            let flushed = Box::pin(write_all(state, recv, Vec::new())).await?;
-            flushed.map_err(|_| RESET_BY_LOCAL)?;
+            match Box::pin(write_all(state, recv, Vec::new())).await? {
+                Err(e) if is_refusal(&e) => {
+                    state.note(ClosedBy::Local);
+                    recv.stop(CloseReason::PeerGone);
+                    state.inn.set(Some(DirectionEnd::Refused));
+                }
+                flushed => flushed.map_err(|_| RESET_BY_LOCAL)?,
+            }
         }
         let rest = loop {
             if let Some(end) = state.inn.get() {
@@ -382,9 +388,7 @@ fn inward(
                     state.note(ClosedBy::Remote);
                     break DirectionEnd::Finished;
                 }
-                // A reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or one that
-                // the reader has yet to see. What the peer sent is there to be read.
-                Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::NotConnected) => {
+                Err(e) if is_refusal(&e) => {
                     state.note(ClosedBy::Local);
                     recv.stop(CloseReason::PeerGone);
                     break DirectionEnd::Refused;
@@ -399,6 +403,15 @@ fn inward(
         }
         Ok(())
     }
+}
+
+/// Whether a write failed for a reset that follows the peer's end of file (tcp_reset in CLOSE_WAIT), or for
+/// one that the reader has yet to see. What the peer sent is there to be read.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::NotConnected
+    )
 }
 
 /// Writes all `chunks` as the socket takes them. The outer `Err` is the stream's.
