@@ -230,6 +230,7 @@ fn ended(worker: &Worker, carrier: &Carrier, dialled: Box<SessionDial>, ending: 
 impl Carrier {
     /// Parks the sessions whose connections have ended, when the tunnel was lost for `reason`.
     pub(super) fn park_orphans(&self, worker: &Worker, reason: CloseReason) {
+        self.notices.lose(reason);
         let reason = self.notices.lost().unwrap_or(reason);
         self.park(worker, reason, self.notices.detach_orphans(reason));
     }

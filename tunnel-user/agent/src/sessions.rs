@@ -51,7 +51,7 @@ pub(super) struct Parked {
     pub at: Instant,
     server: Arc<ServerProcess>,
     _permit: Permit,
-    _waiting: GaugeGuard,
+    _waiting: Option<GaugeGuard>,
 }
 
 enum Slot {
@@ -161,6 +161,7 @@ impl Sessions {
             return Err(connection);
         };
         let id = state.session.id();
+        let is_connected = connection.is_some();
         let parked = Box::new(Parked {
             state,
             connection,
@@ -168,7 +169,7 @@ impl Sessions {
             at: Instant::now(),
             server: server.clone(),
             _permit: permit,
-            _waiting: GaugeGuard::new(&self.metrics.waiting),
+            _waiting: is_connected.then(|| GaugeGuard::new(&self.metrics.waiting)),
         });
         let before = self.lock().insert(id, Slot::Parked(parked));
         drop(before);

@@ -362,7 +362,7 @@ pub struct LimitsConfig {
     /// The same for each tenant, if it is to be less.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting_sessions_per_tenant: Option<usize>,
-    /// The same for each process of an agent.
+    /// The same for each identity of an agent, over all its processes.
     pub waiting_sessions_per_agent: usize,
     /// Bounds on handshakes, at each port that unauthenticated peers reach.
     #[serde(deserialize_with = "super::section")]

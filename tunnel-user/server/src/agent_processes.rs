@@ -1,7 +1,7 @@
 //! Processes of agents with their tunnels: the sessions of a lost tunnel go on over another one of the same
 //! process.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -22,7 +22,7 @@ type Key = (String, InstanceId);
 #[derive(Clone, Debug)]
 pub(crate) struct AgentProcesses {
     known: Arc<Mutex<Known>>,
-    /// Maximum number of waiting sessions of each.
+    /// Maximum number of waiting sessions of each identity.
     waiting: usize,
 }
 
@@ -44,14 +44,14 @@ pub(crate) struct AgentProcess {
     peer: Mutex<Peer>,
     /// Whether the process has certainly ended.
     ended: watch::Sender<bool>,
-    /// Sessions that wait for a tunnel.
+    /// Sessions of all processes of the identity that wait for a tunnel.
     pub waiting: ConcurrencyLimit,
     /// Turns of idle sessions.
     pub idle_turns: Semaphore,
 }
 
 impl AgentProcesses {
-    /// Knows no process. Each may have `waiting` sessions that wait for a tunnel.
+    /// Knows no process. Each identity may have `waiting` sessions that wait for a tunnel.
     pub(crate) fn new(waiting: usize) -> Self {
         Self {
             known: Arc::default(),
@@ -63,6 +63,7 @@ impl AgentProcesses {
     pub(crate) fn arrived(&self, instance: InstanceId, peer: Peer, link: &Arc<LinkInfo>) {
         let process = self.process((link.identity.uri(), instance));
         *lock(&process.peer) = peer;
+        process.ended.send_replace(false);
         // The tunnel arrives once.
         let _ = link.process.set(process.clone());
         process.links.send_modify(|links| links.push(link.clone()));
@@ -111,7 +112,13 @@ impl Known {
         }
         self.processes
             .retain(|_, process| process.strong_count() > 0);
-        self.waiting.retain(|_, waiting| waiting.in_use() > 0);
+        let named: HashSet<_> = self
+            .processes
+            .keys()
+            .map(|(identity, _)| identity)
+            .collect();
+        self.waiting
+            .retain(|identity, waiting| named.contains(identity) || waiting.in_use() > 0);
         self.forget_at = 2 * self.processes.len() + 64;
     }
 }
@@ -129,10 +136,6 @@ impl AgentProcess {
         let links = self.links.borrow();
         if links.iter().any(is_heard) {
             for link in links.iter().filter(|link| !is_heard(link)) {
-                tracing::info!(
-                    agent = %link.identity,
-                    "the connections of a silent tunnel go on over another one"
-                );
                 link.outlived.notify_one();
             }
         }

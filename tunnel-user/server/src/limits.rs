@@ -43,7 +43,7 @@ pub(super) enum Limit {
     WaitingSessions,
     /// The same of one tenant.
     WaitingSessionsPerTenant,
-    /// The same of one process of an agent.
+    /// The same of one identity of an agent.
     WaitingSessionsPerAgent,
     /// Handshakes under way at the tunnel's port.
     Handshakes,

@@ -99,9 +99,12 @@ struct Memory {
     at: Instant,
 }
 
-/// Ends a link of a process that another one has replaced. The sessions over it end too.
-fn end_process(info: &LinkInfo) {
-    if let Some(process) = info.process.get() {
+/// Ends a silent link of a process that has a successor. All its sessions end where that is `proven`, or
+/// where no link of the process is heard.
+fn end_process(info: &LinkInfo, proven: bool) {
+    if let Some(process) = info.process.get()
+        && (proven || !process.is_heard())
+    {
         process.end();
     }
     info.replaced.notify_one();
@@ -216,7 +219,7 @@ impl Registry {
                         agent = %info.identity, instance = %old.instance, proven,
                         "an earlier process of the agent has ended, and so do its connections"
                     );
-                    end_process(info);
+                    end_process(info, proven);
                 }
                 true => info.challenged.notify_one(),
                 false if old.silent && old.instance == new.instance => {
@@ -271,7 +274,7 @@ impl Registry {
                 successor = %successor.instance,
                 "a silent process of the agent has a successor, and its connections end"
             );
-            end_process(&session.info);
+            end_process(&session.info, false);
         }
     }
 

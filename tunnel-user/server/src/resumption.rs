@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
@@ -33,8 +34,10 @@ pub(crate) struct Lost {
     /// Reason for which the tunnel was lost.
     cause: CloseReason,
     at: Instant,
+    /// Whether there is a connection, of which metrics count.
+    is_connected: bool,
     _permits: (Permit, Permit, Permit),
-    _waiting: GaugeGuard,
+    _waiting: Option<GaugeGuard>,
 }
 
 /// End of the wait for a tunnel.
@@ -72,11 +75,14 @@ impl Lost {
         };
         let session = send.session().ok_or(cause)?;
         let process = dialled.permit.process.get().ok_or(cause)?.clone();
+        let is_leaving = dialled.permit.draining.load(Ordering::Relaxed) && !process.is_heard();
         match session.detach(cause, std::time::Instant::now()) {
             Detached::Plain => Err(cause),
             Detached::Finished => Err(CloseReason::Finished),
+            // A draining agent dials no more.
+            Detached::Safe(_) if is_leaving => Err(cause),
             Detached::Safe(state) => {
-                let lost = Self::new(shard, tenant, process, cause, state);
+                let lost = Self::new(shard, tenant, process, (cause, true), state);
                 lost.map(Box::new).ok_or(cause)
             }
             Detached::Ended(state) => {
@@ -89,6 +95,8 @@ impl Lost {
     /// Gives the session up for `reason`. The agent learns that over another tunnel.
     pub(crate) fn abandon(mut self: Box<Self>, shard: &Rc<Shard>, reason: CloseReason) {
         self.state.abort(reason);
+        self.is_connected = false;
+        self._waiting = None;
         tokio::task::spawn_local(until_settled(shard.clone(), self));
     }
 
@@ -96,7 +104,7 @@ impl Lost {
         shard: &Shard,
         tenant: &TrustDomain,
         process: Arc<AgentProcess>,
-        cause: CloseReason,
+        (cause, is_connected): (CloseReason, bool),
         state: Box<SessionState>,
     ) -> Option<Self> {
         let is_ending = *shard.phase.borrow() == Phase::Ended;
@@ -111,7 +119,8 @@ impl Lost {
             cause,
             at: Instant::now(),
             _permits: permits.ok()?,
-            _waiting: GaugeGuard::new(&shard.metrics.sessions.waiting),
+            is_connected,
+            _waiting: is_connected.then(|| GaugeGuard::new(&shard.metrics.sessions.waiting)),
         })
     }
 
@@ -119,7 +128,7 @@ impl Lost {
     /// the session.
     pub(crate) async fn advance(self: Box<Self>, shard: &Rc<Shard>) -> Advance {
         let deadline = self.at + shard.limits.resume;
-        let process = self.process.clone();
+        let (process, is_connected) = (self.process.clone(), self.is_connected);
         let advanced = timeout_at(deadline, self.attempts(shard, &process));
         let reason = tokio::select! {
             advanced = advanced => match advanced {
@@ -129,7 +138,9 @@ impl Lost {
             () = process.ended() => CloseReason::LinkLost,
             () = revoked(shard, &process) => CloseReason::IdentityRefused,
         };
-        shard.metrics.sessions.lost(reason);
+        if is_connected {
+            shard.metrics.sessions.lost(reason);
+        }
         Advance::Ended(reason)
     }
 
@@ -170,7 +181,9 @@ impl Lost {
         match resume(&tunnel.connection, notices, self.state).await {
             Outcome::Resumed(send, recv) => {
                 let stall = self.at.elapsed();
-                shard.metrics.sessions.resumed(self.cause, stall);
+                if self.is_connected {
+                    shard.metrics.sessions.resumed(self.cause, stall);
+                }
                 Ok(Advance::Here(Box::new(Resumed {
                     send,
                     recv,
@@ -179,7 +192,7 @@ impl Lost {
                 })))
             }
             Outcome::Ended(reason) => {
-                if let Some(reason) = reason {
+                if let Some(reason) = reason.filter(|_| self.is_connected) {
                     shard.metrics.sessions.lost(reason);
                 }
                 Ok(Advance::Ended(reason.unwrap_or(CloseReason::Finished)))
@@ -242,7 +255,7 @@ pub(crate) fn settle(
         return;
     };
     let tenant = &link.identity.trust_domain;
-    if let Some(lost) = Lost::new(shard, tenant, process.clone(), cause, state) {
+    if let Some(lost) = Lost::new(shard, tenant, process.clone(), (cause, false), state) {
         tokio::task::spawn_local(until_settled(shard.clone(), Box::new(lost)));
     }
 }

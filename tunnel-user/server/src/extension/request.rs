@@ -68,8 +68,8 @@ impl ClientRequest {
         match self.dial.finish(shard, local).await {
             Ok(dialled) => {
                 let (record, tenant) = self.dial.into_record();
-                dialled.send.fix();
                 let mut served = Served::new(shard, *record, tenant, dialled);
+                served.fix();
                 served.record.reached(&shard.metrics.dials);
                 Ok(ClientConnection {
                     shard: self.shard,
@@ -103,6 +103,7 @@ impl ClientConnection {
             let reason = match Box::pin(lost.advance(&shard)).await {
                 Advance::Here(resumed) => {
                     served = parked.resume(*resumed);
+                    served.fix();
                     continue;
                 }
                 // The client can't go to the shard of another tunnel.

@@ -41,6 +41,11 @@ impl Served {
         }
     }
 
+    /// Keeps the connection on its tunnel for as long as that is there.
+    pub(crate) fn fix(&self) {
+        self.dialled.send.fix();
+    }
+
     /// Gives up the halves of a lost tunnel.
     pub(crate) fn park(self) -> Parked {
         tracing::debug!(id = %self.record.id, "the connection waits for another tunnel");

@@ -103,6 +103,7 @@ pub(super) async fn serve(
     // The reason travels with the close. Without effect on a connection that is gone.
     connection.close(reason, &why);
     if let Some(notices) = link.notices.get() {
+        notices.lose(reason);
         let reason = notices.lost().unwrap_or(reason);
         for state in notices.detach_orphans(reason) {
             settle(&shard, &link.info, reason, Box::new(state));

@@ -138,10 +138,10 @@ impl Session<'_> {
             Action::SetSilent(silent) => {
                 set_silent(info, silent);
                 if let Some(process) = info.process.get() {
-                    match silent {
-                        true => process.leave_silent(),
-                        false => process.heard(),
+                    if !silent {
+                        process.heard();
                     }
+                    process.leave_silent();
                 }
                 shard.control.changed(info.id).await;
             }
@@ -233,6 +233,10 @@ impl Session<'_> {
                 tokio::select! {
                     end = &mut run => break end,
                     () = info.outlived.notified() => {
+                        tracing::info!(
+                            agent = %info.identity,
+                            "connections of a silent tunnel go on over another one"
+                        );
                         for state in notices.evict_all() {
                             settle(&moving, &info, CloseReason::Replaced, Box::new(state));
                         }
