@@ -18,6 +18,14 @@ struct CauseLabels {
     cause: &'static str,
 }
 
+impl CauseLabels {
+    fn of(cause: CloseReason) -> Self {
+        Self {
+            cause: cause.label(),
+        }
+    }
+}
+
 /// Metrics of sessions, the same on server and agent.
 #[derive(Clone, Debug)]
 pub struct SessionMetrics {
@@ -40,6 +48,17 @@ impl SessionMetrics {
             lost: Family::default(),
             stall: Histogram::new(STALL_SECONDS),
         };
+        // From the start: an alert on a rate needs the first event too.
+        for cause in [CloseReason::LinkLost, CloseReason::IdentityRefused] {
+            drop(metrics.lost.get_or_create(&CauseLabels::of(cause)));
+        }
+        for cause in [
+            CloseReason::LinkLost,
+            CloseReason::IdleTimeout,
+            CloseReason::Replaced,
+        ] {
+            drop(metrics.resumed.get_or_create(&CauseLabels::of(cause)));
+        }
         registry.register(
             "sessions_held",
             "Connections that outlive the loss of their tunnel",
@@ -70,14 +89,12 @@ impl SessionMetrics {
 
     /// Counts a session that went on after `stall`; its tunnel was lost for `cause`.
     pub fn resumed(&self, cause: CloseReason, stall: Duration) {
-        let cause = cause.label();
-        self.resumed.get_or_create(&CauseLabels { cause }).inc();
+        self.resumed.get_or_create(&CauseLabels::of(cause)).inc();
         self.stall.observe(stall.as_secs_f64());
     }
 
     /// Counts a session that waited in vain, and ended with `reason`.
     pub fn lost(&self, reason: CloseReason) {
-        let cause = reason.label();
-        self.lost.get_or_create(&CauseLabels { cause }).inc();
+        self.lost.get_or_create(&CauseLabels::of(reason)).inc();
     }
 }
