@@ -31,7 +31,6 @@ use cpc_identity::identity::IdentityError;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events as audit;
 use cpc_session::Notices;
-use cpc_session::notices::Role;
 use cpc_transport::control_stream::{ControlEnd, ControlStream, Shared};
 use cpc_transport::tunnel::{Connection, Probe, Tunnel as _, TunnelError, TunnelSend};
 
@@ -182,7 +181,7 @@ async fn introduce(
         server: Arc::new(server),
         stats: info.stats.clone(),
         session: session.clone(),
-        notices: Notices::new(Role::Agent),
+        notices: Notices::new(),
         connection: connection.clone(),
     });
     let tunnel = Rc::new(Tunnel {

@@ -48,19 +48,9 @@ pub enum NoticesEnd {
     Tunnel(CloseReason),
 }
 
-/// The end of the tunnel that this process is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The server: it numbers sessions, and offers to hold them.
-    Server,
-    /// The agent: it tells the server which sessions it does not know.
-    Agent,
-}
-
 /// The sessions of one tunnel.
 #[derive(Debug)]
 pub struct Notices {
-    role: Role,
     sessions: RefCell<HashMap<VarInt, Rc<Carried>>>,
     last_number: Cell<u64>,
     /// Sessions that were not offered to be held yet, in order of age.
@@ -83,9 +73,8 @@ pub struct Notices {
 
 impl Notices {
     /// Creates the sessions of a fresh tunnel.
-    pub fn new(role: Role) -> Rc<Self> {
+    pub fn new() -> Rc<Self> {
         Rc::new(Self {
-            role,
             sessions: RefCell::default(),
             last_number: Cell::new(0),
             young: RefCell::default(),
@@ -295,9 +284,8 @@ impl Notices {
             let session = self.sessions.borrow().get(&number).cloned();
             match session {
                 Some(session) => session.heard(confirmation),
-                None if self.role == Role::Agent && confirmation.is_some() => {
-                    self.answer_unknown(number);
-                }
+                // An answer to an answer would never end.
+                None if confirmation.is_some() => self.answer_unknown(number),
                 None => {}
             }
         }

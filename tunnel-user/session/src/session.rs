@@ -117,24 +117,14 @@ impl Session {
         }
     }
 
-    /// Notes that the other end, on the present tunnel, does not know the session. It has ended a plain one
-    /// in order: then this end goes on as a plain one.
+    /// Notes that the other end, on the present tunnel, does not know the session. It has ended a plain one in
+    /// order, and this end goes on as a plain one: the stream tells how it ends.
     pub fn unknown_to_peer(&mut self) -> Effect {
-        match self.hold {
-            Hold::Plain => Effect::default(),
-            Hold::Offered => {
-                self.hold = Hold::Plain;
-                let release = self.outbound.keep_nothing();
-                Effect {
-                    release,
-                    reset: None,
-                }
-            }
-            Hold::Held if self.is_settled() => {
-                self.is_peer_settled = true;
-                Effect::default()
-            }
-            Hold::Held => self.agree(CloseReason::LinkLost),
+        self.hold = Hold::Plain;
+        let release = self.outbound.keep_nothing();
+        Effect {
+            release,
+            reset: None,
         }
     }
 

@@ -136,6 +136,7 @@ impl SessionState {
     /// Notes that the other end does not know the session. See [`Session::unknown_to_peer`].
     pub fn unknown_to_peer(&mut self) -> Effect {
         let effect = self.session.unknown_to_peer();
+        self.held = None;
         self.release(effect.release);
         effect
     }

@@ -27,7 +27,7 @@ use crate::shard::Shard;
 use cpc_datapath::stream::SendHalf;
 use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events as audit;
-use cpc_session::notices::{Notices, NoticesEnd, Role};
+use cpc_session::notices::{Notices, NoticesEnd};
 use cpc_transport::control_stream::{ControlEnd, ControlStream};
 use cpc_transport::tunnel::Tunnel;
 
@@ -217,7 +217,7 @@ impl Session<'_> {
         if send.send(&mut head.freeze()).await.is_err() {
             return;
         }
-        let notices = Notices::new(Role::Server);
+        let notices = Notices::new();
         // The tunnel is new.
         let _ = link.notices.set(notices.clone());
         let leaf = link.connection.peer_certificate();

@@ -96,14 +96,14 @@ fn confirm(number: VarInt, written: u64) -> Notice {
     Notice::Confirm(number, confirmation)
 }
 
-/// Runs `test` beside the notices of a server's tunnel, in virtual time.
-fn run<F: Future<Output = ()>>(role: Role, test: impl FnOnce(Rc<Notices>, Peer) -> F) {
+/// Runs `test` beside the notices of a tunnel, in virtual time.
+fn run<F: Future<Output = ()>>(test: impl FnOnce(Rc<Notices>, Peer) -> F) {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_time().build().unwrap();
     LocalSet::new().block_on(&runtime, async {
         pause();
         let (halves, peer) = pair();
-        let notices = Notices::new(role);
+        let notices = Notices::new();
         let ran = notices.clone();
         tokio::task::spawn_local(async move { ran.run(halves, || ()).await });
         test(notices, peer).await;
@@ -112,7 +112,7 @@ fn run<F: Future<Output = ()>>(role: Role, test: impl FnOnce(Rc<Notices>, Peer) 
 
 #[test]
 fn a_session_is_offered_when_it_is_old_enough_and_held_when_the_agent_agrees() {
-    run(Role::Server, |notices, mut peer| async move {
+    run(|notices, mut peer| async move {
         let (key, session) = notices.begin(state(1000));
         advance(PLAIN - DELAY).await;
         assert!(!session.is_held());
@@ -132,7 +132,7 @@ fn a_session_is_offered_when_it_is_old_enough_and_held_when_the_agent_agrees() {
 
 #[test]
 fn an_agent_that_does_not_know_a_session_leaves_it_plain() {
-    run(Role::Server, |notices, mut peer| async move {
+    run(|notices, mut peer| async move {
         let (key, session) = notices.begin(state(1000));
         peer.hear().await;
         session.change(|state| state.sent(Some(Bytes::from_static(b"kept")), 4));
@@ -144,12 +144,12 @@ fn an_agent_that_does_not_know_a_session_leaves_it_plain() {
 }
 
 #[test]
-fn an_agent_answers_for_sessions_that_it_does_not_know() {
-    run(Role::Agent, |_notices, mut peer| async move {
+fn an_end_answers_for_sessions_that_it_does_not_know() {
+    run(|_notices, mut peer| async move {
         let number = VarInt::from(7_u8);
         peer.say(confirm(number, 0));
         assert_eq!(peer.hear().await, [Notice::Unknown(number)]);
-        // A server that talks of nothing else is answered within a bound.
+        // A peer that talks of nothing else is answered within a bound.
         for _ in 0..3 * MAX_UNKNOWN {
             peer.say(confirm(number, 0));
         }
@@ -159,7 +159,7 @@ fn an_agent_answers_for_sessions_that_it_does_not_know() {
 
 #[test]
 fn a_peer_that_confirms_too_much_ends_its_session_alone() {
-    run(Role::Server, |notices, mut peer| async move {
+    run(|notices, mut peer| async move {
         let [(bad, bad_session), (good, good_session)] = [1, 2].map(|_| notices.begin(state(1000)));
         peer.hear().await;
         peer.say(confirm(bad.number, 1));
@@ -188,7 +188,7 @@ fn a_session_keeps_no_more_than_its_bound() {
 
 #[test]
 fn the_end_of_the_tunnel_is_told_to_a_relay_that_waits_for_a_confirmation() {
-    run(Role::Server, |notices, peer| async move {
+    run(|notices, peer| async move {
         let (_, session) = notices.begin(state(1000));
         drop(peer);
         tokio::time::sleep(2 * PLAIN).await;
@@ -200,7 +200,7 @@ fn the_end_of_the_tunnel_is_told_to_a_relay_that_waits_for_a_confirmation() {
 /// A peer that never settles what has ended keeps no entry.
 #[test]
 fn a_session_that_is_not_settled_expires() {
-    run(Role::Server, |notices, mut peer| async move {
+    run(|notices, mut peer| async move {
         let (key, session) = notices.begin(state(1000));
         peer.hear().await;
         peer.say(confirm(key.number, 0));

@@ -330,7 +330,7 @@ impl World {
             (Some(Message::Resume(_)), None) if side == 1 => {
                 ways[side].messages.push_back(Message::Resume(None));
             }
-            (Some(Message::Confirm(_)), None) if side == 1 => {
+            (Some(Message::Confirm(_)), None) => {
                 ways[side].messages.push_back(Message::Unknown);
             }
             (Some(message @ (Message::Unknown | Message::Reset)), Some(session)) => {
