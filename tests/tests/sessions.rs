@@ -115,9 +115,9 @@ fn transfers_outlive_their_tunnel_in_any_state() -> Result<()> {
     let dial = |behaviour| Frontend::Redirect.dial(&lab, node(behaviour));
     // It waits for an answer, with its own half ended.
     let mut half = dial(Behaviour::Echo)?;
-    // Nobody reads what comes.
+    // This client reads nothing.
     let mut stopped = dial(Behaviour::Source)?;
-    // Nobody reads what goes.
+    // This target reads nothing.
     let mut stuck = dial(Behaviour::Stuck)?;
     stuck.set_write_timeout(Some(Duration::from_millis(500)))?;
     thread::sleep(HELD);

@@ -1,4 +1,4 @@
-//! The state of one end of a session, as the other end is told.
+//! State of one end of a session, in the form that its peer receives.
 
 use bytes::{BufMut, BytesMut};
 

@@ -176,8 +176,8 @@ impl Sessions {
         Ok(())
     }
 
-    /// Takes session `id` for `server`, which wants to continue it over the tunnel of `stats`. A tunnel that
-    /// still carries it is told to give it up.
+    /// Takes session `id` for `server`, which wants to continue it over the tunnel of `stats`. Asks the
+    /// tunnel that still carries the session to release it.
     pub(super) fn take(
         &self,
         id: SessionId,

@@ -13,7 +13,7 @@ use super::notices::Notices;
 use super::session::{Effect, Hold};
 use super::state::{Detached, SessionState};
 
-/// Number of accepted bytes after which the other end is told at once.
+/// Number of accepted bytes after which this end sends a confirmation at once.
 const TELL_AFTER: u64 = 256 << 10;
 
 /// A session that a tunnel carries.
@@ -28,7 +28,7 @@ pub struct Carried {
 struct Inner {
     /// `None` once the session was detached.
     state: Option<Box<SessionState>>,
-    /// Number of accepted bytes that the other end was told, or will be told soon.
+    /// Number of accepted bytes in the last confirmation, or in the one that is due.
     told: u64,
     /// Whether the notices know that there is something to tell.
     is_queued: bool,
