@@ -1,7 +1,7 @@
 //! Processes of agents with their tunnels: the sessions of a lost tunnel go on over another one of the same
 //! process.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -15,9 +15,6 @@ use cpc_identity::revoked::Peer;
 /// Maximum number of idle sessions of one process that are resumed at once. Busy ones do not wait for them.
 const IDLE_AT_ONCE: usize = 32;
 
-/// Name of an identity with a process.
-type Key = (String, InstanceId);
-
 /// All processes of agents that have a tunnel, or sessions that wait for one.
 #[derive(Clone, Debug)]
 pub(crate) struct AgentProcesses {
@@ -28,11 +25,18 @@ pub(crate) struct AgentProcesses {
 
 #[derive(Debug, Default)]
 struct Known {
-    processes: HashMap<Key, Weak<AgentProcess>>,
-    /// Waiting sessions of each identity: it may claim to be any number of processes.
-    waiting: HashMap<String, ConcurrencyLimit>,
-    /// Number of processes at which those that have ended are forgotten.
+    /// Agents by the URI of their identity.
+    agents: HashMap<String, Agent>,
+    /// Number of agents at which those without a process are forgotten.
     forget_at: usize,
+}
+
+/// An identity, which may claim to be any number of processes.
+#[derive(Debug)]
+struct Agent {
+    processes: Vec<(InstanceId, Weak<AgentProcess>)>,
+    /// Waiting sessions of all processes.
+    waiting: ConcurrencyLimit,
 }
 
 /// One process of an agent.
@@ -61,65 +65,67 @@ impl AgentProcesses {
 
     /// Notes a tunnel of process `instance`, whose certificate is `peer`'s. The identity is that of `link`.
     pub(crate) fn arrived(&self, instance: InstanceId, peer: Peer, link: &Arc<LinkInfo>) {
-        let process = self.process((link.identity.uri(), instance));
+        let (process, others) =
+            lock(&self.known).arrived(link.identity.uri(), instance, self.waiting);
         *lock(&process.peer) = peer;
         process.ended.send_replace(false);
         // The tunnel arrives once.
         let _ = link.process.set(process.clone());
         process.links.send_modify(|links| links.push(link.clone()));
-        self.end_others((link.identity.uri(), instance));
-        process.leave_silent();
-    }
-
-    /// Ends the processes of the identity that have no tunnel which is heard: a later one has taken their place.
-    fn end_others(&self, (identity, instance): Key) {
-        let known = lock(&self.known);
-        let processes = known.processes.iter();
-        let others = processes.filter(|(key, _)| key.0 == identity && key.1 != instance);
-        let others: Vec<_> = others.filter_map(|(_, other)| other.upgrade()).collect();
-        drop(known);
+        // A later process has taken the place of those that are not heard.
         others
             .iter()
-            .filter(|other| other.heard_link().is_none())
+            .filter(|other| !other.is_heard())
             .for_each(|other| other.end());
-    }
-
-    fn process(&self, key: Key) -> Arc<AgentProcess> {
-        let mut known = lock(&self.known);
-        if let Some(process) = known.processes.get(&key).and_then(Weak::upgrade) {
-            return process;
-        }
-        known.forget();
-        let waiting = known.waiting.entry(key.0.clone());
-        let waiting = waiting.or_insert_with(|| ConcurrencyLimit::new(self.waiting));
-        let process = Arc::new(AgentProcess {
-            links: watch::Sender::default(),
-            peer: Mutex::default(),
-            ended: watch::Sender::new(false),
-            waiting: waiting.clone(),
-            idle_turns: Semaphore::new(IDLE_AT_ONCE),
-        });
-        known.processes.insert(key, Arc::downgrade(&process));
-        process
+        process.leave_silent();
     }
 }
 
 impl Known {
-    /// Forgets processes that have ended, when there are many.
+    /// Returns process `instance` of an identity, and the other ones.
+    fn arrived(
+        &mut self,
+        identity: String,
+        instance: InstanceId,
+        waiting: usize,
+    ) -> (Arc<AgentProcess>, Vec<Arc<AgentProcess>>) {
+        self.forget();
+        let agent = self.agents.entry(identity).or_insert_with(|| Agent {
+            processes: Vec::new(),
+            waiting: ConcurrencyLimit::new(waiting),
+        });
+        agent
+            .processes
+            .retain(|(_, process)| process.strong_count() > 0);
+        let known = agent.processes.iter();
+        let known = known.filter_map(|(known, process)| Some((*known, process.upgrade()?)));
+        let (own, others): (Vec<_>, Vec<_>) = known.partition(|(known, _)| *known == instance);
+        let process = match own.into_iter().next() {
+            Some((_, process)) => process,
+            None => {
+                let process = Arc::new(AgentProcess {
+                    links: watch::Sender::default(),
+                    peer: Mutex::default(),
+                    ended: watch::Sender::new(false),
+                    waiting: agent.waiting.clone(),
+                    idle_turns: Semaphore::new(IDLE_AT_ONCE),
+                });
+                agent.processes.push((instance, Arc::downgrade(&process)));
+                process
+            }
+        };
+        (process, others.into_iter().map(|(_, it)| it).collect())
+    }
+
+    /// Forgets agents without a process, when there are many.
     fn forget(&mut self) {
-        if self.processes.len() < self.forget_at {
+        if self.agents.len() < self.forget_at {
             return;
         }
-        self.processes
-            .retain(|_, process| process.strong_count() > 0);
-        let named: HashSet<_> = self
-            .processes
-            .keys()
-            .map(|(identity, _)| identity)
-            .collect();
-        self.waiting
-            .retain(|identity, waiting| named.contains(identity) || waiting.in_use() > 0);
-        self.forget_at = 2 * self.processes.len() + 64;
+        let is_live = |(_, process): &(_, Weak<AgentProcess>)| process.strong_count() > 0;
+        self.agents
+            .retain(|_, agent| agent.processes.iter().any(is_live) || agent.waiting.in_use() > 0);
+        self.forget_at = 2 * self.agents.len() + 64;
     }
 }
 
