@@ -64,7 +64,11 @@ pub(super) async fn serve(
         (identity, Trust::Granted),
         connection.probe(),
     );
+    let leaf = connection.peer_certificate();
+    let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
+    let peer = peer.known_as(&info.identity);
     let link = Rc::new(TunnelLink {
+        peer,
         connection: connection.clone(),
         session,
         info,
@@ -78,14 +82,11 @@ pub(super) async fn serve(
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);
-    let leaf = connection.peer_certificate();
-    let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
-    let peer = peer.known_as(&link.info.identity);
     let (reason, why) = tokio::select! {
         end = session::run(&shard, &link, &mut control).instrument(span) => {
             (end.reason(), end.to_string())
         }
-        revoked = shard.revocations.on_revocation(&peer) => {
+        revoked = shard.revocations.on_revocation(&link.peer) => {
             audit::cut("tunnel", connection.remote(), &revoked);
             (CloseReason::IdentityRefused, revoked.to_string())
         }

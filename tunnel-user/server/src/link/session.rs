@@ -25,7 +25,6 @@ use crate::registry::Verdict;
 use crate::resumption::settle;
 use crate::shard::Shard;
 use cpc_datapath::stream::SendHalf;
-use cpc_identity::revoked::Peer;
 use cpc_observe::audit::events as audit;
 use cpc_session::notices::{Notices, NoticesEnd};
 use cpc_transport::control_stream::{ControlEnd, ControlStream};
@@ -220,10 +219,7 @@ impl Session<'_> {
         let notices = Notices::new();
         // The tunnel is new.
         let _ = link.notices.set(notices.clone());
-        let leaf = link.connection.peer_certificate();
-        let peer = leaf.map(|leaf| Peer::of(&leaf)).unwrap_or_default();
-        let peer = peer.known_as(&link.info.identity);
-        shard.processes.arrived(instance, peer, &link.info);
+        { &shard.processes }.arrived(instance, link.peer.clone(), &link.info);
         let (connection, session) = (link.connection.clone(), link.session.clone());
         let (info, moving) = (link.info.clone(), shard.clone());
         tokio::task::spawn_local(async move {

@@ -15,6 +15,7 @@ use crate::permits::TunnelPermit;
 use crate::routes::LinkInfo;
 use cpc_datapath::stream::{SendEnd, SendHalf};
 use cpc_host::random;
+use cpc_identity::revoked::Peer;
 use cpc_session::{Bounds, Notices, SessionRecv, SessionSend, SessionState};
 use cpc_transport::control_stream::Shared;
 use cpc_transport::tunnel::{Connection, Tunnel};
@@ -26,6 +27,8 @@ pub(crate) struct TunnelLink {
     pub(super) session: Rc<Shared<ServerSession>>,
     /// State that other shards may read.
     pub info: Arc<LinkInfo>,
+    /// Certificate of the agent, as lists of revocations know it.
+    pub(super) peer: Peer,
     /// Sessions over the tunnel, where the agent holds them.
     pub notices: OnceCell<Rc<Notices>>,
     /// Bounds on each session.
@@ -35,8 +38,8 @@ pub(crate) struct TunnelLink {
 }
 
 impl TunnelLink {
-    /// Opens a stream and sends `request` on it, as a session if the agent holds those. Waits for the agent's permission when [`MAX_DIALS`]
-    /// are open, so callers need a timeout.
+    /// Opens a stream and sends `request` on it, as a session if the agent holds those. Waits for the
+    /// agent's permission when [`MAX_DIALS`] are open, so callers need a timeout.
     ///
     /// [`MAX_DIALS`]: cpc_config::transport::MAX_DIALS
     ///
