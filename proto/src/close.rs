@@ -147,6 +147,8 @@ close_reasons! {
     HandshakeTimeout = 0x504, Session, "handshake_timeout", "the peer did not introduce itself in time";
     /// The agent holds a tunnel to this server already.
     DuplicateServer = 0x505, Session, "duplicate_server", "the agent already holds a tunnel to this server";
+    /// A successor of the process goes on with its sessions.
+    HandedOver = 0x506, Session, "handed_over", "another process takes the place of this one and goes on with its connections";
 }
 
 impl CloseReason {

@@ -13,6 +13,7 @@
 //! | [`join`] | the same for a worker without a certificate |
 //! | [`trust_domain`] | the name space of identities |
 //! | [`session`] | both ends of a control stream, without I/O |
+//! | [`handover`] | the messages between a process and its successor |
 //! | [`http_connect`] | the HTTP `CONNECT` request and its answers |
 //! | [`konnectivity`] | the messages of Konnectivity, and its machines |
 //!
@@ -24,6 +25,7 @@
 pub mod certificate;
 pub mod close;
 pub mod control;
+pub mod handover;
 pub mod http_connect;
 pub mod join;
 pub mod konnectivity;

@@ -18,6 +18,12 @@ impl SessionId {
         Self(random)
     }
 
+    /// Returns the random bytes, for a successor of the process.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+
     /// Appends the id.
     pub(crate) fn encode(self, out: &mut BytesMut) {
         out.put_slice(&self.0);
