@@ -15,9 +15,13 @@ use socket2::{SockAddr, SockRef, Type};
 
 use crate::report::report;
 
-/// Inherited sockets that no listener has taken yet.
+/// Inherited sockets that no listener has taken yet, and listeners that a successor will get.
 #[derive(Debug, Default)]
-pub struct Inherited(Vec<(String, OwnedFd)>);
+pub struct Inherited {
+    sockets: Vec<(String, OwnedFd)>,
+    /// Copies of the descriptors in use, by name.
+    listeners: Vec<(String, OwnedFd)>,
+}
 
 impl Inherited {
     /// Takes the sockets that were passed to this process. Called once, before threads or children
@@ -32,7 +36,50 @@ impl Inherited {
             // runs once, before anything else could.
             (name, unsafe { OwnedFd::from_raw_fd(fd) })
         });
-        Ok(Self(own.collect()))
+        Ok(Self {
+            sockets: own.collect(),
+            ..Self::default()
+        })
+    }
+
+    /// Adds the sockets of a predecessor. The service manager may have passed some of them too.
+    pub fn add(&mut self, sockets: impl IntoIterator<Item = (String, OwnedFd)>) {
+        // The same for all descriptors of one socket (SO_COOKIE, Linux 4.12).
+        let cookie = |fd: &OwnedFd| SockRef::from(fd).cookie().ok();
+        let known: Vec<_> = self.sockets.iter().map(|(_, fd)| cookie(fd)).collect();
+        let is_new = |(_, fd): &(String, OwnedFd)| !known.contains(&cookie(fd));
+        self.sockets.extend(sockets.into_iter().filter(is_new));
+    }
+
+    /// Notes a listener that a successor of this process will get under `name`.
+    ///
+    /// # Errors
+    /// There is no free descriptor.
+    pub fn note(&mut self, name: &str, listener: &impl AsFd) -> io::Result<()> {
+        let copy = listener.as_fd().try_clone_to_owned()?;
+        self.listeners.push((name.to_owned(), copy));
+        Ok(())
+    }
+
+    /// Returns copies of the noted listeners.
+    ///
+    /// # Errors
+    /// There is no free descriptor.
+    pub fn listeners(&self) -> io::Result<Vec<(String, OwnedFd)>> {
+        let copies = self.listeners.iter();
+        let copies = copies.map(|(name, fd)| Ok((name.clone(), fd.try_clone()?)));
+        copies.collect()
+    }
+
+    /// Closes the copies of the noted listeners: no successor comes any more.
+    pub fn forget_listeners(&mut self) {
+        self.listeners.clear();
+    }
+
+    /// Takes the descriptor called `name`, whatever it is.
+    pub fn named(&mut self, name: &str) -> Option<OwnedFd> {
+        let at = self.sockets.iter().position(|(known, _)| known == name)?;
+        Some(self.sockets.swap_remove(at).1)
     }
 
     /// Takes the TCP listener on `addr`, called `name` if one is given.
@@ -72,7 +119,7 @@ impl Inherited {
     /// Logs the sockets that no listener has taken: the unit names an address that the configuration
     /// does not have.
     pub fn report_leftovers(&self) {
-        for (name, fd) in &self.0 {
+        for (name, fd) in &self.sockets {
             let address = SockRef::from(fd).local_addr();
             tracing::warn!(
                 name,
@@ -83,13 +130,13 @@ impl Inherited {
     }
 
     fn take(&mut self, fits: impl Fn(&str, &SockRef<'_>, &SockAddr) -> bool) -> Option<OwnedFd> {
-        let at = self.0.iter().position(|(name, fd)| {
+        let at = self.sockets.iter().position(|(name, fd)| {
             let socket = SockRef::from(fd);
             socket
                 .local_addr()
                 .is_ok_and(|bound| fits(name, &socket, &bound))
         })?;
-        let (_, fd) = self.0.swap_remove(at);
+        let (_, fd) = self.sockets.swap_remove(at);
         // A manager's sockets block unless its unit says otherwise.
         SockRef::from(&fd).set_nonblocking(true).ok()?;
         Some(fd)

@@ -1,0 +1,34 @@
+//! The exchange by which a process hands its sockets and sessions over to its successor.
+//!
+//! Both processes live ([`successor`], [`predecessor`], over the socket of an [`endpoint`]):
+//!
+//! ```text
+//! predecessor          successor
+//!      <---- Request ----
+//!      ------ Offer ---->   with the listeners; the predecessor goes on
+//!                           the successor prepares: files, sockets, programs
+//!      <----- Ready -----
+//!   stops                   the predecessor sends nothing and reads nothing any more
+//!      ------ State ---->   with the sockets of connections
+//!      <---- Accepted ---
+//!      ----- Released -->
+//!   exits                   serves
+//! ```
+//!
+//! A predecessor that gets no `Accepted` goes on with what it has stopped. A successor that gets no `Released`
+//! uses nothing. So a socket has one user at any time, whichever process dies.
+//!
+//! One process after the other ([`store`]): the service manager keeps `Offer` and `State`, with all
+//! descriptors, from the end of the first process to the start of the second one.
+
+pub mod endpoint;
+pub mod error;
+pub mod parcel;
+pub mod predecessor;
+pub mod store;
+pub mod successor;
+
+pub use endpoint::Endpoint;
+pub use error::HandoverError;
+pub use predecessor::{Predecessor, find};
+pub use successor::Successor;
