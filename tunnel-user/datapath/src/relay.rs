@@ -15,9 +15,10 @@ use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 
 use super::budget::{Budget, Charge};
 use super::socket::{LocalSocket, PeerClose};
@@ -72,6 +73,60 @@ impl Progress {
             pending,
             eof,
             ..Self::default()
+        }
+    }
+
+    /// Adds bytes that were read from the local socket behind the others.
+    pub fn append(&mut self, later: &[u8]) {
+        if !later.is_empty() {
+            let mut all = BytesMut::from(std::mem::take(&mut self.pending));
+            all.extend_from_slice(later);
+            self.pending = all.freeze();
+        }
+    }
+
+    /// Returns the progress for another process.
+    pub fn save(&self) -> handover::Progress {
+        let direction = |end: Option<DirectionEnd>| match end {
+            None => handover::DirectionEnd::Open,
+            Some(DirectionEnd::Finished) => handover::DirectionEnd::Finished,
+            Some(DirectionEnd::Refused) => handover::DirectionEnd::Refused,
+            Some(DirectionEnd::Withheld) => handover::DirectionEnd::Withheld,
+        };
+        let first = match self.first {
+            Some(ClosedBy::Local) => handover::Side::Local,
+            Some(ClosedBy::Remote) => handover::Side::Remote,
+            // They end the relay.
+            Some(ClosedBy::Link | ClosedBy::Limit) | None => handover::Side::Neither,
+        };
+        handover::Progress {
+            pending: self.pending.clone(),
+            eof: self.eof,
+            first: first.into(),
+            outbound: direction(self.out).into(),
+            inbound: direction(self.inn).into(),
+        }
+    }
+
+    /// Restores the progress that another process has [saved](Self::save).
+    pub fn restore(saved: &handover::Progress) -> Self {
+        let direction = |end| match end {
+            handover::DirectionEnd::Open => None,
+            handover::DirectionEnd::Finished => Some(DirectionEnd::Finished),
+            handover::DirectionEnd::Refused => Some(DirectionEnd::Refused),
+            handover::DirectionEnd::Withheld => Some(DirectionEnd::Withheld),
+        };
+        Self {
+            // A slice would keep the whole message.
+            pending: Bytes::copy_from_slice(&saved.pending),
+            eof: saved.eof,
+            first: match saved.first() {
+                handover::Side::Neither => None,
+                handover::Side::Local => Some(ClosedBy::Local),
+                handover::Side::Remote => Some(ClosedBy::Remote),
+            },
+            out: direction(saved.outbound()),
+            inn: direction(saved.inbound()),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Poll, ready};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
+use tunnel_proto::handover;
 
 use super::buffer::read_owned;
 
@@ -94,6 +95,21 @@ pub trait Portable: LocalSocket + Sized + 'static {
     /// # Errors
     /// The error of the system call.
     fn unpack(packed: Self::Packed) -> io::Result<Self>;
+
+    /// Takes a packed socket apart for another process. Returns `None`, and closes the socket, if this process
+    /// has more of it than its descriptor and the bytes read ahead.
+    fn into_parts(packed: Self::Packed) -> Option<SocketParts>;
+}
+
+/// A socket on its way to another process.
+#[derive(Debug)]
+pub struct SocketParts {
+    /// Descriptor of the socket.
+    pub descriptor: OwnedFd,
+    /// Kind of the socket.
+    pub kind: handover::socket::Kind,
+    /// Bytes that were read from it ahead.
+    pub ahead: Bytes,
 }
 
 impl Portable for TcpStream {
@@ -106,6 +122,14 @@ impl Portable for TcpStream {
     fn unpack(packed: Self::Packed) -> io::Result<Self> {
         Self::from_std(packed)
     }
+
+    fn into_parts(packed: Self::Packed) -> Option<SocketParts> {
+        Some(SocketParts {
+            descriptor: packed.into(),
+            kind: handover::socket::Kind::Tcp,
+            ahead: Bytes::new(),
+        })
+    }
 }
 
 impl Portable for UnixStream {
@@ -117,6 +141,14 @@ impl Portable for UnixStream {
 
     fn unpack(packed: Self::Packed) -> io::Result<Self> {
         Self::from_std(packed)
+    }
+
+    fn into_parts(packed: Self::Packed) -> Option<SocketParts> {
+        Some(SocketParts {
+            descriptor: packed.into(),
+            kind: handover::socket::Kind::Unix,
+            ahead: Bytes::new(),
+        })
     }
 }
 
@@ -133,6 +165,11 @@ impl Portable for TlsSocket {
             tcp: TcpStream::from_std(tcp)?,
             secured,
         })
+    }
+
+    /// Returns `None`: the keys of the session stay in the process.
+    fn into_parts(_packed: Self::Packed) -> Option<SocketParts> {
+        None
     }
 }
 

@@ -74,6 +74,19 @@ impl Peer {
         }
     }
 
+    /// Restores the peer of which a process has kept identity and [serial number](Self::serial).
+    pub fn restore(uri: String, serial: &[u8]) -> Self {
+        Self {
+            identity: Some(uri),
+            serial: (!serial.is_empty()).then(|| serial.to_vec()),
+        }
+    }
+
+    /// Returns the serial number of the certificate; empty if it is not known.
+    pub fn serial(&self) -> &[u8] {
+        self.serial.as_deref().unwrap_or_default()
+    }
+
     /// Adds the identity that the peer has been taken for.
     #[must_use]
     pub fn known_as(self, identity: &Identity) -> Self {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 use tunnel_proto::preface::{ConnectionId, Destination};
 
 use super::metrics::{Closer, DialMetrics, FrontendKind};
@@ -85,6 +86,51 @@ impl Record {
     pub fn resumed(&mut self, stall: Duration) {
         self.resumptions = self.resumptions.saturating_add(1);
         self.stalled += stall;
+    }
+
+    /// Returns the record for another process.
+    pub fn save(&self) -> handover::Record {
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let connected = self.connected.unwrap_or(self.start);
+        handover::Record {
+            id: self.id.0.to_vec().into(),
+            frontend: self.frontend.label().into(),
+            client: self.client.map(|it| it.to_string()).unwrap_or_default(),
+            destination: self.destination.to_string(),
+            peer: self.peer.as_deref().unwrap_or_default().into(),
+            up: self.bytes.up.get(),
+            down: self.bytes.down.get(),
+            age: nanoseconds(self.start.elapsed()),
+            connected: nanoseconds(connected.elapsed()),
+            resumptions: self.resumptions,
+            stalled: nanoseconds(self.stalled),
+        }
+    }
+
+    /// Restores the record of a connection that another process has [saved](Self::save). `None`: it is
+    /// malformed.
+    pub fn restore(saved: &handover::Record) -> Option<Self> {
+        let now = Instant::now();
+        let before = |age: u64| now.checked_sub(Duration::from_nanos(age)).unwrap_or(now);
+        let client = match &*saved.client {
+            "" => None,
+            client => Some(client.parse().ok()?),
+        };
+        Some(Self {
+            id: ConnectionId(<[u8; 16]>::try_from(&saved.id[..]).ok()?),
+            frontend: FrontendKind::from_label(&saved.frontend)?,
+            client,
+            destination: saved.destination.parse().ok()?,
+            peer: (!saved.peer.is_empty()).then(|| saved.peer.as_str().into()),
+            bytes: Bytes {
+                up: saved.up.into(),
+                down: saved.down.into(),
+            },
+            start: before(saved.age),
+            connected: Some(before(saved.connected)),
+            resumptions: saved.resumptions,
+            stalled: Duration::from_nanos(saved.stalled),
+        })
     }
 
     /// Notes that the dial reached the target, and counts it.

@@ -35,6 +35,12 @@ impl FrontendKind {
             Self::Tunnel => "tunnel",
         }
     }
+
+    /// Returns the kind with this label, if there is one.
+    pub fn from_label(label: &str) -> Option<Self> {
+        let all = [Self::Redirect, Self::HttpConnect, Self::Grpc, Self::Tunnel];
+        all.into_iter().find(|kind| kind.label() == label)
+    }
 }
 
 /// Party that ended a connection, named from the side that writes the record.

@@ -150,10 +150,14 @@ impl Carried {
         self.inner.borrow_mut().is_fixed = true;
     }
 
+    /// Whether the other end has said that it survives the loss of the tunnel.
+    pub(super) fn is_peer_safe(&self) -> bool {
+        self.change(|state| state.session.is_peer_safe()) == Some(true)
+    }
+
     /// Whether the session may go to another tunnel now.
     pub(super) fn is_movable(&self) -> bool {
-        let is_peer_safe = self.change(|state| state.session.is_peer_safe());
-        self.is_safe() && is_peer_safe == Some(true) && !self.inner.borrow().is_fixed
+        self.is_safe() && self.is_peer_safe() && !self.inner.borrow().is_fixed
     }
 
     /// Whether the other end takes no more, and has not passed an end of file on.

@@ -1,5 +1,6 @@
 //! One direction of a session at its receiver.
 
+use tunnel_proto::handover;
 use tunnel_proto::resumption::Accepted;
 
 use super::violation::Violation;
@@ -86,6 +87,26 @@ impl Inbound {
         // The end of file comes again as well.
         self.is_ended &= self.is_finished;
         unwritten
+    }
+
+    /// Returns the direction, without a stream, for another process.
+    pub(super) fn save(&self) -> handover::Inbound {
+        handover::Inbound {
+            written: self.written,
+            is_finished: self.is_finished,
+            is_refused: self.is_refused,
+        }
+    }
+
+    /// Restores a direction that another process has [saved](Self::save).
+    pub(super) fn restore(saved: &handover::Inbound) -> Self {
+        Self {
+            received: saved.written,
+            written: saved.written,
+            is_ended: saved.is_finished,
+            is_finished: saved.is_finished,
+            is_refused: saved.is_refused,
+        }
     }
 }
 

@@ -26,6 +26,7 @@
 //! | [`violation`] | breaches of the protocol by the other end |
 //! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
 //! | [`state`] | all of these for one session |
+//! | [`saved`] | sessions between two processes |
 //! | [`carried`] | a session on a tunnel |
 //! | [`halves`] | the stream of a session, for the relay |
 //! | [`notices`] | the sessions of a tunnel, and what they tell each other |
@@ -39,6 +40,7 @@ pub mod inbound;
 pub mod notices;
 pub mod outbound;
 pub mod resume;
+pub mod saved;
 pub mod session;
 pub mod state;
 pub mod unconfirmed;
@@ -47,6 +49,7 @@ pub mod violation;
 pub use carried::Carried;
 pub use halves::{SessionRecv, SessionSend};
 pub use notices::Notices;
+pub use saved::InvalidState;
 pub use session::{Effect, Hold, Resumed, Session, survives};
 pub use state::{Bounds, Detached, Registration, SessionState};
 pub use unconfirmed::Unconfirmed;

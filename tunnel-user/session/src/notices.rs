@@ -67,6 +67,8 @@ pub struct Notices {
     held: Cell<usize>,
     /// Reason for which the tunnel was lost, once it was.
     lost: Cell<Option<CloseReason>>,
+    /// Whether sessions are offered to be held at once.
+    is_eager: Cell<bool>,
     /// Time at which the tunnel was last said to be in use.
     used: Cell<Option<Instant>>,
 }
@@ -85,6 +87,7 @@ impl Notices {
             changed: Notify::new(),
             held: Cell::new(0),
             lost: Cell::new(None),
+            is_eager: Cell::new(false),
             used: Cell::new(None),
         })
     }
@@ -93,7 +96,12 @@ impl Notices {
     pub fn begin(self: &Rc<Self>, state: SessionState) -> (SessionKey, Rc<Carried>) {
         let carried = self.number(Box::new(state));
         let number = carried.number();
-        let offered = Instant::now() + PLAIN;
+        let plain = if self.is_eager.get() {
+            Duration::ZERO
+        } else {
+            PLAIN
+        };
+        let offered = Instant::now() + plain;
         let is_first = {
             let mut young = self.young.borrow_mut();
             young.push_back((offered, number));
@@ -167,6 +175,29 @@ impl Notices {
             self.due.set(Some(now));
             self.changed.notify_one();
         }
+    }
+
+    /// Offers to hold the young sessions too, and all later ones at once. Returns the number of relayed sessions that would end with the
+    /// tunnel.
+    pub fn hold_all(&self) -> usize {
+        let now = Instant::now();
+        self.is_eager.set(true);
+        self.young
+            .borrow_mut()
+            .iter_mut()
+            .for_each(|(at, _)| *at = now);
+        self.offer();
+        self.hurry();
+        self.unsafe_ones()
+    }
+
+    /// Returns the number of relayed sessions that would end with the tunnel.
+    pub fn unsafe_ones(&self) -> usize {
+        let sessions = self.sessions.borrow();
+        let is_unsafe = |session: &&Rc<Carried>| {
+            !(session.is_orphan() || session.is_safe() && session.is_peer_safe())
+        };
+        sessions.values().filter(is_unsafe).count()
     }
 
     /// Moves every session that can go to another tunnel: its relay ends as if the tunnel were lost. Returns

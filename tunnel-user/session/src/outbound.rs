@@ -1,7 +1,10 @@
 //! One direction of a session at its sender.
 
+use bytes::Bytes;
+use tunnel_proto::handover;
 use tunnel_proto::resumption::Accepted;
 
+use super::saved::InvalidState;
 use super::violation::Violation;
 
 /// Bytes on their way from the local socket to the other end.
@@ -166,6 +169,42 @@ impl Outbound {
     pub fn resume(&mut self) {
         self.sent = self.confirmed;
         self.is_acknowledged = false;
+    }
+
+    /// Returns the direction, without a stream, for another process; `kept` are the kept bytes.
+    pub(super) fn save(&self, kept: Bytes) -> handover::Outbound {
+        handover::Outbound {
+            taken: self.taken,
+            ever_sent: self.ever_sent,
+            confirmed: self.confirmed,
+            is_ended: self.is_ended,
+            is_finished: self.is_finished,
+            is_done: self.is_done,
+            kept,
+        }
+    }
+
+    /// Restores a direction that another process has [saved](Self::save).
+    ///
+    /// # Errors
+    /// The numbers contradict each other, or the kept bytes.
+    pub(super) fn restore(saved: &handover::Outbound) -> Result<Self, InvalidState> {
+        let restored = Self {
+            taken: saved.taken,
+            sent: saved.ever_sent,
+            ever_sent: saved.ever_sent,
+            confirmed: saved.confirmed,
+            kept_from: Some(saved.confirmed),
+            is_ended: saved.is_ended,
+            is_acknowledged: false,
+            is_finished: saved.is_finished,
+            is_done: saved.is_done,
+        };
+        let is_in_order = saved.confirmed <= saved.ever_sent && saved.ever_sent <= saved.taken;
+        match is_in_order && restored.kept() == saved.kept.len() as u64 {
+            true => Ok(restored),
+            false => Err(InvalidState("bytes to the other end")),
+        }
     }
 }
 

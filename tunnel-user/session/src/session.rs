@@ -2,18 +2,23 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use tunnel_proto::close::{CloseClass, CloseReason};
+use tunnel_proto::handover;
 use tunnel_proto::resumption::{Confirmation, SessionId, Status};
 
 use super::inbound::Inbound;
 use super::outbound::Outbound;
+use super::saved::InvalidState;
 use super::violation::Violation;
 
 /// Whether sessions outlive a tunnel that ended for `reason`.
 pub fn survives(reason: CloseReason) -> bool {
     match reason.class() {
         CloseClass::Reset => true,
-        CloseClass::Session => reason == CloseReason::Replaced,
+        CloseClass::Session => {
+            matches!(reason, CloseReason::Replaced | CloseReason::HandedOver)
+        }
         // The process at the other end is leaving.
         CloseClass::Drained
         | CloseClass::Finished
@@ -297,6 +302,54 @@ impl Session {
         }
         self.outbound.resume();
         Ok(Resumed::Continues(release))
+    }
+
+    /// Returns the session, which has no tunnel and is held, for another process; `kept` are the kept bytes.
+    pub(super) fn save(&self, kept: Bytes) -> handover::Session {
+        handover::Session {
+            id: Bytes::copy_from_slice(self.id.as_bytes()),
+            outbound: Some(self.outbound.save(kept)),
+            inbound: Some(self.inbound.save()),
+            aborted: match self.abort {
+                Some(Abort::Begun(reason)) => Some(reason as u32),
+                Some(Abort::Agreed) | None => None,
+            },
+            is_abort_agreed: self.abort == Some(Abort::Agreed),
+            is_peer_settled: self.is_peer_settled,
+        }
+    }
+
+    /// Restores a session that another process has [saved](Self::save), and that has no tunnel since
+    /// `detached`.
+    ///
+    /// # Errors
+    /// [`InvalidState`].
+    pub(super) fn restore(
+        saved: &handover::Session,
+        detached: Instant,
+    ) -> Result<Self, InvalidState> {
+        let id = <[u8; 16]>::try_from(&saved.id[..]).map_err(|_| InvalidState("name"))?;
+        let outbound = saved.outbound.as_ref().ok_or(InvalidState("direction"))?;
+        let inbound = saved.inbound.as_ref().ok_or(InvalidState("direction"))?;
+        let begun = |code: u32| {
+            // A reason of a later release.
+            let reason = CloseReason::from_code(code.into()).unwrap_or(CloseReason::PeerReset);
+            Abort::Begun(reason)
+        };
+        Ok(Self {
+            id: SessionId::new(id),
+            hold: Hold::Held,
+            outbound: Outbound::restore(outbound)?,
+            inbound: Inbound::restore(inbound),
+            abort: match saved.is_abort_agreed {
+                true => Some(Abort::Agreed),
+                false => saved.aborted.map(begun),
+            },
+            is_peer_settled: saved.is_peer_settled,
+            is_peer_safe: false,
+            detached: Some(detached),
+            told: None,
+        })
     }
 
     /// Decides about a session that the other end does not know: it has forgotten the session, or lost

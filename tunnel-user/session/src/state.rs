@@ -5,11 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use prometheus_client::metrics::gauge::Gauge;
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 use tunnel_proto::resumption::{Confirmation, SessionId};
 
+use super::saved::InvalidState;
 use super::session::{Effect, Hold, Resumed, Session};
 use super::unconfirmed::Unconfirmed;
 use super::violation::Violation;
@@ -254,6 +256,48 @@ impl SessionState {
         } else {
             Detached::Ended(self)
         }
+    }
+
+    /// Returns the session, which has no tunnel and is held, for another process.
+    pub fn save(&self) -> handover::Session {
+        let mut kept = BytesMut::with_capacity(usize::try_from(self.kept.len()).unwrap_or(0));
+        if !self.session.outbound.is_done() {
+            let chunks = self.kept.from(self.session.outbound.confirmed());
+            chunks.for_each(|chunk| kept.extend_from_slice(&chunk));
+        }
+        self.session.save(kept.freeze())
+    }
+
+    /// Restores a session that another process has [saved](Self::save), and that has no tunnel since
+    /// `detached`.
+    ///
+    /// # Errors
+    /// [`InvalidState`].
+    pub fn restore(
+        saved: &handover::Session,
+        bounds: Arc<Bounds>,
+        detached: Instant,
+    ) -> Result<Self, InvalidState> {
+        let session = Session::restore(saved, detached)?;
+        let mut kept = Unconfirmed::new(session.outbound.confirmed());
+        let bytes = saved.outbound.as_ref().map(|outbound| &outbound.kept);
+        if let Some(bytes) = bytes.filter(|bytes| !bytes.is_empty()) {
+            // A slice would keep the whole message.
+            kept.push(Bytes::copy_from_slice(bytes));
+        }
+        let mut restored = Self {
+            session,
+            kept,
+            resend: VecDeque::new(),
+            held: Some(GaugeGuard::new(&bounds.held)),
+            bounds,
+            charge: None,
+            registration: None,
+        };
+        if !restored.kept.is_empty() {
+            restored.charge();
+        }
+        Ok(restored)
     }
 
     /// Prepares the session for another tunnel, and returns the state to tell there.

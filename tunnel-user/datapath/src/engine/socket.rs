@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use super::tcp::{Packed, RingSocket};
 use super::thread::current;
 use crate::LocalSocket;
-use crate::socket::Portable;
+use crate::socket::{Portable, SocketParts};
 
 /// A connected TCP socket.
 #[derive(Debug)]
@@ -96,5 +96,9 @@ impl Portable for Socket {
             // All shards have the same engine, so nothing was received ahead.
             None => TcpStream::from_std(packed.socket).map(Self::Epoll),
         }
+    }
+
+    fn into_parts(packed: Packed) -> Option<SocketParts> {
+        packed.into_parts()
     }
 }

@@ -25,10 +25,11 @@ use io_uring::{opcode, types};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tunnel_proto::handover;
 
 use super::ring::{Completion, Group, Operation, Ring, Sink};
 use crate::LocalSocket;
-use crate::socket::{error_ready, unless_ended, unsent_bytes, would_block};
+use crate::socket::{SocketParts, error_ready, unless_ended, unsent_bytes, would_block};
 
 /// Approximate number of bytes received ahead of the reader. Data that the kernel has put into buffers
 /// before it sees the cancellation comes on top.
@@ -58,6 +59,22 @@ impl From<TcpStream> for Packed {
             ahead: VecDeque::new(),
             end: None,
         }
+    }
+}
+
+impl Packed {
+    /// Takes the socket apart for another process. Returns `None`, which closes the socket, if its receive has
+    /// failed: the kernel reports an error once.
+    pub(super) fn into_parts(self) -> Option<SocketParts> {
+        if let Some(End::Error(_)) = self.end {
+            return None;
+        }
+        // The kernel reports an end of file again.
+        Some(SocketParts {
+            descriptor: self.socket.into(),
+            kind: handover::socket::Kind::Tcp,
+            ahead: self.ahead.into_iter().flatten().collect(),
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use proptest::option;
 use proptest::prelude::{Strategy, TestCaseError, any, prop_oneof, proptest};
 use proptest::sample::Index;
 use proptest::{prop_assert, prop_assert_eq};
+use prost::Message as _;
 
 use super::*;
 use crate::unconfirmed::Unconfirmed;
@@ -31,6 +32,8 @@ enum Step {
     Hear(usize),
     Cut,
     Connect,
+    /// The process of an end hands the session over to another one, which it can without a tunnel.
+    HandOver(usize),
     /// The process of an end is killed: the end forgets everything, and its socket is reset.
     Kill(usize),
 }
@@ -191,6 +194,7 @@ impl World {
                 }
             }
             Step::Connect => self.connect(),
+            Step::HandOver(side) => self.hand_over(side)?,
         }
         self.check()
     }
@@ -363,6 +367,31 @@ impl World {
         }
     }
 
+    fn hand_over(&mut self, side: usize) -> Result<(), TestCaseError> {
+        let end = &mut self.ends[side];
+        let Some(session) = end.session.as_ref().filter(|it| it.hold() == Hold::Held) else {
+            return Ok(());
+        };
+        if self.tunnel.is_some() || !self.is_kept {
+            return Ok(());
+        }
+        let mut kept = Vec::new();
+        if !session.outbound.is_done() {
+            let chunks = end.kept.from(session.outbound.confirmed());
+            chunks.for_each(|chunk| kept.extend_from_slice(&chunk));
+        }
+        let saved = session.save(kept.into()).encode_to_vec();
+        let saved = handover::Session::decode(&saved[..]).unwrap();
+        let restored = Session::restore(&saved, self.now);
+        let restored = restored.map_err(|e| TestCaseError::fail(format!("{e}")))?;
+        end.kept = Unconfirmed::new(restored.outbound.confirmed());
+        end.kept.push(saved.outbound.unwrap().kept);
+        // Received bytes are not handed over: they come again.
+        end.unwritten.clear();
+        end.session = Some(restored);
+        Ok(())
+    }
+
     fn connect(&mut self) {
         if self.tunnel.is_some() {
             return;
@@ -439,8 +468,9 @@ fn step() -> impl Strategy<Value = Step> {
         6 => side.clone().prop_map(Step::Receive),
         6 => (side.clone(), 1..9_u8).prop_map(|(side, n)| Step::Write(side, n)),
         4 => side.clone().prop_map(Step::Tell),
-        4 => side.prop_map(Step::Hear),
+        4 => side.clone().prop_map(Step::Hear),
         1 => any::<()>().prop_map(|()| Step::Cut),
+        1 => side.clone().prop_map(Step::HandOver),
         2 => any::<()>().prop_map(|()| Step::Connect),
     ]
 }
