@@ -52,6 +52,9 @@ impl Driver {
 
     /// Receives packets. Returns `true` if there may be more.
     fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        if self.shared.has_left.get() {
+            return false;
+        }
         let mut taken = 0;
         while taken < RECEIVE {
             match self.shared.udp.poll_recv(cx) {

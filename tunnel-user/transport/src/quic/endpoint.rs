@@ -46,6 +46,8 @@ pub(super) struct Shared {
     left: Notify,
     closed: RefCell<Option<(VarInt, Bytes)>>,
     is_abandoned: Cell<bool>,
+    /// Whether the packets that arrive are another process's.
+    pub(super) has_left: Cell<bool>,
     driver: RefCell<Option<Waker>>,
     /// Bounds on the memory held for the peers.
     memory: MemoryBounds,
@@ -118,7 +120,8 @@ impl Shared {
 
     /// Whether the driver may end.
     pub(super) fn is_over(&self) -> bool {
-        self.is_abandoned.get() && self.count.get() == 0
+        let is_done = self.has_left.get() && self.noted.borrow().is_empty();
+        self.is_abandoned.get() && (self.count.get() == 0 || is_done)
     }
 
     /// Ends all connections, because their driver has gone.
@@ -158,6 +161,7 @@ impl Endpoint {
             left: Notify::new(),
             closed: RefCell::default(),
             is_abandoned: Cell::default(),
+            has_left: Cell::default(),
             driver: RefCell::default(),
             memory,
         });
@@ -231,6 +235,13 @@ impl Endpoint {
         for connection in connections.iter().flatten() {
             connection.close(code, reason.clone());
         }
+    }
+
+    /// Closes all connections, and leaves the socket, which stays open, to another process: no packet is
+    /// received any more.
+    pub fn leave(&self, code: VarInt, reason: &[u8]) {
+        self.close(code, reason);
+        self.shared().has_left.set(true);
     }
 
     /// Waits until all connections have sent their last packets.

@@ -47,15 +47,17 @@ pub fn bind_to_share(addr: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Opens the further sockets of `shards` beside the first one, which shares its port, and makes the
-/// kernel steer packets to them.
+/// Opens the further sockets of `shards` beside the first ones in `group`, which share their port, and makes
+/// the kernel steer packets to them. An empty group stays so.
 ///
 /// # Errors
 /// The error of the system call: another user's socket can't be shared, nor one that was opened without
 /// sharing.
-pub fn beside(first: UdpSocket, shards: usize) -> io::Result<Vec<UdpSocket>> {
+pub fn beside(mut group: Vec<UdpSocket>, shards: usize) -> io::Result<Vec<UdpSocket>> {
+    let Some(first) = group.first() else {
+        return Ok(group);
+    };
     let addr = first.local_addr()?;
-    let mut group = vec![first];
     while group.len() < shards {
         group.push(open(addr, true)?);
     }

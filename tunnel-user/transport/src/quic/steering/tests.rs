@@ -19,7 +19,7 @@ struct Group(Vec<UdpSocket>);
 
 impl Group {
     fn new(at: IpAddr, shards: usize) -> Self {
-        let group = beside(bind_to_share((at, 0).into()).unwrap(), shards).unwrap();
+        let group = beside(vec![bind_to_share((at, 0).into()).unwrap()], shards).unwrap();
         assert_eq!(group.len(), shards);
         Self(group)
     }
@@ -159,5 +159,8 @@ fn a_port_in_use_is_not_shared_with_strangers() {
     }
     // As a service manager passes one unless its unit says otherwise.
     let alone = bind((V4, 0).into()).unwrap();
-    assert_eq!(beside(alone, 2).unwrap_err().kind(), ErrorKind::AddrInUse);
+    assert_eq!(
+        beside(vec![alone], 2).unwrap_err().kind(),
+        ErrorKind::AddrInUse
+    );
 }
