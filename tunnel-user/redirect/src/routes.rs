@@ -29,7 +29,7 @@ impl Routes {
 
     /// Replaces all routes, of every tenant; the longest prefix decides. Unchanged entries are not
     /// touched, and each address goes from its old verdict to its new one without a gap. Of two
-    /// verdicts for one prefix the last counts.
+    /// verdicts for one prefix the last counts. With `keeps_served` old routes that serve stay as they are.
     ///
     /// Where old and new routes do not fit into the kernel's table together, the old ones go first: an
     /// address that changes is then without a route for a moment, and refused.
@@ -37,8 +37,12 @@ impl Routes {
     /// # Errors
     /// [`RedirectError::RoutesFull`] when the new ones alone do not fit: as many as fit are in force,
     /// and no others.
-    pub fn replace(&mut self, routes: &[(u32, IpNet, Verdict)]) -> Result<(), RedirectError> {
-        let new: Table<u32> = routes
+    pub fn replace(
+        &mut self,
+        routes: &[(u32, IpNet, Verdict)],
+        keeps_served: bool,
+    ) -> Result<(), RedirectError> {
+        let mut new: Table<u32> = routes
             .iter()
             .map(|(tenant, cidr, verdict)| (Key::new(*tenant, *cidr), *verdict as u32))
             .collect();
@@ -46,6 +50,12 @@ impl Routes {
             Some(installed) => installed,
             None => prefix::read(&self.trie, None).map_err(failed("ROUTES"))?,
         };
+        if keeps_served {
+            let served = old
+                .iter()
+                .filter(|(_, verdict)| **verdict == Verdict::Serve as u32);
+            new.extend(served.map(|(key, verdict)| (*key, *verdict)));
+        }
         let steps = prefix::plan_within(&old, &new, MAX_ROUTES as usize);
         let missing = prefix::apply_most(&mut self.trie, &steps).map_err(failed("ROUTES"))?;
         if missing > 0 {

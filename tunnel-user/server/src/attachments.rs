@@ -396,8 +396,14 @@ fn listeners(
     let fd_name = format!("redirect-{}", config.name);
     let mut kept = false;
     let mut open = |addr: &SocketAddr| {
+        let failed = |why| AttachError::Listen {
+            name: config.name.clone(),
+            addr: *addr,
+            why,
+        };
         if let Some(listener) = inherited.tcp(*addr, Some(&fd_name)) {
             kept = true;
+            inherited.note(&fd_name, &listener).map_err(failed)?;
             return Ok(listener);
         }
         let opened = match cpc_redirect::listen(config.netns.as_deref(), *addr) {
@@ -406,11 +412,8 @@ fn listeners(
             }
             opened => opened,
         };
-        let listener = opened.map_err(|why| AttachError::Listen {
-            name: config.name.clone(),
-            addr: *addr,
-            why,
-        })?;
+        let listener = opened.map_err(failed)?;
+        inherited.note(&fd_name, &listener).map_err(failed)?;
         kept |= inherited::keep(&listener, &fd_name);
         Ok(listener)
     };
@@ -571,7 +574,7 @@ impl Running {
 
 /// Returns the function by which the control task writes routes to the kernel.
 pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
-    Box::new(move |routes: &routes::Routes| {
+    Box::new(move |routes: &routes::Routes, keeps_served| {
         let verdicts: Vec<_> = routes
             .verdicts()
             .map(|(tenant, net, served)| {
@@ -583,7 +586,7 @@ pub(super) fn kernel_routes(mut kernel: Routes) -> super::control::Publish {
                 (tenant_number(tenant.as_str()), net, verdict)
             })
             .collect();
-        if let Err(error) = kernel.replace(&verdicts) {
+        if let Err(error) = kernel.replace(&verdicts, keeps_served) {
             tracing::error!(
                 error = report(&error),
                 "routes could not be written to the kernel"

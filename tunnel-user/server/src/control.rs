@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::sleep;
+use tokio::time::{sleep, sleep_until};
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
@@ -22,6 +22,9 @@ use cpc_identity::Identity;
 
 /// Length of the queue of requests; shards wait where it is full.
 const QUEUE: usize = 1024;
+
+/// Time for agents to come back to a server, or to its successor.
+const RETURN: Duration = Duration::from_secs(3);
 
 /// Interval between removals of expired memories.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
@@ -99,9 +102,23 @@ pub struct ControlHandle {
     published: watch::Receiver<()>,
     backends: Arc<ArcSwap<Backends>>,
     route_usage: Arc<RouteUsage>,
+    /// Time until which agents that have gone are about to come back.
+    held: watch::Sender<Option<Instant>>,
 }
 
 impl ControlHandle {
+    /// Holds the routes of agents that are about to come back: until then the kernel refuses nothing that it did
+    /// not refuse before, and dials wait for them.
+    pub(super) fn hold_routes(&self) {
+        self.held.send_replace(Some(Instant::now() + RETURN));
+    }
+
+    /// Returns the time until which agents are about to come back, while they are.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        let until = *self.held.borrow();
+        until.filter(|until| *until > Instant::now())
+    }
+
     /// Returns the use of the table of routes.
     pub(super) fn route_usage(&self) -> &RouteUsage {
         &self.route_usage
@@ -192,8 +209,9 @@ impl ControlHandle {
     }
 }
 
-/// Receiver of every snapshot once the shards have it.
-pub type Publish = Box<dyn FnMut(&Routes) + Send>;
+/// Receiver of every snapshot once the shards have it. The flag tells whether routes that were served before may
+/// come back.
+pub type Publish = Box<dyn FnMut(&Routes, bool) + Send>;
 
 /// The task itself.
 pub struct Control {
@@ -202,6 +220,15 @@ pub struct Control {
     handle: ControlHandle,
     published: watch::Sender<()>,
     publish: Publish,
+    /// Whether the kernel may have routes that the shards do not have.
+    has_held_routes: bool,
+}
+
+async fn sleep_until_some(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Control {
@@ -215,6 +242,7 @@ impl Control {
             published: watching,
             backends: Arc::default(),
             route_usage: Arc::default(),
+            held: watch::Sender::new(None),
         };
         Self {
             registry,
@@ -222,6 +250,7 @@ impl Control {
             handle,
             published,
             publish,
+            has_held_routes: false,
         }
     }
 
@@ -237,9 +266,14 @@ impl Control {
         let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
         let mut requests = Vec::new();
         loop {
+            let held = self.handle.held_until().filter(|_| self.has_held_routes);
             tokio::select! {
                 _ = self.requests.recv_many(&mut requests, QUEUE) => {}
                 _ = expire.tick() => {}
+                () = sleep_until_some(held) => {}
+            }
+            if self.has_held_routes && self.handle.held_until().is_none() {
+                self.publish_to_kernel();
             }
             let began = Instant::now();
             if self.run_batch(requests.drain(..), began) {
@@ -284,8 +318,14 @@ impl Control {
         // The shards first: what the kernel lets through can then be served.
         self.handle.routes.store(routes.clone());
         self.published.send_replace(());
-        (self.publish)(&routes);
+        self.publish_to_kernel();
         self.handle.route_usage.set(usage);
         self.handle.backends.store(Arc::new(backends));
+    }
+
+    /// Writes the routes in force to the kernel, which keeps those that it serves while they are held.
+    fn publish_to_kernel(&mut self) {
+        self.has_held_routes = self.handle.held_until().is_some();
+        (self.publish)(&self.handle.routes.load(), self.has_held_routes);
     }
 }

@@ -110,7 +110,7 @@ fn settings_change_under_load_without_an_escape() {
         let mut kernel = Redirect::new(pin).routes().unwrap();
         for prefix in prefixes.iter().cycle().take(200) {
             let served = [(TENANT, prefix.parse().unwrap(), Verdict::Serve)];
-            kernel.replace(&served).unwrap();
+            kernel.replace(&served, false).unwrap();
             it.spec.capture = vec![rule(prefix)];
             attachment.update(&it.spec).unwrap();
         }
@@ -218,7 +218,11 @@ fn one_cgroup_in_two_namespaces_has_two_attachments() {
         .flat_map(|tenant| ["10.99.0.0/16", "fd99::/64"].map(|cidr| (tenant, cidr)))
         .map(|(tenant, cidr)| (tenant, cidr.parse().unwrap(), Verdict::Serve))
         .collect::<Vec<_>>();
-    it.redirect.routes().unwrap().replace(&served).unwrap();
+    it.redirect
+        .routes()
+        .unwrap()
+        .replace(&served, false)
+        .unwrap();
     for client in [&it.client, &there] {
         assert_eq!(ask(client, at(V4)).unwrap(), at(V4).to_string());
         let socket = connect(client, at(V6)).unwrap();

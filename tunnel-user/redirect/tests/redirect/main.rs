@@ -114,7 +114,7 @@ fn routes(redirect: &Redirect, routes: &[(&str, Verdict)]) {
         .iter()
         .map(|(cidr, verdict)| (TENANT, cidr.parse().unwrap(), *verdict))
         .collect();
-    redirect.routes().unwrap().replace(&routes).unwrap();
+    redirect.routes().unwrap().replace(&routes, false).unwrap();
 }
 
 fn serve_all(redirect: &Redirect) {

@@ -61,7 +61,11 @@ fn the_longest_route_of_the_tenant_decides() {
     assert_eq!(errno(&it.client, at(V6)), libc::ENETUNREACH);
     // Another tenant's routes count for nothing.
     let other = [(TENANT + 1, "10.99.0.0/16".parse().unwrap(), Verdict::Serve)];
-    it.redirect.routes().unwrap().replace(&other).unwrap();
+    it.redirect
+        .routes()
+        .unwrap()
+        .replace(&other, false)
+        .unwrap();
     assert_eq!(errno(&it.client, at(V4)), libc::ENETUNREACH);
 }
 

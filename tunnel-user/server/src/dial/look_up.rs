@@ -29,10 +29,14 @@ pub(super) async fn look_up(
     host: &Host,
     deadline: Instant,
 ) -> Result<Vec<Arc<LinkInfo>>, RouteError> {
-    let until = deadline.min(shard.started + RECONNECT_GRACE);
     loop {
         let found = shard.control.routes().candidates(tenant, host);
-        if found.is_ok() || Instant::now() >= until || *shard.phase.borrow() != Phase::Running {
+        let held = shard.control.held_until().map(Instant::from_std);
+        let until = held.unwrap_or(shard.started + RECONNECT_GRACE);
+        if found.is_ok()
+            || Instant::now() >= until.min(deadline)
+            || *shard.phase.borrow() != Phase::Running
+        {
             return found;
         }
         sleep(RECONNECT_POLL).await;

@@ -44,7 +44,7 @@ impl Attached {
         let engines = Engines::choose(config.datapath.engine, config.shards);
         engines.register(ours(&mut prepared.registry));
         let publish: Publish = if config.redirect.attachments.is_empty() {
-            Box::new(|_| {})
+            Box::new(|_, _| {})
         } else {
             kernel_routes(Redirect::new(&config.redirect.pin).routes()?)
         };
@@ -89,7 +89,7 @@ impl Attached {
             attachments,
             accepting,
             shards: Shards::on_this_thread(),
-            publish: Box::new(|_| {}),
+            publish: Box::new(|_, _| {}),
             kernel_log: Box::pin(std::future::pending()),
         })
     }
