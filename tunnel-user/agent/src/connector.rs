@@ -42,6 +42,8 @@ enum Event {
     Ended(u64, TunnelEnd),
     /// The process drains.
     Draining,
+    /// The process dials nothing for now, because of a handover, or dials again.
+    Paused(bool),
     /// The process ends: kept tunnels are closed with this reason.
     Stopping(CloseReason),
     /// Time has passed.
@@ -92,6 +94,7 @@ struct Connector {
     unresolved: BTreeSet<Arc<str>>,
     last: u64,
     is_draining: bool,
+    is_paused: bool,
     is_stopping: bool,
     actions: VecDeque<Action>,
 }
@@ -148,10 +151,11 @@ impl Connector {
             Event::Changed(number, health) => self.changed(number, health, now),
             Event::Ended(number, end) => self.ended(number, end, now, chance),
             Event::Draining => self.is_draining = true,
+            Event::Paused(is_paused) => self.is_paused = is_paused,
             Event::Stopping(reason) => self.stop(reason),
             Event::Timeout => {}
         }
-        if !self.is_draining {
+        if !self.is_draining && !self.is_paused {
             for endpoint in self.plan.due(now) {
                 self.dial(endpoint);
             }
@@ -165,7 +169,7 @@ impl Connector {
 
     /// Returns the time of the next [`Event::Timeout`].
     fn poll_timeout(&self) -> Option<Instant> {
-        match self.is_draining {
+        match self.is_draining || self.is_paused {
             true => None,
             false => self.plan.next_timeout(),
         }
@@ -300,8 +304,14 @@ impl Connector {
         let KeptTunnel {
             endpoint, server, ..
         } = kept;
-        self.plan.ended(endpoint.kind, &server, number, now, chance);
-        let is_intended = end.reason == CloseReason::Replaced || self.is_draining;
+        let plan = &mut self.plan;
+        let note = match end.reason {
+            CloseReason::HandedOver => Plan::handed_over,
+            _ => Plan::ended,
+        };
+        note(plan, endpoint.kind, &server, number, now, chance);
+        let is_intended = matches!(end.reason, CloseReason::Replaced | CloseReason::HandedOver)
+            || self.is_draining;
         self.log(Notice::Ended {
             server,
             endpoint,

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
 use super::happy_eyeballs::race;
@@ -271,6 +273,38 @@ impl ParkedConnection {
             admitted: self.admitted,
             observed: self.observed,
             progress: self.progress,
+        })
+    }
+
+    /// Returns the connection for another process, with its socket. A socket that can't leave the process is
+    /// closed.
+    pub(super) fn save(mut self) -> Option<(handover::Socket, OwnedFd)> {
+        let parts = Socket::into_parts(self.socket)?;
+        self.progress.append(&parts.ahead);
+        let saved = handover::Socket {
+            kind: parts.kind.into(),
+            progress: Some(self.progress.save()),
+            record: Some(self.record.save()),
+            ..handover::Socket::default()
+        };
+        Some((saved, parts.descriptor))
+    }
+
+    /// Restores a connection that another process has [saved](Self::save). `None`: a limit refuses it.
+    pub(super) fn restore(
+        worker: &Worker,
+        record: Record,
+        descriptor: OwnedFd,
+        saved: &handover::Socket,
+    ) -> Option<Self> {
+        let progress = saved.progress.as_ref();
+        let socket = std::net::TcpStream::from(descriptor);
+        Some(Self {
+            record,
+            socket: socket.into(),
+            admitted: worker.admit().ok()?,
+            observed: ObservedConnection::new(worker.observer.clone()),
+            progress: progress.map(Progress::restore).unwrap_or_default(),
         })
     }
 

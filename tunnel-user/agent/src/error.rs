@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use super::tunnel::BoxError;
 use cpc_config::ConfigError;
+use cpc_handover::HandoverError;
 use cpc_host::privileges::PrivilegeError;
 use cpc_identity::material::MaterialError;
 
@@ -34,6 +35,9 @@ pub enum AgentError {
     /// A system call at start failed.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// The running process does not hand over.
+    #[error("takeover")]
+    Handover(#[from] HandoverError),
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,

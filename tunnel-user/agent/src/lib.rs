@@ -9,6 +9,7 @@ mod dial_target;
 mod dialer;
 mod error;
 pub mod extension;
+mod handover;
 mod happy_eyeballs;
 pub mod join;
 mod native;
@@ -36,7 +37,10 @@ pub use error::AgentError;
 use std::pin::Pin;
 
 use cpc_config::{AgentConfig, ConfigError};
+use cpc_handover::Predecessor;
 use cpc_host::environment::Environment;
+use cpc_host::inherited::Inherited;
+use cpc_host::report::report;
 use cpc_observe::logging::LogHandle;
 use extension::Extend;
 use start::{Prepared, Serving};
@@ -50,7 +54,7 @@ pub fn check(config: &AgentConfig) -> Result<(), ConfigError> {
     offer::claims(&config.serve).map(drop)
 }
 
-/// Runs an agent until it is stopped. `extend` makes its extension, such as
+/// Runs an agent until it is stopped, in place of `predecessor` if there is one. `extend` makes its extension, such as
 /// [`none`](extension::none). `reread` reads the configuration on SIGHUP.
 ///
 /// # Errors
@@ -58,25 +62,35 @@ pub fn check(config: &AgentConfig) -> Result<(), ConfigError> {
 pub fn run(
     config: AgentConfig,
     log: LogHandle,
+    (inherited, predecessor): (Inherited, Option<Predecessor>),
     extend: Extend,
     reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Pin<Box<dyn Future<Output = Result<(), AgentError>> + '_>> {
     // The crate that awaits an unboxed future compiles it, with every future below.
-    Box::pin(run_in(Environment::process(), config, log, extend, reread))
+    Box::pin(async move {
+        let prepared = Prepared::new(config, Environment::process(), inherited, extend);
+        let prepared = prepared.inspect_err(|error| {
+            if let Some(predecessor) = &predecessor {
+                predecessor.decline(&report(error));
+            }
+        })?;
+        let serving = Serving::start(prepared, log, predecessor).await?;
+        serving.until_stopped(reread).await
+    })
 }
 
-/// Runs an agent as [`run`] does, in `environment`; on the current `LocalSet` where that is an embedded one.
+/// Runs an agent as [`run`] does, on the current `LocalSet`, until `environment` requests its end.
 ///
 /// # Errors
 /// [`AgentError`], before any server is dialled.
-pub async fn run_in(
+pub async fn run_embedded(
     environment: Environment,
     config: AgentConfig,
     log: LogHandle,
     extend: Extend,
     reread: impl Fn() -> Result<AgentConfig, ConfigError>,
 ) -> Result<(), AgentError> {
-    let prepared = Prepared::new(config, environment, extend)?;
-    let serving = Serving::start(prepared, log).await?;
+    let prepared = Prepared::new(config, environment, Inherited::default(), extend)?;
+    let serving = Serving::start(prepared, log, None).await?;
     serving.until_stopped(&reread).await
 }

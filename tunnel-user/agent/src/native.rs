@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::control::VERSION;
 use tunnel_proto::session::{
@@ -17,6 +17,7 @@ use tunnel_proto::session::{
 };
 
 use super::dial_target::DialTarget;
+use super::handover::Stage;
 use super::plan::{ServerEndpoint, ServerInfo};
 use super::renew::Request;
 use super::server_stream::{self, Carrier};
@@ -39,6 +40,12 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Drain time announced for a tunnel that ends with its last stream.
 const RETIREMENT: Duration = Duration::from_secs(24 * 3600);
+
+/// Drain time announced for a handover.
+const SUCCESSION: Duration = Duration::from_secs(5);
+
+/// Polling interval of a tunnel whose connections are about to be handed over.
+const READY_LOOK: Duration = Duration::from_millis(2);
 
 /// Polling interval of an ending tunnel for the acknowledgement of its streams' ends.
 const ARRIVAL_LOOK: Duration = Duration::from_millis(10);
@@ -228,7 +235,7 @@ impl ServerTunnel for Tunnel {
         Box::pin(async move {
             let heard = async {
                 while self.connection.has_unacknowledged() {
-                    tokio::time::sleep(ARRIVAL_LOOK).await;
+                    sleep(ARRIVAL_LOOK).await;
                 }
             };
             if reason == CloseReason::Draining {
@@ -244,7 +251,7 @@ impl ServerTunnel for Tunnel {
                 .session
                 .with(|s| s.drain(RETIREMENT, CloseReason::Replaced));
             while told.is_ok() && self.info.stats.streams.load(Ordering::Relaxed) > 0 {
-                tokio::time::sleep(LOOK_INTERVAL).await;
+                sleep(LOOK_INTERVAL).await;
             }
             self.end(CloseReason::Replaced);
         })
@@ -288,6 +295,10 @@ impl Established {
         let (worker, tunnel) = (self.worker.clone(), self.tunnel.clone());
         let mut serve = worker.serve.clone();
         let mut phase = worker.phase();
+        let mut stage = worker.handover.subscribe();
+        // A handover may have begun meanwhile.
+        stage.mark_changed();
+        let mut unready = worker.handover.tunnel();
         // A certificate that was asked for on this tunnel.
         let mut asked = None;
         let end = loop {
@@ -324,6 +335,21 @@ impl Established {
                     serve.mark_unchanged();
                     if let Err(error) = tunnel.session.with(|s| s.offer(worker.offer())) {
                         break error.into();
+                    }
+                }
+                Ok(()) = stage.changed() => match *stage.borrow_and_update() {
+                    Stage::Serving => {}
+                    Stage::Pausing => {
+                        let reason = CloseReason::HandedOver;
+                        if let Err(error) = tunnel.session.with(|s| s.drain(SUCCESSION, reason)) {
+                            break error.into();
+                        }
+                    }
+                    Stage::Left => tunnel.end(CloseReason::HandedOver),
+                },
+                () = sleep(READY_LOOK), if unready.is_some() && worker.handover.is_pausing() => {
+                    if tunnel.carrier.notices.unsafe_ones() == 0 {
+                        unready = None;
                     }
                 }
                 Ok(()) = phase.changed() => {

@@ -35,6 +35,9 @@ const FASTEST: Duration = Duration::from_secs(1);
 /// instant.
 const SPREAD: Duration = Duration::from_millis(200);
 
+/// Minimum age of a tunnel whose server hands over, before the next dial. A quarter of it is the spread.
+const SUCCESSOR: Duration = Duration::from_millis(100);
+
 /// Time for the preferred kind before another one is tried where both are allowed.
 const HEAD_START: Duration = Duration::from_secs(1);
 
@@ -314,13 +317,45 @@ impl Plan {
         now: Instant,
         chance: f64,
     ) {
+        // A server that lets agents in and then ends them would be dialled without a pause.
+        self.dial_again(kind, server, tunnel, now, (FASTEST, SPREAD.mul_f64(chance)));
+    }
+
+    /// Notes the end of a tunnel whose server hands over: its successor is dialled at once, because connections
+    /// wait. `chance` is in 0..1.
+    pub(super) fn handed_over(
+        &mut self,
+        kind: TunnelKind,
+        server: &str,
+        tunnel: u64,
+        now: Instant,
+        chance: f64,
+    ) {
+        self.dial_again(
+            kind,
+            server,
+            tunnel,
+            now,
+            (SUCCESSOR, SUCCESSOR.mul_f64(chance) / 4),
+        );
+    }
+
+    /// Removes a tunnel, and dials its server again: after `wait`, and not sooner than `least` after the tunnel
+    /// began.
+    fn dial_again(
+        &mut self,
+        kind: TunnelKind,
+        server: &str,
+        tunnel: u64,
+        now: Instant,
+        (least, wait): (Duration, Duration),
+    ) {
         let Some(TunnelEntry { address, since, .. }) = take(self.held_mut(kind), server, tunnel)
         else {
             return;
         };
-        // A server that lets agents in and then ends them would be dialled without a pause.
-        let from = now.max(since + FASTEST);
-        let again = from + SPREAD.mul_f64(chance);
+        let from = now.max(since + least);
+        let again = from + wait;
         for (endpoint, candidate) in &mut self.candidates {
             let leads =
                 candidate.leads_to.as_deref() == Some(server) || endpoint.address == address;

@@ -70,6 +70,8 @@ async fn begin(
     carrier: Rc<Carrier>,
     (send, mut recv): (Send, Recv),
 ) -> Option<Box<SessionDial>> {
+    // Until the dial is answered.
+    let under_way = worker.handover.dial();
     let head = match timeout(REQUEST_TIMEOUT, recv.read_head(StreamHead::decode)).await {
         Ok(Ok(head)) => head,
         Ok(Err(HeadError::Malformed(error))) => {
@@ -89,6 +91,7 @@ async fn begin(
         StreamHead::Dial(request) => begin_dial(&worker, &carrier, request, (send, recv)).await,
         StreamHead::Resume(request) => resume(&worker, &carrier, &request, (send, recv)).await,
         StreamHead::Notices => {
+            drop(under_way);
             exchange_notices(&carrier, (send, recv)).await;
             None
         }

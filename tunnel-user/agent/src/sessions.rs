@@ -10,6 +10,7 @@ use tunnel_proto::resumption::SessionId;
 use tunnel_proto::session::InstanceId;
 
 use super::dialer::ParkedConnection;
+use super::handover::Stage;
 use super::stats::TunnelStats;
 use super::worker::{WAITING_SESSIONS, Worker};
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
@@ -49,8 +50,10 @@ pub(super) struct Parked {
     pub cause: CloseReason,
     /// Time at which it was lost.
     pub at: Instant,
-    server: Arc<ServerProcess>,
-    _permit: Permit,
+    /// Process of the server.
+    pub server: Arc<ServerProcess>,
+    /// Permit of the wait. One that a handover begins is bounded by the connections.
+    _permit: Option<Permit>,
     _waiting: Option<GaugeGuard>,
 }
 
@@ -131,14 +134,66 @@ impl Sessions {
             table.insert(id, Slot::Carried(server.clone(), stats.clone()));
         }
         let mut state = Box::new(SessionState::new(id, self.bounds.clone()));
+        state.register(self.registration());
+        Some(state)
+    }
+
+    /// Returns what removes a session from the table at its end.
+    fn registration(self: &Arc<Self>) -> Registration {
         // A session that waits is in the table itself.
         let sessions = Arc::downgrade(self);
-        state.register(Registration(Box::new(move |id| {
+        Registration(Box::new(move |id| {
             let slot = sessions.upgrade().and_then(|it| it.lock().remove(&id));
             // Outside of the lock: what the slot holds may have an end of its own.
             drop(slot);
-        })));
-        Some(state)
+        }))
+    }
+
+    /// Whether a tunnel carries a session.
+    pub(super) fn are_carried(&self) -> bool {
+        let is_carried = |slot: &Slot| matches!(slot, Slot::Carried(..));
+        self.lock().values().any(is_carried)
+    }
+
+    /// Takes all waiting sessions, for another process.
+    pub(super) fn take_all(&self) -> Vec<Parked> {
+        let slots = std::mem::take(&mut *self.lock());
+        let parked = slots.into_values().filter_map(|slot| match slot {
+            Slot::Parked(parked) => Some(*parked),
+            Slot::Carried(..) => None,
+        });
+        parked.collect()
+    }
+
+    /// Returns a waiting session that another process has given away.
+    pub(super) fn restored(
+        self: &Arc<Self>,
+        mut state: SessionState,
+        connection: Option<Box<ParkedConnection>>,
+        (cause, at): (CloseReason, Instant),
+        server: Arc<ServerProcess>,
+    ) -> Parked {
+        state.register(self.registration());
+        let is_connected = connection.is_some();
+        Parked {
+            state: Box::new(state),
+            connection,
+            cause,
+            at,
+            server,
+            _permit: self.waiting.acquire(),
+            _waiting: is_connected.then(|| GaugeGuard::new(&self.metrics.waiting)),
+        }
+    }
+
+    /// Adds waiting sessions.
+    pub(super) fn insert(&self, restored: Vec<Parked>) {
+        let slots = restored.into_iter();
+        let slots = slots.map(|parked| {
+            let id = parked.state.session.id();
+            (id, Slot::Parked(Box::new(parked)))
+        });
+        self.lock().extend(slots);
     }
 
     /// Parks a session of `server` whose tunnel was lost for `cause`. Returns its connection if it ends with the
@@ -156,10 +211,11 @@ impl Sessions {
         if !survives(cause) || !is_running || !self.are_held() {
             return Err(connection);
         }
-        let Some(permit) = self.waiting.acquire() else {
+        let permit = self.waiting.acquire();
+        if permit.is_none() && worker.handover.stage() == Stage::Serving {
             worker.limits.refuse(WAITING_SESSIONS);
             return Err(connection);
-        };
+        }
         let id = state.session.id();
         let is_connected = connection.is_some();
         let parked = Box::new(Parked {

@@ -9,6 +9,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::route::Claim;
 use tunnel_proto::session::InstanceId;
 
+use super::handover::Handover;
 use super::happy_eyeballs::AnsweredAddresses;
 use super::observer::Observer;
 use super::renew::Renewals;
@@ -54,6 +55,8 @@ pub struct Worker {
     pub(super) limits: LimitMetrics,
     /// Connections that outlive their tunnel.
     pub(super) sessions: Arc<Sessions>,
+    /// Stage of a handover.
+    pub(super) handover: Handover,
 }
 
 /// Text for a client whose request came too late.

@@ -59,16 +59,21 @@ impl Environment {
         self.0.is_some()
     }
 
-    /// Returns the requests to stop and those to reload.
+    /// Returns the requests to stop, to reload, and to leave everything to the next process.
     ///
     /// # Errors
-    /// The signal handler can't be installed.
-    pub fn into_requests(self) -> io::Result<(Stops, Reloads)> {
+    /// A signal handler can't be installed.
+    pub fn into_requests(self) -> io::Result<(Stops, Reloads, Restarts)> {
         Ok(match self.0 {
-            None => (Stops(None), Reloads::hangups()?),
+            None => (
+                Stops(None),
+                Reloads::hangups()?,
+                Restarts(Some(signal(SignalKind::user_defined2())?)),
+            ),
             Some(requests) => (
                 Stops(Some(requests.stops)),
                 Reloads(ReloadSource::Channel(requests.reloads)),
+                Restarts(None),
             ),
         })
     }
@@ -79,6 +84,11 @@ impl Environment {
 pub struct Stops(Option<mpsc::UnboundedReceiver<()>>);
 
 impl Stops {
+    /// Returns those of a process of its own.
+    pub(crate) fn process() -> Self {
+        Self(None)
+    }
+
     /// Starts to listen, which catches SIGTERM and SIGINT.
     ///
     /// # Errors
@@ -109,6 +119,26 @@ impl StopListener {
                 _ = interrupt.recv() => {}
             },
             Self::Channel(requests) => wait(requests).await,
+        }
+    }
+}
+
+/// Requests to leave everything to the next process, SIGUSR2. There are none where several servers or agents
+/// share a process.
+#[derive(Debug)]
+pub struct Restarts(Option<Signal>);
+
+impl Restarts {
+    /// Whether this process can have a successor.
+    pub fn is_process(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Waits for the next request.
+    pub async fn next(&mut self) {
+        match &mut self.0 {
+            Some(signal) => drop(signal.recv().await),
+            None => std::future::pending().await,
         }
     }
 }

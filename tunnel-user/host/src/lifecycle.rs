@@ -60,6 +60,17 @@ pub async fn until_stopped(
     Ok(())
 }
 
+/// Waits until the process may end, once a successor has its work. The first process of a container waits to be
+/// stopped: the runtime of the container would start it again.
+pub async fn succeeded() {
+    if std::process::id() == 1
+        && let Ok(mut stops) = Stops::process().listen()
+    {
+        tracing::info!("waiting to be stopped, as the first process of a container");
+        stops.next().await;
+    }
+}
+
 /// Waits until `shard_ended` completes in the phase running. A shard that drains ends by itself, which
 /// is no loss: this never completes then.
 pub async fn lost(phase: &watch::Sender<Phase>, shard_ended: impl Future<Output = ()>) {

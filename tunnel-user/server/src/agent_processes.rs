@@ -2,10 +2,12 @@
 //! process.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
+use tunnel_proto::handover;
 use tunnel_proto::session::InstanceId;
 
 use super::routes::{LinkId, LinkInfo};
@@ -42,6 +44,11 @@ struct Agent {
 /// One process of an agent.
 #[derive(Debug)]
 pub(crate) struct AgentProcess {
+    /// URI of the identity.
+    identity: String,
+    instance: InstanceId,
+    /// Whether the process is known from a predecessor of this server alone: it is about to come.
+    is_expected: AtomicBool,
     /// Tunnels of the process, oldest first.
     links: watch::Sender<Vec<Arc<LinkInfo>>>,
     /// The certificate that it has shown last.
@@ -69,15 +76,28 @@ impl AgentProcesses {
             lock(&self.known).arrived(link.identity.uri(), instance, self.waiting);
         *lock(&process.peer) = peer;
         process.ended.send_replace(false);
+        process.is_expected.store(false, Ordering::Relaxed);
         // The tunnel arrives once.
         let _ = link.process.set(process.clone());
         process.links.send_modify(|links| links.push(link.clone()));
         // A later process has taken the place of those that are not heard.
         others
             .iter()
-            .filter(|other| !other.is_heard())
+            .filter(|other| !other.is_heard() && !other.is_expected.load(Ordering::Relaxed))
             .for_each(|other| other.end());
         process.leave_silent();
+    }
+
+    /// Returns a process that a predecessor of this server knew. `None`: it is malformed.
+    pub(crate) fn expect(&self, saved: &handover::Peer) -> Option<Arc<AgentProcess>> {
+        let instance = InstanceId(<[u8; 16]>::try_from(&saved.instance[..]).ok()?);
+        let identity = saved.identity.clone();
+        let (process, _) = lock(&self.known).arrived(identity, instance, self.waiting);
+        if process.links.borrow().is_empty() {
+            process.is_expected.store(true, Ordering::Relaxed);
+            *lock(&process.peer) = Peer::restore(saved.identity.clone(), &saved.serial);
+        }
+        Some(process)
     }
 }
 
@@ -90,10 +110,13 @@ impl Known {
         waiting: usize,
     ) -> (Arc<AgentProcess>, Vec<Arc<AgentProcess>>) {
         self.forget();
-        let agent = self.agents.entry(identity).or_insert_with(|| Agent {
-            processes: Vec::new(),
-            waiting: ConcurrencyLimit::new(waiting),
-        });
+        let agent = self
+            .agents
+            .entry(identity.clone())
+            .or_insert_with(|| Agent {
+                processes: Vec::new(),
+                waiting: ConcurrencyLimit::new(waiting),
+            });
         agent
             .processes
             .retain(|(_, process)| process.strong_count() > 0);
@@ -104,6 +127,9 @@ impl Known {
             Some((_, process)) => process,
             None => {
                 let process = Arc::new(AgentProcess {
+                    identity,
+                    instance,
+                    is_expected: AtomicBool::default(),
                     links: watch::Sender::default(),
                     peer: Mutex::default(),
                     ended: watch::Sender::new(false),
@@ -130,6 +156,15 @@ impl Known {
 }
 
 impl AgentProcess {
+    /// Returns the process for a successor of this server.
+    pub(crate) fn save(&self) -> handover::Peer {
+        handover::Peer {
+            identity: self.identity.clone(),
+            instance: Bytes::copy_from_slice(&self.instance.0),
+            serial: Bytes::copy_from_slice(self.peer().serial()),
+        }
+    }
+
     /// Removes a tunnel.
     pub(crate) fn left(&self, link: LinkId) {
         self.links

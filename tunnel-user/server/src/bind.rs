@@ -12,13 +12,20 @@ use super::frontend::refusals::{Detailed, Refusals};
 use super::frontend::unix::{self, SocketFile};
 use super::frontend::{FrontendTls, Scope};
 use cpc_config::ServerConfig;
-use cpc_config::frontend::{Answers, FrontendConfig};
+use cpc_config::frontend::{Answers, FrontendConfig, UnixFrontend};
 use cpc_host::inherited::Inherited;
 use cpc_host::listen;
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_identity::revoked::Revocations;
 use cpc_transport::quic::udp::{beside, bind, bind_to_share, enlarge};
+
+/// First word of the name, for a successor, of a Unix listener whose file this process has made. Its path
+/// follows.
+const OWN_FILE: &str = "unix";
+
+/// Name of the sockets of the tunnel.
+const TUNNEL: &str = "tunnel";
 
 /// Listening sockets.
 pub(super) struct Bound {
@@ -79,6 +86,12 @@ impl Bound {
         let (mut udp, mut health) = (Vec::new(), None);
         if config.tls.cert.is_some() {
             udp = tunnel(inherited, config.listen, config.shards)?;
+            for socket in &udp {
+                named(
+                    format!("UDP {}", config.listen),
+                    inherited.note(TUNNEL, socket),
+                )?;
+            }
             let konnectivity = config.konnectivity.as_ref().map(|k| k.listen.port());
             // Agents of both kinds may come to one number: then a load balancer's TCP check meets
             // those that speak gRPC.
@@ -136,11 +149,7 @@ impl Bound {
         let scope = Scope::of_frontend(protocol.name(), config, own);
         match config {
             FrontendConfig::Unix(frontend) => {
-                let name = format!("Unix socket {}", frontend.unix.display());
-                let (listener, file) = match inherited.unix(&frontend.unix) {
-                    Some(listener) => (listener, SocketFile::inherited(frontend)),
-                    None => named(name, unix::bind(frontend))?,
-                };
+                let (listener, file) = unix_socket(frontend, inherited)?;
                 self.unix.push(UnixBound {
                     listener,
                     file,
@@ -187,7 +196,13 @@ fn tunnel(
         return Ok(vec![first]);
     }
     let kept = named(name(), first.try_clone())?;
-    beside(first, shards).or_else(|error| {
+    let mut group = vec![first];
+    while group.len() < shards
+        && let Some(next) = inherited.udp(addr)
+    {
+        group.push(next);
+    }
+    beside(group, shards).or_else(|error| {
         tracing::warn!(
             %addr, error = report(&error),
             "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
@@ -195,6 +210,28 @@ fn tunnel(
         );
         Ok(vec![kept])
     })
+}
+
+/// Opens a Unix socket, unless the service manager or a predecessor has. That of a predecessor has a file of
+/// our own.
+fn unix_socket(
+    frontend: &UnixFrontend,
+    inherited: &mut Inherited,
+) -> Result<(UnixListener, SocketFile), ServerError> {
+    let what = format!("Unix socket {}", frontend.unix.display());
+    let path = &frontend.unix;
+    // A listener that this program has made was bound under another name.
+    let name = format!("{OWN_FILE} {}", path.display());
+    let (listener, file) = if let Some(own) = inherited.named(&name) {
+        (own.into(), SocketFile::taken_over(frontend))
+    } else if let Some(other) = inherited.unix(path) {
+        (other, SocketFile::inherited(frontend))
+    } else {
+        named(what.clone(), unix::bind(frontend))?
+    };
+    let name = if file.is_own() { &name } else { "" };
+    named(what, inherited.note(name, &listener))?;
+    Ok((listener, file))
 }
 
 fn named<T>(what: String, opened: io::Result<T>) -> Result<T, ServerError> {

@@ -34,6 +34,6 @@ pub async fn run_embedded(
 ) -> Result<(), ServerError> {
     let prepared = Prepared::new(config, environment, Inherited::default(), None)?;
     let attached = Attached::embedded(prepared, captures)?;
-    let serving = Serving::start(attached, log).await?;
+    let serving = Serving::start(attached, log, None).await?;
     serving.until_stopped(&reread).await
 }

@@ -3,6 +3,7 @@
 use std::io;
 
 use cpc_config::ConfigError;
+use cpc_handover::HandoverError;
 use cpc_host::privileges::PrivilegeError;
 use cpc_identity::TrustDomain;
 use cpc_identity::issue::IssueError;
@@ -74,6 +75,9 @@ pub enum ServerError {
         "this program has no part for the protocols of Konnectivity, which the configuration uses"
     )]
     NoExtension,
+    /// The running process does not hand over.
+    #[error("takeover")]
+    Handover(#[from] HandoverError),
     /// A shard has ended by itself.
     #[error("a shard has ended by itself; its panic is above")]
     Shard,

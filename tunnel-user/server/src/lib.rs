@@ -24,6 +24,7 @@ pub mod extension;
 mod faults;
 mod frontend;
 pub mod grants;
+mod handover;
 mod handshakes;
 mod join;
 mod limits;
@@ -52,13 +53,15 @@ pub use privileges::{for_start, kept};
 use std::pin::Pin;
 
 use cpc_config::{ConfigError, ServerConfig};
+use cpc_handover::Predecessor;
 use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
+use cpc_host::report::report;
 use cpc_observe::logging::LogHandle;
 use extension::Extension;
 use start::{Attached, Prepared, Serving, Tunnel};
 
-/// Runs a server until it is told to stop. `reread` reads the configuration on SIGHUP. `extension` serves
+/// Runs a server until it is told to stop, in place of `predecessor` if there is one. `reread` reads the configuration on SIGHUP. `extension` serves
 /// the protocols of another system.
 ///
 /// # Errors
@@ -66,16 +69,20 @@ use start::{Attached, Prepared, Serving, Tunnel};
 pub fn run(
     config: ServerConfig,
     log: LogHandle,
-    inherited: Inherited,
+    (inherited, predecessor): (Inherited, Option<Predecessor>),
     reread: &dyn Fn() -> Result<ServerConfig, ConfigError>,
     extension: Option<Box<dyn Extension>>,
 ) -> Pin<Box<dyn Future<Output = Result<(), ServerError>> + '_>> {
     // The crate that awaits an unboxed future compiles it, with every future below.
     Box::pin(async move {
         let environment = Environment::process();
-        let prepared = Prepared::new(config, environment, inherited, extension)?;
-        let attached = Attached::new(prepared)?;
-        let serving = Serving::start(attached, log).await?;
+        let prepared = Prepared::new(config, environment, inherited, extension);
+        let attached = prepared.and_then(Attached::new).inspect_err(|error| {
+            if let Some(predecessor) = &predecessor {
+                predecessor.decline(&report(error));
+            }
+        })?;
+        let serving = Serving::start(attached, log, predecessor).await?;
         serving.until_stopped(reread).await
     })
 }

@@ -2,27 +2,31 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use tokio::time::{Instant, sleep, timeout_at};
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 
 use super::agent_processes::AgentProcess;
 use super::dial::Dialled;
 use super::dial::permit::StreamPermit;
+use super::handover::Collected;
 use super::limits::Limit;
 use super::link::{Link, LinkRecv, LinkSend};
 use super::routes::LinkInfo;
-use super::shard::Shard;
+use super::shard::{Common, Shard};
 use cpc_datapath::{Budget, Progress};
+use cpc_handover::HandoverError;
 use cpc_host::concurrency::Permit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
+use cpc_identity::identity::domain_of;
 use cpc_observe::metrics::GaugeGuard;
 use cpc_session::resume::{Outcome, close, resume};
-use cpc_session::{Detached, SessionRecv, SessionSend, SessionState, survives};
+use cpc_session::{Bounds, Detached, SessionRecv, SessionSend, SessionState, survives};
 
 /// Pause before another attempt on the same tunnel.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -36,7 +40,8 @@ pub(crate) struct Lost {
     at: Instant,
     /// Whether there is a connection, of which metrics count.
     is_connected: bool,
-    _permits: (Permit, Permit, Permit),
+    /// Permits of the wait. One that a handover begins is bounded by the connections.
+    _permits: Option<(Permit, Permit, Permit)>,
     _waiting: Option<GaugeGuard>,
 }
 
@@ -46,6 +51,8 @@ pub(crate) enum Advance {
     Here(Box<Resumed>),
     /// The tunnel is one of this other shard, where the wait goes on.
     Elsewhere(usize, Box<Lost>),
+    /// Another process takes the place of this one.
+    HandedOver(Box<Lost>),
     /// The session has ended; [`CloseReason::Finished`] is the orderly end.
     Ended(CloseReason),
 }
@@ -75,7 +82,9 @@ impl Lost {
         };
         let session = send.session().ok_or(cause)?;
         let process = dialled.permit.process.get().ok_or(cause)?.clone();
-        let is_leaving = dialled.permit.draining.load(Ordering::Relaxed) && !process.is_heard();
+        let flag = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        let link = &dialled.permit;
+        let is_leaving = flag(&link.draining) && !flag(&link.hands_over) && !process.is_heard();
         match session.detach(cause, std::time::Instant::now()) {
             Detached::Plain => Err(cause),
             Detached::Finished => Err(CloseReason::Finished),
@@ -111,7 +120,10 @@ impl Lost {
         if !survives(cause) || is_ending || process.has_ended() || shard.limits.resume.is_zero() {
             return None;
         }
-        let permits = acquire(shard, tenant, &process);
+        let permits = match shard.handover.is_collecting() {
+            true => Ok(None),
+            false => acquire(shard, tenant, &process).map(Some),
+        };
         let permits = permits.inspect_err(|limit| shard.metrics.limits.refuse(limit.label()));
         Some(Self {
             state,
@@ -121,6 +133,56 @@ impl Lost {
             _permits: permits.ok()?,
             is_connected,
             _waiting: is_connected.then(|| GaugeGuard::new(&shard.metrics.sessions.waiting)),
+        })
+    }
+
+    /// Returns the session for another process.
+    pub(crate) fn save(&self) -> handover::Connection {
+        handover::Connection {
+            session: Some(self.state.save()),
+            peer: Some(self.process.save()),
+            cause: self.cause as u32,
+            waited: u64::try_from(self.at.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            socket: None,
+        }
+    }
+
+    /// Restores a session that another process has [saved](Self::save).
+    ///
+    /// # Errors
+    /// [`HandoverError::Malformed`].
+    pub(crate) fn restore(
+        common: &Common,
+        saved: &handover::Connection,
+    ) -> Result<Self, HandoverError> {
+        let malformed = HandoverError::Malformed;
+        let peer = saved.peer.as_ref().ok_or(malformed("peer"))?;
+        let process = { &common.processes }
+            .expect(peer)
+            .ok_or(malformed("peer"))?;
+        let now = Instant::now();
+        let at = now.checked_sub(Duration::from_nanos(saved.waited));
+        let at = at.unwrap_or(now);
+        let tenant = domain_of(&peer.identity).ok_or(malformed("identity"))?;
+        let tenant = common.tenants.of(&tenant);
+        let bounds = Bounds {
+            bytes: common.limits.session_bytes,
+            budget: { &tenant.budget }.part(common.limits.stalled_bytes_per_tunnel()),
+            held: common.metrics.sessions.held.clone(),
+        };
+        let session = saved.session.as_ref().ok_or(malformed("session"))?;
+        let state = SessionState::restore(session, Arc::new(bounds), at.into_std());
+        let state = state.map_err(|_| malformed("session"))?;
+        let is_connected = saved.socket.is_some();
+        let cause = CloseReason::from_code(saved.cause.into());
+        Ok(Self {
+            state: Box::new(state),
+            process,
+            cause: cause.unwrap_or(CloseReason::LinkLost),
+            at,
+            is_connected,
+            _permits: None,
+            _waiting: is_connected.then(|| GaugeGuard::new(&common.metrics.sessions.waiting)),
         })
     }
 
@@ -146,7 +208,11 @@ impl Lost {
 
     async fn attempts(mut self: Box<Self>, shard: &Rc<Shard>, process: &AgentProcess) -> Advance {
         loop {
-            let link = process.link().await;
+            let link = tokio::select! {
+                biased;
+                () = shard.handover.collecting() => return Advance::HandedOver(self),
+                link = process.link() => link,
+            };
             if link.shard != shard.index {
                 return Advance::Elsewhere(link.shard, self);
             }
@@ -155,12 +221,18 @@ impl Lost {
                 0 => process.idle_turns.acquire().await.ok(),
                 _ => None,
             };
+            if shard.handover.is_collecting() {
+                continue;
+            }
             match self.attempt(shard, &link).await {
                 Ok(advance) => return advance,
                 Err(lost) => self = lost,
             }
             drop(turn);
-            sleep(PAUSE).await;
+            tokio::select! {
+                () = sleep(PAUSE) => {}
+                () = shard.handover.collecting() => {}
+            }
         }
     }
 
@@ -260,12 +332,13 @@ pub(crate) fn settle(
     }
 }
 
-fn until_settled(shard: Rc<Shard>, lost: Box<Lost>) -> LocalBoxFuture<'static, ()> {
+pub(crate) fn until_settled(shard: Rc<Shard>, lost: Box<Lost>) -> LocalBoxFuture<'static, ()> {
     Box::pin(async move {
         match lost.advance(&shard).await {
             Advance::Elsewhere(at, lost) => {
                 shard.run_on(at, move |shard| until_settled(shard, lost));
             }
+            Advance::HandedOver(lost) => shard.handover.give(Collected { client: None, lost }),
             // The notices of the tunnel do the rest.
             Advance::Here(resumed) => close((resumed.send, resumed.recv)),
             Advance::Ended(_) => {}

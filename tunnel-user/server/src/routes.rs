@@ -65,6 +65,8 @@ pub struct LinkInfo {
     pub silent: AtomicBool,
     /// Whether the agent drains.
     pub draining: AtomicBool,
+    /// Whether the agent is about to hand over to a successor.
+    pub hands_over: AtomicBool,
     /// Whether the agent takes dials while it drains.
     pub serves_while_draining: AtomicBool,
     /// Whether one connection holds up the others: dials should go elsewhere.
@@ -106,6 +108,7 @@ impl LinkInfo {
             since: SystemTime::now(),
             silent: AtomicBool::default(),
             draining: AtomicBool::default(),
+            hands_over: AtomicBool::default(),
             // Agents of other systems serve on without a deadline; ours say whether they do.
             serves_while_draining: AtomicBool::new(!kind.is_native()),
             held_up: AtomicBool::default(),

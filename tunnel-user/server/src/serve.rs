@@ -14,13 +14,11 @@ use super::bind::{TlsBound, UnixBound};
 use super::extension::{AgentProtocol, AgentServer, ShardHandle};
 use super::frontend::listener::{self, Service};
 use super::frontend::redirect;
-use super::link;
 use super::shard::{Common, Inbox, Shard};
 use super::{ServerError, Tunnel};
 use cpc_datapath::socket::prepare_listener;
-use cpc_host::host;
 use cpc_host::lifecycle;
-use cpc_transport::quic::{Endpoint, config, error_code};
+use cpc_transport::quic::error_code;
 
 /// Time for the last packets of a shard's tunnels.
 const GOODBYE: Duration = Duration::from_millis(500);
@@ -80,11 +78,7 @@ impl Listeners {
 /// Runs a shard from start to end. `started` receives the result of the start.
 pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), ServerError>>) {
     let phase = start.common.phase.clone();
-    let Open {
-        shard,
-        endpoint,
-        agents,
-    } = match open(start) {
+    let Open { shard, agents } = match open(start) {
         Ok(opened) => opened,
         Err(error) => return drop(started.send(Err(error))),
     };
@@ -96,7 +90,7 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
         false => CloseReason::Drained,
     };
     shard.close_links(reason);
-    if let Some(endpoint) = endpoint {
+    if let Some(endpoint) = shard.endpoint.take() {
         endpoint.close(error_code(reason), reason.label().as_bytes());
         // For the goodbyes; absent agents get a stateless reset from the next process.
         let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
@@ -109,12 +103,11 @@ pub(super) async fn run(start: Start, started: oneshot::Sender<Result<(), Server
 /// Objects on a shard that must be closed at its end.
 struct Open {
     shard: Rc<Shard>,
-    endpoint: Option<Endpoint>,
     agents: Option<Rc<dyn AgentServer>>,
 }
 
 fn open(start: Start) -> Result<Open, ServerError> {
-    let shard = Shard::new(start.index, start.common);
+    let shard = Shard::new(start.index, start.common, start.tunnel);
     tokio::task::spawn_local(shard.clone().listen(start.inbox));
     let expiring = shard.clone();
     tokio::task::spawn_local(async move {
@@ -125,20 +118,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
             }
         }
     });
-    let mut endpoint = None;
-    if let Some((tunnel, udp)) = start.tunnel {
-        // Below the bound on shards.
-        let index = start.index as u8;
-        let Tunnel {
-            material,
-            secret,
-            setup,
-        } = &tunnel;
-        let opened = config::server(udp, material, secret, index, setup)?;
-        host::warn_once(&opened.complaints);
-        tokio::task::spawn_local(link::quic::accept(shard.clone(), opened.endpoint.clone()));
-        endpoint = Some(opened.endpoint);
-    }
+    shard.open_tunnels()?;
     for Accepting {
         name,
         scope,
@@ -159,7 +139,8 @@ fn open(start: Start) -> Result<Open, ServerError> {
             prepare_listener(&listener)?;
             prepared.push(tokio::net::TcpListener::from_std(listener)?);
         }
-        let beating = redirect::HeartbeatGuard::new(heartbeat, listeners_kept);
+        let handover = shard.handover.clone();
+        let beating = redirect::HeartbeatGuard::new(heartbeat, listeners_kept, handover);
         let serve = redirect::run(shard.clone(), attachment, prepared, beating);
         until_last_call(&shard, serve);
     }
@@ -198,11 +179,7 @@ fn open(start: Start) -> Result<Open, ServerError> {
             until_last_call(&shard, agents.clone().accept(listener));
         }
     }
-    Ok(Open {
-        shard,
-        endpoint,
-        agents,
-    })
+    Ok(Open { shard, agents })
 }
 
 /// Runs an endless task until the process accepts nothing new, and then drops it, its listener first of

@@ -3,11 +3,13 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
+use std::net::UdpSocket;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use tokio::sync::{mpsc, watch};
+use futures_util::future::join_all;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::preface::Destination;
@@ -16,25 +18,30 @@ use tunnel_proto::session::InstanceId;
 use super::agent_processes::AgentProcesses;
 use super::breaker::Breaker;
 use super::control::ControlHandle;
+use super::error::ServerError;
 use super::extension::agent_server::AgentServer;
 use super::extension::observer::Observer;
 use super::faults::Faults;
+use super::handover::Handover;
 use super::handshakes::HandshakeLimiter;
 use super::limits::Limit;
-use super::link::Link;
+use super::link::{self, Link};
 use super::loads::Loads;
 use super::metrics::ServerMetrics;
 use super::permits::{ConnectionPermit, DialPermit, TunnelPermit};
 use super::routes::LinkId;
+use super::start::Tunnel;
 use super::tenants::Tenants;
 use cpc_config::server::LimitsConfig;
 use cpc_datapath::Budget;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::Shares;
+use cpc_host::host;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
 use cpc_identity::join::Issuer;
 use cpc_identity::revoked::Revocations;
+use cpc_transport::quic::{Endpoint, config, error_code};
 
 /// State that all shards share.
 #[derive(Clone)]
@@ -89,6 +96,8 @@ pub(super) struct Common {
     pub loads: Loads,
     /// Queues of all shards.
     pub peers: Peers,
+    /// Stage of a handover.
+    pub handover: Handover,
 }
 
 /// Task for another shard.
@@ -121,6 +130,27 @@ impl Peers {
     pub(super) fn len(&self) -> usize {
         self.inboxes.len()
     }
+
+    /// Runs `task` on the shard that is the `turn`th in turn. A shard that has ended drops it.
+    pub(super) fn run_on(&self, turn: usize, task: impl FnOnce(&Rc<Shard>) + Send + 'static) {
+        if let Some(inbox) = self.inboxes.get(turn % self.len().max(1)) {
+            let _ = inbox.send(Box::new(task));
+        }
+    }
+
+    /// Runs `task` on all shards, and returns the sum of its results.
+    pub(super) async fn on_all(&self, task: fn(&Rc<Shard>) -> usize) -> usize {
+        let results = (0..self.len()).map(|at| {
+            let (done, result) = oneshot::channel();
+            self.run_on(at, move |shard| {
+                // Who asks waits for it.
+                let _ = done.send(task(shard));
+            });
+            result
+        });
+        let results = join_all(results).await;
+        results.into_iter().filter_map(Result::ok).sum()
+    }
 }
 
 /// Destination of a dial, with its tenant.
@@ -136,6 +166,10 @@ pub(super) struct Shard {
     pub agents: OnceCell<Weak<dyn AgentServer>>,
     /// Breaker of destinations dialled over these links.
     pub breaker: RefCell<Breaker<Target>>,
+    /// Parameters and socket of the tunnels of this shard, if it has some.
+    tunnel: Option<(Tunnel, UdpSocket)>,
+    /// Endpoint of the tunnels.
+    pub endpoint: RefCell<Option<Endpoint>>,
     common: Common,
 }
 
@@ -148,9 +182,15 @@ impl std::ops::Deref for Shard {
 }
 
 impl Shard {
-    /// Creates a shard without links.
-    pub(super) fn new(index: usize, common: Common) -> Rc<Self> {
+    /// Creates a shard without links, whose tunnels come in at the socket of `tunnel`.
+    pub(super) fn new(
+        index: usize,
+        common: Common,
+        tunnel: Option<(Tunnel, UdpSocket)>,
+    ) -> Rc<Self> {
         Rc::new(Self {
+            tunnel,
+            endpoint: RefCell::default(),
             index,
             links: RefCell::default(),
             agents: OnceCell::new(),
@@ -246,6 +286,55 @@ impl Shard {
         let more = open(&breaker) - before;
         self.metrics.breakers_open.inc_by(more);
         changed
+    }
+
+    /// Opens the endpoint of the tunnels, and accepts them.
+    ///
+    /// # Errors
+    /// The socket can't be used.
+    pub(super) fn open_tunnels(self: &Rc<Self>) -> Result<(), ServerError> {
+        let Some((tunnel, udp)) = &self.tunnel else {
+            return Ok(());
+        };
+        // Below the bound on shards.
+        let index = self.index as u8;
+        let Tunnel {
+            material,
+            secret,
+            setup,
+        } = tunnel;
+        let opened = config::server(udp.try_clone()?, material, secret, index, setup)?;
+        host::warn_once(&opened.complaints);
+        tokio::task::spawn_local(link::quic::accept(self.clone(), opened.endpoint.clone()));
+        self.endpoint.replace(Some(opened.endpoint));
+        Ok(())
+    }
+
+    /// Leaves all tunnels to another process, which goes on with the connections over them. Returns 0.
+    pub(super) fn leave_tunnels(self: &Rc<Self>) -> usize {
+        let reason = CloseReason::HandedOver;
+        self.close_links(reason);
+        if let Some(endpoint) = self.endpoint.take() {
+            endpoint.leave(error_code(reason), reason.label().as_bytes());
+        }
+        0
+    }
+
+    /// Offers to hold every connection. Returns the number of those that would end with their tunnel.
+    pub(super) fn hold_all(self: &Rc<Self>) -> usize {
+        let links = self.links.borrow();
+        let tunnels = links.values().filter_map(|link| match link {
+            Link::Tunnel(tunnel) => tunnel.notices.get(),
+            Link::Foreign(_) => None,
+        });
+        tunnels.map(|notices| notices.hold_all()).sum()
+    }
+
+    /// Counts a connection of `tenant` that another process has accepted. `None`: a limit refuses it.
+    pub(super) fn admit_restored(&self, tenant: &TrustDomain) -> Option<ConnectionPermit> {
+        let own = self.tenants.of(tenant).connections.acquire()?;
+        let permits = (self.connections.acquire()?, own);
+        Some(ConnectionPermit::new(permits, &self.metrics.dials.open))
     }
 
     /// Ends every link and the connections on it.

@@ -46,7 +46,7 @@ impl World {
         self.agents[index].start(move |environment| async move {
             let again = config.clone();
             let reread = move || Ok(again.clone());
-            Ok(cpc_agent::run_in(environment, config, log, extension::none, reread).await?)
+            Ok(cpc_agent::run_embedded(environment, config, log, extension::none, reread).await?)
         })
     }
 

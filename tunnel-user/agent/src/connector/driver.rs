@@ -14,6 +14,7 @@ use super::{Action, Connector, Dial, Event};
 use crate::address::{Resolved, keep_resolving};
 use crate::dial_target::{DialTarget, Established, TaskEvent, TunnelCommand};
 use crate::extension::ServerCount;
+use crate::handover::{Handover, Stage};
 use crate::shards::Dispatch;
 use crate::tunnel::GOODBYE;
 use crate::tunnel_info::TunnelInfo;
@@ -42,7 +43,7 @@ pub(crate) async fn run(
     phase: watch::Receiver<Phase>,
     connections: ConcurrencyLimit,
     servers: Servers,
-    view: Arc<Tunnels>,
+    (view, handover): (Arc<Tunnels>, Handover),
 ) {
     let Servers {
         addresses,
@@ -64,6 +65,7 @@ pub(crate) async fn run(
         tunnels: HashMap::new(),
         events,
         view,
+        handover,
     };
     driver
         .run(inbox, resolved, foreign.count, connections)
@@ -79,6 +81,7 @@ struct Driver {
     tunnels: HashMap<u64, Tunnel>,
     events: mpsc::UnboundedSender<(u64, TaskEvent)>,
     view: Arc<Tunnels>,
+    handover: Handover,
 }
 
 /// A tunnel, on a shard.
@@ -102,6 +105,7 @@ impl Driver {
         let ended = lifecycle::ended(self.phase.clone());
         let (mut stopping, mut ended) = (std::pin::pin!(stopping), std::pin::pin!(ended));
         let mut is_draining = false;
+        let mut stage = self.handover.subscribe();
         loop {
             let next = self.connector.poll_timeout();
             tokio::select! {
@@ -114,6 +118,10 @@ impl Driver {
                 Ok(()) = counts.changed() => {
                     let count = *counts.borrow_and_update();
                     self.handle(Event::ForeignServers(count));
+                }
+                Ok(()) = stage.changed() => {
+                    let is_paused = *stage.borrow_and_update() != Stage::Serving;
+                    self.handle(Event::Paused(is_paused));
                 }
                 () = &mut stopping, if !is_draining => {
                     is_draining = true;

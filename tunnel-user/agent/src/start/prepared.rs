@@ -16,8 +16,9 @@ use cpc_config::AgentConfig;
 use cpc_datapath::Engines;
 use cpc_datapath::shard::Shards;
 use cpc_host::descriptors::{Listeners, Shares};
-use cpc_host::environment::{Environment, Reloads, Stops};
+use cpc_host::environment::{Environment, Reloads, Restarts, Stops};
 use cpc_host::host;
+use cpc_host::inherited::Inherited;
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::metrics::{DialMetrics, ours};
@@ -30,6 +31,10 @@ pub(crate) struct Prepared {
     pub(super) stops: Stops,
     /// SIGHUP, from now on: it would end the process otherwise.
     pub(super) reload_requests: Reloads,
+    /// SIGUSR2.
+    pub(super) restarts: Restarts,
+    /// The listeners, and sockets of an earlier process.
+    pub(super) inherited: Inherited,
     /// Descriptors for each kind of connection.
     pub(super) shares: Shares,
     pub(super) identity: AgentIdentity,
@@ -56,11 +61,12 @@ impl Prepared {
     pub(crate) fn new(
         mut config: AgentConfig,
         environment: Environment,
+        mut inherited: Inherited,
         extend: Extend,
     ) -> Result<Self, AgentError> {
         crate::check(&config)?;
         let is_embedded = environment.is_embedded();
-        let (stops, reload_requests) = environment.into_requests()?;
+        let (stops, reload_requests, restarts) = environment.into_requests()?;
         host::raise_file_limit();
         let http = if config.health.is_some() { 2 } else { 1 };
         let shares = Shares::of_process(Listeners { http, tls: 0 });
@@ -69,8 +75,10 @@ impl Prepared {
         let identity = AgentIdentity::load(&config, extend)?;
         let claims = offer::claims(&config.serve)?;
         let policy = Policy::new(config.allow.clone(), identity.clone());
-        let admin = listen(config.admin)?;
-        let probes = config.health.map(listen).transpose()?;
+        let admin = listen(config.admin, &mut inherited)?;
+        let probes = config.health.map(|addr| listen(addr, &mut inherited));
+        let probes = probes.transpose()?;
+        inherited.report_leftovers();
 
         let mut registry = Registry::default();
         identity.extension().register(&mut registry);
@@ -99,6 +107,8 @@ impl Prepared {
             config,
             stops,
             reload_requests,
+            restarts,
+            inherited,
             shares,
             identity,
             claims,
@@ -114,6 +124,14 @@ impl Prepared {
     }
 }
 
-fn listen(addr: SocketAddr) -> Result<TcpListener, AgentError> {
-    cpc_host::listen::tcp(addr).map_err(|why| AgentError::Admin { addr, why })
+fn listen(addr: SocketAddr, inherited: &mut Inherited) -> Result<TcpListener, AgentError> {
+    let opened = match inherited.tcp(addr, None) {
+        Some(listener) => Ok(listener),
+        None => cpc_host::listen::tcp(addr),
+    };
+    let noted = opened.and_then(|listener| {
+        inherited.note("", &listener)?;
+        Ok(listener)
+    });
+    noted.map_err(|why| AgentError::Admin { addr, why })
 }

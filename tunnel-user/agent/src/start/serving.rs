@@ -15,6 +15,7 @@ use crate::agent_identity::AgentIdentity;
 use crate::connector::{self, Servers};
 use crate::error::AgentError;
 use crate::extension::ServerCount;
+use crate::handover::{Handover, ROLE, Succession, take_over};
 use crate::policy::Policy;
 use crate::predecessor;
 use crate::quic::QuicDialer;
@@ -28,6 +29,7 @@ use crate::worker::{STALLED_BYTES, Worker};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
+use cpc_handover::{Endpoint, Predecessor};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, Phase};
@@ -53,6 +55,7 @@ pub(crate) struct Serving {
     config: AgentConfig,
     identity: AgentIdentity,
     shards: Shards,
+    succession: Succession,
     connector: JoinHandle<()>,
     connections: ConcurrencyLimit,
     phase: watch::Sender<Phase>,
@@ -66,11 +69,17 @@ impl Serving {
     ///
     /// # Errors
     /// [`AgentError`], before any server is dialled.
-    pub(crate) async fn start(from: Prepared, log: LogHandle) -> Result<Self, AgentError> {
+    pub(crate) async fn start(
+        from: Prepared,
+        log: LogHandle,
+        predecessor: Option<Predecessor>,
+    ) -> Result<Self, AgentError> {
         let Prepared {
             config,
             stops,
             reload_requests,
+            restarts,
+            inherited,
             shares,
             identity,
             claims,
@@ -90,8 +99,6 @@ impl Serving {
         let connections = ConcurrencyLimit::new(config.limits.connections);
         let setup = setup(&config, &budget, &limits, &mut registry);
         let extension = identity.extension();
-        let instance = instance()?;
-        let predecessor = predecessor::take(config.state_dir.as_deref(), instance);
         let foreign = extension.count_servers().await;
         let foreign = foreign.map_err(AgentError::Extension)?;
         let renewals = Renewals::default();
@@ -104,11 +111,11 @@ impl Serving {
         };
         let (resume, waiting) = (config.limits.resume, config.limits.waiting_sessions);
         let sessions = Sessions::new(bounds, metrics, resume, waiting);
-        let worker = Worker {
+        let mut worker = Worker {
             node: identity.name(),
             material: identity.material.clone(),
-            instance,
-            predecessor,
+            instance: instance()?,
+            predecessor: None,
             serve,
             renewals: renewals.clone(),
             policy: policy.in_force().clone(),
@@ -120,6 +127,17 @@ impl Serving {
             connections: connections.clone(),
             limits,
             sessions,
+            handover: Handover::new(),
+        };
+        let has_predecessor = predecessor.is_some();
+        if let Some(predecessor) = predecessor {
+            take_over(predecessor, &mut worker)?;
+        }
+        let state_dir = config.state_dir.as_deref();
+        worker.predecessor = predecessor::take(state_dir, worker.instance);
+        let endpoint = match (state_dir, restarts.is_process()) {
+            (Some(state_dir), true) => Endpoint::open(state_dir, ROLE, has_predecessor),
+            _ => None,
         };
         tokio::spawn(worker.sessions.clone().watch(worker.clone()));
         let facts = Facts {
@@ -137,7 +155,7 @@ impl Serving {
             phases,
             connections.clone(),
             servers(&config, foreign),
-            views,
+            (views, worker.handover.clone()),
         );
         let connector = tokio::spawn(connector);
 
@@ -166,10 +184,17 @@ impl Serving {
             log,
             metrics: reloads,
         };
+        let succession = Succession {
+            worker,
+            endpoint,
+            restarts,
+            inherited,
+        };
         Ok(Self {
             config,
             identity,
             shards,
+            succession,
             connector,
             connections,
             phase,
@@ -198,6 +223,11 @@ impl Serving {
             done = lifecycle::until_stopped(&self.phase, self.stops, drain, idle) => done?,
             () = reload => {}
             () = lost => return Err(AgentError::Shard),
+            () = self.succession.run() => {
+                audit::process("handed over", "agent", &self.identity);
+                lifecycle::succeeded().await;
+                self.phase.send_replace(Phase::Ended);
+            }
         }
         let _ = self.connector.await;
         self.shards.join().await;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, take_over};
 use super::join;
 use cpc_config::address;
 use cpc_config::datapath::EngineChoice;
@@ -54,6 +54,10 @@ pub(super) struct Args {
     /// Engine that moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
     engine: Option<EngineChoice>,
+    /// Take the place of the running agent with the same state_dir, if there is one, and go on with its
+    /// connections
+    #[arg(long, env = "CPC_REPLACE")]
+    replace: bool,
     #[command(flatten)]
     tls: TlsArgs,
     /// Request the next certificate from a server in time; --cert and --key must name one file
@@ -135,8 +139,9 @@ impl Args {
         }
         let config = self.for_start()?;
         let log = begin(ANY_START, &config.log, &config.audit)?;
+        let start = take_over(config.state_dir.as_deref(), "agent", self.replace)?;
         let reread = || self.config();
-        let ran = cpc_agent::run(config, log, AgentExtension::extend, &reread);
+        let ran = cpc_agent::run(config, log, start, AgentExtension::extend, &reread);
         super::runtime()?.block_on(ran)?;
         Ok(())
     }

@@ -3,9 +3,12 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use ipnet::IpNet;
 
 use cpc_config::{AuditConfig, ConfigError, LogConfig, LogFormat, TlsConfig};
+use cpc_handover::Predecessor;
+use cpc_host::inherited::Inherited;
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::logging::{self, LogHandle};
 
@@ -61,6 +64,20 @@ pub(super) fn begin(
     privileges::begin(for_start)?;
     // The thread that writes the log outlives the start.
     Ok(privileges::without(|| logging::init(log, audit))??)
+}
+
+/// Returns the sockets that the service manager passes, and the process whose place this one takes: what an
+/// earlier one has left with the service manager, or, where `is_replacing`, the running one of `role`.
+pub(super) fn take_over(
+    state_dir: Option<&Path>,
+    role: &str,
+    is_replacing: bool,
+) -> anyhow::Result<(Inherited, Option<Predecessor>)> {
+    let inherited = Inherited::from_environment();
+    let mut inherited = inherited.context("sockets from the service manager")?;
+    let found = cpc_handover::find(state_dir, role, is_replacing, &mut inherited);
+    let found = found.context("takeover")?;
+    Ok((inherited, found))
 }
 
 /// Flags of our certificate and the trusted CAs.

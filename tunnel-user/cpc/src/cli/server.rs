@@ -3,13 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::Context;
-
-use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, take_over};
 
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{ConfigError, ServerConfig};
-use cpc_host::inherited::Inherited;
 use cpc_konnectivity::server::ServerExtension;
 
 /// Run the server, on the control plane
@@ -44,6 +41,10 @@ pub(super) struct Args {
     /// Engine that moves bytes [default: auto]
     #[arg(long, env = "CPC_ENGINE", value_enum)]
     engine: Option<EngineChoice>,
+    /// Take the place of the running server with the same state_dir, if there is one, and go on with its
+    /// connections
+    #[arg(long, env = "CPC_REPLACE")]
+    replace: bool,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -96,11 +97,10 @@ impl Args {
         let config = self.for_start()?;
         let for_start = cpc_server::for_start(&config);
         let log = begin(for_start, &config.log, &config.audit)?;
-        let inherited =
-            Inherited::from_environment().context("sockets from the service manager")?;
+        let start = take_over(Some(&config.state_dir), "server", self.replace)?;
         let extension = Some(Box::new(ServerExtension::default()) as _);
         let reread = || self.config();
-        let served = cpc_server::run(config, log, inherited, &reread, extension);
+        let served = cpc_server::run(config, log, start, &reread, extension);
         super::runtime()?.block_on(served)?;
         Ok(())
     }

@@ -111,6 +111,11 @@ impl ClientConnection {
                     lost.abandon(&shard, CloseReason::LinkLost);
                     CloseReason::LinkLost
                 }
+                // Nor can it leave the process.
+                Advance::HandedOver(lost) => {
+                    lost.abandon(&shard, CloseReason::HandedOver);
+                    CloseReason::HandedOver
+                }
                 Advance::Ended(reason) => reason,
             };
             ended(&shard, &parked.record, Closer::Tunnel, reason);

@@ -16,10 +16,15 @@ impl Sockets<'_> {
     /// # Errors
     /// [`ServerError::Socket`].
     pub fn tcp(&mut self, addr: SocketAddr) -> Result<TcpListener, ServerError> {
-        if let Some(listener) = self.0.tcp(addr, None) {
-            return Ok(listener);
-        }
-        listen::tcp(addr).map_err(|why| ServerError::Socket {
+        let opened = match self.0.tcp(addr, None) {
+            Some(listener) => Ok(listener),
+            None => listen::tcp(addr),
+        };
+        let noted = opened.and_then(|listener| {
+            self.0.note("", &listener)?;
+            Ok(listener)
+        });
+        noted.map_err(|why| ServerError::Socket {
             what: format!("TCP {addr}"),
             why,
         })

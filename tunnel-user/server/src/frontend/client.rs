@@ -16,13 +16,14 @@ use super::connection::{Parked, ServeEnd, Served, ended, failed, serve};
 use super::refusals::Refusals;
 use crate::dial::error::DialError;
 use crate::dial::{Dial, Dialled, Step};
+use crate::handover::{Collected, CollectedClient};
 use crate::permits::ConnectionPermit;
 use crate::resumption::{Advance, Lost};
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
 use cpc_datapath::socket::Portable;
 use cpc_host::report::report;
-use cpc_observe::metrics::{Closer, GaugeGuard};
+use cpc_observe::metrics::{Closer, FrontendKind, GaugeGuard};
 
 /// Timeout for a client to take its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -191,6 +192,7 @@ impl<L: Portable> Waiting<L> {
                 }));
             }
             Advance::Elsewhere(at, lost) => self.move_to(shard, at, lost),
+            Advance::HandedOver(lost) => self.hand_over(shard, lost),
             Advance::Ended(reason) => {
                 if reason == CloseReason::Finished {
                     self.local.reset_on_close(false);
@@ -199,6 +201,30 @@ impl<L: Portable> Waiting<L> {
             }
         }
         None
+    }
+
+    /// Gives the client to the process that takes the place of this one. A client that can't leave the process
+    /// ends.
+    fn hand_over(self, shard: &Rc<Shard>, lost: Box<Lost>) {
+        let parked = self.parked;
+        let Some(socket) = self.local.pack().ok().and_then(L::into_parts) else {
+            lost.abandon(shard, CloseReason::HandedOver);
+            return ended(
+                shard,
+                &parked.record,
+                Closer::Server,
+                CloseReason::HandedOver,
+            );
+        };
+        let client = CollectedClient {
+            socket,
+            parked,
+            _permit: self.admitted,
+        };
+        shard.handover.give(Collected {
+            client: Some(client),
+            lost,
+        });
     }
 
     /// Moves to another shard, and goes on waiting there.
@@ -234,6 +260,49 @@ impl<L: Portable> Waiting<L> {
             };
             serve_once(shard, Box::pin(moved))
         });
+    }
+}
+
+/// A client of another process that waits for a tunnel here.
+pub(crate) struct Restored<P> {
+    /// The socket.
+    pub socket: P,
+    /// The connection.
+    pub parked: Parked,
+    /// Counts the connection.
+    pub permit: ConnectionPermit,
+    /// The session.
+    pub lost: Box<Lost>,
+}
+
+impl<P: Send + 'static> Restored<P> {
+    /// Waits for a tunnel, and serves the client to its end, on this shard or others.
+    pub(crate) fn spawn<L: Portable<Packed = P>>(self, shard: &Rc<Shard>) {
+        let counted = match self.parked.record.frontend {
+            FrontendKind::HttpConnect => shard.observer.as_ref().map(|it| it.http_connection()),
+            _ => None,
+        };
+        let there = shard.clone();
+        let waiting = async move {
+            let local = match L::unpack(self.socket) {
+                Ok(local) => local,
+                Err(error) => {
+                    tracing::warn!(error = report(&error), "a connection is not taken over");
+                    self.lost.abandon(&there, CloseReason::Internal);
+                    let record = &self.parked.record;
+                    ended(&there, record, Closer::Server, CloseReason::Internal);
+                    return None;
+                }
+            };
+            let client = Waiting {
+                local,
+                parked: self.parked,
+                admitted: self.permit,
+                counted,
+            };
+            client.go_on(&there, self.lost).await
+        };
+        tokio::task::spawn_local(serve_once(shard.clone(), Box::pin(waiting)));
     }
 }
 

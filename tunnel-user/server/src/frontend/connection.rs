@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::handover;
 
 use super::scope::Scope;
 use crate::dial::Dialled;
@@ -10,8 +11,9 @@ use crate::dial::error::DialError;
 use crate::limits::Limit;
 use crate::permits::{ConnectionPermit, DialPermit};
 use crate::resumption::{Lost, Resumed};
-use crate::shard::Shard;
+use crate::shard::{Common, Shard};
 use cpc_datapath::{Budget, ClosedBy, LocalSocket, Meter, Progress, relay};
+use cpc_handover::HandoverError;
 use cpc_identity::TrustDomain;
 use cpc_observe::access::{ConnectionMeter, Record};
 use cpc_observe::metrics::{Closer, GaugeGuard};
@@ -70,6 +72,47 @@ pub(crate) struct Parked {
 }
 
 impl Parked {
+    /// Returns the tenant of the client.
+    pub(crate) fn tenant(&self) -> &TrustDomain {
+        &self.tenant
+    }
+
+    /// Adds bytes that were read ahead from the client.
+    pub(crate) fn append(&mut self, ahead: &[u8]) {
+        self.unsent.append(ahead);
+    }
+
+    /// Returns the connection for another process; its socket is to be added.
+    pub(crate) fn save(&self) -> handover::Socket {
+        handover::Socket {
+            progress: Some(self.unsent.save()),
+            record: Some(self.record.save()),
+            tenant: self.tenant.to_string(),
+            ..handover::Socket::default()
+        }
+    }
+
+    /// Restores a connection that another process has [saved](Self::save).
+    ///
+    /// # Errors
+    /// [`HandoverError::Malformed`].
+    pub(crate) fn restore(
+        common: &Common,
+        saved: &handover::Socket,
+    ) -> Result<Self, HandoverError> {
+        let malformed = HandoverError::Malformed;
+        let progress = saved.progress.as_ref().ok_or(malformed("progress"))?;
+        let record = saved.record.as_ref().and_then(Record::restore);
+        let tenant: TrustDomain = saved.tenant.parse().map_err(|_| malformed("tenant"))?;
+        Ok(Self {
+            record: record.ok_or(malformed("record"))?,
+            unsent: Progress::restore(progress),
+            budget: common.tenants.of(&tenant).budget.clone(),
+            tenant,
+            observed: common.observer.as_ref().map(|it| it.connection()),
+        })
+    }
+
     /// Goes on over another tunnel.
     pub(crate) fn resume(mut self, resumed: Resumed) -> Served {
         self.record.resumed(resumed.stall);

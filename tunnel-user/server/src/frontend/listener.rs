@@ -19,6 +19,7 @@ use super::scope::Scope;
 use super::tls::FrontendTls;
 use super::unix::{SocketFile, SocketFileState};
 use crate::extension::shard::ShardHandle;
+use crate::handover::Handover;
 use crate::handshakes::{HandshakeFailure, HandshakeLimiter};
 use crate::shard::Shard;
 use cpc_datapath::socket::TlsSocket;
@@ -148,18 +149,20 @@ pub(crate) async fn accept_unix(
     shard: Rc<Shard>,
     service: Service,
     mut listener: UnixListener,
-    mut file: SocketFile,
+    file: SocketFile,
 ) {
+    let handover = shard.handover.clone();
+    let mut file = OwnedFile { file, handover };
     let mut fate = SocketFileState::There;
     loop {
         let taken = tokio::select! {
-            accepted = listener.accept() => match accepted {
+            accepted = { &shard.handover }.accept(async || listener.accept().await) => match accepted {
                 Ok((socket, _)) => service.take_unix(&shard, socket),
                 Err(error) => Err(error),
             },
-            changed = file.changed(fate) => {
+            changed = file.file.changed(fate) => {
                 fate = changed;
-                if let Some(other) = restore(&shard, &mut file, &mut fate) {
+                if let Some(other) = restore(&shard, &mut file.file, &mut fate) {
                     // Who waits at the old one is served.
                     while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
                         if let Err(error) = service.take_unix(&shard, socket) {
@@ -175,6 +178,20 @@ pub(crate) async fn accept_unix(
             let protocol = &service.protocol;
             let name = format!("{} unix", protocol.name());
             after_failed_accept(&listener, &name, &error, &protocol.no_descriptor()).await;
+        }
+    }
+}
+
+/// The file of a Unix socket, which a successor needs.
+struct OwnedFile {
+    file: SocketFile,
+    handover: Handover,
+}
+
+impl Drop for OwnedFile {
+    fn drop(&mut self) {
+        if self.handover.is_collecting() {
+            self.file.leave();
         }
     }
 }
@@ -230,7 +247,8 @@ pub(crate) async fn accept_tls(
     let handshakes = shard.limits.handshakes.at_most(shard.shares.handshakes);
     let limiter = HandshakeLimiter::new(&handshakes, failures);
     loop {
-        let taken = match listener.accept().await {
+        let accepted = { &shard.handover }.accept(async || listener.accept().await);
+        let taken = match accepted.await {
             Ok(accepted) => match limiter.admit(accepted.1.ip()) {
                 Ok(stranger) => {
                     let tls = (tls.acceptor(), limiter.clone(), stranger);

@@ -12,5 +12,6 @@ pub(super) mod scope;
 mod tls;
 pub(super) mod unix;
 
+pub(crate) use client::Restored;
 pub(super) use scope::Scope;
 pub(super) use tls::FrontendTls;

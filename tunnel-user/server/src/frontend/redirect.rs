@@ -17,6 +17,7 @@ use super::connection::admit;
 use super::scope::Scope;
 use crate::dial::{Dial, connection_id};
 use crate::early::{Early, EarlyBytes};
+use crate::handover::Handover;
 use crate::permits::{ConnectionPermit, DialPermit};
 use crate::shard::Shard;
 use cpc_datapath::Socket;
@@ -64,20 +65,26 @@ impl Origins for Flows {
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// The heartbeat of the thread that accepts. Dropped, it reports that connections are not accepted any
-/// more, unless the service manager keeps the listeners: then connects may wait in their backlog for
-/// the next process, for as long as the last beat counts.
+/// more, unless the service manager keeps the listeners, or a successor has them: then connects may wait in
+/// their backlog for the next process, for as long as the last beat counts.
 pub(crate) struct HeartbeatGuard {
     /// `None` where no kernel program reads it.
     heartbeat: Option<Heartbeat>,
     listeners_kept: bool,
+    handover: Handover,
 }
 
 impl HeartbeatGuard {
     /// Starts the heartbeat of listeners that are about to accept.
-    pub(crate) fn new(heartbeat: Option<Heartbeat>, listeners_kept: bool) -> Self {
+    pub(crate) fn new(
+        heartbeat: Option<Heartbeat>,
+        listeners_kept: bool,
+        handover: Handover,
+    ) -> Self {
         Self {
             heartbeat,
             listeners_kept,
+            handover,
         }
     }
 
@@ -101,6 +108,7 @@ impl HeartbeatGuard {
 impl Drop for HeartbeatGuard {
     fn drop(&mut self) {
         if !self.listeners_kept
+            && !self.handover.is_collecting()
             && let Some(heartbeat) = &mut self.heartbeat
             && let Err(error) = heartbeat.stop()
         {
@@ -127,7 +135,10 @@ pub(crate) async fn run(
 /// Accepts without end.
 async fn accept(shard: Rc<Shard>, attachment: Rc<Attachment>, listener: TcpListener) {
     loop {
-        match listener.accept().await {
+        match { &shard.handover }
+            .accept(async || listener.accept().await)
+            .await
+        {
             Ok((socket, client)) => {
                 take_in(&shard, &attachment, socket, client);
             }

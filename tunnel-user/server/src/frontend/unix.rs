@@ -127,6 +127,23 @@ impl SocketFile {
         }
     }
 
+    /// Notes the file of a predecessor, which is this process's now.
+    pub(crate) fn taken_over(config: &UnixFrontend) -> Self {
+        let mut file = Self::inherited(config);
+        file.is_inherited = false;
+        file
+    }
+
+    /// Whether the file belongs to this process, and not to the service manager.
+    pub(crate) fn is_own(&self) -> bool {
+        !self.is_inherited
+    }
+
+    /// Leaves the file to a successor.
+    pub(super) fn leave(&mut self) {
+        self.own = None;
+    }
+
     /// Returns the path.
     pub(super) fn path(&self) -> &Path {
         &self.config.unix

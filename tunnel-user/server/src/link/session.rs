@@ -152,6 +152,13 @@ impl Session<'_> {
                     let serves = &info.serves_while_draining;
                     serves.store(false, Ordering::Relaxed);
                 }
+                if reason == CloseReason::HandedOver {
+                    info.hands_over.store(true, Ordering::Relaxed);
+                    shard.control.hold_routes();
+                    if let Some(notices) = link.notices.get() {
+                        notices.hold_all();
+                    }
+                }
                 set_draining(info, Some(reason));
                 shard.control.changed(info.id).await;
             }

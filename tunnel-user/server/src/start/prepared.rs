@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use cpc_config::ServerConfig;
 use cpc_datapath::Budget;
 use cpc_host::descriptors::Shares;
-use cpc_host::environment::{Environment, Reloads, Stops};
+use cpc_host::environment::{Environment, Reloads, Restarts, Stops};
 use cpc_host::host;
 use cpc_host::inherited::Inherited;
 use cpc_identity::Identity;
@@ -46,6 +46,8 @@ pub(crate) struct Prepared {
     pub(super) stops: Stops,
     /// SIGHUP, from now on: it would end the process otherwise.
     pub(super) reload_requests: Reloads,
+    /// SIGUSR2.
+    pub(super) restarts: Restarts,
     pub(super) bound: Bound,
     /// Sockets of an earlier process that are not taken over yet.
     pub(super) inherited: Inherited,
@@ -94,7 +96,7 @@ impl Prepared {
             Some(tunnel) => tunnel.material.revocations(),
             None => Revocations::load(config.tls.revoked.clone())?,
         };
-        let (stops, reload_requests) = environment.into_requests()?;
+        let (stops, reload_requests, restarts) = environment.into_requests()?;
         let own = &identity.trust_domain;
         let extending = extension.as_deref();
         let bound = Bound::open(&config, own, &revocations, &mut inherited, extending)?;
@@ -112,6 +114,7 @@ impl Prepared {
             revocations,
             stops,
             reload_requests,
+            restarts,
             bound,
             inherited,
         })

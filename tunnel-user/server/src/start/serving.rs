@@ -8,9 +8,9 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
+use cpc_handover::Predecessor;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
-use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle::{self, Phase};
 use cpc_host::random;
 use cpc_host::report::report;
@@ -36,6 +36,8 @@ use crate::extension::AgentListener;
 use crate::faults::Faults;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
+use crate::handover::succession::{ROLE, Succession, take_over};
+use crate::handover::{self, Handover};
 use crate::handshakes::HandshakeLimiter;
 use crate::loads::Loads;
 use crate::registry::{Registry, RouteBounds};
@@ -65,8 +67,7 @@ pub(crate) struct Serving {
     /// The tunnel's sockets. The kernel steers packets by their number: each stays until the last shard
     /// has ended.
     _sockets: Vec<UdpSocket>,
-    /// Sockets of an earlier process that nothing here uses; the service manager may.
-    _leftovers: Inherited,
+    succession: Succession,
 }
 
 impl Serving {
@@ -74,7 +75,11 @@ impl Serving {
     ///
     /// # Errors
     /// [`ServerError`], before a peer was promised anything.
-    pub(crate) async fn start(from: Attached, log: LogHandle) -> Result<Self, ServerError> {
+    pub(crate) async fn start(
+        from: Attached,
+        log: LogHandle,
+        predecessor: Option<Predecessor>,
+    ) -> Result<Self, ServerError> {
         let Attached {
             prepared,
             attachments,
@@ -97,6 +102,7 @@ impl Serving {
             revocations,
             stops,
             reload_requests,
+            restarts,
             bound,
             inherited,
         } = prepared;
@@ -115,7 +121,8 @@ impl Serving {
         let observer = extension.as_ref().and_then(|it| it.observer(&config));
         let failed_tunnels = metrics.handshakes.clone();
         let failed_joins = metrics.join_handshakes.clone();
-        let common = Common {
+        let (handover, collection) = Handover::new();
+        let mut common = Common {
             control: control.handle(),
             issuer: issuer.clone(),
             metrics,
@@ -141,6 +148,7 @@ impl Serving {
             last_link: Arc::default(),
             loads: Loads::new(bound.udp.len()),
             peers,
+            handover,
         };
         let lifetimes = lifetimes(material.iter().map(|it| it.clone() as _), &bound);
         tokio::spawn(lifetime::watch(lifetimes.clone()));
@@ -185,6 +193,12 @@ impl Serving {
             None => None,
         };
 
+        // As late as possible: from here on the predecessor does not serve any more.
+        let has_predecessor = predecessor.is_some();
+        let restored = match predecessor {
+            Some(predecessor) => take_over(predecessor, &mut common)?,
+            None => Vec::new(),
+        };
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
         let each = inboxes.into_iter().zip(listeners.deal(config.shards));
@@ -201,10 +215,23 @@ impl Serving {
             shards.spawn(move || serve::run(start, started))?;
             starting.push(outcome);
         }
+        common.control.hold_routes();
         tokio::spawn(control.run());
         for outcome in starting {
             outcome.await.map_err(|_| ServerError::Shard)??;
         }
+        handover::go_on(&common, restored);
+        let endpoint = match restarts.is_process() {
+            true => cpc_handover::Endpoint::open(&config.state_dir, ROLE, has_predecessor),
+            false => None,
+        };
+        let succession = Succession {
+            common: common.clone(),
+            collection,
+            endpoint,
+            restarts,
+            inherited,
+        };
 
         if let (Some(listener), Some(issuer)) = (bound.join, issuer) {
             let handshakes = config.limits.handshakes.at_most(shares.handshakes);
@@ -256,8 +283,8 @@ impl Serving {
             reload_requests,
             reloads,
             log,
+            succession,
             _sockets: sockets,
-            _leftovers: inherited,
         })
     }
 
@@ -289,12 +316,17 @@ impl Serving {
             };
             self.reloads.note(is_in_force, SystemTime::now());
         });
-        let idle = idle(&self.phase, &self.common.connections);
+        let idle = idle(&self.phase, &self.common);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
         tokio::select! {
             done = lifecycle::until_stopped(&self.phase, self.stops, Some(self.config.limits.drain), idle) => done?,
             () = reload => {}
             () = lost => return Err(ServerError::Shard),
+            () = self.succession.run() => {
+                audit::process("handed over", "server", &self.identity);
+                lifecycle::succeeded().await;
+                self.phase.send_replace(Phase::Ended);
+            }
         }
         // A shard ends its links and returns: that is short.
         self.shards.join().await;
@@ -335,9 +367,9 @@ async fn set_grants(common: &Common, config: &ServerConfig) -> bool {
 }
 
 /// Waits until a draining server has no connection left, and then closes the limit for new ones.
-async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit) {
+async fn idle(phase: &watch::Sender<Phase>, common: &Common) {
     lifecycle::stopping(phase.subscribe()).await;
-    while !connections.close_if_empty() {
+    while !common.handover.is_serving() || !common.connections.close_if_empty() {
         tokio::time::sleep(IDLE_POLL).await;
     }
 }

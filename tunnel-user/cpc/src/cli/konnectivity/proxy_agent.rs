@@ -176,8 +176,10 @@ impl Args {
         for note in notes {
             tracing::warn!("{note}");
         }
+        let state_dir = config.state_dir.as_deref();
+        let start = crate::cli::common::take_over(state_dir, "agent", false)?;
         let reread = || self.translate().map(|translated| translated.config);
-        let ran = cpc_agent::run(config, log, AgentExtension::extend, &reread);
+        let ran = cpc_agent::run(config, log, start, AgentExtension::extend, &reread);
         crate::cli::runtime()?.block_on(ran)?;
         Ok(())
     }

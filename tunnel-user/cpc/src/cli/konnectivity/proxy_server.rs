@@ -4,13 +4,10 @@ mod translate;
 
 use std::time::Duration;
 
-use anyhow::Context;
-
 use super::common::{self, Base, Translated};
 use super::go;
 use super::unused::{Flag, Kind, Tables, Unused};
 use cpc_config::{ConfigError, ServerConfig};
-use cpc_host::inherited::Inherited;
 use cpc_konnectivity::server::ServerExtension;
 
 /// Run the server with the flags of Konnectivity's proxy-server
@@ -217,11 +214,10 @@ impl Args {
         for note in notes {
             tracing::warn!("{note}");
         }
-        let inherited =
-            Inherited::from_environment().context("sockets from the service manager")?;
+        let start = crate::cli::common::take_over(Some(&config.state_dir), "server", false)?;
         let reread = || self.translate().map(|translated| translated.config);
         let extension = Some(Box::new(ServerExtension::default()) as _);
-        let served = cpc_server::run(config, log, inherited, &reread, extension);
+        let served = cpc_server::run(config, log, start, &reread, extension);
         crate::cli::runtime()?.block_on(served)?;
         Ok(())
     }

@@ -186,8 +186,8 @@ impl Lifecycle {
                 }
                 Action::SetDraining {
                     reason,
-                    // Another tunnel of the same process takes the dials of a replaced one.
-                    takes_dials: reason != CloseReason::Replaced,
+                    // Another tunnel of the same process takes the dials of a replaced one, or its successor.
+                    takes_dials: !matches!(reason, CloseReason::Replaced | CloseReason::HandedOver),
                 }
             }
             ServerEvent::Statistics(_) => Action::Wait,

@@ -1,0 +1,183 @@
+//! The two ends of a handover: this process takes over, and is succeeded.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep, timeout};
+use tunnel_proto::handover::State;
+use tunnel_proto::session::InstanceId;
+
+use super::saved::{restore, save};
+use super::stage::Stage;
+use crate::error::AgentError;
+use crate::sessions::Parked;
+use crate::worker::Worker;
+use cpc_handover::{Endpoint, HandoverError, Predecessor, Successor, store};
+use cpc_host::environment::Restarts;
+use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle;
+use cpc_host::report::report;
+
+/// Role of this process in a handover.
+pub(crate) const ROLE: &str = "agent";
+
+/// Maximum time for dials under way to end, and for young connections to be held.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Maximum time for connections to leave their tunnels.
+const LEAVE: Duration = Duration::from_secs(1);
+
+/// Interval of looks at the progress of both.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Takes over what `predecessor` has served, in its name.
+///
+/// # Errors
+/// [`AgentError::Handover`]: the predecessor goes on.
+pub(crate) fn take_over(predecessor: Predecessor, worker: &mut Worker) -> Result<(), AgentError> {
+    let (instance, restored) = predecessor.take(|state, sockets| {
+        let instance = <[u8; 16]>::try_from(&state.instance[..]);
+        let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
+        Ok((InstanceId(instance), restore_all(worker, &state, sockets)?))
+    })?;
+    worker.instance = instance;
+    tracing::info!(connections = restored.len(), "taken over");
+    worker.sessions.insert(restored);
+    Ok(())
+}
+
+fn restore_all(
+    worker: &Worker,
+    state: &State,
+    sockets: Vec<OwnedFd>,
+) -> Result<Vec<Parked>, HandoverError> {
+    let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
+    let saved = state.connections.iter();
+    saved
+        .map(|one| restore(worker, one, &mut sockets))
+        .collect()
+}
+
+/// The means to be succeeded.
+pub(crate) struct Succession {
+    pub worker: Worker,
+    /// Socket at which successors ask.
+    pub endpoint: Option<Endpoint>,
+    /// Requests to leave everything with the service manager.
+    pub restarts: Restarts,
+    /// The listeners, and sockets of an earlier process that nothing here uses.
+    pub inherited: Inherited,
+}
+
+impl Succession {
+    /// Returns once another process serves, or is about to. A process that drains has no successor.
+    pub(crate) async fn run(&mut self) {
+        loop {
+            let outcome = tokio::select! {
+                successor = next(&self.endpoint) => self.hand_over(successor).await,
+                () = self.restarts.next() => self.leave().await,
+                () = lifecycle::stopping(self.worker.phase()) => {
+                    self.inherited.forget_listeners();
+                    return std::future::pending().await;
+                }
+            };
+            match outcome {
+                Ok(()) => return,
+                Err(error) => tracing::error!(
+                    error = report(&error),
+                    "nothing is handed over: this process goes on"
+                ),
+            }
+        }
+    }
+
+    async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
+        tracing::info!(version = successor.version, "a successor asks to take over");
+        successor.prepare(self.inherited.listeners()?).await?;
+        let (state, sockets) = self.stop().await;
+        match successor.give(state, sockets).await {
+            Ok(()) => {
+                tracing::info!("the successor has taken over: this process ends");
+                Ok(())
+            }
+            Err((error, state, sockets)) => {
+                self.go_on(&state, sockets)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Leaves everything with the service manager, for the next process.
+    async fn leave(&mut self) -> Result<(), HandoverError> {
+        if !store::is_there() {
+            return Err(HandoverError::NoStore);
+        }
+        let (state, sockets) = self.stop().await;
+        let left = self.inherited.listeners().map_err(HandoverError::from);
+        let left = left.and_then(|listeners| store::leave(listeners, &state, &sockets));
+        match left {
+            Ok(()) => {
+                tracing::info!("everything is left for the next process: this one ends");
+                Ok(())
+            }
+            Err(error) => {
+                self.go_on(&state, sockets)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Stops serving. Connections that can't be given away end.
+    async fn stop(&self) -> (State, Vec<OwnedFd>) {
+        let (handover, sessions) = (&self.worker.handover, &self.worker.sessions);
+        let began = Instant::now();
+        handover.set(Stage::Pausing);
+        let ready = async {
+            while !handover.is_ready() {
+                sleep(LOOK).await;
+            }
+        };
+        if timeout(PAUSE, ready).await.is_err() {
+            tracing::warn!("some connections can't be handed over yet, and end");
+        }
+        let paused = began.elapsed();
+        handover.set(Stage::Left);
+        let left = async {
+            while sessions.are_carried() {
+                sleep(LOOK).await;
+            }
+        };
+        let _ = timeout(LEAVE, left).await;
+        let parked = sessions.take_all();
+        tracing::info!(
+            sessions = parked.len(),
+            paused_ms = paused.as_millis(),
+            stopped_ms = (began.elapsed() - paused).as_millis(),
+            "everything is stopped for the successor"
+        );
+        let mut sockets = Vec::new();
+        let connections = parked.into_iter();
+        let connections = connections.map(|one| save(one, &mut sockets)).collect();
+        let state = State {
+            instance: Bytes::copy_from_slice(&self.worker.instance.0),
+            connections,
+        };
+        (state, sockets)
+    }
+
+    /// Goes on with what was stopped.
+    fn go_on(&self, state: &State, sockets: Vec<OwnedFd>) -> Result<(), HandoverError> {
+        let restored = restore_all(&self.worker, state, sockets)?;
+        self.worker.sessions.insert(restored);
+        self.worker.handover.set(Stage::Serving);
+        Ok(())
+    }
+}
+
+async fn next(endpoint: &Option<Endpoint>) -> Successor {
+    match endpoint {
+        Some(endpoint) => endpoint.next().await,
+        None => std::future::pending().await,
+    }
+}
