@@ -29,4 +29,5 @@ pub mod pattern;
 pub mod puppet;
 pub mod service;
 pub mod steady;
+pub mod successor;
 pub mod target;

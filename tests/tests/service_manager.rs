@@ -18,8 +18,11 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use socket2::{Domain, Socket, Type};
 use tunnel_tests::client::round_trips;
+use tunnel_tests::conversation::{Conversation, Pace};
+use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::load::{Load, ask};
 use tunnel_tests::target::Behaviour;
 
 const SOON: Duration = Duration::from_secs(15);
@@ -264,6 +267,74 @@ fn outlive(name: &str, shared: bool) -> Result<()> {
     lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
     two_tunnels(&lab, shared)?;
     manager.hear("READY=1")
+}
+
+/// A restart by the service manager: the process leaves everything with it, and the next one goes on with
+/// every connection.
+#[test]
+fn connections_outlive_a_restart() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let folder = folder("restart");
+    let mut lab = lab(&folder.0, true)?;
+    let mut manager = Manager::new(&folder.0)?;
+    let none = Vec::new();
+    lab.control_plane.servers[0]
+        .daemon
+        .start_with(|command| manager.prepare(command, &none))?;
+    let agent = lab.workers[0].agent()?;
+    agent.start_with(|command| manager.prepare(command, &none))?;
+    agent.wait_ready(SOON)?;
+    lab.control_plane.servers[0].daemon.wait_ready(SOON)?;
+    let echo = SocketAddr::from((address::node(1), Behaviour::Echo.port()));
+    let paces = [Pace::Messages(100, Duration::from_millis(5)), Pace::Bulk];
+    let talks = Frontend::ALL
+        .into_iter()
+        .flat_map(|frontend| paces.map(|pace| (frontend, pace)));
+    let talks = talks.map(|(frontend, pace)| {
+        let stream = frontend.dial(&lab, echo)?;
+        Conversation::start(stream, pace)
+    });
+    let talks = talks.collect::<Result<Vec<_>>>()?;
+    let load = Load::start(&lab.control_plane, 2, move |request| ask(echo, request))?;
+    for round in 0..3 {
+        std::thread::sleep(Duration::from_secs(2));
+        let daemon = match round % 2 {
+            0 => &mut lab.control_plane.servers[0].daemon,
+            _ => lab.workers[0].agent()?,
+        };
+        daemon.signal(Signal::SIGUSR2)?;
+        manager.hear("BARRIER=1")?;
+        daemon.wait_ended(SOON)?;
+        // The listeners of the redirect are kept for good, those of the server.
+        let is_server = round % 2 == 0;
+        let mut left = Vec::new();
+        for (name, kept) in &manager.kept {
+            if name == "handover" || is_server {
+                for descriptor in kept {
+                    left.push((name.clone(), descriptor.try_clone()?));
+                }
+            }
+        }
+        manager.kept.remove("handover");
+        daemon.start_with(|command| manager.prepare(command, &left))?;
+        manager.hear("FDSTOREREMOVE=1")?;
+        drop(left);
+        load.wait_answered(20, SOON)?;
+    }
+    let attempts = load.stop();
+    let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
+    ensure!(
+        failed.is_empty(),
+        "{} failed: {:?}",
+        failed.len(),
+        failed[0]
+    );
+    for talk in talks {
+        println!("{:?}", talk.finish()?);
+    }
+    Ok(())
 }
 
 /// Waits for them; each has a shard of its own where the socket can be shared.

@@ -265,6 +265,24 @@ impl Daemon {
         self.start()
     }
 
+    /// Starts a successor (`--replace`), and waits until this process has ended in order.
+    ///
+    /// # Errors
+    ///
+    /// It was not running, or did not end within `limit`.
+    pub fn replace(&mut self, limit: Duration) -> Result<()> {
+        self.running()?.check()?;
+        let mut old = self.process.take().context("it was running")?;
+        self.start_with(|command| {
+            command.arg("--replace");
+        })?;
+        let status = old.wait(limit)?;
+        if !status.success() {
+            bail!("{} ended with {status}:\n{}", self.name, old.log_tail());
+        }
+        Ok(())
+    }
+
     /// Halts it (SIGSTOP): it is there, and does nothing.
     ///
     /// # Errors

@@ -1,0 +1,189 @@
+//! Handover: a process takes the place of another one, and every connection goes on.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use tunnel_tests::conversation::{Conversation, Pace};
+use tunnel_tests::frontend::Frontend;
+use tunnel_tests::lab::daemon::Daemon;
+use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::load::{Load, ask};
+use tunnel_tests::successor::{Step, fail_after};
+use tunnel_tests::target::Behaviour;
+
+/// Age from which on a connection is held in any case, with room.
+const HELD: Duration = Duration::from_secs(2);
+
+/// Time for a process to take over and for the other one to end, with room.
+const REPLACED: Duration = Duration::from_secs(10);
+
+fn echo() -> SocketAddr {
+    (address::node(1), Behaviour::Echo.port()).into()
+}
+
+/// Whose process is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Server,
+    Agent,
+}
+
+fn lab() -> Result<Lab> {
+    let spec = LabSpec {
+        workers: 1,
+        servers: 1,
+        ..LabSpec::new(Programs::of_this_test()?)
+    };
+    let mut lab = Lab::without_connector(spec)?;
+    lab.configure_connector()?;
+    let agent = lab.workers[0].agent()?;
+    let state_dir = agent.config_file().with_file_name("state");
+    agent.configure(|config| config["state_dir"] = json!(state_dir))?;
+    lab.start_configured()?;
+    Ok(lab)
+}
+
+fn daemon(lab: &mut Lab, side: Side) -> Result<&mut Daemon> {
+    match side {
+        Side::Server => Ok(&mut lab.control_plane.servers[0].daemon),
+        Side::Agent => lab.workers[0].agent(),
+    }
+}
+
+/// Returns the logs without the connections.
+fn logs(lab: &Lab) -> String {
+    let agents = lab
+        .workers
+        .iter()
+        .filter_map(|worker| worker.agent.as_ref());
+    let servers = lab
+        .control_plane
+        .servers
+        .iter()
+        .map(|server| &server.daemon);
+    let logs = servers.chain(agents).map(|daemon| {
+        let log = daemon.log();
+        let lines = log.lines().filter(|line| !line.contains("cpc::access"));
+        let lines: Vec<_> = lines.collect();
+        format!("{}:\n{}", daemon.name, lines.join("\n"))
+    });
+    logs.collect::<Vec<_>>().join("\n")
+}
+
+/// Live connections of every kind and clients that come meanwhile notice nothing but a pause.
+fn replace(side: Side, times: u32) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = lab()?;
+    let paces = [
+        Pace::Messages(100, Duration::from_millis(5)),
+        Pace::Messages(3000, Duration::from_millis(50)),
+        Pace::Messages(1, Duration::from_secs(3)),
+        Pace::Bulk,
+    ];
+    let mut talks = Vec::new();
+    for frontend in Frontend::ALL {
+        for pace in paces {
+            let stream = frontend.dial(&lab, echo())?;
+            talks.push((frontend, pace, Conversation::start(stream, pace)?));
+        }
+    }
+    let load = Load::start(&lab.control_plane, 2, |request| ask(echo(), request))?;
+    load.wait_answered(20, REPLACED)?;
+    for _ in 0..times {
+        thread::sleep(HELD);
+        let replaced = daemon(&mut lab, side)?.replace(REPLACED);
+        replaced.with_context(|| logs(&lab))?;
+        load.wait_answered(20, REPLACED)?;
+    }
+    let attempts = load.stop();
+    let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
+    ensure!(
+        failed.is_empty(),
+        "{} failed: {:?}\n{}",
+        failed.len(),
+        failed[0],
+        logs(&lab)
+    );
+    let longest = attempts.iter().map(|it| it.end - it.start).max();
+    println!("{} requests, the longest took {longest:?}", attempts.len());
+    thread::sleep(Duration::from_secs(1));
+    for (frontend, pace, talk) in talks {
+        let summary = talk.finish();
+        let summary = summary.with_context(|| format!("{frontend:?} {pace:?}\n{}", logs(&lab)))?;
+        println!("{frontend:?} {pace:?}: {summary:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_outlive_a_server() -> Result<()> {
+    replace(Side::Server, 3)
+}
+
+#[test]
+fn connections_outlive_an_agent() -> Result<()> {
+    replace(Side::Agent, 3)
+}
+
+/// Whatever a successor does, the process goes on, and so do its connections.
+#[test]
+fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = lab()?;
+    let mut talks = Vec::new();
+    for pace in [Pace::Messages(100, Duration::from_millis(5)), Pace::Bulk] {
+        let stream = Frontend::Redirect.dial(&lab, echo())?;
+        talks.push(Conversation::start(stream, pace)?);
+    }
+    let load = Load::start(&lab.control_plane, 2, |request| ask(echo(), request))?;
+    thread::sleep(HELD);
+    for (side, role) in [(Side::Server, "server"), (Side::Agent, "agent")] {
+        let daemon = daemon(&mut lab, side)?;
+        let state_dir = daemon.config_file().with_file_name("state");
+        let socket = state_dir.join(format!("{role}-handover.sock"));
+        for step in [Step::Asked, Step::Offered, Step::Given] {
+            let before = daemon.log().len();
+            fail_after(step, &socket, role).with_context(|| format!("{role} {step:?}"))?;
+            let pieces = ["ERROR", "nothing is handed over: this process goes on"];
+            daemon.wait_log(REPLACED, before, &pieces)?;
+            load.wait_answered(20, REPLACED)?;
+        }
+        let before = daemon.log().len();
+        fail_after(Step::Asked, &socket, "other")?;
+        daemon.wait_log(REPLACED, before, &["WARN", "and a other asks"])?;
+        daemon.check()?;
+    }
+    // One that can't start says why.
+    let server = daemon(&mut lab, Side::Server)?;
+    let before = server.log().len();
+    let key = server.config_file().with_file_name("elsewhere.pem");
+    server.configure(|config| config["tls"]["key"] = json!(key))?;
+    let failed = server.replace(Duration::from_secs(2));
+    ensure!(failed.is_err(), "a server without a key has taken over");
+    server.wait_log(
+        REPLACED,
+        before,
+        &["the successor can't start", "elsewhere.pem"],
+    )?;
+    load.wait_answered(20, REPLACED)?;
+    let attempts = load.stop();
+    let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
+    ensure!(
+        failed.is_empty(),
+        "{} failed: {:?}\n{}",
+        failed.len(),
+        failed[0],
+        logs(&lab)
+    );
+    for talk in talks {
+        println!("{:?}", talk.finish().with_context(|| logs(&lab))?);
+    }
+    Ok(())
+}
