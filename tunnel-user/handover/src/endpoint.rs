@@ -100,3 +100,68 @@ pub(super) fn check(stream: &UnixStream) -> Result<(), HandoverError> {
         false => Err(HandoverError::Stranger(peer.uid())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::Predecessor;
+    use crate::predecessor::find;
+    use cpc_host::inherited::Inherited;
+
+    /// User without privileges.
+    const STRANGER: libc::uid_t = 65_534;
+
+    fn look(state_dir: &Path, role: &str) -> Result<Option<Predecessor>, HandoverError> {
+        find(Some(state_dir), role, true, &mut Inherited::default())
+    }
+
+    #[tokio::test]
+    async fn a_process_of_another_role_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        assert!(
+            look(place.path(), "server").unwrap().is_none(),
+            "there is none"
+        );
+        let endpoint = Endpoint::open(place.path(), "server", false).unwrap();
+        // A second one with the same directory serves, and is not found.
+        assert!(Endpoint::open(place.path(), "server", false).is_none());
+        let state_dir = place.path().to_owned();
+        fs::hard_link(path(&state_dir, "server"), path(&state_dir, "agent")).unwrap();
+        let asks = thread::spawn(move || look(&state_dir, "agent"));
+        let patience = Duration::from_secs(2);
+        assert!(timeout(patience, endpoint.next()).await.is_err());
+        let error = asks.join().unwrap().unwrap_err();
+        assert!(matches!(error, HandoverError::Refused(_)), "{error}");
+    }
+
+    /// Even where the mode of the socket lets it in.
+    #[tokio::test]
+    async fn a_stranger_is_refused() {
+        if !geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI runs tests as root");
+            println!("skipped: only root can be another user");
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let endpoint = Endpoint::open(place.path(), "server", false).unwrap();
+        let path = path(place.path(), "server");
+        for path in [place.path(), &path] {
+            fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
+        }
+        let asks = thread::spawn(move || {
+            // SAFETY: a bare system call, which changes this thread alone.
+            let done = unsafe { libc::syscall(libc::SYS_setresuid, -1, STRANGER, -1) };
+            assert_eq!(done, 0);
+            UnixStream::connect(path).unwrap()
+        });
+        let patience = Duration::from_secs(2);
+        assert!(timeout(patience, endpoint.next()).await.is_err());
+        let stream = asks.join().unwrap();
+        let error = crate::parcel::receive::<tunnel_proto::handover::Offer>(&stream);
+        assert!(error.is_err(), "it is told nothing");
+    }
+}

@@ -7,7 +7,7 @@ use std::io;
 pub enum HandoverError {
     /// The other process can't be reached, has ended, or did not answer in time.
     #[error("the other process: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
     /// The other process sent something else.
     #[error("the other process sent a malformed message: {0}")]
     Malformed(&'static str),
@@ -31,4 +31,10 @@ pub enum HandoverError {
     /// Another user's process.
     #[error("a process of user {0} asks: only the same user and root may")]
     Stranger(u32),
+}
+
+impl From<io::Error> for HandoverError {
+    fn from(why: io::Error) -> Self {
+        Self::Io(why)
+    }
 }

@@ -30,5 +30,6 @@ pub mod successor;
 
 pub use endpoint::Endpoint;
 pub use error::HandoverError;
+pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
 pub use successor::Successor;

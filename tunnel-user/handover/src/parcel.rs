@@ -23,24 +23,127 @@ const DESCRIPTORS: usize = 253;
 /// Maximum number of descriptors of a parcel: more than any process has.
 const MAX_DESCRIPTORS: usize = 1 << 24;
 
-/// Sends `message` with `descriptors`.
+/// Number of descriptors for which memory is allocated before any has come.
+const MOST_AT_ONCE: usize = 1 << 14;
+
+/// A message with descriptors.
+#[derive(Debug)]
+pub struct Parcel {
+    memory: File,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Parcel {
+    /// Creates an empty message: every field has its default.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            memory: memfd_create("cpc-handover", MemfdFlags::CLOEXEC)?.into(),
+            descriptors: Vec::new(),
+        })
+    }
+
+    /// Creates a parcel of a message alone.
+    ///
+    /// # Errors
+    /// The error of a system call.
+    pub fn of(message: &impl Message) -> io::Result<Self> {
+        let mut parcel = Self::new()?;
+        parcel.merge(message)?;
+        Ok(parcel)
+    }
+
+    /// Merges `part` into the message: lists go on, so that a long one is never in memory as a whole.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub fn merge(&mut self, part: &impl Message) -> io::Result<()> {
+        // The encodings of two messages in a row are that of both merged (protobuf).
+        self.memory.write_all(&part.encode_to_vec())
+    }
+
+    /// Adds a descriptor, and returns its number.
+    pub fn add(&mut self, descriptor: OwnedFd) -> u32 {
+        // No process has 2^32 descriptors.
+        let number = u32::try_from(self.descriptors.len()).unwrap_or(u32::MAX);
+        self.descriptors.push(descriptor);
+        number
+    }
+
+    /// Sends the message, and copies of the descriptors.
+    ///
+    /// # Errors
+    /// The error of a system call.
+    pub fn send(&self, to: &UnixStream) -> io::Result<()> {
+        let count = u32::try_from(self.descriptors.len()).map_err(io::Error::other)?;
+        let head = [MAGIC, count.to_be_bytes()].concat();
+        send_with(to, &head, &[self.memory.as_fd()])?;
+        let borrowed: Vec<_> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        for some in borrowed.chunks(DESCRIPTORS) {
+            send_with(to, &[0], some)?;
+        }
+        Ok(())
+    }
+
+    /// Receives a parcel.
+    ///
+    /// # Errors
+    /// [`HandoverError`].
+    pub fn receive(from: &UnixStream) -> Result<Self, HandoverError> {
+        let mut head = [0; 8];
+        let mut memory = receive_with(from, &mut head)?.into_iter();
+        let (Some(memory), None) = (memory.next(), memory.next()) else {
+            return Err(HandoverError::Malformed("no memory"));
+        };
+        let (magic, count) = head.split_at(4);
+        let count = count.try_into().map_or(u32::MAX, u32::from_be_bytes) as usize;
+        if magic != MAGIC || count > MAX_DESCRIPTORS {
+            return Err(HandoverError::Malformed("no parcel"));
+        }
+        let mut descriptors = Vec::with_capacity(count.min(MOST_AT_ONCE));
+        while descriptors.len() < count {
+            let some = receive_with(from, &mut [0])?;
+            if some.is_empty() || descriptors.len() + some.len() > count {
+                return Err(HandoverError::Malformed("descriptors"));
+            }
+            descriptors.extend(some);
+        }
+        Ok(Self {
+            memory: memory.into(),
+            descriptors,
+        })
+    }
+
+    /// Returns message and descriptors.
+    ///
+    /// # Errors
+    /// The memory can't be read, or holds something else.
+    pub fn open<M: Message + Default>(mut self) -> Result<(M, Vec<OwnedFd>), HandoverError> {
+        let mut bytes = Vec::new();
+        self.memory.rewind()?;
+        self.memory.read_to_end(&mut bytes)?;
+        // The message takes its bytes from here, without a copy.
+        let message = M::decode(prost::bytes::Bytes::from(bytes))?;
+        Ok((message, self.descriptors))
+    }
+}
+
+/// Sends a message alone.
 ///
 /// # Errors
 /// The error of a system call.
-pub fn send(
-    to: &UnixStream,
-    message: &impl Message,
-    descriptors: &[BorrowedFd<'_>],
-) -> io::Result<()> {
-    let mut memory = File::from(memfd_create("cpc-handover", MemfdFlags::CLOEXEC)?);
-    memory.write_all(&message.encode_to_vec())?;
-    let count = u32::try_from(descriptors.len()).map_err(io::Error::other)?;
-    let head = [MAGIC, count.to_be_bytes()].concat();
-    send_with(to, &head, &[memory.as_fd()])?;
-    for some in descriptors.chunks(DESCRIPTORS) {
-        send_with(to, &[0], some)?;
-    }
-    Ok(())
+pub fn send(to: &UnixStream, message: &impl Message) -> io::Result<()> {
+    Parcel::of(message)?.send(to)
+}
+
+/// Receives a message alone.
+///
+/// # Errors
+/// [`HandoverError`].
+pub fn receive<M: Message + Default>(from: &UnixStream) -> Result<M, HandoverError> {
+    Ok(Parcel::receive(from)?.open()?.0)
 }
 
 fn send_with(to: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -61,38 +164,6 @@ fn send_with(to: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> i
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// Receives a message and its descriptors.
-///
-/// # Errors
-/// [`HandoverError`].
-pub fn receive<M: Message + Default>(
-    from: &UnixStream,
-) -> Result<(M, Vec<OwnedFd>), HandoverError> {
-    let mut head = [0; 8];
-    let mut memory = receive_with(from, &mut head)?.into_iter();
-    let (Some(memory), None) = (memory.next(), memory.next()) else {
-        return Err(HandoverError::Malformed("no memory"));
-    };
-    let (magic, count) = head.split_at(4);
-    let count = count.try_into().map(u32::from_be_bytes).unwrap_or(u32::MAX) as usize;
-    if magic != MAGIC || count > MAX_DESCRIPTORS {
-        return Err(HandoverError::Malformed("no parcel"));
-    }
-    let mut descriptors = Vec::with_capacity(count);
-    while descriptors.len() < count {
-        let some = receive_with(from, &mut [0])?;
-        if some.is_empty() || descriptors.len() + some.len() > count {
-            return Err(HandoverError::Malformed("descriptors"));
-        }
-        descriptors.extend(some);
-    }
-    let (mut memory, mut bytes) = (File::from(memory), Vec::new());
-    memory.rewind()?;
-    memory.read_to_end(&mut bytes)?;
-    // The message takes its bytes from here, without a copy.
-    Ok((M::decode(prost::bytes::Bytes::from(bytes))?, descriptors))
 }
 
 /// Fills `bytes`, and returns the descriptors that came with them.
@@ -125,6 +196,7 @@ fn receive_with(from: &UnixStream, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>>
 
 #[cfg(test)]
 mod tests {
+    use prost::bytes::Bytes;
     use tunnel_proto::handover::{Connection, State};
 
     use super::*;
@@ -138,24 +210,39 @@ mod tests {
             cause: 7,
             ..Connection::default()
         };
-        let state = State {
-            instance: vec![1; 16].into(),
-            connections: vec![connection; 100_000],
-        };
         let pairs: Vec<_> = (0..600).map(|_| UnixStream::pair().unwrap()).collect();
-        let sent: Vec<_> = pairs.iter().map(|(one, _)| one.as_fd()).collect();
-        send(&near, &state, &sent).unwrap();
-        send(&near, &State::default(), &[]).unwrap();
+        let mut parcel = Parcel::new().unwrap();
+        let mut state = State {
+            instance: vec![1; 16].into(),
+            ..State::default()
+        };
+        parcel.merge(&state).unwrap();
+        state.connections.push(connection);
+        let part = State {
+            instance: Bytes::new(),
+            ..state.clone()
+        };
+        (0..100_000).for_each(|_| parcel.merge(&part).unwrap());
+        for (number, (one, _)) in pairs.iter().enumerate() {
+            let added = parcel.add(one.as_fd().try_clone_to_owned().unwrap());
+            assert_eq!(added as usize, number);
+        }
+        parcel.send(&near).unwrap();
+        send(&near, &State::default()).unwrap();
         drop(near);
-        let (received, descriptors) = receive::<State>(&far).unwrap();
-        assert_eq!((received, descriptors.len()), (state, 600));
+        let (received, descriptors) = Parcel::receive(&far).unwrap().open::<State>().unwrap();
+        assert_eq!(received.instance, state.instance);
+        assert_eq!(
+            received.connections,
+            vec![state.connections[0].clone(); 100_000]
+        );
+        assert_eq!(descriptors.len(), 600);
         for (descriptor, (_, other)) in descriptors.into_iter().zip(&pairs) {
             (&UnixStream::from(descriptor)).write_all(b"x").unwrap();
             let mut read = [0];
             (&*other).read_exact(&mut read).unwrap();
         }
-        let (second, none) = receive::<State>(&far).unwrap();
-        assert!(second == State::default() && none.is_empty());
+        assert_eq!(receive::<State>(&far).unwrap(), State::default());
         assert!(matches!(
             receive::<State>(&far),
             Err(HandoverError::Io(error)) if error.kind() == ErrorKind::UnexpectedEof

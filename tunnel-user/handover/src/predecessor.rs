@@ -10,7 +10,7 @@ use tunnel_proto::handover::{Accepted, Offer, Ready, Released, Request, State};
 
 use super::endpoint::{self, check};
 use super::error::HandoverError;
-use super::parcel::{receive, send};
+use super::parcel::{Parcel, receive, send};
 use super::store;
 use cpc_host::inherited::Inherited;
 
@@ -53,7 +53,7 @@ impl Predecessor {
             role: role.into(),
             version: env!("CARGO_PKG_VERSION").into(),
         };
-        send(&stream, &request, &[])?;
+        send(&stream, &request)?;
         let listeners = receive_offer(&stream)?;
         let is_live = true;
         Ok(Some((Self { stream, is_live }, listeners)))
@@ -76,7 +76,7 @@ impl Predecessor {
         let failure = failure.into();
         if self.is_live {
             // A predecessor that hears nothing goes on as well.
-            let _ = send(&self.stream, &Ready { failure }, &[]);
+            let _ = send(&self.stream, &Ready { failure });
         }
     }
 
@@ -90,18 +90,25 @@ impl Predecessor {
         restore: impl FnOnce(State, Vec<OwnedFd>) -> Result<T, HandoverError>,
     ) -> Result<T, HandoverError> {
         if !self.is_live {
-            let (state, sockets) = receive::<State>(&self.stream)?;
-            return restore(state, sockets);
+            return open(Parcel::receive(&self.stream)?, restore);
         }
-        send(&self.stream, &Ready::default(), &[])?;
+        send(&self.stream, &Ready::default())?;
         self.stream.set_read_timeout(Some(STOP))?;
-        let (state, sockets) = receive::<State>(&self.stream)?;
-        let restored = restore(state, sockets)?;
+        let state = Parcel::receive(&self.stream)?;
+        let restored = open(state, restore)?;
         self.stream.set_read_timeout(Some(TIMEOUT))?;
-        send(&self.stream, &Accepted {}, &[])?;
-        let (Released {}, _) = receive::<Released>(&self.stream)?;
+        send(&self.stream, &Accepted {})?;
+        let Released {} = receive(&self.stream)?;
         Ok(restored)
     }
+}
+
+fn open<T>(
+    state: Parcel,
+    restore: impl FnOnce(State, Vec<OwnedFd>) -> Result<T, HandoverError>,
+) -> Result<T, HandoverError> {
+    let (state, sockets) = state.open()?;
+    restore(state, sockets)
 }
 
 /// Looks for the predecessor of a process of `role`: what one has left with the service manager, or, where
@@ -128,7 +135,7 @@ pub fn find(
 }
 
 fn receive_offer(stream: &UnixStream) -> Result<Listeners, HandoverError> {
-    let (offer, descriptors) = receive::<Offer>(stream)?;
+    let (offer, descriptors) = Parcel::receive(stream)?.open::<Offer>()?;
     if !offer.refusal.is_empty() {
         return Err(HandoverError::Refused(offer.refusal));
     }

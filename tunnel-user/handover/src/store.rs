@@ -3,17 +3,16 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
 use socket2::SockRef;
-use tunnel_proto::handover::State;
 
 use super::error::HandoverError;
-use super::parcel::send;
+use super::parcel::Parcel;
 use super::predecessor::{Listeners, Predecessor};
 use super::successor::offer;
 use cpc_host::inherited::Inherited;
@@ -39,21 +38,14 @@ pub fn is_there() -> bool {
 ///
 /// # Errors
 /// [`HandoverError`]: nothing was left.
-pub fn leave(
-    listeners: Listeners,
-    state: &State,
-    sockets: &[OwnedFd],
-) -> Result<(), HandoverError> {
+pub fn leave(listeners: Listeners, state: &Parcel) -> Result<(), HandoverError> {
     let (near, far) = UnixStream::pair()?;
     // The kernel reduces it to net.core.wmem_max, which suffices for 50,000 descriptors by default.
     let _ = SockRef::from(&near).set_send_buffer_size(QUEUE);
     // A full queue must not stop the process for good.
     near.set_write_timeout(Some(PATIENCE))?;
-    let (offer, descriptors) = offer(listeners);
-    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    send(&near, &offer, &borrowed)?;
-    let borrowed: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-    send(&near, state, &borrowed)?;
+    offer(listeners)?.send(&near)?;
+    state.send(&near)?;
     let states = [
         NotifyState::FdStore,
         NotifyState::FdName(NAME),

@@ -1,21 +1,24 @@
 //! A successor, as the running process sees it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tunnel_proto::handover::{Accepted, Offer, Ready, Released, Request, State};
+use tunnel_proto::handover::{Accepted, Offer, Ready, Released, Request};
 
 use super::error::HandoverError;
-use super::parcel::{receive, send};
+use super::parcel::{Parcel, receive, send};
 
 /// Timeout of an answer that takes no work.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Timeout for a successor to prepare: to load programs, and to read keys from a slow disk.
 const PREPARATION: Duration = Duration::from_secs(60);
+
+/// Maximum length of a wrong role that is shown, in characters.
+const MAX_ROLE: usize = 32;
 
 /// A process that has asked to take the place of this one.
 #[derive(Debug)]
@@ -43,8 +46,13 @@ impl Successor {
             version: request.version,
         };
         if request.role != role {
-            let text = format!("it is a {role}, and a {} asks", request.role);
-            successor.refuse(&text).await?;
+            let other: String = request.role.chars().take(MAX_ROLE).collect();
+            let text = format!(
+                "the running process is of role {role}, the successor of role {}",
+                other.escape_debug()
+            );
+            // Who does not wait for the answer needs none.
+            let _ = successor.refuse(&text).await;
             return Err(HandoverError::Refused(text));
         }
         Ok(successor)
@@ -60,7 +68,7 @@ impl Successor {
             refusal: text.into(),
             listeners: Vec::new(),
         };
-        send_all(&self.stream, offer, Vec::new()).await
+        send_parcel(&self.stream, Parcel::of(&offer)?).await
     }
 
     /// Offers the listeners, and waits until the successor is prepared.
@@ -68,8 +76,7 @@ impl Successor {
     /// # Errors
     /// [`HandoverError`]: the successor did not come to that.
     pub async fn prepare(&self, listeners: Vec<(String, OwnedFd)>) -> Result<(), HandoverError> {
-        let (offer, descriptors) = offer(listeners);
-        send_all(&self.stream, offer, descriptors).await?;
+        send_parcel(&self.stream, offer(listeners)?).await?;
         let Ready { failure } = receive_within(&self.stream, PREPARATION).await?;
         match &*failure {
             "" => Ok(()),
@@ -77,55 +84,47 @@ impl Successor {
         }
     }
 
-    /// Gives the state away. After success this process must touch none of the sockets any more.
+    /// Gives the [`State`](tunnel_proto::handover::State) away. After success this process must touch none of
+    /// its sockets any more.
     ///
     /// # Errors
     /// [`HandoverError`], with what the successor does not use.
-    pub async fn give(
-        self,
-        state: State,
-        sockets: Vec<OwnedFd>,
-    ) -> Result<(), (HandoverError, State, Vec<OwnedFd>)> {
+    pub async fn give(self, state: Parcel) -> Result<(), (HandoverError, Option<Parcel>)> {
         let given = spawn_blocking(move || {
-            let given = self.exchange(&state, &sockets);
-            given.map_err(|error| (error, state, sockets))
+            let given = self.exchange(&state);
+            given.map_err(|error| (error, Some(state)))
         });
         given.await.unwrap_or_else(|panic| {
             let error = HandoverError::Io(std::io::Error::other(panic));
-            Err((error, State::default(), Vec::new()))
+            Err((error, None))
         })
     }
 
-    fn exchange(&self, state: &State, sockets: &[OwnedFd]) -> Result<(), HandoverError> {
-        let borrowed: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-        send(&self.stream, state, &borrowed)?;
+    fn exchange(&self, state: &Parcel) -> Result<(), HandoverError> {
+        state.send(&self.stream)?;
         self.stream.set_read_timeout(Some(TIMEOUT))?;
-        let (Accepted {}, _) = receive(&self.stream)?;
-        Ok(send(&self.stream, &Released {}, &[])?)
+        let Accepted {} = receive(&self.stream)?;
+        Ok(send(&self.stream, &Released {})?)
     }
 }
 
 /// Returns the offer of `listeners`, with their descriptors.
-pub(super) fn offer(listeners: Vec<(String, OwnedFd)>) -> (Offer, Vec<OwnedFd>) {
-    let (names, descriptors) = listeners.into_iter().unzip();
-    let offer = Offer {
+pub(super) fn offer(listeners: Vec<(String, OwnedFd)>) -> std::io::Result<Parcel> {
+    let (names, descriptors): (_, Vec<_>) = listeners.into_iter().unzip();
+    let mut parcel = Parcel::of(&Offer {
         version: env!("CARGO_PKG_VERSION").into(),
         refusal: String::new(),
         listeners: names,
-    };
-    (offer, descriptors)
+    })?;
+    for descriptor in descriptors {
+        parcel.add(descriptor);
+    }
+    Ok(parcel)
 }
 
-async fn send_all<M: prost::Message + 'static>(
-    to: &Arc<UnixStream>,
-    message: M,
-    descriptors: Vec<OwnedFd>,
-) -> Result<(), HandoverError> {
+async fn send_parcel(to: &Arc<UnixStream>, parcel: Parcel) -> Result<(), HandoverError> {
     let to = to.clone();
-    let sent = spawn_blocking(move || {
-        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        send(&to, &message, &borrowed)
-    });
+    let sent = spawn_blocking(move || parcel.send(&to));
     Ok(sent.await.map_err(std::io::Error::other)??)
 }
 
@@ -138,6 +137,5 @@ async fn receive_within<M: prost::Message + Default + 'static>(
         from.set_read_timeout(Some(limit))?;
         receive::<M>(&from)
     });
-    let (message, _) = received.await.map_err(std::io::Error::other)??;
-    Ok(message)
+    received.await.map_err(std::io::Error::other)?
 }

@@ -1,24 +1,36 @@
 //! A session between two processes.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
-use tunnel_proto::handover::{Connection, Peer as SavedPeer, Socket, socket::Kind};
+use tunnel_proto::handover::{Connection, Peer as SavedPeer, Socket, State, socket::Kind};
 use tunnel_proto::session::InstanceId;
 
 use crate::dialer::ParkedConnection;
 use crate::sessions::{Parked, ServerProcess};
 use crate::worker::Worker;
-use cpc_handover::HandoverError;
+use cpc_handover::{HandoverError, Parcel};
 use cpc_identity::revoked::Peer;
 use cpc_observe::access::Record;
 use cpc_session::SessionState;
 
-/// Returns the message for a session, and adds its socket to `sockets`.
-pub(super) fn save(parked: Parked, sockets: &mut Vec<OwnedFd>) -> Connection {
+/// Adds a session to `state`.
+///
+/// # Errors
+/// There is no memory.
+pub(super) fn save(parked: Parked, state: &mut Parcel) -> io::Result<()> {
+    let connections = vec![into_message(parked, state)];
+    state.merge(&State {
+        connections,
+        ..State::default()
+    })
+}
+
+fn into_message(parked: Parked, state: &mut Parcel) -> Connection {
     let server = &parked.server;
     let saved = Connection {
         session: Some(parked.state.save()),
@@ -34,8 +46,7 @@ pub(super) fn save(parked: Parked, sockets: &mut Vec<OwnedFd>) -> Connection {
     let Some((socket, descriptor)) = parked.connection.and_then(|it| it.save()) else {
         return saved;
     };
-    let number = u32::try_from(sockets.len()).unwrap_or(u32::MAX);
-    sockets.push(descriptor);
+    let number = state.add(descriptor);
     Connection {
         socket: Some(Socket {
             descriptor: number,

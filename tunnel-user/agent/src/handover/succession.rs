@@ -1,5 +1,6 @@
 //! The two ends of a handover: this process takes over, and is succeeded.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::stage::Stage;
 use crate::error::AgentError;
 use crate::sessions::Parked;
 use crate::worker::Worker;
-use cpc_handover::{Endpoint, HandoverError, Predecessor, Successor, store};
+use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store};
 use cpc_host::environment::Restarts;
 use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle;
@@ -95,14 +96,14 @@ impl Succession {
     async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
         tracing::info!(version = successor.version, "a successor asks to take over");
         successor.prepare(self.inherited.listeners()?).await?;
-        let (state, sockets) = self.stop().await;
-        match successor.give(state, sockets).await {
+        let state = self.stop().await.or_else(|error| self.not_stopped(error))?;
+        match successor.give(state).await {
             Ok(()) => {
                 tracing::info!("the successor has taken over: this process ends");
                 Ok(())
             }
-            Err((error, state, sockets)) => {
-                self.go_on(&state, sockets)?;
+            Err((error, state)) => {
+                self.go_on(state)?;
                 Err(error)
             }
         }
@@ -113,23 +114,25 @@ impl Succession {
         if !store::is_there() {
             return Err(HandoverError::NoStore);
         }
-        let (state, sockets) = self.stop().await;
+        let state = self.stop().await.or_else(|error| self.not_stopped(error))?;
         let left = self.inherited.listeners().map_err(HandoverError::from);
-        let left = left.and_then(|listeners| store::leave(listeners, &state, &sockets));
-        match left {
+        match left.and_then(|listeners| store::leave(listeners, &state)) {
             Ok(()) => {
                 tracing::info!("everything is left for the next process: this one ends");
                 Ok(())
             }
             Err(error) => {
-                self.go_on(&state, sockets)?;
+                self.go_on(Some(state))?;
                 Err(error)
             }
         }
     }
 
-    /// Stops serving. Connections that can't be given away end.
-    async fn stop(&self) -> (State, Vec<OwnedFd>) {
+    /// Stops serving, and returns everything that was served. Connections that can't be given away end.
+    ///
+    /// # Errors
+    /// There is no memory for the state.
+    async fn stop(&self) -> io::Result<Parcel> {
         let (handover, sessions) = (&self.worker.handover, &self.worker.sessions);
         let began = Instant::now();
         handover.set(Stage::Pausing);
@@ -156,22 +159,32 @@ impl Succession {
             stopped_ms = (began.elapsed() - paused).as_millis(),
             "everything is stopped for the successor"
         );
-        let mut sockets = Vec::new();
-        let connections = parked.into_iter();
-        let connections = connections.map(|one| save(one, &mut sockets)).collect();
-        let state = State {
+        let mut state = Parcel::of(&State {
             instance: Bytes::copy_from_slice(&self.worker.instance.0),
-            connections,
-        };
-        (state, sockets)
+            connections: Vec::new(),
+        })?;
+        for one in parked {
+            save(one, &mut state)?;
+        }
+        Ok(state)
+    }
+
+    /// Goes on without the connections: there is no memory for them.
+    fn not_stopped(&self, error: io::Error) -> Result<Parcel, HandoverError> {
+        self.go_on(None)?;
+        Err(error.into())
     }
 
     /// Goes on with what was stopped.
-    fn go_on(&self, state: &State, sockets: Vec<OwnedFd>) -> Result<(), HandoverError> {
-        let restored = restore_all(&self.worker, state, sockets)?;
-        self.worker.sessions.insert(restored);
+    fn go_on(&self, state: Option<Parcel>) -> Result<(), HandoverError> {
+        let restored = state.map_or(Ok(Vec::new()), |state| {
+            let (state, sockets) = state.open()?;
+            restore_all(&self.worker, &state, sockets)
+        });
+        // Before a server asks for them.
+        let restored = restored.map(|restored| self.worker.sessions.insert(restored));
         self.worker.handover.set(Stage::Serving);
-        Ok(())
+        restored
     }
 }
 

@@ -1,5 +1,6 @@
 //! A connection between two processes.
 
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -15,7 +16,7 @@ use crate::resumption::{Lost, until_settled};
 use crate::shard::{Common, Shard};
 use cpc_datapath::Socket;
 use cpc_datapath::socket::SocketParts;
-use cpc_handover::HandoverError;
+use cpc_handover::{HandoverError, Parcel};
 use cpc_observe::metrics::Closer;
 
 /// A connection that this process gives away.
@@ -37,8 +38,19 @@ pub(crate) struct CollectedClient {
 }
 
 impl Collected {
-    /// Returns the message, and adds the socket to `sockets`.
-    pub(super) fn save(self, sockets: &mut Vec<OwnedFd>) -> Connection {
+    /// Adds the connection to `state`.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub(super) fn save(self, state: &mut Parcel) -> io::Result<()> {
+        let connections = vec![self.into_message(state)];
+        state.merge(&State {
+            connections,
+            ..State::default()
+        })
+    }
+
+    fn into_message(self, state: &mut Parcel) -> Connection {
         let saved = self.lost.save();
         let Some(client) = self.client else {
             return saved;
@@ -50,8 +62,7 @@ impl Collected {
         } = client;
         drop(permit);
         parked.append(&socket.ahead);
-        let descriptor = u32::try_from(sockets.len()).unwrap_or(u32::MAX);
-        sockets.push(socket.descriptor);
+        let descriptor = state.add(socket.descriptor);
         Connection {
             socket: Some(SavedSocket {
                 kind: socket.kind.into(),

@@ -1,6 +1,6 @@
 //! How a server stops for its successor, and goes on where that fails.
 
-use std::os::fd::OwnedFd;
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,10 +12,14 @@ use tunnel_proto::handover::State;
 use super::collected::{Collected, Restored};
 use super::stage::Stage;
 use crate::shard::{Common, Shard};
+use cpc_handover::Parcel;
 use cpc_host::report::report;
 
 /// Maximum time for dials under way to end, and for young connections to be held.
 const PAUSE: Duration = Duration::from_secs(2);
+
+/// Maximum time for clients to send their request.
+const REQUEST: Duration = Duration::from_millis(100);
 
 /// Maximum time for connections to leave their tunnels.
 const COLLECT: Duration = Duration::from_secs(1);
@@ -23,19 +27,14 @@ const COLLECT: Duration = Duration::from_secs(1);
 /// Interval of looks at the progress of both.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Everything that a server has served.
-pub(crate) struct Stopped {
-    /// The connections.
-    pub state: State,
-    /// Their sockets.
-    pub sockets: Vec<OwnedFd>,
-}
-
-/// Stops serving. Connections that can't be given away end.
+/// Stops serving, and returns everything that was served. Connections that can't be given away end.
+///
+/// # Errors
+/// There is no memory for the state.
 pub(crate) async fn stop(
     common: &Common,
     collection: &mut mpsc::UnboundedReceiver<Collected>,
-) -> Stopped {
+) -> io::Result<Parcel> {
     let began = Instant::now();
     common.handover.set(Stage::Pausing);
     // Until the agents have come to the successor, the kernel refuses nothing.
@@ -75,14 +74,14 @@ pub(crate) async fn stop(
         stopped_ms = (began.elapsed() - paused).as_millis(),
         "everything is stopped for the successor"
     );
-    let mut sockets = Vec::new();
-    let connections = collected.into_iter();
-    let connections = connections.map(|one| one.save(&mut sockets)).collect();
-    let state = State {
+    let mut state = Parcel::of(&State {
         instance: Bytes::copy_from_slice(&common.instance.0),
-        connections,
-    };
-    Stopped { state, sockets }
+        connections: Vec::new(),
+    })?;
+    for one in collected {
+        one.save(&mut state)?;
+    }
+    Ok(state)
 }
 
 fn clients(collected: &[Collected]) -> usize {
@@ -91,9 +90,11 @@ fn clients(collected: &[Collected]) -> usize {
 
 /// Waits until no dial is under way and every connection survives the loss of its tunnel.
 async fn paused(common: &Common) {
+    let began = Instant::now();
     loop {
         let unsafe_ones = common.peers.on_all(|shard| shard.hold_all()).await;
-        if common.dials.in_use() == 0 && common.waiting.in_use() == 0 && unsafe_ones == 0 {
+        let waits = common.waiting.in_use() > 0 && began.elapsed() < REQUEST;
+        if common.dials.in_use() == 0 && !waits && unsafe_ones == 0 {
             return;
         }
         sleep(LOOK).await;

@@ -1,16 +1,13 @@
 //! The two ends of a handover: this process takes over, and is succeeded.
 
-use std::os::fd::OwnedFd;
-
 use tokio::sync::mpsc;
-use tunnel_proto::handover::State;
 use tunnel_proto::session::InstanceId;
 
 use super::collected::{Collected, Restored, restore};
-use super::stop::{Stopped, go_on, serve_again, stop};
+use super::stop::{go_on, serve_again, stop};
 use crate::error::ServerError;
 use crate::shard::Common;
-use cpc_handover::{Endpoint, HandoverError, Predecessor, Successor, store};
+use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store};
 use cpc_host::environment::Restarts;
 use cpc_host::inherited::Inherited;
 use cpc_host::lifecycle;
@@ -59,8 +56,7 @@ impl Succession {
                 () = lifecycle::stopping(self.common.phase.clone()) => {
                     self.inherited.forget_listeners();
                     self.endpoint = None;
-                    self.restarts.next().await;
-                    self.leave().await
+                    return std::future::pending().await;
                 }
             };
             match outcome {
@@ -76,14 +72,14 @@ impl Succession {
     async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
         tracing::info!(version = successor.version, "a successor asks to take over");
         successor.prepare(self.inherited.listeners()?).await?;
-        let Stopped { state, sockets } = stop(&self.common, &mut self.collection).await;
-        match successor.give(state, sockets).await {
+        let state = self.stop().await?;
+        match successor.give(state).await {
             Ok(()) => {
                 tracing::info!("the successor has taken over: this process ends");
                 Ok(())
             }
-            Err((error, state, sockets)) => {
-                self.go_on(state, sockets).await?;
+            Err((error, state)) => {
+                self.go_on(state).await?;
                 Err(error)
             }
         }
@@ -94,26 +90,38 @@ impl Succession {
         if !store::is_there() {
             return Err(HandoverError::NoStore);
         }
-        let Stopped { state, sockets } = stop(&self.common, &mut self.collection).await;
+        let state = self.stop().await?;
         let left = self.inherited.listeners().map_err(HandoverError::from);
-        let left = left.and_then(|listeners| store::leave(listeners, &state, &sockets));
-        match left {
+        match left.and_then(|listeners| store::leave(listeners, &state)) {
             Ok(()) => {
                 tracing::info!("everything is left for the next process: this one ends");
                 Ok(())
             }
             Err(error) => {
-                self.go_on(state, sockets).await?;
+                self.go_on(Some(state)).await?;
                 Err(error)
             }
         }
     }
 
+    async fn stop(&mut self) -> Result<Parcel, HandoverError> {
+        match stop(&self.common, &mut self.collection).await {
+            Ok(state) => Ok(state),
+            Err(error) => {
+                // Without the connections: there is no memory for them.
+                self.go_on(None).await?;
+                Err(error.into())
+            }
+        }
+    }
+
     /// Goes on with what was stopped.
-    async fn go_on(&self, state: State, sockets: Vec<OwnedFd>) -> Result<(), HandoverError> {
-        let restored = restore(&self.common, state, sockets)?;
+    async fn go_on(&self, state: Option<Parcel>) -> Result<(), HandoverError> {
         serve_again(&self.common).await;
-        go_on(&self.common, restored);
+        if let Some(state) = state {
+            let (state, sockets) = state.open()?;
+            go_on(&self.common, restore(&self.common, state, sockets)?);
+        }
         Ok(())
     }
 }
