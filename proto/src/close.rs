@@ -260,6 +260,7 @@ mod tests {
                 "0x503 replaced",
                 "0x504 handshake_timeout",
                 "0x505 duplicate_server",
+                "0x506 handed_over",
             ]
         );
     }
