@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// All crates, each with the crates of this project that it may depend on: the table in ARCHITECTURE.md.
-const PERMITTED: [(&str, &[&str]); 20] = [
+const PERMITTED: [(&str, &[&str]); 21] = [
     ("tunnel-proto", &[]),
     ("tunnel-ebpf-common", &[]),
     ("tunnel-ebpf", &["tunnel-ebpf-common"]),
@@ -17,6 +17,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
     ("tunnel-tests", &[]),
     ("xtask", &["tunnel-tests"]),
     ("cpc-host", &[]),
+    ("cpc-handover", &["cpc-host", "tunnel-proto"]),
     ("cpc-config", &["cpc-host", "tunnel-proto"]),
     ("cpc-observe", &["cpc-config", "cpc-host", "tunnel-proto"]),
     ("cpc-kubernetes", &["cpc-config", "cpc-host", "cpc-observe"]),
@@ -60,6 +61,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
         &[
             "cpc-config",
             "cpc-datapath",
+            "cpc-handover",
             "cpc-host",
             "cpc-identity",
             "cpc-observe",
@@ -73,6 +75,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
         &[
             "cpc-config",
             "cpc-datapath",
+            "cpc-handover",
             "cpc-host",
             "cpc-identity",
             "cpc-kubernetes",
@@ -103,6 +106,7 @@ const PERMITTED: [(&str, &[&str]); 20] = [
         &[
             "cpc-agent",
             "cpc-config",
+            "cpc-handover",
             "cpc-host",
             "cpc-identity",
             "cpc-konnectivity",

@@ -79,17 +79,16 @@ fn echo_works(lab: &Lab) -> Result<()> {
     round_trips(connect_through(proxy, &echo)?, 1).map(drop)
 }
 
-/// Every file below `folder`, with what stands in it.
+/// Every regular file below `folder`, with what stands in it.
 fn files(folder: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        match path.is_dir() {
-            true => found.extend(files(&path)?),
-            false => {
-                let content = fs::read(&path)?;
-                found.insert(path, content);
-            }
+        if path.is_dir() {
+            found.extend(files(&path)?);
+        } else if path.is_file() {
+            let content = fs::read(&path)?;
+            found.insert(path, content);
         }
     }
     Ok(found)

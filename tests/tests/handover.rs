@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use tunnel_tests::client::{self, round_trips};
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::daemon::Daemon;
@@ -16,6 +17,9 @@ use tunnel_tests::target::Behaviour;
 
 /// Age from which on a connection is held in any case, with room.
 const HELD: Duration = Duration::from_secs(2);
+
+/// Stack of a thread that reads one connection.
+const STACK: usize = 1 << 20;
 
 /// Time for a process to take over and for the other one to end, with room.
 const REPLACED: Duration = Duration::from_secs(10);
@@ -157,7 +161,7 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
         }
         let before = daemon.log().len();
         fail_after(Step::Asked, &socket, "other")?;
-        daemon.wait_log(REPLACED, before, &["WARN", "and a other asks"])?;
+        daemon.wait_log(REPLACED, before, &["WARN", "the successor of role other"])?;
         daemon.check()?;
     }
     // One that can't start says why.
@@ -185,5 +189,85 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
     for talk in talks {
         println!("{:?}", talk.finish().with_context(|| logs(&lab))?);
     }
+    Ok(())
+}
+
+/// Opens `count` downloads and replaces the server twice meanwhile. Every byte of each is compared.
+fn downloads(count: usize, bytes: u64) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = lab()?;
+    let source = (address::node(1), Behaviour::Source.port()).into();
+    let streams = Frontend::Redirect.through(&lab, |dial| {
+        (0..count).map(|_| dial(source)).collect::<Result<Vec<_>>>()
+    })?;
+    let downloads = streams.into_iter().map(|stream| {
+        let download = move || client::download(stream, bytes);
+        thread::Builder::new().stack_size(STACK).spawn(download)
+    });
+    let downloads = downloads.collect::<Result<Vec<_>, _>>()?;
+    for _ in 0..2 {
+        thread::sleep(Duration::from_millis(300));
+        let replaced = daemon(&mut lab, Side::Server)?.replace(REPLACED);
+        replaced.with_context(|| logs(&lab))?;
+    }
+    let under_way = downloads.iter().filter(|it| !it.is_finished()).count();
+    ensure!(
+        under_way > count / 2,
+        "{under_way} of {count} are under way"
+    );
+    let results = downloads.into_iter().map(|download| download.join());
+    let results = results.map(|it| it.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    let failed: Vec<_> = results.filter_map(Result::err).collect();
+    ensure!(
+        failed.is_empty(),
+        "{} failed: {:?}\n{}",
+        failed.len(),
+        failed[0],
+        logs(&lab)
+    );
+    Ok(())
+}
+
+#[test]
+fn downloads_outlive_a_server() -> Result<()> {
+    downloads(200, 5_000_000)
+}
+
+#[test]
+#[ignore = "moves 10 GB"]
+fn two_thousand_downloads_outlive_a_server() -> Result<()> {
+    downloads(2000, 5_000_000)
+}
+
+/// Ten thousand idle connections and one that talks: the time that the handover takes is in the logs.
+#[test]
+#[ignore = "measures"]
+fn ten_thousand_connections_are_handed_over() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = lab()?;
+    let idle = Frontend::Redirect.through(&lab, |dial| {
+        (0..10_000)
+            .map(|_| dial(echo()))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    let stream = Frontend::Redirect.dial(&lab, echo())?;
+    let talk = Conversation::start(stream, Pace::Messages(100, Duration::from_millis(5)))?;
+    for side in [Side::Server, Side::Agent] {
+        thread::sleep(HELD);
+        let replaced = daemon(&mut lab, side)?.replace(REPLACED);
+        replaced.with_context(|| logs(&lab))?;
+    }
+    thread::sleep(HELD);
+    println!("{:?}", talk.finish().with_context(|| logs(&lab))?);
+    let mut pairs = 0;
+    for stream in &idle {
+        round_trips(stream, 1).with_context(|| format!("connection {pairs}\n{}", logs(&lab)))?;
+        pairs += 1;
+    }
+    println!("{pairs} connections\n{}", logs(&lab));
     Ok(())
 }

@@ -271,10 +271,24 @@ impl Daemon {
     ///
     /// It was not running, or did not end within `limit`.
     pub fn replace(&mut self, limit: Duration) -> Result<()> {
+        self.replace_with(limit, |_| ())
+    }
+
+    /// Does the same, after `prepare` has changed the environment of the successor.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::replace`].
+    pub fn replace_with(
+        &mut self,
+        limit: Duration,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<()> {
         self.running()?.check()?;
         let mut old = self.process.take().context("it was running")?;
         self.start_with(|command| {
             command.arg("--replace");
+            prepare(command);
         })?;
         let status = old.wait(limit)?;
         if !status.success() {

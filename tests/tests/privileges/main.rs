@@ -118,13 +118,21 @@ impl Scene {
 
     /// Starts both as their units do, with these profiles, and waits for them.
     fn start(&mut self, server: &Profile, agent: &Profile) -> Result<()> {
-        let folder = own(self.server())?;
-        let sandbox = Sandbox::new(&folder, server.compile()?)?.with_pins_of(&self.lab)?;
+        let sandbox = self.for_server(server)?;
         self.server().start_with(|command| sandbox.place(command))?;
-        let folder = own(self.agent()?)?;
-        let sandbox = Sandbox::new(&folder, agent.compile()?)?;
+        let sandbox = self.for_agent(agent)?;
         self.agent()?.start_with(|command| sandbox.place(command))?;
         self.server().wait_ready(SOON)
+    }
+
+    fn for_server(&mut self, profile: &Profile) -> Result<Sandbox> {
+        let folder = own(self.server())?;
+        Sandbox::new(&folder, profile.compile()?)?.with_pins_of(&self.lab)
+    }
+
+    fn for_agent(&mut self, profile: &Profile) -> Result<Sandbox> {
+        let folder = own(self.agent()?)?;
+        Sandbox::new(&folder, profile.compile()?)
     }
 }
 
@@ -156,6 +164,32 @@ fn to(behaviour: Behaviour) -> SocketAddr {
 fn confined() -> [(&'static str, &'static str); 3] {
     // The text of ID.
     [("Uid", "61234"), ("Gid", "61234"), ("Seccomp", "2")]
+}
+
+/// Without any capability both hand over to a successor.
+#[test]
+fn a_handover_takes_no_privilege() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    scene.attach()?;
+    let agent = scene.agent()?;
+    let state_dir = agent.config_file().with_file_name("state");
+    agent.configure(|config| config["state_dir"] = json!(state_dir))?;
+    let [server, agent] = [Profile::of("server")?, Profile::of("agent")?];
+    scene.start(&server, &agent)?;
+    let stream = Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))?;
+    round_trips(&stream, 3)?;
+    let sandbox = scene.for_server(&server)?;
+    let place = |command: &mut Command| sandbox.place(command);
+    scene.server().replace_with(SOON, place)?;
+    round_trips(&stream, 3).context("another server")?;
+    let sandbox = scene.for_agent(&agent)?;
+    let place = |command: &mut Command| sandbox.place(command);
+    scene.agent()?.replace_with(SOON, place)?;
+    round_trips(&stream, 3).context("another agent")?;
+    check(scene.server().pid(), &confined())?;
+    check(scene.agent()?.pid(), &confined())
 }
 
 /// Without any capability both do the main job: curl through the redirect, bytes both ways over each
