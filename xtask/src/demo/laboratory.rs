@@ -3,10 +3,14 @@
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use tunnel_tests::client::eventually;
+use tunnel_tests::conversation::{Conversation, Pace};
+use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::address::{self, KUBELET_PORT};
 use tunnel_tests::lab::{Lab, LabSpec, Programs};
 use tunnel_tests::target::Behaviour;
@@ -33,6 +37,12 @@ Each column is a network namespace on this machine. Nothing leaves it.
 
 /// Maximum time until the connector serves again after its server was killed and started.
 const BACK: Duration = Duration::from_secs(10);
+
+/// Interval of the messages of a live connection.
+const MESSAGE: Duration = Duration::from_millis(20);
+
+/// Time for which it goes on before and after an upgrade.
+const TALK: Duration = Duration::from_secs(2);
 
 /// Sets up, builds and shows.
 pub(super) fn run() -> Result<()> {
@@ -73,7 +83,11 @@ fn show(programs: Programs) -> Result<()> {
     step(
         "The connector starts: a server here, an agent on the worker",
         |say| {
-            demo.lab.start_connector()?;
+            demo.lab.configure_connector()?;
+            let agent = demo.lab.workers[0].agent()?;
+            let state_dir = agent.config_file().with_file_name("state");
+            agent.configure(|config| config["state_dir"] = json!(state_dir))?;
+            demo.lab.start_configured()?;
             say.note(
                 "the agent has dialled out to the server; the kernel redirects the API server",
             );
@@ -92,6 +106,10 @@ fn show(programs: Programs) -> Result<()> {
         demo.access_log(say)
     })?;
     step("The speed of the connector", |say| demo.measure(say))?;
+    step(
+        "A live connection goes on while the server and the agent are replaced, as in an upgrade",
+        |say| demo.replace(say),
+    )?;
     step(
         "The server is killed: connections are refused and do not leak",
         |say| demo.killed_server(say),
@@ -231,6 +249,26 @@ impl Demo {
         say.note("direct: plain TCP from the router, which is where a way to the worker begins;");
         say.note("tunnel: redirected in the kernel, then encrypted through the server and agent.");
         say.note("All of it shares the processors of this machine.");
+        Ok(())
+    }
+
+    fn replace(&mut self, say: &mut Evidence) -> Result<()> {
+        let echo = (address::node(1), Behaviour::Echo.port()).into();
+        let stream = Frontend::Redirect.dial(&self.lab, echo)?;
+        let talk = Conversation::start(stream, Pace::Messages(100, MESSAGE))?;
+        sleep(TALK);
+        self.server_mut()?.daemon.replace(BACK)?;
+        say.note("cpc server --replace: the running server has handed over, and has ended");
+        sleep(TALK);
+        self.lab.workers[0].agent()?.replace(BACK)?;
+        say.note("cpc agent --replace: the same on the worker");
+        sleep(TALK);
+        let summary = talk.finish()?;
+        say.note(format!(
+            "{} bytes there and back, none lost, doubled or changed; the longest pause was {} ms",
+            summary.bytes,
+            summary.longest_gap.as_millis()
+        ));
         Ok(())
     }
 
