@@ -17,11 +17,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Steps of a handover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
-    /// It has asked.
+    /// Asking for the handover.
     Asked,
-    /// It has got the listeners.
+    /// Receiving the listeners.
     Offered,
-    /// It has got the state and every socket.
+    /// Receiving the state and every socket.
     Given,
 }
 

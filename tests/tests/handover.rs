@@ -28,7 +28,7 @@ fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
 }
 
-/// Whose process is replaced.
+/// Side of a tunnel whose process is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Server,
@@ -134,7 +134,7 @@ fn connections_outlive_an_agent() -> Result<()> {
     replace(Side::Agent, 3)
 }
 
-/// Whatever a successor does, the process goes on, and so do its connections.
+/// A process goes on whatever its successor does, and so do its connections.
 #[test]
 fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
     if !lab::available()? {

@@ -201,7 +201,7 @@ mod tests {
 
     use super::*;
 
-    /// More than the queue of a socket takes as bytes, and more descriptors than one message. Nobody reads
+    /// More than the queue of a socket takes as bytes, and more descriptors than one message. No process reads
     /// before everything is sent.
     #[test]
     fn a_parcel_waits_in_the_socket_with_all_descriptors() {

@@ -21,9 +21,9 @@ use cpc_observe::metrics::Closer;
 
 /// A connection that this process gives away.
 pub(crate) struct Collected {
-    /// Its client; `None` if that is gone and the agent is yet to learn how.
+    /// Client; `None` if that is gone and the agent is yet to learn how.
     pub client: Option<CollectedClient>,
-    /// Its session.
+    /// Session.
     pub lost: Box<Lost>,
 }
 

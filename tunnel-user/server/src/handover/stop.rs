@@ -1,4 +1,4 @@
-//! How a server stops for its successor, and goes on where that fails.
+//! The end of service for a successor, and the way back where that fails.
 
 use std::io;
 use std::rc::Rc;
