@@ -14,6 +14,7 @@
 //! | [`trust_domain`] | the name space of identities |
 //! | [`session`] | both ends of a control stream, without I/O |
 //! | [`handover`] | the messages between a process and its successor |
+//! | [`keeper`] | the messages between the owner of sockets and their keeper |
 //! | [`http_connect`] | the HTTP `CONNECT` request and its answers |
 //! | [`konnectivity`] | the messages of Konnectivity, and its machines |
 //!
@@ -28,6 +29,7 @@ pub mod control;
 pub mod handover;
 pub mod http_connect;
 pub mod join;
+pub mod keeper;
 pub mod konnectivity;
 pub mod preface;
 pub mod resumption;
