@@ -11,6 +11,7 @@ use super::frontend::protocol::Protocol;
 use super::frontend::refusals::{Detailed, Refusals};
 use super::frontend::unix::{self, SocketFile};
 use super::frontend::{FrontendTls, Scope};
+use super::serve::Listeners;
 use cpc_config::ServerConfig;
 use cpc_config::frontend::{Answers, FrontendConfig, UnixFrontend};
 use cpc_host::inherited::Inherited;
@@ -18,11 +19,8 @@ use cpc_host::listen;
 use cpc_host::report::report;
 use cpc_identity::TrustDomain;
 use cpc_identity::revoked::Revocations;
-use cpc_transport::quic::udp::{beside, bind, bind_to_share, enlarge};
-
-/// First word of the name, for a successor, of a Unix listener whose file this process has made. Its path
-/// follows.
-const OWN_FILE: &str = "unix";
+use cpc_transport::quic::steering::steer;
+use cpc_transport::quic::udp::{bind, bind_to_share, enlarge, widen};
 
 /// Name of the sockets of the tunnel.
 const TUNNEL: &str = "tunnel";
@@ -174,42 +172,70 @@ impl Bound {
     }
 }
 
-/// Opens one socket for each shard, or one alone where the port can't be shared.
+/// Puts the sockets in force that a predecessor has released: the kernel steers packets to the shards of this
+/// process, files of frontends are its own, and sockets that it does not use are closed. Until then a predecessor
+/// may go on, so nothing is changed that it uses. Without a predecessor there is no effect.
+pub(super) fn take_effect(udp: &[UdpSocket], listeners: &mut Listeners, inherited: &mut Inherited) {
+    if !inherited.has_predecessor() {
+        return;
+    }
+    if let Err(error) = steer(udp) {
+        tracing::error!(
+            error = report(&error),
+            "the kernel steers packets to the shards of the predecessor: some agents can't connect"
+        );
+    }
+    for unix in &mut listeners.unix {
+        unix.file.released();
+    }
+    unix::remove_closed(&inherited.close_unused());
+}
+
+/// Opens one socket for each shard, or fewer where the port can't be shared.
 fn tunnel(
     inherited: &mut Inherited,
     addr: SocketAddr,
     shards: usize,
 ) -> Result<Vec<UdpSocket>, ServerError> {
-    let name = || format!("UDP {addr}");
-    let open = || match shards {
-        1 => listen::with_fallback(addr, bind),
-        _ => listen::with_fallback(addr, bind_to_share),
-    };
-    let first = match inherited.udp(addr) {
-        Some(udp) => {
-            enlarge(&udp);
-            udp
-        }
-        None => named(name(), open())?,
-    };
-    if shards == 1 {
-        return Ok(vec![first]);
-    }
-    let kept = named(name(), first.try_clone())?;
-    let mut group = vec![first];
+    let mut group = Vec::new();
     while group.len() < shards
         && let Some(next) = inherited.udp(addr)
     {
+        enlarge(&next);
         group.push(next);
     }
-    beside(group, shards).or_else(|error| {
-        tracing::warn!(
-            %addr, error = report(&error),
-            "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
-             a service manager needs ReusePort=yes in its unit, and to be opened by our user"
-        );
-        Ok(vec![kept])
-    })
+    let is_used = inherited.has_predecessor() && !group.is_empty();
+    if group.is_empty() {
+        let opened = match shards {
+            1 => listen::with_fallback(addr, bind),
+            _ => listen::with_fallback(addr, bind_to_share),
+        };
+        group.push(named(format!("UDP {addr}"), opened)?);
+    }
+    let widened = widen(&mut group, shards);
+    if is_used {
+        // The steering stays that of the predecessor, which may go on: further sockets get nothing yet.
+        if let Err(error) = widened {
+            tracing::warn!(
+                %addr, error = report(&error), tunnel_shards = group.len(),
+                "no further UDP sockets beside those of the predecessor, so that fewer shards than configured \
+                 serve tunnels: one that was opened for a single shard can't be shared"
+            );
+        }
+        return Ok(group);
+    }
+    // Also for one shard: a successor may open further sockets beside it.
+    if let Err(error) = widened.and_then(|()| steer(&group)) {
+        if shards > 1 {
+            tracing::warn!(
+                %addr, error = report(&error),
+                "no further UDP sockets beside this one, so that one shard serves all tunnels; one from \
+                 a service manager needs ReusePort=yes in its unit, and to be opened by our user"
+            );
+        }
+        group.truncate(1);
+    }
+    Ok(group)
 }
 
 /// Opens a Unix socket, unless the service manager or a predecessor has. That of a predecessor has a file of
@@ -220,20 +246,109 @@ fn unix_socket(
 ) -> Result<(UnixListener, SocketFile), ServerError> {
     let what = format!("Unix socket {}", frontend.unix.display());
     let path = &frontend.unix;
-    // A listener that this program has made was bound under another name.
-    let name = format!("{OWN_FILE} {}", path.display());
-    let (listener, file) = if let Some(own) = inherited.named(&name) {
-        (own.into(), SocketFile::taken_over(frontend))
+    let (listener, mut file) = if let Some(own) = SocketFile::taken_over(frontend, inherited) {
+        own
     } else if let Some(other) = inherited.unix(path) {
         (other, SocketFile::inherited(frontend))
     } else {
         named(what.clone(), unix::bind(frontend))?
     };
-    let name = if file.is_own() { &name } else { "" };
-    named(what, inherited.note(name, &listener))?;
+    named(what, file.note(&listener, inherited))?;
     Ok((listener, file))
 }
 
 fn named<T>(what: String, opened: io::Result<T>) -> Result<T, ServerError> {
     opened.map_err(|why| ServerError::Socket { what, why })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::net::Ipv4Addr;
+    use std::os::fd::OwnedFd;
+    use std::thread::sleep;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Process with `shards` sockets, after the one that has `offered` its own.
+    fn process(
+        addr: SocketAddr,
+        shards: usize,
+        offered: Option<&[UdpSocket]>,
+    ) -> (Vec<UdpSocket>, Inherited) {
+        let mut inherited = Inherited::default();
+        if let Some(offered) = offered {
+            let copies = offered.iter().map(|socket| socket.try_clone().unwrap());
+            inherited.add(copies.map(|socket| (TUNNEL.to_owned(), OwnedFd::from(socket))));
+        }
+        let group = tunnel(&mut inherited, addr, shards).unwrap();
+        assert_eq!(group.len(), shards);
+        (group, inherited)
+    }
+
+    /// Returns for each of four first packets the number of the socket at which it arrives. They choose the shards
+    /// 0 to 3, if there are as many.
+    fn arrivals(sockets: &[UdpSocket]) -> [Option<usize>; 4] {
+        [0, 1, 2, 3].map(|number| {
+            let packet = [&[0xc0, 0, 0, 0, 1, 20, 0, number][..], &[0; 18]].concat();
+            let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            client
+                .send_to(&packet, sockets[0].local_addr().unwrap())
+                .unwrap();
+            // Loopback delivers within the call, but a loaded machine may have it done elsewhere.
+            for _ in 0..100 {
+                for (at, socket) in sockets.iter().enumerate() {
+                    match socket.recv(&mut [0; 64]) {
+                        Ok(_) => return Some(at),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+                    }
+                }
+                sleep(Duration::from_millis(1));
+            }
+            None
+        })
+    }
+
+    #[test]
+    fn a_successor_may_have_more_or_fewer_shards_and_may_fail() {
+        let any = (Ipv4Addr::LOCALHOST, 0).into();
+        let (mut former, _) = process(any, 4, None);
+        let addr = former[0].local_addr().unwrap();
+        let all = |arrivals: [usize; 4]| arrivals.map(Some);
+        for (shards, expected) in [
+            (4, [0, 1, 2, 3]),
+            (2, [0, 1, 0, 1]),
+            (3, [0, 1, 2, 0]),
+            (1, [0, 0, 0, 0]),
+            (4, [0, 1, 2, 3]),
+        ] {
+            let before = arrivals(&former);
+            let failed = process(addr, shards, Some(&former));
+            assert_eq!(arrivals(&former), before, "{shards} shards, before the end");
+            drop(failed);
+            assert_eq!(arrivals(&former), before, "{shards} shards, after the end");
+            let (next, mut inherited) = process(addr, shards, Some(&former));
+            assert_eq!(arrivals(&former), before, "{shards} shards, not released");
+            take_effect(&next, &mut Listeners::default(), &mut inherited);
+            assert_eq!(arrivals(&next), all(expected), "{shards} shards");
+            drop(former);
+            assert_eq!(arrivals(&next), all(expected), "{shards} shards, alone");
+            former = next;
+        }
+    }
+
+    #[test]
+    fn a_port_that_one_shard_has_opened_alone_stays_with_one() {
+        let any = (Ipv4Addr::LOCALHOST, 0).into();
+        let (former, _) = process(any, 1, None);
+        let addr = former[0].local_addr().unwrap();
+        let mut inherited = Inherited::default();
+        let copy = OwnedFd::from(former[0].try_clone().unwrap());
+        inherited.add([(TUNNEL.to_owned(), copy)]);
+        let next = tunnel(&mut inherited, addr, 4).unwrap();
+        assert_eq!(next.len(), 1);
+        take_effect(&next, &mut Listeners::default(), &mut inherited);
+        assert_eq!(arrivals(&next), [Some(0); 4]);
+    }
 }

@@ -79,7 +79,7 @@ impl Serving {
             stops,
             reload_requests,
             restarts,
-            inherited,
+            mut inherited,
             shares,
             identity,
             claims,
@@ -132,6 +132,7 @@ impl Serving {
         let has_predecessor = predecessor.is_some();
         if let Some(predecessor) = predecessor {
             take_over(predecessor, &mut worker)?;
+            inherited.close_unused();
         }
         let state_dir = config.state_dir.as_deref();
         worker.predecessor = predecessor::take(state_dir, worker.instance);

@@ -155,12 +155,14 @@ pub(crate) async fn accept_unix(
     let mut file = OwnedFile { file, handover };
     let mut fate = SocketFileState::There;
     loop {
+        // After a handover the file is the successor's.
+        let changed = { &shard.handover }.accept(async || file.file.changed(fate).await);
         let taken = tokio::select! {
             accepted = { &shard.handover }.accept(async || listener.accept().await) => match accepted {
                 Ok((socket, _)) => service.take_unix(&shard, socket),
                 Err(error) => Err(error),
             },
-            changed = file.file.changed(fate) => {
+            changed = changed => {
                 fate = changed;
                 if let Some(other) = restore(&shard, &mut file.file, &mut fate) {
                     // Who waits at the old one is served.

@@ -6,13 +6,18 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, UNIX_EPOCH};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 
 use cpc_config::frontend::UnixFrontend;
 use cpc_host::directory::Directory;
+use cpc_host::inherited::{Inherited, Noted};
+
+/// First word of the name, for a successor, of a listener whose file this program has made. The identity of the
+/// file and its path follow. The socket itself was bound under another path.
+const OWN_FILE: &str = "unix";
 
 /// Polling interval of the file.
 const LOOK: Duration = Duration::from_secs(1);
@@ -23,11 +28,24 @@ pub(crate) struct SocketFile {
     config: UnixFrontend,
     /// Identity of our file, which distinguishes it from another one at the same path.
     own: Option<FileId>,
-    is_inherited: bool,
+    maker: Maker,
+    /// Listeners for a successor, this one among them.
+    noted: Noted,
 }
 
-/// Device, inode, and the creation time where that is known, because inode numbers are reused.
-type FileId = (u64, u64, Option<SystemTime>);
+/// Process that has made a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Maker {
+    /// This process, or a predecessor that has released the file.
+    Own,
+    /// A predecessor, which may go on with the file.
+    Predecessor,
+    /// The service manager.
+    Manager,
+}
+
+/// Device, inode, and the creation time in nanoseconds where that is known, because inode numbers are reused.
+type FileId = (u64, u64, Option<u128>);
 
 /// State of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,9 +93,48 @@ pub(crate) fn bind(config: &UnixFrontend) -> io::Result<(UnixListener, SocketFil
     let file = SocketFile {
         config: config.clone(),
         own: Some(own),
-        is_inherited: false,
+        maker: Maker::Own,
+        noted: Noted::default(),
     };
     Ok((listener, file))
+}
+
+/// Removes the files of listeners that a predecessor has given under `names`, and that are closed.
+pub(crate) fn remove_closed(names: &[String]) {
+    for (own, path) in names.iter().filter_map(|name| parse(name)) {
+        remove(path, own);
+    }
+}
+
+/// Removes the file at `path`, unless another one has taken its place.
+fn remove(path: &Path, own: FileId) {
+    let Ok((directory, name)) = Directory::of(path) else {
+        return;
+    };
+    let found = directory.look(name).and_then(|found| found.metadata());
+    if found.is_ok_and(|found| id(&found) == own) {
+        // The next start replaces what can't be removed.
+        let _ = directory.remove(name);
+    }
+}
+
+/// Returns the name of the listener behind a file, for a successor.
+fn name((device, inode, created): FileId, path: &Path) -> String {
+    let created = created.map_or("-".to_owned(), |created| created.to_string());
+    format!("{OWN_FILE} {device} {inode} {created} {}", path.display())
+}
+
+/// Returns identity and path of the file behind the listener called `name`, if it has one.
+fn parse(name: &str) -> Option<(FileId, &Path)> {
+    let mut parts = name.splitn(5, ' ');
+    let mut next = || parts.next();
+    next().filter(|first| *first == OWN_FILE)?;
+    let (device, inode) = (next()?.parse().ok()?, next()?.parse().ok()?);
+    let created = match next()? {
+        "-" => None,
+        created => Some(created.parse().ok()?),
+    };
+    Some(((device, inode, created), Path::new(next()?)))
 }
 
 /// Whether a process listens behind a socket. One with a full backlog does; this does not wait for it.
@@ -114,7 +171,10 @@ fn id_of(path: &Path) -> io::Result<FileId> {
 }
 
 fn id(metadata: &fs::Metadata) -> FileId {
-    (metadata.dev(), metadata.ino(), metadata.created().ok())
+    let created = metadata.created().ok();
+    let created = created.and_then(|created| created.duration_since(UNIX_EPOCH).ok());
+    let created = created.map(|created| created.as_nanos());
+    (metadata.dev(), metadata.ino(), created)
 }
 
 impl SocketFile {
@@ -123,20 +183,55 @@ impl SocketFile {
         Self {
             config: config.clone(),
             own: id_of(&config.unix).ok(),
-            is_inherited: true,
+            maker: Maker::Manager,
+            noted: Noted::default(),
         }
     }
 
-    /// Notes the file of a predecessor, which is this process's now.
-    pub(crate) fn taken_over(config: &UnixFrontend) -> Self {
-        let mut file = Self::inherited(config);
-        file.is_inherited = false;
-        file
+    /// Takes the listener of a predecessor behind the file at the path. Returns `None` if there is none: the
+    /// predecessor's file may have been removed or replaced. The file stays the predecessor's until that has
+    /// [released](Self::released) it.
+    pub(crate) fn taken_over(
+        config: &UnixFrontend,
+        inherited: &mut Inherited,
+    ) -> Option<(UnixListener, Self)> {
+        let own = id_of(&config.unix).ok()?;
+        let listener = inherited.named(&name(own, &config.unix))?;
+        let file = Self {
+            config: config.clone(),
+            own: Some(own),
+            maker: Maker::Predecessor,
+            noted: Noted::default(),
+        };
+        Some((listener.into(), file))
     }
 
-    /// Whether the file belongs to this process, and not to the service manager.
-    pub(crate) fn is_own(&self) -> bool {
-        !self.is_inherited
+    /// Makes the file of a predecessor this process's own.
+    pub(crate) fn released(&mut self) {
+        if self.maker == Maker::Predecessor {
+            self.maker = Maker::Own;
+        }
+    }
+
+    /// Notes the listener for a successor, now and when it is made again.
+    ///
+    /// # Errors
+    /// There is no free descriptor.
+    pub(crate) fn note(
+        &mut self,
+        listener: &UnixListener,
+        inherited: &mut Inherited,
+    ) -> io::Result<()> {
+        self.noted = inherited.noted();
+        inherited.note(&self.name(), listener)
+    }
+
+    /// Returns the name of the listener for a successor. One of the service manager is known by its path.
+    fn name(&self) -> String {
+        match (self.maker, self.own) {
+            (Maker::Manager, _) | (_, None) => String::new(),
+            (_, Some(own)) => name(own, self.path()),
+        }
     }
 
     /// Leaves the file to a successor.
@@ -176,12 +271,14 @@ impl SocketFile {
     /// # Errors
     /// The error of the system call, or that the file is the service manager's.
     pub(super) fn make_again(&mut self) -> io::Result<UnixListener> {
-        if self.is_inherited {
+        if self.maker == Maker::Manager {
             return Err(io::Error::other(
                 "its service manager made it; restart the .socket unit",
             ));
         }
-        let (listener, file) = bind(&self.config)?;
+        let (listener, mut file) = bind(&self.config)?;
+        file.noted = self.noted.clone();
+        self.noted.replace(&self.name(), &file.name(), &listener)?;
         // The new one may have the number of the old one.
         self.own = None;
         *self = file;
@@ -193,16 +290,8 @@ impl SocketFile {
 /// another process or of the service manager stays.
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let Some(own) = self.own.filter(|_| !self.is_inherited) else {
-            return;
-        };
-        let Ok((directory, name)) = Directory::of(self.path()) else {
-            return;
-        };
-        let found = directory.look(name).and_then(|found| found.metadata());
-        if found.is_ok_and(|found| id(&found) == own) {
-            // The next start replaces what can't be removed.
-            let _ = directory.remove(name);
+        if let (Maker::Own, Some(own)) = (self.maker, self.own) {
+            remove(self.path(), own);
         }
     }
 }
@@ -303,5 +392,104 @@ mod tests {
         fs::remove_file(&config.unix).unwrap();
         assert_eq!(file.fate(), SocketFileState::Gone);
         assert!(file.make_again().is_err());
+    }
+
+    /// Returns what a successor of the process with `inherited` gets.
+    fn offered(inherited: &Inherited) -> Inherited {
+        let mut offered = Inherited::default();
+        offered.add(inherited.listeners().unwrap());
+        offered
+    }
+
+    #[test]
+    fn a_successor_that_fails_leaves_the_file_to_its_predecessor() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let mut inherited = Inherited::default();
+        let (listener, mut file) = bind(&config).unwrap();
+        file.note(&listener, &mut inherited).unwrap();
+        let taken = SocketFile::taken_over(&config, &mut offered(&inherited));
+        drop(taken.unwrap());
+        assert_eq!(file.fate(), SocketFileState::There);
+        UnixStream::connect(&config.unix).unwrap();
+
+        let taken = SocketFile::taken_over(&config, &mut offered(&inherited));
+        let (successor, mut theirs) = taken.unwrap();
+        theirs.note(&successor, &mut Inherited::default()).unwrap();
+        theirs.released();
+        file.leave();
+        drop((file, listener, inherited));
+        assert_eq!(theirs.fate(), SocketFileState::There);
+        UnixStream::connect(&config.unix).unwrap();
+        drop(theirs);
+        assert!(!config.unix.exists());
+    }
+
+    #[test]
+    fn a_successor_gets_the_listener_that_was_made_again() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(place.path().join("socket"));
+        let mut inherited = Inherited::default();
+        let (listener, mut file) = bind(&config).unwrap();
+        file.note(&listener, &mut inherited).unwrap();
+        for _ in 0..2 {
+            fs::remove_file(&config.unix).unwrap();
+            // Clients would not reach the noted listener.
+            let nothing = SocketFile::taken_over(&config, &mut offered(&inherited));
+            assert!(nothing.is_none());
+            let again = file.make_again().unwrap();
+            let mut offered = offered(&inherited);
+            let (successor, theirs) = SocketFile::taken_over(&config, &mut offered).unwrap();
+            assert_eq!(theirs.fate(), SocketFileState::There);
+            drop(again);
+            let _client = UnixStream::connect(&config.unix).unwrap();
+            successor.accept().unwrap();
+        }
+        assert_eq!(inherited.listeners().unwrap().len(), 1);
+        // Another process's file has another listener.
+        fs::remove_file(&config.unix).unwrap();
+        let _other = bind(&config).unwrap();
+        let nothing = SocketFile::taken_over(&config, &mut offered(&inherited));
+        assert!(nothing.is_none());
+    }
+
+    #[test]
+    fn the_file_of_a_closed_listener_is_removed_and_no_other_one() {
+        let place = tempfile::tempdir().unwrap();
+        let [unused, replaced] =
+            ["un used", "replaced"].map(|file| config(place.path().join(file)));
+        let mut inherited = Inherited::default();
+        let mut files = Vec::new();
+        for config in [&unused, &replaced] {
+            let (listener, mut file) = bind(config).unwrap();
+            file.note(&listener, &mut inherited).unwrap();
+            file.leave();
+            files.push(file);
+        }
+        let mut offered = offered(&inherited);
+        drop(inherited);
+        fs::remove_file(&replaced.unix).unwrap();
+        let _other = bind(&replaced).unwrap();
+        remove_closed(&offered.close_unused());
+        assert!(!unused.unix.exists());
+        UnixStream::connect(&replaced.unix).unwrap();
+    }
+
+    #[test]
+    fn names_of_listeners_are_read_as_they_are_written() {
+        let path = Path::new("/run/a b");
+        for own in [(1, 2, None), (u64::MAX, 3, Some(4))] {
+            assert_eq!(parse(&name(own, path)), Some((own, path)));
+        }
+        for other in [
+            "",
+            "unix",
+            "unix /run/a",
+            "tunnel",
+            "unix 1 2 3",
+            "tcp 1 2 - /a",
+        ] {
+            assert_eq!(parse(other), None, "{other}");
+        }
     }
 }

@@ -29,7 +29,7 @@ use super::attached::Attached;
 use super::prepared::Prepared;
 use crate::agent_processes::AgentProcesses;
 use crate::attachments::Attachments;
-use crate::bind::Bound;
+use crate::bind::{self, Bound};
 use crate::control::Control;
 use crate::error::ServerError;
 use crate::extension::AgentListener;
@@ -104,7 +104,7 @@ impl Serving {
             reload_requests,
             restarts,
             bound,
-            inherited,
+            mut inherited,
         } = prepared;
         let own = identity.trust_domain.clone();
         let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
@@ -175,7 +175,7 @@ impl Serving {
             .chain(bound.unix.iter().map(|it| &it.scope))
             .chain(bound.tls.iter().map(|it| &it.scope));
         let scopes: Vec<_> = scopes.cloned().collect();
-        let listeners = Listeners {
+        let mut listeners = Listeners {
             accepting,
             unix: bound.unix,
             tls: bound.tls,
@@ -199,6 +199,7 @@ impl Serving {
             Some(predecessor) => take_over(predecessor, &mut common)?,
             None => Vec::new(),
         };
+        bind::take_effect(&bound.udp, &mut listeners, &mut inherited);
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
         let each = inboxes.into_iter().zip(listeners.deal(config.shards));

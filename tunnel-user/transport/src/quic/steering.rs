@@ -41,11 +41,19 @@ const CHOSEN: usize = 20;
 const PLACED: usize = 19;
 
 /// Makes the kernel steer packets to the sockets of `group`, which share a port and are in the order of
-/// their binding.
+/// their binding. Sockets of the port that follow them get no packets any more. The effect is on all processes
+/// that use the port. A socket that is alone, and opened without sharing, needs no steering.
 ///
 /// # Errors
-/// The error of the system call; packets go by a hash of their addresses then.
-pub(super) fn steer(group: &[UdpSocket]) -> io::Result<()> {
+/// The error of the system call; packets go where they went before, or by a hash of their addresses.
+pub fn steer(group: &[UdpSocket]) -> io::Result<()> {
+    match attach(group) {
+        Err(error) if group.len() == 1 && error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        attached => attached,
+    }
+}
+
+fn attach(group: &[UdpSocket]) -> io::Result<()> {
     let (Some(any), Ok(shards)) = (group.first(), u32::try_from(group.len())) else {
         return Ok(());
     };

@@ -385,7 +385,10 @@ fn a_newcomer_is_sent_to_another_shard() {
         let setup = Setup::new(TransportConfig::default(), memory, &mut Registry::default());
         let server = material(&dir, Role::Server, "s1");
         let first = udp::bind_to_share(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
-        let shards = udp::beside(vec![first], 2).unwrap().into_iter().zip(0..);
+        let mut group = vec![first];
+        udp::widen(&mut group, 2).unwrap();
+        steering::steer(&group).unwrap();
+        let shards = group.into_iter().zip(0..);
         let shards: Vec<_> = shards
             .map(|(udp, shard)| config::server(udp, &server, &secret, shard, &setup).unwrap())
             .map(|opened| opened.endpoint)

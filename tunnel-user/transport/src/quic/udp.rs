@@ -16,7 +16,6 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use self::epoll::EpollUdp;
 use self::ring::RingUdp;
 use super::metrics::UdpMetrics;
-use super::steering::steer;
 use cpc_datapath::engine;
 
 /// Wanted size of a UDP socket's send and receive buffers, in bytes. At 1 Gbit/s it holds 30 ms, about
@@ -35,7 +34,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     open(addr, false)
 }
 
-/// Opens a UDP socket whose port [others](beside) may then share. A port of another process is not
+/// Opens a UDP socket whose port [others](widen) may then share. A port of another process is not
 /// shared with it.
 ///
 /// # Errors
@@ -47,22 +46,21 @@ pub fn bind_to_share(addr: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Opens the further sockets of `shards` beside the first ones in `group`, which share their port, and makes
-/// the kernel steer packets to them. An empty group stays so.
+/// Opens further sockets beside the first ones in `group`, which share their port, until there is one for each of
+/// `shards`. The kernel gives packets to them once it [steers](super::steering::steer). An empty group stays so.
 ///
 /// # Errors
 /// The error of the system call: another user's socket can't be shared, nor one that was opened without
-/// sharing.
-pub fn beside(mut group: Vec<UdpSocket>, shards: usize) -> io::Result<Vec<UdpSocket>> {
+/// sharing. The group has the sockets that could be opened.
+pub fn widen(group: &mut Vec<UdpSocket>, shards: usize) -> io::Result<()> {
     let Some(first) = group.first() else {
-        return Ok(group);
+        return Ok(());
     };
     let addr = first.local_addr()?;
     while group.len() < shards {
         group.push(open(addr, true)?);
     }
-    steer(&group)?;
-    Ok(group)
+    Ok(())
 }
 
 fn open(addr: SocketAddr, shared: bool) -> io::Result<UdpSocket> {

@@ -8,7 +8,7 @@ use aws_lc_rs::hmac;
 use quinn_proto::ConnectionIdGenerator;
 
 use super::super::connection_id::Generator;
-use super::super::udp::{beside, bind, bind_to_share};
+use super::super::udp::{bind, bind_to_share, widen};
 use super::*;
 
 const INITIAL: u8 = 0xc0;
@@ -19,8 +19,10 @@ struct Group(Vec<UdpSocket>);
 
 impl Group {
     fn new(at: IpAddr, shards: usize) -> Self {
-        let group = beside(vec![bind_to_share((at, 0).into()).unwrap()], shards).unwrap();
+        let mut group = vec![bind_to_share((at, 0).into()).unwrap()];
+        widen(&mut group, shards).unwrap();
         assert_eq!(group.len(), shards);
+        steer(&group).unwrap();
         Self(group)
     }
 
@@ -158,9 +160,33 @@ fn a_port_in_use_is_not_shared_with_strangers() {
         assert_eq!(bind(taken).unwrap_err().kind(), ErrorKind::AddrInUse);
     }
     // As a service manager passes one unless its unit says otherwise.
-    let alone = bind((V4, 0).into()).unwrap();
-    assert_eq!(
-        beside(vec![alone], 2).unwrap_err().kind(),
-        ErrorKind::AddrInUse
-    );
+    let mut alone = vec![bind((V4, 0).into()).unwrap()];
+    let refused = widen(&mut alone, 2).unwrap_err();
+    assert_eq!((refused.kind(), alone.len()), (ErrorKind::AddrInUse, 1));
+    steer(&alone).unwrap();
+}
+
+/// A successor opens its sockets while its predecessor serves, and may fail.
+#[test]
+fn further_sockets_get_packets_once_they_are_steered_to() {
+    let mut group = Group::new(V4, 2);
+    let packets = [0, 1, 2, 3].map(|shard| short(&id_of(shard)));
+    let arrivals = |group: &Group| {
+        let arrivals = packets.iter().map(|packet| group.arrival(V4, packet));
+        arrivals.collect::<Vec<_>>()
+    };
+    widen(&mut group.0, 4).unwrap();
+    assert_eq!(arrivals(&group), [0, 1, 0, 1]);
+    group.0.truncate(2);
+    assert_eq!(arrivals(&group), [0, 1, 0, 1]);
+    widen(&mut group.0, 4).unwrap();
+    steer(&group.0).unwrap();
+    assert_eq!(arrivals(&group), [0, 1, 2, 3]);
+    // Sockets that are not wanted any more may stay open for a while.
+    steer(&group.0[..1]).unwrap();
+    assert_eq!(arrivals(&group), [0, 0, 0, 0]);
+    group.0.truncate(1);
+    assert_eq!(arrivals(&group), [0, 0, 0, 0]);
+    widen(&mut group.0, 2).unwrap();
+    assert_eq!(arrivals(&group), [0, 0, 0, 0]);
 }
