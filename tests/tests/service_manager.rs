@@ -39,6 +39,8 @@ struct Manager {
     notify: UnixDatagram,
     path: PathBuf,
     kept: HashMap<String, Vec<OwnedFd>>,
+    /// Whether the store is full.
+    is_full: bool,
 }
 
 impl Manager {
@@ -50,6 +52,7 @@ impl Manager {
             notify,
             path,
             kept: HashMap::new(),
+            is_full: false,
         })
     }
 
@@ -86,36 +89,63 @@ impl Manager {
         }
     }
 
-    /// Waits for a message with `piece` in it, and keeps what comes along to be kept.
+    /// Returns copies of the kept sockets of a process. The listeners of the redirect are the server's.
+    fn sockets(&self, is_server: bool) -> Result<Sockets> {
+        let mut sockets = Vec::new();
+        for (name, kept) in &self.kept {
+            if name == "handover" || is_server {
+                for descriptor in kept {
+                    sockets.push((name.clone(), descriptor.try_clone()?));
+                }
+            }
+        }
+        Ok(sockets)
+    }
+
+    /// Does what the messages that wait ask for.
+    fn catch_up(&mut self) -> Result<()> {
+        self.notify.set_nonblocking(true)?;
+        while self.receive().is_ok() {}
+        Ok(self.notify.set_nonblocking(false)?)
+    }
+
+    /// Waits for a message with `piece` in it, and does what all messages until then ask for.
     fn hear(&mut self, piece: &str) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while Instant::now() < deadline {
-            let mut buffer = [0; 4096];
-            let mut space = nix::cmsg_space!([RawFd; 16]);
-            let mut parts = [IoSliceMut::new(&mut buffer)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message =
-                recvmsg::<()>(self.notify.as_raw_fd(), &mut parts, Some(&mut space), flags)
-                    .with_context(|| format!("nothing was told of {piece:?}"))?;
-            let mut received = Vec::new();
-            for control in message.cmsgs()? {
-                if let ControlMessageOwned::ScmRights(fds) = control {
-                    // SAFETY: the kernel has just made these descriptors for us.
-                    received.extend(fds.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }));
-                }
-            }
-            let length = message.bytes;
-            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-            if text.contains("FDSTORE=1") {
-                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
-                let name = name.context("a descriptor without a name")?.to_owned();
-                self.kept.entry(name).or_default().extend(received);
-            }
+            let text = self.receive();
+            let text = text.with_context(|| format!("nothing was told of {piece:?}"))?;
             if text.contains(piece) {
                 return Ok(());
             }
         }
         anyhow::bail!("{piece:?} was not told");
+    }
+
+    /// Receives a message, and keeps or forgets the sockets that it names.
+    fn receive(&mut self) -> Result<String> {
+        let mut buffer = [0; 4096];
+        let mut space = nix::cmsg_space!([RawFd; 16]);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.notify.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let mut received = Vec::new();
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                // SAFETY: the kernel has just made these descriptors for us.
+                received.extend(fds.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }));
+            }
+        }
+        let length = message.bytes;
+        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+        if text.contains("FDSTORE=1") && !self.is_full {
+            let name = name.context("a descriptor without a name")?.to_owned();
+            self.kept.entry(name).or_default().extend(received);
+        } else if text.contains("FDSTOREREMOVE=1") {
+            self.kept.remove(name.context("a removal without a name")?);
+        }
+        Ok(text)
     }
 
     /// Reloads `daemon` as `Type=notify-reload` does: RELOADING says since when, READY ends it.
@@ -270,7 +300,7 @@ fn outlive(name: &str, shared: bool) -> Result<()> {
 }
 
 /// A restart by the service manager: the process leaves everything with it, and the next one goes on with
-/// every connection.
+/// every connection. A full store and a start that fails end none.
 #[test]
 fn connections_outlive_a_restart() -> Result<()> {
     if !lab::available()? {
@@ -304,20 +334,32 @@ fn connections_outlive_a_restart() -> Result<()> {
             0 => &mut lab.control_plane.servers[0].daemon,
             _ => lab.workers[0].agent()?,
         };
+        // A process that can't leave everything goes on.
+        let logged = daemon.log().len();
+        manager.is_full = true;
+        daemon.signal(Signal::SIGUSR2)?;
+        manager.hear("BARRIER=1")?;
+        daemon.wait_log(SOON, logged, &["ERROR", "nothing is handed over"])?;
+        manager.is_full = false;
+        load.wait_answered(20, SOON)?;
+        std::thread::sleep(Duration::from_secs(2));
+
         daemon.signal(Signal::SIGUSR2)?;
         manager.hear("BARRIER=1")?;
         daemon.wait_ended(SOON)?;
-        // The listeners of the redirect are kept for good, those of the server.
         let is_server = round % 2 == 0;
-        let mut left = Vec::new();
-        for (name, kept) in &manager.kept {
-            if name == "handover" || is_server {
-                for descriptor in kept {
-                    left.push((name.clone(), descriptor.try_clone()?));
-                }
-            }
-        }
-        manager.kept.remove("handover");
+        let left = manager.sockets(is_server)?;
+        ensure!(left.iter().any(|(name, _)| name == "handover"));
+        // A start that fails takes nothing.
+        daemon.start_with(|command| {
+            manager.prepare(command, &left);
+            command.env("CPC_TLS_KEY", "/nonexistent");
+        })?;
+        let ended = daemon.wait_ended(SOON).unwrap_err();
+        ensure!(format!("{ended:#}").contains("/nonexistent"), "{ended:#}");
+        drop(left);
+        manager.catch_up()?;
+        let left = manager.sockets(is_server)?;
         daemon.start_with(|command| manager.prepare(command, &left))?;
         manager.hear("FDSTOREREMOVE=1")?;
         drop(left);

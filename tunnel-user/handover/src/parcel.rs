@@ -8,6 +8,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use nix::libc;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use prost::Message;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -92,8 +93,21 @@ impl Parcel {
     /// # Errors
     /// [`HandoverError`].
     pub fn receive(from: &UnixStream) -> Result<Self, HandoverError> {
+        Self::read(from, MsgFlags::empty())
+    }
+
+    /// Returns a copy of the first parcel in the queue of `from`. The next call returns the same one.
+    ///
+    /// # Errors
+    /// [`HandoverError`].
+    pub fn peek(from: &UnixStream) -> Result<Self, HandoverError> {
+        peek_from_start(from)?;
+        Self::read(from, MsgFlags::MSG_PEEK)
+    }
+
+    fn read(from: &UnixStream, flags: MsgFlags) -> Result<Self, HandoverError> {
         let mut head = [0; 8];
-        let mut memory = receive_with(from, &mut head)?.into_iter();
+        let mut memory = receive_with(from, flags, &mut head)?.into_iter();
         let (Some(memory), None) = (memory.next(), memory.next()) else {
             return Err(HandoverError::Malformed("no memory"));
         };
@@ -104,7 +118,7 @@ impl Parcel {
         }
         let mut descriptors = Vec::with_capacity(count.min(MOST_AT_ONCE));
         while descriptors.len() < count {
-            let some = receive_with(from, &mut [0])?;
+            let some = receive_with(from, flags, &mut [0])?;
             if some.is_empty() || descriptors.len() + some.len() > count {
                 return Err(HandoverError::Malformed("descriptors"));
             }
@@ -125,7 +139,7 @@ impl Parcel {
         self.memory.rewind()?;
         self.memory.read_to_end(&mut bytes)?;
         // The message takes its bytes from here, without a copy.
-        let message = M::decode(prost::bytes::Bytes::from(bytes))?;
+        let message = M::decode(bytes::Bytes::from(bytes))?;
         Ok((message, self.descriptors))
     }
 }
@@ -166,14 +180,34 @@ fn send_with(to: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> i
     }
 }
 
+/// Starts the reads of `from` with `MSG_PEEK` at the start of its queue. Each one goes on where the last has ended
+/// (`SO_PEEK_OFF`, socket(7)).
+fn peek_from_start(from: &UnixStream) -> io::Result<()> {
+    let offset: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and the kernel reads as many bytes from `offset` as it has.
+    let done = unsafe {
+        libc::setsockopt(
+            from.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            size_of_val(&offset) as libc::socklen_t,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Fills `bytes`, and returns the descriptors that came with them.
-fn receive_with(from: &UnixStream, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
+fn receive_with(from: &UnixStream, flags: MsgFlags, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
     let mut space = nix::cmsg_space!([RawFd; DESCRIPTORS]);
     let mut descriptors = Vec::new();
     let mut filled = 0;
     while filled < bytes.len() {
         let mut slices = [IoSliceMut::new(&mut bytes[filled..])];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         let received = recvmsg::<()>(from.as_raw_fd(), &mut slices, Some(&mut space), flags);
         let received = match received {
             Err(nix::errno::Errno::EINTR) => continue,
@@ -247,6 +281,38 @@ mod tests {
             receive::<State>(&far),
             Err(HandoverError::Io(error)) if error.kind() == ErrorKind::UnexpectedEof
         ));
+    }
+
+    #[test]
+    fn a_peeked_parcel_stays_in_the_socket_with_all_descriptors() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (one, other) = UnixStream::pair().unwrap();
+        let state = State {
+            instance: vec![1; 16].into(),
+            ..State::default()
+        };
+        let mut parcel = Parcel::of(&state).unwrap();
+        for _ in 0..600 {
+            parcel.add(one.try_clone().unwrap().into());
+        }
+        parcel.send(&near).unwrap();
+        send(&near, &State::default()).unwrap();
+        drop((parcel, near, one));
+        for reader in [Parcel::peek, Parcel::peek, Parcel::receive] {
+            let (received, descriptors) = reader(&far).unwrap().open::<State>().unwrap();
+            assert_eq!(received, state);
+            assert_eq!(descriptors.len(), 600);
+            for descriptor in descriptors {
+                (&UnixStream::from(descriptor)).write_all(b"x").unwrap();
+                (&other).read_exact(&mut [0]).unwrap();
+            }
+        }
+        assert_eq!((&other).read(&mut [0]).unwrap(), 0, "no copy is left");
+        for reader in [Parcel::peek, Parcel::receive] {
+            let (received, _) = reader(&far).unwrap().open::<State>().unwrap();
+            assert_eq!(received, State::default());
+        }
+        assert!(Parcel::peek(&far).is_err(), "the end");
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl Successor {
         let offer = Offer {
             version: env!("CARGO_PKG_VERSION").into(),
             refusal: text.into(),
-            listeners: Vec::new(),
+            ..Offer::default()
         };
         send_parcel(&self.stream, Parcel::of(&offer)?).await
     }
@@ -113,8 +113,8 @@ pub(super) fn offer(listeners: Vec<(String, OwnedFd)>) -> std::io::Result<Parcel
     let (names, descriptors): (_, Vec<_>) = listeners.into_iter().unzip();
     let mut parcel = Parcel::of(&Offer {
         version: env!("CARGO_PKG_VERSION").into(),
-        refusal: String::new(),
         listeners: names,
+        ..Offer::default()
     })?;
     for descriptor in descriptors {
         parcel.add(descriptor);
