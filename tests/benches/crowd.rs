@@ -103,6 +103,7 @@ async fn session(
         features: Vec::new(),
         offer,
         predecessor: None,
+        incarnation: 0,
     };
     let mut session = AgentSession::new(hello, Timers::default(), Instant::now())?;
     let mut buffer = vec![0; 4096];

@@ -113,6 +113,7 @@ pub(crate) async fn claims(aim: &Aim) -> Result<()> {
         features: Vec::new(),
         offer: Vec::new(),
         predecessor: None,
+        incarnation: 0,
     };
     // Reads what the server answers; what it would say itself is not sent.
     let mut session = AgentSession::new(own, Timers::default(), Instant::now())?;

@@ -153,6 +153,7 @@ pub(crate) fn introduction(name: &str, addresses: &[IpAddr]) -> Result<Bytes> {
         features: Vec::new(),
         offer: addresses.iter().copied().map(Claim::Address).collect(),
         predecessor: None,
+        incarnation: 0,
     };
     let mut session = AgentSession::new(hello, Timers::default(), Instant::now())?;
     session.poll_transmit().context("an agent says nothing")

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// All crates, each with the crates of this project that it may depend on: the table in ARCHITECTURE.md.
-const PERMITTED: [(&str, &[&str]); 21] = [
+const PERMITTED: [(&str, &[&str]); 22] = [
     ("tunnel-proto", &[]),
     ("tunnel-ebpf-common", &[]),
     ("tunnel-ebpf", &["tunnel-ebpf-common"]),
@@ -17,7 +17,7 @@ const PERMITTED: [(&str, &[&str]); 21] = [
     ("tunnel-tests", &[]),
     ("xtask", &["tunnel-tests"]),
     ("cpc-host", &[]),
-    ("cpc-handover", &["cpc-host", "tunnel-proto"]),
+    ("cpc-keeper", &["cpc-host", "tunnel-proto"]),
     ("cpc-config", &["cpc-host", "tunnel-proto"]),
     ("cpc-observe", &["cpc-config", "cpc-host", "tunnel-proto"]),
     ("cpc-kubernetes", &["cpc-config", "cpc-host", "cpc-observe"]),
@@ -34,7 +34,17 @@ const PERMITTED: [(&str, &[&str]); 21] = [
     ("cpc-redirect", &["cpc-host", "tunnel-ebpf-common"]),
     (
         "cpc-datapath",
-        &["cpc-config", "cpc-host", "cpc-observe", "tunnel-proto"],
+        &[
+            "cpc-config",
+            "cpc-host",
+            "cpc-keeper",
+            "cpc-observe",
+            "tunnel-proto",
+        ],
+    ),
+    (
+        "cpc-handover",
+        &["cpc-datapath", "cpc-host", "cpc-keeper", "tunnel-proto"],
     ),
     (
         "cpc-transport",
@@ -64,6 +74,7 @@ const PERMITTED: [(&str, &[&str]); 21] = [
             "cpc-handover",
             "cpc-host",
             "cpc-identity",
+            "cpc-keeper",
             "cpc-observe",
             "cpc-session",
             "cpc-transport",
@@ -78,6 +89,7 @@ const PERMITTED: [(&str, &[&str]); 21] = [
             "cpc-handover",
             "cpc-host",
             "cpc-identity",
+            "cpc-keeper",
             "cpc-kubernetes",
             "cpc-observe",
             "cpc-redirect",
@@ -109,6 +121,7 @@ const PERMITTED: [(&str, &[&str]); 21] = [
             "cpc-handover",
             "cpc-host",
             "cpc-identity",
+            "cpc-keeper",
             "cpc-konnectivity",
             "cpc-observe",
             "cpc-redirect",

@@ -154,6 +154,7 @@ mod tests {
                 default_route: true,
             }),
             predecessor: Vec::new(),
+            incarnation: 0,
         });
         assert_eq!(
             encode(&Envelope { message: Some(hello) }).unwrap(),

@@ -55,6 +55,8 @@ pub struct Hello {
     pub offer: Vec<Claim>,
     /// An earlier process of the agent that has certainly ended.
     pub predecessor: Option<InstanceId>,
+    /// Number of processes that had the instance id before. All have ended.
+    pub incarnation: u64,
 }
 
 impl Hello {
@@ -90,6 +92,8 @@ pub struct Welcome {
     /// Interval without a life sign of the server after which the agent should send a Ping, in
     /// whole milliseconds. Zero: the agent chooses.
     pub heartbeat: Duration,
+    /// Number of processes that had the instance id before. All have ended.
+    pub incarnation: u64,
 }
 
 /// Claim that a server did not accept.
@@ -114,6 +118,7 @@ impl From<&Hello> for control::Hello {
             features: hello.features.clone(),
             offer: Some(to_offer(&hello.offer)),
             predecessor: hello.predecessor.map_or_else(Vec::new, |id| id.0.to_vec()),
+            incarnation: hello.incarnation,
         }
     }
 }
@@ -137,6 +142,7 @@ impl TryFrom<control::Hello> for Hello {
                     [] => None,
                     bytes => Some(instance_id(bytes)?),
                 },
+                incarnation: wire.incarnation,
             })
         };
         checked().map_err(|error| SessionError::Invalid {
@@ -156,6 +162,7 @@ impl From<&Welcome> for control::Welcome {
             accepted: Some(to_offer(&welcome.accepted)),
             refused: Vec::new(),
             heartbeat_ms: milliseconds(welcome.heartbeat),
+            incarnation: welcome.incarnation,
         };
         wire.refused = refusals_that_fit(&welcome.refused, wire.encoded_len());
         wire
@@ -179,6 +186,7 @@ impl TryFrom<control::Welcome> for Welcome {
                 accepted: claims(wire.accepted)?,
                 refused: refusals(wire.refused),
                 heartbeat: Duration::from_millis(wire.heartbeat_ms.into()),
+                incarnation: wire.incarnation,
             })
         };
         checked().map_err(|error| SessionError::Invalid {

@@ -22,6 +22,7 @@ fn hello() -> Hello {
         features: Vec::new(),
         offer: vec![Claim::DefaultRoute],
         predecessor: None,
+        incarnation: 0,
     }
 }
 

@@ -21,6 +21,7 @@ fn welcome() -> Welcome {
         accepted: Vec::new(),
         refused: Vec::new(),
         heartbeat: Duration::from_secs(2),
+        incarnation: 0,
     }
 }
 

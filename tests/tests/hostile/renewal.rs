@@ -69,6 +69,7 @@ async fn serve(connection: Connection, answer: impl Fn(&[u8]) -> Result<Issued>)
                         accepted: hello.offer,
                         refused: Vec::new(),
                         heartbeat: Duration::from_secs(60),
+                        incarnation: 0,
                     },
                     Instant::now(),
                 )?,

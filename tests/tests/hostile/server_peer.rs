@@ -101,6 +101,7 @@ impl Impostor {
                         accepted: hello.offer,
                         refused: Vec::new(),
                         heartbeat: Duration::from_secs(60),
+                        incarnation: 0,
                     };
                     session.welcome(welcome, Instant::now())?;
                     break;

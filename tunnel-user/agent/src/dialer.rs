@@ -18,8 +18,10 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::handover;
 use tunnel_proto::preface::{Destination, DialRequest, DialResponse, Host};
 
+use super::handover::kept::KeptTarget;
 use super::happy_eyeballs::race;
 use super::observer::ObservedConnection;
+use super::sessions::ServerProcess;
 use super::stats::OnTunnel;
 use super::tunnel_info::TunnelInfo;
 use super::worker::{Admitted, ENDING, Worker};
@@ -80,7 +82,8 @@ pub async fn serve_dial<S: Answer, R: RecvHalf>(
     // What a dial takes is given back before bytes are moved, for days perhaps.
     let dialled = Box::pin(dial(&worker, &tunnel.server_id, &request, halves)).await;
     if let Some(mut dialled) = dialled {
-        let ending = dialled.relay(&worker, OnTunnel::new(tunnel.stats)).await;
+        let on_tunnel = OnTunnel::new(tunnel.stats);
+        let ending = dialled.relay(&worker, on_tunnel, None).await;
         dialled.connection.end(&worker, ending);
     }
 }
@@ -200,6 +203,7 @@ impl<S: SendHalf, R: RecvHalf> Dialled<S, R> {
         &mut self,
         worker: &Worker,
         on_tunnel: OnTunnel,
+        server: Option<&ServerProcess>,
     ) -> impl Future<Output = RelayEnd> {
         async move {
             let Connection {
@@ -213,8 +217,21 @@ impl<S: SendHalf, R: RecvHalf> Dialled<S, R> {
                 totals: &on_tunnel.totals,
                 metrics: &worker.metrics,
             };
+            let keeper = KeptTarget {
+                keeper: &worker.keeper,
+                server,
+                record,
+            };
             let (send, recv) = (&mut self.send, &mut self.recv);
-            relay(socket, send, recv, progress, &worker.budget, &meter).await
+            relay(
+                socket,
+                send,
+                recv,
+                progress,
+                &worker.budget,
+                (&meter, &keeper),
+            )
+            .await
         }
     }
 }
@@ -276,10 +293,15 @@ impl ParkedConnection {
         })
     }
 
-    /// Returns the connection for another process, with its socket. A socket that can't leave the process is
-    /// closed.
-    pub(super) fn save(mut self) -> Option<(handover::Socket, OwnedFd)> {
-        let parts = Socket::into_parts(self.socket)?;
+    /// Returns the connection for another process, with its socket. Returns `None`, and writes the record, if the
+    /// target has reset the connection.
+    pub(super) fn save(mut self, worker: &Worker) -> Option<(handover::Socket, OwnedFd)> {
+        let Some(parts) = Socket::into_parts(self.socket) else {
+            let reason = CloseReason::PeerReset;
+            self.record
+                .end(Closer::Target, reason, &reason, &worker.metrics);
+            return None;
+        };
         self.progress.append(&parts.ahead);
         let saved = handover::Socket {
             kind: parts.kind.into(),
@@ -290,19 +312,26 @@ impl ParkedConnection {
         Some((saved, parts.descriptor))
     }
 
-    /// Restores a connection that another process has [saved](Self::save). `None`: a limit refuses it.
+    /// Restores a connection that another process has [saved](Self::save). Returns `None`, and writes the record,
+    /// if a limit refuses it.
     pub(super) fn restore(
         worker: &Worker,
         record: Record,
-        descriptor: OwnedFd,
+        socket: <Socket as Portable>::Packed,
         saved: &handover::Socket,
     ) -> Option<Self> {
         let progress = saved.progress.as_ref();
-        let socket = std::net::TcpStream::from(descriptor);
+        let admitted = match worker.count() {
+            Ok(admitted) => admitted,
+            Err((reason, detail)) => {
+                record.end(Closer::Agent, reason, &detail, &worker.metrics);
+                return None;
+            }
+        };
         Some(Self {
             record,
-            socket: socket.into(),
-            admitted: worker.admit().ok()?,
+            socket,
+            admitted,
             observed: ObservedConnection::new(worker.observer.clone()),
             progress: progress.map(Progress::restore).unwrap_or_default(),
         })

@@ -40,6 +40,7 @@ use cpc_config::{AgentConfig, ConfigError};
 use cpc_handover::Predecessor;
 use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle::End;
 use cpc_host::report::report;
 use cpc_observe::logging::LogHandle;
 use extension::Extend;
@@ -65,7 +66,7 @@ pub fn run(
     (inherited, predecessor): (Inherited, Option<Predecessor>),
     extend: Extend,
     reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
-) -> Pin<Box<dyn Future<Output = Result<(), AgentError>> + '_>> {
+) -> Pin<Box<dyn Future<Output = Result<End, AgentError>> + '_>> {
     // The crate that awaits an unboxed future compiles it, with every future below.
     Box::pin(async move {
         let prepared = Prepared::new(config, Environment::process(), inherited, extend);
@@ -92,5 +93,5 @@ pub async fn run_embedded(
 ) -> Result<(), AgentError> {
     let prepared = Prepared::new(config, environment, Inherited::default(), extend)?;
     let serving = Serving::start(prepared, log, None).await?;
-    serving.until_stopped(&reread).await
+    serving.until_stopped(&reread).await.map(|_| ())
 }

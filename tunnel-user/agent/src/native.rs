@@ -26,6 +26,7 @@ use super::stats::TunnelStats;
 use super::tunnel::{BoxError, EstablishedTunnel, GOODBYE, LOOK_INTERVAL, ServerTunnel};
 use super::tunnel_info::{TunnelEnd, TunnelInfo};
 use super::worker::Worker;
+use cpc_host::concurrency::Permit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::Identity;
 use cpc_identity::identity::IdentityError;
@@ -111,6 +112,8 @@ struct Established {
     server_count: u32,
     control: ControlStream<AgentSession>,
     departure: LocalBoxFuture<'static, ()>,
+    /// Counts the tunnel until all its connections outlive it.
+    unready: Option<Permit>,
 }
 
 /// Introduces the agent to a server, if that is wanted. Returns `None` if it is not.
@@ -144,6 +147,8 @@ async fn introduce(
         connection,
         departure,
     } = reached;
+    // The server may use the tunnel as soon as it has the Hello.
+    let unready = worker.handover.tunnel();
     let mut stream = timeout(STREAM_TIMEOUT, connection.open())
         .await
         .map_err(|_| IntroductionError::NoStream)??;
@@ -158,6 +163,7 @@ async fn introduce(
         features: features(worker),
         offer: worker.offer(),
         predecessor: worker.predecessor,
+        incarnation: worker.incarnation,
     };
     let session = Shared::new(AgentSession::new(hello, Timers::default(), Instant::now())?);
     let mut control = ControlStream::new(session.clone(), stream);
@@ -180,12 +186,14 @@ async fn introduce(
     let server = ServerProcess {
         identity: identity.uri(),
         instance: welcome.instance_id,
+        incarnation: welcome.incarnation,
         peer,
     };
+    let server = Arc::new(server);
     worker.sessions.succeed(worker, &server);
     let carrier = Rc::new(Carrier {
         server_id: info.server_id.clone(),
-        server: Arc::new(server),
+        server,
         stats: info.stats.clone(),
         session: session.clone(),
         notices: Notices::new(),
@@ -204,6 +212,7 @@ async fn introduce(
         server_count: welcome.server_count,
         control,
         departure,
+        unready,
     })
 }
 
@@ -298,7 +307,7 @@ impl Established {
         let mut stage = worker.handover.subscribe();
         // A handover may have begun meanwhile.
         stage.mark_changed();
-        let mut unready = worker.handover.tunnel();
+        let mut unready = self.unready.take();
         // A certificate that was asked for on this tunnel.
         let mut asked = None;
         let end = loop {

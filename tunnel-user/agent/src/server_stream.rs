@@ -59,7 +59,8 @@ pub(super) fn serve(
             return;
         };
         let on_tunnel = OnTunnel::new(carrier.stats.clone());
-        let ending = dialled.relay(&worker, on_tunnel).await;
+        let server = Some(&*carrier.server);
+        let ending = dialled.relay(&worker, on_tunnel, server).await;
         ended(&worker, &carrier, dialled, ending);
     }
 }
@@ -263,6 +264,6 @@ mod tests {
     #[test]
     fn a_connection_that_waits_is_small() {
         let size = size_of_output(|(worker, carrier, halves)| serve(worker, carrier, halves));
-        assert!(size <= 416, "{size}");
+        assert!(size <= 480, "{size}");
     }
 }

@@ -23,6 +23,9 @@ use cpc_session::{Bounds, Registration, SessionState, survives};
 /// Interval of looks at waiting sessions: for those that have expired, and those whose server was revoked.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Time for a server that has come back after a crash to resume the sessions that it still has.
+const RETURN: Duration = Duration::from_secs(10);
+
 /// A process of a server. Only the same one resumes a session.
 #[derive(Debug)]
 pub(super) struct ServerProcess {
@@ -30,6 +33,8 @@ pub(super) struct ServerProcess {
     pub identity: String,
     /// The process.
     pub instance: InstanceId,
+    /// Number of processes that had this id before.
+    pub incarnation: u64,
     /// Certificate of the process, as lists of revocations know it.
     pub peer: Peer,
 }
@@ -88,6 +93,9 @@ pub(super) struct Sessions {
     table: Mutex<HashMap<SessionId, Slot>>,
     /// Bounds on each.
     pub bounds: Arc<Bounds>,
+    /// Servers whose process has come back with its connections, and when, by the URI of the identity. There are
+    /// few servers.
+    returned: Mutex<HashMap<String, (Arc<ServerProcess>, Instant)>>,
     /// Metrics.
     pub metrics: SessionMetrics,
     /// Time for which a session waits for a tunnel.
@@ -106,6 +114,7 @@ impl Sessions {
     ) -> Arc<Self> {
         Arc::new(Self {
             table: Mutex::default(),
+            returned: Mutex::default(),
             bounds: Arc::new(bounds),
             metrics,
             resume,
@@ -189,11 +198,12 @@ impl Sessions {
     /// Adds waiting sessions.
     pub(super) fn insert(&self, restored: Vec<Parked>) {
         let slots = restored.into_iter();
-        let slots = slots.map(|parked| {
+        for parked in slots {
             let id = parked.state.session.id();
-            (id, Slot::Parked(Box::new(parked)))
-        });
-        self.lock().extend(slots);
+            let before = self.lock().insert(id, Slot::Parked(Box::new(parked)));
+            // Outside of the lock: its end removes a name from the table.
+            drop(before);
+        }
     }
 
     /// Parks a session of `server` whose tunnel was lost for `cause`. Returns its connection if it ends with the
@@ -206,13 +216,14 @@ impl Sessions {
         state: Box<SessionState>,
         connection: Option<Box<ParkedConnection>>,
     ) -> Result<(), Option<Box<ParkedConnection>>> {
+        let is_handed_over = worker.handover.stage() != Stage::Serving;
         // A draining agent dials no server again.
-        let is_running = *worker.phase.borrow() == Phase::Running;
-        if !survives(cause) || !is_running || !self.are_held() {
+        let goes_on = is_handed_over || *worker.phase.borrow() == Phase::Running;
+        if !survives(cause) || !goes_on || !self.are_held() {
             return Err(connection);
         }
         let permit = self.waiting.acquire();
-        if permit.is_none() && worker.handover.stage() == Stage::Serving {
+        if permit.is_none() && !is_handed_over {
             worker.limits.refuse(WAITING_SESSIONS);
             return Err(connection);
         }
@@ -257,8 +268,16 @@ impl Sessions {
         }
     }
 
-    /// Ends the waiting sessions of earlier processes of the server that `process` is.
-    pub(super) fn succeed(&self, worker: &Worker, process: &ServerProcess) {
+    /// Ends the waiting sessions of earlier processes of the server that `process` is. A later incarnation of the
+    /// same process gets some time to resume what it has.
+    pub(super) fn succeed(&self, worker: &Worker, process: &Arc<ServerProcess>) {
+        if process.incarnation > 0 {
+            let mut returned = self.lock_returned();
+            let known = returned.get(&process.identity);
+            if known.is_none_or(|(known, _)| known.incarnation != process.incarnation) {
+                returned.insert(process.identity.clone(), (process.clone(), Instant::now()));
+            }
+        }
         self.end(worker, CloseReason::LinkLost, |parked| {
             parked.server.identity == process.identity && parked.server.instance != process.instance
         });
@@ -272,6 +291,7 @@ impl Sessions {
             self.end(&worker, CloseReason::LinkLost, |parked| {
                 now.saturating_duration_since(parked.at) >= self.resume
             });
+            self.end_forgotten(&worker, now);
             if let Some(material) = &worker.material {
                 let revocations = material.revocations();
                 self.end(&worker, CloseReason::IdentityRefused, |parked| {
@@ -279,6 +299,25 @@ impl Sessions {
                 });
             }
         }
+    }
+
+    /// Ends the sessions that a later incarnation of their server has not resumed: the server has lost them.
+    fn end_forgotten(&self, worker: &Worker, now: Instant) {
+        let is_due = |since: &Instant| now.saturating_duration_since(*since) >= RETURN;
+        let returned: Vec<_> = {
+            let returned = self.lock_returned();
+            let due = returned.values().filter(|(_, since)| is_due(since));
+            due.map(|(process, _)| process.clone()).collect()
+        };
+        for process in returned {
+            self.end(worker, CloseReason::LinkLost, |parked| {
+                *parked.server == *process && parked.server.incarnation < process.incarnation
+            });
+        }
+    }
+
+    fn lock_returned(&self) -> MutexGuard<'_, HashMap<String, (Arc<ServerProcess>, Instant)>> {
+        self.returned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends waiting sessions with `reason`.
@@ -329,6 +368,7 @@ mod tests {
         Arc::new(ServerProcess {
             identity: format!("spiffe://cluster.local/server/{name}"),
             instance: InstanceId([instance; 16]),
+            incarnation: 0,
             peer: Peer::default(),
         })
     }

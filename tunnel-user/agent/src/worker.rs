@@ -16,6 +16,7 @@ use super::renew::Renewals;
 use super::sessions::Sessions;
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::Budget;
+use cpc_handover::KeeperHandle;
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 use cpc_host::lifecycle::{self, Phase};
 use cpc_identity::Material;
@@ -31,6 +32,8 @@ pub struct Worker {
     pub(super) node: Arc<str>,
     /// Id of this process.
     pub(super) instance: InstanceId,
+    /// Number of processes that had the id before.
+    pub(super) incarnation: u64,
     /// Earlier process that has certainly ended.
     pub(super) predecessor: Option<InstanceId>,
     /// Claims beyond the node addresses in our certificate.
@@ -57,6 +60,8 @@ pub struct Worker {
     pub(super) sessions: Arc<Sessions>,
     /// Stage of a handover.
     pub(super) handover: Handover,
+    /// Keeper of sockets over a crash.
+    pub(super) keeper: KeeperHandle,
 }
 
 /// Text for a client whose request came too late.
@@ -112,6 +117,14 @@ impl Worker {
             );
             return Err((CloseReason::Overloaded, text));
         }
+        self.count()
+    }
+
+    /// Counts a connection, which another process may have admitted.
+    ///
+    /// # Errors
+    /// The reason of the refusal, and a text for the person who asked.
+    pub(super) fn count(&self) -> Result<Admitted, (CloseReason, String)> {
         let Some(permit) = self.connections.acquire() else {
             if self.connections.is_closed() {
                 return Err((CloseReason::Draining, ENDING.into()));

@@ -54,6 +54,9 @@ pub struct AgentConfig {
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
+    /// Socket of the keeper that holds copies of connections over a crash.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keeper: Option<PathBuf>,
     /// Allow-list of the agent's dials. When missing: the node addresses in its certificate, port
     /// 10250.
     #[serde(
@@ -90,6 +93,7 @@ impl Default for AgentConfig {
             shards: cores::usual_shards(),
             tunnels: 1,
             state_dir: None,
+            keeper: None,
             allow: None,
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8136)),
             health: None,
@@ -243,8 +247,11 @@ impl AgentConfig {
     fn resolve(&mut self, base: &Path) {
         self.tls.resolve(base);
         self.audit.resolve(base);
-        if let Some(directory) = &mut self.state_dir {
-            *directory = base.join(&directory);
+        for path in [&mut self.state_dir, &mut self.keeper]
+            .into_iter()
+            .flatten()
+        {
+            *path = base.join(&path);
         }
         if let Some(konnectivity) = &mut self.konnectivity {
             konnectivity.resolve(base);

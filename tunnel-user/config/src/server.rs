@@ -40,6 +40,9 @@ pub struct ServerConfig {
     pub shards: usize,
     /// Directory of the persisted secret.
     pub state_dir: PathBuf,
+    /// Socket of the keeper that holds copies of connections over a crash.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keeper: Option<PathBuf>,
     /// Certificate of the server and its CAs. Without it the server accepts no tunnel over QUIC,
     /// which makes sense only beside `konnectivity`.
     #[serde(deserialize_with = "super::section")]
@@ -105,6 +108,7 @@ impl Default for ServerConfig {
             server_count: 1,
             shards: cores::usual_shards(),
             state_dir: "/var/lib/cpc".into(),
+            keeper: None,
             tls: TlsConfig::default(),
             transport: TransportConfig::default(),
             datapath: DatapathConfig::default(),
@@ -678,6 +682,9 @@ impl ServerConfig {
     fn resolve(&mut self, base: &Path) {
         self.tls.resolve(base);
         self.state_dir = base.join(&self.state_dir);
+        if let Some(keeper) = &mut self.keeper {
+            *keeper = base.join(&keeper);
+        }
         self.audit.resolve(base);
         self.frontends.resolve(base);
         if let Some(join) = &mut self.join {

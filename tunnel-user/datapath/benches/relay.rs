@@ -7,6 +7,7 @@
 use std::future::{Future, pending};
 
 use bytes::Bytes;
+use cpc_datapath::kept::KeepNothing;
 use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_datapath::{Budget, Meter, Progress, relay};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -97,7 +98,7 @@ async fn run(outward: usize, inward: usize) {
             &mut source,
             &mut start,
             &budget,
-            &Uncounted,
+            (&Uncounted, &KeepNothing),
         )
         .await
     };

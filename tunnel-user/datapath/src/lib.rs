@@ -13,6 +13,7 @@ pub mod budget;
 mod buffer;
 pub mod buffers;
 pub mod engine;
+pub mod kept;
 mod meter;
 pub mod reclaim;
 pub mod relay;

@@ -11,7 +11,7 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use tunnel_proto::close::CloseReason;
 use tunnel_proto::handover;
 
 use super::budget::{Budget, Charge};
+use super::kept::Keep;
 use super::socket::{LocalSocket, PeerClose};
 use super::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
 
@@ -173,12 +174,13 @@ pub fn relay<'a>(
     recv: &'a mut impl RecvHalf,
     progress: &'a mut Progress,
     budget: &'a Budget,
-    meter: &'a impl Meter,
+    (meter, keeper): (&'a impl Meter, &'a impl Keep),
 ) -> impl Future<Output = RelayEnd> {
     let state = RelayState {
         local,
         budget,
         meter,
+        keeper,
         first: Cell::new(progress.first),
         out: Cell::new(progress.out),
         inn: Cell::new(progress.inn),
@@ -219,10 +221,11 @@ pub fn relay<'a>(
 }
 
 /// State shared by both directions.
-struct RelayState<'a, L, M> {
+struct RelayState<'a, L, M, K> {
     local: &'a L,
     budget: &'a Budget,
     meter: &'a M,
+    keeper: &'a K,
     /// Side that finished first.
     first: Cell<Option<ClosedBy>>,
     /// End of each direction.
@@ -232,7 +235,17 @@ struct RelayState<'a, L, M> {
     written: Cell<usize>,
 }
 
-impl<L, M> RelayState<'_, L, M> {
+impl<L: LocalSocket, M, K: Keep> RelayState<'_, L, M, K> {
+    /// Keeps what the other end of a held session has not confirmed.
+    fn keep(&self, send: &impl SendHalf) {
+        if (self.keeper.is_there() || self.local.is_kept())
+            && let Some(session) = send.held()
+        {
+            let untold = self.written.get() as u64;
+            self.local.keep(&session, untold, self.keeper);
+        }
+    }
+
     fn note(&self, by: ClosedBy) {
         self.first.set(self.first.get().or(Some(by)));
     }
@@ -246,7 +259,7 @@ impl<L, M> RelayState<'_, L, M> {
 /// Ends the connection where neither direction can go on. `Ok` is an orderly close, `Err` one that must
 /// reset the rest.
 async fn close(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     send: &mut impl SendHalf,
     recv: &mut impl RecvHalf,
 ) -> Result<RelayEnd, RelayEnd> {
@@ -293,13 +306,13 @@ fn reset_by_remote(reason: CloseReason) -> RelayEnd {
 /// Moves bytes from the local socket to the stream, until the far side has acknowledged everything.
 /// Returns when the connection is at its end.
 fn outward(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     send: &mut impl SendHalf,
     next: &mut Progress,
 ) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
         if state.out.get().is_some() {
-            return wait_for_the_other(state).await;
+            return wait_for_the_other(state, send).await;
         }
         let end = {
             let mut stopped = pin!(send.stopped());
@@ -324,29 +337,44 @@ fn outward(
                             return Ok(());
                         }
                     }
-                    break stopped.await;
+                    break keeping(state, send, stopped).await;
                 }
+                let read = pin!(state.local.read());
                 tokio::select! {
                     end = &mut stopped => break end,
-                    read = state.local.read() => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
+                    read = keeping(state, send, read) => next.pending = read.map_err(|_| RESET_BY_LOCAL)?,
                 }
                 next.eof = next.pending.is_empty();
             }
         };
         state.out.set(Some(send_rest(end, state)?));
-        wait_for_the_other(state).await
+        wait_for_the_other(state, send).await
     }
 }
 
 /// Waits, behind the direction to the stream, until the local peer is gone, while the other direction goes on.
 async fn wait_for_the_other<M>(
-    state: &RelayState<'_, impl LocalSocket, M>,
+    state: &RelayState<'_, impl LocalSocket, M, impl Keep>,
+    send: &impl SendHalf,
 ) -> Result<(), RelayEnd> {
     if state.inn.get().is_none() {
         // During a read, the reader distinguishes a reset from an end of file.
-        Box::pin(state.local.broken()).await;
+        let mut broken = Box::pin(state.local.broken());
+        keeping(state, send, broken.as_mut()).await;
     }
     Ok(())
+}
+
+/// Waits for `future`. Whenever the other end has confirmed something, the local socket keeps so much less.
+fn keeping<'a, F: Future>(
+    state: &'a RelayState<'_, impl LocalSocket, impl Sized, impl Keep>,
+    send: &'a impl SendHalf,
+    mut future: Pin<&'a mut F>,
+) -> impl Future<Output = F::Output> + 'a {
+    poll_fn(move |cx| {
+        state.keep(send);
+        future.as_mut().poll(cx)
+    })
 }
 
 /// Returns the meaning of the end of file that was read, where it makes a difference to the link.
@@ -360,7 +388,7 @@ fn peer_close(local: &impl LocalSocket, send: &impl SendHalf) -> PeerClose {
 
 /// Waits for credit, and charges the waiting bytes. An `Err` is the local socket's, or the budget's.
 async fn send_all(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     send: &mut impl SendHalf,
     pending: &mut Bytes,
 ) -> Result<Result<(), SendEnd>, RelayEnd> {
@@ -376,7 +404,10 @@ async fn send_all(
     }
 }
 
-fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<DirectionEnd, RelayEnd> {
+fn send_rest(
+    end: SendEnd,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
+) -> Result<DirectionEnd, RelayEnd> {
     match end {
         SendEnd::Acknowledged => Ok(DirectionEnd::Finished),
         SendEnd::Stopped(CloseReason::PeerGone) => {
@@ -393,7 +424,7 @@ fn send_rest<L, M>(end: SendEnd, state: &RelayState<'_, L, M>) -> Result<Directi
 
 /// Moves bytes from the stream to the local socket. Returns when the connection is at its end.
 fn inward(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     recv: &mut impl RecvHalf,
 ) -> impl Future<Output = Result<(), RelayEnd>> {
     async move {
@@ -471,7 +502,7 @@ fn is_refusal(error: &io::Error) -> bool {
 
 /// Writes all `chunks` as the socket takes them. The outer `Err` is the stream's.
 async fn write_all(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     recv: &mut impl RecvHalf,
     mut chunks: Vec<Bytes>,
 ) -> Result<io::Result<()>, RelayEnd> {
@@ -504,7 +535,7 @@ async fn write_all(
 /// Writes as much as the socket takes without waiting: some whole chunks, and a part of the next
 /// one.
 fn write_now(
-    state: &RelayState<'_, impl LocalSocket, impl Meter>,
+    state: &RelayState<'_, impl LocalSocket, impl Meter, impl Keep>,
     chunks: &mut [Bytes],
 ) -> io::Result<usize> {
     let mut done = 0;

@@ -21,6 +21,8 @@ use tokio_rustls::server::TlsStream;
 use tunnel_proto::handover;
 
 use super::buffer::read_owned;
+use super::kept::Keep;
+use super::stream::Held;
 
 /// Behaviour of a peer after its end of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +78,17 @@ pub trait LocalSocket {
     fn discard_input(&self) {}
     /// Returns the number of bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
     fn unsent(&self) -> usize;
+    /// Whether bytes that were read stay in the kernel.
+    fn is_kept(&self) -> bool {
+        false
+    }
+    /// Leaves in the kernel what the other end of a held session has not confirmed, and discards the rest. Gives
+    /// a copy of the socket to `keeper` as soon as the session would then outlive this process. Does nothing for
+    /// sockets that can't be kept. `untold` bytes of the tunnel are in the socket, of which `session` does not
+    /// know yet.
+    fn keep(&self, session: &Held, untold: u64, keeper: &impl Keep) {
+        let _ = (session, untold, keeper);
+    }
 }
 
 /// A socket that can move to another thread: it leaves one reactor and joins another. The move loses

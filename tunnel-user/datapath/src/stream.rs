@@ -5,6 +5,7 @@ use std::future::Future;
 
 use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
+use tunnel_proto::resumption::SessionId;
 
 /// End of a send half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,19 @@ pub enum RecvEnd {
     Link(CloseReason),
 }
 
+/// Progress of a session that both ends hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Name.
+    pub id: SessionId,
+    /// Number of bytes taken from the local socket.
+    pub taken: u64,
+    /// Number of these that the other end needs no more.
+    pub confirmed: u64,
+    /// Number of bytes that the local socket has taken.
+    pub written: u64,
+}
+
 /// The sending half of a stream. Dropped without [`finish`](Self::finish), the peer must see a reset.
 pub trait SendHalf {
     /// Sends `chunk`, waiting for credit; leaves it empty. Cancelling loses nothing: unsent bytes are
@@ -48,6 +62,10 @@ pub trait SendHalf {
     fn reset(&mut self, reason: CloseReason);
     /// Waits for the end of this half, also while nothing is sent.
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<Self>;
+    /// Returns the progress of the session on the stream, if both ends hold one.
+    fn held(&self) -> Option<Held> {
+        None
+    }
 }
 
 /// The receiving half of a stream. Dropped before its end, it must send a stop to the peer.

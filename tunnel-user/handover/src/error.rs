@@ -28,6 +28,12 @@ pub enum HandoverError {
     /// The successor can't start.
     #[error("the successor can't start: {0}")]
     Unprepared(String),
+    /// The running process was told to stop meanwhile.
+    #[error("this process is stopping")]
+    Stopping,
+    /// The keeper does not give what it holds.
+    #[error(transparent)]
+    Keeper(#[from] cpc_keeper::KeeperError),
     /// Another user's process.
     #[error("a process of user {0} asks: only the same user and root may")]
     Stranger(u32),

@@ -23,13 +23,18 @@
 
 pub mod endpoint;
 pub mod error;
+pub mod keeper;
+pub mod kept;
 pub mod parcel;
 pub mod predecessor;
+pub mod restored;
 pub mod store;
 pub mod successor;
 
 pub use endpoint::Endpoint;
 pub use error::HandoverError;
+pub use keeper::{KeeperHandle, KeeperSpec, KeeperState};
 pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
+pub use restored::understood;
 pub use successor::Successor;

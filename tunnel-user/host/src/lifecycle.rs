@@ -60,14 +60,28 @@ pub async fn until_stopped(
     Ok(())
 }
 
-/// Waits until the process may end, once a successor has its work. The first process of a container waits to be
-/// stopped: the runtime of the container would start it again.
-pub async fn succeeded() {
-    if std::process::id() == 1
-        && let Ok(mut stops) = Stops::process().listen()
-    {
-        tracing::info!("waiting to be stopped, as the first process of a container");
-        stops.next().await;
+/// End of the service of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum End {
+    /// The process was told to stop.
+    Stopped,
+    /// Another process serves in place of this one.
+    HandedOver,
+}
+
+impl End {
+    /// Waits until the process may exit. The first process of a container waits to be stopped after a handover:
+    /// the runtime of the container would start it again.
+    ///
+    /// # Errors
+    /// The signal handlers can't be installed.
+    pub async fn may_exit(self) -> std::io::Result<()> {
+        if self == Self::HandedOver && std::process::id() == 1 {
+            tracing::info!("waiting to be stopped, as the first process of a container");
+            Stops::process().listen()?.next().await;
+        }
+        Ok(())
     }
 }
 

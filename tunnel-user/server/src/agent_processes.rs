@@ -2,7 +2,7 @@
 //! process.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
@@ -49,6 +49,8 @@ pub(crate) struct AgentProcess {
     instance: InstanceId,
     /// Whether the process is known from a predecessor of this server alone: it is about to come.
     is_expected: AtomicBool,
+    /// Number of processes that had the id before this one, as far as is known.
+    incarnation: AtomicU64,
     /// Tunnels of the process, oldest first.
     links: watch::Sender<Vec<Arc<LinkInfo>>>,
     /// The certificate that it has shown last.
@@ -70,13 +72,28 @@ impl AgentProcesses {
         }
     }
 
-    /// Notes a tunnel of process `instance`, whose certificate is `peer`'s. The identity is that of `link`.
-    pub(crate) fn arrived(&self, instance: InstanceId, peer: Peer, link: &Arc<LinkInfo>) {
+    /// Notes a tunnel of process `instance`, whose certificate is `peer`'s. The identity is that of `link`. A higher
+    /// `incarnation` than before ends the other tunnels: their process has ended, and connections go on over
+    /// this one.
+    pub(crate) fn arrived(
+        &self,
+        (instance, incarnation): (InstanceId, u64),
+        peer: Peer,
+        link: &Arc<LinkInfo>,
+    ) {
         let (process, others) =
             lock(&self.known).arrived(link.identity.uri(), instance, self.waiting);
         *lock(&process.peer) = peer;
         process.ended.send_replace(false);
         process.is_expected.store(false, Ordering::Relaxed);
+        match process
+            .incarnation
+            .fetch_max(incarnation, Ordering::Relaxed)
+        {
+            before if before < incarnation => process.end_links(),
+            before if before > incarnation => link.replaced.notify_one(),
+            _ => {}
+        }
         // The tunnel arrives once.
         let _ = link.process.set(process.clone());
         process.links.send_modify(|links| links.push(link.clone()));
@@ -130,6 +147,7 @@ impl Known {
                     identity,
                     instance,
                     is_expected: AtomicBool::default(),
+                    incarnation: AtomicU64::default(),
                     links: watch::Sender::default(),
                     peer: Mutex::default(),
                     ended: watch::Sender::new(false),
@@ -169,6 +187,13 @@ impl AgentProcess {
     pub(crate) fn left(&self, link: LinkId) {
         self.links
             .send_modify(|links| links.retain(|known| known.id != link));
+    }
+
+    /// Ends all tunnels of the process.
+    fn end_links(&self) {
+        for link in self.links.borrow().iter() {
+            link.replaced.notify_one();
+        }
     }
 
     /// Moves the sessions of silent tunnels of a process that has one which is heard. Connections that can't
@@ -263,13 +288,13 @@ mod tests {
     fn a_session_waits_for_a_tunnel_that_is_heard() {
         let processes = AgentProcesses::new(10);
         let [one, other] = [1, 2].map(|id| link(id, "w1"));
-        processes.arrived(instance(1), Peer::default(), &one);
+        processes.arrived((instance(1), 0), Peer::default(), &one);
         let process = one.process.get().unwrap().clone();
         assert_eq!(process.link().now_or_never().map(|it| it.id), Some(one.id));
         one.silent.store(true, Ordering::Relaxed);
         assert!(process.link().now_or_never().is_none());
         // The silent tunnel is left as soon as there is another one.
-        processes.arrived(instance(1), Peer::default(), &other);
+        processes.arrived((instance(1), 0), Peer::default(), &other);
         assert_eq!(
             process.link().now_or_never().map(|it| it.id),
             Some(other.id)
@@ -284,7 +309,7 @@ mod tests {
         let processes = AgentProcesses::new(10);
         let one = link(1, "w1");
         one.silent.store(true, Ordering::Relaxed);
-        processes.arrived(instance(1), Peer::default(), &one);
+        processes.arrived((instance(1), 0), Peer::default(), &one);
         let process = one.process.get().unwrap().clone();
         let mut waits = Box::pin(process.link());
         assert!((&mut waits).now_or_never().is_none());
@@ -299,16 +324,30 @@ mod tests {
         let processes = AgentProcesses::new(10);
         let [first, second, third, stranger] =
             [(1, "w1"), (2, "w1"), (3, "w1"), (4, "w2")].map(|(id, name)| link(id, name));
-        processes.arrived(instance(1), Peer::default(), &first);
+        processes.arrived((instance(1), 0), Peer::default(), &first);
         let process = first.process.get().unwrap().clone();
-        processes.arrived(instance(4), Peer::default(), &stranger);
-        processes.arrived(instance(2), Peer::default(), &second);
+        processes.arrived((instance(4), 0), Peer::default(), &stranger);
+        processes.arrived((instance(2), 0), Peer::default(), &second);
         assert!(!process.has_ended());
         process.left(first.id);
-        processes.arrived(instance(3), Peer::default(), &third);
+        processes.arrived((instance(3), 0), Peer::default(), &third);
         assert!(process.has_ended() && process.ended().now_or_never().is_some());
         let others = [&second, &third, &stranger].map(|it| it.process.get().unwrap().has_ended());
         assert_eq!(others, [false; 3]);
+    }
+
+    /// As after a crash of which the connections have survived.
+    #[test]
+    fn a_later_incarnation_of_a_process_ends_the_tunnels_of_the_earlier_one() {
+        let processes = AgentProcesses::new(10);
+        let [old, new, sibling, late] = [1, 2, 3, 4].map(|id| link(id, "w1"));
+        processes.arrived((instance(1), 0), Peer::default(), &old);
+        processes.arrived((instance(1), 1), Peer::default(), &new);
+        processes.arrived((instance(1), 1), Peer::default(), &sibling);
+        processes.arrived((instance(1), 0), Peer::default(), &late);
+        let ended = [&old, &new, &sibling, &late];
+        let ended = ended.map(|link| link.replaced.notified().now_or_never().is_some());
+        assert_eq!(ended, [true, false, false, true]);
     }
 
     #[test]
@@ -317,7 +356,7 @@ mod tests {
         let [one, other, stranger] =
             [(1, "w1"), (2, "w1"), (3, "w2")].map(|(id, name)| link(id, name));
         for (at, link) in [&one, &other, &stranger].into_iter().enumerate() {
-            processes.arrived(instance(at as u8), Peer::default(), link);
+            processes.arrived((instance(at as u8), 0), Peer::default(), link);
         }
         let waiting = |link: &LinkInfo| link.process.get().unwrap().waiting.acquire();
         let held = waiting(&one);

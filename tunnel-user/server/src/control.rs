@@ -2,6 +2,7 @@
 //! kernel and to readiness. It makes all decisions that concern all shards (`batch`).
 
 mod batch;
+mod holds;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,17 +15,15 @@ use tunnel_proto::route::Claim;
 use tunnel_proto::session::{InstanceId, Refusal};
 
 use self::batch::{Batch, Change, Effect, Snapshot, pause_after};
+use self::holds::Holds;
 use super::grants::Grants;
 use super::limits::Limit;
 use super::registry::{Backends, Registry, Session, Verdict};
 use super::routes::{LinkId, LinkInfo, Routes};
-use cpc_identity::Identity;
+use cpc_identity::{Identity, TrustDomain};
 
 /// Length of the queue of requests; shards wait where it is full.
 const QUEUE: usize = 1024;
-
-/// Time for agents to come back to a server, or to its successor.
-const RETURN: Duration = Duration::from_secs(3);
 
 /// Interval between removals of expired memories.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
@@ -102,21 +101,36 @@ pub struct ControlHandle {
     published: watch::Receiver<()>,
     backends: Arc<ArcSwap<Backends>>,
     route_usage: Arc<RouteUsage>,
-    /// Time until which agents that have gone are about to come back.
-    held: watch::Sender<Option<Instant>>,
+    /// Routes whose agents are about to come back: the kernel refuses none that it did not refuse before, and
+    /// dials wait for them.
+    holds: Arc<Mutex<Holds>>,
 }
 
 impl ControlHandle {
-    /// Holds the routes of agents that are about to come back: until then the kernel refuses nothing that it did
-    /// not refuse before, and dials wait for them.
+    /// Holds all routes: the agents are about to come back.
     pub(super) fn hold_routes(&self) {
-        self.held.send_replace(Some(Instant::now() + RETURN));
+        self.lock_holds().hold_all(Instant::now());
     }
 
-    /// Returns the time until which agents are about to come back, while they are.
-    pub(super) fn held_until(&self) -> Option<Instant> {
-        let until = *self.held.borrow();
-        until.filter(|until| *until > Instant::now())
+    /// Holds the routes of an agent, which is about to come back, and those of its tenant.
+    pub(super) fn hold_routes_of(&self, agent: &Identity) {
+        if !self.lock_holds().hold_for(agent, Instant::now()) {
+            tracing::debug!(agent = %agent, "no routes are held: the agent hands over too often");
+        }
+    }
+
+    /// Returns the time until which agents of `tenant` are about to come back, while they are.
+    pub(super) fn held_until(&self, tenant: &TrustDomain) -> Option<Instant> {
+        self.lock_holds().of(tenant, Instant::now())
+    }
+
+    /// Returns the time until which any agents are about to come back, while they are.
+    fn any_held_until(&self) -> Option<Instant> {
+        self.lock_holds().last(Instant::now())
+    }
+
+    fn lock_holds(&self) -> MutexGuard<'_, Holds> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the use of the table of routes.
@@ -242,7 +256,7 @@ impl Control {
             published: watching,
             backends: Arc::default(),
             route_usage: Arc::default(),
-            held: watch::Sender::new(None),
+            holds: Arc::default(),
         };
         Self {
             registry,
@@ -266,13 +280,16 @@ impl Control {
         let mut expire = tokio::time::interval(EXPIRE_INTERVAL);
         let mut requests = Vec::new();
         loop {
-            let held = self.handle.held_until().filter(|_| self.has_held_routes);
+            let held = self
+                .handle
+                .any_held_until()
+                .filter(|_| self.has_held_routes);
             tokio::select! {
                 _ = self.requests.recv_many(&mut requests, QUEUE) => {}
                 _ = expire.tick() => {}
                 () = sleep_until_some(held) => {}
             }
-            if self.has_held_routes && self.handle.held_until().is_none() {
+            if self.has_held_routes && self.handle.any_held_until().is_none() {
                 self.publish_to_kernel();
             }
             let began = Instant::now();
@@ -325,7 +342,7 @@ impl Control {
 
     /// Writes the routes in force to the kernel, which keeps those that it serves while they are held.
     fn publish_to_kernel(&mut self) {
-        self.has_held_routes = self.handle.held_until().is_some();
+        self.has_held_routes = self.handle.any_held_until().is_some();
         (self.publish)(&self.handle.routes.load(), self.has_held_routes);
     }
 }

@@ -35,5 +35,5 @@ pub async fn run_embedded(
     let prepared = Prepared::new(config, environment, Inherited::default(), None)?;
     let attached = Attached::embedded(prepared, captures)?;
     let serving = Serving::start(attached, log, None).await?;
-    serving.until_stopped(&reread).await
+    serving.until_stopped(&reread).await.map(|_| ())
 }

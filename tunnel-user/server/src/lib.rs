@@ -56,6 +56,7 @@ use cpc_config::{ConfigError, ServerConfig};
 use cpc_handover::Predecessor;
 use cpc_host::environment::Environment;
 use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle::End;
 use cpc_host::report::report;
 use cpc_observe::logging::LogHandle;
 use extension::Extension;
@@ -72,7 +73,7 @@ pub fn run(
     (inherited, predecessor): (Inherited, Option<Predecessor>),
     reread: &dyn Fn() -> Result<ServerConfig, ConfigError>,
     extension: Option<Box<dyn Extension>>,
-) -> Pin<Box<dyn Future<Output = Result<(), ServerError>> + '_>> {
+) -> Pin<Box<dyn Future<Output = Result<End, ServerError>> + '_>> {
     // The crate that awaits an unboxed future compiles it, with every future below.
     Box::pin(async move {
         let environment = Environment::process();

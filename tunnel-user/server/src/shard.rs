@@ -34,6 +34,7 @@ use super::start::Tunnel;
 use super::tenants::Tenants;
 use cpc_config::server::LimitsConfig;
 use cpc_datapath::Budget;
+use cpc_handover::KeeperHandle;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::descriptors::Shares;
 use cpc_host::host;
@@ -86,6 +87,8 @@ pub(super) struct Common {
     pub revocations: Arc<Revocations>,
     /// Id of this process.
     pub instance: InstanceId,
+    /// Number of processes that had the id before.
+    pub incarnation: u64,
     /// Start of this process.
     pub started: Instant,
     /// Phase of this process.
@@ -98,6 +101,8 @@ pub(super) struct Common {
     pub peers: Peers,
     /// Stage of a handover.
     pub handover: Handover,
+    /// Keeper of sockets over a crash.
+    pub keeper: KeeperHandle,
 }
 
 /// Task for another shard.

@@ -12,6 +12,7 @@ use tunnel_proto::varint::VarInt;
 use super::notices::Notices;
 use super::session::{Effect, Hold};
 use super::state::{Detached, SessionState};
+use cpc_datapath::stream::Held;
 
 /// Number of accepted bytes after which this end sends a confirmation at once.
 const TELL_AFTER: u64 = 256 << 10;
@@ -172,6 +173,11 @@ impl Carried {
     /// Whether both ends hold the session.
     pub(super) fn is_held(&self) -> bool {
         self.change(|state| state.session.hold() == Hold::Held) == Some(true)
+    }
+
+    /// Returns the progress of a session that both ends hold.
+    pub(super) fn progress(&self) -> Option<Held> {
+        self.change(|state| state.session.progress()).flatten()
     }
 
     /// Whether the session survives the loss of the tunnel.

@@ -10,7 +10,7 @@ use tunnel_proto::close::CloseReason;
 
 use super::carried::Carried;
 use super::session::Hold;
-use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use cpc_datapath::stream::{Held, RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_transport::tunnel::{Recv, Send, TunnelRecv, TunnelSend};
 
 /// The sending half.
@@ -112,6 +112,10 @@ impl SendHalf for SessionSend {
             session.change(|state| state.abort(reason));
         }
         self.stream.reset(reason);
+    }
+
+    fn held(&self) -> Option<Held> {
+        self.session.as_ref()?.progress()
     }
 
     fn stopped(&self) -> impl Future<Output = SendEnd> + use<> {

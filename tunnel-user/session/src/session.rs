@@ -11,6 +11,7 @@ use super::inbound::Inbound;
 use super::outbound::Outbound;
 use super::saved::InvalidState;
 use super::violation::Violation;
+use cpc_datapath::stream::Held;
 
 /// Whether sessions outlive a tunnel that ended for `reason`.
 pub fn survives(reason: CloseReason) -> bool {
@@ -242,6 +243,24 @@ impl Session {
         Ok(Effect {
             release,
             reset: None,
+        })
+    }
+
+    /// Returns the progress, if both ends hold the session and it was not given up.
+    pub fn progress(&self) -> Option<Held> {
+        if self.hold != Hold::Held || self.abort.is_some() {
+            return None;
+        }
+        let taken = self.outbound.taken();
+        let confirmed = match self.outbound.is_done() {
+            true => taken,
+            false => self.outbound.confirmed(),
+        };
+        Some(Held {
+            id: self.id,
+            taken,
+            confirmed,
+            written: self.inbound.accepted().written,
         })
     }
 

@@ -18,6 +18,7 @@ pub(super) fn hello() -> Hello {
         features: vec!["extra".to_owned()],
         offer: Vec::new(),
         predecessor: Some(InstanceId([9; 16])),
+        incarnation: 3,
     }
 }
 
@@ -33,6 +34,7 @@ pub(super) fn welcome() -> Welcome {
             why: "not granted".to_owned(),
         }],
         heartbeat: Timers::default().heartbeat,
+        incarnation: 0,
     }
 }
 

@@ -132,9 +132,10 @@ impl Driver {
         }
         // With the first a server knows that a dial which has no answer yet was not served, and may go
         // elsewhere. A tunnel says so only where no answer can be on its way.
-        let reason = match connections.is_closed() {
-            true => CloseReason::Draining,
-            false => CloseReason::Shutdown,
+        let reason = match (self.handover.stage(), connections.is_closed()) {
+            (Stage::Left, _) => CloseReason::HandedOver,
+            (_, true) => CloseReason::Draining,
+            (_, false) => CloseReason::Shutdown,
         };
         self.handle(Event::Stopping(reason));
         // Each tunnel says goodbye and reports its end. What is still being dialled ends with its

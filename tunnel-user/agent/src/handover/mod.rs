@@ -10,6 +10,7 @@
 //! agent leaves its tunnels, and its connections wait as they do when tunnels are lost. The successor, or this
 //! process again, dials the servers, and they go on.
 
+pub(crate) mod kept;
 mod saved;
 mod stage;
 mod succession;

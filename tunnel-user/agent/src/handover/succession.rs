@@ -1,6 +1,7 @@
 //! The two ends of a handover: this process takes over, and is succeeded.
 
 use std::io;
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -9,15 +10,17 @@ use tokio::time::{Instant, sleep, timeout};
 use tunnel_proto::handover::State;
 use tunnel_proto::session::InstanceId;
 
+use super::kept;
 use super::saved::{restore, save};
 use super::stage::Stage;
 use crate::error::AgentError;
 use crate::sessions::Parked;
 use crate::worker::Worker;
-use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store};
+use cpc_datapath::engine::packed;
+use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store, understood};
 use cpc_host::environment::Restarts;
 use cpc_host::inherited::Inherited;
-use cpc_host::lifecycle;
+use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
 
 /// Role of this process in a handover.
@@ -40,24 +43,26 @@ pub(crate) fn take_over(predecessor: Predecessor, worker: &mut Worker) -> Result
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
-        Ok((InstanceId(instance), restore_all(worker, &state, sockets)?))
+        let process = (InstanceId(instance), state.incarnation + 1);
+        Ok((process, restore_all(worker, &state, sockets)))
     })?;
-    worker.instance = instance;
+    (worker.instance, worker.incarnation) = instance;
     tracing::info!(connections = restored.len(), "taken over");
     worker.sessions.insert(restored);
     Ok(())
 }
 
-fn restore_all(
-    worker: &Worker,
-    state: &State,
-    sockets: Vec<OwnedFd>,
-) -> Result<Vec<Parked>, HandoverError> {
+/// Restores all connections but those that this release does not understand. They end.
+fn restore_all(worker: &Worker, state: &State, sockets: Vec<OwnedFd>) -> Vec<Parked> {
     let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
     let saved = state.connections.iter();
-    saved
-        .map(|one| restore(worker, one, &mut sockets))
-        .collect()
+    understood(saved.map(|one| {
+        restore(worker, one, |socket| {
+            let number = usize::try_from(socket.descriptor).unwrap_or(usize::MAX);
+            let descriptor = sockets.get_mut(number).and_then(Option::take)?;
+            Some(packed(TcpStream::from(descriptor), None))
+        })
+    }))
 }
 
 /// The means to be succeeded.
@@ -80,6 +85,7 @@ impl Succession {
                 () = self.restarts.next() => self.leave().await,
                 () = lifecycle::stopping(self.worker.phase()) => {
                     self.inherited.forget_listeners();
+                    self.endpoint = None;
                     return std::future::pending().await;
                 }
             };
@@ -96,6 +102,9 @@ impl Succession {
     async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
         tracing::info!(version = successor.version, "a successor asks to take over");
         successor.prepare(self.inherited.listeners()?).await?;
+        if *self.worker.phase().borrow() != Phase::Running {
+            return Err(HandoverError::Stopping);
+        }
         let state = self.stop().await.or_else(|error| self.not_stopped(error))?;
         match successor.give(state).await {
             Ok(()) => {
@@ -152,6 +161,8 @@ impl Succession {
             }
         };
         let _ = timeout(LEAVE, left).await;
+        // The sockets have one user.
+        self.worker.keeper.discard();
         let parked = sessions.take_all();
         tracing::info!(
             sessions = parked.len(),
@@ -162,9 +173,10 @@ impl Succession {
         let mut state = Parcel::of(&State {
             instance: Bytes::copy_from_slice(&self.worker.instance.0),
             connections: Vec::new(),
+            incarnation: self.worker.incarnation,
         })?;
         for one in parked {
-            save(one, &mut state)?;
+            save(&self.worker, one, &mut state)?;
         }
         Ok(state)
     }
@@ -177,9 +189,10 @@ impl Succession {
 
     /// Goes on with what was stopped.
     fn go_on(&self, state: Option<Parcel>) -> Result<(), HandoverError> {
+        self.worker.keeper.open(&kept::process(&self.worker));
         let restored = state.map_or(Ok(Vec::new()), |state| {
             let (state, sockets) = state.open()?;
-            restore_all(&self.worker, &state, sockets)
+            Ok(restore_all(&self.worker, &state, sockets))
         });
         // Before a server asks for them.
         let restored = restored.map(|restored| self.worker.sessions.insert(restored));

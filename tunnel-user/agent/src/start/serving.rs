@@ -15,7 +15,8 @@ use crate::agent_identity::AgentIdentity;
 use crate::connector::{self, Servers};
 use crate::error::AgentError;
 use crate::extension::ServerCount;
-use crate::handover::{Handover, ROLE, Succession, take_over};
+use crate::handover::kept::{self, take_kept};
+use crate::handover::{Handover, ROLE, Stage, Succession, take_over};
 use crate::policy::Policy;
 use crate::predecessor;
 use crate::quic::QuicDialer;
@@ -29,10 +30,10 @@ use crate::worker::{STALLED_BYTES, Worker};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
-use cpc_handover::{Endpoint, Predecessor};
+use cpc_handover::{Endpoint, KeeperHandle, KeeperSpec, Predecessor};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
-use cpc_host::lifecycle::{self, Phase};
+use cpc_host::lifecycle::{self, End, Phase};
 use cpc_host::random;
 use cpc_identity::Material;
 use cpc_identity::lifetime;
@@ -115,6 +116,7 @@ impl Serving {
             node: identity.name(),
             material: identity.material.clone(),
             instance: instance()?,
+            incarnation: 0,
             predecessor: None,
             serve,
             renewals: renewals.clone(),
@@ -128,12 +130,18 @@ impl Serving {
             limits,
             sessions,
             handover: Handover::new(),
+            keeper: KeeperHandle::new(keeper_of(&config)),
         };
         let has_predecessor = predecessor.is_some();
-        if let Some(predecessor) = predecessor {
-            take_over(predecessor, &mut worker)?;
-            inherited.close_unused();
+        match predecessor {
+            Some(predecessor) => {
+                take_over(predecessor, &mut worker)?;
+                inherited.close_unused();
+                worker.keeper.open(&kept::process(&worker));
+            }
+            None => take_kept(&mut worker),
         }
+        tokio::spawn(worker.keeper.clone().watch(kept::process(&worker)));
         let state_dir = config.state_dir.as_deref();
         worker.predecessor = predecessor::take(state_dir, worker.instance);
         let endpoint = match (state_dir, restarts.is_process()) {
@@ -212,12 +220,15 @@ impl Serving {
     pub(crate) async fn until_stopped(
         mut self,
         reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
-    ) -> Result<(), AgentError> {
+    ) -> Result<End, AgentError> {
+        let mut end = End::Stopped;
+        let keeper = self.succession.worker.keeper.clone();
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             self.reload.run(reread())
         });
         let notice = self.identity.extension().drain_notice();
-        let idle = idle(&self.phase, &self.connections, notice);
+        let handover = self.succession.worker.handover.clone();
+        let idle = idle(&self.phase, &self.connections, notice, &handover);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
         let drain = self.config.limits.drain;
         tokio::select! {
@@ -226,17 +237,28 @@ impl Serving {
             () = lost => return Err(AgentError::Shard),
             () = self.succession.run() => {
                 audit::process("handed over", "agent", &self.identity);
-                lifecycle::succeeded().await;
                 self.phase.send_replace(Phase::Ended);
+                end = End::HandedOver;
             }
         }
         let _ = self.connector.await;
         self.shards.join().await;
+        keeper.discard();
         self.reload.log.report();
         tracing::info!("agent has ended");
         audit::process("ended", "agent", &self.identity);
-        Ok(())
+        Ok(end)
     }
+}
+
+/// Returns the configured keeper.
+fn keeper_of(config: &AgentConfig) -> Option<KeeperSpec> {
+    let path = config.keeper.clone()?;
+    Some(KeeperSpec {
+        path,
+        role: ROLE,
+        patience: config.limits.resume,
+    })
 }
 
 /// Returns the common setup of tunnels over QUIC.
@@ -304,10 +326,15 @@ fn watch_files(material: &Arc<Material>, policy: Policy) {
 
 /// Waits until a draining agent has no connection left, and then refuses further ones. Foreign servers
 /// may request some for the time of `notice`, until they have learnt of the drain.
-async fn idle(phase: &watch::Sender<Phase>, connections: &ConcurrencyLimit, notice: Duration) {
+async fn idle(
+    phase: &watch::Sender<Phase>,
+    connections: &ConcurrencyLimit,
+    notice: Duration,
+    handover: &Handover,
+) {
     lifecycle::stopping(phase.subscribe()).await;
     tokio::time::sleep(notice).await;
-    while !connections.close_if_empty() {
+    while handover.stage() != Stage::Serving || !connections.close_if_empty() {
         tokio::time::sleep(IDLE_POLL).await;
     }
 }

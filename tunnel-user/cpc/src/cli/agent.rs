@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, take_over};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, finish, take_over};
 use super::join;
 use cpc_config::address;
 use cpc_config::datapath::EngineChoice;
@@ -142,8 +142,7 @@ impl Args {
         let start = take_over(config.state_dir.as_deref(), "agent", self.replace)?;
         let reread = || self.config();
         let ran = cpc_agent::run(config, log, start, AgentExtension::extend, &reread);
-        super::runtime()?.block_on(ran)?;
-        Ok(())
+        finish(super::runtime()?.block_on(ran)?)
     }
 }
 

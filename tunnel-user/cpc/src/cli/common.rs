@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use cpc_config::{AuditConfig, ConfigError, LogConfig, LogFormat, TlsConfig};
 use cpc_handover::Predecessor;
 use cpc_host::inherited::Inherited;
+use cpc_host::lifecycle::End;
 use cpc_host::privileges::{self, CapabilitySet};
 use cpc_observe::logging::{self, LogHandle};
 
@@ -78,6 +79,11 @@ pub(super) fn take_over(
     let found = cpc_handover::find(state_dir, role, is_replacing, &mut inherited);
     let found = found.context("takeover")?;
     Ok((inherited, found))
+}
+
+/// Ends a process that does not serve any more. Nothing of its service is left, such as tasks and listeners.
+pub(super) fn finish(end: End) -> anyhow::Result<()> {
+    Ok(super::runtime()?.block_on(end.may_exit())?)
 }
 
 /// Flags of our certificate and the trusted CAs.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, take_over};
+use super::common::{LogArgs, Overlay, TlsArgs, begin, check_log, finish, take_over};
 
 use cpc_config::datapath::EngineChoice;
 use cpc_config::{ConfigError, ServerConfig};
@@ -101,7 +101,6 @@ impl Args {
         let extension = Some(Box::new(ServerExtension::default()) as _);
         let reread = || self.config();
         let served = cpc_server::run(config, log, start, &reread, extension);
-        super::runtime()?.block_on(served)?;
-        Ok(())
+        finish(super::runtime()?.block_on(served)?)
     }
 }

@@ -29,7 +29,8 @@ use prometheus_client::registry::Registry;
 use cpc_config::datapath::EngineChoice;
 
 pub use ring::Ring;
-pub use socket::Socket;
+pub use socket::{Socket, packed};
+pub use tcp::Packed;
 pub use thread::current;
 pub(crate) use thread::{before_park, leave, run};
 

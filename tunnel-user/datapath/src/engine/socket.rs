@@ -9,13 +9,15 @@ use tokio::net::TcpStream;
 use super::tcp::{Packed, RingSocket};
 use super::thread::current;
 use crate::LocalSocket;
+use crate::kept::{Keep, Kept, TcpSocket};
 use crate::socket::{Portable, SocketParts};
+use crate::stream::Held;
 
 /// A connected TCP socket.
 #[derive(Debug)]
 pub enum Socket {
     /// On tokio's reactor.
-    Epoll(TcpStream),
+    Epoll(TcpSocket),
     /// On the shard's ring.
     Ring(RingSocket),
 }
@@ -28,9 +30,15 @@ impl Socket {
     pub fn new(socket: TcpStream) -> io::Result<Self> {
         match current() {
             Some(ring) => RingSocket::new(ring, socket.into_std()?.into()).map(Self::Ring),
-            None => Ok(Self::Epoll(socket)),
+            None => Ok(Self::Epoll(TcpSocket::new(socket))),
         }
     }
+}
+
+/// Returns a socket of an earlier process, with the bytes that are in the kernel, ready to
+/// [unpack](Portable::unpack).
+pub fn packed(socket: std::net::TcpStream, kept: Option<Box<Kept>>) -> Packed {
+    Packed::kept(socket, kept)
 }
 
 /// Calls the same method on either variant.
@@ -75,8 +83,20 @@ impl LocalSocket for Socket {
         either!(self, socket => socket.reset_on_close(reset));
     }
 
+    fn discard_input(&self) {
+        either!(self, socket => socket.discard_input());
+    }
+
     fn unsent(&self) -> usize {
         either!(self, socket => socket.unsent())
+    }
+
+    fn is_kept(&self) -> bool {
+        either!(self, socket => socket.is_kept())
+    }
+
+    fn keep(&self, session: &Held, untold: u64, keeper: &impl Keep) {
+        either!(self, socket => socket.keep(session, untold, keeper));
     }
 }
 
@@ -85,7 +105,10 @@ impl Portable for Socket {
 
     fn pack(self) -> io::Result<Packed> {
         match self {
-            Self::Epoll(socket) => Ok(socket.into_std()?.into()),
+            Self::Epoll(socket) => {
+                let (socket, kept) = socket.into_std()?;
+                Ok(Packed::kept(socket, kept))
+            }
             Self::Ring(socket) => socket.pack(),
         }
     }
@@ -94,7 +117,7 @@ impl Portable for Socket {
         match current() {
             Some(ring) => RingSocket::new(ring, packed).map(Self::Ring),
             // All shards have the same engine, so nothing was received ahead.
-            None => TcpStream::from_std(packed.socket).map(Self::Epoll),
+            None => TcpSocket::from_std(packed.socket, packed.kept).map(Self::Epoll),
         }
     }
 

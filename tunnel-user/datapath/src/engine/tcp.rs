@@ -29,6 +29,7 @@ use tunnel_proto::handover;
 
 use super::ring::{Completion, Group, Operation, Ring, Sink};
 use crate::LocalSocket;
+use crate::kept::{Kept, release};
 use crate::socket::{SocketParts, error_ready, unless_ended, unsent_bytes, would_block};
 
 /// Approximate number of bytes received ahead of the reader. Data that the kernel has put into buffers
@@ -50,6 +51,8 @@ pub struct Packed {
     pub(super) socket: TcpStream,
     ahead: VecDeque<Bytes>,
     end: Option<End>,
+    /// State of a socket that is kept. One on a ring is not.
+    pub(super) kept: Option<Box<Kept>>,
 }
 
 impl From<TcpStream> for Packed {
@@ -58,17 +61,27 @@ impl From<TcpStream> for Packed {
             socket,
             ahead: VecDeque::new(),
             end: None,
+            kept: None,
         }
     }
 }
 
 impl Packed {
+    /// Packs a socket with its bytes in the kernel.
+    pub fn kept(socket: TcpStream, kept: Option<Box<Kept>>) -> Self {
+        Self {
+            kept,
+            ..Self::from(socket)
+        }
+    }
+
     /// Takes the socket apart for another process. Returns `None`, which closes the socket, if its receive has
     /// failed: the kernel reports an error once.
     pub(super) fn into_parts(self) -> Option<SocketParts> {
         if let Some(End::Error(_)) = self.end {
             return None;
         }
+        release(&self.socket, self.kept);
         // The kernel reports an end of file again.
         Some(SocketParts {
             descriptor: self.socket.into(),
@@ -171,7 +184,13 @@ impl Received {
 impl RingSocket {
     /// Brings a socket to `ring`, that of the current thread.
     pub(super) fn new(ring: Rc<Ring>, packed: Packed) -> io::Result<Self> {
-        let Packed { socket, ahead, end } = packed;
+        let Packed {
+            socket,
+            ahead,
+            end,
+            kept,
+        } = packed;
+        release(&socket, kept);
         // Else the kernel would not wait for bytes: it takes O_NONBLOCK for RWF_NOWAIT.
         socket.set_nonblocking(false)?;
         let received = Received::default();
@@ -206,6 +225,7 @@ impl RingSocket {
             socket,
             ahead: self.received.queue.take(),
             end: self.received.end.get(),
+            kept: None,
         })
     }
 

@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use super::*;
 use crate::Socket;
 use crate::engine::testing::on_each;
+use crate::kept::KeepNothing;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const ORDERLY: CloseReason = CloseReason::Finished;
@@ -157,7 +158,8 @@ impl Rig {
         let far = Rc::<Far>::default();
         let (mut send, mut recv, meter) = (FarSend(far.clone()), FarRecv(far.clone()), far.clone());
         let relay = spawn_local(async move {
-            relay(&local, &mut send, &mut recv, &mut start, &budget, &meter).await
+            let watchers = (&meter, &KeepNothing);
+            relay(&local, &mut send, &mut recv, &mut start, &budget, watchers).await
         });
         Self { far, relay }
     }

@@ -31,11 +31,12 @@ pub(super) async fn look_up(
 ) -> Result<Vec<Arc<LinkInfo>>, RouteError> {
     loop {
         let found = shard.control.routes().candidates(tenant, host);
-        let held = shard.control.held_until().map(Instant::from_std);
+        let held = shard.control.held_until(tenant).map(Instant::from_std);
         let until = held.unwrap_or(shard.started + RECONNECT_GRACE);
         if found.is_ok()
             || Instant::now() >= until.min(deadline)
             || *shard.phase.borrow() != Phase::Running
+            || shard.handover.is_collecting()
         {
             return found;
         }

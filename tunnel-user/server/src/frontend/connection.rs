@@ -8,6 +8,7 @@ use tunnel_proto::handover;
 use super::scope::Scope;
 use crate::dial::Dialled;
 use crate::dial::error::DialError;
+use crate::handover::kept::KeptClient;
 use crate::limits::Limit;
 use crate::permits::{ConnectionPermit, DialPermit};
 use crate::resumption::{Lost, Resumed};
@@ -160,7 +161,13 @@ pub(crate) fn serve(
             metrics: &shard.metrics.dials,
         };
         meter.outbound(std::mem::take(sent));
-        let relayed = relay(local, send, recv, unsent, budget, &meter);
+        let keeper = KeptClient {
+            keeper: &shard.keeper,
+            link: permit,
+            record: &served.record,
+            tenant: &served.tenant,
+        };
+        let relayed = relay(local, send, recv, unsent, budget, (&meter, &keeper));
         let (closer, reason) = tokio::select! {
             // Without a random number a poll.
             biased;

@@ -15,8 +15,9 @@ use crate::permits::ConnectionPermit;
 use crate::resumption::{Lost, until_settled};
 use crate::shard::{Common, Shard};
 use cpc_datapath::Socket;
+use cpc_datapath::engine::{Packed, packed};
 use cpc_datapath::socket::SocketParts;
-use cpc_handover::{HandoverError, Parcel};
+use cpc_handover::{HandoverError, Parcel, understood};
 use cpc_observe::metrics::Closer;
 
 /// A connection that this process gives away.
@@ -74,46 +75,71 @@ impl Collected {
     }
 }
 
-/// A connection that another process has given away, checked.
+/// A connection of another process, checked.
 pub(crate) struct Restored {
-    client: Option<(Kind, OwnedFd, Parked)>,
+    client: Option<(RestoredSocket, Parked)>,
     lost: Box<Lost>,
 }
 
-/// Checks the connections of a state.
+/// A socket of another process.
+pub(crate) enum RestoredSocket {
+    /// TCP, with its bytes in the kernel if those are kept.
+    Tcp(Packed),
+    /// Unix.
+    Unix(UnixStream),
+    /// A kind of a later release.
+    Unknown,
+}
+
+impl RestoredSocket {
+    fn new(kind: Kind, descriptor: OwnedFd) -> Self {
+        match kind {
+            Kind::Tcp => Self::Tcp(packed(TcpStream::from(descriptor), None)),
+            Kind::Unix => Self::Unix(descriptor.into()),
+            Kind::Unknown => Self::Unknown,
+        }
+    }
+}
+
+/// Checks the connections of a state. Those that this release does not understand end.
+pub(crate) fn restore(common: &Common, state: State, sockets: Vec<OwnedFd>) -> Vec<Restored> {
+    let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
+    understood(state.connections.iter().map(|saved| {
+        restore_one(common, saved, |socket| {
+            let at = usize::try_from(socket.descriptor).unwrap_or(usize::MAX);
+            let descriptor = sockets.get_mut(at).and_then(Option::take)?;
+            Some(RestoredSocket::new(socket.kind(), descriptor))
+        })
+    }))
+}
+
+/// Checks a connection, whose socket `find` returns.
 ///
 /// # Errors
 /// [`HandoverError::Malformed`].
-pub(crate) fn restore(
+pub(super) fn restore_one(
     common: &Common,
-    state: State,
-    sockets: Vec<OwnedFd>,
-) -> Result<Vec<Restored>, HandoverError> {
-    let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
-    let restored = state.connections.iter().map(|saved| {
-        let lost = Lost::restore(common, saved)?;
-        let client = match &saved.socket {
-            None => None,
-            Some(socket) => {
-                let at = usize::try_from(socket.descriptor).unwrap_or(usize::MAX);
-                let descriptor = sockets.get_mut(at).and_then(Option::take);
-                let descriptor = descriptor.ok_or(HandoverError::Malformed("descriptor"))?;
-                let parked = Parked::restore(common, socket)?;
-                Some((socket.kind(), descriptor, parked))
-            }
-        };
-        Ok(Restored {
-            client,
-            lost: Box::new(lost),
-        })
-    });
-    restored.collect()
+    saved: &Connection,
+    find: impl FnOnce(&SavedSocket) -> Option<RestoredSocket>,
+) -> Result<Restored, HandoverError> {
+    let lost = Lost::restore(common, saved)?;
+    let client = match &saved.socket {
+        None => None,
+        Some(socket) => {
+            let found = find(socket).ok_or(HandoverError::Malformed("descriptor"))?;
+            Some((found, Parked::restore(common, socket)?))
+        }
+    };
+    Ok(Restored {
+        client,
+        lost: Box::new(lost),
+    })
 }
 
 impl Restored {
     /// Goes on with the connection on a shard.
     pub(super) fn go_on(self, shard: &Rc<Shard>) {
-        let Some((kind, descriptor, parked)) = self.client else {
+        let Some((socket, parked)) = self.client else {
             tokio::task::spawn_local(until_settled(shard.clone(), self.lost));
             return;
         };
@@ -127,23 +153,22 @@ impl Restored {
             );
         };
         let lost = self.lost;
-        match kind {
-            Kind::Tcp => frontend::Restored {
-                socket: TcpStream::from(descriptor).into(),
+        match socket {
+            RestoredSocket::Tcp(socket) => frontend::Restored {
+                socket,
                 parked,
                 permit,
                 lost,
             }
             .spawn::<Socket>(shard),
-            Kind::Unix => frontend::Restored {
-                socket: UnixStream::from(descriptor),
+            RestoredSocket::Unix(socket) => frontend::Restored {
+                socket,
                 parked,
                 permit,
                 lost,
             }
             .spawn::<tokio::net::UnixStream>(shard),
-            // Of a later release.
-            Kind::Unknown => {
+            RestoredSocket::Unknown => {
                 lost.abandon(shard, CloseReason::Internal);
                 ended(shard, &parked.record, Closer::Server, CloseReason::Internal);
             }

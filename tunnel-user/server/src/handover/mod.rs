@@ -11,6 +11,7 @@
 //! for another tunnel. The successor, or this process again, goes on from there.
 
 mod collected;
+pub(crate) mod kept;
 mod stage;
 mod stop;
 pub(crate) mod succession;

@@ -44,6 +44,7 @@ pub(crate) async fn stop(
     }
     let paused = began.elapsed();
     common.handover.set(Stage::Collecting);
+    common.control.hold_routes();
     common.peers.on_all(|shard| shard.leave_tunnels()).await;
     let mut collected = Vec::new();
     let complete = async {
@@ -77,6 +78,7 @@ pub(crate) async fn stop(
     let mut state = Parcel::of(&State {
         instance: Bytes::copy_from_slice(&common.instance.0),
         connections: Vec::new(),
+        incarnation: common.incarnation,
     })?;
     for one in collected {
         one.save(&mut state)?;

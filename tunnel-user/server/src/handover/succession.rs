@@ -4,13 +4,14 @@ use tokio::sync::mpsc;
 use tunnel_proto::session::InstanceId;
 
 use super::collected::{Collected, Restored, restore};
+use super::kept;
 use super::stop::{go_on, serve_again, stop};
 use crate::error::ServerError;
 use crate::shard::Common;
 use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store};
 use cpc_host::environment::Restarts;
 use cpc_host::inherited::Inherited;
-use cpc_host::lifecycle;
+use cpc_host::lifecycle::{self, Phase};
 use cpc_host::report::report;
 
 /// Role of this process in a handover.
@@ -27,9 +28,10 @@ pub(crate) fn take_over(
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
-        Ok((InstanceId(instance), restore(common, state, sockets)?))
+        let process = (InstanceId(instance), state.incarnation + 1);
+        Ok((process, restore(common, state, sockets)))
     })?;
-    common.instance = instance;
+    (common.instance, common.incarnation) = instance;
     tracing::info!(connections = restored.len(), "taken over");
     Ok(restored)
 }
@@ -72,6 +74,9 @@ impl Succession {
     async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
         tracing::info!(version = successor.version, "a successor asks to take over");
         successor.prepare(self.inherited.listeners()?).await?;
+        if *self.common.phase.borrow() != Phase::Running {
+            return Err(HandoverError::Stopping);
+        }
         let state = self.stop().await?;
         match successor.give(state).await {
             Ok(()) => {
@@ -106,7 +111,11 @@ impl Succession {
 
     async fn stop(&mut self) -> Result<Parcel, HandoverError> {
         match stop(&self.common, &mut self.collection).await {
-            Ok(state) => Ok(state),
+            Ok(state) => {
+                // The sockets have one user.
+                self.common.keeper.discard();
+                Ok(state)
+            }
             Err(error) => {
                 // Without the connections: there is no memory for them.
                 self.go_on(None).await?;
@@ -117,10 +126,11 @@ impl Succession {
 
     /// Goes on with what was stopped.
     async fn go_on(&self, state: Option<Parcel>) -> Result<(), HandoverError> {
+        self.common.keeper.open(&kept::process(&self.common));
         serve_again(&self.common).await;
         if let Some(state) = state {
             let (state, sockets) = state.open()?;
-            go_on(&self.common, restore(&self.common, state, sockets)?);
+            go_on(&self.common, restore(&self.common, state, sockets));
         }
         Ok(())
     }

@@ -154,7 +154,7 @@ impl Session<'_> {
                 }
                 if reason == CloseReason::HandedOver {
                     info.hands_over.store(true, Ordering::Relaxed);
-                    shard.control.hold_routes();
+                    shard.control.hold_routes_of(&info.identity);
                     if let Some(notices) = link.notices.get() {
                         notices.hold_all();
                     }
@@ -198,11 +198,12 @@ impl Session<'_> {
         let Registration {
             process,
             offer,
+            incarnation,
             serves_while_draining,
             holds_sessions,
         } = registration;
         if holds_sessions && !shard.limits.resume.is_zero() {
-            self.hold_sessions(process.0).await;
+            self.hold_sessions((process.0, incarnation)).await;
         }
         let serves = &link.info.serves_while_draining;
         serves.store(serves_while_draining, Ordering::Relaxed);
@@ -212,7 +213,7 @@ impl Session<'_> {
 
     /// Prepares the tunnel for sessions of the agent's process. Without a stream for their notices they are
     /// connections that end with the tunnel.
-    async fn hold_sessions(&self, instance: InstanceId) {
+    async fn hold_sessions(&self, process: (InstanceId, u64)) {
         let Self { shard, link } = *self;
         let opened = timeout(STREAM_TIMEOUT, link.connection.open()).await;
         let Ok(Ok((mut send, recv))) = opened else {
@@ -226,7 +227,7 @@ impl Session<'_> {
         let notices = Notices::new();
         // The tunnel is new.
         let _ = link.notices.set(notices.clone());
-        { &shard.processes }.arrived(instance, link.peer.clone(), &link.info);
+        { &shard.processes }.arrived(process, link.peer.clone(), &link.info);
         let (connection, session) = (link.connection.clone(), link.session.clone());
         let (info, moving) = (link.info.clone(), shard.clone());
         tokio::task::spawn_local(async move {
@@ -270,6 +271,7 @@ impl Session<'_> {
             accepted: verdict.accepted,
             refused: verdict.refused,
             heartbeat: Timers::default().heartbeat,
+            incarnation: shard.incarnation,
         };
         link.session.with(|s| s.welcome(welcome, Instant::now()))
     }

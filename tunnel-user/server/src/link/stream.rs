@@ -9,7 +9,7 @@ use tunnel_proto::preface::DialResponse;
 
 use super::answer::{Answer, Answered};
 use super::foreign::{ForeignRecv, ForeignSend};
-use cpc_datapath::stream::{RecvEnd, RecvHalf, SendEnd, SendHalf};
+use cpc_datapath::stream::{Held, RecvEnd, RecvHalf, SendEnd, SendHalf};
 use cpc_session::{SessionRecv, SessionSend};
 use cpc_transport::tunnel::TunnelRecv;
 
@@ -96,6 +96,13 @@ impl SendHalf for LinkSend {
         match self {
             Self::Tunnel(send) => send.reset(reason),
             Self::Foreign(send) => send.reset(reason),
+        }
+    }
+
+    fn held(&self) -> Option<Held> {
+        match self {
+            Self::Tunnel(send) => send.held(),
+            Self::Foreign(_) => None,
         }
     }
 

@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
-use cpc_handover::Predecessor;
+use cpc_handover::{KeeperHandle, KeeperSpec, Predecessor};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
-use cpc_host::lifecycle::{self, Phase};
+use cpc_host::lifecycle::{self, End, Phase};
 use cpc_host::random;
 use cpc_host::report::report;
 use cpc_identity::Identity;
@@ -30,12 +30,13 @@ use super::prepared::Prepared;
 use crate::agent_processes::AgentProcesses;
 use crate::attachments::Attachments;
 use crate::bind::{self, Bound};
-use crate::control::Control;
+use crate::control::{Control, Publish};
 use crate::error::ServerError;
 use crate::extension::AgentListener;
 use crate::faults::Faults;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
+use crate::handover::kept::{self, take_kept};
 use crate::handover::succession::{ROLE, Succession, take_over};
 use crate::handover::{self, Handover};
 use crate::handshakes::HandshakeLimiter;
@@ -109,7 +110,6 @@ impl Serving {
         let own = identity.trust_domain.clone();
         let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
         let routing = Registry::new(grants, &config.routing.strategies, config.limits.forget);
-        let control = Control::new(routing.bounded(RouteBounds::from(&config.limits)), publish);
         let (phase, phases) = watch::channel(Phase::Running);
         let mut instance = [0; 16];
         random::fill(&mut instance)?;
@@ -122,6 +122,8 @@ impl Serving {
         let failed_tunnels = metrics.handshakes.clone();
         let failed_joins = metrics.join_handshakes.clone();
         let (handover, collection) = Handover::new();
+        let publish = unless_given_away(publish, handover.clone());
+        let control = Control::new(routing.bounded(RouteBounds::from(&config.limits)), publish);
         let mut common = Common {
             control: control.handle(),
             issuer: issuer.clone(),
@@ -143,12 +145,14 @@ impl Serving {
             server_count: config.server_count,
             revocations: revocations.clone(),
             instance: InstanceId(instance),
+            incarnation: 0,
             started: tokio::time::Instant::now(),
             phase: phases.clone(),
             last_link: Arc::default(),
             loads: Loads::new(bound.udp.len()),
             peers,
             handover,
+            keeper: KeeperHandle::new(keeper_of(&config)),
         };
         let lifetimes = lifetimes(material.iter().map(|it| it.clone() as _), &bound);
         tokio::spawn(lifetime::watch(lifetimes.clone()));
@@ -193,12 +197,23 @@ impl Serving {
             None => None,
         };
 
+        if let (Some(listener), Some(issuer)) = (bound.join, issuer) {
+            let handshakes = config.limits.handshakes.at_most(shares.handshakes);
+            let limiter = join::limiter(&handshakes, failed_joins);
+            join::serve(listener, issuer, limiter).await?;
+        }
+
         // As late as possible: from here on the predecessor does not serve any more.
         let has_predecessor = predecessor.is_some();
         let restored = match predecessor {
-            Some(predecessor) => take_over(predecessor, &mut common)?,
-            None => Vec::new(),
+            Some(predecessor) => {
+                let restored = take_over(predecessor, &mut common)?;
+                common.keeper.open(&kept::process(&common));
+                restored
+            }
+            None => take_kept(&mut common),
         };
+        tokio::spawn(common.keeper.clone().watch(kept::process(&common)));
         bind::take_effect(&bound.udp, &mut listeners, &mut inherited);
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
@@ -234,11 +249,6 @@ impl Serving {
             inherited,
         };
 
-        if let (Some(listener), Some(issuer)) = (bound.join, issuer) {
-            let handshakes = config.limits.handshakes.at_most(shares.handshakes);
-            let limiter = join::limiter(&handshakes, failed_joins);
-            join::serve(listener, issuer, limiter).await?;
-        }
         let admin = Admin::new(registry, log.clone(), Arc::new(view));
         let pages = admin.clone().router();
         tokio::spawn(admin::serve(bound.admin, pages, shares.http));
@@ -296,7 +306,8 @@ impl Serving {
     pub(crate) async fn until_stopped(
         mut self,
         reread: &dyn Fn() -> Result<ServerConfig, ConfigError>,
-    ) -> Result<(), ServerError> {
+    ) -> Result<End, ServerError> {
+        let mut end = End::Stopped;
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             let is_in_force = match reread() {
                 Ok(config) => {
@@ -325,20 +336,41 @@ impl Serving {
             () = lost => return Err(ServerError::Shard),
             () = self.succession.run() => {
                 audit::process("handed over", "server", &self.identity);
-                lifecycle::succeeded().await;
                 self.phase.send_replace(Phase::Ended);
+                end = End::HandedOver;
             }
         }
         // A shard ends its links and returns: that is short.
         self.shards.join().await;
+        self.common.keeper.discard();
         if let Some(leases) = self.leases {
             let _ = leases.await;
         }
         self.log.report();
         tracing::info!("server has ended");
         audit::process("ended", "server", &self.identity);
-        Ok(())
+        Ok(end)
     }
+}
+
+/// Writes routes to the kernel, but not while the server gives away what it has: its agents go to the successor,
+/// which writes them from then on.
+fn unless_given_away(mut publish: Publish, handover: Handover) -> Publish {
+    Box::new(move |routes, keeps_served| {
+        if !handover.is_collecting() {
+            publish(routes, keeps_served);
+        }
+    })
+}
+
+/// Returns the configured keeper.
+fn keeper_of(config: &ServerConfig) -> Option<KeeperSpec> {
+    let path = config.keeper.clone()?;
+    Some(KeeperSpec {
+        path,
+        role: ROLE,
+        patience: config.limits.resume,
+    })
 }
 
 /// Returns the lifetimes of all certificates that this server uses.

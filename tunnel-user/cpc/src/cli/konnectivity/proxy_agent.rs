@@ -180,8 +180,7 @@ impl Args {
         let start = crate::cli::common::take_over(state_dir, "agent", false)?;
         let reread = || self.translate().map(|translated| translated.config);
         let ran = cpc_agent::run(config, log, start, AgentExtension::extend, &reread);
-        crate::cli::runtime()?.block_on(ran)?;
-        Ok(())
+        crate::cli::common::finish(crate::cli::runtime()?.block_on(ran)?)
     }
 
     fn check_files(&self) -> Result<(), ConfigError> {

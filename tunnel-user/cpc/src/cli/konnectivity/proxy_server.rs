@@ -218,8 +218,7 @@ impl Args {
         let reread = || self.translate().map(|translated| translated.config);
         let extension = Some(Box::new(ServerExtension::default()) as _);
         let served = cpc_server::run(config, log, start, &reread, extension);
-        crate::cli::runtime()?.block_on(served)?;
-        Ok(())
+        crate::cli::common::finish(crate::cli::runtime()?.block_on(served)?)
     }
 
     fn check_files(&self) -> Result<(), ConfigError> {

@@ -89,6 +89,8 @@ pub(super) enum Action {
 pub(super) struct Registration {
     /// Process of the agent, and an earlier one that has ended.
     pub process: (InstanceId, Option<InstanceId>),
+    /// Number of processes that had the id of the agent's process before.
+    pub incarnation: u64,
     /// Offered claims.
     pub offer: Vec<Claim>,
     /// Whether the agent takes dials while it drains.
@@ -240,6 +242,7 @@ impl Lifecycle {
         });
         Action::Register(Registration {
             process: (hello.instance_id, hello.predecessor),
+            incarnation: hello.incarnation,
             offer: hello.offer,
             serves_while_draining,
             holds_sessions,

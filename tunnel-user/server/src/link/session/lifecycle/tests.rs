@@ -17,6 +17,7 @@ fn hello() -> Hello {
         features: vec![SERVES_WHILE_DRAINING.into()],
         offer: vec![Claim::DefaultRoute],
         predecessor: None,
+        incarnation: 0,
     }
 }
 
@@ -69,6 +70,7 @@ fn an_agent_is_welcomed_once_its_routes_are_in_force() {
     assert_eq!(greet(&mut lifecycle, at), Action::Admit);
     let registration = Registration {
         process: (PROCESS, None),
+        incarnation: 0,
         offer: vec![Claim::DefaultRoute],
         serves_while_draining: true,
         holds_sessions: false,

@@ -1,0 +1,355 @@
+//! A TCP socket on tokio's reactor, whose bytes stay in the kernel until the other end has confirmed them.
+//!
+//! Once a session is held, the socket is read with `MSG_PEEK`, and what the other end confirms is discarded. So the
+//! process can be killed at any time: with a copy of the socket, the next process reads again what was lost with
+//! this one (docs/adr/0038). `SO_PEEK_OFF` of TCP is of Linux 6.10, with IPv6 of 6.12; without it nothing is kept.
+
+use std::cell::{Cell, OnceCell};
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+use std::task::{Poll, ready};
+
+use bytes::Bytes;
+use cpc_keeper::{Position, Slot};
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::buffer::read_owned;
+use crate::socket::LocalSocket;
+use crate::stream::Held;
+
+/// Number of bytes in the kernel from which on it is asked for a larger receive buffer. By itself it counts what
+/// was discarded, and stays near 1.2 MB.
+const RAISE_AT: u64 = 512 << 10;
+
+/// Half of the larger receive buffer, in bytes.
+const LOW_WATER: libc::c_int = 4 << 20;
+
+/// Bit of an entry in the table of the keeper: the end of file was passed on to the peer, or is about to be.
+pub const FINISHED: u64 = 1 << 63;
+
+/// The means to keep sockets beyond the process.
+pub trait Keep {
+    /// Whether there is a keeper.
+    fn is_there(&self) -> bool;
+    /// Gives a copy of the socket of a session to the keeper. The socket is at `position`, and has taken `untold`
+    /// bytes of the tunnel more than `session` says.
+    fn keep(
+        &self,
+        socket: BorrowedFd<'_>,
+        position: &Position,
+        session: &Held,
+        untold: u64,
+    ) -> Option<Slot>;
+}
+
+/// No keeper.
+#[derive(Clone, Copy, Debug)]
+pub struct KeepNothing;
+
+impl Keep for KeepNothing {
+    fn is_there(&self) -> bool {
+        false
+    }
+
+    fn keep(&self, _: BorrowedFd<'_>, _: &Position, _: &Held, _: u64) -> Option<Slot> {
+        None
+    }
+}
+
+/// A connected TCP socket.
+#[derive(Debug)]
+pub struct TcpSocket {
+    /// `None` inside where the kernel can't keep bytes.
+    kept: OnceCell<Option<Box<Kept>>>,
+    stream: TcpStream,
+}
+
+/// State of a socket that is read with `MSG_PEEK`.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// Copy in the keeper.
+    slot: OnceCell<Slot>,
+    /// Number of bytes that were read and are in the kernel.
+    peeked: Cell<u64>,
+    /// Number of bytes that were taken from the queue in all, as the table of the keeper has it.
+    consumed: Cell<u64>,
+    /// Whether the end of file was passed on to the peer.
+    is_finished: Cell<bool>,
+    /// Whether a larger receive buffer was asked for.
+    is_raised: Cell<bool>,
+}
+
+impl Kept {
+    /// Restores the state of a socket that an earlier process has kept: `peeked` bytes were read, and are in the
+    /// kernel, which has given `consumed`.
+    pub fn restore(slot: Option<Slot>, peeked: u64, (consumed, is_finished): (u64, bool)) -> Self {
+        let kept = Self {
+            peeked: peeked.into(),
+            consumed: consumed.into(),
+            is_finished: is_finished.into(),
+            ..Self::default()
+        };
+        if let Some(slot) = slot {
+            kept.fill(slot);
+        }
+        kept
+    }
+
+    /// Notes the copy in the keeper.
+    fn fill(&self, slot: Slot) {
+        // It is empty.
+        let _ = self.slot.set(slot);
+        if let Some(slot) = self.slot.get() {
+            slot.consuming(self.entry(self.consumed.get()));
+        }
+        self.tell();
+    }
+
+    /// Takes the first `n` bytes from the queue of the socket.
+    fn discard(&self, socket: &impl AsRawFd, n: u64) {
+        let n = n.min(self.peeked.get());
+        if n == 0 {
+            return;
+        }
+        let after = self.consumed.get() + n;
+        if let Some(slot) = self.slot.get() {
+            slot.consuming(self.entry(after));
+        }
+        let mut left = usize::try_from(n).unwrap_or(usize::MAX);
+        while left > 0 {
+            let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
+            // SAFETY: with MSG_TRUNC a TCP socket writes nothing to the buffer (tcp(7)).
+            let done = unsafe { libc::recv(socket.as_raw_fd(), ptr::null_mut(), left, flags) };
+            match usize::try_from(done) {
+                // They are there: a broken socket is seen by the next read.
+                Ok(0) | Err(_) => break,
+                Ok(done) => left = left.saturating_sub(done),
+            }
+        }
+        self.peeked.set(self.peeked.get() - n);
+        self.consumed.set(after);
+        self.tell();
+    }
+
+    /// Returns the entry in the table of the keeper.
+    fn entry(&self, consumed: u64) -> u64 {
+        match self.is_finished.get() {
+            true => consumed | FINISHED,
+            false => consumed,
+        }
+    }
+
+    /// Writes the state to the table of the keeper.
+    fn tell(&self) {
+        if let Some(slot) = self.slot.get() {
+            slot.consumed(self.entry(self.consumed.get()));
+        }
+    }
+
+    /// Ends the keeping of a socket whose bytes this process has.
+    fn end(&self, socket: &impl AsRawFd) {
+        self.discard(socket, u64::MAX);
+        // The kernel knows the option: it was set before.
+        let _ = set_peek_offset(socket, -1);
+    }
+}
+
+impl TcpSocket {
+    /// Wraps a socket of which nothing is kept yet.
+    pub fn new(stream: TcpStream) -> Self {
+        Self {
+            kept: OnceCell::new(),
+            stream,
+        }
+    }
+
+    /// Takes the socket apart.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub fn into_std(self) -> io::Result<(std::net::TcpStream, Option<Box<Kept>>)> {
+        Ok((self.stream.into_std()?, self.kept.into_inner().flatten()))
+    }
+
+    /// Joins the current runtime.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub fn from_std(stream: std::net::TcpStream, kept: Option<Box<Kept>>) -> io::Result<Self> {
+        let socket = Self::new(TcpStream::from_std(stream)?);
+        if kept.is_some() {
+            // It is empty.
+            let _ = socket.kept.set(kept);
+        }
+        Ok(socket)
+    }
+
+    fn kept(&self) -> Option<&Kept> {
+        self.kept.get()?.as_deref()
+    }
+
+    /// Begins to leave in the kernel what is read.
+    fn begin(&self) -> Option<Box<Kept>> {
+        // Otherwise a byte of urgent data is peeked twice.
+        set(&self.stream, libc::SO_OOBINLINE, 1).ok()?;
+        set_peek_offset(&self.stream, 0).ok()?;
+        Some(Box::default())
+    }
+
+    /// Asks for a larger receive buffer, which the kernel grants to a reader that wants so many bytes at once.
+    fn raise(&self) {
+        for bytes in [LOW_WATER, 1] {
+            // Without it the connection is slower.
+            let _ = set(&self.stream, libc::SO_RCVLOWAT, bytes);
+        }
+    }
+}
+
+/// Takes what a process has read of a socket, and not discarded, for a planned handover: it goes along with the
+/// message.
+pub(crate) fn release(socket: &impl AsRawFd, kept: Option<Box<Kept>>) {
+    if let Some(kept) = kept {
+        kept.end(socket);
+    }
+}
+
+/// Sets the offset of the next read with `MSG_PEEK` in the queue of a socket, behind which later ones follow
+/// (`SO_PEEK_OFF`, socket(7)). -1 ends that.
+///
+/// # Errors
+/// The error of the system call: the kernel is older than Linux 6.10, or 6.12 for IPv6.
+pub fn set_peek_offset(socket: &impl AsRawFd, offset: i32) -> io::Result<()> {
+    set(socket, libc::SO_PEEK_OFF, offset)
+}
+
+/// Sets a socket option of level `SOL_SOCKET` (socket(7)).
+fn set(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the kernel reads one int, which lives through the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl LocalSocket for TcpSocket {
+    fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
+        poll_fn(move |cx| {
+            loop {
+                ready!(self.stream.poll_read_ready(cx))?;
+                let kept = self.kept();
+                let flags = match kept {
+                    Some(_) => MsgFlags::MSG_PEEK,
+                    None => MsgFlags::empty(),
+                };
+                let mut last = None;
+                let read = read_owned(|room| {
+                    let read = self.stream.try_io(Interest::READABLE, || {
+                        let n = recv(self.stream.as_raw_fd(), room, flags)?;
+                        if n > 0 && n < room.len() {
+                            // There was no more: what follows is news (epoll(7), edge-triggered), and
+                            // another read would find nothing.
+                            last = Some(n);
+                            return Err(io::ErrorKind::WouldBlock.into());
+                        }
+                        Ok(n)
+                    });
+                    last.map_or(read, Ok)
+                });
+                match read {
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(bytes) => {
+                        if let Some(kept) = kept {
+                            kept.peeked.set(kept.peeked.get() + bytes.len() as u64);
+                        }
+                        return Poll::Ready(Ok(bytes));
+                    }
+                    error => return Poll::Ready(error),
+                }
+            }
+        })
+    }
+
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+        LocalSocket::try_write(&self.stream, slices)
+    }
+
+    async fn writable(&self) -> io::Result<()> {
+        LocalSocket::writable(&self.stream).await
+    }
+
+    async fn finish(&self) -> io::Result<()> {
+        if let Some(kept) = self.kept() {
+            kept.is_finished.set(true);
+            kept.tell();
+        }
+        self.stream.finish().await
+    }
+
+    async fn broken(&self) {
+        self.stream.broken().await;
+    }
+
+    async fn broken_before_eof(&self) {
+        self.stream.broken_before_eof().await;
+    }
+
+    fn reset_on_close(&self, reset: bool) {
+        if !reset {
+            self.discard_input();
+        }
+        self.stream.reset_on_close(reset);
+    }
+
+    /// Discards what was read: a socket that is closed with bytes in its queue resets.
+    fn discard_input(&self) {
+        if let Some(kept) = self.kept() {
+            kept.discard(&self.stream, u64::MAX);
+        }
+    }
+
+    fn unsent(&self) -> usize {
+        self.stream.unsent()
+    }
+
+    fn is_kept(&self) -> bool {
+        self.kept().is_some()
+    }
+
+    fn keep(&self, session: &Held, untold: u64, keeper: &impl Keep) {
+        let Some(kept) = self.kept.get_or_init(|| self.begin()).as_deref() else {
+            return;
+        };
+        let unconfirmed = session.taken - session.confirmed;
+        let surplus = kept.peeked.get().saturating_sub(unconfirmed);
+        kept.discard(&self.stream, surplus);
+        if kept.peeked.get() >= RAISE_AT && !kept.is_raised.replace(true) {
+            self.raise();
+        }
+        // From then on nothing is lost that is not in the kernel.
+        if unconfirmed > kept.peeked.get() || kept.slot.get().is_some() || !keeper.is_there() {
+            return;
+        }
+        let socket = self.stream.as_fd();
+        let Ok(position) = Position::of(socket) else {
+            return;
+        };
+        kept.consumed.set(position.consumed());
+        kept.is_finished.set(position.is_finished());
+        if let Some(slot) = keeper.keep(socket, &position, session, untold) {
+            kept.fill(slot);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The keeper of this process, which may come and go.
+
+use std::collections::HashSet;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use prost::Message;
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+use tunnel_proto::handover::KeptProcess;
+
+use super::error::HandoverError;
+use super::kept::Survivor;
+use super::restored::understood;
+use cpc_host::report::report;
+use cpc_keeper::{Keeper, KeeperError, Slot, Taken, take};
+
+/// Interval of looks at the keeper.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Number of sockets that are given to the keeper before it is waited for.
+const PORTION: usize = 1024;
+
+/// Place of a keeper, and the promises to it.
+#[derive(Clone, Debug)]
+pub struct KeeperSpec {
+    /// Path of its socket.
+    pub path: PathBuf,
+    /// Role of this process.
+    pub role: &'static str,
+    /// Time for which it keeps the sockets of a dead process.
+    pub patience: Duration,
+}
+
+/// State of the keeper, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeeperState {
+    /// None is configured.
+    Unconfigured,
+    /// The configured one is not there.
+    Missing,
+    /// The keeper holds so many sockets of this process.
+    Holds(usize),
+}
+
+/// Handle of the keeper, for any thread.
+#[derive(Clone, Debug, Default)]
+pub struct KeeperHandle {
+    spec: Option<Arc<KeeperSpec>>,
+    current: Arc<ArcSwapOption<Keeper>>,
+    /// Whether nothing is to be kept any more.
+    is_closed: Arc<AtomicBool>,
+}
+
+impl KeeperHandle {
+    /// Creates the handle of a keeper that is not there yet.
+    pub fn new(spec: Option<KeeperSpec>) -> Self {
+        Self {
+            spec: spec.map(Arc::new),
+            current: Arc::default(),
+            is_closed: Arc::default(),
+        }
+    }
+
+    /// Whether the keeper is there, as far as this process has noticed. Costs no system call.
+    pub fn is_there(&self) -> bool {
+        self.spec.is_some() && self.current.load().as_ref().is_some_and(|it| !it.is_gone())
+    }
+
+    /// Returns the state of the keeper.
+    pub fn state(&self) -> KeeperState {
+        match (&self.spec, &*self.current.load()) {
+            (None, _) => KeeperState::Unconfigured,
+            (Some(_), Some(keeper)) if keeper.is_there() => KeeperState::Holds(keeper.kept()),
+            (Some(_), _) => KeeperState::Missing,
+        }
+    }
+
+    /// Gives the keeper a copy of a socket. Returns `None` if it is not kept.
+    pub fn keep(&self, description: Vec<u8>, socket: BorrowedFd<'_>) -> Option<Slot> {
+        let current = self.current.load();
+        let keeper = current.as_ref()?;
+        keeper.keep(description, socket)
+    }
+
+    /// Takes what dead processes of this role have left with the keeper. Returns `None` if there is none, or no
+    /// keeper. `is_client` tells whether local sockets are those of clients, or of targets.
+    pub fn take(&self, is_client: bool) -> Option<Found> {
+        let spec = self.spec.as_ref()?;
+        let found = take(&spec.path, spec.role).map_err(HandoverError::from);
+        found
+            .and_then(|taken| open(taken, is_client))
+            .unwrap_or_else(|error| {
+                tracing::warn!(
+                    error = report(&error),
+                    "no connection of an earlier process is found"
+                );
+                None
+            })
+    }
+
+    /// Begins to keep the sockets of this process. A keeper that is not there is only logged: it may come.
+    pub fn open(&self, process: &KeptProcess) {
+        self.is_closed.store(false, Ordering::Relaxed);
+        if let Err(error) = self.try_open(process) {
+            tracing::warn!(
+                error = report(&error),
+                "no keeper: a crash of this process would end its connections"
+            );
+        }
+    }
+
+    fn try_open(&self, process: &KeptProcess) -> Result<(), KeeperError> {
+        let Some(spec) = &self.spec else {
+            return Ok(());
+        };
+        let process = process.encode_to_vec();
+        let keeper = Keeper::open(&spec.path, spec.role, &process, spec.patience)?;
+        self.current.store(Some(Arc::new(keeper)));
+        Ok(())
+    }
+
+    /// Connects again to a keeper that was restarted, until dropped.
+    pub async fn watch(self, process: KeptProcess) {
+        while self.spec.is_some() {
+            sleep(LOOK).await;
+            let is_there = self.current.load().as_ref().is_some_and(|it| it.is_there());
+            if is_there || self.is_closed.load(Ordering::Relaxed) {
+                continue;
+            }
+            let (handle, process) = (self.clone(), process.clone());
+            let opened = spawn_blocking(move || handle.try_open(&process)).await;
+            if matches!(opened, Ok(Ok(()))) {
+                tracing::info!("the keeper is there");
+            }
+        }
+    }
+
+    /// Ends the keeping, before another process uses the sockets or this one ends. Waits until the keeper has
+    /// closed them.
+    pub fn discard(&self) {
+        self.is_closed.store(true, Ordering::Relaxed);
+        if let Some(keeper) = self.current.swap(None)
+            && !keeper.discard()
+        {
+            tracing::warn!("the keeper has not closed its copies of the sockets in time");
+        }
+    }
+
+    /// Waits until the keeper has what it was given.
+    fn flush(&self) {
+        if let Some(keeper) = &*self.current.load() {
+            keeper.flush();
+        }
+    }
+}
+
+/// The connections of a process that was killed.
+#[derive(Debug)]
+pub struct Found {
+    /// Id of the process.
+    pub instance: Bytes,
+    /// Number of processes that had the id before.
+    pub incarnation: u64,
+    /// The connections.
+    pub survivors: Vec<Survivor>,
+    taken: Taken,
+}
+
+impl Found {
+    /// Keeps the connections for this process, which `keeper` knows. Returns them with their copies in the keeper.
+    pub fn keep(self, keeper: &KeeperHandle) -> Vec<(Survivor, Option<Slot>)> {
+        let mut kept = Vec::with_capacity(self.survivors.len());
+        for survivor in self.survivors {
+            let description = survivor.description.to_vec();
+            let is_open = survivor.connection.socket.is_some();
+            let slot = is_open.then(|| keeper.keep(description, survivor.descriptor.as_fd()));
+            kept.push((survivor, slot.flatten()));
+            if kept.len() % PORTION == 0 {
+                keeper.flush();
+            }
+        }
+        keeper.flush();
+        if let Err(error) = self.taken.confirm() {
+            let error = report(&error);
+            tracing::warn!(error, "the keeper may hold sockets of an earlier process");
+        }
+        kept
+    }
+}
+
+fn open(mut taken: Taken, is_client: bool) -> Result<Option<Found>, HandoverError> {
+    let mut sets = std::mem::take(&mut taken.sets);
+    let Some(last) = sets.last() else {
+        return Ok(None);
+    };
+    let KeptProcess {
+        instance,
+        incarnation,
+    } = KeptProcess::decode(&*last.process)?;
+    // Two sets have the same connection where a process was killed before it had confirmed what it took.
+    let mut ids = HashSet::new();
+    let mut survivors = Vec::new();
+    while let Some(left) = sets.pop() {
+        let process = KeptProcess::decode(&*left.process)?;
+        if process.instance != instance {
+            continue;
+        }
+        let waited = u64::try_from(left.dead_for.as_nanos()).unwrap_or(u64::MAX);
+        let table = left.table;
+        let restored = left.kept.into_iter().map(|kept| {
+            let entry = table.entry(kept.slot).unwrap_or_default();
+            Survivor::restore(kept, entry, waited, is_client)
+        });
+        let restored = understood(restored).into_iter();
+        survivors.extend(restored.filter(|it| ids.insert(it.id())));
+    }
+    Ok(Some(Found {
+        instance,
+        incarnation: incarnation + 1,
+        survivors,
+        taken,
+    }))
+}
