@@ -4,6 +4,7 @@ mod agent;
 mod common;
 mod config;
 mod join;
+mod keeper;
 mod konnectivity;
 mod log;
 mod man;
@@ -39,6 +40,7 @@ pub(crate) struct Cli {
 enum Command {
     Server(server::Args),
     Agent(agent::Args),
+    Keeper(keeper::Args),
     ProxyServer(Box<proxy_server::Args>),
     ProxyAgent(Box<proxy_agent::Args>),
     Status(status::Args),
@@ -67,6 +69,7 @@ impl Cli {
         match self.command {
             Command::Server(args) => args.run(),
             Command::Agent(args) => args.run(),
+            Command::Keeper(args) => args.run(),
             Command::ProxyServer(args) => args.run(),
             Command::ProxyAgent(args) => args.run(),
             Command::Status(args) => args.run(),
