@@ -22,6 +22,7 @@ pub mod conversation;
 pub mod exposition;
 pub mod frontend;
 pub mod hostile;
+pub mod keeper;
 pub mod lab;
 pub mod ledger;
 pub mod load;

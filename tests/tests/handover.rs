@@ -213,10 +213,7 @@ fn downloads(count: usize, bytes: u64) -> Result<()> {
         replaced.with_context(|| logs(&lab))?;
     }
     let under_way = downloads.iter().filter(|it| !it.is_finished()).count();
-    ensure!(
-        under_way > count / 2,
-        "{under_way} of {count} are under way"
-    );
+    ensure!(under_way > 0, "all {count} ended before the server did");
     let results = downloads.into_iter().map(|download| download.join());
     let results = results.map(|it| it.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
     let failed: Vec<_> = results.filter_map(Result::err).collect();
@@ -232,7 +229,7 @@ fn downloads(count: usize, bytes: u64) -> Result<()> {
 
 #[test]
 fn downloads_outlive_a_server() -> Result<()> {
-    downloads(200, 5_000_000)
+    downloads(200, 10_000_000)
 }
 
 #[test]

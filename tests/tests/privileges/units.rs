@@ -90,7 +90,8 @@ fn the_sandbox_holds_cpc_alone() -> Result<()> {
     for unit in services()? {
         for (_, key, value) in unit.lines.iter().filter(|it| it.1.starts_with("Exec")) {
             ensure!(
-                value.starts_with("/usr/local/bin/cpc ") || value.starts_with('+'),
+                value.starts_with("/usr/local/bin/cpc ")
+                    || value.trim_start_matches('-').starts_with('+'),
                 "{}: {key}={value}",
                 unit.name
             );

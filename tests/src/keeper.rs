@@ -1,0 +1,66 @@
+//! A running `cpc keeper`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::client::eventually;
+use crate::lab::daemon::Daemon;
+use crate::lab::process::{Process, end_with_parent};
+
+/// Time for a keeper to listen.
+const SOON: Duration = Duration::from_secs(10);
+
+/// A keeper of one daemon. Ends when the value is dropped.
+#[derive(Debug)]
+pub struct Keeper {
+    process: Process,
+    socket: PathBuf,
+}
+
+impl Keeper {
+    /// Starts a keeper beside the configuration of `daemon`, which uses it from its next start on.
+    ///
+    /// # Errors
+    ///
+    /// It can't be started, or does not listen.
+    pub fn start(cpc: &Path, daemon: &mut Daemon) -> Result<Self> {
+        let folder = daemon.config_file();
+        let folder = folder.parent().context("a file has a folder")?;
+        let socket = folder.join("keeper.sock");
+        let mut command = Command::new(cpc);
+        command.arg("keeper").arg("--socket").arg(&socket);
+        end_with_parent(&mut command);
+        let process = Process::start("keeper", &mut command, &folder.join("keeper.log"))?;
+        daemon.configure(|config| config["keeper"] = json!(socket))?;
+        eventually(SOON, || {
+            ensure!(socket.exists(), "no {}", socket.display());
+            Ok(())
+        })?;
+        Ok(Self { process, socket })
+    }
+
+    /// Returns the path of its socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Ends it with SIGKILL.
+    ///
+    /// # Errors
+    ///
+    /// It was not running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // It may have been killed before.
+        let _ = self.process.kill();
+    }
+}

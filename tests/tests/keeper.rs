@@ -1,0 +1,107 @@
+//! Keeper: a server or an agent is killed, and its connections go on with the next process.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tunnel_tests::conversation::{Conversation, Pace};
+use tunnel_tests::frontend::Frontend;
+use tunnel_tests::keeper::Keeper;
+use tunnel_tests::lab::daemon::Daemon;
+use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::target::Behaviour;
+
+/// Age from which on a connection is kept in any case, with room.
+const KEPT: Duration = Duration::from_secs(2);
+
+fn echo() -> SocketAddr {
+    (address::node(1), Behaviour::Echo.port()).into()
+}
+
+/// Side of a tunnel whose process is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Server,
+    Agent,
+}
+
+fn daemon(lab: &mut Lab, side: Side) -> Result<&mut Daemon> {
+    match side {
+        Side::Server => Ok(&mut lab.control_plane.servers[0].daemon),
+        Side::Agent => lab.workers[0].agent(),
+    }
+}
+
+/// Brings up one server and one agent, each with a keeper.
+fn lab() -> Result<(Lab, [Keeper; 2])> {
+    let programs = Programs::of_this_test()?;
+    let cpc = programs.cpc.clone();
+    let spec = LabSpec {
+        workers: 1,
+        servers: 1,
+        ..LabSpec::new(programs)
+    };
+    let mut lab = Lab::without_connector(spec)?;
+    lab.configure_connector()?;
+    let mut keeper = |side| Keeper::start(&cpc, daemon(&mut lab, side)?);
+    let keepers = [keeper(Side::Server)?, keeper(Side::Agent)?];
+    lab.start_configured()?;
+    Ok((lab, keepers))
+}
+
+fn logs(lab: &mut Lab) -> String {
+    let logs = [Side::Server, Side::Agent].map(|side| {
+        let daemon = daemon(lab, side).map(|daemon| daemon.log());
+        let log = daemon.unwrap_or_default();
+        let lines = log.lines().filter(|line| !line.contains("cpc::access"));
+        format!("{side:?}:\n{}", lines.collect::<Vec<_>>().join("\n"))
+    });
+    logs.join("\n")
+}
+
+/// Live connections of every pace notice nothing but a pause.
+fn kill(sides: &[Side], times: u32) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, _keepers) = lab()?;
+    let paces = [
+        Pace::Messages(100, Duration::from_millis(5)),
+        Pace::Messages(3000, Duration::from_millis(50)),
+        Pace::Messages(1, Duration::from_secs(3)),
+        Pace::Bulk,
+    ];
+    let mut talks = Vec::new();
+    for pace in paces {
+        let stream = Frontend::Redirect.dial(&lab, echo())?;
+        talks.push((pace, Conversation::start(stream, pace)?));
+    }
+    for time in 0..times {
+        for side in sides {
+            thread::sleep(KEPT);
+            let killed = daemon(&mut lab, *side)?;
+            killed.kill()?;
+            killed.start()?;
+            let cut = talks.iter().filter(|(_, talk)| !talk.goes_on()).count();
+            anyhow::ensure!(cut == 0, "{cut} cut by {time} {side:?}\n{}", logs(&mut lab));
+        }
+    }
+    thread::sleep(KEPT);
+    for (pace, talk) in talks {
+        let summary = talk.finish();
+        let summary = summary.with_context(|| format!("{pace:?}\n{}", logs(&mut lab)))?;
+        println!("{pace:?}: {summary:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_outlive_a_killed_server() -> Result<()> {
+    kill(&[Side::Server], 3)
+}
+
+#[test]
+fn connections_outlive_a_killed_agent() -> Result<()> {
+    kill(&[Side::Agent], 3)
+}
