@@ -57,26 +57,6 @@ fn daemon(lab: &mut Lab, side: Side) -> Result<&mut Daemon> {
     }
 }
 
-/// Returns the logs without the connections.
-fn logs(lab: &Lab) -> String {
-    let agents = lab
-        .workers
-        .iter()
-        .filter_map(|worker| worker.agent.as_ref());
-    let servers = lab
-        .control_plane
-        .servers
-        .iter()
-        .map(|server| &server.daemon);
-    let logs = servers.chain(agents).map(|daemon| {
-        let log = daemon.log();
-        let lines = log.lines().filter(|line| !line.contains("cpc::access"));
-        let lines: Vec<_> = lines.collect();
-        format!("{}:\n{}", daemon.name, lines.join("\n"))
-    });
-    logs.collect::<Vec<_>>().join("\n")
-}
-
 /// Live connections of every kind and clients that come meanwhile notice nothing but a pause.
 fn replace(side: Side, times: u32) -> Result<()> {
     if !lab::available()? {
@@ -101,7 +81,7 @@ fn replace(side: Side, times: u32) -> Result<()> {
     for _ in 0..times {
         thread::sleep(HELD);
         let replaced = daemon(&mut lab, side)?.replace(REPLACED);
-        replaced.with_context(|| logs(&lab))?;
+        replaced.with_context(|| lab.logs())?;
         load.wait_answered(20, REPLACED)?;
     }
     let attempts = load.stop();
@@ -111,14 +91,14 @@ fn replace(side: Side, times: u32) -> Result<()> {
         "{} failed: {:?}\n{}",
         failed.len(),
         failed[0],
-        logs(&lab)
+        lab.logs()
     );
     let longest = attempts.iter().map(|it| it.end - it.start).max();
     println!("{} requests, the longest took {longest:?}", attempts.len());
     thread::sleep(Duration::from_secs(1));
     for (frontend, pace, talk) in talks {
         let summary = talk.finish();
-        let summary = summary.with_context(|| format!("{frontend:?} {pace:?}\n{}", logs(&lab)))?;
+        let summary = summary.with_context(|| format!("{frontend:?} {pace:?}\n{}", lab.logs()))?;
         println!("{frontend:?} {pace:?}: {summary:?}");
     }
     Ok(())
@@ -184,10 +164,10 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
         "{} failed: {:?}\n{}",
         failed.len(),
         failed[0],
-        logs(&lab)
+        lab.logs()
     );
     for talk in talks {
-        println!("{:?}", talk.finish().with_context(|| logs(&lab))?);
+        println!("{:?}", talk.finish().with_context(|| lab.logs())?);
     }
     Ok(())
 }
@@ -210,7 +190,7 @@ fn downloads(count: usize, bytes: u64) -> Result<()> {
     for _ in 0..2 {
         thread::sleep(Duration::from_millis(300));
         let replaced = daemon(&mut lab, Side::Server)?.replace(REPLACED);
-        replaced.with_context(|| logs(&lab))?;
+        replaced.with_context(|| lab.logs())?;
     }
     let under_way = downloads.iter().filter(|it| !it.is_finished()).count();
     ensure!(under_way > 0, "all {count} ended before the server did");
@@ -222,7 +202,7 @@ fn downloads(count: usize, bytes: u64) -> Result<()> {
         "{} failed: {:?}\n{}",
         failed.len(),
         failed[0],
-        logs(&lab)
+        lab.logs()
     );
     Ok(())
 }
@@ -256,15 +236,15 @@ fn ten_thousand_connections_are_handed_over() -> Result<()> {
     for side in [Side::Server, Side::Agent] {
         thread::sleep(HELD);
         let replaced = daemon(&mut lab, side)?.replace(REPLACED);
-        replaced.with_context(|| logs(&lab))?;
+        replaced.with_context(|| lab.logs())?;
     }
     thread::sleep(HELD);
-    println!("{:?}", talk.finish().with_context(|| logs(&lab))?);
+    println!("{:?}", talk.finish().with_context(|| lab.logs())?);
     let mut pairs = 0;
     for stream in &idle {
-        round_trips(stream, 1).with_context(|| format!("connection {pairs}\n{}", logs(&lab)))?;
+        round_trips(stream, 1).with_context(|| format!("connection {pairs}\n{}", lab.logs()))?;
         pairs += 1;
     }
-    println!("{pairs} connections\n{}", logs(&lab));
+    println!("{pairs} connections\n{}", lab.logs());
     Ok(())
 }

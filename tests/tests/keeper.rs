@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::keeper::Keeper;
@@ -50,16 +50,6 @@ fn lab() -> Result<(Lab, [Keeper; 2])> {
     Ok((lab, keepers))
 }
 
-fn logs(lab: &mut Lab) -> String {
-    let logs = [Side::Server, Side::Agent].map(|side| {
-        let daemon = daemon(lab, side).map(|daemon| daemon.log());
-        let log = daemon.unwrap_or_default();
-        let lines = log.lines().filter(|line| !line.contains("cpc::access"));
-        format!("{side:?}:\n{}", lines.collect::<Vec<_>>().join("\n"))
-    });
-    logs.join("\n")
-}
-
 /// Live connections of every pace notice nothing but a pause.
 fn kill(sides: &[Side], times: u32) -> Result<()> {
     if !lab::available()? {
@@ -84,13 +74,13 @@ fn kill(sides: &[Side], times: u32) -> Result<()> {
             killed.kill()?;
             killed.start()?;
             let cut = talks.iter().filter(|(_, talk)| !talk.goes_on()).count();
-            anyhow::ensure!(cut == 0, "{cut} cut by {time} {side:?}\n{}", logs(&mut lab));
+            ensure!(cut == 0, "{cut} cut by {time} {side:?}\n{}", lab.logs());
         }
     }
     thread::sleep(KEPT);
     for (pace, talk) in talks {
         let summary = talk.finish();
-        let summary = summary.with_context(|| format!("{pace:?}\n{}", logs(&mut lab)))?;
+        let summary = summary.with_context(|| format!("{pace:?}\n{}", lab.logs()))?;
         println!("{pace:?}: {summary:?}");
     }
     Ok(())

@@ -369,12 +369,13 @@ fn connections_outlive_a_restart() -> Result<()> {
     let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
     ensure!(
         failed.is_empty(),
-        "{} failed: {:?}",
+        "{} failed: {:?}\n{}",
         failed.len(),
-        failed[0]
+        failed[0],
+        lab.logs()
     );
     for talk in talks {
-        println!("{:?}", talk.finish()?);
+        println!("{:?}", talk.finish().with_context(|| lab.logs())?);
     }
     Ok(())
 }

@@ -220,6 +220,22 @@ pub struct Lab {
 }
 
 impl Lab {
+    /// Returns the logs of all servers and agents, without the connections that have ended in order.
+    pub fn logs(&self) -> String {
+        let servers = self.control_plane.servers.iter();
+        let servers = servers.map(|server| &server.daemon);
+        let agents = self.workers.iter();
+        let agents = agents.filter_map(|worker| worker.agent.as_ref());
+        let logs = servers.chain(agents).map(|daemon| {
+            let log = daemon.log();
+            let is_end =
+                |line: &&str| line.contains("cpc::access") && line.contains("reason=\"finished\"");
+            let lines: Vec<_> = log.lines().filter(|line| !is_end(line)).collect();
+            format!("{}:\n{}", daemon.name, lines.join("\n"))
+        });
+        logs.collect::<Vec<_>>().join("\n")
+    }
+
     /// Builds the laboratory and waits until every server and every agent is ready.
     ///
     /// # Errors

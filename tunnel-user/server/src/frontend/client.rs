@@ -384,6 +384,6 @@ mod tests {
         assert!(sizes.iter().all(|size| *size <= 504), "{sizes:?}");
         // A session of TLS has kilobytes beside it.
         let tls = served::<TlsSocket>();
-        assert!(tls <= 528, "{tls}");
+        assert!(tls <= 536, "{tls}");
     }
 }

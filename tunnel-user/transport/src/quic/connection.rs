@@ -524,6 +524,11 @@ impl Connection {
         (Send::new(inner.clone(), id), Recv::new(inner.clone(), id))
     }
 
+    /// Returns the reason of the end by `error`.
+    pub(super) fn reason_of(&self, error: &ConnectionError) -> CloseReason {
+        self.inner().state().reason_of(error)
+    }
+
     /// Charges the memory held for the peer to a part of the process's budget.
     pub fn charge_to(&self, budget: &Budget) {
         let inner = self.inner();

@@ -340,6 +340,22 @@ fn the_end_of_a_connection_reaches_whoever_waits() {
     });
 }
 
+/// At both ends, and for streams as for the tunnel: sessions go on or end by it.
+#[test]
+fn a_closed_tunnel_has_one_reason() {
+    run(async |pair| {
+        let ((_send, mut recv), _agents_halves) = pair.stream().await;
+        let reason = CloseReason::HandedOver;
+        Tunnel::close(&pair.server, reason, "");
+        assert_eq!(take(&mut recv, 1).await, Err(RecvEnd::Link(reason)));
+        for tunnel in [&pair.server, &pair.agent] {
+            let accepted = Tunnel::accept(tunnel).await.map(drop).unwrap_err();
+            let opened = Tunnel::open(tunnel).await.map(drop).unwrap_err();
+            assert_eq!([accepted.reason(), opened.reason()], [reason; 2]);
+        }
+    });
+}
+
 #[test]
 fn the_last_handle_closes_the_connection() {
     run(async |pair| {

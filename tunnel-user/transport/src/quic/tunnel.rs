@@ -20,11 +20,11 @@ impl Tunnel for Connection {
     }
 
     async fn open(&self) -> Result<(Send, Recv), TunnelError> {
-        Ok(self.open_bi().await?)
+        self.open_bi().await.map_err(|error| self.ended_by(error))
     }
 
     async fn accept(&self) -> Result<(Send, Recv), TunnelError> {
-        Ok(self.accept_bi().await?)
+        self.accept_bi().await.map_err(|error| self.ended_by(error))
     }
 
     fn close(&self, reason: CloseReason, text: &str) {
@@ -59,15 +59,28 @@ impl Tunnel for Connection {
     }
 }
 
+impl Connection {
+    /// Returns the end of the tunnel by `error`. One that was closed here has the reason of that.
+    fn ended_by(&self, error: ConnectionError) -> TunnelError {
+        TunnelError::of(self.reason_of(&error), error)
+    }
+}
+
 impl From<ConnectionError> for TunnelError {
     fn from(error: ConnectionError) -> Self {
+        Self::of(link_reason(&error), error)
+    }
+}
+
+impl TunnelError {
+    fn of(reason: CloseReason, error: ConnectionError) -> Self {
         let text = match &error {
             ConnectionError::ApplicationClosed(close) => {
                 Some(String::from_utf8_lossy(&close.reason).into_owned())
             }
             _ => None,
         };
-        let error = Self::new(link_reason(&error), error);
+        let error = Self::new(reason, error);
         match text {
             Some(text) => error.closed_by_peer(&text),
             None => error,
