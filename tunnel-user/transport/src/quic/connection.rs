@@ -28,6 +28,7 @@ use super::timers::Timer;
 use super::validation::Validation;
 use super::waiting::{Interest, Waiting};
 use super::{error_code, link_reason, path, reason_of};
+use crate::tunnel::TunnelError;
 use cpc_datapath::Budget;
 
 /// UDP payload of a full packet on Ethernet, in bytes.
@@ -139,6 +140,15 @@ impl State {
             Some(error) => Err(error.clone()),
             None => Ok(()),
         }
+    }
+
+    /// Returns the end of the tunnel, once it has ended.
+    pub(super) fn tunnel_error(&self) -> Option<TunnelError> {
+        self.error.clone().map(|error| self.ended_by(error))
+    }
+
+    fn ended_by(&self, error: ConnectionError) -> TunnelError {
+        TunnelError::of(self.reason_of(&error), error)
     }
 
     /// Returns the reason with which streams end that `error` ends: of a connection that was closed here, the
@@ -524,9 +534,9 @@ impl Connection {
         (Send::new(inner.clone(), id), Recv::new(inner.clone(), id))
     }
 
-    /// Returns the reason of the end by `error`.
-    pub(super) fn reason_of(&self, error: &ConnectionError) -> CloseReason {
-        self.inner().state().reason_of(error)
+    /// Returns the end of the tunnel by `error`.
+    pub(super) fn ended_by(&self, error: ConnectionError) -> TunnelError {
+        self.inner().state().ended_by(error)
     }
 
     /// Charges the memory held for the peer to a part of the process's budget.

@@ -58,7 +58,7 @@ impl TunnelSend for Send {
     }
 
     fn tunnel_error(&self) -> Option<TunnelError> {
-        self.connection.state().check().err().map(TunnelError::from)
+        self.connection.state().tunnel_error()
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<Result<(), SendEnd>> {
@@ -353,7 +353,7 @@ impl TunnelRecv for Recv {
     }
 
     fn tunnel_error(&self) -> Option<TunnelError> {
-        self.connection.state().check().err().map(TunnelError::from)
+        self.connection.state().tunnel_error()
     }
 }
 

@@ -21,7 +21,7 @@ use super::config::Setup;
 use super::secret::Secret;
 use super::steering::Spread;
 use super::*;
-use crate::tunnel::{Tunnel, TunnelSend};
+use crate::tunnel::{Tunnel, TunnelRecv, TunnelSend};
 use cpc_config::TlsFiles;
 use cpc_config::TransportConfig;
 use cpc_datapath::Budget;
@@ -344,10 +344,12 @@ fn the_end_of_a_connection_reaches_whoever_waits() {
 #[test]
 fn a_closed_tunnel_has_one_reason() {
     run(async |pair| {
-        let ((_send, mut recv), _agents_halves) = pair.stream().await;
+        let ((send, mut recv), _agents_halves) = pair.stream().await;
         let reason = CloseReason::HandedOver;
         Tunnel::close(&pair.server, reason, "");
         assert_eq!(take(&mut recv, 1).await, Err(RecvEnd::Link(reason)));
+        let told = [send.tunnel_error(), recv.tunnel_error()];
+        assert_eq!(told.map(|it| it.unwrap().reason()), [reason; 2]);
         for tunnel in [&pair.server, &pair.agent] {
             let accepted = Tunnel::accept(tunnel).await.map(drop).unwrap_err();
             let opened = Tunnel::open(tunnel).await.map(drop).unwrap_err();

@@ -59,13 +59,6 @@ impl Tunnel for Connection {
     }
 }
 
-impl Connection {
-    /// Returns the end of the tunnel by `error`. One that was closed here has the reason of that.
-    fn ended_by(&self, error: ConnectionError) -> TunnelError {
-        TunnelError::of(self.reason_of(&error), error)
-    }
-}
-
 impl From<ConnectionError> for TunnelError {
     fn from(error: ConnectionError) -> Self {
         Self::of(link_reason(&error), error)
@@ -73,7 +66,8 @@ impl From<ConnectionError> for TunnelError {
 }
 
 impl TunnelError {
-    fn of(reason: CloseReason, error: ConnectionError) -> Self {
+    /// Returns the end of a tunnel for `reason`, by `error`.
+    pub(super) fn of(reason: CloseReason, error: ConnectionError) -> Self {
         let text = match &error {
             ConnectionError::ApplicationClosed(close) => {
                 Some(String::from_utf8_lossy(&close.reason).into_owned())
