@@ -1,19 +1,26 @@
 //! Keeper: a server or an agent is killed, and its connections go on with the next process.
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use socket2::SockRef;
+use tunnel_tests::client::round_trips;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::keeper::Keeper;
 use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::pattern;
 use tunnel_tests::target::Behaviour;
 
 /// Age from which on a connection is kept in any case, with room.
 const KEPT: Duration = Duration::from_secs(2);
+
+/// Time for a process to come up, with room.
+const SOON: Duration = Duration::from_secs(15);
 
 fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
@@ -84,6 +91,75 @@ fn kill(sides: &[Side], times: u32) -> Result<()> {
         println!("{pace:?}: {summary:?}");
     }
     Ok(())
+}
+
+/// Opens a connection to the echo that is old enough to be kept.
+fn kept(lab: &Lab) -> Result<TcpStream> {
+    let stream = TcpStream::from(Frontend::Redirect.dial(lab, echo())?);
+    stream.set_read_timeout(Some(SOON))?;
+    round_trips(&stream, 1)?;
+    thread::sleep(KEPT);
+    Ok(stream)
+}
+
+/// While no process serves a socket, its peer may send, end its half, or reset it.
+#[test]
+fn what_a_client_does_meanwhile_counts() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, _keepers) = lab()?;
+    let (mut ends, resets) = (kept(&lab)?, kept(&lab)?);
+    let server = daemon(&mut lab, Side::Server)?;
+    server.kill()?;
+    let mut sent = vec![0; 100_000];
+    pattern::fill(0, &mut sent);
+    ends.write_all(&sent)?;
+    ends.shutdown(Shutdown::Write)?;
+    SockRef::from(&resets).set_linger(Some(Duration::ZERO))?;
+    drop(resets);
+    let agent = daemon(&mut lab, Side::Agent)?;
+    let logged = agent.log().len();
+    daemon(&mut lab, Side::Server)?.start()?;
+    let mut echoed = Vec::new();
+    let read = ends.read_to_end(&mut echoed);
+    read.with_context(|| lab.logs())?;
+    ensure!(echoed == sent, "{} bytes came back", echoed.len());
+    let reset = ["cpc::access", "reason=\"peer_reset\""];
+    daemon(&mut lab, Side::Agent)?.wait_log(SOON, logged, &reset)?;
+    Ok(())
+}
+
+/// A keeper that was restarted keeps the connections that move.
+#[test]
+fn a_keeper_may_be_killed_too() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, [mut keeper, _of_agent]) = lab()?;
+    let stream = kept(&lab)?;
+    keeper.kill()?;
+    let cpc = Programs::of_this_test()?.cpc;
+    let server = daemon(&mut lab, Side::Server)?;
+    let logged = server.log().len();
+    server.wait_log(SOON, logged, &["WARN", "no keeper any more"])?;
+    round_trips(&stream, 1)?;
+    let server = daemon(&mut lab, Side::Server)?;
+    let logged = server.log().len();
+    let _again = Keeper::start(&cpc, server)?;
+    server.wait_log(SOON, logged, &["the keeper is there"])?;
+    round_trips(&stream, 1)?;
+    thread::sleep(KEPT);
+    let server = daemon(&mut lab, Side::Server)?;
+    server.kill()?;
+    server.start()?;
+    round_trips(&stream, 1).with_context(|| lab.logs())?;
+    Ok(())
+}
+
+#[test]
+fn connections_outlive_kills_of_both() -> Result<()> {
+    kill(&[Side::Server, Side::Agent], 2)
 }
 
 #[test]

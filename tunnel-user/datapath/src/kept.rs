@@ -4,7 +4,7 @@
 //! process can be killed at any time: with a copy of the socket, the next process reads again what was lost with
 //! this one (docs/adr/0038). `SO_PEEK_OFF` of TCP is of Linux 6.10, with IPv6 of 6.12; without it nothing is kept.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -72,7 +72,7 @@ pub struct TcpSocket {
 #[derive(Debug, Default)]
 pub struct Kept {
     /// Copy in the keeper.
-    slot: OnceCell<Slot>,
+    slot: RefCell<Option<Slot>>,
     /// Number of bytes that were read and are in the kernel.
     peeked: Cell<u64>,
     /// Number of bytes that were taken from the queue in all, as the table of the keeper has it.
@@ -101,12 +101,16 @@ impl Kept {
 
     /// Notes the copy in the keeper.
     fn fill(&self, slot: Slot) {
-        // It is empty.
-        let _ = self.slot.set(slot);
-        if let Some(slot) = self.slot.get() {
-            slot.consuming(self.entry(self.consumed.get()));
-        }
+        slot.consuming(self.entry(self.consumed.get()));
+        // One whose keeper is gone is dropped.
+        self.slot.replace(Some(slot));
         self.tell();
+    }
+
+    /// Whether a keeper has a copy.
+    fn is_safe(&self) -> bool {
+        let slot = self.slot.borrow();
+        slot.as_ref().is_some_and(|slot| !slot.is_lost())
     }
 
     /// Takes the first `n` bytes from the queue of the socket.
@@ -116,7 +120,7 @@ impl Kept {
             return;
         }
         let after = self.consumed.get() + n;
-        if let Some(slot) = self.slot.get() {
+        if let Some(slot) = &*self.slot.borrow() {
             slot.consuming(self.entry(after));
         }
         let mut left = usize::try_from(n).unwrap_or(usize::MAX);
@@ -145,7 +149,7 @@ impl Kept {
 
     /// Writes the state to the table of the keeper.
     fn tell(&self) {
-        if let Some(slot) = self.slot.get() {
+        if let Some(slot) = &*self.slot.borrow() {
             slot.consumed(self.entry(self.consumed.get()));
         }
     }
@@ -339,7 +343,7 @@ impl LocalSocket for TcpSocket {
             self.raise();
         }
         // From then on nothing is lost that is not in the kernel.
-        if unconfirmed > kept.peeked.get() || kept.slot.get().is_some() || !keeper.is_there() {
+        if unconfirmed > kept.peeked.get() || kept.is_safe() || !keeper.is_there() {
             return;
         }
         let socket = self.stream.as_fd();

@@ -228,3 +228,70 @@ fn difference(offset: u64, position: u64) -> i64 {
 fn offset(position: u64, difference: i64) -> Option<u64> {
     position.checked_add_signed(difference)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(consumed: u64, intended: u64, is_finished: bool) -> Entry {
+        let bit = if is_finished { FINISHED } else { 0 };
+        Entry {
+            consumed: consumed | bit,
+            intended: intended | bit,
+        }
+    }
+
+    /// The end of file of the peer is the byte that was received and never taken.
+    fn closed(received: u64, unread: u64) -> Position {
+        Position::new(TcpState::Closed, (received, unread), (50, 0))
+    }
+
+    #[test]
+    fn an_open_socket_needs_no_table() {
+        let at = |state| Position::new(state, (101, 40), (50, 10));
+        let survived = |state| survived(&at(state), Entry::default()).unwrap();
+        let open = survived(TcpState::Established);
+        assert_eq!((open.consumed, open.written), (61, 60));
+        let ended = survived(TcpState::CloseWait);
+        assert_eq!((ended.consumed, ended.has_end), (60, true));
+        let finished = survived(TcpState::FinWait);
+        assert_eq!((finished.written, finished.is_finished), (59, true));
+    }
+
+    #[test]
+    fn a_closed_socket_was_reset_or_has_ended_in_order() {
+        let ended = survived(&closed(101, 40), entry(60, 60, true)).unwrap();
+        assert_eq!((ended.consumed, ended.written), (60, 49));
+        assert!(ended.has_end && ended.is_finished && !ended.is_refused);
+        // The process had passed no end on: the peer has reset after its own.
+        let refused = survived(&closed(101, 40), entry(60, 60, false)).unwrap();
+        assert!(refused.has_end && refused.is_refused);
+        assert_eq!(
+            survived(&closed(100, 40), entry(60, 60, true)),
+            None,
+            "reset"
+        );
+    }
+
+    #[test]
+    fn a_process_may_be_killed_while_it_takes_bytes() {
+        let before = survived(&closed(101, 40), entry(60, 70, true)).unwrap();
+        assert_eq!(before.consumed, 60);
+        let after = survived(&closed(101, 30), entry(60, 70, true)).unwrap();
+        assert_eq!(after.consumed, 70);
+        assert_eq!(
+            survived(&closed(100, 30), entry(60, 70, true)),
+            None,
+            "reset"
+        );
+        // One byte that was taken, or an end of file: a reset is never taken for an end.
+        assert_eq!(survived(&closed(101, 40), entry(60, 61, true)), None);
+    }
+
+    #[test]
+    fn what_was_described_is_no_offset_of_another_socket() {
+        assert_eq!(offset(10, difference(100, 10)), Some(100));
+        assert_eq!(offset(12, difference(0, 10)), Some(2));
+        assert_eq!(offset(5, difference(0, 10)), None, "less than before");
+    }
+}

@@ -322,6 +322,11 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Returns whether the keeper is gone that has the duplicate, as far as this process has noticed.
+    pub fn is_lost(&self) -> bool {
+        self.shared.common.is_gone()
+    }
+
     /// Notes, before a read, the number of bytes of this socket that will have been read after it. One store in
     /// memory.
     pub fn consuming(&self, total: u64) {

@@ -63,6 +63,22 @@ pub struct Position {
 }
 
 impl Position {
+    /// Creates a position from what the kernel tells: numbers of bytes received and unread, acknowledged and
+    /// unacknowledged.
+    pub fn new(
+        state: TcpState,
+        (received, unread): (u64, u64),
+        (acknowledged, unacknowledged): (u64, u64),
+    ) -> Self {
+        Self {
+            state,
+            received,
+            acknowledged,
+            unread,
+            unacknowledged,
+        }
+    }
+
     /// Reads the position of a socket.
     ///
     /// # Errors
@@ -77,13 +93,12 @@ impl Position {
             let after = info(socket)?;
             if before == after {
                 let (state, acknowledged, received) = after;
-                return Ok(Self {
-                    state: TcpState::new(state),
-                    received,
-                    acknowledged,
-                    unread,
-                    unacknowledged,
-                });
+                let state = TcpState::new(state);
+                return Ok(Self::new(
+                    state,
+                    (received, unread),
+                    (acknowledged, unacknowledged),
+                ));
             }
             before = after;
         }
@@ -151,4 +166,53 @@ fn queue(socket: BorrowedFd<'_>, which: libc::Ioctl) -> io::Result<u64> {
     // SAFETY: any bytes are an int.
     let length = unsafe { length.assume_init() };
     Ok(u64::try_from(length).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// Waits until the position of a socket is as it should be.
+    fn wait(socket: &TcpStream, is_meant: impl Fn(&Position) -> bool) -> Position {
+        let end = Instant::now() + Duration::from_secs(5);
+        loop {
+            let position = Position::of(socket.as_fd()).unwrap();
+            if is_meant(&position) {
+                return position;
+            }
+            assert!(Instant::now() < end, "{position:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn positions_count_bytes_and_not_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        client.write_all(&[1; 1000]).unwrap();
+        wait(&server, |it| it.unread == 1000);
+        server.read_exact(&mut [0; 300]).unwrap();
+        server.write_all(&[2; 50]).unwrap();
+        let before = wait(&server, |it| it.unread == 700);
+        assert_eq!((before.consumed(), before.written()), (300, 50));
+        client.shutdown(Shutdown::Write).unwrap();
+        let after = wait(&server, |it| it.state == TcpState::CloseWait);
+        assert_eq!((after.consumed(), after.unread), (300, 700));
+        assert!(!after.is_finished());
+        // A socket that has dialled counts one byte more.
+        let client_before = wait(&client, |it| it.state == TcpState::FinWait);
+        assert_eq!(client_before.written(), 1001);
+        assert!(client_before.is_finished());
+        server.shutdown(Shutdown::Write).unwrap();
+        let closed = wait(&server, |it| {
+            matches!(it.state, TcpState::Closing | TcpState::Closed)
+        });
+        assert!(closed.written() >= 50);
+    }
 }
