@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::client::eventually;
@@ -28,12 +29,26 @@ impl Keeper {
     ///
     /// It can't be started, or does not listen.
     pub fn start(cpc: &Path, daemon: &mut Daemon) -> Result<Self> {
+        Self::start_with(cpc, daemon, |_| ())
+    }
+
+    /// Does the same, after `prepare` has changed its privileges.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub fn start_with(
+        cpc: &Path,
+        daemon: &mut Daemon,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
         let folder = daemon.config_file();
         let folder = folder.parent().context("a file has a folder")?;
         let socket = folder.join("keeper.sock");
         let mut command = Command::new(cpc);
         command.arg("keeper").arg("--socket").arg(&socket);
         end_with_parent(&mut command);
+        prepare(&mut command);
         let process = Process::start("keeper", &mut command, &folder.join("keeper.log"))?;
         daemon.configure(|config| config["keeper"] = json!(socket))?;
         eventually(SOON, || {
@@ -46,6 +61,11 @@ impl Keeper {
     /// Returns the path of its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Returns its process id.
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
     }
 
     /// Ends it with SIGKILL.

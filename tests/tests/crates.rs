@@ -44,7 +44,13 @@ const PERMITTED: [(&str, &[&str]); 22] = [
     ),
     (
         "cpc-handover",
-        &["cpc-datapath", "cpc-host", "cpc-keeper", "tunnel-proto"],
+        &[
+            "cpc-datapath",
+            "cpc-host",
+            "cpc-keeper",
+            "cpc-observe",
+            "tunnel-proto",
+        ],
     ),
     (
         "cpc-transport",

@@ -23,6 +23,7 @@ use serde_json::json;
 use socket2::Socket;
 use tunnel_tests::client::{self, eventually, round_trips};
 use tunnel_tests::frontend::Frontend;
+use tunnel_tests::keeper::Keeper;
 use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Engine, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
@@ -190,6 +191,46 @@ fn a_handover_takes_no_privilege() -> Result<()> {
     round_trips(&stream, 3).context("another agent")?;
     check(scene.server().pid(), &confined())?;
     check(scene.agent()?.pid(), &confined())
+}
+
+/// Without any capability, and with a filter of its own, a keeper holds the connections of both.
+#[test]
+fn a_keeper_takes_no_privilege() -> Result<()> {
+    let Some(mut scene) = Scene::new()? else {
+        return Ok(());
+    };
+    scene.attach()?;
+    let cpc = scene.programs.join("cpc");
+    let profile = Profile::of("keeper")?.compile()?;
+    let mut keepers = Vec::new();
+    for daemon in scene.daemons()? {
+        let sandbox = Sandbox::new(&own(daemon)?, profile.clone())?;
+        let place = |command: &mut Command| sandbox.place(command);
+        keepers.push(Keeper::start_with(&cpc, daemon, place)?);
+    }
+    let [server, agent] = [Profile::of("server")?, Profile::of("agent")?];
+    scene.start(&server, &agent)?;
+    let stream = Frontend::Redirect.dial(&scene.lab, to(Behaviour::Echo))?;
+    round_trips(&stream, 3)?;
+    // Until the connection is kept.
+    std::thread::sleep(Duration::from_secs(2));
+    round_trips(&stream, 1)?;
+    let sandbox = scene.for_server(&server)?;
+    scene.server().kill()?;
+    scene
+        .server()
+        .start_with(|command| sandbox.place(command))?;
+    round_trips(&stream, 3).with_context(|| format!("another server\n{}", scene.lab.logs()))?;
+    let sandbox = scene.for_agent(&agent)?;
+    scene.agent()?.kill()?;
+    scene
+        .agent()?
+        .start_with(|command| sandbox.place(command))?;
+    round_trips(&stream, 3).with_context(|| format!("another agent\n{}", scene.lab.logs()))?;
+    for keeper in &keepers {
+        check(Some(keeper.pid()), &confined())?;
+    }
+    Ok(())
 }
 
 /// Without any capability both do the main job: curl through the redirect, bytes both ways over each

@@ -21,7 +21,7 @@ pub(crate) fn deploy() -> PathBuf {
 pub(crate) struct Profile(Value);
 
 impl Profile {
-    /// Returns the profile of `cpc server` or `cpc agent`.
+    /// Returns the profile of `cpc server`, `cpc agent` or `cpc keeper`.
     pub(crate) fn of(role: &str) -> Result<Self> {
         let file = deploy().join(format!("seccomp/cpc-{role}.json"));
         Ok(Self(serde_json::from_str(&fs::read_to_string(file)?)?))
@@ -130,6 +130,14 @@ fn units_allow_what_the_profiles_allow() -> Result<()> {
     for role in ["agent", "server"] {
         let profile = Profile::of(role)?.names()?;
         assert_eq!(profile, of_unit(&format!("cpc-{role}.service"))?, "{role}");
+    }
+    for role in ["agent", "server"] {
+        let unit = of_unit(&format!("cpc-{role}-keeper.service"))?;
+        assert_eq!(
+            Profile::of("keeper")?.names()?,
+            unit,
+            "keeper of the {role}"
+        );
     }
     let [agent, server] = ["agent", "server"].map(|role| Profile::of(role)?.names());
     let (agent, server) = (agent?, server?);

@@ -18,6 +18,7 @@ use super::tunnel_views::{TunnelView, Tunnels};
 use super::worker::{CONNECTIONS, STALLED_BYTES, WAITING_SESSIONS, Worker};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
+use cpc_handover::KeeperHandle;
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::lifetime::{self, Lifetimes};
@@ -50,6 +51,7 @@ pub(super) struct View {
     budget: Budget,
     connections: ConcurrencyLimit,
     sessions: Arc<Sessions>,
+    keeper: KeeperHandle,
     limits: LimitMetrics,
     phase: watch::Receiver<Phase>,
     servers: Gauge,
@@ -79,6 +81,7 @@ impl View {
             budget: worker.budget.clone(),
             connections: worker.connections.clone(),
             sessions: worker.sessions.clone(),
+            keeper: worker.keeper.clone(),
             limits: worker.limits.clone(),
             phase: worker.phase(),
             servers,
@@ -103,6 +106,7 @@ impl Source for View {
     }
 
     fn status(&self) -> Pin<Box<dyn Future<Output = serde_json::Value> + Send + '_>> {
+        let (keeper, kept) = self.keeper.state();
         let status = Status::Agent(AgentStatus {
             identity: self.facts.identity.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -115,6 +119,8 @@ impl Source for View {
                 open: self.connections.in_use(),
                 held: self.sessions.metrics.held.get(),
                 waiting: self.sessions.waiting.in_use(),
+                kept,
+                keeper,
             },
             certificates: lifetime::rows(&self.facts.lifetimes, SystemTime::now()),
             servers: self.facts.tunnels.view().iter().map(row).collect(),
@@ -136,6 +142,8 @@ impl Source for View {
         self.limits.set_used(STALLED_BYTES, self.budget.used());
         let connections = self.connections.in_use() as u64;
         self.limits.set_used(CONNECTIONS, connections);
+        let (_, kept) = self.keeper.state();
+        self.sessions.metrics.kept.set(kept as i64);
         let waiting = self.sessions.waiting.in_use() as u64;
         self.limits.set_used(WAITING_SESSIONS, waiting);
     }

@@ -19,6 +19,7 @@ use super::kept::Survivor;
 use super::restored::understood;
 use cpc_host::report::report;
 use cpc_keeper::{Keeper, KeeperError, Slot, Taken, take};
+use cpc_observe::admin::status::Keeper as KeeperState;
 
 /// Interval of looks at the keeper.
 const LOOK: Duration = Duration::from_secs(1);
@@ -35,17 +36,6 @@ pub struct KeeperSpec {
     pub role: &'static str,
     /// Time for which it keeps the sockets of a dead process.
     pub patience: Duration,
-}
-
-/// State of the keeper, for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeeperState {
-    /// None is configured.
-    Unconfigured,
-    /// The configured one is not there.
-    Missing,
-    /// The keeper holds so many sockets of this process.
-    Holds(usize),
 }
 
 /// Handle of the keeper, for any thread.
@@ -72,12 +62,12 @@ impl KeeperHandle {
         self.spec.is_some() && self.current.load().as_ref().is_some_and(|it| !it.is_gone())
     }
 
-    /// Returns the state of the keeper.
-    pub fn state(&self) -> KeeperState {
+    /// Returns the state of the keeper, and the number of sockets that it has of this process.
+    pub fn state(&self) -> (KeeperState, usize) {
         match (&self.spec, &*self.current.load()) {
-            (None, _) => KeeperState::Unconfigured,
-            (Some(_), Some(keeper)) if keeper.is_there() => KeeperState::Holds(keeper.kept()),
-            (Some(_), _) => KeeperState::Missing,
+            (None, _) => (KeeperState::Unconfigured, 0),
+            (Some(_), Some(keeper)) if keeper.is_there() => (KeeperState::Live, keeper.kept()),
+            (Some(_), _) => (KeeperState::Missing, 0),
         }
     }
 
@@ -219,6 +209,11 @@ fn open(mut taken: Taken, is_client: bool) -> Result<Option<Found>, HandoverErro
         });
         let restored = understood(restored).into_iter();
         survivors.extend(restored.filter(|it| ids.insert(it.id())));
+    }
+    if survivors.is_empty() {
+        // A process without connections needs no name of another one.
+        taken.confirm()?;
+        return Ok(None);
     }
     Ok(Some(Found {
         instance,

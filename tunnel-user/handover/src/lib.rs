@@ -33,7 +33,7 @@ pub mod successor;
 
 pub use endpoint::Endpoint;
 pub use error::HandoverError;
-pub use keeper::{KeeperHandle, KeeperSpec, KeeperState};
+pub use keeper::{KeeperHandle, KeeperSpec};
 pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
 pub use restored::understood;

@@ -48,7 +48,7 @@ pub struct Kept {
 /// The sockets of dead processes, which the keeper holds too.
 #[derive(Debug)]
 pub struct Taken {
-    /// What each process has left, oldest first.
+    /// Sets of the processes, oldest first.
     pub sets: Vec<Left>,
     keeper: Socket,
 }

@@ -33,6 +33,8 @@ pub struct SessionMetrics {
     pub held: Gauge,
     /// Connections that wait for another tunnel.
     pub waiting: Gauge,
+    /// Connections that outlive a crash of this process.
+    pub kept: Gauge,
     resumed: Family<CauseLabels, Counter>,
     lost: Family<CauseLabels, Counter>,
     stall: Histogram,
@@ -44,6 +46,7 @@ impl SessionMetrics {
         let metrics = Self {
             held: Gauge::default(),
             waiting: Gauge::default(),
+            kept: Gauge::default(),
             resumed: Family::default(),
             lost: Family::default(),
             stall: Histogram::new(STALL_SECONDS),
@@ -68,6 +71,11 @@ impl SessionMetrics {
             "sessions_waiting",
             "Connections whose tunnel was lost and that wait for another one",
             metrics.waiting.clone(),
+        );
+        registry.register(
+            "sessions_kept",
+            "Connections whose sockets a keeper holds: they outlive a crash of this process",
+            metrics.kept.clone(),
         );
         registry.register(
             "sessions_resumed",

@@ -145,6 +145,7 @@ impl Source for View {
                 Ok(attachments) => (attachments, None),
                 Err(error) => (Vec::new(), Some(report(&error))),
             };
+            let (keeper, kept) = self.common.keeper.state();
             let status = Status::Server(ServerStatus {
                 identity: self.identity.clone(),
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -157,6 +158,8 @@ impl Source for View {
                     open: self.common.connections.in_use(),
                     held: self.common.metrics.sessions.held.get(),
                     waiting: self.common.waiting_sessions.in_use(),
+                    kept,
+                    keeper,
                 },
                 certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
                 agents,
@@ -176,6 +179,8 @@ impl Source for View {
         self.stalled
             .set(i64::try_from(self.common.budget.stalled()).unwrap_or(i64::MAX));
         usage::refresh(&self.common.metrics.limits, &self.common);
+        let (_, kept) = self.common.keeper.state();
+        self.common.metrics.sessions.kept.set(kept as i64);
         if let Some(observer) = &self.common.observer {
             observer.set_backends(&self.control.backends());
         }

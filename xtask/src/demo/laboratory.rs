@@ -11,6 +11,7 @@ use serde_json::json;
 use tunnel_tests::client::eventually;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
+use tunnel_tests::keeper::Keeper;
 use tunnel_tests::lab::address::{self, KUBELET_PORT};
 use tunnel_tests::lab::{Lab, LabSpec, Programs};
 use tunnel_tests::target::Behaviour;
@@ -74,7 +75,12 @@ fn show(programs: Programs) -> Result<()> {
                 lab.workers[0].netns.name(),
                 address::node(1)
             ));
-            Ok(Demo { lab, programs })
+            let keepers = Vec::new();
+            Ok(Demo {
+                lab,
+                keepers,
+                programs,
+            })
         },
     )?;
     step("The control plane does not reach the kubelet", |say| {
@@ -87,6 +93,10 @@ fn show(programs: Programs) -> Result<()> {
             let agent = demo.lab.workers[0].agent()?;
             let state_dir = agent.config_file().with_file_name("state");
             agent.configure(|config| config["state_dir"] = json!(state_dir))?;
+            demo.keepers.push(Keeper::start(&demo.programs.cpc, agent)?);
+            let server = &mut demo.lab.control_plane.servers[0].daemon;
+            demo.keepers
+                .push(Keeper::start(&demo.programs.cpc, server)?);
             demo.lab.start_configured()?;
             say.note(
                 "the agent has dialled out to the server; the kernel redirects the API server",
@@ -111,6 +121,10 @@ fn show(programs: Programs) -> Result<()> {
         |say| demo.replace(say),
     )?;
     step(
+        "The same while the server, then the agent, is killed with kill -9",
+        |say| demo.kill(say),
+    )?;
+    step(
         "The server is killed: connections are refused and do not leak",
         |say| demo.killed_server(say),
     )?;
@@ -126,7 +140,20 @@ fn url() -> String {
 
 struct Demo {
     lab: Lab,
+    /// Keepers of the server and of the agent.
+    keepers: Vec<Keeper>,
     programs: Programs,
+}
+
+/// Ends a live connection, and says what has become of it.
+fn conclude(talk: Conversation, say: &mut Evidence) -> Result<()> {
+    let summary = talk.finish()?;
+    say.note(format!(
+        "{} bytes there and back, none lost, doubled or changed; the longest pause was {} ms",
+        summary.bytes,
+        summary.longest_gap.as_millis()
+    ));
+    Ok(())
 }
 
 impl Demo {
@@ -252,24 +279,39 @@ impl Demo {
         Ok(())
     }
 
-    fn replace(&mut self, say: &mut Evidence) -> Result<()> {
+    /// Starts a live connection through the redirect, which both sides hold.
+    fn talk(&self) -> Result<Conversation> {
         let echo = (address::node(1), Behaviour::Echo.port()).into();
         let stream = Frontend::Redirect.dial(&self.lab, echo)?;
         let talk = Conversation::start(stream, Pace::Messages(100, MESSAGE))?;
         sleep(TALK);
+        Ok(talk)
+    }
+
+    fn kill(&mut self, say: &mut Evidence) -> Result<()> {
+        let talk = self.talk()?;
+        let server = &mut self.server_mut()?.daemon;
+        server.kill()?;
+        server.start()?;
+        say.note("kill -9 of cpc server, and another one starts: a keeper has the sockets");
+        sleep(TALK);
+        let agent = self.lab.workers[0].agent()?;
+        agent.kill()?;
+        agent.start()?;
+        say.note("the same with the agent on the worker");
+        sleep(TALK);
+        conclude(talk, say)
+    }
+
+    fn replace(&mut self, say: &mut Evidence) -> Result<()> {
+        let talk = self.talk()?;
         self.server_mut()?.daemon.replace(BACK)?;
         say.note("cpc server --replace: the running server has handed over, and has ended");
         sleep(TALK);
         self.lab.workers[0].agent()?.replace(BACK)?;
         say.note("cpc agent --replace: the same on the worker");
         sleep(TALK);
-        let summary = talk.finish()?;
-        say.note(format!(
-            "{} bytes there and back, none lost, doubled or changed; the longest pause was {} ms",
-            summary.bytes,
-            summary.longest_gap.as_millis()
-        ));
-        Ok(())
+        conclude(talk, say)
     }
 
     fn killed_server(&mut self, say: &mut Evidence) -> Result<()> {

@@ -45,6 +45,9 @@ pub(super) struct Args {
     /// Directory of a lock that proves to servers that an earlier process of this agent has ended
     #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Socket of the keeper (`cpc keeper`), which holds copies of connections over a crash of this agent
+    #[arg(long, env = "CPC_KEEPER", value_name = "PATH")]
+    keeper: Option<PathBuf>,
     /// Destination that the agent may dial, such as 10.99.1.2:10250 or 10.244.1.0/24; may be repeated
     #[arg(long, env = "CPC_ALLOW", value_name = "CIDR[:PORTS]")]
     allow: Vec<AllowRule>,
@@ -120,6 +123,8 @@ impl Args {
         overlay.put("tunnels", &mut config.tunnels, self.tunnels);
         let state_dir = self.state_dir.clone().map(Some);
         overlay.put("state_dir", &mut config.state_dir, state_dir);
+        let keeper = self.keeper.clone().map(Some);
+        overlay.put("keeper", &mut config.keeper, keeper);
         overlay.put("admin", &mut config.admin, self.admin);
         overlay.put("datapath.engine", &mut config.datapath.engine, self.engine);
         self.tls.apply(&mut overlay, &mut config.tls);

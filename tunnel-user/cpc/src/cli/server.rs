@@ -35,6 +35,9 @@ pub(super) struct Args {
     /// Directory of the persisted secret [default: /var/lib/cpc]
     #[arg(long, env = "CPC_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Socket of the keeper (`cpc keeper`), which holds copies of connections over a crash of this server
+    #[arg(long, env = "CPC_KEEPER", value_name = "PATH")]
+    keeper: Option<PathBuf>,
     /// Address of health, metrics and status [default: 127.0.0.1:8135]
     #[arg(long, env = "CPC_ADMIN", value_name = "ADDR:PORT")]
     admin: Option<SocketAddr>,
@@ -85,6 +88,8 @@ impl Args {
         overlay.put("server_count", &mut config.server_count, self.server_count);
         overlay.put("shards", &mut config.shards, self.shards);
         overlay.put("state_dir", &mut config.state_dir, self.state_dir.clone());
+        let keeper = self.keeper.clone().map(Some);
+        overlay.put("keeper", &mut config.keeper, keeper);
         overlay.put("admin", &mut config.admin, self.admin);
         overlay.put("datapath.engine", &mut config.datapath.engine, self.engine);
         self.tls.apply(&mut overlay, &mut config.tls);

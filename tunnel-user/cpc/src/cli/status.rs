@@ -11,8 +11,8 @@ use comfy_table::{ContentArrangement, Table};
 
 use cpc_host::report::report;
 use cpc_observe::admin::status::{
-    AgentRow, AgentStatus, CertificateRow, ConnectionCounts, Refused, ServerRow, ServerStatus,
-    Status,
+    AgentRow, AgentStatus, CertificateRow, ConnectionCounts, Keeper, Refused, ServerRow,
+    ServerStatus, Status,
 };
 
 /// Timeout of the admin port.
@@ -207,15 +207,24 @@ fn agent_row(agent: &AgentRow) -> [String; 12] {
     ]
 }
 
-/// Returns a line on connections, and on what becomes of them when their tunnel is lost.
+/// Returns lines on connections, and on what becomes of them when their tunnel is lost or the process crashes.
 fn connections(counts: ConnectionCounts) -> String {
     let ConnectionCounts {
         open,
         held,
         waiting,
+        kept,
+        keeper,
     } = counts;
+    let ended = open.saturating_sub(kept);
+    let keeper = match keeper {
+        Keeper::Unconfigured => "no keeper is configured",
+        Keeper::Missing => "THE KEEPER IS MISSING",
+        Keeper::Live => "the keeper is there",
+    };
     format!(
-        "{open} connections, {held} of them outlive their tunnel; {waiting} wait for another one\n"
+        "{open} connections, {held} of them outlive their tunnel; {waiting} wait for another one\n\
+         a crash would end {ended} of them: {keeper}\n"
     )
 }
 

@@ -59,6 +59,25 @@ pub struct ConnectionCounts {
     pub held: i64,
     /// Those of these that wait for another tunnel.
     pub waiting: usize,
+    /// Those that outlive a crash of the process.
+    #[serde(default)]
+    pub kept: usize,
+    /// State of the keeper.
+    #[serde(default)]
+    pub keeper: Keeper,
+}
+
+/// State of a keeper of connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Keeper {
+    /// None is configured.
+    #[default]
+    Unconfigured,
+    /// The configured one is not there.
+    Missing,
+    /// The keeper is there.
+    Live,
 }
 
 /// One certificate in use.
