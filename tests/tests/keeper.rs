@@ -157,6 +157,65 @@ fn a_keeper_may_be_killed_too() -> Result<()> {
     Ok(())
 }
 
+/// Returns a number below `limit` that follows from `seed`, and the next seed (a linear congruential generator).
+fn draw(seed: u64, limit: u64) -> (u64, u64) {
+    let next = seed
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
+    ((next >> 33) % limit, next)
+}
+
+/// Both processes are killed a hundred times at random, also while they take over.
+#[test]
+#[ignore = "takes minutes"]
+fn three_hundred_connections_outlive_a_hundred_kills() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, _keepers) = lab()?;
+    let paces = |number| match number % 10 {
+        0 => Pace::Messages(20_000, Duration::from_millis(30)),
+        1..5 => Pace::Messages(100, Duration::from_millis(100)),
+        _ => Pace::Messages(1, Duration::from_secs(1)),
+    };
+    let mut talks = vec![Frontend::Redirect.dial(&lab, echo())?];
+    let more = Frontend::Redirect.through(&lab, |dial| {
+        (0..300).map(|_| dial(echo())).collect::<Result<Vec<_>>>()
+    })?;
+    let bulk = Conversation::start(talks.remove(0), Pace::Bulk)?;
+    let talks = more.into_iter().enumerate();
+    let talks = talks.map(|(number, stream)| Conversation::start(stream, paces(number)));
+    let talks = talks.collect::<Result<Vec<_>>>()?;
+    thread::sleep(KEPT);
+    let mut seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    for time in 0..100 {
+        let (pause, next) = draw(seed, 1500);
+        let (side, next) = draw(next, 2);
+        seed = next;
+        thread::sleep(Duration::from_millis(pause));
+        let killed = daemon(&mut lab, [Side::Server, Side::Agent][side as usize])?;
+        killed.kill()?;
+        killed.start()?;
+        let cut = talks.iter().filter(|talk| !talk.goes_on()).count();
+        let is_cut = cut > 0 || !bulk.goes_on();
+        ensure!(!is_cut, "{cut} cut by kill {time}\n{}", lab.logs());
+    }
+    thread::sleep(KEPT);
+    println!("{:?}", bulk.finish().with_context(|| lab.logs())?);
+    let mut gaps = Vec::new();
+    for talk in talks {
+        gaps.push(talk.finish().with_context(|| lab.logs())?.longest_gap);
+    }
+    gaps.sort_unstable();
+    println!(
+        "median of the longest pauses {:?}, the longest {:?}",
+        gaps[gaps.len() / 2],
+        gaps.last()
+    );
+    Ok(())
+}
+
 #[test]
 fn connections_outlive_kills_of_both() -> Result<()> {
     kill(&[Side::Server, Side::Agent], 2)

@@ -14,6 +14,7 @@ use std::task::{Poll, ready};
 use bytes::Bytes;
 use cpc_keeper::{Position, Slot};
 use nix::sys::socket::{MsgFlags, recv};
+use socket2::{Domain, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -228,6 +229,15 @@ pub(crate) fn release(socket: &impl AsRawFd, kept: Option<Box<Kept>>) {
 /// The error of the system call: the kernel is older than Linux 6.10, or 6.12 for IPv6.
 pub fn set_peek_offset(socket: &impl AsRawFd, offset: i32) -> io::Result<()> {
     set(socket, libc::SO_PEEK_OFF, offset)
+}
+
+/// Whether the kernel keeps the bytes of sockets over IPv4, and over IPv6: it is asked, since versions say little.
+pub fn probe() -> (bool, bool) {
+    let can = |domain| {
+        let socket = Socket::new(domain, Type::STREAM, None);
+        socket.is_ok_and(|socket| set_peek_offset(&socket, 0).is_ok())
+    };
+    (can(Domain::IPV4), can(Domain::IPV6))
 }
 
 /// Sets a socket option of level `SOL_SOCKET` (socket(7)).

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -17,6 +18,8 @@ use tunnel_proto::handover::KeptProcess;
 use super::error::HandoverError;
 use super::kept::Survivor;
 use super::restored::understood;
+use super::store::{nanoseconds, since_boot};
+use cpc_datapath::kept::probe;
 use cpc_host::report::report;
 use cpc_keeper::{Keeper, KeeperError, Slot, Taken, take};
 use cpc_observe::admin::status::Keeper as KeeperState;
@@ -27,15 +30,35 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Number of sockets that are given to the keeper before it is waited for.
 const PORTION: usize = 1024;
 
+/// Lifetime in nanoseconds below which a process may have been killed by what it took from the keeper.
+const SHORT: u64 = 500_000_000;
+
+/// Maximum number of such processes in a row.
+const MAX_FAILURES: u32 = 5;
+
+/// Maximum length of a role in bytes.
+const MAX_ROLE: usize = 64;
+
 /// Place of a keeper, and the promises to it.
 #[derive(Clone, Debug)]
 pub struct KeeperSpec {
-    /// Path of its socket.
-    pub path: PathBuf,
-    /// Role of this process.
-    pub role: &'static str,
-    /// Time for which it keeps the sockets of a dead process.
-    pub patience: Duration,
+    path: PathBuf,
+    role: String,
+    patience: Duration,
+}
+
+impl KeeperSpec {
+    /// Names the keeper at `path` to a process of `role` with the identity `name`. It keeps the sockets of a dead
+    /// process for `patience`.
+    pub fn new(path: PathBuf, role: &str, name: &str, patience: Duration) -> Self {
+        let mut role = format!("{role} {name}");
+        role.truncate(role.floor_char_boundary(MAX_ROLE));
+        Self {
+            path,
+            role,
+            patience,
+        }
+    }
 }
 
 /// Handle of the keeper, for any thread.
@@ -45,6 +68,8 @@ pub struct KeeperHandle {
     current: Arc<ArcSwapOption<Keeper>>,
     /// Whether nothing is to be kept any more.
     is_closed: Arc<AtomicBool>,
+    /// Number of processes in a row that were killed as soon as they had begun.
+    failures: Arc<AtomicU32>,
 }
 
 impl KeeperHandle {
@@ -54,6 +79,7 @@ impl KeeperHandle {
             spec: spec.map(Arc::new),
             current: Arc::default(),
             is_closed: Arc::default(),
+            failures: Arc::default(),
         }
     }
 
@@ -82,9 +108,9 @@ impl KeeperHandle {
     /// keeper. `is_client` tells whether local sockets are those of clients, or of targets.
     pub fn take(&self, is_client: bool) -> Option<Found> {
         let spec = self.spec.as_ref()?;
-        let found = take(&spec.path, spec.role).map_err(HandoverError::from);
+        let found = take(&spec.path, &spec.role).map_err(HandoverError::from);
         found
-            .and_then(|taken| open(taken, is_client))
+            .and_then(|taken| self.open_sets(taken, is_client))
             .unwrap_or_else(|error| {
                 tracing::warn!(
                     error = report(&error),
@@ -109,8 +135,14 @@ impl KeeperHandle {
         let Some(spec) = &self.spec else {
             return Ok(());
         };
+        let process = KeptProcess {
+            began_at: since_boot().map_or(0, nanoseconds),
+            failures: self.failures.load(Ordering::Relaxed),
+            ..process.clone()
+        };
         let process = process.encode_to_vec();
-        let keeper = Keeper::open(&spec.path, spec.role, &process, spec.patience)?;
+        let keeper = Keeper::open(&spec.path, &spec.role, &process, spec.patience)?;
+        tell_versions();
         self.current.store(Some(Arc::new(keeper)));
         Ok(())
     }
@@ -184,41 +216,110 @@ impl Found {
     }
 }
 
-fn open(mut taken: Taken, is_client: bool) -> Result<Option<Found>, HandoverError> {
-    let mut sets = std::mem::take(&mut taken.sets);
-    let Some(last) = sets.last() else {
-        return Ok(None);
-    };
-    let KeptProcess {
-        instance,
-        incarnation,
-    } = KeptProcess::decode(&*last.process)?;
-    // Two sets have the same connection where a process was killed before it had confirmed what it took.
-    let mut ids = HashSet::new();
-    let mut survivors = Vec::new();
-    while let Some(left) = sets.pop() {
-        let process = KeptProcess::decode(&*left.process)?;
-        if process.instance != instance {
-            continue;
+/// Returns the number of failures in a row, with the process that is dead for `dead` nanoseconds.
+fn failures(process: &KeptProcess, now: u64, dead: u64) -> u32 {
+    let lifetime = now.saturating_sub(dead).saturating_sub(process.began_at);
+    match lifetime < SHORT {
+        true => process.failures.saturating_add(1),
+        false => 0,
+    }
+}
+
+/// Logs, once, whose connections the kernel can keep.
+fn tell_versions() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let (ipv4, ipv6) = probe();
+        match ipv4 && ipv6 {
+            true => tracing::info!("connections outlive a crash: a keeper has copies of them"),
+            false => tracing::warn!(
+                ipv4,
+                ipv6,
+                "the kernel can't keep the bytes of all connections over a crash (SO_PEEK_OFF: Linux \
+                 6.10 for IPv4, 6.12 for IPv6)"
+            ),
         }
-        let waited = u64::try_from(left.dead_for.as_nanos()).unwrap_or(u64::MAX);
-        let table = left.table;
-        let restored = left.kept.into_iter().map(|kept| {
-            let entry = table.entry(kept.slot).unwrap_or_default();
-            Survivor::restore(kept, entry, waited, is_client)
-        });
-        let restored = understood(restored).into_iter();
-        survivors.extend(restored.filter(|it| ids.insert(it.id())));
+    });
+}
+
+impl KeeperHandle {
+    fn open_sets(&self, mut taken: Taken, is_client: bool) -> Result<Option<Found>, HandoverError> {
+        let mut sets = std::mem::take(&mut taken.sets);
+        let Some(last) = sets.last() else {
+            return Ok(None);
+        };
+        let process = KeptProcess::decode(&*last.process)?;
+        let dead = nanoseconds(last.dead_for);
+        let failures = failures(&process, since_boot().map_or(0, nanoseconds), dead);
+        self.failures.store(failures, Ordering::Relaxed);
+        if failures > MAX_FAILURES {
+            tracing::error!(
+                processes = failures,
+                "processes were killed as soon as they had taken the connections: these end"
+            );
+            self.failures.store(0, Ordering::Relaxed);
+            drop(sets);
+            taken.confirm()?;
+            return Ok(None);
+        }
+        let KeptProcess {
+            instance,
+            incarnation,
+            ..
+        } = process;
+        // Two sets have the same connection where a process was killed before it had confirmed what it took.
+        let mut ids = HashSet::new();
+        let mut survivors = Vec::new();
+        while let Some(left) = sets.pop() {
+            let process = KeptProcess::decode(&*left.process)?;
+            if process.instance != instance {
+                continue;
+            }
+            let waited = nanoseconds(left.dead_for);
+            let table = left.table;
+            let restored = left.kept.into_iter().map(|kept| {
+                let entry = table.entry(kept.slot).unwrap_or_default();
+                Survivor::restore(kept, entry, waited, is_client)
+            });
+            let restored = understood(restored).into_iter();
+            survivors.extend(restored.filter(|it| ids.insert(it.id())));
+        }
+        if survivors.is_empty() {
+            // A process without connections needs no name of another one.
+            taken.confirm()?;
+            return Ok(None);
+        }
+        Ok(Some(Found {
+            instance,
+            incarnation: incarnation + 1,
+            survivors,
+            taken,
+        }))
     }
-    if survivors.is_empty() {
-        // A process without connections needs no name of another one.
-        taken.confirm()?;
-        return Ok(None);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_that_are_killed_at_once_are_counted() {
+        let process = |failures| KeptProcess {
+            began_at: 10 * SHORT,
+            failures,
+            ..KeptProcess::default()
+        };
+        let now = 13 * SHORT;
+        assert_eq!(failures(&process(2), now, 3 * SHORT - 1), 3);
+        assert_eq!(failures(&process(2), now, 2 * SHORT), 0);
+        // A clock that went back is no reason to give up.
+        assert_eq!(failures(&process(0), 0, SHORT), 1);
     }
-    Ok(Some(Found {
-        instance,
-        incarnation: incarnation + 1,
-        survivors,
-        taken,
-    }))
+
+    #[test]
+    fn a_role_fits() {
+        let spec = |name: &str| KeeperSpec::new("/k".into(), "agent", name, LOOK).role;
+        assert_eq!(spec("w1"), "agent w1");
+        assert!(spec(&"\u{e4}".repeat(64)).len() <= MAX_ROLE);
+    }
 }

@@ -51,6 +51,7 @@ pub(crate) fn process(worker: &Worker) -> KeptProcess {
     KeptProcess {
         instance: Bytes::copy_from_slice(&worker.instance.0),
         incarnation: worker.incarnation,
+        ..KeptProcess::default()
     }
 }
 

@@ -130,7 +130,7 @@ impl Serving {
             limits,
             sessions,
             handover: Handover::new(),
-            keeper: KeeperHandle::new(keeper_of(&config)),
+            keeper: KeeperHandle::new(keeper_of(&config, &identity.name())),
         };
         let has_predecessor = predecessor.is_some();
         match predecessor {
@@ -252,13 +252,9 @@ impl Serving {
 }
 
 /// Returns the configured keeper.
-fn keeper_of(config: &AgentConfig) -> Option<KeeperSpec> {
+fn keeper_of(config: &AgentConfig, name: &str) -> Option<KeeperSpec> {
     let path = config.keeper.clone()?;
-    Some(KeeperSpec {
-        path,
-        role: ROLE,
-        patience: config.limits.resume,
-    })
+    Some(KeeperSpec::new(path, ROLE, name, config.limits.resume))
 }
 
 /// Returns the common setup of tunnels over QUIC.

@@ -55,6 +55,7 @@ pub(crate) fn process(common: &Common) -> KeptProcess {
     KeptProcess {
         instance: Bytes::copy_from_slice(&common.instance.0),
         incarnation: common.incarnation,
+        ..KeptProcess::default()
     }
 }
 

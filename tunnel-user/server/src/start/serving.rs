@@ -152,7 +152,7 @@ impl Serving {
             loads: Loads::new(bound.udp.len()),
             peers,
             handover,
-            keeper: KeeperHandle::new(keeper_of(&config)),
+            keeper: KeeperHandle::new(keeper_of(&config, &identity.name)),
         };
         let lifetimes = lifetimes(material.iter().map(|it| it.clone() as _), &bound);
         tokio::spawn(lifetime::watch(lifetimes.clone()));
@@ -364,13 +364,9 @@ fn unless_given_away(mut publish: Publish, handover: Handover) -> Publish {
 }
 
 /// Returns the configured keeper.
-fn keeper_of(config: &ServerConfig) -> Option<KeeperSpec> {
+fn keeper_of(config: &ServerConfig, name: &str) -> Option<KeeperSpec> {
     let path = config.keeper.clone()?;
-    Some(KeeperSpec {
-        path,
-        role: ROLE,
-        patience: config.limits.resume,
-    })
+    Some(KeeperSpec::new(path, ROLE, name, config.limits.resume))
 }
 
 /// Returns the lifetimes of all certificates that this server uses.
