@@ -342,7 +342,6 @@ fn connections_outlive_a_restart() -> Result<()> {
         daemon.wait_log(SOON, logged, &["ERROR", "nothing is handed over"])?;
         manager.is_full = false;
         load.wait_answered(20, SOON)?;
-        std::thread::sleep(Duration::from_secs(2));
 
         daemon.signal(Signal::SIGUSR2)?;
         manager.hear("BARRIER=1")?;

@@ -3,8 +3,8 @@
 installed() {
     cd /payload/checkout
     install -m 0755 /payload/cpc /usr/local/bin/cpc
-    install -m 0644 deploy/systemd/cpc-server.service deploy/systemd/cpc-redirect.service /etc/systemd/system/
-    install -m 0644 deploy/systemd/cpc-agent.service deploy/systemd/cpc-server.socket /etc/systemd/system/
+    install -m 0644 deploy/systemd/cpc-{server,server-keeper,redirect}.service /etc/systemd/system/
+    install -m 0644 deploy/systemd/cpc-{agent,agent-keeper}.service deploy/systemd/cpc-server.socket /etc/systemd/system/
     install -D -m 0644 deploy/systemd/sysusers-cpc.conf /etc/sysusers.d/cpc.conf
     install -D -m 0644 deploy/systemd/sysctl-cpc.conf /etc/sysctl.d/90-cpc.conf
     systemd-sysusers
