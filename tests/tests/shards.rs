@@ -205,7 +205,7 @@ fn agents_are_spread_over_the_shards_by_load() -> Result<()> {
             fresh && live(status, "agents").count() == 2
         })?;
         let spread = shards(live(&status, "agents"));
-        ensure!(spread.len() == 2, "round {round}: {status}");
+        ensure!(spread.len() == 2, "round {round}: {status}\n{}", lab.logs());
         seen = server.log().matches("agent connected").count();
         for worker in &mut lab.workers {
             worker.agent()?.terminate()?;
