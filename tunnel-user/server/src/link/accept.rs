@@ -32,13 +32,13 @@ use cpc_transport::tunnel::{Connection, Recv, Send, Tunnel, TunnelError, TunnelS
 /// Timeout for a peer to show its certificate and open its control stream.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Serves one agent at `remote` from its handshake, which `accepting` does, to its last packet. Meanwhile
-/// it is `counted` on this shard.
+/// Serves one agent at `remote` from its handshake, which `accepting` does, to its last packet. Until its session
+/// ends it is `counted` on this shard.
 pub(super) async fn serve(
     shard: Rc<Shard>,
     remote: SocketAddr,
     accepting: impl Future<Output = Result<Connection, TunnelError>>,
-    (under_way, _counted): (HandshakePermit, LoadPermit),
+    (under_way, counted): (HandshakePermit, LoadPermit),
 ) {
     let Some((connection, stream)) = handshake(&shard, remote, accepting).await else {
         return;
@@ -92,6 +92,8 @@ pub(super) async fn serve(
         }
     };
     link.place.take();
+    // At once: the next process of the agent may be about to come.
+    drop(counted);
     if let Some(process) = link.info.process.get() {
         process.left(link.info.id);
     }
