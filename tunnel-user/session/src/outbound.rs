@@ -140,14 +140,15 @@ impl Outbound {
         if accepted.written > self.sent {
             return Err(Violation::TooMuch);
         }
-        if accepted.written < self.confirmed {
+        // Of a direction that takes no more, a process that was killed may have forgotten how far it came.
+        if accepted.written < self.confirmed && !accepted.is_refused {
             return Err(Violation::Backwards);
         }
         if accepted.is_finished && (!self.is_ended || accepted.written != self.taken) {
             return Err(Violation::NoEnd);
         }
         let before = self.kept();
-        self.confirmed = accepted.written;
+        self.confirmed = self.confirmed.max(accepted.written);
         self.is_finished = accepted.is_finished;
         self.is_done = accepted.is_finished || accepted.is_refused;
         Ok(before - self.kept())
@@ -288,6 +289,20 @@ mod tests {
         assert_eq!(out.confirm(&accepted(7)), Ok(7));
         out.resume();
         assert_eq!((out.sent(), out.unsent()), (7, 3));
+    }
+
+    /// This end has discarded what the other one does not take, and was killed.
+    #[test]
+    fn a_direction_that_is_refused_may_be_behind() {
+        let mut out = kept(10);
+        out.confirm(&accepted(8)).unwrap();
+        out.detach();
+        let refused = Accepted {
+            is_refused: true,
+            ..accepted(3)
+        };
+        assert_eq!(out.confirm(&refused), Ok(2));
+        assert!(out.is_done() && out.confirmed() == 8);
     }
 
     #[test]
