@@ -23,7 +23,7 @@ use cpc_session::{Bounds, Registration, SessionState, survives};
 /// Interval of looks at waiting sessions: for those that have expired, and those whose server was revoked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Time for a server that has come back after a crash to resume the sessions that it still has.
+/// Time without a resumption after which a server that has come back after a crash has lost the other sessions.
 const RETURN: Duration = Duration::from_secs(10);
 
 /// A process of a server. Only the same one resumes a session.
@@ -262,7 +262,13 @@ impl Sessions {
             return Found::Carried;
         }
         let carried = Slot::Carried(server.clone(), stats.clone());
-        match std::mem::replace(slot, carried) {
+        let before = std::mem::replace(slot, carried);
+        drop(table);
+        // As long as a server resumes sessions, the others wait for their turn.
+        if let Some((_, since)) = self.lock_returned().get_mut(&server.identity) {
+            *since = Instant::now();
+        }
+        match before {
             Slot::Parked(parked) => Found::Parked(parked),
             Slot::Carried(..) => Found::Carried,
         }
@@ -274,7 +280,10 @@ impl Sessions {
         if process.incarnation > 0 {
             let mut returned = self.lock_returned();
             let known = returned.get(&process.identity);
-            if known.is_none_or(|(known, _)| known.incarnation != process.incarnation) {
+            let is_late = |known: &ServerProcess| {
+                known == &**process && known.incarnation > process.incarnation
+            };
+            if !known.is_some_and(|(known, _)| is_late(known)) {
                 returned.insert(process.identity.clone(), (process.clone(), Instant::now()));
             }
         }
@@ -301,7 +310,7 @@ impl Sessions {
         }
     }
 
-    /// Ends the sessions that a later incarnation of their server has not resumed: the server has lost them.
+    /// Ends the sessions that a later incarnation of their server does not resume: the server has lost them.
     fn end_forgotten(&self, worker: &Worker, now: Instant) {
         let is_due = |since: &Instant| now.saturating_duration_since(*since) >= RETURN;
         let returned: Vec<_> = {

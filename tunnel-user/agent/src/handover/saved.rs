@@ -82,7 +82,8 @@ pub(super) fn restore(
     let server = ServerProcess {
         identity: peer.identity.clone(),
         instance: InstanceId(instance),
-        incarnation: 0,
+        // It is not known: no later one ends the session before its time.
+        incarnation: u64::MAX,
         peer: Peer::restore(peer.identity.clone(), &peer.serial),
     };
     let now = Instant::now();
