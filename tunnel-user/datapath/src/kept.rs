@@ -32,6 +32,14 @@ const LOW_WATER: libc::c_int = 4 << 20;
 /// Bit of an entry in the table of the keeper: the end of file was passed on to the peer, or is about to be.
 pub const FINISHED: u64 = 1 << 63;
 
+/// Returns the entry in the table of the keeper of a socket of which `consumed` bytes were taken.
+pub fn entry(consumed: u64, is_finished: bool) -> u64 {
+    match is_finished {
+        true => consumed | FINISHED,
+        false => consumed,
+    }
+}
+
 /// The means to keep sockets beyond the process.
 pub trait Keep {
     /// Whether there is a keeper.
@@ -142,10 +150,7 @@ impl Kept {
 
     /// Returns the entry in the table of the keeper.
     fn entry(&self, consumed: u64) -> u64 {
-        match self.is_finished.get() {
-            true => consumed | FINISHED,
-            false => consumed,
-        }
+        entry(consumed, self.is_finished.get())
     }
 
     /// Writes the state to the table of the keeper.
@@ -305,11 +310,18 @@ impl LocalSocket for TcpSocket {
     }
 
     async fn finish(&self) -> io::Result<()> {
-        if let Some(kept) = self.kept() {
-            kept.is_finished.set(true);
+        let Some(kept) = self.kept() else {
+            return self.stream.finish().await;
+        };
+        // Before, and taken back where it fails: the table must not lack an end that the kernel counts.
+        let before = kept.is_finished.replace(true);
+        kept.tell();
+        let finished = self.stream.finish().await;
+        if finished.is_err() {
+            kept.is_finished.set(before);
             kept.tell();
         }
-        self.stream.finish().await
+        finished
     }
 
     async fn broken(&self) {
@@ -329,6 +341,10 @@ impl LocalSocket for TcpSocket {
 
     /// Discards what was read: a socket that is closed with bytes in its queue resets.
     fn discard_input(&self) {
+        self.discard_read();
+    }
+
+    fn discard_read(&self) {
         if let Some(kept) = self.kept() {
             kept.discard(&self.stream, u64::MAX);
         }

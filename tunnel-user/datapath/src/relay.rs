@@ -590,7 +590,7 @@ pub async fn linger(local: &impl LocalSocket) -> bool {
         while local.unsent() > 0 {
             tokio::select! {
                 read = local.read() => match read {
-                    Ok(bytes) if !bytes.is_empty() => {}
+                    Ok(bytes) if !bytes.is_empty() => local.discard_read(),
                     // Nothing unread can follow: the kernel delivers the rest after the close.
                     _ => break,
                 },

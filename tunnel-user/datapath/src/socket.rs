@@ -76,6 +76,8 @@ pub trait LocalSocket {
     /// Discards unread input, where closing would otherwise spoil the bytes that the peer has yet to
     /// read.
     fn discard_input(&self) {}
+    /// Discards what was read, where it stays in the kernel.
+    fn discard_read(&self) {}
     /// Returns the number of bytes that the peer's kernel has not acknowledged (`SIOCOUTQ`, tcp(7)).
     fn unsent(&self) -> usize;
     /// Whether bytes that were read stay in the kernel.

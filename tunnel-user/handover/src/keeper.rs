@@ -19,7 +19,7 @@ use super::error::HandoverError;
 use super::kept::Survivor;
 use super::restored::understood;
 use super::store::{nanoseconds, since_boot};
-use cpc_datapath::kept::probe;
+use cpc_datapath::kept::{entry, probe};
 use cpc_host::report::report;
 use cpc_keeper::{Keeper, KeeperError, Slot, Taken, take};
 use cpc_observe::admin::status::Keeper as KeeperState;
@@ -97,20 +97,27 @@ impl KeeperHandle {
         }
     }
 
-    /// Gives the keeper a copy of a socket. Returns `None` if it is not kept.
-    pub fn keep(&self, description: Vec<u8>, socket: BorrowedFd<'_>) -> Option<Slot> {
+    /// Gives the keeper a copy of a socket of which so many bytes were taken, and whose end of file was passed on or
+    /// not. Returns `None` if it is not kept.
+    pub fn keep(
+        &self,
+        description: Vec<u8>,
+        (consumed, is_finished): (u64, bool),
+        socket: BorrowedFd<'_>,
+    ) -> Option<Slot> {
         let current = self.current.load();
         let keeper = current.as_ref()?;
-        keeper.keep(description, socket)
+        keeper.keep(description, entry(consumed, is_finished), socket)
     }
 
     /// Takes what dead processes of this role have left with the keeper. Returns `None` if there is none, or no
-    /// keeper. `is_client` tells whether local sockets are those of clients, or of targets.
-    pub fn take(&self, is_client: bool) -> Option<Found> {
+    /// keeper. `is_client` tells whether local sockets are those of clients, or of targets; of each at most `most`
+    /// bytes were kept.
+    pub fn take(&self, is_client: bool, most: u64) -> Option<Found> {
         let spec = self.spec.as_ref()?;
         let found = take(&spec.path, &spec.role).map_err(HandoverError::from);
         found
-            .and_then(|taken| self.open_sets(taken, is_client))
+            .and_then(|taken| self.open_sets(taken, (is_client, most)))
             .unwrap_or_else(|error| {
                 tracing::warn!(
                     error = report(&error),
@@ -157,7 +164,10 @@ impl KeeperHandle {
             }
             let (handle, process) = (self.clone(), process.clone());
             let opened = spawn_blocking(move || handle.try_open(&process)).await;
-            if matches!(opened, Ok(Ok(()))) {
+            if self.is_closed.load(Ordering::Relaxed) {
+                // Meanwhile a handover has begun.
+                self.discard();
+            } else if matches!(opened, Ok(Ok(()))) {
                 tracing::info!("the keeper is there");
             }
         }
@@ -201,7 +211,8 @@ impl Found {
         for survivor in self.survivors {
             let description = survivor.description.to_vec();
             let is_open = survivor.connection.socket.is_some();
-            let slot = is_open.then(|| keeper.keep(description, survivor.descriptor.as_fd()));
+            let socket = survivor.descriptor.as_fd();
+            let slot = is_open.then(|| keeper.keep(description, survivor.consumed, socket));
             kept.push((survivor, slot.flatten()));
             if kept.len() % PORTION == 0 {
                 keeper.flush();
@@ -243,7 +254,11 @@ fn tell_versions() {
 }
 
 impl KeeperHandle {
-    fn open_sets(&self, mut taken: Taken, is_client: bool) -> Result<Option<Found>, HandoverError> {
+    fn open_sets(
+        &self,
+        mut taken: Taken,
+        limits: (bool, u64),
+    ) -> Result<Option<Found>, HandoverError> {
         let mut sets = std::mem::take(&mut taken.sets);
         let Some(last) = sets.last() else {
             return Ok(None);
@@ -279,7 +294,7 @@ impl KeeperHandle {
             let table = left.table;
             let restored = left.kept.into_iter().map(|kept| {
                 let entry = table.entry(kept.slot).unwrap_or_default();
-                Survivor::restore(kept, entry, waited, is_client)
+                Survivor::restore(kept, entry, waited, limits)
             });
             let restored = understood(restored).into_iter();
             survivors.extend(restored.filter(|it| ids.insert(it.id())));
@@ -291,7 +306,7 @@ impl KeeperHandle {
         }
         Ok(Some(Found {
             instance,
-            incarnation: incarnation + 1,
+            incarnation: incarnation.saturating_add(1),
             survivors,
             taken,
         }))

@@ -21,6 +21,9 @@ use cpc_datapath::stream::Held;
 use cpc_keeper::position::TcpState;
 use cpc_keeper::{Entry, Kept, Position};
 
+/// Maximum number of bytes that a process has read of a socket beyond those that it keeps.
+const READ_AHEAD: u64 = 256 << 10;
+
 /// Returns what the next process has to know of the connection of a socket at `position`. The socket has taken
 /// `untold` bytes of the tunnel more than `session` says.
 pub fn describe(
@@ -64,8 +67,8 @@ impl Survivor {
             .unwrap_or_default()
     }
 
-    /// Restores a connection of a process that is dead for `waited` nanoseconds, and whose local sockets are
-    /// those of clients or of targets.
+    /// Restores a connection of a process that is dead for `waited` nanoseconds, whose local sockets are those of
+    /// clients or of targets, and which has kept at most `most` bytes of it.
     ///
     /// # Errors
     /// [`HandoverError`]: the connection ends.
@@ -73,7 +76,7 @@ impl Survivor {
         kept: Kept,
         entry: Entry,
         waited: u64,
-        is_client: bool,
+        (is_client, most): (bool, u64),
     ) -> Result<Self, HandoverError> {
         let malformed = HandoverError::Malformed;
         let described = KeptConnection::decode(&*kept.description)?;
@@ -85,8 +88,11 @@ impl Survivor {
         };
         let (mut socket, mut peeked, mut consumed) = (None, 0, (0, false));
         if let Some(progress) = survived {
-            let queue = peek(kept.descriptor.as_fd(), position.unread)?;
+            // The process has read no more; what is behind that is read in its turn.
+            let read = position.unread.min(most.saturating_add(READ_AHEAD));
+            let queue = peek(kept.descriptor.as_fd(), read)?;
             peeked = queue.len() as u64;
+            let has_end = progress.has_end && peeked == position.unread;
             consumed = (progress.consumed, progress.is_finished);
             let confirmed = offset(progress.consumed, described.outbound);
             let confirmed = confirmed.ok_or(malformed("offset"))?;
@@ -97,7 +103,7 @@ impl Survivor {
                 taken,
                 ever_sent: taken,
                 confirmed,
-                is_ended: progress.has_end,
+                is_ended: has_end,
                 kept: queue,
                 ..handover::Outbound::default()
             });
@@ -123,7 +129,7 @@ impl Survivor {
             socket = Some(handover::Socket {
                 kind: Kind::Tcp.into(),
                 progress: Some(handover::Progress {
-                    eof: progress.has_end,
+                    eof: has_end,
                     inbound: inbound.into(),
                     ..handover::Progress::default()
                 }),
@@ -195,7 +201,7 @@ fn survived(position: &Position, entry: Entry) -> Option<Survived> {
             let is_finished = entry.consumed & FINISHED != 0;
             Some(Survived {
                 consumed,
-                written: position.written() - u64::from(is_finished),
+                written: position.written().checked_sub(u64::from(is_finished))?,
                 has_end: true,
                 is_finished,
                 is_refused: !is_finished,
@@ -271,6 +277,13 @@ mod tests {
             None,
             "reset"
         );
+    }
+
+    /// The process was killed between its note of an end and the call, on a socket that was reset.
+    #[test]
+    fn an_end_that_was_never_sent_is_no_byte() {
+        let nothing_written = Position::new(TcpState::Closed, (101, 40), (0, 0));
+        assert_eq!(survived(&nothing_written, entry(60, 60, true)), None);
     }
 
     #[test]

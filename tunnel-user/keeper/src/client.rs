@@ -4,6 +4,7 @@
 //! its `Drop` is sent: a next process would otherwise find an old socket with the progress of a new one.
 
 use std::io::ErrorKind;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -121,10 +122,16 @@ impl Keeper {
         Ok(Self { shared })
     }
 
-    /// Gives the keeper a duplicate of `descriptor`, with at most 4 KiB for the next process to know. Never blocks.
+    /// Gives the keeper a duplicate of `descriptor`, of which `consumed` bytes were read, with at most 4 KiB for the next
+    /// process to know. Never blocks.
     /// Returns `None` if the keeper is gone or too far behind, if 65,536 sockets are kept, and if this process has no
     /// descriptor left: the socket then ends with this process.
-    pub fn keep(&self, description: Vec<u8>, descriptor: BorrowedFd<'_>) -> Option<Slot> {
+    pub fn keep(
+        &self,
+        description: Vec<u8>,
+        consumed: u64,
+        descriptor: BorrowedFd<'_>,
+    ) -> Option<Slot> {
         let Shared {
             table,
             commands,
@@ -141,7 +148,8 @@ impl Keeper {
             return None;
         }
         let number = numbers.take()?;
-        table.clear(number);
+        table.set_consumed(number, consumed);
+        table.set_intended(number, consumed);
         common.queued.fetch_add(1, Ordering::Relaxed);
         let command = Command::Keep {
             slot: number,
@@ -297,6 +305,8 @@ impl Common {
 
     /// Notes that the keeper is gone, and logs it once.
     fn lose(&self, error: &KeeperError) {
+        // One that lives closes what it has of this process: that can't tell it any more what it has closed.
+        let _ = self.socket.shutdown(Shutdown::Both);
         if !self.is_gone.swap(true, Ordering::AcqRel) {
             tracing::warn!(
                 error = report(error),

@@ -74,12 +74,6 @@ impl Table {
         self.memory.as_fd()
     }
 
-    /// Sets both numbers of a slot to zero, before another socket gets it.
-    pub(crate) fn clear(&self, slot: u32) {
-        self.set_consumed(slot, 0);
-        self.set_intended(slot, 0);
-    }
-
     pub(crate) fn set_consumed(&self, slot: u32, total: u64) {
         self.store(slot, 0, total);
     }

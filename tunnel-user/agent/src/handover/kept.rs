@@ -42,7 +42,8 @@ impl Keep for KeptTarget<'_> {
     ) -> Option<Slot> {
         let facts = (save_peer(self.server?), self.record.save(), String::new());
         let description = describe((session, untold), position, facts);
-        self.keeper.keep(description, socket)
+        let taken = (position.consumed(), position.is_finished());
+        self.keeper.keep(description, taken, socket)
     }
 }
 
@@ -59,7 +60,7 @@ pub(crate) fn process(worker: &Worker) -> KeptProcess {
 /// those of this process.
 pub(crate) fn take_kept(worker: &mut Worker) {
     let keeper = worker.keeper.clone();
-    let found = keeper.take(false);
+    let found = keeper.take(false, worker.sessions.bounds.bytes);
     let instance = found
         .as_ref()
         .map(|found| <[u8; 16]>::try_from(&found.instance[..]));

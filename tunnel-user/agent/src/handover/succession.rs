@@ -43,7 +43,7 @@ pub(crate) fn take_over(predecessor: Predecessor, worker: &mut Worker) -> Result
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
-        let process = (InstanceId(instance), state.incarnation + 1);
+        let process = (InstanceId(instance), state.incarnation.saturating_add(1));
         Ok((process, restore_all(worker, &state, sockets)))
     })?;
     (worker.instance, worker.incarnation) = instance;

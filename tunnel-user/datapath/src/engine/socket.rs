@@ -87,6 +87,10 @@ impl LocalSocket for Socket {
         either!(self, socket => socket.discard_input());
     }
 
+    fn discard_read(&self) {
+        either!(self, socket => socket.discard_read());
+    }
+
     fn unsent(&self) -> usize {
         either!(self, socket => socket.unsent())
     }

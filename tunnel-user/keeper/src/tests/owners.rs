@@ -17,7 +17,7 @@ fn open(keeper: &Running) -> Keeper {
 fn keep(keeper: &Keeper) -> (Slot, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
     near.set_read_timeout(Some(LONG)).unwrap();
-    let slot = keeper.keep(b"a socket".to_vec(), far.as_fd()).unwrap();
+    let slot = keeper.keep(b"a socket".to_vec(), 0, far.as_fd()).unwrap();
     (slot, near)
 }
 
@@ -76,7 +76,7 @@ fn discard_closes_everything() {
     }
     assert!(!keeper.is_there());
     let (near, _far) = UnixStream::pair().unwrap();
-    assert!(keeper.keep(Vec::new(), near.as_fd()).is_none());
+    assert!(keeper.keep(Vec::new(), 0, near.as_fd()).is_none());
     assert!(keeper.discard(), "it is done");
     drop(kept);
     assert_eq!(keeper.kept(), 0);
@@ -89,7 +89,7 @@ fn a_lost_set_of_a_living_process_is_not_given_away() {
     let keeper = open(&running);
     let (near, far) = UnixStream::pair().unwrap();
     near.set_read_timeout(Some(LONG)).unwrap();
-    let slot = keeper.keep(Vec::new(), far.as_fd()).unwrap();
+    let slot = keeper.keep(Vec::new(), 0, far.as_fd()).unwrap();
     drop(far);
     wait_until(|| keeper.is_idle());
     assert!(take_all(&running.path, "server").unwrap().is_empty());
@@ -113,7 +113,7 @@ fn an_owner_without_its_keeper_keeps_nothing() {
     assert_closed(&peer);
     assert!(!keeper.is_there());
     let (near, _far) = UnixStream::pair().unwrap();
-    assert!(keeper.keep(Vec::new(), near.as_fd()).is_none());
+    assert!(keeper.keep(Vec::new(), 0, near.as_fd()).is_none());
     assert!(!keeper.discard());
     slot.consumed(1);
     drop(slot);
@@ -126,8 +126,8 @@ fn a_long_description_is_not_kept() {
     let running = Running::start();
     let keeper = open(&running);
     let (near, _far) = UnixStream::pair().unwrap();
-    assert!(keeper.keep(vec![0; 4097], near.as_fd()).is_none());
-    let slot = keeper.keep(vec![0; 4096], near.as_fd());
+    assert!(keeper.keep(vec![0; 4097], 0, near.as_fd()).is_none());
+    let slot = keeper.keep(vec![0; 4096], 0, near.as_fd());
     assert!(slot.is_some());
     assert!(keeper.discard(), "the keeper has accepted it");
 }

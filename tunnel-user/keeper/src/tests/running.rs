@@ -141,7 +141,7 @@ fn owner() {
                 .map(|number| {
                     let stream = dial(number);
                     let description = format!("socket {number}").into_bytes();
-                    let slot = keeper.keep(description, stream.as_fd()).unwrap();
+                    let slot = keeper.keep(description, 0, stream.as_fd()).unwrap();
                     slot.consuming(u64::from(number) + 200);
                     slot.consumed(u64::from(number) + 100);
                     (slot, stream)

@@ -46,7 +46,8 @@ impl Keep for KeptClient<'_> {
         let record: Record = self.record.save();
         let facts = (peer, record, self.tenant.to_string());
         let description = describe((session, untold), position, facts);
-        self.keeper.keep(description, socket)
+        let taken = (position.consumed(), position.is_finished());
+        self.keeper.keep(description, taken, socket)
     }
 }
 
@@ -63,7 +64,7 @@ pub(crate) fn process(common: &Common) -> KeptProcess {
 /// those of this process.
 pub(crate) fn take_kept(common: &mut Common) -> Vec<Restored> {
     let keeper = common.keeper.clone();
-    let found = keeper.take(true);
+    let found = keeper.take(true, common.limits.session_bytes);
     let instance = found
         .as_ref()
         .map(|found| <[u8; 16]>::try_from(&found.instance[..]));

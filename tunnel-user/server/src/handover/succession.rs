@@ -28,7 +28,7 @@ pub(crate) fn take_over(
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
-        let process = (InstanceId(instance), state.incarnation + 1);
+        let process = (InstanceId(instance), state.incarnation.saturating_add(1));
         Ok((process, restore(common, state, sockets)))
     })?;
     (common.instance, common.incarnation) = instance;
