@@ -1,13 +1,29 @@
 //! Number of tunnels of each shard, so that newcomers go to the shard with the fewest.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 
 /// Tunnels by shard, including those on their way. Clones share it.
 #[derive(Clone, Debug)]
-pub(super) struct Loads(Arc<[AtomicUsize]>);
+pub(super) struct Loads(Arc<[Load]>);
+
+/// Tunnels of a shard.
+#[derive(Debug, Default)]
+struct Load {
+    tunnels: AtomicUsize,
+    expected: Mutex<Expected>,
+}
+
+/// Newcomers that were sent to a shard.
+#[derive(Debug, Default)]
+struct Expected {
+    /// Those that have neither come nor expired.
+    waiting: usize,
+    /// Those that have come before they expired.
+    early: usize,
+}
 
 /// A tunnel, counted on its shard until dropped.
 #[derive(Debug)]
@@ -16,30 +32,31 @@ pub(super) struct LoadPermit {
     shard: usize,
 }
 
-/// A newcomer that was sent to another shard, counted there until dropped.
+/// A newcomer that was sent to another shard, counted there until it comes, or this is dropped.
 #[derive(Debug)]
 pub(super) struct ReservedLoad {
-    counted: LoadPermit,
+    loads: Loads,
+    shard: usize,
     _under_way: Permit,
 }
 
 impl ReservedLoad {
     /// Returns the shard that it was sent to.
     pub(super) fn shard(&self) -> usize {
-        self.counted.shard
+        self.shard
     }
 }
 
 impl Loads {
     /// Creates the counters of `shards`.
     pub(super) fn new(shards: usize) -> Self {
-        Self((0..shards).map(|_| AtomicUsize::new(0)).collect())
+        Self((0..shards).map(|_| Load::default()).collect())
     }
 
     /// Counts a tunnel on `shard`.
     pub(super) fn enter(&self, shard: usize) -> LoadPermit {
         if let Some(load) = self.0.get(shard) {
-            load.fetch_add(1, Ordering::Relaxed);
+            load.tunnels.fetch_add(1, Ordering::Relaxed);
         }
         LoadPermit {
             loads: self.clone(),
@@ -55,25 +72,63 @@ impl Loads {
         under_way: &ConcurrencyLimit,
     ) -> Option<ReservedLoad> {
         let at = self.lighter(shard)?;
+        let _under_way = under_way.acquire()?;
+        self.0.get(at)?.expected().waiting += 1;
         Some(ReservedLoad {
-            _under_way: under_way.acquire()?,
-            counted: self.enter(at),
+            loads: self.clone(),
+            shard: at,
+            _under_way,
         })
     }
 
+    /// Notes that a newcomer has come to `shard`, to which it was sent.
+    pub(super) fn arrived(&self, shard: usize) {
+        let Some(load) = self.0.get(shard) else {
+            return;
+        };
+        let mut expected = load.expected();
+        // None is waiting for one that comes too late.
+        if expected.waiting > 0 {
+            expected.waiting -= 1;
+            expected.early += 1;
+        }
+    }
+
     fn lighter(&self, shard: usize) -> Option<usize> {
-        let load = |of: &AtomicUsize| of.load(Ordering::Relaxed);
-        let own = load(self.0.get(shard)?);
-        let loads = self.0.iter().map(load).enumerate();
+        let own = self.0.get(shard)?.all();
+        let loads = self.0.iter().map(Load::all).enumerate();
         let (lightest, least) = loads.min_by_key(|(_, load)| *load)?;
         (least < own).then_some(lightest)
+    }
+}
+
+impl Load {
+    fn all(&self) -> usize {
+        self.tunnels.load(Ordering::Relaxed) + self.expected().waiting
+    }
+
+    fn expected(&self) -> MutexGuard<'_, Expected> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for LoadPermit {
     fn drop(&mut self) {
         if let Some(load) = self.loads.0.get(self.shard) {
-            load.fetch_sub(1, Ordering::Relaxed);
+            load.tunnels.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for ReservedLoad {
+    fn drop(&mut self) {
+        if let Some(load) = self.loads.0.get(self.shard) {
+            let mut expected = load.expected();
+            // They wait equally long: the number of those that still wait is right, whichever came.
+            match expected.early {
+                0 => expected.waiting = expected.waiting.saturating_sub(1),
+                early => expected.early = early - 1,
+            }
         }
     }
 }
@@ -129,5 +184,26 @@ mod tests {
         // One shard serves all tunnels.
         assert_eq!(Loads::new(1).lighter(0), None);
         assert_eq!(Loads::new(1).lighter(5), None);
+    }
+
+    /// Otherwise it would count twice for as long as it might have been on its way.
+    #[test]
+    fn a_newcomer_that_has_come_counts_once() {
+        let (loads, under_way) = (Loads::new(2), ConcurrencyLimit::new(10));
+        let _here = loads.enter(0);
+        let sent = loads.move_from(0, &under_way).unwrap();
+        assert_eq!(sent.shard(), 1);
+        loads.arrived(1);
+        let there = loads.enter(1);
+        assert_eq!(loads.0[1].all(), 1);
+        drop(there);
+        assert_eq!(loads.0[1].all(), 0);
+        // One that is late takes nothing from another one.
+        let other = loads.move_from(0, &under_way).unwrap();
+        drop(sent);
+        assert_eq!(loads.0[1].all(), 1);
+        drop(other);
+        loads.arrived(1);
+        assert_eq!(loads.0[1].all(), 0);
     }
 }

@@ -37,6 +37,10 @@ pub(crate) async fn accept(shard: Rc<Shard>, endpoint: Endpoint) {
                 Some(moved) => send_on(&shard, incoming, moved, Some(place)),
                 None => {
                     place.charge(Instant::now());
+                    // It has been asked to prove its address: as a rule because it was sent here.
+                    if !incoming.may_retry() {
+                        shard.loads.arrived(shard.index);
+                    }
                     let counted = shard.loads.enter(shard.index);
                     let accepting = async { Ok(Connection::from(incoming.accept().await?)) };
                     let permits = (place, counted);
