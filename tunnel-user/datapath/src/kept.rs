@@ -5,21 +5,17 @@
 //! this one (docs/adr/0038). `SO_PEEK_OFF` of TCP is of Linux 6.10, with IPv6 of 6.12; without it nothing is kept.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
-use std::task::{Poll, ready};
 
 use bytes::Bytes;
 use cpc_keeper::{Position, Slot};
 use nix::sys::socket::{MsgFlags, recv};
 use socket2::{Domain, Socket, Type};
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use crate::buffer::read_owned;
-use crate::socket::LocalSocket;
+use crate::socket::{LocalSocket, read_stream};
 use crate::stream::Held;
 
 /// Number of bytes in the kernel from which on it is asked for a larger receive buffer. By itself it counts what
@@ -202,6 +198,16 @@ impl TcpSocket {
         self.kept.get()?.as_deref()
     }
 
+    /// Reads, and leaves the bytes in the kernel where they are kept.
+    fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
+        let Some(kept) = self.kept() else {
+            return Ok(recv(self.stream.as_raw_fd(), room, MsgFlags::empty())?);
+        };
+        let n = recv(self.stream.as_raw_fd(), room, MsgFlags::MSG_PEEK)?;
+        kept.peeked.set(kept.peeked.get() + n as u64);
+        Ok(n)
+    }
+
     /// Begins to leave in the kernel what is read.
     fn begin(&self) -> Option<Box<Kept>> {
         // Otherwise a byte of urgent data is peeked twice.
@@ -265,40 +271,7 @@ fn set(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Re
 
 impl LocalSocket for TcpSocket {
     fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
-        poll_fn(move |cx| {
-            loop {
-                ready!(self.stream.poll_read_ready(cx))?;
-                let kept = self.kept();
-                let flags = match kept {
-                    Some(_) => MsgFlags::MSG_PEEK,
-                    None => MsgFlags::empty(),
-                };
-                let mut last = None;
-                let read = read_owned(|room| {
-                    let read = self.stream.try_io(Interest::READABLE, || {
-                        let n = recv(self.stream.as_raw_fd(), room, flags)?;
-                        if n > 0 && n < room.len() {
-                            // There was no more: what follows is news (epoll(7), edge-triggered), and
-                            // another read would find nothing.
-                            last = Some(n);
-                            return Err(io::ErrorKind::WouldBlock.into());
-                        }
-                        Ok(n)
-                    });
-                    last.map_or(read, Ok)
-                });
-                match read {
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    Ok(bytes) => {
-                        if let Some(kept) = kept {
-                            kept.peeked.set(kept.peeked.get() + bytes.len() as u64);
-                        }
-                        return Poll::Ready(Ok(bytes));
-                    }
-                    error => return Poll::Ready(error),
-                }
-            }
-        })
+        read_stream!(self.stream, |room: &mut [u8]| self.receive(room))
     }
 
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {

@@ -8,7 +8,6 @@ use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,7 +19,6 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 use tunnel_proto::handover;
 
-use super::buffer::read_owned;
 use super::kept::Keep;
 use super::stream::Held;
 
@@ -271,33 +269,41 @@ pub(super) fn unsent_bytes(fd: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
+/// Returns a future that waits for bytes of `$stream`, a socket of tokio's, and reads them with `$read`.
+macro_rules! read_stream {
+    ($stream:expr, $read:expr) => {
+        std::future::poll_fn(move |cx| {
+            loop {
+                std::task::ready!($stream.poll_read_ready(cx))?;
+                let mut last = None;
+                let read = $crate::buffer::read_owned(|room| {
+                    let read = $stream.try_io(tokio::io::Interest::READABLE, || {
+                        let n = $read(&mut *room)?;
+                        if n > 0 && n < room.len() {
+                            // There was no more: what follows is news (epoll(7), edge-triggered), and
+                            // another read would find nothing.
+                            last = Some(n);
+                            return Err(std::io::ErrorKind::WouldBlock.into());
+                        }
+                        Ok(n)
+                    });
+                    last.map_or(read, Ok)
+                });
+                match read {
+                    Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                    done => return std::task::Poll::Ready(done),
+                }
+            }
+        })
+    };
+}
+pub(super) use read_stream;
+
 /// Defines the methods that TCP and Unix sockets share.
 macro_rules! stream_socket {
     () => {
         fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
-            poll_fn(move |cx| {
-                loop {
-                    ready!(self.poll_read_ready(cx))?;
-                    let mut last = None;
-                    let read = read_owned(|room| {
-                        let read = self.try_io(Interest::READABLE, || {
-                            let n = (&*SockRef::from(self)).read(room)?;
-                            if n > 0 && n < room.len() {
-                                // There was no more: what follows is news (epoll(7),
-                                // edge-triggered), and another read would find nothing.
-                                last = Some(n);
-                                return Err(io::ErrorKind::WouldBlock.into());
-                            }
-                            Ok(n)
-                        });
-                        last.map_or(read, Ok)
-                    });
-                    match read {
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                        done => return Poll::Ready(done),
-                    }
-                }
-            })
+            read_stream!(self, |room: &mut [u8]| (&*SockRef::from(self)).read(room))
         }
 
         fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
