@@ -29,6 +29,7 @@ pub mod parcel;
 pub mod predecessor;
 pub mod restored;
 pub mod store;
+pub mod succession;
 pub mod successor;
 
 pub use endpoint::Endpoint;
@@ -37,4 +38,5 @@ pub use keeper::{KeeperHandle, KeeperSpec};
 pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
 pub use restored::understood;
+pub use succession::{Service, Succession};
 pub use successor::Successor;

@@ -16,4 +16,4 @@ mod stage;
 mod succession;
 
 pub(crate) use stage::{Handover, Stage};
-pub(crate) use succession::{ROLE, Succession, take_over};
+pub(crate) use succession::{ROLE, Served, take_over};

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tunnel_proto::handover::State;
 use tunnel_proto::session::InstanceId;
@@ -17,11 +18,8 @@ use crate::error::AgentError;
 use crate::sessions::Parked;
 use crate::worker::Worker;
 use cpc_datapath::engine::packed;
-use cpc_handover::{Endpoint, HandoverError, Parcel, Predecessor, Successor, store, understood};
-use cpc_host::environment::Restarts;
-use cpc_host::inherited::Inherited;
-use cpc_host::lifecycle::{self, Phase};
-use cpc_host::report::report;
+use cpc_handover::{HandoverError, Parcel, Predecessor, Service, understood};
+use cpc_host::lifecycle::Phase;
 
 /// Role of this process in a handover.
 pub(crate) const ROLE: &str = "agent";
@@ -65,84 +63,16 @@ fn restore_all(worker: &Worker, state: &State, sockets: Vec<OwnedFd>) -> Vec<Par
     }))
 }
 
-/// The means to be succeeded.
-pub(crate) struct Succession {
-    pub worker: Worker,
-    /// Socket at which successors ask.
-    pub endpoint: Option<Endpoint>,
-    /// Requests to leave everything with the service manager.
-    pub restarts: Restarts,
-    /// The listeners, and sockets of an earlier process that nothing here uses.
-    pub inherited: Inherited,
-}
+/// An agent at work, for a successor.
+pub(crate) struct Served(pub Worker);
 
-impl Succession {
-    /// Returns once another process serves, or is about to. A process that drains has no successor.
-    pub(crate) async fn run(&mut self) {
-        loop {
-            let outcome = tokio::select! {
-                successor = next(&self.endpoint) => self.hand_over(successor).await,
-                () = self.restarts.next() => self.leave().await,
-                () = lifecycle::stopping(self.worker.phase()) => {
-                    self.inherited.forget_listeners();
-                    self.endpoint = None;
-                    return std::future::pending().await;
-                }
-            };
-            match outcome {
-                Ok(()) => return,
-                Err(error) => tracing::error!(
-                    error = report(&error),
-                    "nothing is handed over: this process goes on"
-                ),
-            }
-        }
+impl Service for Served {
+    fn phase(&self) -> watch::Receiver<Phase> {
+        self.0.phase()
     }
 
-    async fn hand_over(&mut self, successor: Successor) -> Result<(), HandoverError> {
-        tracing::info!(version = successor.version, "a successor asks to take over");
-        successor.prepare(self.inherited.listeners()?).await?;
-        if *self.worker.phase().borrow() != Phase::Running {
-            return Err(HandoverError::Stopping);
-        }
-        let state = self.stop().await.or_else(|error| self.not_stopped(error))?;
-        match successor.give(state).await {
-            Ok(()) => {
-                tracing::info!("the successor has taken over: this process ends");
-                Ok(())
-            }
-            Err((error, state)) => {
-                self.go_on(state)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Leaves everything with the service manager, for the next process.
-    async fn leave(&mut self) -> Result<(), HandoverError> {
-        if !store::is_there() {
-            return Err(HandoverError::NoStore);
-        }
-        let state = self.stop().await.or_else(|error| self.not_stopped(error))?;
-        let left = self.inherited.listeners().map_err(HandoverError::from);
-        match left.and_then(|listeners| store::leave(listeners, &state)) {
-            Ok(()) => {
-                tracing::info!("everything is left for the next process: this one ends");
-                Ok(())
-            }
-            Err(error) => {
-                self.go_on(Some(state))?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Stops serving, and returns everything that was served. Connections that can't be given away end.
-    ///
-    /// # Errors
-    /// There is no memory for the state.
-    async fn stop(&self) -> io::Result<Parcel> {
-        let (handover, sessions) = (&self.worker.handover, &self.worker.sessions);
+    async fn stop(&mut self) -> io::Result<Parcel> {
+        let (handover, sessions) = (&self.0.handover, &self.0.sessions);
         let began = Instant::now();
         handover.set(Stage::Pausing);
         let ready = async {
@@ -162,7 +92,7 @@ impl Succession {
         };
         let _ = timeout(LEAVE, left).await;
         // The sockets have one user.
-        self.worker.keeper.discard();
+        self.0.keeper.discard();
         let parked = sessions.take_all();
         tracing::info!(
             sessions = parked.len(),
@@ -171,39 +101,26 @@ impl Succession {
             "everything is stopped for the successor"
         );
         let mut state = Parcel::of(&State {
-            instance: Bytes::copy_from_slice(&self.worker.instance.0),
+            instance: Bytes::copy_from_slice(&self.0.instance.0),
             connections: Vec::new(),
-            incarnation: self.worker.incarnation,
+            incarnation: self.0.incarnation,
         })?;
         for one in parked {
-            save(&self.worker, one, &mut state)?;
+            save(&self.0, one, &mut state)?;
         }
         Ok(state)
     }
 
-    /// Goes on without the connections: there is no memory for them.
-    fn not_stopped(&self, error: io::Error) -> Result<Parcel, HandoverError> {
-        self.go_on(None)?;
-        Err(error.into())
-    }
-
-    /// Goes on with what was stopped.
-    fn go_on(&self, state: Option<Parcel>) -> Result<(), HandoverError> {
-        self.worker.keeper.open(&kept::process(&self.worker));
-        let restored = state.map_or(Ok(Vec::new()), |state| {
+    async fn go_on(&mut self, stopped: Option<Parcel>) -> Result<(), HandoverError> {
+        let worker = &self.0;
+        worker.keeper.open(&kept::process(worker));
+        let restored = stopped.map_or(Ok(Vec::new()), |state| {
             let (state, sockets) = state.open()?;
-            Ok(restore_all(&self.worker, &state, sockets))
+            Ok(restore_all(worker, &state, sockets))
         });
         // Before a server asks for them.
-        let restored = restored.map(|restored| self.worker.sessions.insert(restored));
-        self.worker.handover.set(Stage::Serving);
+        let restored = restored.map(|restored| worker.sessions.insert(restored));
+        worker.handover.set(Stage::Serving);
         restored
-    }
-}
-
-async fn next(endpoint: &Option<Endpoint>) -> Successor {
-    match endpoint {
-        Some(endpoint) => endpoint.next().await,
-        None => std::future::pending().await,
     }
 }

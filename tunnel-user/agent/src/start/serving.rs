@@ -16,7 +16,7 @@ use crate::connector::{self, Servers};
 use crate::error::AgentError;
 use crate::extension::ServerCount;
 use crate::handover::kept::{self, take_kept};
-use crate::handover::{Handover, ROLE, Stage, Succession, take_over};
+use crate::handover::{Handover, ROLE, Served, Stage, take_over};
 use crate::policy::Policy;
 use crate::predecessor;
 use crate::quic::QuicDialer;
@@ -30,7 +30,7 @@ use crate::worker::{STALLED_BYTES, Worker};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
-use cpc_handover::{Endpoint, KeeperHandle, KeeperSpec, Predecessor};
+use cpc_handover::{Endpoint, KeeperHandle, KeeperSpec, Predecessor, Succession};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, End, Phase};
@@ -56,7 +56,7 @@ pub(crate) struct Serving {
     config: AgentConfig,
     identity: AgentIdentity,
     shards: Shards,
-    succession: Succession,
+    succession: Succession<Served>,
     connector: JoinHandle<()>,
     connections: ConcurrencyLimit,
     phase: watch::Sender<Phase>,
@@ -194,7 +194,7 @@ impl Serving {
             metrics: reloads,
         };
         let succession = Succession {
-            worker,
+            service: Served(worker),
             endpoint,
             restarts,
             inherited,
@@ -222,12 +222,12 @@ impl Serving {
         reread: &dyn Fn() -> Result<AgentConfig, ConfigError>,
     ) -> Result<End, AgentError> {
         let mut end = End::Stopped;
-        let keeper = self.succession.worker.keeper.clone();
+        let keeper = self.succession.service.0.keeper.clone();
         let reload = lifecycle::on_reload(&mut self.reload_requests, async || {
             self.reload.run(reread())
         });
         let notice = self.identity.extension().drain_notice();
-        let handover = self.succession.worker.handover.clone();
+        let handover = self.succession.service.0.handover.clone();
         let idle = idle(&self.phase, &self.connections, notice, &handover);
         let lost = lifecycle::lost(&self.phase, self.shards.any_ended());
         let drain = self.config.limits.drain;

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
-use cpc_handover::{KeeperHandle, KeeperSpec, Predecessor};
+use cpc_handover::{KeeperHandle, KeeperSpec, Predecessor, Succession};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, End, Phase};
@@ -37,7 +37,7 @@ use crate::faults::Faults;
 use crate::frontend::scope::{self, Scope};
 use crate::grants::Grants;
 use crate::handover::kept::{self, take_kept};
-use crate::handover::succession::{ROLE, Succession, take_over};
+use crate::handover::succession::{ROLE, Served, take_over};
 use crate::handover::{self, Handover};
 use crate::handshakes::HandshakeLimiter;
 use crate::loads::Loads;
@@ -68,7 +68,7 @@ pub(crate) struct Serving {
     /// The tunnel's sockets. The kernel steers packets by their number: each stays until the last shard
     /// has ended.
     _sockets: Vec<UdpSocket>,
-    succession: Succession,
+    succession: Succession<Served>,
 }
 
 impl Serving {
@@ -241,9 +241,12 @@ impl Serving {
             true => cpc_handover::Endpoint::open(&config.state_dir, ROLE, has_predecessor),
             false => None,
         };
-        let succession = Succession {
+        let service = Served {
             common: common.clone(),
             collection,
+        };
+        let succession = Succession {
+            service,
             endpoint,
             restarts,
             inherited,
