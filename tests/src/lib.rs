@@ -29,6 +29,7 @@ pub mod load;
 pub mod pattern;
 pub mod puppet;
 pub mod service;
+pub mod side;
 pub mod steady;
 pub mod successor;
 pub mod target;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::client::{connect_through, eventually};
+use crate::lab::Lab;
 use crate::lab::cgroup::Membership;
 use crate::lab::server::ControlPlane;
 
@@ -178,6 +179,24 @@ impl Load {
     pub fn stop(mut self) -> Vec<Attempt> {
         self.end();
         std::mem::take(&mut *self.attempts.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Ends them, and returns the requests to an echo, all of which were answered.
+    ///
+    /// # Errors
+    ///
+    /// One was not, or with something else; the error has the logs of `lab`.
+    pub fn stop_answered(self, lab: &Lab) -> Result<Vec<Attempt>> {
+        let attempts = self.stop();
+        let is_answered = |attempt: &Attempt| {
+            let answer = attempt.result.as_ref();
+            answer.is_ok_and(|answer| *answer == attempt.request)
+        };
+        let failed: Vec<_> = attempts.iter().filter(|it| !is_answered(it)).collect();
+        if let Some(first) = failed.first() {
+            bail!("{} failed: {first:?}\n{}", failed.len(), lab.logs());
+        }
+        Ok(attempts)
     }
 
     fn look<T>(&self, at: impl FnOnce(&[Attempt]) -> T) -> T {

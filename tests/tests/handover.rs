@@ -9,9 +9,9 @@ use serde_json::json;
 use tunnel_tests::client::{self, round_trips};
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
-use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::load::{Load, ask};
+use tunnel_tests::side::Side;
 use tunnel_tests::successor::{Step, fail_after};
 use tunnel_tests::target::Behaviour;
 
@@ -28,13 +28,6 @@ fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
 }
 
-/// Side of a tunnel whose process is replaced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Server,
-    Agent,
-}
-
 fn lab() -> Result<Lab> {
     let spec = LabSpec {
         workers: 1,
@@ -48,13 +41,6 @@ fn lab() -> Result<Lab> {
     agent.configure(|config| config["state_dir"] = json!(state_dir))?;
     lab.start_configured()?;
     Ok(lab)
-}
-
-fn daemon(lab: &mut Lab, side: Side) -> Result<&mut Daemon> {
-    match side {
-        Side::Server => Ok(&mut lab.control_plane.servers[0].daemon),
-        Side::Agent => lab.workers[0].agent(),
-    }
 }
 
 /// Live connections of every kind and clients that come meanwhile notice nothing but a pause.
@@ -80,19 +66,11 @@ fn replace(side: Side, times: u32) -> Result<()> {
     load.wait_answered(20, REPLACED)?;
     for _ in 0..times {
         thread::sleep(HELD);
-        let replaced = daemon(&mut lab, side)?.replace(REPLACED);
+        let replaced = side.daemon(&mut lab)?.replace(REPLACED);
         replaced.with_context(|| lab.logs())?;
         load.wait_answered(20, REPLACED)?;
     }
-    let attempts = load.stop();
-    let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
-    ensure!(
-        failed.is_empty(),
-        "{} failed: {:?}\n{}",
-        failed.len(),
-        failed[0],
-        lab.logs()
-    );
+    let attempts = load.stop_answered(&lab)?;
     let longest = attempts.iter().map(|it| it.end - it.start).max();
     println!("{} requests, the longest took {longest:?}", attempts.len());
     thread::sleep(Duration::from_secs(1));
@@ -129,7 +107,7 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
     let load = Load::start(&lab.control_plane, 2, |request| ask(echo(), request))?;
     thread::sleep(HELD);
     for (side, role) in [(Side::Server, "server"), (Side::Agent, "agent")] {
-        let daemon = daemon(&mut lab, side)?;
+        let daemon = side.daemon(&mut lab)?;
         let state_dir = daemon.config_file().with_file_name("state");
         let socket = state_dir.join(format!("{role}-handover.sock"));
         for step in [Step::Asked, Step::Offered, Step::Given] {
@@ -145,7 +123,7 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
         daemon.check()?;
     }
     // One that can't start says why.
-    let server = daemon(&mut lab, Side::Server)?;
+    let server = Side::Server.daemon(&mut lab)?;
     let before = server.log().len();
     let key = server.config_file().with_file_name("elsewhere.pem");
     server.configure(|config| config["tls"]["key"] = json!(key))?;
@@ -157,15 +135,7 @@ fn a_process_goes_on_when_its_successor_fails() -> Result<()> {
         &["the successor can't start", "elsewhere.pem"],
     )?;
     load.wait_answered(20, REPLACED)?;
-    let attempts = load.stop();
-    let failed: Vec<_> = attempts.iter().filter(|it| it.result.is_err()).collect();
-    ensure!(
-        failed.is_empty(),
-        "{} failed: {:?}\n{}",
-        failed.len(),
-        failed[0],
-        lab.logs()
-    );
+    load.stop_answered(&lab)?;
     for talk in talks {
         println!("{:?}", talk.finish().with_context(|| lab.logs())?);
     }
@@ -189,7 +159,7 @@ fn downloads(count: usize, bytes: u64) -> Result<()> {
     let downloads = downloads.collect::<Result<Vec<_>, _>>()?;
     for _ in 0..2 {
         thread::sleep(Duration::from_millis(300));
-        let replaced = daemon(&mut lab, Side::Server)?.replace(REPLACED);
+        let replaced = Side::Server.daemon(&mut lab)?.replace(REPLACED);
         replaced.with_context(|| lab.logs())?;
     }
     let under_way = downloads.iter().filter(|it| !it.is_finished()).count();
@@ -235,7 +205,7 @@ fn ten_thousand_connections_are_handed_over() -> Result<()> {
     let talk = Conversation::start(stream, Pace::Messages(100, Duration::from_millis(5)))?;
     for side in [Side::Server, Side::Agent] {
         thread::sleep(HELD);
-        let replaced = daemon(&mut lab, side)?.replace(REPLACED);
+        let replaced = side.daemon(&mut lab)?.replace(REPLACED);
         replaced.with_context(|| lab.logs())?;
     }
     thread::sleep(HELD);

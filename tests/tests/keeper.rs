@@ -11,9 +11,9 @@ use tunnel_tests::client::round_trips;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::keeper::Keeper;
-use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::pattern;
+use tunnel_tests::side::Side;
 use tunnel_tests::target::Behaviour;
 
 /// Age from which on a connection is kept in any case, with room.
@@ -24,20 +24,6 @@ const SOON: Duration = Duration::from_secs(15);
 
 fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
-}
-
-/// Side of a tunnel whose process is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Server,
-    Agent,
-}
-
-fn daemon(lab: &mut Lab, side: Side) -> Result<&mut Daemon> {
-    match side {
-        Side::Server => Ok(&mut lab.control_plane.servers[0].daemon),
-        Side::Agent => lab.workers[0].agent(),
-    }
 }
 
 /// Brings up one server and one agent, each with a keeper.
@@ -51,7 +37,7 @@ fn lab() -> Result<(Lab, [Keeper; 2])> {
     };
     let mut lab = Lab::without_connector(spec)?;
     lab.configure_connector()?;
-    let mut keeper = |side| Keeper::start(&cpc, daemon(&mut lab, side)?);
+    let mut keeper = |side: Side| Keeper::start(&cpc, side.daemon(&mut lab)?);
     let keepers = [keeper(Side::Server)?, keeper(Side::Agent)?];
     lab.start_configured()?;
     Ok((lab, keepers))
@@ -76,7 +62,7 @@ fn kill(side: Side, times: u32) -> Result<()> {
     }
     for time in 0..times {
         thread::sleep(KEPT);
-        let killed = daemon(&mut lab, side)?;
+        let killed = side.daemon(&mut lab)?;
         killed.kill()?;
         killed.start()?;
         let cut = talks.iter().filter(|(_, talk)| !talk.goes_on()).count();
@@ -108,7 +94,7 @@ fn what_a_client_does_meanwhile_counts() -> Result<()> {
     }
     let (mut lab, _keepers) = lab()?;
     let (mut ends, resets) = (kept(&lab)?, kept(&lab)?);
-    let server = daemon(&mut lab, Side::Server)?;
+    let server = Side::Server.daemon(&mut lab)?;
     server.kill()?;
     let mut sent = vec![0; 100_000];
     pattern::fill(0, &mut sent);
@@ -116,15 +102,17 @@ fn what_a_client_does_meanwhile_counts() -> Result<()> {
     ends.shutdown(Shutdown::Write)?;
     SockRef::from(&resets).set_linger(Some(Duration::ZERO))?;
     drop(resets);
-    let agent = daemon(&mut lab, Side::Agent)?;
+    let agent = Side::Agent.daemon(&mut lab)?;
     let logged = agent.log().len();
-    daemon(&mut lab, Side::Server)?.start()?;
+    Side::Server.daemon(&mut lab)?.start()?;
     let mut echoed = Vec::new();
     let read = ends.read_to_end(&mut echoed);
     read.with_context(|| lab.logs())?;
     ensure!(echoed == sent, "{} bytes came back", echoed.len());
     let reset = ["cpc::access", "reason=\"peer_reset\""];
-    daemon(&mut lab, Side::Agent)?.wait_log(SOON, logged, &reset)?;
+    Side::Agent
+        .daemon(&mut lab)?
+        .wait_log(SOON, logged, &reset)?;
     Ok(())
 }
 
@@ -138,17 +126,17 @@ fn a_keeper_may_be_killed_too() -> Result<()> {
     let stream = kept(&lab)?;
     keeper.kill()?;
     let cpc = Programs::of_this_test()?.cpc;
-    let server = daemon(&mut lab, Side::Server)?;
+    let server = Side::Server.daemon(&mut lab)?;
     let logged = server.log().len();
     server.wait_log(SOON, logged, &["WARN", "no keeper any more"])?;
     round_trips(&stream, 1)?;
-    let server = daemon(&mut lab, Side::Server)?;
+    let server = Side::Server.daemon(&mut lab)?;
     let logged = server.log().len();
     let _again = Keeper::start(&cpc, server)?;
     server.wait_log(SOON, logged, &["the keeper is there"])?;
     round_trips(&stream, 1)?;
     thread::sleep(KEPT);
-    let server = daemon(&mut lab, Side::Server)?;
+    let server = Side::Server.daemon(&mut lab)?;
     server.kill()?;
     server.start()?;
     round_trips(&stream, 1).with_context(|| lab.logs())?;
@@ -192,7 +180,7 @@ fn three_hundred_connections_outlive_a_hundred_kills() -> Result<()> {
         let (side, next) = draw(next, 2);
         seed = next;
         thread::sleep(Duration::from_millis(pause));
-        let killed = daemon(&mut lab, [Side::Server, Side::Agent][side as usize])?;
+        let killed = [Side::Server, Side::Agent][side as usize].daemon(&mut lab)?;
         killed.kill()?;
         killed.start()?;
         let cut = talks.iter().filter(|talk| !talk.goes_on()).count();

@@ -1,0 +1,29 @@
+//! The two sides of a tunnel in a laboratory with one server and one worker.
+
+use anyhow::Result;
+
+use crate::lab::Lab;
+use crate::lab::daemon::Daemon;
+
+/// Side of a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The server on the control plane.
+    Server,
+    /// The agent on the worker.
+    Agent,
+}
+
+impl Side {
+    /// Returns the process of this side.
+    ///
+    /// # Errors
+    ///
+    /// The worker has no agent.
+    pub fn daemon(self, lab: &mut Lab) -> Result<&mut Daemon> {
+        match self {
+            Self::Server => Ok(&mut lab.control_plane.servers[0].daemon),
+            Self::Agent => lab.workers[0].agent(),
+        }
+    }
+}
