@@ -138,7 +138,7 @@ mod tests {
         assert!(matches!(error, HandoverError::Refused(_)), "{error}");
     }
 
-    /// Even where the mode of the socket lets it in.
+    /// Checks the user of the process, and not the mode of the socket alone.
     #[tokio::test]
     async fn a_stranger_is_refused() {
         if !geteuid().is_root() {
@@ -162,6 +162,6 @@ mod tests {
         assert!(timeout(patience, endpoint.next()).await.is_err());
         let stream = asks.join().unwrap();
         let error = crate::parcel::receive::<tunnel_proto::handover::Offer>(&stream);
-        assert!(error.is_err(), "it is told nothing");
+        assert!(error.is_err(), "it gets no answer");
     }
 }

@@ -28,7 +28,7 @@ pub enum HandoverError {
     /// The successor can't start.
     #[error("the successor can't start: {0}")]
     Unprepared(String),
-    /// The running process was told to stop meanwhile.
+    /// The running process has begun to stop.
     #[error("this process is stopping")]
     Stopping,
     /// The keeper does not give what it holds.

@@ -65,7 +65,7 @@ impl Predecessor {
     /// # Errors
     /// [`HandoverError`].
     pub(super) fn left(stream: UnixStream) -> Result<(Self, Listeners), HandoverError> {
-        // Nobody writes any more.
+        // The process that wrote has ended.
         stream.set_nonblocking(true)?;
         let (left_at, listeners) = open_offer(Parcel::peek(&stream)?)?;
         let left_at = Some(left_at);

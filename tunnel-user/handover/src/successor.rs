@@ -32,7 +32,7 @@ impl Successor {
     /// Reads the request of a process that is to be of `role`.
     ///
     /// # Errors
-    /// [`HandoverError`]; the process was told.
+    /// [`HandoverError`]; the process has the refusal.
     pub(super) async fn greet(
         stream: UnixStream,
         role: &'static str,

@@ -20,17 +20,17 @@ const BYTES_RECEIVED: usize = 128;
 /// State of a connection (`include/net/tcp_states.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TcpState {
-    /// Neither end has sent its end of file.
+    /// Open in both directions.
     Established,
-    /// This end has sent its end of file.
+    /// Ended by this end alone.
     FinWait,
-    /// The peer has sent its end of file.
+    /// Ended by the peer alone.
     CloseWait,
-    /// Both have, and the peer has not acknowledged ours.
+    /// Ended by both; the peer has not acknowledged the end of file of this end.
     Closing,
-    /// Both have, and the peer has acknowledged ours; or one has reset the connection.
+    /// Ended by both and acknowledged, or reset.
     Closed,
-    /// The connection is not established.
+    /// Not established.
     Other,
 }
 

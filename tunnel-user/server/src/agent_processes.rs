@@ -336,7 +336,7 @@ mod tests {
         assert_eq!(others, [false; 3]);
     }
 
-    /// As after a crash of which the connections have survived.
+    /// Follows a crash that the connections have survived.
     #[test]
     fn a_later_incarnation_of_a_process_ends_the_tunnels_of_the_earlier_one() {
         let processes = AgentProcesses::new(10);

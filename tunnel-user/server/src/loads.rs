@@ -19,9 +19,9 @@ struct Load {
 /// Newcomers that were sent to a shard.
 #[derive(Debug, Default)]
 struct Expected {
-    /// Those that have neither come nor expired.
+    /// Newcomers that have neither come nor expired.
     waiting: usize,
-    /// Those that have come before they expired.
+    /// Newcomers that have come, whose time has not expired.
     early: usize,
 }
 
@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(Loads::new(1).lighter(5), None);
     }
 
-    /// Otherwise it would count twice for as long as it might have been on its way.
+    /// Replaces the reservation by the tunnel.
     #[test]
     fn a_newcomer_that_has_come_counts_once() {
         let (loads, under_way) = (Loads::new(2), ConcurrencyLimit::new(10));

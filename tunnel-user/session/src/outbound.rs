@@ -291,7 +291,7 @@ mod tests {
         assert_eq!((out.sent(), out.unsent()), (7, 3));
     }
 
-    /// This end has discarded what the other one does not take, and was killed.
+    /// Follows a kill of a process that has discarded what the other end does not take.
     #[test]
     fn a_direction_that_is_refused_may_be_behind() {
         let mut out = kept(10);

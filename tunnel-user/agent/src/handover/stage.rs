@@ -9,7 +9,7 @@ use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 pub(crate) enum Stage {
     /// The agent serves.
     Serving,
-    /// The agent serves what there is, and lets servers ask for nothing new.
+    /// The agent serves its connections, and has its servers send no new dials.
     Pausing,
     /// The agent has left its tunnels.
     Left,

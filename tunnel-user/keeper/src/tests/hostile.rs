@@ -221,7 +221,7 @@ fn a_flood_stops_no_other_client() {
     });
 }
 
-/// Even where the mode of the socket lets it in.
+/// Checks the user of the process, and not the mode of the socket alone.
 #[test]
 fn a_stranger_is_refused() {
     if !geteuid().is_root() {

@@ -59,7 +59,7 @@ pub struct ConnectionCounts {
     pub held: i64,
     /// Those of these that wait for another tunnel.
     pub waiting: usize,
-    /// Those that outlive a crash of the process.
+    /// Connections that outlive a crash of the process.
     #[serde(default)]
     pub kept: usize,
     /// State of the keeper.

@@ -88,7 +88,7 @@ mod tests {
         assert!(holds.of(&domain("two.test"), now).is_some());
     }
 
-    /// Otherwise one agent could delay every refusal without an end.
+    /// Bounds the time for which one agent can delay refusals.
     #[test]
     fn an_agent_holds_a_few_times() {
         let (mut holds, now) = (Holds::default(), Instant::now());
