@@ -28,6 +28,7 @@ pub mod ledger;
 pub mod load;
 pub mod pattern;
 pub mod puppet;
+pub mod seccomp;
 pub mod service;
 pub mod side;
 pub mod steady;

@@ -15,6 +15,7 @@ use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::usage::allow_many_files;
 use tunnel_tests::lab::{self, Engine, Lab, LabSpec, Programs};
 use tunnel_tests::puppet::Puppet;
+use tunnel_tests::seccomp::Refusal;
 use tunnel_tests::target::Behaviour;
 
 /// For what happens within one machine.
@@ -168,6 +169,13 @@ fn a_crowd_beside_stopped_readers_is_served() -> Result<()> {
     })
 }
 
+/// The answer in many containers.
+const REFUSED: Refusal = Refusal {
+    call: libc::SYS_io_uring_setup,
+    argument: None,
+    errno: libc::EPERM,
+};
+
 /// A seccomp filter refuses io_uring: the process uses epoll, and the log says why.
 #[test]
 fn epoll_takes_over_where_io_uring_is_refused() -> Result<()> {
@@ -177,7 +185,7 @@ fn epoll_takes_over_where_io_uring_is_refused() -> Result<()> {
         let before = daemon.log().len();
         daemon.start_with(|command| {
             // SAFETY: between fork and exec it makes system calls, and allocates nothing.
-            unsafe { command.pre_exec(refuse_io_uring) };
+            unsafe { command.pre_exec(|| REFUSED.install()) };
         })?;
         daemon.wait_status(SOON, |status| status["engine"] == "epoll")?;
         daemon.wait_log(SOON, before, &["epoll takes its place", "seccomp"])?;
@@ -187,43 +195,4 @@ fn epoll_takes_over_where_io_uring_is_refused() -> Result<()> {
     let socket = Frontend::Redirect.dial(&lab, target(&lab, Behaviour::Echo))?;
     client::round_trips(socket, 3)?;
     Ok(())
-}
-
-/// Has the kernel answer io_uring_setup(2) with EPERM, as in many containers.
-fn refuse_io_uring() -> std::io::Result<()> {
-    let step = |code: u32, k: u32, no| libc::sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf: no,
-        k,
-    };
-    let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
-    let mut filter = [
-        // The number of the call is the first field of struct seccomp_data.
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        step(
-            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-            libc::SYS_io_uring_setup as u32,
-            1,
-        ),
-        step(libc::BPF_RET | libc::BPF_K, refused, 0),
-        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-    ];
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: the program lives through the calls.
-    let done = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    };
-    match done {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
 }
