@@ -4,6 +4,7 @@
 //! The key of a socket is its address, together with its name where namespaces make addresses
 //! ambiguous.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -58,6 +59,17 @@ impl Noted {
         Ok(())
     }
 
+    /// Returns copies of the listeners.
+    ///
+    /// # Errors
+    /// There is no free descriptor.
+    pub fn copies(&self) -> io::Result<Vec<(String, OwnedFd)>> {
+        let noted = self.lock();
+        let copies = noted.iter();
+        let copies = copies.map(|(name, fd)| Ok((name.clone(), fd.try_clone()?)));
+        copies.collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<(String, OwnedFd)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,13 +96,13 @@ impl Inherited {
         })
     }
 
-    /// Adds the sockets of a predecessor. The service manager may have passed some of them too.
+    /// Adds the sockets of a predecessor, each once. The service manager may have passed some of them too.
     pub fn add(&mut self, sockets: impl IntoIterator<Item = (String, OwnedFd)>) {
         self.has_predecessor = true;
         // The same for all descriptors of one socket (SO_COOKIE, Linux 4.12).
         let cookie = |fd: &OwnedFd| SockRef::from(fd).cookie().ok();
-        let known: Vec<_> = self.sockets.iter().map(|it| cookie(&it.fd)).collect();
-        let is_new = |(_, fd): &(String, OwnedFd)| !known.contains(&cookie(fd));
+        let mut known: HashSet<_> = self.sockets.iter().map(|it| cookie(&it.fd)).collect();
+        let is_new = |(_, fd): &(String, OwnedFd)| known.insert(cookie(fd));
         let new = sockets.into_iter().filter(is_new);
         self.sockets.extend(new.map(|(name, fd)| {
             let giver = Giver::Predecessor;
@@ -141,10 +153,7 @@ impl Inherited {
     /// # Errors
     /// There is no free descriptor.
     pub fn listeners(&self) -> io::Result<Vec<(String, OwnedFd)>> {
-        let noted = self.noted.lock();
-        let copies = noted.iter();
-        let copies = copies.map(|(name, fd)| Ok((name.clone(), fd.try_clone()?)));
-        copies.collect()
+        self.noted.copies()
     }
 
     /// Closes the copies of the noted listeners: no successor comes any more.
