@@ -16,8 +16,8 @@ use super::worker::{WAITING_SESSIONS, Worker};
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
 use cpc_host::lifecycle::Phase;
 use cpc_identity::revoked::Peer;
-use cpc_observe::metrics::GaugeGuard;
 use cpc_observe::sessions::SessionMetrics;
+use cpc_observe::sessions::WaitingGuard;
 use cpc_session::{Bounds, Registration, SessionState, survives};
 
 /// Interval of looks at waiting sessions: for those that have expired, and those whose server was revoked.
@@ -59,7 +59,7 @@ pub(super) struct Parked {
     pub server: Arc<ServerProcess>,
     /// Permit of the wait. One that a handover begins is bounded by the connections.
     _permit: Option<Permit>,
-    _waiting: Option<GaugeGuard>,
+    _waiting: Option<WaitingGuard>,
 }
 
 enum Slot {
@@ -191,7 +191,7 @@ impl Sessions {
             at,
             server,
             _permit: self.waiting.acquire(),
-            _waiting: is_connected.then(|| GaugeGuard::new(&self.metrics.waiting)),
+            _waiting: is_connected.then(|| self.metrics.waiting.add(at)),
         }
     }
 
@@ -229,14 +229,15 @@ impl Sessions {
         }
         let id = state.session.id();
         let is_connected = connection.is_some();
+        let at = Instant::now();
         let parked = Box::new(Parked {
             state,
             connection,
             cause,
-            at: Instant::now(),
+            at,
             server: server.clone(),
             _permit: permit,
-            _waiting: is_connected.then(|| GaugeGuard::new(&self.metrics.waiting)),
+            _waiting: is_connected.then(|| self.metrics.waiting.add(at)),
         });
         let before = self.lock().insert(id, Slot::Parked(parked));
         drop(before);

@@ -18,14 +18,14 @@ use super::tunnel_views::{TunnelView, Tunnels};
 use super::worker::{CONNECTIONS, STALLED_BYTES, WAITING_SESSIONS, Worker};
 use cpc_config::allow_list::AllowList;
 use cpc_datapath::{Budget, Engine};
-use cpc_handover::KeeperHandle;
+use cpc_handover::{KeeperHandle, peek_offset};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
 use cpc_observe::admin::status::{
-    AgentStatus, ConnectionCounts, Refused, ServerRow, Status, rfc3339,
+    AgentStatus, ConnectionCounts, PeekOffset, Refused, ServerRow, Status, rfc3339, since,
 };
 use cpc_observe::limits::LimitMetrics;
 use cpc_observe::millis;
@@ -64,6 +64,8 @@ impl View {
     /// Creates the view of a starting agent, whose tunnels share `worker`. Adds its metrics to `registry`.
     pub(super) fn register(registry: &mut Registry, worker: &Worker, facts: Facts) -> Self {
         let certificates = CertificateMetrics::register(registry, facts.lifetimes.clone());
+        let PeekOffset { ipv4, ipv6 } = peek_offset();
+        worker.sessions.metrics.set_peek_offset(ipv4, ipv6);
         let (servers, stalled) = (Gauge::default(), Gauge::default());
         registry.register(
             "servers",
@@ -119,8 +121,10 @@ impl Source for View {
                 open: self.connections.in_use(),
                 held: self.sessions.metrics.held.get(),
                 waiting: self.sessions.waiting.in_use(),
+                waiting_since: self.sessions.metrics.waiting.longest().map(since),
                 kept,
                 keeper,
+                peek_offset: peek_offset(),
             },
             certificates: lifetime::rows(&self.facts.lifetimes, SystemTime::now()),
             servers: self.facts.tunnels.view().iter().map(row).collect(),

@@ -2,19 +2,22 @@
 //!
 //! Once a session is held, the socket is read with `MSG_PEEK`, and what the other end confirms is discarded. So the
 //! process can be killed at any time: with a copy of the socket, the next process reads again what was lost with
-//! this one (docs/adr/0038). `SO_PEEK_OFF` of TCP is of Linux 6.10, with IPv6 of 6.12; without it nothing is kept.
+//! this one (docs/adr/0038).
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::pin::Pin;
 use std::ptr;
+use std::task::Poll;
 
 use bytes::Bytes;
 use cpc_keeper::{Position, Slot};
 use nix::sys::socket::{MsgFlags, recv};
-use socket2::{Domain, Socket, Type};
 use tokio::net::TcpStream;
 
+use crate::peek::{MOST_AGAIN, Peeking, set};
 use crate::socket::{LocalSocket, read_stream};
 use crate::stream::Held;
 
@@ -68,14 +71,15 @@ impl Keep for KeepNothing {
 /// A connected TCP socket.
 #[derive(Debug)]
 pub struct TcpSocket {
-    /// `None` inside where the kernel can't keep bytes.
+    /// `None` inside where the kernel refuses the options for it.
     kept: OnceCell<Option<Box<Kept>>>,
     stream: TcpStream,
 }
 
 /// State of a socket that is read with `MSG_PEEK`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Kept {
+    way: Peeking,
     /// Copy in the keeper.
     slot: RefCell<Option<Slot>>,
     /// Number of bytes that were read and are in the kernel.
@@ -89,14 +93,30 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Begins with a socket of which nothing is kept.
+    fn new(way: Peeking) -> Self {
+        Self {
+            way,
+            slot: RefCell::default(),
+            peeked: Cell::default(),
+            consumed: Cell::default(),
+            is_finished: Cell::default(),
+            is_raised: Cell::default(),
+        }
+    }
+
     /// Restores the state of a socket that an earlier process has kept: `peeked` bytes were read, and are in the
     /// kernel, which has given `consumed`.
-    pub fn restore(slot: Option<Slot>, peeked: u64, (consumed, is_finished): (u64, bool)) -> Self {
+    pub fn restore(
+        (slot, way): (Option<Slot>, Peeking),
+        peeked: u64,
+        (consumed, is_finished): (u64, bool),
+    ) -> Self {
         let kept = Self {
             peeked: peeked.into(),
             consumed: consumed.into(),
             is_finished: is_finished.into(),
-            ..Self::default()
+            ..Self::new(way)
         };
         if let Some(slot) = slot {
             kept.fill(slot);
@@ -157,10 +177,14 @@ impl Kept {
     }
 
     /// Ends the keeping of a socket whose bytes this process has.
-    fn end(&self, socket: &impl AsRawFd) {
-        self.discard(socket, u64::MAX);
-        // The kernel knows the option: it was set before.
-        let _ = set_peek_offset(socket, -1);
+    fn end(&self, socket: BorrowedFd<'_>) {
+        self.discard(&socket, u64::MAX);
+        self.way.end(socket);
+    }
+
+    /// Whether nothing is read before the other end has confirmed some bytes.
+    fn is_full(&self) -> bool {
+        self.way == Peeking::Again && self.peeked.get() >= MOST_AGAIN
     }
 }
 
@@ -203,75 +227,42 @@ impl TcpSocket {
         let Some(kept) = self.kept() else {
             return Ok(recv(self.stream.as_raw_fd(), room, MsgFlags::empty())?);
         };
-        let n = recv(self.stream.as_raw_fd(), room, MsgFlags::MSG_PEEK)?;
+        let n = { kept.way }.read(self.stream.as_fd(), kept.peeked.get(), room)?;
         kept.peeked.set(kept.peeked.get() + n as u64);
         Ok(n)
     }
 
     /// Begins to leave in the kernel what is read.
     fn begin(&self) -> Option<Box<Kept>> {
-        // Otherwise a byte of urgent data is peeked twice.
-        set(&self.stream, libc::SO_OOBINLINE, 1).ok()?;
-        set_peek_offset(&self.stream, 0).ok()?;
-        Some(Box::default())
+        let way = Peeking::begin(self.stream.as_fd(), 0).ok()?;
+        Some(Box::new(Kept::new(way)))
     }
 
     /// Asks for a larger receive buffer, which the kernel grants to a reader that wants so many bytes at once.
     fn raise(&self) {
         for bytes in [LOW_WATER, 1] {
             // Without it the connection is slower.
-            let _ = set(&self.stream, libc::SO_RCVLOWAT, bytes);
+            let _ = set(self.stream.as_fd(), libc::SO_RCVLOWAT, bytes);
         }
     }
 }
 
 /// Takes what a process has read of a socket, and not discarded, for a planned handover: it goes along with the
 /// message.
-pub(crate) fn release(socket: &impl AsRawFd, kept: Option<Box<Kept>>) {
+pub(crate) fn release(socket: &impl AsFd, kept: Option<Box<Kept>>) {
     if let Some(kept) = kept {
-        kept.end(socket);
-    }
-}
-
-/// Sets the offset of the next read with `MSG_PEEK` in the queue of a socket, behind which later ones follow
-/// (`SO_PEEK_OFF`, socket(7)). -1 ends that.
-///
-/// # Errors
-/// The error of the system call: the kernel is older than Linux 6.10, or 6.12 for IPv6.
-pub fn set_peek_offset(socket: &impl AsRawFd, offset: i32) -> io::Result<()> {
-    set(socket, libc::SO_PEEK_OFF, offset)
-}
-
-/// Whether the kernel keeps the bytes of sockets over IPv4, and over IPv6: it is asked, since versions say little.
-pub fn probe() -> (bool, bool) {
-    let can = |domain| {
-        let socket = Socket::new(domain, Type::STREAM, None);
-        socket.is_ok_and(|socket| set_peek_offset(&socket, 0).is_ok())
-    };
-    (can(Domain::IPV4), can(Domain::IPV6))
-}
-
-/// Sets a socket option of level `SOL_SOCKET` (socket(7)).
-fn set(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    // SAFETY: the kernel reads one int, which lives through the call.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw const value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    match done {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        kept.end(socket.as_fd());
     }
 }
 
 impl LocalSocket for TcpSocket {
     fn read(&self) -> impl Future<Output = io::Result<Bytes>> {
-        read_stream!(self.stream, |room: &mut [u8]| self.receive(room))
+        let mut read = read_stream!(self.stream, |room: &mut [u8]| self.receive(room));
+        poll_fn(move |cx| match self.kept() {
+            // A confirmation wakes the relay.
+            Some(kept) if kept.is_full() => Poll::Pending,
+            _ => Pin::new(&mut read).poll(cx),
+        })
     }
 
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {

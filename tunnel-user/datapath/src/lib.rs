@@ -15,6 +15,7 @@ pub mod buffers;
 pub mod engine;
 pub mod kept;
 mod meter;
+pub mod peek;
 pub mod reclaim;
 pub mod relay;
 pub mod shard;

@@ -2,10 +2,9 @@
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::Once;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Once};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -19,10 +18,11 @@ use super::error::HandoverError;
 use super::kept::Survivor;
 use super::restored::understood;
 use super::store::{nanoseconds, since_boot};
-use cpc_datapath::kept::{entry, probe};
+use cpc_datapath::kept::entry;
+use cpc_datapath::peek::{Peeking, probe};
 use cpc_host::report::report;
 use cpc_keeper::{Keeper, KeeperError, Slot, Taken, take};
-use cpc_observe::admin::status::Keeper as KeeperState;
+use cpc_observe::admin::status::{Keeper as KeeperState, PeekOffset};
 
 /// Interval of looks at the keeper.
 const LOOK: Duration = Duration::from_secs(1);
@@ -58,6 +58,29 @@ impl KeeperSpec {
             role,
             patience,
         }
+    }
+
+    /// Names the same keeper to the listeners of the process, which it keeps for at most `patience`.
+    pub(super) fn for_listeners(mut self, patience: Duration) -> Self {
+        self.role.insert_str(0, "listeners of ");
+        self.role.truncate(self.role.floor_char_boundary(MAX_ROLE));
+        self.patience = self.patience.min(patience);
+        self
+    }
+
+    /// Returns the path of the keeper's socket.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the role under which the keeper knows the sockets.
+    pub(super) fn role(&self) -> &str {
+        &self.role
+    }
+
+    /// Returns the time for which the keeper holds the sockets of a dead process.
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
     }
 }
 
@@ -236,19 +259,31 @@ fn failures(process: &KeptProcess, now: u64, dead: u64) -> u32 {
     }
 }
 
-/// Logs, once, whose connections the kernel can keep.
+/// Returns the address families over which kept bytes are copied once.
+pub fn peek_offset() -> PeekOffset {
+    static FOUND: LazyLock<PeekOffset> = LazyLock::new(|| {
+        let (ipv4, ipv6) = probe();
+        PeekOffset {
+            ipv4: ipv4 == Peeking::Offset,
+            ipv6: ipv6 == Peeking::Offset,
+        }
+    });
+    *FOUND
+}
+
+/// Logs, once, how the kernel keeps bytes.
 fn tell_versions() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let (ipv4, ipv6) = probe();
-        match ipv4 && ipv6 {
-            true => tracing::info!("connections outlive a crash: a keeper has copies of them"),
-            false => tracing::warn!(
+        tracing::info!("connections outlive a crash: a keeper has copies of them");
+        let PeekOffset { ipv4, ipv6 } = peek_offset();
+        if !ipv4 || !ipv6 {
+            tracing::info!(
                 ipv4,
                 ipv6,
-                "the kernel can't keep the bytes of all connections over a crash (SO_PEEK_OFF: Linux \
-                 6.10 for IPv4, 6.12 for IPv6)"
-            ),
+                "the kernel copies the bytes of kept connections more than once (SO_PEEK_OFF: Linux 6.10 for \
+                 IPv4, 6.12 for IPv6)"
+            );
         }
     });
 }

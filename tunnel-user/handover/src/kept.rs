@@ -3,11 +3,9 @@
 //! The bytes of such a connection are in the kernel ([`cpc_keeper::position`]). So its session is made of the
 //! positions of the socket, and of what the dead process has described when the keeper got the socket.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use bytes::Bytes;
-use nix::sys::socket::{MsgFlags, recv};
 use prost::Message;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::handover::{
@@ -16,7 +14,8 @@ use tunnel_proto::handover::{
 
 use super::error::HandoverError;
 use super::store::{nanoseconds, since_boot};
-use cpc_datapath::kept::{FINISHED, set_peek_offset};
+use cpc_datapath::kept::FINISHED;
+use cpc_datapath::peek::{Peeking, copy};
 use cpc_datapath::stream::Held;
 use cpc_keeper::position::TcpState;
 use cpc_keeper::{Entry, Kept, Position};
@@ -54,6 +53,8 @@ pub struct Survivor {
     pub description: Bytes,
     /// Number of its bytes that the session has, and that are in the kernel.
     pub peeked: u64,
+    /// Way to read what follows them.
+    pub way: Peeking,
     /// Number of bytes that were taken from the queue before, and whether the end of file was passed on.
     pub consumed: (u64, bool),
 }
@@ -87,11 +88,13 @@ impl Survivor {
             ..Session::default()
         };
         let (mut socket, mut peeked, mut consumed) = (None, 0, (0, false));
+        let mut way = Peeking::Again;
         if let Some(progress) = survived {
             // The process has read no more; what is behind that is read in its turn.
             let read = position.unread.min(most.saturating_add(READ_AHEAD));
-            let queue = peek(kept.descriptor.as_fd(), read)?;
+            let queue = Bytes::from(copy(kept.descriptor.as_fd(), read)?);
             peeked = queue.len() as u64;
+            way = Peeking::begin(kept.descriptor.as_fd(), peeked)?;
             let has_end = progress.has_end && peeked == position.unread;
             consumed = (progress.consumed, progress.is_finished);
             let confirmed = offset(progress.consumed, described.outbound);
@@ -153,6 +156,7 @@ impl Survivor {
             descriptor: kept.descriptor,
             description: kept.description,
             peeked,
+            way,
             consumed,
         })
     }
@@ -208,21 +212,6 @@ fn survived(position: &Position, entry: Entry) -> Option<Survived> {
             })
         }
     }
-}
-
-/// Copies the queue of a socket, and sets the next read behind it.
-fn peek(socket: BorrowedFd<'_>, unread: u64) -> io::Result<Bytes> {
-    set_peek_offset(&socket, 0)?;
-    let mut queue = vec![0; usize::try_from(unread).unwrap_or(0)];
-    let mut length = 0;
-    while length < queue.len() {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        match recv(socket.as_raw_fd(), &mut queue[length..], flags)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n => length += n,
-        }
-    }
-    Ok(queue.into())
 }
 
 /// Returns the offset of a session less the position of its socket.

@@ -5,7 +5,6 @@
 //! ```text
 //! predecessor          successor
 //!      <---- Request ----
-//!      ------ Offer ---->   with the listeners; the predecessor goes on
 //!                           the successor prepares: files, sockets, programs
 //!      <----- Ready -----
 //!   stops                   the predecessor sends nothing and reads nothing any more
@@ -34,7 +33,7 @@ pub mod successor;
 
 pub use endpoint::Endpoint;
 pub use error::HandoverError;
-pub use keeper::{KeeperHandle, KeeperSpec};
+pub use keeper::{KeeperHandle, KeeperSpec, peek_offset};
 pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
 pub use restored::understood;

@@ -1,6 +1,8 @@
 //! Metrics of sessions: connections that outlive their tunnel.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -18,6 +20,11 @@ struct CauseLabels {
     cause: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FamilyLabels {
+    family: &'static str,
+}
+
 impl CauseLabels {
     fn of(cause: CloseReason) -> Self {
         Self {
@@ -32,12 +39,63 @@ pub struct SessionMetrics {
     /// Connections that both ends hold.
     pub held: Gauge,
     /// Connections that wait for another tunnel.
-    pub waiting: Gauge,
+    pub waiting: WaitingSessions,
     /// Connections that outlive a crash of this process.
     pub kept: Gauge,
     resumed: Family<CauseLabels, Counter>,
     lost: Family<CauseLabels, Counter>,
     stall: Histogram,
+    peek_offset: Family<FamilyLabels, Gauge>,
+}
+
+/// Connections that wait for another tunnel. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct WaitingSessions {
+    count: Gauge,
+    /// Number of connections by the start of their wait.
+    starts: Arc<Mutex<BTreeMap<Instant, usize>>>,
+}
+
+/// Counts a connection as waiting while it lives.
+#[derive(Debug)]
+pub struct WaitingGuard {
+    sessions: WaitingSessions,
+    start: Instant,
+}
+
+impl WaitingSessions {
+    /// Counts a connection that waits since `start`.
+    pub fn add(&self, start: Instant) -> WaitingGuard {
+        self.count.inc();
+        *self.starts().entry(start).or_default() += 1;
+        WaitingGuard {
+            sessions: self.clone(),
+            start,
+        }
+    }
+
+    /// Returns for how long the first of them has waited.
+    pub fn longest(&self) -> Option<Duration> {
+        let starts = self.starts();
+        starts.first_key_value().map(|(start, _)| start.elapsed())
+    }
+
+    fn starts(&self) -> MutexGuard<'_, BTreeMap<Instant, usize>> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for WaitingGuard {
+    fn drop(&mut self) {
+        self.sessions.count.dec();
+        let mut starts = self.sessions.starts();
+        if let Some(count) = starts.get_mut(&self.start) {
+            *count -= 1;
+            if *count == 0 {
+                starts.remove(&self.start);
+            }
+        }
+    }
 }
 
 impl SessionMetrics {
@@ -45,11 +103,12 @@ impl SessionMetrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             held: Gauge::default(),
-            waiting: Gauge::default(),
+            waiting: WaitingSessions::default(),
             kept: Gauge::default(),
             resumed: Family::default(),
             lost: Family::default(),
             stall: Histogram::new(STALL_SECONDS),
+            peek_offset: Family::default(),
         };
         // From the start: an alert on a rate needs the first event too.
         for cause in [CloseReason::LinkLost, CloseReason::IdentityRefused] {
@@ -70,7 +129,7 @@ impl SessionMetrics {
         registry.register(
             "sessions_waiting",
             "Connections whose tunnel was lost and that wait for another one",
-            metrics.waiting.clone(),
+            metrics.waiting.count.clone(),
         );
         registry.register(
             "sessions_kept",
@@ -92,7 +151,20 @@ impl SessionMetrics {
             "Time from the loss of a tunnel until a connection went on over another one",
             metrics.stall.clone(),
         );
+        registry.register(
+            "peek_offset",
+            "1 where the kernel has SO_PEEK_OFF for TCP, by address family",
+            metrics.peek_offset.clone(),
+        );
         metrics
+    }
+
+    /// Tells whether the kernel has `SO_PEEK_OFF` for TCP over IPv4, and over IPv6.
+    pub fn set_peek_offset(&self, ipv4: bool, ipv6: bool) {
+        for (family, is_there) in [("ipv4", ipv4), ("ipv6", ipv6)] {
+            let gauge = self.peek_offset.get_or_create(&FamilyLabels { family });
+            gauge.set(is_there.into());
+        }
     }
 
     /// Counts a session that went on after `stall`; its tunnel was lost for `cause`.
@@ -104,5 +176,28 @@ impl SessionMetrics {
     /// Counts a session that waited in vain, and ended with `reason`.
     pub fn lost(&self, reason: CloseReason) {
         self.lost.get_or_create(&CauseLabels::of(reason)).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_that_waits_has_waited_longest() {
+        let waiting = WaitingSessions::default();
+        assert_eq!(waiting.longest(), None);
+        let now = Instant::now();
+        let minute = Duration::from_secs(60);
+        let before = now.checked_sub(minute).unwrap();
+        let guards = [before, now, before].map(|start| waiting.add(start));
+        assert_eq!(waiting.count.get(), 3);
+        let [first, second, third] = guards;
+        drop(first);
+        assert!(waiting.longest().unwrap() >= minute);
+        drop(third);
+        assert!(waiting.longest().unwrap() < minute);
+        drop(second);
+        assert_eq!((waiting.longest(), waiting.count.get()), (None, 0));
     }
 }

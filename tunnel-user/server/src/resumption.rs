@@ -24,7 +24,7 @@ use cpc_host::concurrency::Permit;
 use cpc_host::lifecycle::Phase;
 use cpc_identity::TrustDomain;
 use cpc_identity::identity::domain_of;
-use cpc_observe::metrics::GaugeGuard;
+use cpc_observe::sessions::WaitingGuard;
 use cpc_session::resume::{Outcome, close, resume};
 use cpc_session::{Bounds, Detached, SessionRecv, SessionSend, SessionState, survives};
 
@@ -42,7 +42,7 @@ pub(crate) struct Lost {
     is_connected: bool,
     /// Permits of the wait. One that a handover begins is bounded by the connections.
     _permits: Option<(Permit, Permit, Permit)>,
-    _waiting: Option<GaugeGuard>,
+    _waiting: Option<WaitingGuard>,
 }
 
 /// End of the wait for a tunnel.
@@ -124,15 +124,16 @@ impl Lost {
             true => Ok(None),
             false => acquire(shard, tenant, &process).map(Some),
         };
+        let at = Instant::now();
         let permits = permits.inspect_err(|limit| shard.metrics.limits.refuse(limit.label()));
         Some(Self {
             state,
             process,
             cause,
-            at: Instant::now(),
+            at,
             _permits: permits.ok()?,
             is_connected,
-            _waiting: is_connected.then(|| GaugeGuard::new(&shard.metrics.sessions.waiting)),
+            _waiting: is_connected.then(|| shard.metrics.sessions.waiting.add(at.into_std())),
         })
     }
 
@@ -182,7 +183,7 @@ impl Lost {
             at,
             is_connected,
             _permits: None,
-            _waiting: is_connected.then(|| GaugeGuard::new(&common.metrics.sessions.waiting)),
+            _waiting: is_connected.then(|| common.metrics.sessions.waiting.add(at.into_std())),
         })
     }
 

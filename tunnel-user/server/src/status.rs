@@ -18,13 +18,14 @@ use super::shard::Common;
 use super::usage;
 use cpc_config::ServerConfig;
 use cpc_datapath::Engine;
+use cpc_handover::peek_offset;
 use cpc_host::lifecycle::Phase;
 use cpc_host::report::report;
 use cpc_identity::lifetime::{self, Lifetimes};
 use cpc_identity::metrics::CertificateMetrics;
 use cpc_observe::admin::Source;
 use cpc_observe::admin::status::{
-    AgentRow, ConnectionCounts, Refused, ServerStatus, Status, rfc3339,
+    AgentRow, ConnectionCounts, PeekOffset, Refused, ServerStatus, Status, rfc3339, since,
 };
 use cpc_observe::metrics::ours;
 use cpc_observe::millis;
@@ -88,6 +89,8 @@ impl View {
             certificates: CertificateMetrics::register(ours(registry), lifetimes.clone()),
             lifetimes,
         };
+        let PeekOffset { ipv4, ipv6 } = peek_offset();
+        common.metrics.sessions.set_peek_offset(ipv4, ipv6);
         let registry = ours(registry);
         registry.register(
             "redirect_events",
@@ -158,8 +161,10 @@ impl Source for View {
                     open: self.common.connections.in_use(),
                     held: self.common.metrics.sessions.held.get(),
                     waiting: self.common.waiting_sessions.in_use(),
+                    waiting_since: self.common.metrics.sessions.waiting.longest().map(since),
                     kept,
                     keeper,
+                    peek_offset: peek_offset(),
                 },
                 certificates: lifetime::rows(&self.lifetimes, SystemTime::now()),
                 agents,

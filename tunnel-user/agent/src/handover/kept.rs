@@ -71,7 +71,7 @@ pub(crate) fn take_kept(worker: &mut Worker) {
     worker.incarnation = found.incarnation;
     keeper.open(&process(worker));
     let survivors = found.keep(&keeper).into_iter().map(|(survivor, slot)| {
-        let kept = Kept::restore(slot, survivor.peeked, survivor.consumed);
+        let kept = Kept::restore((slot, survivor.way), survivor.peeked, survivor.consumed);
         let socket = TcpStream::from(survivor.descriptor);
         let packed = packed(socket, Some(Box::new(kept)));
         restore(worker, &survivor.connection, |_| Some(packed))

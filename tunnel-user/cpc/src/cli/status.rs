@@ -165,7 +165,7 @@ fn render_server(server: &ServerStatus) -> String {
         spread(server.shards, shards),
         server.engine
     );
-    text += &connections(server.connections);
+    text += &connections(&server.connections);
     if server.breakers_open > 0 {
         text += &format!(
             "{} destinations are skipped for now: their dials timed out (circuit_open in the \
@@ -208,24 +208,38 @@ fn agent_row(agent: &AgentRow) -> [String; 12] {
 }
 
 /// Returns lines on connections, and on what becomes of them when their tunnel is lost or the process crashes.
-fn connections(counts: ConnectionCounts) -> String {
+fn connections(counts: &ConnectionCounts) -> String {
     let ConnectionCounts {
         open,
         held,
         waiting,
+        waiting_since,
         kept,
         keeper,
+        peek_offset,
     } = counts;
-    let ended = open.saturating_sub(kept);
-    let keeper = match keeper {
+    let since = waiting_since.clone();
+    let since = since.map_or_else(String::new, |since| format!(", the first since {since}"));
+    let ended = open.saturating_sub(*kept);
+    let keeper = match *keeper {
         Keeper::Unconfigured => "no keeper is configured",
         Keeper::Missing => "THE KEEPER IS MISSING",
         Keeper::Live => "the keeper is there",
     };
-    format!(
-        "{open} connections, {held} of them outlive their tunnel; {waiting} wait for another one\n\
+    let mut text = format!(
+        "{open} connections, {held} of them outlive their tunnel; {waiting} wait for another one{since}\n\
          a crash would end {ended} of them: {keeper}\n"
-    )
+    );
+    let families = [("IPv4", peek_offset.ipv4), ("IPv6", peek_offset.ipv6)];
+    let lacking = families.iter().filter(|(_, is_there)| !is_there);
+    let lacking: Vec<_> = lacking.map(|(family, _)| *family).collect();
+    if !lacking.is_empty() && counts.keeper == Keeper::Live {
+        text += &format!(
+            "without SO_PEEK_OFF (Linux 6.10, 6.12 for IPv6): bytes over {} are copied more than once\n",
+            lacking.join(" and ")
+        );
+    }
+    text
 }
 
 fn render_agent(agent: &AgentStatus) -> String {
@@ -247,7 +261,7 @@ fn render_agent(agent: &AgentStatus) -> String {
         spread(agent.shards, shards),
         agent.engine
     );
-    text += &connections(agent.connections);
+    text += &connections(&agent.connections);
     text += &certificates(&agent.certificates);
     for server in &agent.servers {
         text += &refused(&server.server_id, &server.refused);

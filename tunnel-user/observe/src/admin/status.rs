@@ -1,6 +1,6 @@
 //! The status of a process, as JSON and as `cpc status` reads it.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -51,7 +51,7 @@ pub struct ServerStatus {
 }
 
 /// Number of connections, by what becomes of them when their tunnel is lost.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ConnectionCounts {
     /// All open ones.
     pub open: usize,
@@ -59,12 +59,27 @@ pub struct ConnectionCounts {
     pub held: i64,
     /// Those of these that wait for another tunnel.
     pub waiting: usize,
+    /// Start of the longest of these waits, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_since: Option<String>,
     /// Connections that outlive a crash of the process.
     #[serde(default)]
     pub kept: usize,
     /// State of the keeper.
     #[serde(default)]
     pub keeper: Keeper,
+    /// Address families over which kept bytes are copied once.
+    #[serde(default)]
+    pub peek_offset: PeekOffset,
+}
+
+/// Address families for which the kernel has `SO_PEEK_OFF` with TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeekOffset {
+    /// IPv4, from Linux 6.10 on.
+    pub ipv4: bool,
+    /// IPv6, from Linux 6.12 on.
+    pub ipv6: bool,
 }
 
 /// State of a keeper of connections.
@@ -212,4 +227,13 @@ pub struct ServerRow {
 /// Formats a time as RFC 3339, in whole seconds.
 pub fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
+}
+
+/// Returns the start of something that has lasted for `time`.
+pub fn since(time: Duration) -> String {
+    rfc3339(
+        SystemTime::now()
+            .checked_sub(time)
+            .unwrap_or(SystemTime::UNIX_EPOCH),
+    )
 }

@@ -76,7 +76,7 @@ pub(crate) fn take_kept(common: &mut Common) -> Vec<Restored> {
     common.incarnation = found.incarnation;
     keeper.open(&process(common));
     let survivors = found.keep(&keeper).into_iter().map(|(survivor, slot)| {
-        let kept = Kept::restore(slot, survivor.peeked, survivor.consumed);
+        let kept = Kept::restore((slot, survivor.way), survivor.peeked, survivor.consumed);
         let socket = TcpStream::from(survivor.descriptor);
         let packed = cpc_datapath::engine::packed(socket, Some(Box::new(kept)));
         restore_one(common, &survivor.connection, |_| {
