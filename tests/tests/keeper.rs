@@ -2,8 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use socket2::SockRef;
@@ -11,8 +12,11 @@ use tunnel_tests::client::round_trips;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::keeper::Keeper;
+use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::load::{Attempt, Load, ask, ask_through};
 use tunnel_tests::pattern;
+use tunnel_tests::seccomp::Refusal;
 use tunnel_tests::side::Side;
 use tunnel_tests::target::Behaviour;
 
@@ -43,12 +47,44 @@ fn lab() -> Result<(Lab, [Keeper; 2])> {
     Ok((lab, keepers))
 }
 
+/// Kernel of a process.
+#[derive(Clone, Copy)]
+enum Kernel {
+    /// The one of this machine.
+    Own,
+    /// One before Linux 6.10.
+    WithoutPeekOffset,
+}
+
+/// The answer of a kernel before Linux 6.10.
+const NO_PEEK_OFFSET: Refusal = Refusal {
+    call: libc::SYS_setsockopt,
+    argument: Some((2, libc::SO_PEEK_OFF as u32)),
+    errno: libc::EOPNOTSUPP,
+};
+
+fn start(daemon: &mut Daemon, kernel: Kernel) -> Result<()> {
+    daemon.start_with(|command| match kernel {
+        Kernel::Own => {}
+        Kernel::WithoutPeekOffset => {
+            // SAFETY: between fork and exec it makes system calls, and allocates nothing.
+            unsafe { command.pre_exec(|| NO_PEEK_OFFSET.install()) };
+        }
+    })
+}
+
 /// Live connections of every pace notice nothing but a pause.
-fn kill(side: Side, times: u32) -> Result<()> {
+fn kill(side: Side, times: u32, kernel: Kernel) -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
     let (mut lab, _keepers) = lab()?;
+    let process = side.daemon(&mut lab)?;
+    process.kill()?;
+    start(process, kernel)?;
+    for side in [Side::Server, Side::Agent] {
+        side.daemon(&mut lab)?.wait_ready(SOON)?;
+    }
     let paces = [
         Pace::Messages(100, Duration::from_millis(5)),
         Pace::Messages(3000, Duration::from_millis(50)),
@@ -64,7 +100,7 @@ fn kill(side: Side, times: u32) -> Result<()> {
         thread::sleep(KEPT);
         let killed = side.daemon(&mut lab)?;
         killed.kill()?;
-        killed.start()?;
+        start(killed, kernel)?;
         let cut = talks.iter().filter(|(_, talk)| !talk.goes_on()).count();
         ensure!(cut == 0, "{cut} cut by kill {time}\n{}", lab.logs());
     }
@@ -113,6 +149,57 @@ fn what_a_client_does_meanwhile_counts() -> Result<()> {
     Side::Agent
         .daemon(&mut lab)?
         .wait_log(SOON, logged, &reset)?;
+    Ok(())
+}
+
+/// While no process is there, connects wait for the next one.
+#[test]
+fn no_connect_is_refused_while_a_server_is_killed() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, _keepers) = lab()?;
+    let redirected = Load::start(&lab.control_plane, 2, |request| ask(echo(), request))?;
+    let proxy = lab.control_plane.servers[0].sockets.connect_unix.clone();
+    let proxied = Load::start(&lab.control_plane, 2, move |request| {
+        ask_through(&proxy, echo(), request)
+    })?;
+    let loads = [redirected, proxied];
+    let mut kills = Vec::new();
+    for _ in 0..3 {
+        for load in &loads {
+            load.wait_answered(20, SOON)?;
+        }
+        let server = Side::Server.daemon(&mut lab)?;
+        kills.push(Instant::now());
+        server.kill()?;
+        thread::sleep(Duration::from_millis(300));
+        server.start()?;
+    }
+    for load in &loads {
+        load.wait_answered(20, SOON)?;
+    }
+    // The membership of the first began first.
+    for load in loads.into_iter().rev() {
+        let attempts = load.stop();
+        // A request that the killed process had already got ends with it.
+        let had_begun = |attempt: &Attempt| {
+            let mut kills = kills.iter();
+            kills.any(|kill| attempt.start < *kill && *kill < attempt.end)
+        };
+        let failed = attempts.iter().filter(|it| it.result.is_err());
+        let refused: Vec<_> = failed.filter(|it| !had_begun(it)).collect();
+        let first = refused.first();
+        ensure!(
+            first.is_none(),
+            "{} of {}: {first:?}\n{}",
+            refused.len(),
+            attempts.len(),
+            lab.logs()
+        );
+        let longest = attempts.iter().map(|it| it.end - it.start).max();
+        println!("{} requests, the longest took {longest:?}", attempts.len());
+    }
     Ok(())
 }
 
@@ -204,10 +291,20 @@ fn three_hundred_connections_outlive_a_hundred_kills() -> Result<()> {
 
 #[test]
 fn connections_outlive_a_killed_server() -> Result<()> {
-    kill(Side::Server, 2)
+    kill(Side::Server, 2, Kernel::Own)
 }
 
 #[test]
 fn connections_outlive_a_killed_agent() -> Result<()> {
-    kill(Side::Agent, 2)
+    kill(Side::Agent, 2, Kernel::Own)
+}
+
+#[test]
+fn connections_outlive_a_killed_server_without_a_peek_offset() -> Result<()> {
+    kill(Side::Server, 2, Kernel::WithoutPeekOffset)
+}
+
+#[test]
+fn connections_outlive_a_killed_agent_without_a_peek_offset() -> Result<()> {
+    kill(Side::Agent, 2, Kernel::WithoutPeekOffset)
 }

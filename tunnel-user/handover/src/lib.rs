@@ -5,6 +5,7 @@
 //! ```text
 //! predecessor          successor
 //!      <---- Request ----
+//!      ------ Offer ---->   with the listeners; the predecessor goes on
 //!                           the successor prepares: files, sockets, programs
 //!      <----- Ready -----
 //!   stops                   the predecessor sends nothing and reads nothing any more
@@ -24,6 +25,7 @@ pub mod endpoint;
 pub mod error;
 pub mod keeper;
 pub mod kept;
+pub mod listeners;
 pub mod parcel;
 pub mod predecessor;
 pub mod restored;
@@ -34,6 +36,7 @@ pub mod successor;
 pub use endpoint::Endpoint;
 pub use error::HandoverError;
 pub use keeper::{KeeperHandle, KeeperSpec, peek_offset};
+pub use listeners::KeptListeners;
 pub use parcel::Parcel;
 pub use predecessor::{Predecessor, find};
 pub use restored::understood;

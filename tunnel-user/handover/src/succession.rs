@@ -4,6 +4,7 @@ use tokio::sync::watch;
 
 use super::endpoint::Endpoint;
 use super::error::HandoverError;
+use super::listeners::KeptListeners;
 use super::parcel::Parcel;
 use super::store;
 use super::successor::Successor;
@@ -39,6 +40,8 @@ pub struct Succession<S> {
     pub restarts: Restarts,
     /// Listeners, and sockets of an earlier process that this one does not use: the service manager may.
     pub inherited: Inherited,
+    /// Copies of the listeners in the keeper.
+    pub listeners: KeptListeners,
 }
 
 impl<S: Service> Succession<S> {
@@ -49,6 +52,7 @@ impl<S: Service> Succession<S> {
                 successor = next(&self.endpoint) => self.hand_over(successor).await,
                 () = self.restarts.next() => self.leave().await,
                 () = lifecycle::stopping(self.service.phase()) => {
+                    self.listeners.discard();
                     self.inherited.forget_listeners();
                     self.endpoint = None;
                     return std::future::pending().await;
@@ -77,7 +81,7 @@ impl<S: Service> Succession<S> {
                 Ok(())
             }
             Err((error, state)) => {
-                self.service.go_on(state).await?;
+                self.go_on(state).await?;
                 Err(error)
             }
         }
@@ -96,21 +100,27 @@ impl<S: Service> Succession<S> {
                 Ok(())
             }
             Err(error) => {
-                self.service.go_on(Some(state)).await?;
+                self.go_on(Some(state)).await?;
                 Err(error)
             }
         }
     }
 
-    /// Stops the service, or goes on without its connections.
+    /// Stops the service, or goes on without its connections. The listeners get another user.
     async fn stop(&mut self) -> Result<Parcel, HandoverError> {
+        self.listeners.discard();
         match self.service.stop().await {
             Ok(state) => Ok(state),
             Err(error) => {
-                self.service.go_on(None).await?;
+                self.go_on(None).await?;
                 Err(error.into())
             }
         }
+    }
+
+    async fn go_on(&mut self, stopped: Option<Parcel>) -> Result<(), HandoverError> {
+        self.listeners.keep(self.inherited.noted());
+        self.service.go_on(stopped).await
     }
 }
 

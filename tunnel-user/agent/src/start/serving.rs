@@ -30,7 +30,7 @@ use crate::worker::{STALLED_BYTES, Worker};
 use cpc_config::{AgentConfig, ConfigError};
 use cpc_datapath::shard::Shards;
 use cpc_datapath::{Budget, reclaim};
-use cpc_handover::{Endpoint, KeeperHandle, KeeperSpec, Predecessor, Succession};
+use cpc_handover::{Endpoint, KeeperHandle, KeeperSpec, KeptListeners, Predecessor, Succession};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, End, Phase};
@@ -198,6 +198,8 @@ impl Serving {
             endpoint,
             restarts,
             inherited,
+            // Clients of the pages ask again.
+            listeners: KeptListeners::default(),
         };
         Ok(Self {
             config,

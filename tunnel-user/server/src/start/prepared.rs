@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use cpc_config::ServerConfig;
 use cpc_datapath::Budget;
+use cpc_handover::{KeeperSpec, KeptListeners};
 use cpc_host::descriptors::Shares;
 use cpc_host::environment::{Environment, Reloads, Restarts, Stops};
 use cpc_host::host;
@@ -22,6 +23,7 @@ use crate::check::{check, identity_without_certificate, needs_extension};
 use crate::error::ServerError;
 use crate::extension::Extension;
 use crate::grants::Grants;
+use crate::handover::succession::ROLE;
 use crate::limits::{self, Limit};
 use crate::metrics::ServerMetrics;
 
@@ -51,6 +53,10 @@ pub(crate) struct Prepared {
     pub(super) bound: Bound,
     /// Sockets of an earlier process that are not taken over yet.
     pub(super) inherited: Inherited,
+    /// Configured keeper.
+    pub(super) keeper: Option<KeeperSpec>,
+    /// Listeners of a process that was killed, and later of this one, in the keeper.
+    pub(super) kept: KeptListeners,
 }
 
 impl Prepared {
@@ -98,6 +104,10 @@ impl Prepared {
         };
         let (stops, reload_requests, restarts) = environment.into_requests()?;
         let own = &identity.trust_domain;
+        let keeper = config.keeper.clone();
+        let resume = config.limits.resume;
+        let keeper = keeper.map(|path| KeeperSpec::new(path, ROLE, &identity.name, resume));
+        let kept = KeptListeners::take(keeper.clone(), &mut inherited);
         let extending = extension.as_deref();
         let bound = Bound::open(&config, own, &revocations, &mut inherited, extending)?;
         Ok(Self {
@@ -117,6 +127,8 @@ impl Prepared {
             restarts,
             bound,
             inherited,
+            keeper,
+            kept,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use cpc_config::{ConfigError, ServerConfig};
 use cpc_datapath::reclaim;
 use cpc_datapath::shard::Shards;
-use cpc_handover::{KeeperHandle, KeeperSpec, Predecessor, Succession};
+use cpc_handover::{KeeperHandle, Predecessor, Succession};
 use cpc_host::concurrency::ConcurrencyLimit;
 use cpc_host::environment::{Reloads, Stops};
 use cpc_host::lifecycle::{self, End, Phase};
@@ -106,6 +106,8 @@ impl Serving {
             restarts,
             bound,
             mut inherited,
+            keeper,
+            kept: kept_listeners,
         } = prepared;
         let own = identity.trust_domain.clone();
         let material = tunnel.as_ref().map(|tunnel| tunnel.material.clone());
@@ -152,7 +154,7 @@ impl Serving {
             loads: Loads::new(bound.udp.len()),
             peers,
             handover,
-            keeper: KeeperHandle::new(keeper_of(&config, &identity.name)),
+            keeper: KeeperHandle::new(keeper),
         };
         let lifetimes = lifetimes(material.iter().map(|it| it.clone() as _), &bound);
         tokio::spawn(lifetime::watch(lifetimes.clone()));
@@ -215,6 +217,8 @@ impl Serving {
         };
         tokio::spawn(common.keeper.clone().watch(kept::process(&common)));
         bind::take_effect(&bound.udp, &mut listeners, &mut inherited);
+        kept_listeners.keep(inherited.noted());
+        tokio::spawn(kept_listeners.clone().watch());
         let mut udp = bound.udp.into_iter();
         let mut starting = Vec::new();
         let each = inboxes.into_iter().zip(listeners.deal(config.shards));
@@ -250,6 +254,7 @@ impl Serving {
             endpoint,
             restarts,
             inherited,
+            listeners: kept_listeners,
         };
 
         let admin = Admin::new(registry, log.clone(), Arc::new(view));
@@ -364,12 +369,6 @@ fn unless_given_away(mut publish: Publish, handover: Handover) -> Publish {
             publish(routes, keeps_served);
         }
     })
-}
-
-/// Returns the configured keeper.
-fn keeper_of(config: &ServerConfig, name: &str) -> Option<KeeperSpec> {
-    let path = config.keeper.clone()?;
-    Some(KeeperSpec::new(path, ROLE, name, config.limits.resume))
 }
 
 /// Returns the lifetimes of all certificates that this server uses.
