@@ -29,6 +29,7 @@
 //!   process can be killed at any time, too.
 //! * The keeper has one thread and never blocks: a client that does not read loses its connection.
 //! * A set is closed when no process takes it in time.
+//! * Before the first client the process restricts itself to the system calls that it needs from then on.
 //!
 //! Bounds: 16 connections, 16 sets, 65,536 sockets in a set, 8 KiB per message.
 
@@ -36,6 +37,7 @@ mod client;
 mod connect;
 mod connection;
 mod error;
+mod filter;
 mod listener;
 mod message;
 mod numbers;

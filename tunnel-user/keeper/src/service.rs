@@ -16,6 +16,7 @@ use socket2::Socket;
 
 use crate::connection::{Connection, ConnectionId, MAX_CONNECTIONS, Phase};
 use crate::error::KeeperError;
+use crate::filter;
 use crate::listener;
 use crate::owner::{Owner, check};
 use crate::sets::{SetId, Sets};
@@ -57,11 +58,24 @@ impl Service {
     /// Serves until `stop` is readable. All kept sockets are then closed. The file of the socket stays: the next
     /// keeper replaces it.
     ///
+    /// Restricts all threads of this process to the system calls of a keeper, where the kernel can. None of them opens
+    /// a file or starts a thread any more, also after the return.
+    ///
     /// # Errors
     /// [`KeeperError::Wait`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), KeeperError> {
         tracing::info!(path = %self.path.display(), room = self.room, "the keeper listens");
+        // The last call that needs a new socket.
         lifecycle::notify(&[NotifyState::Ready]);
+        filter::confine();
+        self.serve(stop)
+    }
+
+    /// Serves as [`run`](Self::run) does, and restricts nothing.
+    ///
+    /// # Errors
+    /// [`KeeperError::Wait`].
+    pub(crate) fn serve(self, stop: BorrowedFd<'_>) -> Result<(), KeeperError> {
         let mut driver = Driver::new(self.room);
         loop {
             let ready = driver.wait(stop, &self.listener)?;

@@ -38,7 +38,7 @@ impl Running {
         let mut service = Service::open(&path).unwrap();
         change(&mut service);
         let (stopped, stop) = nix::unistd::pipe().unwrap();
-        let thread = thread::spawn(move || service.run(stopped.as_fd()).unwrap());
+        let thread = thread::spawn(move || service.serve(stopped.as_fd()).unwrap());
         Self {
             path,
             place,

@@ -15,7 +15,7 @@ use crate::connect::{answer, connect, request};
 use crate::{Entry, Left};
 
 /// Checks that a process was left with all sockets, and that bytes flow over them.
-fn check(owner: &mut Owner, left: Left) {
+pub(super) fn check(owner: &mut Owner, left: Left) {
     assert_eq!(left.process, b"the process"[..]);
     assert!(left.dead_for < LONG);
     assert_eq!(left.kept.len(), owner.peers.len());
@@ -42,7 +42,7 @@ fn check(owner: &mut Owner, left: Left) {
     }
 }
 
-fn write_between(owner: &mut Owner) {
+pub(super) fn write_between(owner: &mut Owner) {
     for peer in &mut owner.peers {
         peer.write_all(b"between").unwrap();
     }
