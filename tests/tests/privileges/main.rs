@@ -230,6 +230,12 @@ fn a_keeper_takes_no_privilege() -> Result<()> {
     for keeper in &keepers {
         check(Some(keeper.pid()), &confined())?;
     }
+    // The profile lets a keeper install its own filter.
+    for daemon in scene.daemons()? {
+        let log = fs::read_to_string(daemon.config_file().with_file_name("keeper.log"))?;
+        let is_restricted = !log.contains("not restricted to the system calls");
+        ensure!(is_restricted && log.contains("the keeper listens"), "{log}");
+    }
     Ok(())
 }
 
