@@ -10,7 +10,8 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::pin::Pin;
 use std::ptr;
-use std::task::Poll;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use cpc_keeper::{Position, Slot};
@@ -294,6 +295,14 @@ impl LocalSocket for TcpSocket {
 
     async fn broken_before_eof(&self) {
         self.stream.broken_before_eof().await;
+    }
+
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_readable(cx)
+    }
+
+    fn idle_time(&self) -> Option<Duration> {
+        self.stream.idle_time()
     }
 
     fn reset_on_close(&self, reset: bool) {

@@ -6,8 +6,9 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io::{self, BufRead, IoSlice, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -67,6 +68,16 @@ pub trait LocalSocket {
     /// Waits until the connection must end, in any state.
     fn cut(&self) -> impl Future<Output = ()> {
         std::future::pending()
+    }
+    /// Polls whether the peer has sent something since the last read, as far as the socket can tell that without a
+    /// read.
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = cx;
+        Poll::Pending
+    }
+    /// Returns the time since a byte was last received or sent, as far as the kernel tells.
+    fn idle_time(&self) -> Option<Duration> {
+        None
     }
     /// Sets whether closing sends a reset and discards unsent bytes (`SO_LINGER` of 0, socket(7)). A
     /// Unix socket has no reset.
@@ -258,7 +269,26 @@ pub(super) fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>
     }
 }
 
-pub(super) fn unsent_bytes(fd: &impl std::os::fd::AsRawFd) -> usize {
+/// Returns the time since a byte was last received or sent (`TCP_INFO`, tcp(7)), in milliseconds.
+fn idle_time(socket: &impl AsRawFd) -> Option<Duration> {
+    // SAFETY: all zeros is a valid tcp_info.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `info`, and the length to `length`.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    let idle = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
+    (done == 0).then(|| Duration::from_millis(idle.into()))
+}
+
+pub(super) fn unsent_bytes(fd: &impl AsRawFd) -> usize {
     let mut unsent: libc::c_int = 0;
     // SAFETY: TIOCOUTQ (the same as SIOCOUTQ) writes one int, to a place that lives through the call.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
@@ -331,6 +361,10 @@ macro_rules! stream_socket {
             unless_ended(self.take_error()).await;
         }
 
+        fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+            self.poll_read_ready(cx).map(drop)
+        }
+
         fn unsent(&self) -> usize {
             unsent_bytes(self)
         }
@@ -338,6 +372,10 @@ macro_rules! stream_socket {
 }
 
 impl LocalSocket for TcpStream {
+    fn idle_time(&self) -> Option<Duration> {
+        idle_time(self)
+    }
+
     stream_socket!();
 
     fn reset_on_close(&self, reset: bool) {

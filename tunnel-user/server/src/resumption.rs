@@ -1,8 +1,10 @@
 //! Sessions without a tunnel: they wait for another one of the same agent process, and go on over it.
 
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
@@ -187,12 +189,21 @@ impl Lost {
         })
     }
 
-    /// Waits for a tunnel, and continues the session over it if it belongs to this shard. Cancelling loses
-    /// the session.
-    pub(crate) async fn advance(self: Box<Self>, shard: &Rc<Shard>) -> Advance {
+    /// Returns the time without a tunnel.
+    pub(crate) fn waited(&self) -> Duration {
+        self.at.elapsed()
+    }
+
+    /// Waits for a tunnel, and continues the session over it if it belongs to this shard. `poll_urgent` is ready when
+    /// the session is not to wait for its turn. Cancelling loses the session.
+    pub(crate) async fn advance(
+        self: Box<Self>,
+        shard: &Rc<Shard>,
+        poll_urgent: impl FnMut(&mut Context<'_>) -> Poll<()>,
+    ) -> Advance {
         let deadline = self.at + shard.limits.resume;
         let (process, is_connected) = (self.process.clone(), self.is_connected);
-        let advanced = timeout_at(deadline, self.attempts(shard, &process));
+        let advanced = timeout_at(deadline, self.attempts(shard, &process, poll_urgent));
         let reason = tokio::select! {
             advanced = advanced => match advanced {
                 Ok(advanced) => return advanced,
@@ -207,7 +218,12 @@ impl Lost {
         Advance::Ended(reason)
     }
 
-    async fn attempts(mut self: Box<Self>, shard: &Rc<Shard>, process: &AgentProcess) -> Advance {
+    async fn attempts(
+        mut self: Box<Self>,
+        shard: &Rc<Shard>,
+        process: &AgentProcess,
+        mut poll_urgent: impl FnMut(&mut Context<'_>) -> Poll<()>,
+    ) -> Advance {
         loop {
             let link = tokio::select! {
                 biased;
@@ -219,7 +235,10 @@ impl Lost {
             }
             // Those that keep bytes need not wait for those that wait for bytes themselves.
             let turn = match self.state.kept() {
-                0 => process.idle_turns.acquire().await.ok(),
+                0 => tokio::select! {
+                    turn = process.idle_turns.acquire() => turn.ok(),
+                    () = poll_fn(&mut poll_urgent) => None,
+                },
                 _ => None,
             };
             if shard.handover.is_collecting() {
@@ -333,9 +352,14 @@ pub(crate) fn settle(
     }
 }
 
+/// Lets a session wait for its turn.
+pub(crate) fn never(_: &mut Context<'_>) -> Poll<()> {
+    Poll::Pending
+}
+
 pub(crate) fn until_settled(shard: Rc<Shard>, lost: Box<Lost>) -> LocalBoxFuture<'static, ()> {
     Box::pin(async move {
-        match lost.advance(&shard).await {
+        match lost.advance(&shard, never).await {
             Advance::Elsewhere(at, lost) => {
                 shard.run_on(at, move |shard| until_settled(shard, lost));
             }

@@ -38,6 +38,7 @@ const LOOK: Duration = Duration::from_millis(2);
 /// # Errors
 /// [`AgentError::Handover`]: the predecessor goes on.
 pub(crate) fn take_over(predecessor: Predecessor, worker: &mut Worker) -> Result<(), AgentError> {
+    let began = Instant::now();
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
@@ -45,7 +46,8 @@ pub(crate) fn take_over(predecessor: Predecessor, worker: &mut Worker) -> Result
         Ok((process, restore_all(worker, &state, sockets)))
     })?;
     (worker.instance, worker.incarnation) = instance;
-    tracing::info!(connections = restored.len(), "taken over");
+    let took_ms = began.elapsed().as_millis();
+    tracing::info!(connections = restored.len(), took_ms, "taken over");
     worker.sessions.insert(restored);
     Ok(())
 }

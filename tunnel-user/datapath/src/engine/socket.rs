@@ -1,6 +1,8 @@
 //! A TCP socket over the engine of its shard.
 
 use std::io::{self, IoSlice};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::Either;
@@ -77,6 +79,14 @@ impl LocalSocket for Socket {
 
     async fn broken_before_eof(&self) {
         either!(self, socket => socket.broken_before_eof().await);
+    }
+
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        either!(self, socket => socket.poll_readable(cx))
+    }
+
+    fn idle_time(&self) -> Option<Duration> {
+        either!(self, socket => socket.idle_time())
     }
 
     fn reset_on_close(&self, reset: bool) {

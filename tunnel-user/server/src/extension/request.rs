@@ -14,7 +14,7 @@ use crate::early::{Early, EarlyBytes};
 use crate::frontend::connection::{ServeEnd, Served, admit, ended, failed, serve};
 use crate::frontend::scope::Scope;
 use crate::permits::ConnectionPermit;
-use crate::resumption::Advance;
+use crate::resumption::{Advance, never};
 use crate::shard::Shard;
 use cpc_datapath::LocalSocket;
 use cpc_observe::access::Record;
@@ -100,7 +100,7 @@ impl ClientConnection {
                 ServeEnd::Lost(lost) => lost,
             };
             let parked = served.park();
-            let reason = match Box::pin(lost.advance(&shard)).await {
+            let reason = match Box::pin(lost.advance(&shard, never)).await {
                 Advance::Here(resumed) => {
                     served = parked.resume(*resumed);
                     served.fix();

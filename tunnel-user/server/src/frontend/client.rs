@@ -4,6 +4,7 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +28,9 @@ use cpc_observe::metrics::{Closer, FrontendKind, GaugeGuard};
 
 /// Timeout for a client to take its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time since the last byte, before the loss of a tunnel, below which a connection does not wait for its turn.
+const BUSY: Duration = Duration::from_millis(100);
 
 /// Form of the answer to a client.
 #[derive(Clone, Copy)]
@@ -178,8 +182,14 @@ impl<L: Portable> Waiting<L> {
     /// Waits for another tunnel, and goes on over it, here or on its shard. Returns `None` if nothing is left
     /// to do here.
     async fn go_on(self, shard: &Rc<Shard>, lost: Box<Lost>) -> Option<Box<Established<L>>> {
+        let idle = self.local.idle_time();
+        let was_busy = idle.is_some_and(|idle| idle < lost.waited() + BUSY);
+        let poll_urgent = |cx: &mut Context<'_>| match was_busy {
+            true => Poll::Ready(()),
+            false => self.local.poll_readable(cx),
+        };
         let advance = tokio::select! {
-            advance = lost.advance(shard) => advance,
+            advance = lost.advance(shard, poll_urgent) => advance,
             () = self.local.cut() => Advance::Ended(CloseReason::IdentityRefused),
         };
         match advance {

@@ -1,6 +1,7 @@
 //! The two ends of a handover: this process takes over, and is succeeded.
 
 use std::io;
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 use tunnel_proto::session::InstanceId;
@@ -24,6 +25,7 @@ pub(crate) fn take_over(
     predecessor: Predecessor,
     common: &mut Common,
 ) -> Result<Vec<Restored>, ServerError> {
+    let began = Instant::now();
     let (instance, restored) = predecessor.take(|state, sockets| {
         let instance = <[u8; 16]>::try_from(&state.instance[..]);
         let instance = instance.map_err(|_| HandoverError::Malformed("instance"))?;
@@ -31,7 +33,8 @@ pub(crate) fn take_over(
         Ok((process, restore(common, state, sockets)))
     })?;
     (common.instance, common.incarnation) = instance;
-    tracing::info!(connections = restored.len(), "taken over");
+    let took_ms = began.elapsed().as_millis();
+    tracing::info!(connections = restored.len(), took_ms, "taken over");
     Ok(restored)
 }
 
