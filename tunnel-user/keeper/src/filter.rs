@@ -102,13 +102,13 @@ const BOUND: &[(c_long, &[Condition])] = &[
 /// Reason why the process is not restricted.
 #[derive(Debug, thiserror::Error)]
 enum FilterError {
-    #[error("this kernel has no seccomp filters ({0}): use one with CONFIG_SECCOMP_FILTER")]
+    #[error("this kernel has no seccomp filters: use one with CONFIG_SECCOMP_FILTER")]
     Missing(#[source] io::Error),
-    #[error("the system refuses ({0}): a seccomp filter around the keeper must allow seccomp")]
+    #[error("the system refuses: a seccomp filter around the keeper must allow seccomp")]
     Refused(#[source] io::Error),
     #[error("thread {0} has a filter of its own")]
     Thread(c_long),
-    #[error("no filter for this processor: {0}")]
+    #[error("no filter for this processor")]
     Invalid(#[from] BackendError),
 }
 
