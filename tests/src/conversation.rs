@@ -122,13 +122,18 @@ impl Conversation {
         !self.sender.is_finished() && !self.receiver.is_finished()
     }
 
+    /// Has it end as soon as possible.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     /// Ends it: the half of the sender, then the other one.
     ///
     /// # Errors
     ///
     /// It was cut, or a byte was wrong.
     pub fn finish(self) -> Result<Summary> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop();
         let heard = join(self.receiver);
         let sent = join(self.sender);
         let (heard, sent) = (heard?, sent?);

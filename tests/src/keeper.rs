@@ -11,9 +11,37 @@ use serde_json::json;
 use crate::client::eventually;
 use crate::lab::daemon::Daemon;
 use crate::lab::process::{Process, end_with_parent};
+use crate::lab::{Lab, LabSpec, Programs};
+use crate::side::Side;
 
 /// Time for a keeper to listen.
 const SOON: Duration = Duration::from_secs(10);
+
+/// Brings up a laboratory with one server and so many agents, each with a place for handovers. The server and the
+/// first agent have a keeper.
+///
+/// # Errors
+///
+/// As [`Lab::up`] and [`Keeper::start`].
+pub fn lab(programs: Programs, workers: u8) -> Result<(Lab, [Keeper; 2])> {
+    let cpc = programs.cpc.clone();
+    let spec = LabSpec {
+        workers,
+        servers: 1,
+        ..LabSpec::new(programs)
+    };
+    let mut lab = Lab::without_connector(spec)?;
+    lab.configure_connector()?;
+    for worker in &mut lab.workers {
+        let agent = worker.agent()?;
+        let state_dir = agent.config_file().with_file_name("state");
+        agent.configure(|config| config["state_dir"] = json!(state_dir))?;
+    }
+    let mut keeper = |side: Side| Keeper::start(&cpc, side.daemon(&mut lab)?);
+    let keepers = [keeper(Side::Server)?, keeper(Side::Agent)?];
+    lab.start_configured()?;
+    Ok((lab, keepers))
+}
 
 /// A keeper of one daemon. Ends when the value is dropped.
 #[derive(Debug)]

@@ -15,6 +15,14 @@ pub enum Side {
 }
 
 impl Side {
+    /// Returns the name of this side.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Agent => "agent",
+        }
+    }
+
     /// Returns the process of this side.
     ///
     /// # Errors

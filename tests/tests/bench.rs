@@ -5,10 +5,11 @@ use std::path::Path as File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tunnel_tests::bench::measure::{Direction, Effort, Measure, Neighbour};
+use tunnel_tests::bench::measure::{Direction, Effort, Event, Measure, Neighbour};
 use tunnel_tests::bench::path::{Path, Programs};
 use tunnel_tests::bench::run::{self, Plan, Results, Row};
 use tunnel_tests::lab;
+use tunnel_tests::side::Side;
 
 const TINY: Effort = Effort {
     time: Duration::from_millis(20),
@@ -68,7 +69,7 @@ fn every_measure_gives_its_figures() -> Result<()> {
                 Measure::Dial | Measure::Beside(_) => &["p50", "p99"],
                 Measure::Rate(_) => &["rate", "CPU server", "CPU agent"],
                 Measure::Idle(_) => &["server", "agent"],
-                Measure::Agents(_) | Measure::Routes(_) => continue,
+                _ => continue,
             };
             for name in names {
                 let row = figure(&results, *measure, path, name)?;
@@ -79,6 +80,25 @@ fn every_measure_gives_its_figures() -> Result<()> {
     }
     figure(&results, down, "direct", "speed")?;
     assert!(results.row(&down.name(), "direct", "CPU both").is_none());
+    Ok(())
+}
+
+/// Connections to which something happens, in a laboratory of their own.
+#[test]
+fn sessions_are_measured() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let measures = vec![
+        Measure::Sessions(40, Event::Killed(Side::Agent)),
+        Measure::IdleSessions(40, Side::Server),
+    ];
+    let plan = plan(&["redirect, kept"], measures.clone())?;
+    let results = run::run(&plan, |_| Ok(()))?;
+    for measure in measures {
+        let row = figure(&results, measure, "redirect, kept", "cut or wrong")?;
+        assert_eq!(row.values, [0.0], "{row:?}");
+    }
     Ok(())
 }
 

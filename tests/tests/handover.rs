@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use tunnel_tests::client::{self, round_trips};
+use tunnel_tests::client;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
@@ -186,35 +186,4 @@ fn downloads_outlive_a_server() -> Result<()> {
 #[ignore = "moves 10 GB"]
 fn two_thousand_downloads_outlive_a_server() -> Result<()> {
     downloads(2000, 5_000_000)
-}
-
-/// Ten thousand idle connections and one that talks: the time that the handover takes is in the logs.
-#[test]
-#[ignore = "measures"]
-fn ten_thousand_connections_are_handed_over() -> Result<()> {
-    if !lab::available()? {
-        return Ok(());
-    }
-    let mut lab = lab()?;
-    let idle = Frontend::Redirect.through(&lab, |dial| {
-        (0..10_000)
-            .map(|_| dial(echo()))
-            .collect::<Result<Vec<_>>>()
-    })?;
-    let stream = Frontend::Redirect.dial(&lab, echo())?;
-    let talk = Conversation::start(stream, Pace::Messages(100, Duration::from_millis(5)))?;
-    for side in [Side::Server, Side::Agent] {
-        thread::sleep(HELD);
-        let replaced = side.daemon(&mut lab)?.replace(REPLACED);
-        replaced.with_context(|| lab.logs())?;
-    }
-    thread::sleep(HELD);
-    println!("{:?}", talk.finish().with_context(|| lab.logs())?);
-    let mut pairs = 0;
-    for stream in &idle {
-        round_trips(stream, 1).with_context(|| format!("connection {pairs}\n{}", lab.logs()))?;
-        pairs += 1;
-    }
-    println!("{pairs} connections\n{}", lab.logs());
-    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,9 +12,9 @@ use socket2::SockRef;
 use tunnel_tests::client::round_trips;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
-use tunnel_tests::keeper::Keeper;
+use tunnel_tests::keeper::{self, Keeper};
 use tunnel_tests::lab::daemon::Daemon;
-use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::lab::{self, Lab, Programs, address};
 use tunnel_tests::load::{Attempt, Load, ask, ask_through};
 use tunnel_tests::pattern;
 use tunnel_tests::seccomp::Refusal;
@@ -30,21 +31,8 @@ fn echo() -> SocketAddr {
     (address::node(1), Behaviour::Echo.port()).into()
 }
 
-/// Brings up one server and one agent, each with a keeper.
 fn lab() -> Result<(Lab, [Keeper; 2])> {
-    let programs = Programs::of_this_test()?;
-    let cpc = programs.cpc.clone();
-    let spec = LabSpec {
-        workers: 1,
-        servers: 1,
-        ..LabSpec::new(programs)
-    };
-    let mut lab = Lab::without_connector(spec)?;
-    lab.configure_connector()?;
-    let mut keeper = |side: Side| Keeper::start(&cpc, side.daemon(&mut lab)?);
-    let keepers = [keeper(Side::Server)?, keeper(Side::Agent)?];
-    lab.start_configured()?;
-    Ok((lab, keepers))
+    keeper::lab(Programs::of_this_test()?, 1)
 }
 
 /// Kernel of a process.
@@ -238,6 +226,80 @@ fn draw(seed: u64, limit: u64) -> (u64, u64) {
     ((next >> 33) % limit, next)
 }
 
+/// System calls of a process that moves bytes, with those of its start.
+const CALLS: &str = "recvfrom,recvmsg,recvmmsg,sendto,sendmsg,sendmmsg,write,writev,shutdown,setsockopt,getsockopt,ioctl,\
+                     close,epoll_ctl,accept4,connect,bind,dup,fcntl,mmap";
+
+/// Has the kernel kill a process at the `n`-th of [`CALLS`] of one of its threads. Returns once it is dead.
+fn kill_at(process: &mut Daemon, n: u64) -> Result<()> {
+    let pid = process.pid().context("it runs")?;
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-p", &pid.to_string()]);
+    strace.args(["-e", &format!("trace={CALLS}")]);
+    strace.args(["-e", &format!("inject={CALLS}:signal=KILL:when={n}")]);
+    // It ends with the process.
+    let status = strace.status().context("strace")?;
+    let is_dead = process.check().is_err();
+    ensure!(is_dead, "it lives, and strace has ended with {status}");
+    process.kill()
+}
+
+/// Processes are killed between any two system calls, every third one during its start.
+fn crash(points: u64) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let (mut lab, _keepers) = lab()?;
+    let paces = [
+        Pace::Messages(100, Duration::from_millis(5)),
+        Pace::Messages(20_000, Duration::from_millis(20)),
+        Pace::Messages(1, Duration::from_millis(700)),
+        Pace::Bulk,
+    ];
+    let talks = paces.map(|pace| Conversation::start(Frontend::Redirect.dial(&lab, echo())?, pace));
+    let talks = talks.into_iter().collect::<Result<Vec<_>>>()?;
+    thread::sleep(KEPT);
+    let mut seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    for point in 0..points {
+        let (n, next) = draw(seed, 300);
+        let (side, next) = draw(next, 2);
+        let (pause, next) = draw(next, 500);
+        seed = next;
+        let side = [Side::Server, Side::Agent][side as usize];
+        let process = side.daemon(&mut lab)?;
+        kill_at(process, n + 1)?;
+        process.start()?;
+        if point % 3 == 0 {
+            kill_at(process, n / 3 + 1)?;
+            process.start()?;
+        }
+        thread::sleep(Duration::from_millis(500 + pause));
+        let cut = talks.iter().filter(|talk| !talk.goes_on()).count();
+        ensure!(
+            cut == 0,
+            "{cut} cut: {side:?}, point {point}, call {n}\n{}",
+            lab.logs()
+        );
+    }
+    thread::sleep(KEPT);
+    for talk in talks {
+        println!("{:?}", talk.finish().with_context(|| lab.logs())?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_process_may_be_killed_at_any_system_call() -> Result<()> {
+    crash(8)
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn a_process_is_killed_at_three_hundred_system_calls() -> Result<()> {
+    crash(300)
+}
+
 /// Both processes are killed a hundred times at random, also while they take over.
 #[test]
 #[ignore = "takes minutes"]
@@ -301,10 +363,10 @@ fn connections_outlive_a_killed_agent() -> Result<()> {
 
 #[test]
 fn connections_outlive_a_killed_server_without_a_peek_offset() -> Result<()> {
-    kill(Side::Server, 2, Kernel::WithoutPeekOffset)
+    kill(Side::Server, 1, Kernel::WithoutPeekOffset)
 }
 
 #[test]
 fn connections_outlive_a_killed_agent_without_a_peek_offset() -> Result<()> {
-    kill(Side::Agent, 2, Kernel::WithoutPeekOffset)
+    kill(Side::Agent, 1, Kernel::WithoutPeekOffset)
 }

@@ -153,7 +153,7 @@ struct Runner {
 
 impl Runner {
     /// Returns the running path; starts it if it does not run, or must be `fresh`.
-    fn up(&mut self, stage: &mut Stage, programs: &Programs, fresh: bool) -> Result<&Running> {
+    fn up(&mut self, stage: &mut Stage, programs: &Programs, fresh: bool) -> Result<&mut Running> {
         if fresh {
             self.running = None;
         }

@@ -85,6 +85,21 @@ pub(super) const LABORATORY: &[Package<'_>] = &[
         name: "g++",
         why: "compiles what is not Rust: libFuzzer, bpf-linker",
     },
+    Package {
+        program: "sshd",
+        name: "openssh-server",
+        why: "is a program with long connections",
+    },
+    Package {
+        program: "ssh",
+        name: "openssh-client",
+        why: "is its client",
+    },
+    Package {
+        program: "strace",
+        name: "strace",
+        why: "kills a process at a chosen system call",
+    },
     NGINX,
     CURL,
     OPENSSL,
@@ -169,16 +184,19 @@ pub(super) fn install(packages: &[Package<'_>]) -> Result<()> {
         bail!("installing needs root: run `sudo {by_hand}`, then this again");
     };
     sh::run(administrator().args(["apt-get", "-qq", "update"]))?;
-    let nginx_is_new = names.contains(&NGINX.name);
+    let services = [(NGINX.name, "nginx"), ("openssh-server", "ssh")];
     let mut apt = administrator();
     // RUNLEVEL=1 keeps init scripts from starting what is installed.
     apt.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1"]);
     apt.args(["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0", "install", "-y"]);
     apt.arg("--no-install-recommends").args(&names);
     sh::run(&mut apt).with_context(|| format!("try by hand: `{by_hand}`"))?;
-    if nginx_is_new && Path::new("/run/systemd/system").exists() {
-        // The package starts a web server; the laboratory only wants the program.
-        sh::run(administrator().args(["systemctl", "disable", "--now", "nginx"]))?;
+    let new = services.iter().filter(|(name, _)| names.contains(name));
+    if Path::new("/run/systemd/system").exists() {
+        // The packages start servers; the laboratory only wants the programs.
+        for (_, service) in new {
+            sh::run(administrator().args(["systemctl", "disable", "--now", service]))?;
+        }
     }
     Ok(())
 }

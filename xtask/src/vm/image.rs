@@ -12,7 +12,7 @@ use super::archive::{Archive, Unpacked};
 use crate::sh;
 
 /// Packages of the laboratory, the units and their checks.
-const PACKAGES: [&str; 18] = [
+const PACKAGES: [&str; 21] = [
     "bpftool",
     "conntrack",
     "curl",
@@ -24,10 +24,13 @@ const PACKAGES: [&str; 18] = [
     "libcap2-bin",
     "nftables",
     "nginx-light",
+    "openssh-client",
+    "openssh-server",
     "openssl",
     "procps",
     "python3-minimal",
     "socat",
+    "strace",
     "systemd",
     "systemd-sysv",
     "udev",

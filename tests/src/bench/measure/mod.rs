@@ -6,6 +6,7 @@ mod idle;
 mod neighbours;
 mod requests;
 mod scale;
+mod sessions;
 
 use std::time::Duration;
 
@@ -15,9 +16,11 @@ use nix::unistd::Pid;
 use super::path::{Path, PathKind, Running, SIDES};
 use super::scene::Wire;
 use super::usage;
+use crate::side::Side;
 
 pub use bulk::Direction;
 pub use neighbours::Neighbour;
+pub use sessions::Event;
 
 /// Work of a measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,10 @@ pub enum Measure {
     Agents(usize),
     /// Cost of a number of further routes.
     Routes(usize),
+    /// So many live connections to which something happens.
+    Sessions(usize, Event),
+    /// Idle connections, whose process is replaced.
+    IdleSessions(usize, Side),
 }
 
 /// Amount of work.
@@ -68,6 +75,10 @@ impl Figure {
         Self { name, unit, value }
     }
 
+    fn millis(name: &'static str, time: Duration) -> Self {
+        Self::new(name, "ms", time.as_secs_f64() * 1e3)
+    }
+
     fn micros(name: &'static str, time: Duration) -> Self {
         Self::new(name, "µs", time.as_secs_f64() * 1e6)
     }
@@ -87,6 +98,9 @@ impl Measure {
         all.extend(Neighbour::ALL.map(Self::Beside));
         all.extend([1, 100, 2000].map(Self::Agents));
         all.extend([10, 1000, 10_000, 30_000].map(Self::Routes));
+        all.extend(Event::ALL.map(|event| Self::Sessions(1000, event)));
+        all.push(Self::IdleSessions(10_000, Side::Server));
+        all.push(Self::IdleSessions(5000, Side::Agent));
         all
     }
 
@@ -119,6 +133,10 @@ impl Measure {
             Self::Agents(1) => "1 agent more".to_owned(),
             Self::Agents(count) => format!("{count} agents more"),
             Self::Routes(count) => format!("{count} routes more"),
+            Self::Sessions(count, event) => format!("{count} sessions, {}", event.name()),
+            Self::IdleSessions(count, side) => {
+                format!("{count} idle sessions, {}", Event::Replaced(side).name())
+            }
         }
     }
 
@@ -130,6 +148,10 @@ impl Measure {
 
     /// Returns why the measure makes no sense over this path, if so.
     pub fn pointless(self, path: &Path) -> Option<&'static str> {
+        let is_laboratory = path.way == PathKind::Laboratory;
+        if is_laboratory != matches!(self, Self::Sessions(..) | Self::IdleSessions(..)) {
+            return Some("no program of it is replaced, or nothing else is measured over it");
+        }
         let bulk = matches!(self, Self::Bulk(..));
         if matches!(path.wire, Wire::JUMBO | Wire::NO_USO) && !bulk {
             return Some("the wire matters to bulk alone");
@@ -149,17 +171,27 @@ impl Measure {
     /// # Errors
     ///
     /// A connection that fails or stalls, which for some paths is the result.
-    pub fn take(self, path: &Running, effort: &Effort) -> Result<Vec<Figure>> {
-        path.enter(|| match self {
-            Self::Bulk(direction, streams) => bulk::take(path, direction, streams, effort),
-            Self::Dial => dial::first_byte(path, effort),
-            Self::Requests(connections) => requests::take(path, connections, effort),
-            Self::Rate(dialers) => dial::rate(path, dialers, effort),
-            Self::Idle(connections) => idle::take(path, connections, effort),
-            Self::Beside(neighbour) => neighbours::take(path, neighbour, effort),
-            Self::Agents(count) => scale::take(path, count, 0, effort),
-            Self::Routes(count) => scale::take(path, 0, count, effort),
-        })
+    pub fn take(self, path: &mut Running, effort: &Effort) -> Result<Vec<Figure>> {
+        match self {
+            Self::Sessions(count, event) => sessions::take(path, event, (count, false)),
+            Self::IdleSessions(count, side) => {
+                sessions::take(path, Event::Replaced(side), (count, true))
+            }
+            Self::Bulk(direction, streams) => {
+                path.inside(|path| bulk::take(path, direction, streams, effort))
+            }
+            Self::Dial => path.inside(|path| dial::first_byte(path, effort)),
+            Self::Requests(connections) => {
+                path.inside(|path| requests::take(path, connections, effort))
+            }
+            Self::Rate(dialers) => path.inside(|path| dial::rate(path, dialers, effort)),
+            Self::Idle(connections) => path.inside(|path| idle::take(path, connections, effort)),
+            Self::Beside(neighbour) => {
+                path.inside(|path| neighbours::take(path, neighbour, effort))
+            }
+            Self::Agents(count) => path.inside(|path| scale::take(path, count, 0, effort)),
+            Self::Routes(count) => path.inside(|path| scale::take(path, 0, count, effort)),
+        }
     }
 }
 

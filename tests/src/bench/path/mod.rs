@@ -6,6 +6,7 @@
 mod connector;
 mod crowd;
 mod konnectivity;
+mod laboratory;
 mod openvpn;
 mod quinn;
 
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 pub use crowd::Crowd;
 use crowd::Gate;
+pub use laboratory::Installed;
 
 use super::load::Dial;
 use super::scene::{Place, Scene, Stage, Wire};
@@ -84,6 +86,8 @@ pub enum PathKind {
     Konnectivity,
     /// OpenVPN over UDP.
     OpenVpn,
+    /// The connector with keepers, behind a NAT router.
+    Laboratory,
 }
 
 /// A path over a wire.
@@ -132,6 +136,7 @@ impl Path {
         paths.extend(variants());
         paths.push(Self::new("konnectivity", PathKind::Konnectivity));
         paths.push(Self::new("openvpn", PathKind::OpenVpn));
+        paths.push(Self::new("redirect, kept", PathKind::Laboratory));
         for wire in [Wire::JUMBO, Wire::NO_USO] {
             paths.push(chunks.over(wire));
             paths.push(redirect.over(wire));
@@ -143,7 +148,8 @@ impl Path {
     pub fn missing(&self, programs: &Programs) -> Option<String> {
         let root = nix::unistd::geteuid().is_root();
         let redirect = matches!(self.way, PathKind::Connector { redirect: true, .. });
-        if !root && (redirect || self.way == PathKind::OpenVpn || self.wire != Wire::LOOPBACK) {
+        let needs_root = matches!(self.way, PathKind::OpenVpn | PathKind::Laboratory);
+        if !root && (redirect || needs_root || self.wire != Wire::LOOPBACK) {
             return Some("needs root".to_owned());
         }
         match &self.way {
@@ -159,6 +165,7 @@ impl Path {
                 )),
             },
             PathKind::OpenVpn => openvpn::missing(),
+            PathKind::Laboratory => absent(&programs.cpc),
         }
     }
 
@@ -202,6 +209,7 @@ impl Path {
             }
             PathKind::Konnectivity => konnectivity::start(&place)?,
             PathKind::OpenVpn => openvpn::start(&place)?,
+            PathKind::Laboratory => laboratory::start(&place)?,
         };
         running.client = scene.control_plane.clone();
         running.group = group;
@@ -288,6 +296,8 @@ pub struct Running {
     group: Option<Cgroup>,
     /// Entrance for more agents.
     gate: Option<Gate>,
+    /// The laboratory of a path that is one.
+    pub(super) installed: Option<Installed>,
     processes: [Vec<Process>; 2],
     daemons: [Vec<Daemon>; 2],
 }
@@ -303,6 +313,7 @@ impl Running {
             client: Place::default(),
             group: None,
             gate: None,
+            installed: None,
             processes: Default::default(),
             daemons: Default::default(),
         }
@@ -340,6 +351,14 @@ impl Running {
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let _member: Option<Membership> = self.group.as_ref().map(Cgroup::enter).transpose()?;
         self.client.enter(work)
+    }
+
+    /// Does the same with a work that needs the path.
+    pub(super) fn inside<T: Send>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T> + Send,
+    ) -> Result<T> {
+        self.enter(|| work(self))
     }
 
     fn check(&mut self) -> Result<()> {
