@@ -141,6 +141,9 @@ http {{
     ssl_certificate_key {certificates}/{name}.key;
     ssl_client_certificate {certificates}/ca.crt;
     ssl_verify_client optional;
+    location /files/ {{
+      root {folder};
+    }}
     location / {{
       default_type application/json;
       if ($ssl_client_verify != SUCCESS) {{

@@ -355,6 +355,17 @@ impl Lab {
         ))
     }
 
+    /// Returns the folder of files that the kubelet's stand-in of worker `n` serves below `/files/`.
+    ///
+    /// # Errors
+    ///
+    /// It can't be created.
+    pub fn files(&self, n: u8) -> Result<PathBuf> {
+        let folder = self.site.subfolder(&format!("w{n}"))?.join("files");
+        std::fs::create_dir_all(&folder)?;
+        Ok(folder)
+    }
+
     /// Creates another control group.
     ///
     /// # Errors
