@@ -190,7 +190,7 @@ async fn introduce(
         peer,
     };
     let server = Arc::new(server);
-    worker.sessions.succeed(worker, &server);
+    worker.sessions.succeed(worker, &server, &info.stats);
     let carrier = Rc::new(Carrier {
         server_id: info.server_id.clone(),
         server,

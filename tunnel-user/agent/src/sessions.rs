@@ -1,7 +1,7 @@
 //! The sessions of an agent: which there are, and those that wait for another tunnel. All shards share them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
@@ -11,6 +11,7 @@ use tunnel_proto::session::InstanceId;
 
 use super::dialer::ParkedConnection;
 use super::handover::Stage;
+use super::plan::Health;
 use super::stats::TunnelStats;
 use super::worker::{WAITING_SESSIONS, Worker};
 use cpc_host::concurrency::{ConcurrencyLimit, Permit};
@@ -23,8 +24,9 @@ use cpc_session::{Bounds, Registration, SessionState, survives};
 /// Interval of looks at waiting sessions: for those that have expired, and those whose server was revoked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Time without a resumption after which a server that has come back after a crash has lost the other sessions.
-const RETURN: Duration = Duration::from_secs(10);
+/// Time without a resumption, with a tunnel that is heard, after which a server has lost the sessions that wait. It
+/// notices a lost tunnel within 3 s where it has another one.
+const RETURN: Duration = Duration::from_secs(15);
 
 /// A process of a server. Only the same one resumes a session.
 #[derive(Debug)]
@@ -88,14 +90,33 @@ pub(super) enum Found {
     Unknown,
 }
 
+/// A server that resumes sessions over a tunnel.
+struct Returned {
+    process: Arc<ServerProcess>,
+    /// The tunnel, while there is one.
+    tunnel: Weak<TunnelStats>,
+    /// Last resumption, or the start of the tunnel.
+    last: Instant,
+}
+
+impl Returned {
+    /// Notes whether the server could resume something at `now`. Returns whether it had time for all sessions.
+    fn is_done(&mut self, now: Instant) -> bool {
+        let tunnel = self.tunnel.upgrade();
+        if tunnel.is_none_or(|tunnel| tunnel.health() != Health::Live) {
+            self.last = now;
+        }
+        now.saturating_duration_since(self.last) >= RETURN
+    }
+}
+
 /// All sessions of an agent.
 pub(super) struct Sessions {
     table: Mutex<HashMap<SessionId, Slot>>,
     /// Bounds on each.
     pub bounds: Arc<Bounds>,
-    /// Servers whose process has come back with its connections, and when, by the URI of the identity. There are
-    /// few servers.
-    returned: Mutex<HashMap<String, (Arc<ServerProcess>, Instant)>>,
+    /// Servers with their newest tunnel, by the URI of the identity. There are few servers.
+    returned: Mutex<HashMap<String, Returned>>,
     /// Metrics.
     pub metrics: SessionMetrics,
     /// Time for which a session waits for a tunnel.
@@ -266,8 +287,8 @@ impl Sessions {
         let before = std::mem::replace(slot, carried);
         drop(table);
         // As long as a server resumes sessions, the others wait for their turn.
-        if let Some((_, since)) = self.lock_returned().get_mut(&server.identity) {
-            *since = Instant::now();
+        if let Some(returned) = self.lock_returned().get_mut(&server.identity) {
+            returned.last = Instant::now();
         }
         match before {
             Slot::Parked(parked) => Found::Parked(parked),
@@ -275,19 +296,15 @@ impl Sessions {
         }
     }
 
-    /// Ends the waiting sessions of earlier processes of the server that `process` is. A later incarnation of the
-    /// same process gets some time to resume what it has.
-    pub(super) fn succeed(&self, worker: &Worker, process: &Arc<ServerProcess>) {
-        if process.incarnation > 0 {
-            let mut returned = self.lock_returned();
-            let known = returned.get(&process.identity);
-            let is_late = |known: &ServerProcess| {
-                known == &**process && known.incarnation > process.incarnation
-            };
-            if !known.is_some_and(|(known, _)| is_late(known)) {
-                returned.insert(process.identity.clone(), (process.clone(), Instant::now()));
-            }
-        }
+    /// Ends the waiting sessions of earlier processes of the server that `process` is, to which there is a new
+    /// `tunnel`. The process itself gets some time to resume what it has.
+    pub(super) fn succeed(
+        &self,
+        worker: &Worker,
+        process: &Arc<ServerProcess>,
+        tunnel: &Arc<TunnelStats>,
+    ) {
+        self.note(process, tunnel, Instant::now());
         self.end(worker, CloseReason::LinkLost, |parked| {
             parked.server.identity == process.identity && parked.server.instance != process.instance
         });
@@ -311,22 +328,43 @@ impl Sessions {
         }
     }
 
-    /// Ends the sessions that a later incarnation of their server does not resume: the server has lost them.
+    /// Ends the sessions that their server does not resume, although it has a tunnel: it has lost them, or has not
+    /// waited so long.
     fn end_forgotten(&self, worker: &Worker, now: Instant) {
-        let is_due = |since: &Instant| now.saturating_duration_since(*since) >= RETURN;
-        let returned: Vec<_> = {
-            let returned = self.lock_returned();
-            let due = returned.values().filter(|(_, since)| is_due(since));
-            due.map(|(process, _)| process.clone()).collect()
-        };
-        for process in returned {
+        for process in self.done(now) {
             self.end(worker, CloseReason::LinkLost, |parked| {
-                *parked.server == *process && parked.server.incarnation < process.incarnation
+                *parked.server == *process && now.saturating_duration_since(parked.at) >= RETURN
             });
         }
     }
 
-    fn lock_returned(&self) -> MutexGuard<'_, HashMap<String, (Arc<ServerProcess>, Instant)>> {
+    /// Notes the newest tunnel of `process`. That of an earlier incarnation is late.
+    fn note(&self, process: &Arc<ServerProcess>, tunnel: &Arc<TunnelStats>, now: Instant) {
+        let mut returned = self.lock_returned();
+        let is_late =
+            |known: &ServerProcess| known == &**process && known.incarnation > process.incarnation;
+        let known = returned.get(&process.identity);
+        if !known.is_some_and(|known| is_late(&known.process)) {
+            let current = Returned {
+                process: process.clone(),
+                tunnel: Arc::downgrade(tunnel),
+                last: now,
+            };
+            returned.insert(process.identity.clone(), current);
+        }
+    }
+
+    /// Returns the servers that had time to resume all sessions.
+    fn done(&self, now: Instant) -> Vec<Arc<ServerProcess>> {
+        let mut returned = self.lock_returned();
+        let done = returned.values_mut().filter_map(|it| {
+            let is_done = it.is_done(now);
+            is_done.then(|| it.process.clone())
+        });
+        done.collect()
+    }
+
+    fn lock_returned(&self) -> MutexGuard<'_, HashMap<String, Returned>> {
         self.returned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -358,6 +396,7 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::sync::atomic::Ordering;
 
     use cpc_datapath::Budget;
     use prometheus_client::registry::Registry;
@@ -412,6 +451,26 @@ mod tests {
         let unknown = SessionId::new([2; 16]);
         let found = sessions.take(unknown, &server("s1", 1), &tunnel());
         assert!(matches!(found, Found::Unknown));
+    }
+
+    /// A server has time to resume its sessions, but only while its tunnel is heard.
+    #[test]
+    fn a_server_forgets_what_it_does_not_resume() {
+        let sessions = sessions();
+        let (process, lost, now) = (server("s1", 1), tunnel(), Instant::now());
+        let second = Duration::from_secs(1);
+        sessions.note(&process, &lost, now);
+        assert!(sessions.done(now + RETURN - second).is_empty());
+        lost.silent.store(true, Ordering::Relaxed);
+        assert!(sessions.done(now + RETURN).is_empty(), "silent");
+        drop(lost);
+        let later = now + 5 * RETURN;
+        assert!(sessions.done(later).is_empty(), "no tunnel");
+        let next = tunnel();
+        sessions.note(&process, &next, later);
+        assert!(sessions.done(later + RETURN - second).is_empty());
+        let done = sessions.done(later + RETURN);
+        assert_eq!(done, [process]);
     }
 
     #[tokio::test]
