@@ -2,15 +2,18 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use socket2::Socket;
 use tunnel_tests::client::{self, eventually};
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
-use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::lab::process::Process;
+use tunnel_tests::lab::{self, Engine, Lab, LabSpec, Programs, address};
 use tunnel_tests::target::Behaviour;
 
 /// Age from which on a connection outlives its tunnel, and room for a busy machine.
@@ -45,19 +48,21 @@ fn metric(lab: &Lab, name: &str) -> Result<f64> {
     Ok(values.sum())
 }
 
+/// Returns the way through `frontend`.
+fn through(frontend: Frontend) -> impl Fn(&Lab) -> Result<Socket> {
+    move |lab| frontend.dial(lab, node(Behaviour::Echo))
+}
+
 /// A router that loses its state drops the tunnel's packets for good. The agent opens another tunnel, and
 /// every connection goes on over it, again and again.
-fn outlive(lab: &mut Lab, frontend: Frontend, losses: u32) -> Result<()> {
+fn outlive(lab: &mut Lab, dial: &dyn Fn(&Lab) -> Result<Socket>, losses: u32) -> Result<()> {
     let paces = [
         Pace::Messages(100, Duration::from_millis(5)),
         Pace::Messages(3000, Duration::from_millis(50)),
         Pace::Messages(1, Duration::from_secs(3)),
         Pace::Bulk,
     ];
-    let talks = paces.map(|pace| {
-        let stream = frontend.dial(lab, node(Behaviour::Echo))?;
-        Conversation::start(stream, pace)
-    });
+    let talks = paces.map(|pace| Conversation::start(dial(lab)?, pace));
     let talks: Vec<_> = talks.into_iter().collect::<Result<_>>()?;
     for _ in 0..losses {
         thread::sleep(HELD);
@@ -74,7 +79,7 @@ fn outlive(lab: &mut Lab, frontend: Frontend, losses: u32) -> Result<()> {
     for (talk, pace) in talks.into_iter().zip(paces) {
         ensure!(talk.goes_on(), "{pace:?} was cut");
         let summary = talk.finish().with_context(|| format!("{pace:?}"))?;
-        println!("{frontend:?} {pace:?}: {summary:?}");
+        println!("{pace:?}: {summary:?}");
     }
     let resumed = metric(lab, "cpc_sessions_resumed_total")?;
     let expected = f64::from(losses) * paces.len() as f64;
@@ -94,7 +99,7 @@ fn connections_of_the_redirect_outlive_their_tunnel() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    outlive(&mut Lab::up(spec()?)?, Frontend::Redirect, 2)
+    outlive(&mut Lab::up(spec()?)?, &through(Frontend::Redirect), 2)
 }
 
 #[test]
@@ -102,7 +107,47 @@ fn connections_of_a_proxy_outlive_their_tunnel() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    outlive(&mut Lab::up(spec()?)?, Frontend::Connect, 1)
+    outlive(&mut Lab::up(spec()?)?, &through(Frontend::Connect), 1)
+}
+
+#[test]
+fn connections_through_tls_outlive_their_tunnel() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut lab = Lab::up(spec()?)?;
+    let folder = lab.folder().join("client");
+    let out = folder.to_str().context("the folder's name is not UTF-8")?;
+    lab.pki()
+        .run("client", &["--name", "socat", "--out", out])?;
+    // It speaks TLS to the frontend, and plain text to the test.
+    let proxy = lab.folder().join("tls.sock");
+    let mut socat = lab.control_plane.netns.command("socat")?;
+    socat.arg(format!("UNIX-LISTEN:{},fork", proxy.display()));
+    socat.arg(format!(
+        "OPENSSL:{},cert={out}/client.crt,key={out}/client.key,verify=0",
+        lab.control_plane.servers[0].sockets.connect_tcp
+    ));
+    lab.cgroup("client")?.place(&mut socat)?;
+    let mut socat = Process::start("socat", &mut socat, &lab.folder().join("socat.log"))?;
+    eventually(HELD, || Ok(UnixStream::connect(&proxy)?))?;
+    let echo = node(Behaviour::Echo).to_string();
+    let dial = |_: &Lab| Ok(client::connect_through(&proxy, &echo)?.into());
+    let outlived = outlive(&mut lab, &dial, 1);
+    socat.kill()?;
+    outlived
+}
+
+#[test]
+fn connections_on_io_uring_outlive_their_tunnel() -> Result<()> {
+    if !lab::available()? || !Engine::IoUring.available()? {
+        return Ok(());
+    }
+    let spec = LabSpec {
+        engine: Some(Engine::IoUring),
+        ..spec()?
+    };
+    outlive(&mut Lab::up(spec)?, &through(Frontend::Redirect), 1)
 }
 
 /// Half-closed connections, a reader that has stopped, and full buffers everywhere.
@@ -146,7 +191,7 @@ fn transfers_outlive_their_tunnel_in_any_state() -> Result<()> {
     Ok(())
 }
 
-fn dial_sink(lab: &Lab) -> Result<socket2::Socket> {
+fn dial_sink(lab: &Lab) -> Result<Socket> {
     Frontend::Redirect.dial(lab, node(Behaviour::Sink))
 }
 

@@ -163,6 +163,15 @@ impl Router {
         ))
     }
 
+    /// Ends what [`Self::silence`] has begun.
+    ///
+    /// # Errors
+    ///
+    /// What `nft` says.
+    pub fn hear(&self) -> Result<()> {
+        self.netns.nft("delete table inet silence")
+    }
+
     /// Drops every packet of the present flows over UDP, in both directions, for good. New flows pass.
     ///
     /// # Errors
