@@ -19,6 +19,7 @@ mod setup;
 mod sh;
 mod simulate;
 mod test;
+mod upgrade;
 mod vm;
 mod workspace;
 
@@ -58,6 +59,8 @@ enum Task {
     Miri,
     /// Run every check: set-up, build, lint, doc tests, a short fuzz run, all tests.
     Test(test::Args),
+    /// Build another release, and test that it and this one take over from each other; needs root.
+    Upgrade(upgrade::Args),
     /// Run the redirect's tests, the main path and the units on another kernel, in a virtual machine.
     Vm(vm::Args),
 }
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Task::Dist => dist::run(),
         Task::Miri => miri::run(),
         Task::Test(args) => test::run(&args),
+        Task::Upgrade(args) => upgrade::run(&args),
         Task::Vm(args) => vm::run(&args),
     };
     match result {

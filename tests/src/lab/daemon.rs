@@ -172,6 +172,11 @@ impl Daemon {
         self.start_with(|_| ())
     }
 
+    /// Starts another program from now on.
+    pub fn set_program(&mut self, cpc: &Path) {
+        cpc.clone_into(&mut self.cpc);
+    }
+
     /// Starts it after `prepare` has changed its environment or its descriptors.
     ///
     /// # Errors
