@@ -1,21 +1,25 @@
 //! The socket at which a running process waits for its successor.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{self, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::geteuid;
+use rustix::fs::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
 use super::error::HandoverError;
 use super::successor::Successor;
 use cpc_host::directory::Directory;
 use cpc_host::report::report;
+
+/// Maximum number of successors that wait.
+const BACKLOG: i32 = 4;
 
 /// Pause after an attempt that failed.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -83,10 +87,12 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = net::UnixListener::bind(path)?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    // The file gets the mode of the socket: at no time may another user connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    UnixListener::from_std(socket.into())
 }
 
 /// Checks that the process at the other end runs as the same user, or as root.
@@ -103,6 +109,8 @@ pub(super) fn check(stream: &UnixStream) -> Result<(), HandoverError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
     use std::thread;
 
     use tokio::time::timeout;

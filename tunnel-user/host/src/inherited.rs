@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef, Type};
 
+use crate::listen::is_at;
 use crate::report::report;
 
 /// Inherited sockets that no listener has taken yet, and listeners that a successor will get.
@@ -171,7 +172,7 @@ impl Inherited {
     pub fn tcp(&mut self, addr: SocketAddr, name: Option<&str>) -> Option<TcpListener> {
         let fd = self.take(|n, socket, bound| {
             socket.r#type().is_ok_and(|t| t == Type::STREAM)
-                && bound.as_socket() == Some(addr)
+                && bound.as_socket().is_some_and(|bound| is_at(bound, addr))
                 && name.is_none_or(|name| name == n)
         })?;
         Some(fd.into())
@@ -190,7 +191,8 @@ impl Inherited {
     /// Takes the UDP socket on `addr`. Of several ones it takes the first: the others keep their order.
     pub fn udp(&mut self, addr: SocketAddr) -> Option<UdpSocket> {
         let fd = self.take(|_, socket, bound| {
-            socket.r#type().is_ok_and(|t| t == Type::DGRAM) && bound.as_socket() == Some(addr)
+            socket.r#type().is_ok_and(|t| t == Type::DGRAM)
+                && bound.as_socket().is_some_and(|bound| is_at(bound, addr))
         })?;
         Some(fd.into())
     }

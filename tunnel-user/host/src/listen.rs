@@ -36,6 +36,12 @@ pub fn is_family_missing(error: &io::Error) -> bool {
     )
 }
 
+/// Whether a socket that is bound to `bound` may be that of [`with_fallback`] for `addr`.
+pub fn is_at(bound: SocketAddr, addr: SocketAddr) -> bool {
+    let is_everywhere = addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    bound == addr || is_everywhere && bound == (Ipv4Addr::UNSPECIFIED, addr.port()).into()
+}
+
 /// Opens a socket on `addr`. `[::]` stands for both families; without IPv6 it becomes IPv4 alone, with
 /// a log line.
 ///
@@ -102,5 +108,19 @@ mod tests {
         let listener = tcp("[::]:0".parse().unwrap()).unwrap();
         let port = listener.local_addr().unwrap().port();
         std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+    }
+
+    #[test]
+    fn a_host_without_ipv6_has_another_socket() {
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        for (bound, addr, fits) in [
+            ("[::]:1", "[::]:1", true),
+            ("0.0.0.0:1", "[::]:1", true),
+            ("0.0.0.0:2", "[::]:1", false),
+            ("[::]:1", "0.0.0.0:1", false),
+            ("0.0.0.0:1", "[::1]:1", false),
+        ] {
+            assert_eq!(is_at(at(bound), at(addr)), fits, "{bound} for {addr}");
+        }
     }
 }
