@@ -5,9 +5,11 @@ use std::time::Duration;
 use std::{env, thread};
 
 use anyhow::{Context, Result, ensure};
+use tunnel_tests::client::eventually;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::keeper;
+use tunnel_tests::lab::daemon::Daemon;
 use tunnel_tests::lab::{self, Programs, address};
 use tunnel_tests::side::Side;
 use tunnel_tests::target::Behaviour;
@@ -20,6 +22,19 @@ const SOON: Duration = Duration::from_secs(15);
 
 /// `cpc` of the other release.
 const OTHER: &str = "CPC_OTHER_RELEASE";
+
+/// Starts a process as a service manager does. A release without kept listeners waits for the keeper to close those of
+/// the other one.
+fn restart(process: &mut Daemon) -> Result<()> {
+    eventually(SOON, || {
+        process.start()?;
+        thread::sleep(Duration::from_millis(500));
+        process.check().or_else(|error| {
+            process.kill()?;
+            Err(error)
+        })
+    })
+}
 
 #[test]
 #[ignore = "needs another release: `cargo xtask upgrade`"]
@@ -56,11 +71,12 @@ fn releases_take_over_from_each_other() -> Result<()> {
             process.set_program(program);
             if is_killed {
                 process.kill()?;
-                process.start()?;
+                restart(process)?;
             } else {
                 process.replace(SOON)?;
             }
             thread::sleep(KEPT);
+            process.check()?;
             let cut = talks.iter().filter(|talk| !talk.goes_on()).count();
             let program = program.display();
             ensure!(
