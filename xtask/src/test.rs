@@ -43,9 +43,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     sh::run(&mut nextest)
 }
 
-/// Returns the number of tests at once: one more than there are processors, for those that mostly wait.
+/// Returns the number of tests at once: two more than there are processors, for those that mostly wait.
 fn threads() -> usize {
-    thread::available_parallelism().map_or(2, NonZero::get) + 1
+    thread::available_parallelism().map_or(2, NonZero::get) + 2
 }
 
 /// Builds `cpc`, the programs of the laboratory and all tests in one call: in separate calls cargo
