@@ -91,7 +91,7 @@ fn sessions_are_measured() -> Result<()> {
     }
     let measures = vec![
         Measure::Sessions(40, Event::Killed(Side::Agent)),
-        Measure::IdleSessions(40, Side::Server),
+        Measure::IdleSessions(10, Side::Server),
     ];
     let plan = plan(&["redirect, kept"], measures.clone())?;
     let results = run::run(&plan, |_| Ok(()))?;

@@ -173,9 +173,9 @@ impl Measure {
     /// A connection that fails or stalls, which for some paths is the result.
     pub fn take(self, path: &mut Running, effort: &Effort) -> Result<Vec<Figure>> {
         match self {
-            Self::Sessions(count, event) => sessions::take(path, event, (count, false)),
+            Self::Sessions(count, event) => sessions::take(path, event, (count, false), effort),
             Self::IdleSessions(count, side) => {
-                sessions::take(path, Event::Replaced(side), (count, true))
+                sessions::take(path, Event::Replaced(side), (count, true), effort)
             }
             Self::Bulk(direction, streams) => {
                 path.inside(|path| bulk::take(path, direction, streams, effort))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use socket2::Socket;
 
-use super::{Figure, percentile};
+use super::{Effort, Figure, percentile};
 use crate::bench::path::{Installed, Running};
 use crate::client::round_trips;
 use crate::conversation::{Conversation, Pace};
@@ -26,8 +26,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Age from which on all connections are held, with room for 1,000 of them.
 const HELD: Duration = Duration::from_secs(3);
 
-/// Time for everything to go on.
-const SETTLED: Duration = Duration::from_secs(6);
+/// Shortest time for everything to go on.
+const SETTLED: Duration = Duration::from_secs(3);
 
 /// Time for a process to take over.
 const REPLACED: Duration = Duration::from_secs(20);
@@ -89,6 +89,7 @@ pub(super) fn take(
     path: &mut Running,
     event: Event,
     (count, are_idle): (usize, bool),
+    effort: &Effort,
 ) -> Result<Vec<Figure>> {
     let installed = path.installed.as_mut();
     let Installed { lab, .. } = installed.context("this path has no laboratory")?;
@@ -99,8 +100,8 @@ pub(super) fn take(
     let server = &lab.control_plane.servers[0].daemon;
     server.wait_status(REPLACED, |status| status["connections"]["open"] == 0)?;
     match are_idle {
-        true => idle(lab, event, count),
-        false => mixed(lab, event, count),
+        true => idle(lab, event, count, SETTLED + 3 * effort.settle),
+        false => mixed(lab, event, count, SETTLED + 3 * effort.settle),
     }
 }
 
@@ -113,7 +114,7 @@ fn open(lab: &Lab, count: usize) -> Result<Vec<Socket>> {
 }
 
 /// Connections of every kind, and clients that connect meanwhile.
-fn mixed(lab: &mut Lab, event: Event, count: usize) -> Result<Vec<Figure>> {
+fn mixed(lab: &mut Lab, event: Event, count: usize, settle: Duration) -> Result<Vec<Figure>> {
     let pace = |number| match number % EACH {
         _ if number == 0 => Pace::Bulk,
         1 => Pace::Messages(100, PAUSE),
@@ -131,7 +132,7 @@ fn mixed(lab: &mut Lab, event: Event, count: usize) -> Result<Vec<Figure>> {
     let ending = talks.split_off(count - count / EACH);
     let began = Instant::now();
     event.happen(lab, || ending.iter().for_each(Conversation::stop))?;
-    thread::sleep(SETTLED);
+    thread::sleep(settle);
     let attempts = load.stop();
     talks.iter().for_each(Conversation::stop);
     let (mut cut, mut pauses, mut bytes) = (0, Vec::new(), 0);
@@ -167,7 +168,7 @@ fn mixed(lab: &mut Lab, event: Event, count: usize) -> Result<Vec<Figure>> {
 }
 
 /// Idle connections beside one that talks.
-fn idle(lab: &mut Lab, event: Event, count: usize) -> Result<Vec<Figure>> {
+fn idle(lab: &mut Lab, event: Event, count: usize, settle: Duration) -> Result<Vec<Figure>> {
     let echoes = match event {
         Event::Replaced(Side::Server) => &[1, 2][..],
         _ => &[1],
@@ -187,7 +188,7 @@ fn idle(lab: &mut Lab, event: Event, count: usize) -> Result<Vec<Figure>> {
     let talk = Conversation::start(socket, Pace::Messages(100, PAUSE))?;
     thread::sleep(HELD);
     event.happen(lab, || ())?;
-    thread::sleep(SETTLED);
+    thread::sleep(settle);
     let taken = taken_over(lab, event)?;
     let summary = talk.finish();
     let cut = idle.iter().filter(|it| round_trips(*it, 1).is_err());
