@@ -137,7 +137,7 @@ pub async fn accept(
     // What was received and not written comes again.
     state.resumption();
     let resumed = state.resume(Some(&request.state));
-    let answer = state.resumption();
+    let answer = state.session.tell();
     let resumed = match resumed {
         Ok(resumed) => resumed,
         Err(violation) => {

@@ -203,10 +203,14 @@ impl Session {
         let state = self.state();
         let is_carried = self.hold != Hold::Plain && self.detached.is_none();
         let is_news = is_carried && self.told != Some(state);
-        is_news.then(|| {
-            self.told = Some(state);
-            state
-        })
+        is_news.then(|| self.tell())
+    }
+
+    /// Returns the state, which the other end is told now.
+    pub fn tell(&mut self) -> Confirmation {
+        let state = self.state();
+        self.told = Some(state);
+        state
     }
 
     /// Takes in a confirmation of the present tunnel. Those that an earlier tunnel still delivers must not
@@ -297,9 +301,7 @@ impl Session {
     pub fn resumption(&mut self) -> (Confirmation, u64) {
         self.outbound.detach();
         let drop = self.inbound.resume();
-        let state = self.state();
-        self.told = Some(state);
-        (state, drop)
+        (self.tell(), drop)
     }
 
     /// Continues on another tunnel, on which this end has told its [`resumption`](Self::resumption), and

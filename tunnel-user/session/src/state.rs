@@ -326,3 +326,49 @@ impl SessionState {
         Ok(resumed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tunnel_proto::resumption::Accepted;
+
+    use super::*;
+
+    const CHUNK: usize = 100 << 10;
+
+    /// Returns a held session that has sent a chunk, has lost its tunnel, and goes on over another one. The budget is
+    /// its own.
+    fn resumed() -> (Box<SessionState>, Budget) {
+        let budget = Budget::new(1 << 20);
+        let bounds = Bounds {
+            bytes: 1 << 20,
+            budget: budget.clone(),
+            held: Gauge::default(),
+        };
+        let mut state = Box::new(SessionState::new(SessionId::new([1; 16]), bounds.into()));
+        state.confirmed(&Confirmation::default()).unwrap();
+        state.sent(Some(vec![0; CHUNK].into()), CHUNK);
+        let Detached::Safe(mut state) = state.detach(CloseReason::LinkLost, Instant::now()) else {
+            panic!("every byte is kept")
+        };
+        state.resumption();
+        let resumed = state.resume(Some(&Confirmation::default())).unwrap();
+        assert_eq!(resumed, Resumed::Continues(0));
+        (state, budget)
+    }
+
+    /// Confirmations of bytes that this stream has not carried would release what is to be sent.
+    #[test]
+    fn a_stream_has_carried_nothing_when_the_answer_is_told() {
+        let (mut state, _) = resumed();
+        state.session.tell();
+        assert_eq!(state.session.outbound.sent(), 0);
+        let early = Confirmation {
+            accepted: Accepted {
+                written: 1,
+                ..Accepted::default()
+            },
+            ..Confirmation::default()
+        };
+        assert_eq!(state.confirmed(&early), Err(Violation::TooMuch));
+    }
+}
