@@ -197,11 +197,20 @@ impl SessionState {
     /// Notes that the present stream has carried `n` kept bytes again.
     pub fn resent(&mut self, n: usize) {
         self.session.outbound.send(n as u64);
+        if self.kept.is_empty() {
+            self.discharge();
+        }
     }
 
     /// Returns the number of bytes of memory that keeping takes.
     fn cost(&self) -> u64 {
-        self.kept.len() + self.kept.chunks() as u64 * CHUNK_COST
+        let cost = |bytes, chunks| bytes + chunks as u64 * CHUNK_COST;
+        let kept = cost(self.kept.len(), self.kept.chunks());
+        match self.session.outbound.unsent() {
+            0 => kept,
+            // A peer that does not know the session any more needs nothing kept, but takes the rest of the stream.
+            unsent => kept.max(cost(unsent, self.resend.len())),
+        }
     }
 
     fn charge(&mut self) {
@@ -224,6 +233,11 @@ impl SessionState {
         if self.session.outbound.is_done() {
             self.resend.clear();
         }
+        self.discharge();
+    }
+
+    /// Lowers the charge to what keeping takes.
+    fn discharge(&mut self) {
         let needed = self.cost().next_multiple_of(CHARGE_STEP);
         let Some(charge) = &mut self.charge else {
             return;
@@ -370,5 +384,21 @@ mod tests {
             ..Confirmation::default()
         };
         assert_eq!(state.confirmed(&early), Err(Violation::TooMuch));
+    }
+
+    /// A peer that takes no bytes, and says that it does not know the session, must not make memory free of charge.
+    #[test]
+    fn bytes_that_wait_to_be_sent_again_are_charged() {
+        let (mut state, budget) = resumed();
+        state.unknown_to_peer();
+        assert_eq!(state.kept(), 0);
+        assert!(budget.used() >= CHUNK as u64);
+        let waiting = state.resend().unwrap();
+        let sent = waiting.split_to(CHUNK - 1).len();
+        state.resent(sent);
+        assert!(budget.used() < CHUNK as u64);
+        state.resend().unwrap().clear();
+        state.resent(1);
+        assert_eq!((state.resend(), budget.used()), (None, 0));
     }
 }
