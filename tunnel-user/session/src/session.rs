@@ -287,7 +287,8 @@ impl Session {
         if self.abort.is_some() || self.is_safe() {
             return false;
         }
-        if self.hold == Hold::Offered && self.inbound.is_done() && self.outbound.is_acknowledged() {
+        let is_outbound_over = self.outbound.is_done() || self.outbound.is_acknowledged();
+        if self.hold == Hold::Offered && self.inbound.is_done() && is_outbound_over {
             // As a plain one it is over.
             self.hold = Hold::Plain;
             return false;

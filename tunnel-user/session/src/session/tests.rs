@@ -513,6 +513,20 @@ fn an_offer_to_an_end_that_is_gone_is_taken_back() {
     assert!(session.is_over());
 }
 
+/// A peer that takes no more does not acknowledge the rest. Neither end is reset for that when the tunnel is lost.
+#[test]
+fn an_offered_end_that_the_peer_has_stopped_is_over_without_its_tunnel() {
+    let mut session = Session::new(SessionId::new([1; 16]));
+    session.offer();
+    session.outbound.take(2);
+    session.outbound.send(2);
+    session.outbound.abandon();
+    session.inbound.end();
+    session.inbound.finish();
+    assert!(!session.detach(CloseReason::LinkLost, Instant::now()));
+    assert!(session.is_over() && !session.is_aborted());
+}
+
 fn held() -> Session {
     let mut session = Session::new(SessionId::new([1; 16]));
     session.offer();
