@@ -3,6 +3,7 @@
 use tunnel_proto::handover;
 use tunnel_proto::resumption::Accepted;
 
+use super::saved::{InvalidState, is_offset};
 use super::violation::Violation;
 
 /// Bytes on their way from the other end to the local socket.
@@ -99,14 +100,20 @@ impl Inbound {
     }
 
     /// Restores a direction that another process has [saved](Self::save).
-    pub(super) fn restore(saved: &handover::Inbound) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The number of bytes is too high.
+    pub(super) fn restore(saved: &handover::Inbound) -> Result<Self, InvalidState> {
+        if !is_offset(saved.written) {
+            return Err(InvalidState("number of bytes from the other end"));
+        }
+        Ok(Self {
             received: saved.written,
             written: saved.written,
             is_ended: saved.is_finished,
             is_finished: saved.is_finished,
             is_refused: saved.is_refused,
-        }
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tunnel_proto::handover;
 use tunnel_proto::resumption::Accepted;
 
-use super::saved::InvalidState;
+use super::saved::{InvalidState, is_offset};
 use super::violation::Violation;
 
 /// Bytes on their way from the local socket to the other end.
@@ -201,7 +201,9 @@ impl Outbound {
             is_finished: saved.is_finished,
             is_done: saved.is_done,
         };
-        let is_in_order = saved.confirmed <= saved.ever_sent && saved.ever_sent <= saved.taken;
+        let is_in_order = saved.confirmed <= saved.ever_sent
+            && saved.ever_sent <= saved.taken
+            && is_offset(saved.taken);
         match is_in_order && restored.kept() == saved.kept.len() as u64 {
             true => Ok(restored),
             false => Err(InvalidState("bytes to the other end")),

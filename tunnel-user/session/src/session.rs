@@ -362,7 +362,7 @@ impl Session {
             id: SessionId::new(id),
             hold: Hold::Held,
             outbound: Outbound::restore(outbound)?,
-            inbound: Inbound::restore(inbound),
+            inbound: Inbound::restore(inbound)?,
             abort: match saved.is_abort_agreed {
                 true => Some(Abort::Agreed),
                 false => saved.aborted.map(begun),

@@ -7,6 +7,7 @@ use proptest::prelude::{Strategy, TestCaseError, any, prop_oneof, proptest};
 use proptest::sample::Index;
 use proptest::{prop_assert, prop_assert_eq};
 use prost::Message as _;
+use tunnel_proto::varint::VarInt;
 
 use super::*;
 use crate::unconfirmed::Unconfirmed;
@@ -511,6 +512,35 @@ fn an_offer_to_an_end_that_is_gone_is_taken_back() {
     let effect = session.unknown_to_peer();
     assert_eq!((effect.release, effect.reset), (3, None));
     assert!(session.is_over());
+}
+
+/// Further bytes would overflow what counts them.
+#[test]
+fn offsets_that_no_peer_can_be_told_are_not_restored() {
+    let highest = VarInt::MAX.into_inner();
+    let at = |taken, written| handover::Session {
+        id: vec![1; 16].into(),
+        outbound: Some(handover::Outbound {
+            taken,
+            ever_sent: taken,
+            confirmed: taken,
+            ..handover::Outbound::default()
+        }),
+        inbound: Some(handover::Inbound {
+            written,
+            ..handover::Inbound::default()
+        }),
+        ..handover::Session::default()
+    };
+    let restore = |saved| Session::restore(&saved, Instant::now());
+    assert!(restore(at(highest, highest)).is_ok());
+    for saved in [
+        at(highest + 1, 0),
+        at(0, highest + 1),
+        at(u64::MAX, u64::MAX),
+    ] {
+        assert!(restore(saved).is_err());
+    }
 }
 
 /// A peer that takes no more does not acknowledge the rest. Neither end is reset for that when the tunnel is lost.
