@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::handover;
 use tunnel_proto::preface::{ConnectionId, Destination};
+use tunnel_proto::varint::VarInt;
 
 use super::metrics::{Closer, DialMetrics, FrontendKind};
 use super::targets::ACCESS;
@@ -112,6 +113,8 @@ impl Record {
     pub fn restore(saved: &handover::Record) -> Option<Self> {
         let now = Instant::now();
         let before = |age: u64| now.checked_sub(Duration::from_nanos(age)).unwrap_or(now);
+        // Further bytes are added: no connection carries 2^62.
+        let carried = |bytes: u64| VarInt::try_from(bytes).ok().map(VarInt::into_inner);
         let client = match &*saved.client {
             "" => None,
             client => Some(client.parse().ok()?),
@@ -123,8 +126,8 @@ impl Record {
             destination: saved.destination.parse().ok()?,
             peer: (!saved.peer.is_empty()).then(|| saved.peer.as_str().into()),
             bytes: Bytes {
-                up: saved.up.into(),
-                down: saved.down.into(),
+                up: carried(saved.up)?.into(),
+                down: carried(saved.down)?.into(),
             },
             start: before(saved.age),
             connected: Some(before(saved.connected)),
@@ -193,5 +196,28 @@ impl<const LOCAL_IS_CLIENT: bool> ConnectionMeter<'_, LOCAL_IS_CLIENT> {
         self.bytes.down.set(self.bytes.down.get() + n as u64);
         self.totals.down.fetch_add(n as u64, Ordering::Relaxed);
         self.metrics.down.inc_by(n as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_with_more_bytes_than_any_connection_carries_is_malformed() {
+        let most = VarInt::MAX.into_inner();
+        let saved = |up, down| handover::Record {
+            id: vec![1; 16].into(),
+            frontend: "redirect".to_owned(),
+            destination: "10.99.1.2:80".to_owned(),
+            up,
+            down,
+            ..handover::Record::default()
+        };
+        let record = Record::restore(&saved(most, most)).unwrap();
+        assert_eq!((record.save().up, record.save().down), (most, most));
+        for saved in [saved(most + 1, 0), saved(0, u64::MAX)] {
+            assert!(Record::restore(&saved).is_none());
+        }
     }
 }
