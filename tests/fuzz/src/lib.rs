@@ -1,8 +1,26 @@
 //! Common parts of the fuzz targets.
 
+pub mod sessions;
+
+// Without the crates that they belong to, which bring everything else along.
+#[allow(dead_code)]
+#[path = "../../../tunnel-user/datapath/src/budget.rs"]
+pub mod budget;
+#[allow(dead_code)]
+#[path = "../../../tunnel-user/observe/src/metrics.rs"]
+pub mod metrics;
+#[path = "../../../tunnel-user/datapath/src/stream.rs"]
+pub mod stream;
+
+// These files, and those of the sessions, name each other by their crates.
+extern crate self as cpc_datapath;
+extern crate self as cpc_observe;
+
 use std::fmt::Debug;
 
 use bytes::Bytes;
+
+pub use budget::Budget;
 
 /// Checks what every decoder of the head of a stream must do for any `data`: it takes no more than
 /// its input, it needs all that it takes, and with less it waits or returns the same. Returns the
