@@ -3,6 +3,7 @@
 pub mod end;
 pub mod pattern;
 pub mod peer;
+pub mod side;
 
 #[path = "../../../tunnel-user/session/src/inbound.rs"]
 pub mod inbound;
