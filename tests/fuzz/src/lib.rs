@@ -3,20 +3,24 @@
 pub mod sessions;
 
 // Without the crates that they belong to, which bring everything else along.
+#[path = "../../../tunnel-user/observe/src/access.rs"]
+pub mod access;
 #[allow(dead_code)]
 #[path = "../../../tunnel-user/datapath/src/budget.rs"]
 pub mod budget;
-#[allow(dead_code)]
 #[path = "../../../tunnel-user/observe/src/metrics.rs"]
 pub mod metrics;
 #[path = "../../../tunnel-user/datapath/src/stream.rs"]
 pub mod stream;
+#[path = "../../../tunnel-user/observe/src/targets.rs"]
+pub mod targets;
 
 // These files, and those of the sessions, name each other by their crates.
 extern crate self as cpc_datapath;
 extern crate self as cpc_observe;
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -71,6 +75,15 @@ pub fn take_number(data: &mut &[u8]) -> i64 {
         33 => i64::MIN,
         byte => i64::from(byte % 8),
     }
+}
+
+// Log lines of connections have these; no target writes any.
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
 }
 
 /// Returns that many bytes, without a copy; at most 512 KiB.
