@@ -129,7 +129,7 @@ struct Ready {
 }
 
 impl Driver {
-    fn new(room: usize) -> Self {
+    pub(crate) fn new(room: usize) -> Self {
         Self {
             sets: Sets::default(),
             connections: BTreeMap::new(),
@@ -150,7 +150,7 @@ impl Driver {
     }
 
     /// Does everything that is due: deaths, expiries, timeouts and delayed answers.
-    fn settle(&mut self, now: Instant) {
+    pub(crate) fn settle(&mut self, now: Instant) {
         self.look_for_deaths(now);
         for set in self.sets.expire(now) {
             tracing::warn!(
@@ -263,7 +263,7 @@ impl Driver {
         }
     }
 
-    fn greet(&mut self, socket: Socket, now: Instant) {
+    pub(crate) fn greet(&mut self, socket: Socket, now: Instant) {
         let admitted = check(&socket).and_then(|()| match self.connections.len() {
             MAX_CONNECTIONS.. => Err(KeeperError::Refused("too many connections".to_owned())),
             _ => Ok(socket.set_nonblocking(true)?),
