@@ -85,7 +85,7 @@ pub fn take(path: &Path, role: &str) -> Result<Taken, KeeperError> {
 }
 
 /// Takes the oldest set. Returns `None` if there is none.
-fn take_one(keeper: &Socket, role: &str) -> Result<Option<Left>, KeeperError> {
+pub(crate) fn take_one(keeper: &Socket, role: &str) -> Result<Option<Left>, KeeperError> {
     let role = role.to_owned();
     request(keeper, Kind::Take(Take { role }), None)?;
     match answer(keeper)? {
