@@ -18,7 +18,7 @@ use crate::bench::machine::Machine;
 use crate::{sh, workspace};
 
 /// Seconds for each target in `cargo xtask test`: enough to try the last change.
-const SHORT: u32 = 5;
+const SHORT: u32 = 3;
 
 /// Instrumentation by LLVM: a counter at each edge, the location of each counter, and both operands
 /// of each comparison.
