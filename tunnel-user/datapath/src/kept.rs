@@ -183,6 +183,12 @@ impl Kept {
         self.way.end(socket);
     }
 
+    /// Takes everything that was read: a crash would end the connection, until the other end has confirmed it.
+    fn take_all(&self, socket: &impl AsRawFd) {
+        self.slot.replace(None);
+        self.discard(socket, u64::MAX);
+    }
+
     /// Whether nothing is read before the other end has confirmed some bytes.
     fn is_full(&self) -> bool {
         self.way == Peeking::Again && self.peeked.get() >= MOST_AGAIN
@@ -229,6 +235,13 @@ impl TcpSocket {
             return Ok(recv(self.stream.as_raw_fd(), room, MsgFlags::empty())?);
         };
         let n = { kept.way }.read(self.stream.as_fd(), kept.peeked.get(), room)?;
+        let n = match n {
+            Some(n) => n,
+            None => {
+                kept.take_all(&self.stream);
+                recv(self.stream.as_raw_fd(), room, MsgFlags::MSG_PEEK)?
+            }
+        };
         kept.peeked.set(kept.peeked.get() + n as u64);
         Ok(n)
     }

@@ -48,7 +48,7 @@ impl Peeking {
         Ok(if is_set { Self::Offset } else { Self::Again })
     }
 
-    /// Reads what follows the `peeked` bytes that were read before.
+    /// Reads what follows the `peeked` bytes that were read before. Returns `None` if these must be taken first.
     ///
     /// # Errors
     /// The error of the system call; [`io::ErrorKind::WouldBlock`] if there is nothing.
@@ -57,10 +57,10 @@ impl Peeking {
         socket: BorrowedFd<'_>,
         peeked: u64,
         room: &mut [u8],
-    ) -> io::Result<usize> {
+    ) -> io::Result<Option<usize>> {
         match self {
             Self::Again if peeked > 0 => read_behind(socket, peeked, room),
-            _ => Ok(recv(socket.as_raw_fd(), room, MsgFlags::MSG_PEEK)?),
+            _ => Ok(Some(recv(socket.as_raw_fd(), room, MsgFlags::MSG_PEEK)?)),
         }
     }
 
@@ -85,24 +85,27 @@ pub fn copy(socket: BorrowedFd<'_>, length: u64) -> io::Result<Vec<u8>> {
     while done < queue.len() {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let from = if moves { done } else { 0 };
-        match recv(socket.as_raw_fd(), &mut queue[from..], flags)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n => done = from + n,
+        match from + recv(socket.as_raw_fd(), &mut queue[from..], flags)? {
+            // A read from the start ends before urgent data.
+            n if n <= done => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => done = n,
         }
     }
     Ok(queue)
 }
 
 /// Reads the queue from its start, and returns the number of bytes behind the first `peeked` ones, in `room`.
-fn read_behind(socket: BorrowedFd<'_>, peeked: u64, room: &mut [u8]) -> io::Result<usize> {
-    loop {
+/// Returns `None` where a read from the start does not reach them: the kernel ends it before urgent data.
+fn read_behind(socket: BorrowedFd<'_>, peeked: u64, room: &mut [u8]) -> io::Result<Option<usize>> {
+    // The second read finds what has come since the first one.
+    for _ in 0..2 {
         let n = BUFFER.with_borrow_mut(|scratch| {
             scratch.resize(SCRATCH, 0);
             read_pieces(socket, (scratch, peeked), room)
         })?;
         match usize::try_from((n as u64).saturating_sub(peeked)) {
             Ok(0) | Err(_) => {}
-            Ok(n) => return Ok(n),
+            Ok(n) => return Ok(Some(n)),
         }
         // An end of file, and an error, show once the queue is empty.
         if let Some(error) = SockRef::from(&socket).take_error()? {
@@ -111,11 +114,12 @@ fn read_behind(socket: BorrowedFd<'_>, peeked: u64, room: &mut [u8]) -> io::Resu
         let position = Position::of(socket)?;
         if position.unread <= peeked {
             return match position.state {
-                TcpState::CloseWait | TcpState::Closing | TcpState::Closed => Ok(0),
+                TcpState::CloseWait | TcpState::Closing | TcpState::Closed => Ok(Some(0)),
                 _ => Err(io::ErrorKind::WouldBlock.into()),
             };
         }
     }
+    Ok(None)
 }
 
 /// Reads `peeked` bytes to `scratch`, over and over, and what follows to `room`. Returns the number of all bytes.
@@ -192,7 +196,7 @@ pub(crate) fn set(
 
 #[cfg(test)]
 mod tests {
-    use std::io::{ErrorKind, Write};
+    use std::io::{ErrorKind, Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::time::Duration;
 
@@ -219,8 +223,9 @@ mod tests {
         let mut room = vec![0; 100_000];
         for _ in 0..200 {
             match way.read(socket.as_fd(), *peeked, &mut room) {
-                Ok(0) => return true,
-                Ok(n) => {
+                Ok(None) => panic!("no read reaches what follows"),
+                Ok(Some(0)) => return true,
+                Ok(Some(n)) => {
                     to.extend_from_slice(&room[..n]);
                     *peeked += n as u64;
                 }
@@ -253,6 +258,27 @@ mod tests {
             assert_eq!(read, sent[..171_001], "{way:?}");
             assert_eq!(copy(far.as_fd(), peeked).unwrap(), read, "{way:?}");
         }
+    }
+
+    /// The kernel ends a read before urgent data, and does not say so.
+    #[test]
+    fn urgent_data_is_reached_once_the_rest_is_taken() {
+        let way = Peeking::Again;
+        let (mut near, far) = pair(way);
+        near.write_all(b"some").unwrap();
+        let (mut peeked, mut read) = (0, Vec::new());
+        assert!(!read_all(way, &far, &mut peeked, &mut read));
+        SockRef::from(&near).send_out_of_band(b"!").unwrap();
+        near.write_all(b"more").unwrap();
+        while Position::of(far.as_fd()).unwrap().unread < 9 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut room = [0; 100];
+        assert_eq!(way.read(far.as_fd(), peeked, &mut room).unwrap(), None);
+        assert_eq!((&far).read(&mut room[..4]).unwrap(), 4);
+        let mut rest = Vec::new();
+        assert!(!read_all(way, &far, &mut 0, &mut rest));
+        assert_eq!(rest, b"!more");
     }
 
     #[test]
