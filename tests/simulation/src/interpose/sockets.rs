@@ -169,8 +169,10 @@ pub unsafe extern "C" fn setsockopt(
             });
             kernel(|kernel| kernel.steer(fd, program.collect()))
         }
+        // As before Linux 6.10.
+        (libc::SOL_SOCKET, libc::SO_PEEK_OFF) => Err(libc::EOPNOTSUPP),
         // Without effect on what the kernel simulates.
-        (libc::SOL_SOCKET, libc::SO_REUSEADDR | libc::SO_KEEPALIVE)
+        (libc::SOL_SOCKET, libc::SO_REUSEADDR | libc::SO_KEEPALIVE | libc::SO_OOBINLINE)
         | (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER | libc::IP_RECVTOS | libc::IP_PKTINFO)
         | (libc::SOL_UDP, libc::UDP_SEGMENT | libc::UDP_GRO)
         | (
