@@ -11,6 +11,9 @@ use tunnel_tests::lab::usage::{allow_many_files, open_files};
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs};
 use tunnel_tests::target::Behaviour;
 
+/// Maximum number of files that a process closes meanwhile.
+const CLOSED: usize = 8;
+
 const CROWD: usize = 2000;
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -50,7 +53,9 @@ fn two_thousand_connections_at_once() -> Result<()> {
         let status = server.wait_status(LIMIT, |it| it["agents"][0]["streams"] == CROWD);
         status.context("not all of them are open at once")?;
         for (before, during) in before.iter().zip(files()?) {
-            ensure!(during >= before + CROWD, "{before} files became {during}");
+            // A few of the start, or of a request for the status, may be closed since.
+            let is_grown = during + CLOSED >= before + CROWD;
+            ensure!(is_grown, "{before} files became {during}");
         }
 
         drop(sockets);
