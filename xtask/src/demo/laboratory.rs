@@ -125,7 +125,7 @@ fn show(programs: Programs) -> Result<()> {
         |say| demo.kill(say),
     )?;
     step(
-        "The server is killed: connections are refused and do not leak",
+        "The server and its keeper are killed: connections are refused and do not leak",
         |say| demo.killed_server(say),
     )?;
     step("The server is started again: the kubelet is back", |say| {
@@ -321,6 +321,10 @@ impl Demo {
             .netns
             .ip(&format!("route add 10.99.0.0/16 via {}\n", address::ROUTER))?;
         say.note("a route to the worker network is added, so that a leak would be seen");
+        // With a keeper connects would wait for the next process, for 10 s.
+        for keeper in &mut self.keepers {
+            keeper.kill()?;
+        }
         self.server_mut()?.daemon.kill()?;
         self.as_apiserver(say, &mut self.curl())?
             .expect_failure("(7)")?;
