@@ -208,6 +208,8 @@ pub unsafe extern "C" fn getsockopt(
             Err(error) => return answer_int::<usize>(Err(error)),
         },
         (libc::SOL_SOCKET, libc::SO_RCVBUF | libc::SO_SNDBUF) => BUFFER,
+        // A caller must not take zeros for facts.
+        (libc::IPPROTO_TCP, libc::TCP_INFO) => return answer_int::<usize>(Err(libc::ENOPROTOOPT)),
         (libc::SOL_SOCKET, libc::SO_TYPE) => match kernel(|kernel| kernel.is_udp(fd)) {
             true => libc::SOCK_DGRAM,
             false => libc::SOCK_STREAM,
