@@ -31,7 +31,7 @@ thread_local! {
 pub enum Peeking {
     /// The kernel knows the offset (`SO_PEEK_OFF`).
     Offset,
-    /// Each read begins at the start of the queue.
+    /// Reads begin at the start of the queue.
     Again,
 }
 
@@ -42,7 +42,7 @@ impl Peeking {
     /// The error of the system call.
     pub fn begin(socket: BorrowedFd<'_>, peeked: u64) -> io::Result<Self> {
         // Otherwise a byte of urgent data is peeked twice.
-        set(socket, libc::SO_OOBINLINE, 1)?;
+        SockRef::from(&socket).set_out_of_band_inline(true)?;
         let offset = i32::try_from(peeked).map_err(io::Error::other)?;
         let is_set = set(socket, libc::SO_PEEK_OFF, offset).is_ok();
         Ok(if is_set { Self::Offset } else { Self::Again })

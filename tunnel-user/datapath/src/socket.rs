@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use cpc_keeper::position::idle_time;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustls::ServerConnection;
 use socket2::{SockRef, TcpKeepalive};
@@ -269,25 +270,6 @@ pub(super) fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>
     }
 }
 
-/// Returns the time since a byte was last received or sent (`TCP_INFO`, tcp(7)), in milliseconds.
-fn idle_time(socket: &impl AsRawFd) -> Option<Duration> {
-    // SAFETY: all zeros is a valid tcp_info.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `info`, and the length to `length`.
-    let done = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut length,
-        )
-    };
-    let idle = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
-    (done == 0).then(|| Duration::from_millis(idle.into()))
-}
-
 pub(super) fn unsent_bytes(fd: &impl AsRawFd) -> usize {
     let mut unsent: libc::c_int = 0;
     // SAFETY: TIOCOUTQ (the same as SIOCOUTQ) writes one int, to a place that lives through the call.
@@ -373,7 +355,7 @@ macro_rules! stream_socket {
 
 impl LocalSocket for TcpStream {
     fn idle_time(&self) -> Option<Duration> {
-        idle_time(self)
+        idle_time(self.as_fd()).ok()
     }
 
     stream_socket!();

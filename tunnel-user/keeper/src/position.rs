@@ -4,12 +4,19 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 /// Maximum number of readings until two agree. Under load, nine were enough (Linux 6.18).
 const READINGS: usize = 100;
 
 /// Length of the beginning of `struct tcp_info` that is read, up to `tcpi_bytes_received` (Linux 4.1).
 const INFO: usize = 136;
+
+/// Offset of `tcpi_last_data_sent` in `struct tcp_info`.
+const LAST_DATA_SENT: usize = 44;
+
+/// Offset of `tcpi_last_data_recv` in `struct tcp_info`.
+const LAST_DATA_RECEIVED: usize = 52;
 
 /// Offset of `tcpi_bytes_acked` in `struct tcp_info`.
 const BYTES_ACKED: usize = 120;
@@ -130,8 +137,34 @@ impl Position {
     }
 }
 
-/// Returns state, acknowledged and received bytes (`TCP_INFO`, tcp(7)).
+/// Returns the time since a byte was last received or sent, in milliseconds.
+///
+/// # Errors
+/// The error of the system call.
+pub fn idle_time(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    let info = tcp_info(socket)?;
+    let number = |at: usize| {
+        let mut number = [0; 4];
+        number.copy_from_slice(&info[at..at + 4]);
+        u32::from_ne_bytes(number)
+    };
+    let idle = number(LAST_DATA_SENT).min(number(LAST_DATA_RECEIVED));
+    Ok(Duration::from_millis(idle.into()))
+}
+
+/// Returns state, acknowledged and received bytes.
 fn info(socket: BorrowedFd<'_>) -> io::Result<(u8, u64, u64)> {
+    let info = tcp_info(socket)?;
+    let number = |at: usize| {
+        let mut number = [0; 8];
+        number.copy_from_slice(&info[at..at + 8]);
+        u64::from_ne_bytes(number)
+    };
+    Ok((info[0], number(BYTES_ACKED), number(BYTES_RECEIVED)))
+}
+
+/// Returns the beginning of `struct tcp_info` (`TCP_INFO`, tcp(7)).
+fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<[u8; INFO]> {
     let mut bytes = [0_u8; INFO];
     let mut length = INFO as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes to `bytes`, and the length to `length`.
@@ -144,15 +177,10 @@ fn info(socket: BorrowedFd<'_>) -> io::Result<(u8, u64, u64)> {
             &raw mut length,
         )
     };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
+    match done {
+        0 => Ok(bytes),
+        _ => Err(io::Error::last_os_error()),
     }
-    let number = |at: usize| {
-        let mut number = [0; 8];
-        number.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_ne_bytes(number)
-    };
-    Ok((bytes[0], number(BYTES_ACKED), number(BYTES_RECEIVED)))
 }
 
 /// Returns the length of a queue of the socket (tcp(7)).
@@ -173,7 +201,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::os::fd::AsFd;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
 
@@ -214,5 +242,25 @@ mod tests {
             matches!(it.state, TcpState::Closing | TcpState::Closed)
         });
         assert!(closed.written() >= 50);
+    }
+
+    #[test]
+    fn a_connection_is_idle_since_its_last_byte() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let pause = Duration::from_millis(200);
+        std::thread::sleep(pause);
+        for socket in [&client, &server] {
+            assert!(idle_time(socket.as_fd()).unwrap() >= pause / 2);
+        }
+        let began = Instant::now();
+        client.write_all(b"?").unwrap();
+        wait(&server, |it| it.unread == 1);
+        for socket in [&client, &server] {
+            let idle = idle_time(socket.as_fd()).unwrap();
+            // The kernel counts in ticks.
+            assert!(idle <= began.elapsed() + pause / 4, "{idle:?}");
+        }
     }
 }
