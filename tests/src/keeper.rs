@@ -30,17 +30,11 @@ pub fn lab(programs: Programs, workers: u8) -> Result<(Lab, [Keeper; 2])> {
         servers: 1,
         ..LabSpec::new(programs)
     };
-    let mut lab = Lab::without_connector(spec)?;
-    lab.configure_connector()?;
-    for worker in &mut lab.workers {
-        let agent = worker.agent()?;
-        let state_dir = agent.config_file().with_file_name("state");
-        agent.configure(|config| config["state_dir"] = json!(state_dir))?;
-    }
-    let mut keeper = |side: Side| Keeper::start(&cpc, side.daemon(&mut lab)?);
-    let keepers = [keeper(Side::Server)?, keeper(Side::Agent)?];
-    lab.start_configured()?;
-    Ok((lab, keepers))
+    Lab::up_with(spec, |lab| {
+        lab.keep_state()?;
+        let mut keeper = |side: Side| Keeper::start(&cpc, side.daemon(lab)?);
+        Ok([keeper(Side::Server)?, keeper(Side::Agent)?])
+    })
 }
 
 /// A keeper of one daemon. Ends when the value is dropped.

@@ -34,13 +34,7 @@ fn lab() -> Result<Lab> {
         servers: 1,
         ..LabSpec::new(Programs::of_this_test()?)
     };
-    let mut lab = Lab::without_connector(spec)?;
-    lab.configure_connector()?;
-    let agent = lab.workers[0].agent()?;
-    let state_dir = agent.config_file().with_file_name("state");
-    agent.configure(|config| config["state_dir"] = json!(state_dir))?;
-    lab.start_configured()?;
-    Ok(lab)
+    Ok(Lab::up_with(spec, Lab::keep_state)?.0)
 }
 
 /// Live connections of every kind and clients that come meanwhile notice nothing but a pause.

@@ -35,11 +35,10 @@ fn lab(resume: &str) -> Result<Lab> {
         servers: 1,
         ..LabSpec::new(Programs::of_this_test()?)
     };
-    let mut lab = Lab::without_connector(spec)?;
-    lab.configure_connector()?;
-    let server = Side::Server.daemon(&mut lab)?;
-    server.configure(|config| config["limits"]["resume"] = json!(resume))?;
-    lab.start_configured()?;
+    let (lab, ()) = Lab::up_with(spec, |lab| {
+        let server = Side::Server.daemon(lab)?;
+        server.configure(|config| config["limits"]["resume"] = json!(resume))
+    })?;
     Ok(lab)
 }
 

@@ -14,6 +14,7 @@ use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
 use tunnel_tests::lab::process::Process;
 use tunnel_tests::lab::{self, Engine, Lab, LabSpec, Programs, address};
+use tunnel_tests::side::Side;
 use tunnel_tests::target::Behaviour;
 
 /// Age from which on a connection outlives its tunnel, and room for a busy machine.
@@ -201,15 +202,11 @@ fn nothing_is_held_where_the_configuration_says_so() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    for is_server in [true, false] {
-        let mut lab = Lab::without_connector(spec()?)?;
-        lab.configure_connector()?;
-        let daemon = match is_server {
-            true => &mut lab.control_plane.servers[0].daemon,
-            false => lab.workers[0].agent()?,
-        };
-        daemon.configure(|config| config["limits"]["resume"] = json!("0s"))?;
-        lab.start_configured()?;
+    for side in [Side::Server, Side::Agent] {
+        let (lab, ()) = Lab::up_with(spec()?, |lab| {
+            let daemon = side.daemon(lab)?;
+            daemon.configure(|config| config["limits"]["resume"] = json!("0s"))
+        })?;
         let stream = Frontend::Redirect.dial(&lab, node(Behaviour::Echo))?;
         let talk = Conversation::start(stream, Pace::Messages(10, Duration::from_millis(50)))?;
         thread::sleep(HELD);

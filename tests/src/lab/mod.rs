@@ -247,6 +247,37 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Builds the laboratory, has `configure` change the configurations, and waits until every server and every agent
+    /// is ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::up`], and those of `configure`.
+    pub fn up_with<T>(
+        spec: LabSpec,
+        configure: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let mut lab = Self::without_connector(spec)?;
+        lab.configure_connector()?;
+        let configured = configure(&mut lab)?;
+        lab.start_configured()?;
+        Ok((lab, configured))
+    }
+
+    /// Gives every agent a directory for its state, without which it has no successor.
+    ///
+    /// # Errors
+    ///
+    /// A configuration can't be written.
+    pub fn keep_state(&mut self) -> Result<()> {
+        for worker in &mut self.workers {
+            let agent = worker.agent()?;
+            let state_dir = agent.config_file().with_file_name("state");
+            agent.configure(|config| config["state_dir"] = serde_json::json!(state_dir))?;
+        }
+        Ok(())
+    }
+
     /// Builds everything but the servers and agents.
     ///
     /// # Errors
@@ -359,7 +390,7 @@ impl Lab {
     ///
     /// # Errors
     ///
-    /// It can't be created.
+    /// The folder can't be created.
     pub fn files(&self, n: u8) -> Result<PathBuf> {
         let folder = self.site.subfolder(&format!("w{n}"))?.join("files");
         std::fs::create_dir_all(&folder)?;
