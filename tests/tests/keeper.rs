@@ -38,9 +38,9 @@ fn lab() -> Result<(Lab, [Keeper; 2])> {
 /// Kernel of a process.
 #[derive(Clone, Copy)]
 enum Kernel {
-    /// The one of this machine.
+    /// The kernel of this machine.
     Own,
-    /// One before Linux 6.10.
+    /// A kernel before Linux 6.10.
     WithoutPeekOffset,
 }
 
@@ -306,7 +306,7 @@ fn a_process_is_killed_at_three_hundred_system_calls() -> Result<()> {
     crash(300)
 }
 
-/// Both processes are killed fifty times each, in random order, also while they take over.
+/// Kills server and agent fifty times each, in random order, also while they take over.
 #[test]
 #[ignore = "takes minutes"]
 fn a_thousand_connections_outlive_a_hundred_kills() -> Result<()> {

@@ -1,5 +1,5 @@
-//! One end of a session with a peer that sends anything at any time, over any number of tunnels and processes: what
-//! it keeps is bounded and complete, and an ended session stays ended.
+//! An end of a session with a peer that sends anything at any time, over any number of tunnels and processes: the kept
+//! bytes are bounded and complete, and an ended session stays ended.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

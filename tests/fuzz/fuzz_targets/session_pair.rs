@@ -1,4 +1,4 @@
-//! Both ends of a session, over tunnels that are lost between any two bytes, and processes that are replaced or killed:
+//! The two ends of a session, over tunnels that are lost between any two bytes, and processes that are replaced or killed:
 //! each program reads what the other one wrote, to its end or a reset.
 #![no_main]
 
@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use tunnel_fuzz::sessions::side::{AGENT, Ending, SERVER, Side, Way};
 use tunnel_fuzz::take_byte;
 
-/// One turn of an end: what it does, and how much of it.
+/// Turn of an end: the kind of its action, and the amount.
 const TURN: [(u8, u8); 8] = [
     (2, 0),
     (0, 192),

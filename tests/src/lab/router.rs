@@ -167,7 +167,7 @@ impl Router {
     ///
     /// # Errors
     ///
-    /// What `nft` says.
+    /// The error of `nft`.
     pub fn hear(&self) -> Result<()> {
         self.netns.nft("delete table inet silence")
     }

@@ -206,7 +206,7 @@ impl Session {
         is_news.then(|| self.tell())
     }
 
-    /// Returns the state, which the other end is told now.
+    /// Returns the state for a message to the other end, and notes that the message has it.
     pub fn tell(&mut self) -> Confirmation {
         let state = self.state();
         self.told = Some(state);

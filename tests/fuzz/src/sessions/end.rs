@@ -1,5 +1,5 @@
-//! One end of a session, with a peer and a local socket that do anything at any time. A model beside the end
-//! knows what it must do. The calls are those of the halves of a stream, of the notices, and of the resumption.
+//! An end of a session, with a peer and a local socket that do anything at any time. A model beside the end
+//! checks it. The calls are those of the halves of a stream, of the notices, and of the resumption.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -43,8 +43,9 @@ pub struct End {
     /// Highest offset that a stream has carried.
     highest: u64,
     confirmed: u64,
-    /// Whether the local socket has reached its end of file, and whether the present stream was told.
+    /// Whether the local socket has reached its end of file.
     is_ended: bool,
+    /// Whether the present stream carries that end.
     is_finished: bool,
     received: u64,
     accepted: Accepted,
@@ -242,7 +243,7 @@ impl End {
     fn abort(&mut self, reason: CloseReason) {
         if let Some(state) = &mut self.state {
             state.abort(reason);
-            // The peer is told of an abort, were both directions over.
+            // Even where both directions are over, the peer has to learn of the abort.
             self.is_over = false;
         }
         self.has_socket = false;

@@ -1,5 +1,5 @@
-//! One end of a session between two honest ends, with the program behind it. Everything else is the other end's, or
-//! that of the tunnel.
+//! An end of a session between two honest ends, with the program behind it. Everything else belongs to the other end or
+//! to the tunnel.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ pub struct Side {
     notice: BytesMut,
 }
 
-/// One way of a tunnel: a stream, and the notices.
+/// A direction of a tunnel: its stream and its notices.
 #[derive(Default)]
 pub struct Way {
     stream: VecDeque<u8>,

@@ -328,7 +328,7 @@ fn send(session: &Carried, amount: usize) {
     });
 }
 
-/// Makes a change that the peer is told at once.
+/// Makes a change, and sends its notice to the peer at once.
 fn note(session: &Rc<Carried>, change: impl FnOnce(&mut SessionState)) {
     let hold = session.change(|state| {
         change(state);

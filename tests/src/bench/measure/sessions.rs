@@ -44,7 +44,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// All of them.
+    /// Every event.
     pub const ALL: [Self; 5] = [
         Self::Killed(Side::Server),
         Self::Killed(Side::Agent),
