@@ -41,6 +41,8 @@ pub enum AgentEvent {
         /// Reason of the drain.
         reason: CloseReason,
     },
+    /// The server opens no more streams, after this number of them.
+    NoMoreStreams(u64),
 }
 
 /// The agent's end of a session; see the [module](super) for how to drive it.
@@ -217,6 +219,10 @@ impl AgentSession {
                 let (deadline, reason) = from_drain(drain, now);
                 self.events
                     .push_back(AgentEvent::Draining { deadline, reason });
+            }
+            (Phase::Established, Message::NoMoreStreams(streams)) => {
+                self.events
+                    .push_back(AgentEvent::NoMoreStreams(streams.opened));
             }
             (_, message) => return Err(SessionError::OutOfTurn(message_name(&message))),
         }

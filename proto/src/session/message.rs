@@ -239,6 +239,7 @@ pub(crate) fn message_name(message: &Message) -> &'static str {
         Message::CertificateRequest(_) => "CertificateRequest",
         Message::CertificateAnswer(_) => "CertificateAnswer",
         Message::JoinRequest(_) => "JoinRequest",
+        Message::NoMoreStreams(_) => "NoMoreStreams",
     }
 }
 

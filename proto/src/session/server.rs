@@ -11,8 +11,8 @@ use super::liveness::Timers;
 use super::message::{Hello, Refusal, Welcome, from_routes, message_name, verdict};
 use crate::certificate::{Answer, from_request};
 use crate::close::CloseReason;
-use crate::control::Statistics;
 use crate::control::envelope::Message;
+use crate::control::{NoMoreStreams, Statistics};
 use crate::route::Claim;
 
 /// Event for a server's driver.
@@ -174,6 +174,15 @@ impl ServerSession {
     /// [`SessionError::Backlog`].
     pub fn drain(&mut self, deadline: Duration, reason: CloseReason) -> Result<(), SessionError> {
         self.channel.drain(deadline, reason)
+    }
+
+    /// Tells the agent that the server opens no more streams, after `opened` ones.
+    ///
+    /// # Errors
+    /// [`SessionError::Backlog`].
+    pub fn no_more_streams(&mut self, opened: u64) -> Result<(), SessionError> {
+        self.channel
+            .send(Message::NoMoreStreams(NoMoreStreams { opened }))
     }
 
     /// Notes a new stream or moved bytes: for a while the session detects silence sooner.

@@ -425,7 +425,8 @@ impl Tunnel {
                 }
             }
             AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
-            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) => {}
+            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) | AgentEvent::NoMoreStreams(_) => {
+            }
         }
     }
 }

@@ -24,6 +24,7 @@ enum Step {
     Statistics(u64),
     AgentDrains,
     ServerDrains,
+    NoMoreStreams(u64),
     /// A message of a later release, to the server or to the agent.
     Unknown {
         server: bool,
@@ -39,6 +40,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => any::<u64>().prop_map(Step::Statistics),
         1 => Just(Step::AgentDrains),
         1 => Just(Step::ServerDrains),
+        1 => any::<u64>().prop_map(Step::NoMoreStreams),
         1 => any::<bool>().prop_map(|server| Step::Unknown { server }),
     ]
 }
@@ -55,6 +57,7 @@ struct Told {
     statistics: Vec<u64>,
     agent_drains: usize,
     server_drains: usize,
+    streams: Vec<u64>,
 }
 
 /// Life signs of one side: their times, and whether the other side fell silent.
@@ -132,6 +135,10 @@ impl Session {
                     .drain(Duration::from_secs(30), CloseReason::Drained)?;
                 said.server_drains += 1;
             }
+            Step::NoMoreStreams(opened) => {
+                pair.server.no_more_streams(opened)?;
+                said.streams.push(opened);
+            }
             Step::Unknown { server: true } => pair.to_server.send(b"\x03\xa2\x06\x00", pair.now),
             Step::Unknown { server: false } => pair.to_agent.send(b"\x03\xa2\x06\x00", pair.now),
         }
@@ -164,6 +171,7 @@ impl Session {
                 AgentEvent::Welcomed(_) => prop_assert!(false, "a second Welcome"),
                 AgentEvent::Verdict { accepted, .. } => told.verdicts.push(accepted.clone()),
                 AgentEvent::Draining { .. } => told.server_drains += 1,
+                AgentEvent::NoMoreStreams(opened) => told.streams.push(*opened),
                 AgentEvent::Silent => agent.0.push((*at, true)),
                 AgentEvent::Alive => agent.0.push((*at, false)),
                 AgentEvent::Certificate(_) => prop_assert!(false, "nobody answered"),
