@@ -270,7 +270,7 @@ impl Lost {
             return Err(self);
         };
         let permit = StreamPermit::new(link);
-        match resume(&tunnel.connection, notices, self.state).await {
+        match resume(tunnel.open_stream(), notices, self.state).await {
             Outcome::Resumed(send, recv) => {
                 let stall = self.at.elapsed();
                 if self.is_connected {

@@ -15,7 +15,7 @@ use super::notices::Notices;
 use super::session::Resumed;
 use super::state::SessionState;
 use cpc_datapath::stream::{RecvHalf, SendHalf};
-use cpc_transport::tunnel::{Connection, Recv, Send, Tunnel, TunnelRecv};
+use cpc_transport::tunnel::{Recv, Send, TunnelRecv};
 
 /// Timeout of the exchange.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,9 +31,10 @@ pub enum Outcome {
     Later(Box<SessionState>),
 }
 
-/// Asks the agent to continue `state`, a session of the server, over `tunnel`. Cancelling loses the session.
-pub async fn resume(
-    tunnel: &Connection,
+/// Asks the agent to continue `state`, a session of the server, on the stream that `open` opens. Cancelling loses the
+/// session.
+pub async fn resume<E>(
+    open: impl Future<Output = Result<(Send, Recv), E>>,
     notices: &Rc<Notices>,
     mut state: Box<SessionState>,
 ) -> Outcome {
@@ -52,7 +53,7 @@ pub async fn resume(
         key,
         state: request_state,
     };
-    let asked = timeout(TIMEOUT, ask(tunnel, &request)).await;
+    let asked = timeout(TIMEOUT, ask(open, &request)).await;
     resuming.0 = None;
     let Some((response, send, recv)) = asked.ok().flatten() else {
         return give_back(&carried);
@@ -116,8 +117,11 @@ fn give_back(carried: &Rc<Carried>) -> Outcome {
     }
 }
 
-async fn ask(tunnel: &Connection, request: &ResumeRequest) -> Option<(ResumeResponse, Send, Recv)> {
-    let mut asked = Asked(Some(tunnel.open().await.ok()?));
+async fn ask<E>(
+    open: impl Future<Output = Result<(Send, Recv), E>>,
+    request: &ResumeRequest,
+) -> Option<(ResumeResponse, Send, Recv)> {
+    let mut asked = Asked(Some(open.await.ok()?));
     let mut head = BytesMut::new();
     request.encode(&mut head);
     let (send, recv) = asked.0.as_mut()?;

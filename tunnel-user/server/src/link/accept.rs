@@ -15,7 +15,7 @@ use tunnel_proto::session::{ServerSession, Timers};
 
 use super::registration::unregister;
 use super::session;
-use super::tunnel::TunnelLink;
+use super::tunnel::{Opened, TunnelLink};
 use crate::handshakes::HandshakeFailure;
 use crate::loads::LoadPermit;
 use crate::resumption::settle;
@@ -79,6 +79,7 @@ pub(super) async fn serve(
             held: shard.metrics.sessions.held.clone(),
         }),
         place: RefCell::default(),
+        opened: Opened::default(),
     });
 
     let span = tracing::debug_span!("session", agent = %link.info.identity);

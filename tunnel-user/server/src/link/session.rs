@@ -161,6 +161,11 @@ impl Session<'_> {
                 }
                 set_draining(info, Some(reason));
                 shard.control.changed(info.id).await;
+                // Dials that find the tunnel closed look for another one.
+                if !takes_dials {
+                    let opened = link.close_to_streams();
+                    link.session.with(|s| s.no_more_streams(opened))?;
+                }
             }
             Action::Drain(left) => {
                 link.session
@@ -215,7 +220,7 @@ impl Session<'_> {
     /// connections that end with the tunnel.
     async fn hold_sessions(&self, process: (InstanceId, u64)) {
         let Self { shard, link } = *self;
-        let opened = timeout(STREAM_TIMEOUT, link.connection.open()).await;
+        let opened = timeout(STREAM_TIMEOUT, link.open_stream()).await;
         let Ok(Ok((mut send, recv))) = opened else {
             return;
         };

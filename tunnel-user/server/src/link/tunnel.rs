@@ -1,6 +1,6 @@
 //! An agent over a tunnel: a stream of its own for each dial.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +18,7 @@ use cpc_host::random;
 use cpc_identity::revoked::Peer;
 use cpc_session::{Bounds, Notices, SessionRecv, SessionSend, SessionState};
 use cpc_transport::control_stream::Shared;
-use cpc_transport::tunnel::{Connection, Tunnel};
+use cpc_transport::tunnel::{Connection, Recv, Send, Tunnel};
 
 /// A connected agent.
 #[derive(Debug)]
@@ -35,6 +35,16 @@ pub(crate) struct TunnelLink {
     pub(super) bounds: Arc<Bounds>,
     /// Permit among all tunnels, once the agent is welcome.
     pub(super) place: RefCell<Option<TunnelPermit>>,
+    /// Streams that this end has opened.
+    pub(super) opened: Opened,
+}
+
+/// Streams that this end has opened on a tunnel.
+#[derive(Debug, Default)]
+pub(super) struct Opened {
+    count: Cell<u64>,
+    /// Whether no more are opened.
+    is_closed: Cell<bool>,
 }
 
 impl TunnelLink {
@@ -66,8 +76,7 @@ impl TunnelLink {
         notices: Option<&Rc<Notices>>,
     ) -> Result<(SessionSend, SessionRecv), CloseReason> {
         self.session.note_traffic(Instant::now());
-        let opened = self.connection.open().await;
-        let (send, recv) = opened.map_err(|error| error.reason())?;
+        let (send, recv) = self.open_stream().await?;
         let mut preface = BytesMut::new();
         let session = match notices {
             Some(notices) => Some(notices.begin(self.fresh_session()?)),
@@ -88,6 +97,32 @@ impl TunnelLink {
             SendEnd::Stopped(reason) | SendEnd::Link(reason) => reason,
         })?;
         Ok((send, recv))
+    }
+
+    /// Opens a stream. Waits for the agent's permission, so callers need a timeout.
+    ///
+    /// # Errors
+    /// The reason why the tunnel is gone, or [`CloseReason::Draining`] after
+    /// [`close_to_streams`](Self::close_to_streams).
+    pub(crate) async fn open_stream(&self) -> Result<(Send, Recv), CloseReason> {
+        let Opened { count, is_closed } = &self.opened;
+        if is_closed.get() {
+            return Err(CloseReason::Draining);
+        }
+        let opened = self.connection.open().await;
+        let halves = opened.map_err(|error| error.reason())?;
+        // The agent has been told another number meanwhile. It does not miss a stream without a head.
+        if is_closed.get() {
+            return Err(CloseReason::Draining);
+        }
+        count.set(count.get() + 1);
+        Ok(halves)
+    }
+
+    /// Opens no more streams. Returns the number of those that were opened.
+    pub(super) fn close_to_streams(&self) -> u64 {
+        self.opened.is_closed.set(true);
+        self.opened.count.get()
     }
 
     fn fresh_session(&self) -> Result<SessionState, CloseReason> {
