@@ -9,6 +9,7 @@ use serde_json::json;
 use tunnel_tests::client;
 use tunnel_tests::conversation::{Conversation, Pace};
 use tunnel_tests::frontend::Frontend;
+use tunnel_tests::lab::shaper::{Direction, Impairment, Link};
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
 use tunnel_tests::load::{Load, ask};
 use tunnel_tests::side::Side;
@@ -84,6 +85,52 @@ fn connections_outlive_a_server() -> Result<()> {
 #[test]
 fn connections_outlive_an_agent() -> Result<()> {
     replace(Side::Agent, 3)
+}
+
+/// Requests that are on their way to a process when it leaves are answered: by that process, or by its successor.
+fn replace_far_away(side: Side) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let spec = LabSpec {
+        workers: 1,
+        servers: 1,
+        ..LabSpec::new(Programs::of_this_test()?)
+    };
+    let (mut lab, shaper) = Lab::up_with(spec, |lab| {
+        lab.keep_state()?;
+        lab.shape(Link::Worker(1))
+    })?;
+    // The agent is idle while a request takes its time to reach it.
+    let slow = Impairment {
+        delay: Duration::from_millis(200),
+        ..Impairment::default()
+    };
+    shaper.set_one(Direction::Outward, slow);
+    let load = Load::start(&lab.control_plane, 1, |request| {
+        thread::sleep(Duration::from_millis(250));
+        ask(echo(), request)
+    })?;
+    load.wait_answered(2, REPLACED)?;
+    for phase in 0..5 {
+        thread::sleep(phase * Duration::from_millis(90));
+        let replaced = side.daemon(&mut lab)?.replace(REPLACED);
+        replaced.with_context(|| lab.logs())?;
+        load.wait_answered(2, REPLACED)?;
+    }
+    let attempts = load.stop_answered(&lab)?;
+    println!("{} requests", attempts.len());
+    Ok(())
+}
+
+#[test]
+fn requests_on_their_way_outlive_an_agent() -> Result<()> {
+    replace_far_away(Side::Agent)
+}
+
+#[test]
+fn requests_on_their_way_outlive_a_server() -> Result<()> {
+    replace_far_away(Side::Server)
 }
 
 /// A process goes on whatever its successor does, and so do its connections.

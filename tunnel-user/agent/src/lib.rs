@@ -4,6 +4,7 @@
 
 mod address;
 mod agent_identity;
+mod arrivals;
 mod connector;
 mod dial_target;
 mod dialer;

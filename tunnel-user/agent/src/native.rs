@@ -16,6 +16,7 @@ use tunnel_proto::session::{
     SessionError, Timers,
 };
 
+use super::arrivals::Arrivals;
 use super::dial_target::DialTarget;
 use super::handover::Stage;
 use super::plan::{ServerEndpoint, ServerInfo};
@@ -102,6 +103,7 @@ struct Tunnel {
     connection: Connection,
     session: Rc<Shared<AgentSession>>,
     carrier: Rc<Carrier>,
+    arrivals: Arrivals,
 }
 
 /// An established tunnel that is not served yet, with the server's report.
@@ -205,6 +207,7 @@ async fn introduce(
         connection,
         session,
         carrier,
+        arrivals: Arrivals::default(),
     });
     Ok(Established {
         worker: worker.clone(),
@@ -256,10 +259,8 @@ impl ServerTunnel for Tunnel {
 
     fn retire(self: Rc<Self>) -> LocalBoxFuture<'static, ()> {
         Box::pin(async move {
-            let told = self
-                .session
-                .with(|s| s.drain(RETIREMENT, CloseReason::Replaced));
-            while told.is_ok() && self.info.stats.streams.load(Ordering::Relaxed) > 0 {
+            let told = self.leave(RETIREMENT, CloseReason::Replaced);
+            while told.is_ok() && self.is_in_use() {
                 sleep(LOOK_INTERVAL).await;
             }
             self.end(CloseReason::Replaced);
@@ -326,6 +327,7 @@ impl Established {
                 stream = tunnel.connection.accept() => match stream {
                     Ok(stream) => {
                         tunnel.session.note_traffic(Instant::now());
+                        tunnel.arrivals.arrived();
                         let carrier = tunnel.carrier.clone();
                         let served = server_stream::serve(worker.clone(), carrier, stream);
                         tokio::task::spawn_local(served);
@@ -350,14 +352,18 @@ impl Established {
                     Stage::Serving => {}
                     Stage::Pausing => {
                         let reason = CloseReason::HandedOver;
-                        if let Err(error) = tunnel.session.with(|s| s.drain(SUCCESSION, reason)) {
+                        if let Err(error) = tunnel.leave(SUCCESSION, reason) {
                             break error.into();
                         }
                     }
                     Stage::Left => tunnel.end(CloseReason::HandedOver),
                 },
                 () = sleep(READY_LOOK), if unready.is_some() && worker.handover.is_pausing() => {
-                    if tunnel.carrier.notices.unsafe_ones() == 0 {
+                    // In this order: dials become sessions.
+                    if tunnel.arrivals.are_over(Instant::now())
+                        && !worker.handover.has_dials()
+                        && tunnel.carrier.notices.unsafe_ones() == 0
+                    {
                         unready = None;
                     }
                 }
@@ -383,6 +389,22 @@ impl Established {
 }
 
 impl Tunnel {
+    /// Tells the server that the agent leaves the tunnel, so that it opens no more streams.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    fn leave(&self, time: Duration, reason: CloseReason) -> Result<(), SessionError> {
+        let rtt = self.connection.probe().path().rtt;
+        self.arrivals.asked(Instant::now(), rtt);
+        self.session.with(|s| s.drain(time, reason))
+    }
+
+    /// Whether streams are open, or still to come.
+    fn is_in_use(&self) -> bool {
+        let streams = &self.info.stats.streams;
+        !self.arrivals.are_over(Instant::now()) || streams.load(Ordering::Relaxed) > 0
+    }
+
     /// Ends the tunnel and everything on it.
     fn end(&self, reason: CloseReason) {
         self.connection.close(reason, reason.label());
@@ -424,9 +446,9 @@ impl Tunnel {
                     changed();
                 }
             }
+            AgentEvent::NoMoreStreams(opened) => self.arrivals.announced(opened),
             AgentEvent::Verdict { accepted, refused } => stats.set_verdict(&accepted, refused),
-            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) | AgentEvent::NoMoreStreams(_) => {
-            }
+            AgentEvent::Welcomed(_) | AgentEvent::Certificate(_) => {}
         }
     }
 }

@@ -17,6 +17,7 @@ use super::sessions::{Found, ServerProcess};
 use super::stats::{OnTunnel, TunnelStats};
 use super::worker::Worker;
 use cpc_datapath::{ClosedBy, RelayEnd};
+use cpc_host::concurrency::Permit;
 use cpc_host::report::report;
 use cpc_session::notices::NoticesEnd;
 use cpc_session::resume::{Outcome, accept, close, refuse};
@@ -52,27 +53,28 @@ pub(super) fn serve(
     carrier: Rc<Carrier>,
     halves: (Send, Recv),
 ) -> impl Future<Output = ()> {
+    // Before the first poll: a handover waits for it.
+    let counted = (worker.handover.dial(), OnTunnel::new(carrier.stats.clone()));
     // What a dial takes is given back before bytes are moved, for days perhaps.
-    let begun = Box::pin(begin(worker.clone(), carrier.clone(), halves));
+    let begun = Box::pin(begin(worker.clone(), carrier.clone(), counted, halves));
     async move {
-        let Some(mut dialled) = begun.await else {
+        let Some((mut dialled, on_tunnel)) = begun.await else {
             return;
         };
-        let on_tunnel = OnTunnel::new(carrier.stats.clone());
         let server = Some(&*carrier.server);
         let ending = dialled.relay(&worker, on_tunnel, server).await;
         ended(&worker, &carrier, dialled, ending);
     }
 }
 
-/// Reads the head of a stream. Returns the connection that is to be relayed, if any.
+/// Reads the head of a stream. Returns the connection that is to be relayed, if any. The stream counts as a dial under
+/// way until then.
 async fn begin(
     worker: Rc<Worker>,
     carrier: Rc<Carrier>,
+    (under_way, on_tunnel): (Option<Permit>, OnTunnel),
     (send, mut recv): (Send, Recv),
-) -> Option<Box<SessionDial>> {
-    // Until the dial is answered.
-    let under_way = worker.handover.dial();
+) -> Option<(Box<SessionDial>, OnTunnel)> {
     let head = match timeout(REQUEST_TIMEOUT, recv.read_head(StreamHead::decode)).await {
         Ok(Ok(head)) => head,
         Ok(Err(HeadError::Malformed(error))) => {
@@ -88,15 +90,16 @@ async fn begin(
         // The server gave up, or the tunnel is gone: there is no peer to answer.
         Ok(Err(HeadError::End(_))) | Err(_) => return None,
     };
-    match head {
+    let dialled = match head {
         StreamHead::Dial(request) => begin_dial(&worker, &carrier, request, (send, recv)).await,
         StreamHead::Resume(request) => resume(&worker, &carrier, &request, (send, recv)).await,
         StreamHead::Notices => {
-            drop(under_way);
+            drop((under_way, on_tunnel));
             exchange_notices(&carrier, (send, recv)).await;
-            None
+            return None;
         }
-    }
+    };
+    dialled.map(|dialled| (dialled, on_tunnel))
 }
 
 async fn begin_dial(

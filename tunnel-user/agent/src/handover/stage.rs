@@ -60,6 +60,11 @@ impl Handover {
         self.dials.acquire()
     }
 
+    /// Whether dials are under way.
+    pub(crate) fn has_dials(&self) -> bool {
+        self.dials.in_use() > 0
+    }
+
     /// Counts a tunnel until all its connections outlive it.
     pub(crate) fn tunnel(&self) -> Option<Permit> {
         self.unready.acquire()
@@ -67,6 +72,6 @@ impl Handover {
 
     /// Whether the agent can leave its tunnels without ending a connection.
     pub(super) fn is_ready(&self) -> bool {
-        self.dials.in_use() == 0 && self.unready.in_use() == 0
+        !self.has_dials() && self.unready.in_use() == 0
     }
 }
