@@ -91,6 +91,9 @@ pub trait TunnelSend: SendHalf + fmt::Debug {
     /// Waits for the end of the half, as [`SendHalf::stopped`] does.
     fn ended(&self) -> Self::Ended;
 
+    /// Waits until no more can be sent, in place of [`poll_send`](Self::poll_send) where the caller itself has to wait.
+    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<SendEnd>;
+
     /// Gives the stream the highest priority: its bytes wait for no other stream. The tunnel is of no use
     /// without this stream.
     fn go_first(&mut self);

@@ -48,6 +48,18 @@ impl TunnelSend for Send {
         Ended(self.connection.clone(), self.id)
     }
 
+    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<SendEnd> {
+        let mut state = self.connection.state();
+        match send_end(&mut state, self.id) {
+            Some(end) => Poll::Ready(end),
+            None => {
+                // A stop wakes writers, too.
+                state.wait(self.id, Interest::Write, cx.waker());
+                Poll::Pending
+            }
+        }
+    }
+
     /// Gives the stream the highest priority, without turns.
     fn go_first(&mut self) {
         let priority = self.turn.go_first();

@@ -165,6 +165,12 @@ macro_rules! kinds {
                 }
             }
 
+            fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<SendEnd> {
+                match self {
+                    $(Self::$kind(half) => half.poll_stopped(cx),)+
+                }
+            }
+
             fn go_first(&mut self) {
                 match self {
                     $(Self::$kind(half) => half.go_first(),)+

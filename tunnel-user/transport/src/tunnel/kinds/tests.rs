@@ -109,6 +109,10 @@ impl TunnelSend for EchoSend {
         ready(SendEnd::Acknowledged)
     }
 
+    fn poll_stopped(&mut self, _: &mut Context<'_>) -> Poll<SendEnd> {
+        Poll::Pending
+    }
+
     fn go_first(&mut self) {}
 
     fn tunnel_error(&self) -> Option<TunnelError> {
