@@ -68,20 +68,6 @@ impl Link {
         }
     }
 
-    /// Does as [`open`](Self::open), with halves that end with the link.
-    pub(super) async fn open_plain(
-        &self,
-        request: &DialRequest,
-    ) -> Result<(LinkSend, LinkRecv), CloseReason> {
-        match self {
-            Self::Tunnel(link) => {
-                let (send, recv) = link.open_plain(request).await?;
-                Ok((LinkSend::Tunnel(send), LinkRecv::Tunnel(recv)))
-            }
-            Self::Foreign(link) => link.clone().open(request).await,
-        }
-    }
-
     /// Ends the link and everything on it.
     pub(super) fn close(&self, reason: CloseReason) {
         match self {

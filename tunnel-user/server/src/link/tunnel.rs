@@ -59,26 +59,10 @@ impl TunnelLink {
         &self,
         request: &DialRequest,
     ) -> Result<(SessionSend, SessionRecv), CloseReason> {
-        self.open_as(request, self.notices.get()).await
-    }
-
-    /// Does as [`open`](Self::open), never as a session.
-    pub(crate) async fn open_plain(
-        &self,
-        request: &DialRequest,
-    ) -> Result<(SessionSend, SessionRecv), CloseReason> {
-        self.open_as(request, None).await
-    }
-
-    async fn open_as(
-        &self,
-        request: &DialRequest,
-        notices: Option<&Rc<Notices>>,
-    ) -> Result<(SessionSend, SessionRecv), CloseReason> {
         self.session.note_traffic(Instant::now());
         let (send, recv) = self.open_stream().await?;
         let mut preface = BytesMut::new();
-        let session = match notices {
+        let session = match self.notices.get() {
             Some(notices) => Some(notices.begin(self.fresh_session()?)),
             None => None,
         };

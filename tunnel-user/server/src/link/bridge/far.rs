@@ -35,7 +35,7 @@ pub(crate) fn open(
 async fn serve(link: Option<Link>, request: &DialRequest, outward: Outward, mut inward: Inward) {
     let opened = async {
         match link {
-            Some(link) => link.open_plain(request).await,
+            Some(link) => link.open(request).await,
             None => Err(CloseReason::LinkLost),
         }
     };
@@ -44,8 +44,11 @@ async fn serve(link: Option<Link>, request: &DialRequest, outward: Outward, mut 
         () = inward.answer.closed() => return,
     };
     match opened {
-        Ok((send, recv)) => {
-            tokio::join!(carry_out(send, outward), carry_in(recv, inward));
+        Ok((mut send, recv)) => {
+            // The client is on another shard, and ends with the link.
+            send.fix();
+            // The sending half lives as long as the other one: a session ends with it.
+            tokio::join!(carry_out(&mut send, outward), carry_in(recv, inward));
         }
         Err(reason) => {
             outward.end.send_replace(Some(SendEnd::Link(reason)));
@@ -55,9 +58,9 @@ async fn serve(link: Option<Link>, request: &DialRequest, outward: Outward, mut 
     }
 }
 
-/// Carries data to the target. Dropping `send` ends it without a report: so it lives for as long as the
-/// client's half does, even behind its end.
-pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
+/// Carries data to the target, for as long as the client's half lives, even behind its end. Dropping `send` ends it
+/// without a report.
+pub(super) async fn carry_out(send: &mut impl SendHalf, outward: Outward) {
     let Outward {
         mut chunks,
         mut orders,
@@ -75,7 +78,7 @@ pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
             && !finished
         {
             finished = true;
-            finish(&mut send, half);
+            finish(send, half);
         }
         // Finished and forgotten: what was sent still arrives.
         if finished && !heard {
@@ -105,8 +108,8 @@ pub(super) async fn carry_out(mut send: impl SendHalf, outward: Outward) {
     drop(chunks);
     while let Some(order) = orders.recv().await {
         match order {
-            Order::Finish => finish(&mut send, false),
-            Order::FinishHalf => finish(&mut send, true),
+            Order::Finish => finish(send, false),
+            Order::FinishHalf => finish(send, true),
             Order::Reset(reason) => send.reset(reason),
         }
     }
@@ -154,13 +157,21 @@ pub(super) async fn carry_in(mut recv: impl Answered, inward: Inward) {
             biased;
             reason = &mut stop => return stopped(recv, reason.ok()),
             place = batches.reserve() => match place {
-                Ok(place) => place.send(std::mem::take(&mut chunks)),
+                Ok(place) => {
+                    let bytes = chunks.iter().map(Bytes::len).sum();
+                    place.send(std::mem::take(&mut chunks));
+                    // The queue is short: what lies in it is as good as taken.
+                    recv.accepted(bytes);
+                }
                 Err(_) => return,
             },
             // A reader that has stopped must not keep what its target has taken back.
             reason = recv.reset() => break RecvEnd::Reset(reason),
         }
     };
+    if ended == RecvEnd::Finished {
+        recv.finished();
+    }
     // Before the queue is closed: a reader of all data then asks for the end.
     end.send_replace(Some(ended));
     drop(batches);

@@ -113,7 +113,8 @@ fn run(test: impl AsyncFnOnce(Rc<Script>, BridgeSend, BridgeRecv)) {
     let test = async {
         let script = Rc::new(Script::default());
         let ((send, out), (recv, inn)) = (outward(), inward());
-        tokio::task::spawn_local(far::carry_out(Half(script.clone(), "send"), out));
+        let mut half = Half(script.clone(), "send");
+        tokio::task::spawn_local(async move { far::carry_out(&mut half, out).await });
         tokio::task::spawn_local(far::carry_in(Half(script.clone(), "recv"), inn));
         let test = test(script, send, recv);
         timeout(Duration::from_secs(5), test).await.unwrap();
