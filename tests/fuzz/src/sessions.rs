@@ -29,6 +29,8 @@ pub mod state;
 pub mod unconfirmed;
 #[path = "../../../tunnel-user/session/src/violation.rs"]
 pub mod violation;
+#[path = "../../../tunnel-user/session/src/window.rs"]
+pub mod window;
 
 pub use carried::Carried;
 pub use notices::Notices;

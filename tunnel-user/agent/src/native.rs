@@ -193,12 +193,13 @@ async fn introduce(
     };
     let server = Arc::new(server);
     worker.sessions.succeed(worker, &server, &info.stats);
+    let probe = connection.probe();
     let carrier = Rc::new(Carrier {
         server_id: info.server_id.clone(),
         server,
         stats: info.stats.clone(),
         session: session.clone(),
-        notices: Notices::new(),
+        notices: Notices::new(move || probe.path().rtt),
         connection: connection.clone(),
     });
     let tunnel = Rc::new(Tunnel {

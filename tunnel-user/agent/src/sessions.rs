@@ -407,6 +407,7 @@ mod tests {
         let metrics = SessionMetrics::register(&mut Registry::default());
         let bounds = Bounds {
             bytes: 1000,
+            window: 1000,
             budget: Budget::new(1000),
             held: metrics.held.clone(),
         };

@@ -216,6 +216,8 @@ pub struct AgentLimits {
     pub resume: Duration,
     /// Bytes that one connection keeps until the server has confirmed them.
     pub session_bytes: u64,
+    /// Maximum number of bytes of one connection on their way to the other end's socket.
+    pub stream_window: u32,
     /// Connections at once that wait for another tunnel.
     pub waiting_sessions: usize,
 }
@@ -227,7 +229,8 @@ impl Default for AgentLimits {
             connections: 10_000,
             stalled_bytes: memory::share(1 << 30),
             resume: Duration::from_secs(120),
-            session_bytes: 4 << 20,
+            session_bytes: 16 << 20,
+            stream_window: 16 << 20,
             waiting_sessions: 10_000,
         }
     }
@@ -287,6 +290,7 @@ impl AgentConfig {
             Some(self.limits.waiting_sessions),
         )])?;
         super::check_resume(self.limits.resume)?;
+        super::check_stream_window(self.limits.stream_window)?;
         self.transport.check()?;
         self.audit.check()?;
         if self.tls.renew && self.tls.cert != self.tls.key {

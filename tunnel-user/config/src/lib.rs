@@ -28,6 +28,7 @@ mod write;
 
 use std::borrow::Cow;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -87,6 +88,18 @@ fn check_resume(resume: Duration) -> Result<(), ConfigError> {
         return Ok(());
     }
     Err(ConfigError::value("limits.resume", "must be at most 1 h"))
+}
+
+/// Permitted windows of a stream, in bytes.
+const STREAM_WINDOWS: RangeInclusive<u32> = 64 << 10..=256 << 20;
+
+/// Checks the window of a stream.
+fn check_stream_window(window: u32) -> Result<(), ConfigError> {
+    if STREAM_WINDOWS.contains(&window) {
+        return Ok(());
+    }
+    let why = format!("must be in {STREAM_WINDOWS:?} bytes");
+    Err(ConfigError::value("limits.stream_window", why))
 }
 
 /// Checks a number of shards.

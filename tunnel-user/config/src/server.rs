@@ -361,6 +361,8 @@ pub struct LimitsConfig {
     pub resume: Duration,
     /// Bytes that one connection keeps until its agent has confirmed them.
     pub session_bytes: u64,
+    /// Maximum number of bytes of one connection on their way to the other end's socket.
+    pub stream_window: u32,
     /// Connections at once that wait for another tunnel.
     pub waiting_sessions: usize,
     /// The same for each tenant, if it is to be less.
@@ -496,6 +498,7 @@ impl LimitsConfig {
                 Some(self.waiting_sessions_per_agent),
             ),
         ])?;
+        super::check_stream_window(self.stream_window)?;
         super::above_zero([
             ("limits.session_bytes", Some(self.session_bytes)),
             ("limits.stalled_bytes", Some(self.stalled_bytes)),
@@ -548,7 +551,8 @@ impl Default for LimitsConfig {
             stalled_bytes_per_tenant: None,
             stalled_bytes_per_tunnel: None,
             resume: Duration::from_secs(120),
-            session_bytes: 4 << 20,
+            session_bytes: 16 << 20,
+            stream_window: 16 << 20,
             waiting_sessions: 16_000,
             waiting_sessions_per_tenant: None,
             waiting_sessions_per_agent: 8000,

@@ -170,6 +170,7 @@ impl Lost {
         let tenant = common.tenants.of(&tenant);
         let bounds = Bounds {
             bytes: common.limits.session_bytes,
+            window: common.limits.stream_window.into(),
             budget: { &tenant.budget }.part(common.limits.stalled_bytes_per_tunnel()),
             held: common.metrics.sessions.held.clone(),
         };

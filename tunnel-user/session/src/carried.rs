@@ -3,8 +3,9 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tunnel_proto::close::CloseReason;
 use tunnel_proto::resumption::Confirmation;
 use tunnel_proto::varint::VarInt;
@@ -12,10 +13,12 @@ use tunnel_proto::varint::VarInt;
 use super::notices::Notices;
 use super::session::{Effect, Hold};
 use super::state::{Detached, SessionState};
+use super::window;
 use cpc_datapath::stream::Held;
 
-/// Number of accepted bytes after which this end sends a confirmation at once.
-const TELL_AFTER: u64 = 256 << 10;
+/// Number of bytes in both directions from which on the server offers to hold a session, however young it is: its sender
+/// needs confirmations. A third of the initial window, so that they come before that is full.
+const LARGE: u64 = window::LEAST / 3;
 
 /// A session that a tunnel carries.
 #[derive(Debug)]
@@ -51,6 +54,8 @@ struct Inner {
     early: Option<Confirmation>,
     /// Whether this end waits for the other one's answer to its resumption.
     is_resuming: bool,
+    /// Whether this end offers to hold the session once it is large.
+    offers: bool,
 }
 
 impl Carried {
@@ -72,6 +77,7 @@ impl Carried {
                 is_counted: false,
                 early: None,
                 is_resuming: false,
+                offers: false,
             }),
         })
     }
@@ -86,6 +92,38 @@ impl Carried {
         let mut inner = self.inner.borrow_mut();
         let state = inner.state.as_mut()?;
         Some(change(state))
+    }
+
+    /// Notes at the server that the agent has begun the session.
+    pub(super) fn begun(self: &Rc<Self>) {
+        self.inner.borrow_mut().offers = true;
+        self.offer_if_large();
+    }
+
+    /// Notes the first bytes of `chunk` that the stream has taken, `n` of them.
+    pub(super) fn sent(self: &Rc<Self>, chunk: Option<Bytes>, n: usize) {
+        if n > 0 {
+            self.change(|state| state.sent(chunk, n));
+            self.offer_if_large();
+        }
+    }
+
+    /// Offers at the server to hold the session, once it has carried enough.
+    pub(super) fn offer_if_large(self: &Rc<Self>) {
+        let mut inner = self.inner.borrow_mut();
+        if !inner.offers {
+            return;
+        }
+        let Some(state) = &mut inner.state else {
+            return;
+        };
+        if state.carried() < LARGE {
+            return;
+        }
+        state.offer();
+        inner.offers = false;
+        drop(inner);
+        self.queue(true);
     }
 
     /// Queues a notice.
@@ -197,7 +235,7 @@ impl Carried {
             return;
         }
         let written = state.session.inbound.accepted().written;
-        let is_urgent = written - told >= TELL_AFTER;
+        let is_urgent = written - told >= window::confirm_after(written);
         if is_urgent {
             inner.told = written;
         }
@@ -207,6 +245,7 @@ impl Carried {
 
     /// Takes in a notice of the other end.
     pub(super) fn heard(self: &Rc<Self>, confirmation: Option<&Confirmation>) {
+        let rtt = self.notices.upgrade().map_or(Duration::ZERO, |it| it.rtt());
         let mut inner = self.inner.borrow_mut();
         if inner.is_resuming {
             inner.early = confirmation.copied();
@@ -221,7 +260,11 @@ impl Carried {
         };
         let before = milestones(state);
         let effect = match confirmation {
-            Some(confirmation) => state.confirmed(confirmation),
+            Some(confirmation) => {
+                let effect = state.confirmed(confirmation);
+                state.adapt_window(Instant::now(), rtt);
+                effect
+            }
             None => Ok(state.unknown_to_peer()),
         };
         let reset = match effect {

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use tunnel_proto::close::CloseReason;
 
 use super::carried::Carried;
@@ -80,19 +80,39 @@ impl SessionSend {
             None => None,
             Some(true) => Some(chunk.clone()),
             Some(false) if chunk.is_empty() => None,
-            Some(false) => {
-                let lost = session.lost().map(|reason| Err(SendEnd::Link(reason)));
-                return lost.map_or(Poll::Pending, Poll::Ready);
-            }
+            Some(false) => return poll_stopped(stream, session, cx),
         };
         let length = chunk.len();
-        let sent = stream.poll_send(cx, chunk);
-        let n = length - chunk.len();
-        if n > 0 {
-            session.change(|state| state.sent(copy, n));
+        let room = session.change(|state| state.room()).unwrap_or(u64::MAX);
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        if length == 0 || room >= length {
+            let sent = stream.poll_send(cx, chunk);
+            session.sent(copy, length - chunk.len());
+            return sent.map_err(|end| moved(session, end));
         }
-        sent.map_err(|end| moved(session, end))
+        if room > 0 {
+            let mut part = chunk.slice(..room);
+            let sent = stream.poll_send(cx, &mut part);
+            let n = room - part.len();
+            chunk.advance(n);
+            session.sent(copy, n);
+            ready!(sent).map_err(|end| moved(session, end))?;
+        }
+        poll_stopped(stream, session, cx)
     }
+}
+
+/// Waits for the end of a half that may send nothing until the other end has confirmed more: that wakes the relay.
+fn poll_stopped(
+    stream: &mut Send,
+    session: &Carried,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), SendEnd>> {
+    if let Poll::Ready(end) = stream.poll_stopped(cx) {
+        return Poll::Ready(Err(moved(session, end)));
+    }
+    let lost = session.lost().map(|reason| Err(SendEnd::Link(reason)));
+    lost.map_or(Poll::Pending, Poll::Ready)
 }
 
 impl SendHalf for SessionSend {
@@ -231,6 +251,13 @@ impl SessionRecv {
         &mut self.stream
     }
 
+    /// Notes at the server that the agent has begun the session: it knows what is told about it.
+    pub fn begun(&self) {
+        if let Some(session) = &self.session {
+            session.begun();
+        }
+    }
+
     fn poll_recv(
         &mut self,
         cx: &mut Context<'_>,
@@ -248,6 +275,7 @@ impl SessionRecv {
             Poll::Ready(Ok(())) => {
                 let n: usize = into[before..].iter().map(Bytes::len).sum();
                 let taken = session.change(|state| state.session.inbound.receive(n as u64));
+                session.offer_if_large();
                 if let Some(Err(violation)) = taken {
                     tracing::warn!(%violation, "the peer broke the protocol of sessions");
                     return Poll::Ready(Err(RecvEnd::Reset(CloseReason::ProtocolError)));

@@ -56,6 +56,11 @@ impl Inbound {
         self.is_refused = true;
     }
 
+    /// Returns the number of received bytes.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
     /// Returns the number of received bytes that are not written.
     pub fn unwritten(&self) -> u64 {
         self.received - self.written

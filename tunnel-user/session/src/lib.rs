@@ -16,14 +16,15 @@
 //! began, are the offset of a byte. [`Confirmation`](tunnel_proto::resumption::Confirmation)s travel beside the data, those of all sessions
 //! together.
 //!
-//! A session starts plain and costs nothing. When it has lived for a while, the server's end offers to hold
-//! it ([`Hold`]).
+//! A session starts plain and costs nothing. When it has lived for a while or carried much, the server's end offers to
+//! hold it ([`Hold`]).
 //!
 //! | module | content |
 //! | --- | --- |
 //! | [`outbound`], [`inbound`] | one direction at its sender and at its receiver |
 //! | [`session`] | both directions, their ends, the loss of a tunnel and the resumption |
 //! | [`violation`] | breaches of the protocol by the other end |
+//! | [`window`] | the number of bytes that a sender may have on their way |
 //! | [`unconfirmed`] | the kept bytes of a socket that can't keep them itself |
 //! | [`state`] | all of these for one session |
 //! | [`saved`] | sessions between two processes |
@@ -45,6 +46,7 @@ pub mod session;
 pub mod state;
 pub mod unconfirmed;
 pub mod violation;
+pub mod window;
 
 pub use carried::Carried;
 pub use halves::{SessionRecv, SessionSend};

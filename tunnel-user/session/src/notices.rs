@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
 use std::future::pending;
 use std::rc::Rc;
 use std::time::Duration;
@@ -49,7 +50,6 @@ pub enum NoticesEnd {
 }
 
 /// The sessions of one tunnel.
-#[derive(Debug)]
 pub struct Notices {
     sessions: RefCell<HashMap<VarInt, Rc<Carried>>>,
     last_number: Cell<u64>,
@@ -71,11 +71,23 @@ pub struct Notices {
     is_eager: Cell<bool>,
     /// Time at which the tunnel was last said to be in use.
     used: Cell<Option<Instant>>,
+    /// Round-trip time of the tunnel.
+    rtt: Box<dyn Fn() -> Duration>,
+}
+
+impl fmt::Debug for Notices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Notices")
+            .field("sessions", &self.sessions.borrow().len())
+            .field("held", &self.held.get())
+            .field("lost", &self.lost.get())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Notices {
-    /// Creates the sessions of a fresh tunnel.
-    pub fn new() -> Rc<Self> {
+    /// Creates the sessions of a fresh tunnel, whose round-trip time `rtt` returns.
+    pub fn new(rtt: impl Fn() -> Duration + 'static) -> Rc<Self> {
         Rc::new(Self {
             sessions: RefCell::default(),
             last_number: Cell::new(0),
@@ -89,7 +101,13 @@ impl Notices {
             lost: Cell::new(None),
             is_eager: Cell::new(false),
             used: Cell::new(None),
+            rtt: Box::new(rtt),
         })
+    }
+
+    /// Returns the round-trip time of the tunnel.
+    pub(super) fn rtt(&self) -> Duration {
+        (self.rtt)()
     }
 
     /// Adds a session that the server begins, and returns it with its key.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use prometheus_client::metrics::gauge::Gauge;
@@ -15,6 +15,7 @@ use super::saved::InvalidState;
 use super::session::{Effect, Hold, Resumed, Session};
 use super::unconfirmed::Unconfirmed;
 use super::violation::Violation;
+use super::window::Window;
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 use cpc_observe::metrics::GaugeGuard;
@@ -30,6 +31,8 @@ const CHUNK_COST: u64 = 128;
 pub struct Bounds {
     /// Maximum number of bytes that one session keeps. A sender waits for confirmations from there on.
     pub bytes: u64,
+    /// Maximum number of bytes on their way to the other end's socket.
+    pub window: u64,
     /// Budget that is charged for them.
     pub budget: Budget,
     /// Counts the sessions that both ends hold.
@@ -42,6 +45,8 @@ pub struct SessionState {
     /// The decisions.
     pub session: Session,
     kept: Unconfirmed,
+    /// Bound on the bytes on their way to the other end's socket.
+    window: Window,
     /// Kept bytes that the present stream has yet to carry.
     resend: VecDeque<Bytes>,
     bounds: Arc<Bounds>,
@@ -87,6 +92,7 @@ impl SessionState {
         Self {
             session: Session::new(id),
             kept: Unconfirmed::default(),
+            window: Window::new(bounds.window),
             resend: VecDeque::new(),
             bounds,
             charge: None,
@@ -135,10 +141,31 @@ impl SessionState {
         self.change_hold(|session| session.confirmed(peer))
     }
 
+    /// Adapts the window to what the other end has confirmed, over a path with this round-trip time.
+    pub fn adapt_window(&mut self, now: Instant, rtt: Duration) {
+        let confirmed = self.session.outbound.confirmed();
+        self.window.confirmed(confirmed, now, rtt);
+    }
+
+    /// Returns the number of bytes that may be sent now. Otherwise confirmations make room.
+    pub fn room(&mut self) -> u64 {
+        let outbound = &self.session.outbound;
+        match outbound.is_done() {
+            true => u64::MAX,
+            false => self.window.room(outbound.taken() - outbound.confirmed()),
+        }
+    }
+
+    /// Returns the number of bytes that the session has carried.
+    pub fn carried(&self) -> u64 {
+        self.session.outbound.taken() + self.session.inbound.received()
+    }
+
     /// Notes that the other end does not know the session. See [`Session::unknown_to_peer`].
     pub fn unknown_to_peer(&mut self) -> Effect {
         let effect = self.session.unknown_to_peer();
         self.held = None;
+        self.window.open();
         self.release(effect.release);
         effect
     }
@@ -304,6 +331,7 @@ impl SessionState {
             kept,
             resend: VecDeque::new(),
             held: Some(GaugeGuard::new(&bounds.held)),
+            window: Window::new(bounds.window),
             bounds,
             charge: None,
             registration: None,
@@ -355,6 +383,7 @@ mod tests {
         let budget = Budget::new(1 << 20);
         let bounds = Bounds {
             bytes: 1 << 20,
+            window: 1 << 20,
             budget: budget.clone(),
             held: Gauge::default(),
         };

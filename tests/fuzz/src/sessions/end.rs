@@ -59,6 +59,7 @@ impl End {
     fn with(make: impl FnOnce(&Arc<Bounds>, Instant) -> Option<SessionState>) -> Option<Self> {
         let bounds = Arc::new(Bounds {
             bytes: BOUNDS.0,
+            window: BOUNDS.0,
             budget: Budget::new(BOUNDS.1),
             held: Gauge::default(),
         });

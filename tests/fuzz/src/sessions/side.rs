@@ -94,6 +94,7 @@ fn byte(side: usize, offset: u64) -> u8 {
 fn bounds() -> Arc<Bounds> {
     Arc::new(Bounds {
         bytes: KEPT,
+        window: KEPT,
         budget: Budget::new(1 << 20),
         held: Gauge::default(),
     })

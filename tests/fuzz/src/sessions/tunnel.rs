@@ -354,10 +354,11 @@ async fn drive(mut data: &[u8]) {
     let stream = Rc::new(RefCell::default());
     let mut tunnel = Tunnel {
         is_server: take_byte(&mut data).unwrap_or_default() < 128,
-        notices: Notices::new(),
+        notices: Notices::new(|| Duration::from_millis(1)),
         stream: stream.clone(),
         bounds: Arc::new(Bounds {
             bytes: 16 << 10,
+            window: 16 << 10,
             budget: Budget::new(64 << 10),
             held: Gauge::default(),
         }),

@@ -107,6 +107,7 @@ impl Serving {
         let dialers = dialers(&identity, setup).collect();
         let bounds = Bounds {
             bytes: config.limits.session_bytes,
+            window: config.limits.stream_window.into(),
             budget: budget.part(config.limits.stalled_bytes / 2),
             held: metrics.held.clone(),
         };

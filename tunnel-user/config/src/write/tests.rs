@@ -120,6 +120,7 @@ limits:
   stalled_bytes_per_tunnel: 13
   resume: 0s
   session_bytes: 14
+  stream_window: 65536
   waiting_sessions: 15
   waiting_sessions_per_tenant: 16
   waiting_sessions_per_agent: 17
@@ -162,7 +163,7 @@ state_dir: s
 allow: [{cidr: 10.0.0.0/8, ports: [10250]}, {name: "*.svc"}]
 admin: "[::1]:1"
 health: "[::1]:2"
-limits: {drain: forever, connections: 1, stalled_bytes: 2, resume: 3s, session_bytes: 4, waiting_sessions: 5}
+limits: {drain: forever, connections: 1, stalled_bytes: 2, resume: 3s, session_bytes: 4, stream_window: 268435456, waiting_sessions: 5}
 log: {filter: "", format: json, access: false}
 audit: {directory: /a, keep: 2, max_bytes: 3, journal: true}
 "#;

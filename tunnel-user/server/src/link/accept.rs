@@ -75,6 +75,7 @@ pub(super) async fn serve(
         notices: OnceCell::new(),
         bounds: Arc::new(Bounds {
             bytes: shard.limits.session_bytes,
+            window: shard.limits.stream_window.into(),
             budget: { &tenant.budget }.part(shard.limits.stalled_bytes_per_tunnel()),
             held: shard.metrics.sessions.held.clone(),
         }),

@@ -229,7 +229,8 @@ impl Session<'_> {
         if send.send(&mut head.freeze()).await.is_err() {
             return;
         }
-        let notices = Notices::new();
+        let probe = link.connection.probe();
+        let notices = Notices::new(move || probe.path().rtt);
         // The tunnel is new.
         let _ = link.notices.set(notices.clone());
         { &shard.processes }.arrived(process, link.peer.clone(), &link.info);

@@ -57,7 +57,13 @@ impl LinkRecv {
 impl Answered for LinkRecv {
     async fn answer(&mut self) -> Answer {
         match self {
-            Self::Tunnel(recv) => recv.stream().read_head(DialResponse::decode).await,
+            Self::Tunnel(recv) => {
+                let answer = recv.stream().read_head(DialResponse::decode).await;
+                if let Ok(DialResponse::Connected) = answer {
+                    recv.begun();
+                }
+                answer
+            }
             Self::Foreign(recv) => recv.answer().await,
         }
     }

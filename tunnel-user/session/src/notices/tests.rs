@@ -77,6 +77,7 @@ impl Peer {
 fn state(bytes: u64) -> SessionState {
     let bounds = Bounds {
         bytes,
+        window: 1 << 20,
         budget: Budget::new(1 << 30),
         held: Gauge::default(),
     };
@@ -103,7 +104,7 @@ fn run<F: Future<Output = ()>>(test: impl FnOnce(Rc<Notices>, Peer) -> F) {
     LocalSet::new().block_on(&runtime, async {
         pause();
         let (halves, peer) = pair();
-        let notices = Notices::new();
+        let notices = Notices::new(|| Duration::from_millis(1));
         let ran = notices.clone();
         tokio::task::spawn_local(async move { ran.run(halves, || ()).await });
         test(notices, peer).await;
