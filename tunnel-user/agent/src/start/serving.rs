@@ -45,6 +45,7 @@ use cpc_observe::logging::LogHandle;
 use cpc_observe::metrics::ours;
 use cpc_observe::sessions::SessionMetrics;
 use cpc_session::Bounds;
+use cpc_session::window::credit;
 use cpc_transport::quic::MemoryBounds;
 use cpc_transport::quic::config::Setup;
 
@@ -271,6 +272,7 @@ fn setup(
     let memory = MemoryBounds {
         budget: budget.clone(),
         per_tunnel: config.limits.stalled_bytes / 2,
+        stream_window: credit(config.limits.stream_window, config.limits.resume),
         ended_by_tunnel: limits.refusals(STALLED_BYTES),
         ended_by_budget: limits.refusals(STALLED_BYTES),
     };

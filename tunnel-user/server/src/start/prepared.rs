@@ -14,6 +14,7 @@ use cpc_identity::Identity;
 use cpc_identity::revoked::Revocations;
 use cpc_observe::metrics::ours;
 use cpc_observe::reload::ReloadMetrics;
+use cpc_session::window::credit;
 use cpc_transport::quic::MemoryBounds;
 use prometheus_client::registry::Registry;
 
@@ -89,6 +90,7 @@ impl Prepared {
         let memory = MemoryBounds {
             budget: budget.clone(),
             per_tunnel: config.limits.stalled_bytes_per_tunnel(),
+            stream_window: credit(config.limits.stream_window, config.limits.resume),
             ended_by_tunnel: refusals(Limit::StalledBytesPerTunnel),
             ended_by_budget: refusals(Limit::StalledBytes),
         };

@@ -20,15 +20,14 @@ use super::metrics::UdpMetrics;
 use super::secret::Secret;
 use super::steering::Spread;
 use super::udp::Udp;
-use super::windows::STREAM_WINDOW;
 use super::{Endpoint, offload, path, udp};
 use cpc_config::TransportConfig as PathConfig;
 use cpc_config::transport::MAX_DIALS;
 use cpc_host::report::report;
 use cpc_identity::{ALPN, Material, Role, tunnel_provider};
 
-/// Maximum number of unacknowledged bytes on one tunnel.
-const SEND_WINDOW: u64 = 16 << 20;
+/// Maximum number of unacknowledged bytes on one tunnel, until the path is known to take more.
+pub(super) const SEND_WINDOW: u64 = 16 << 20;
 
 /// Time without a packet after which a tunnel ends, with all its streams.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -126,6 +125,7 @@ impl Setup {
         let mut transport = transport();
         transport
             .max_concurrent_bidi_streams(VarInt::from_u32(streams))
+            .stream_receive_window(VarInt::from_u32(self.memory.stream_window))
             .enable_segmentation_offload(self.is_segmented);
         path::apply(&self.path, remote, &mut transport);
         transport
@@ -262,7 +262,6 @@ fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         // Never the bound: unread streams must not use up the credit of the others. What they may
         // hold is bounded by the stream window and by what is charged for it (see `ledger`).
         .receive_window(VarInt::MAX)

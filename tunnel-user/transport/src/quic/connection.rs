@@ -20,6 +20,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 use tunnel_proto::close::CloseReason;
 
+use super::config::SEND_WINDOW;
 use super::endpoint::Shared;
 use super::ledger::{Excess, Ledger};
 use super::send_scheduler::SendScheduler;
@@ -33,6 +34,9 @@ use cpc_datapath::Budget;
 
 /// UDP payload of a full packet on Ethernet, in bytes.
 const USUAL_PACKET: u16 = 1472;
+
+/// Maximum number of unacknowledged bytes on one tunnel over a long path.
+const MAX_SEND_WINDOW: u64 = 64 << 20;
 
 /// A connection. Dropping the last handle closes it, with all its streams.
 #[derive(Clone)]
@@ -200,6 +204,9 @@ impl State {
     pub(super) fn next_turn(&mut self) {
         let window = self.proto.congestion_state().window();
         self.send_scheduler.next(window, self.proto.rtt());
+        // What is in flight, and as much again for the next round trip.
+        let unacknowledged = (2 * window).clamp(SEND_WINDOW, MAX_SEND_WINDOW);
+        self.proto.set_send_window(unacknowledged);
         while let Some(id) = self.late.pop() {
             self.wake(id, Interest::Write);
         }

@@ -12,7 +12,6 @@ use prometheus_client::metrics::counter::Counter;
 use quinn_proto::StreamId;
 use rustc_hash::FxBuildHasher;
 
-use super::windows::STREAM_HELD;
 use cpc_datapath::Budget;
 use cpc_datapath::budget::Charge;
 
@@ -47,9 +46,18 @@ const FREE: u64 = 16 << 10;
 /// Unit of charging, in bytes.
 const BLOCK: u64 = 64 << 10;
 
-/// Maximum number of bytes that one stream may hold behind a gap: eight times its window, because early
-/// reads give credit. A gap is filled in two round trips; a stream moves a window in each.
-pub(super) const STREAM_AHEAD: u64 = 8 << 20;
+/// Maximum number of bytes of packets that quinn-proto keeps for a stream whose reader has stopped, by its window: its
+/// assembler joins chunks once they take one and a half windows more than they hold.
+fn held_of(window: u32) -> u64 {
+    u64::from(window) / 2 * 5
+}
+
+/// Maximum number of bytes that one stream may hold behind a gap, by its window: early reads give credit. A gap is
+/// filled in two round trips; a stream moves a window in each. A window that is no larger than a short path needs is a
+/// part of that.
+fn ahead_of(window: u32) -> u64 {
+    (u64::from(window) * 4).max(8 << 20)
+}
 
 /// Bounds of the memory that this process holds for peers.
 #[derive(Clone, Debug)]
@@ -58,6 +66,8 @@ pub struct MemoryBounds {
     pub budget: Budget,
     /// Maximum number of bytes of one tunnel.
     pub per_tunnel: u64,
+    /// Maximum number of bytes that the peer may send on one stream before they are read.
+    pub stream_window: u32,
     /// Counter of streams and tunnels that ended at the bound of a stream or tunnel.
     pub ended_by_tunnel: Counter,
     /// Counter of streams and tunnels that ended at the bound of the process or of a tenant.
@@ -65,11 +75,12 @@ pub struct MemoryBounds {
 }
 
 impl MemoryBounds {
-    /// Creates bounds with counters of their own.
+    /// Creates bounds with counters of their own, and a window of 1 MiB.
     pub fn new(budget: Budget, per_tunnel: u64) -> Self {
         Self {
             budget,
             per_tunnel,
+            stream_window: 1 << 20,
             ended_by_tunnel: Counter::default(),
             ended_by_budget: Counter::default(),
         }
@@ -123,8 +134,7 @@ struct Holding {
 
 impl Holding {
     fn unread(&self) -> u64 {
-        let packets = self.packets.min(u64::from(STREAM_HELD));
-        packets + (self.frames.min(FRAMES) * FRAME).max(self.list)
+        self.packets + (self.frames.min(FRAMES) * FRAME).max(self.list)
     }
 
     fn cost(&self) -> u64 {
@@ -168,8 +178,9 @@ impl Ledger {
 
     /// Adds a frame of `id` that arrived in a packet of `size` bytes.
     pub(super) fn arrived(&mut self, id: StreamId, size: usize) {
+        let most = held_of(self.bounds.stream_window);
         self.change(id, |holding| {
-            holding.packets += size as u64;
+            holding.packets = most.min(holding.packets + size as u64);
             holding.frames += 1;
             holding.list = holding.list.max(list_of(holding.frames));
         });
@@ -309,7 +320,7 @@ impl Ledger {
     /// Whether `id` holds more behind a gap than a stream may.
     pub(super) fn is_too_far_ahead(&self, id: StreamId) -> bool {
         let ahead = self.streams.get(&id).map_or(0, |holding| holding.ahead);
-        let is_over = ahead > STREAM_AHEAD;
+        let is_over = ahead > ahead_of(self.bounds.stream_window);
         if is_over {
             self.bounds.ended_by_tunnel.inc();
         }
@@ -461,7 +472,7 @@ mod tests {
         for _ in 0..20 {
             pour(&mut ledger, stream(0));
         }
-        assert_eq!(ledger.held, u64::from(STREAM_HELD) + FRAMES * FRAME);
+        assert_eq!(ledger.held, held_of(1 << 20) + FRAMES * FRAME);
     }
 
     #[test]

@@ -33,7 +33,6 @@ mod tunnel;
 pub mod udp;
 mod validation;
 mod waiting;
-mod windows;
 
 pub use connection::{Connection, PathView};
 pub use endpoint::{Endpoint, Incoming};
