@@ -135,11 +135,13 @@ fn a_download_arrives_whole_though_the_client_talks_to_nobody() -> Result<()> {
             for round in 0..TIMES {
                 let socket = dial(puppet.address)?;
                 let target = puppet.accept()?;
-                client::send(&target, MEBIBYTE)?;
+                // As much as finds room on the way while the client reads nothing.
+                let bytes = MEBIBYTE / 4;
+                client::send(&target, bytes)?;
                 close_when_sent(target)?;
                 let received = client::receive(Chatter(&socket));
                 let received = received.with_context(|| format!("{frontend:?}, round {round}"))?;
-                assert_eq!(received, MEBIBYTE, "{frontend:?}, round {round}");
+                assert_eq!(received, bytes, "{frontend:?}, round {round}");
             }
             Ok(())
         })?;

@@ -6,7 +6,9 @@
 //! ```
 //!
 //! Environment: `ROUNDS` (3), `DURATION` (10, seconds of each measurement, after half as much to warm
-//! up), `CONGESTION` (cubic), `CASES` (all; beginnings of their names, joined by commas).
+//! up), `CONGESTION` (cubic, of the kernel's TCP), `TUNNEL` (cubic, `transport.congestion` of server and
+//! agent), `KEEPER` (0; 1: server and agent have one), `CASES` (all; beginnings of their names, joined by
+//! semicolons).
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,11 +16,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use serde_json::json;
 use socket2::{SockRef, Socket};
 use tunnel_tests::frontend::{Frontend, patient};
+use tunnel_tests::keeper::Keeper;
 use tunnel_tests::lab::shaper::{Impairment, Link};
 use tunnel_tests::lab::worker::Worker;
 use tunnel_tests::lab::{self, Lab, LabSpec, Programs, address};
+use tunnel_tests::side::Side;
 use tunnel_tests::target::Behaviour;
 
 const MEGABIT: u64 = 1_000_000;
@@ -36,7 +41,34 @@ fn cases() -> Vec<(&'static str, Impairment)> {
         reorder_by: Duration::from_millis(10),
         ..bottleneck(100, 300_000)
     };
+    // A queue of one bandwidth-delay product.
+    let long = |rate: u64, rtt: u64| {
+        let rtt = Duration::from_millis(rtt);
+        Impairment {
+            rate: Some(rate * MEGABIT),
+            queue: usize::try_from(rate * 125 * rtt.as_millis() as u64).unwrap_or(usize::MAX),
+            ..Impairment::of_rtt(rtt)
+        }
+    };
     vec![
+        ("1 Gbit/s, 10 ms", long(1000, 10)),
+        ("1 Gbit/s, 50 ms", long(1000, 50)),
+        ("1 Gbit/s, 200 ms", long(1000, 200)),
+        ("100 Mbit/s, 200 ms", long(100, 200)),
+        (
+            "1 Gbit/s, 50 ms, 0.1 % loss",
+            Impairment {
+                loss: 0.001,
+                ..long(1000, 50)
+            },
+        ),
+        (
+            "1 Gbit/s, 50 ms, 1 % loss",
+            Impairment {
+                loss: 0.01,
+                ..long(1000, 50)
+            },
+        ),
         ("1 % loss", loss(0.01)),
         ("3 % loss", loss(0.03)),
         ("0.1 % loss", loss(0.001)),
@@ -116,19 +148,32 @@ fn against_the_kernels_tcp() -> Result<()> {
     let congestion = std::env::var("CONGESTION").unwrap_or_else(|_| "cubic".into());
     let wanted = std::env::var("CASES").unwrap_or_default();
 
-    let mut lab = Lab::without_connector(LabSpec::new(Programs::of_this_test()?))?;
-    let shaper = lab.shape(Link::Worker(1))?;
-    // What an earlier connection has learned would start the next one.
-    lab.workers[0]
-        .netns
-        .sysctl("ipv4/tcp_no_metrics_save", "1")?;
-    lab.start_connector()?;
+    let programs = Programs::of_this_test()?;
+    let tunnels = std::env::var("TUNNEL").unwrap_or_else(|_| "cubic".into());
+    let has_keeper = setting("KEEPER", 0)? > 0;
+    let (lab, (shaper, _keepers)) = Lab::up_with(LabSpec::new(programs.clone()), |lab| {
+        // What an earlier connection has learned would start the next one.
+        let worker = &lab.workers[0].netns;
+        worker.sysctl("ipv4/tcp_no_metrics_save", "1")?;
+        for side in [Side::Server, Side::Agent] {
+            let daemon = side.daemon(lab)?;
+            daemon.configure(|config| config["transport"]["congestion"] = json!(tunnels))?;
+        }
+        let mut keepers = Vec::new();
+        if has_keeper {
+            lab.keep_state()?;
+            for side in [Side::Server, Side::Agent] {
+                keepers.push(Keeper::start(&programs.cpc, side.daemon(lab)?)?);
+            }
+        }
+        Ok((lab.shape(Link::Worker(1))?, keepers))
+    })?;
     let direct = direct_source(&lab.workers[0], &congestion)?;
     let source = SocketAddr::from((address::node(1), Behaviour::Source.port()));
     let cases = cases();
     let chosen = cases
         .iter()
-        .filter(|(name, _)| wanted.split(',').any(|part| name.starts_with(part)));
+        .filter(|(name, _)| wanted.split(';').any(|part| name.starts_with(part)));
     for (name, path) in chosen {
         shaper.set(*path);
         let [mut tcp, mut tunnel] = [Vec::new(), Vec::new()];
