@@ -229,8 +229,8 @@ impl Default for AgentLimits {
             connections: 10_000,
             stalled_bytes: memory::share(1 << 30),
             resume: Duration::from_secs(120),
-            session_bytes: 16 << 20,
-            stream_window: 16 << 20,
+            session_bytes: 4 << 20,
+            stream_window: 4 << 20,
             waiting_sessions: 10_000,
         }
     }
