@@ -31,7 +31,8 @@ impl Arrivals {
         self.opened.set(Some(opened));
     }
 
-    /// Whether no more streams are waited for. Transports accept streams in the order in which they were opened.
+    /// Returns `true` once the agent need not wait for more streams. Transports accept streams in the order in which they
+    /// were opened.
     pub(super) fn are_over(&self, now: Instant) -> bool {
         match self.opened.get() {
             Some(opened) => self.arrived.get() >= opened,

@@ -400,7 +400,7 @@ impl Tunnel {
         self.session.with(|s| s.drain(time, reason))
     }
 
-    /// Whether streams are open, or still to come.
+    /// Returns `true` while streams are open, or still to come.
     fn is_in_use(&self) -> bool {
         let streams = &self.info.stats.streams;
         !self.arrivals.are_over(Instant::now()) || streams.load(Ordering::Relaxed) > 0

@@ -54,7 +54,7 @@ struct Inner {
     early: Option<Confirmation>,
     /// Whether this end waits for the other one's answer to its resumption.
     is_resuming: bool,
-    /// Whether this end offers to hold the session once it is large.
+    /// Duty of this end to offer to hold the session, once that is large.
     offers: bool,
 }
 
@@ -94,7 +94,7 @@ impl Carried {
         Some(change(state))
     }
 
-    /// Notes at the server that the agent has begun the session.
+    /// Notes, on the server, that the agent has the session.
     pub(super) fn begun(self: &Rc<Self>) {
         self.inner.borrow_mut().offers = true;
         self.offer_if_large();

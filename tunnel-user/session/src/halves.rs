@@ -83,9 +83,15 @@ impl SessionSend {
             Some(false) => return poll_stopped(stream, session, cx),
         };
         let length = chunk.len();
-        let room = session.change(|state| state.room()).unwrap_or(u64::MAX);
-        let room = usize::try_from(room).unwrap_or(usize::MAX);
-        if length == 0 || room >= length {
+        // A poll without bytes asks nothing of the window.
+        let room = match length {
+            0 => None,
+            _ => session.change(|state| state.room()),
+        };
+        let room = room.map_or(usize::MAX, |room| {
+            usize::try_from(room).unwrap_or(usize::MAX)
+        });
+        if room >= length {
             let sent = stream.poll_send(cx, chunk);
             session.sent(copy, length - chunk.len());
             return sent.map_err(|end| moved(session, end));
@@ -251,7 +257,7 @@ impl SessionRecv {
         &mut self.stream
     }
 
-    /// Notes at the server that the agent has begun the session: it knows what is told about it.
+    /// Notes, on the server, that the agent has the session. Notices about it may follow.
     pub fn begun(&self) {
         if let Some(session) = &self.session {
             session.begun();

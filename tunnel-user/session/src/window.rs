@@ -37,7 +37,7 @@ pub struct Window {
     most: u64,
     /// Start of the present measurement, and the number of bytes that were confirmed before.
     since: Option<(Instant, u64)>,
-    /// Whether the window has held the sender up since then.
+    /// Hold-up of the sender by the window since then.
     was_full: bool,
 }
 

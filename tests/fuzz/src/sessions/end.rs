@@ -43,9 +43,9 @@ pub struct End {
     /// Highest offset that a stream has carried.
     highest: u64,
     confirmed: u64,
-    /// Whether the local socket has reached its end of file.
+    /// End of file of the local socket, once that has reached it.
     is_ended: bool,
-    /// Whether the present stream carries that end.
+    /// Presence of that end on the present stream.
     is_finished: bool,
     received: u64,
     accepted: Accepted,

@@ -60,7 +60,7 @@ impl Handover {
         self.dials.acquire()
     }
 
-    /// Whether dials are under way.
+    /// Returns `true` while dials are under way.
     pub(crate) fn has_dials(&self) -> bool {
         self.dials.in_use() > 0
     }

@@ -43,7 +43,7 @@ pub(crate) struct TunnelLink {
 #[derive(Debug, Default)]
 pub(super) struct Opened {
     count: Cell<u64>,
-    /// Whether no more are opened.
+    /// End of the opening of streams.
     is_closed: Cell<bool>,
 }
 
